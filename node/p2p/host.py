@@ -1,0 +1,154 @@
+"""One libp2p host, assembled from its parts so that nothing unhardened is offered: only TCP, only Noise, only our
+yamux.
+
+What this room relies on in py-libp2p 0.8.1 beyond its documented interface is touched here and in tcp.py and gossip.py
+alone, and tests/node/p2p/test_pins.py fails when it changes: TransportUpgrader.muxer_multistream is replaced (the
+library builds its own yamux by name), Swarm.auto_connector is replaced (it dials whoever it has heard of),
+Swarm.common_stream_handler is wrapped (what escapes from it ends the node), Swarm.connections is read and closed at
+once (the library closes one by one, 0.1 s each).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+import trio
+from libp2p.abc import IMuxedConn, INetStream, ISecureConn
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
+from libp2p.custom_types import StreamHandlerFn, TMuxerOptions, TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.swarm import Swarm
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStore
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as Noise
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.transport.upgrader import TransportUpgrader
+from multiaddr import Multiaddr
+
+from node.p2p.streams import logged
+from node.p2p.tcp import TcpTransport
+from node.p2p.yamux import Yamux
+
+log = logging.getLogger(__name__)
+
+YAMUX = TProtocol("/yamux/1.0.0")
+CONNECTIONS_MAX = 2000
+CONNECTIONS_PER_PEER_MAX = 2  # both sides may dial at once; more is waste
+UPGRADE_S = 3.0  # a connection that stays silent holds its slot no longer
+NEGOTIATE_S = 5.0
+
+
+class Host(BasicHost):
+    """libp2p's host, with the few questions the mesh asks."""
+
+    swarm: Swarm
+
+    def live_peers(self) -> list[ID]:
+        return [peer for peer in self.swarm.connections if self.is_live(peer)]
+
+    def is_live(self, peer: ID) -> bool:
+        """Is there a connection that has not ended?"""
+        return any(not conn.muxed_conn.is_closed for conn in self.swarm.get_connections(peer))
+
+    async def dial(self, maddr: Multiaddr, peer: ID) -> None:
+        """One attempt at one address. Raises what libp2p raises."""
+        await self.swarm.dial_addr(maddr, peer)
+
+    async def shut_down(self) -> None:
+        """Stop identifying peers and close all connections at once."""
+        for scope in list(self._identify_tasks):
+            scope.cancel()
+        async with trio.open_nursery() as nursery:
+            for conns in list(self.swarm.connections.values()):
+                for conn in conns:
+                    nursery.start_soon(conn.close)
+
+
+class _Muxers(MuxerMultistream):
+    """Negotiates as the library does, then builds what was registered."""
+
+    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        _, muxer = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        return muxer(conn, peer_id)
+
+
+class _NoAutoConnector(AutoConnector):
+    """Whom to dial is the caller's decision; the library would dial up to half its connection limit by itself."""
+
+    async def maybe_connect(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+def new_host(
+    seed: bytes,
+    nursery: trio.Nursery,
+    bound: Mapping[str, list[trio.SocketListener]],
+    announce: tuple[str, ...],
+) -> Host:
+    """A host with the identity of `seed` (32 bytes) that will listen on the sockets in `bound`; not yet running."""
+    _silence()
+    keys = create_new_key_pair(seed)
+    peer = ID.from_pubkey(keys.public_key)
+    peerstore = PeerStore()
+    peerstore.add_key_pair(peer, keys)
+    muxers: TMuxerOptions = {YAMUX: Yamux}
+    noise = Noise(keys, noise_privkey=create_new_x25519_key_pair().private_key)
+    upgrader = TransportUpgrader({NOISE: noise}, muxers)
+    upgrader.muxer_multistream = _Muxers(muxers, int(UPGRADE_S))
+    swarm = Swarm(
+        peer,
+        peerstore,
+        upgrader,
+        [TcpTransport(nursery, bound)],
+        retry_config=RetryConfig(max_retries=0),  # callers retry
+        connection_config=_limits(),
+    )
+    swarm.auto_connector = _NoAutoConnector(swarm)
+    host = Host(
+        swarm,
+        negotiate_timeout=int(NEGOTIATE_S),
+        announce_addrs=[Multiaddr(addr) for addr in announce] or None,
+        disable_identify_address_discovery=True,
+    )
+    host.swarm = swarm
+    swarm.set_stream_handler(_guarded(swarm))
+    return host
+
+
+def _limits() -> ConnectionConfig:
+    return ConnectionConfig(
+        max_connections=CONNECTIONS_MAX,
+        min_connections=0,
+        low_watermark=0,
+        high_watermark=CONNECTIONS_MAX,
+        max_connections_per_peer=CONNECTIONS_PER_PEER_MAX,
+        inbound_upgrade_timeout=UPGRADE_S,
+        outbound_upgrade_timeout=UPGRADE_S,
+        inbound_stream_protocol_negotiation_timeout=NEGOTIATE_S,
+        outbound_stream_protocol_negotiation_timeout=NEGOTIATE_S,
+    )
+
+
+def _guarded(swarm: Swarm) -> StreamHandlerFn:
+    handle = swarm.common_stream_handler
+
+    async def guarded(stream: INetStream) -> None:
+        try:
+            await handle(stream)
+        except Exception as error:  # what escapes here ends the node: it may cost this stream only
+            log.warning("a stream of %s failed: %r", stream.muxed_conn.peer_id, error)
+            with logged("resetting a stream"):
+                await stream.reset()
+
+    return guarded
+
+
+def _silence() -> None:
+    """libp2p logs ordinary events (a peer that is gone, a protocol not spoken) as errors, several lines each; what
+    matters of them reaches the caller as an exception."""
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)

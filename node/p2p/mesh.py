@@ -1,0 +1,266 @@
+"""The mesh over libp2p: `open_mesh` gives the ports Transport and Gossip (protocol/ports.py) on one host.
+
+Noise and yamux over TCP, gossipsub 1.1; nothing else is offered. One connection serves all streams to a peer;
+concurrent opens share one dial. Every foreign exception becomes a TransportError here; a handler that raises costs its
+stream. It does not discover peers, retry or back off: callers do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import trio
+from libp2p.abc import INetStream, ISubscriptionAPI
+from libp2p.custom_types import TProtocol
+from libp2p.network.stream.net_stream import NetStream
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.tools.anyio_service import background_trio_service
+from multiaddr import Multiaddr
+
+from node.p2p import addresses
+from node.p2p.gossip import GuardedPubsub, TopicSubscription, new_router
+from node.p2p.host import Host, new_host
+from node.p2p.streams import MeshStream, foreign, logged
+from node.p2p.tcp import bind
+from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError, SottoError, TransportError
+from protocol.ids import PeerId, public_key_of
+from protocol.limits import GOSSIP_BYTES_MAX
+from protocol.ports import Stream, StreamHandler, Subscription, Validator
+
+log = logging.getLogger(__name__)
+
+DIAL_S = 5.0  # TCP, Noise and muxer with a live peer take 6 round trips: 2 s on the slowest links
+HEAD_START_S = 0.25  # each address before the next is tried beside it (RFC 8305 recommends 250 ms)
+OPEN_S = 5.0  # negotiating a protocol takes 3 round trips
+SHUTDOWN_S = 3.0
+SEED_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class MeshConfig:
+    """`seed`: 32-byte Ed25519 identity. `listen`: multiaddrs, () for none (a client behind NAT dials only).
+    `announce`: what peers are told to dial instead of the listening addresses (port forwarding)."""
+
+    seed: bytes = field(repr=False)
+    listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
+    announce: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.seed) != SEED_BYTES:
+            raise InputError(f"an identity has {SEED_BYTES} bytes, not {len(self.seed)}: restore it or make a new one")
+
+
+class Mesh:
+    """Made by `open_mesh`. Satisfies protocol.ports.Transport and protocol.ports.Gossip."""
+
+    def __init__(
+        self, host: Host, pubsub: GuardedPubsub, router: GossipSub, nursery: trio.Nursery, announce: tuple[str, ...]
+    ) -> None:
+        self._host = host
+        self._router = router
+        self._pubsub = pubsub
+        self._nursery = nursery
+        self._announce = announce
+        self._peer = PeerId(host.get_id().to_base58())
+        self._dials: dict[PeerId, trio.Lock] = {}
+        self._topics: dict[str, TopicSubscription] = {}
+
+    @property
+    def peer(self) -> PeerId:
+        return self._peer
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        return self._announce or tuple(str(addr) for addr in self._host.get_transport_addrs())
+
+    def connected(self) -> tuple[PeerId, ...]:
+        return tuple(sorted(PeerId(peer.to_base58()) for peer in self._host.live_peers()))
+
+    # Transport
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        async def serve(net: INetStream) -> None:
+            await _serve(net, handler)
+
+        self._host.set_stream_handler(TProtocol(protocol), serve)
+
+    async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream:
+        if peer == self._peer:
+            raise LocalProtocolError("a node opens no streams to itself")
+        await self._ensure_connected(peer, addresses.dialable(addrs))
+        # In a task of its own: the library leaks a stream whose opening is cancelled.
+        send, receive = trio.open_memory_channel[MeshStream | SottoError](0)
+        self._nursery.start_soon(self._open, peer, protocol, send)
+        with receive:  # not `async with`: it would be a checkpoint, at which the stream could be lost
+            async for result in receive:
+                if isinstance(result, SottoError):
+                    raise result
+                return result
+        raise TransportError("this node is stopping")
+
+    async def _open(self, peer: PeerId, protocol: str, give: trio.MemorySendChannel[MeshStream | SottoError]) -> None:
+        with give:
+            try:
+                with foreign(f"cannot open {protocol} to {peer}"), trio.fail_after(OPEN_S):
+                    stream = MeshStream(_net_stream(await self._host.new_stream(_id_of(peer), [TProtocol(protocol)])))
+            except SottoError as error:
+                with suppress(trio.BrokenResourceError):
+                    await give.send(error)
+                return
+            try:
+                await give.send(stream)
+            except trio.BrokenResourceError:  # nobody waits for it any more
+                await stream.reset()
+
+    async def connect(self, addr: str) -> PeerId:
+        peer, maddr = addresses.parse_bootstrap(addr)
+        if peer == self._peer:
+            raise InputError(f"{addr} is this node itself: give the address of another one")
+        await self._ensure_connected(peer, [maddr])
+        return peer
+
+    # Gossip
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        if len(data) > GOSSIP_BYTES_MAX:
+            raise LocalProtocolError(f"a gossip message of {len(data)} bytes, the limit is {GOSSIP_BYTES_MAX}")
+        with foreign(f"cannot publish to {topic}"):
+            await self._pubsub.publish(topic, data)
+
+    async def subscribe(self, topic: str, validator: Validator) -> Subscription:
+        if topic in self._topics:
+            raise LocalProtocolError(f"{topic} has its subscription already")
+        subscription = self._topics[topic] = TopicSubscription(self._peer, validator)
+        self._pubsub.set_topic_validator(topic, subscription.check, False)
+        with foreign(f"cannot subscribe to {topic}"):
+            unused = await self._pubsub.subscribe(topic)
+        self._nursery.start_soon(_drain, unused)
+        return subscription
+
+    def neighbours(self, topic: str) -> tuple[PeerId, ...]:
+        """The peers to whom messages of `topic` are forwarded now, sorted."""
+        return tuple(sorted(PeerId(peer.to_base58()) for peer in self._router.mesh.get(topic, ())))
+
+    # dialling
+
+    async def _ensure_connected(self, peer: PeerId, maddrs: list[Multiaddr]) -> None:
+        """One dial per peer at a time: who comes second finds the connection, or tries its own addresses."""
+        lock = self._dials.setdefault(peer, trio.Lock())
+        try:
+            async with lock:
+                if not self._host.is_live(_id_of(peer)):
+                    await self._dial(peer, maddrs)
+        finally:
+            if not lock.locked() and self._dials.get(peer) is lock:
+                del self._dials[peer]
+
+    async def _dial(self, peer: PeerId, maddrs: list[Multiaddr]) -> None:
+        if not maddrs:
+            raise TransportError(f"no usable address of {peer} is known")
+        failures: list[TransportError] = []
+        with trio.move_on_after(DIAL_S) as limit:
+            async with trio.open_nursery() as nursery:
+                for maddr in maddrs:
+                    failed = trio.Event()
+                    nursery.start_soon(self._dial_one, peer, maddr, failures, failed, nursery.cancel_scope)
+                    with trio.move_on_after(HEAD_START_S):
+                        await failed.wait()
+        if not self._host.is_live(_id_of(peer)):
+            silent = f"{peer} did not answer within {DIAL_S:g} s"
+            closed = f"{peer} closed the connection at once"
+            raise failures[0] if failures else TransportError(silent if limit.cancelled_caught else closed)
+
+    async def _dial_one(
+        self,
+        peer: PeerId,
+        maddr: Multiaddr,
+        failures: list[TransportError],
+        failed: trio.Event,
+        won: trio.CancelScope,
+    ) -> None:
+        try:
+            with foreign(f"cannot connect to {peer} at {maddr}"):
+                await self._host.dial(maddr, _id_of(peer))
+        except TransportError as error:
+            failures.append(error)
+            failed.set()
+        else:
+            won.cancel()
+
+
+@asynccontextmanager
+async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
+    """A running node of the mesh; everything it started or listens on has ended when the block is left.
+
+    Raises InputError: a malformed address, a port that is in use.
+    """
+    announce = tuple(str(addresses.parse(addr)) for addr in config.announce)
+    bound: dict[str, list[trio.SocketListener]] = {}
+    failure: BaseException | None = None
+    try:
+        for addr in config.listen:
+            maddr = addresses.parse_listen(addr)
+            if str(maddr) not in bound:
+                bound[str(maddr)] = await bind(maddr)
+        async with trio.open_nursery() as nursery:
+            router = new_router()
+            host = new_host(config.seed, nursery, bound, announce)
+            pubsub = GuardedPubsub(host, router)
+            async with (
+                host.run([Multiaddr(addr) for addr in bound]),
+                background_trio_service(pubsub),
+                background_trio_service(router),
+            ):
+                await pubsub.wait_until_ready()
+                try:
+                    yield Mesh(host, pubsub, router, nursery, announce)
+                except (Exception, KeyboardInterrupt) as error:
+                    failure = error  # raised below: a nursery would wrap it in a group
+                finally:
+                    with trio.CancelScope(shield=True, deadline=trio.current_time() + SHUTDOWN_S), logged("shutdown"):
+                        await host.shut_down()
+            nursery.cancel_scope.cancel()
+    finally:
+        for listeners in bound.values():
+            for listener in listeners:
+                listener.socket.close()
+    if failure is not None:
+        raise failure
+
+
+async def _serve(net: INetStream, handler: StreamHandler) -> None:
+    stream = MeshStream(_net_stream(net))
+    try:
+        await handler(stream)
+        await stream.aclose()
+    except TransportError as error:
+        log.debug("%s with %s ended: %s", net.get_protocol(), stream.remote, error)
+    except Exception as error:  # the port's contract: it costs this stream, never the node
+        log.warning("the handler of %s failed for %s: %r", net.get_protocol(), stream.remote, error)
+    finally:
+        await stream.reset()  # unless it is closed: a handler that was cut short must not look finished
+
+
+async def _drain(unused: ISubscriptionAPI) -> None:
+    """Messages are delivered where they are validated, with the neighbour's name; the library's queue only fills."""
+    async for _ in unused:
+        pass
+
+
+def _net_stream(net: INetStream) -> NetStream:
+    if not isinstance(net, NetStream):
+        raise LocalProtocolError(f"libp2p handed out a {type(net).__name__}")
+    return net
+
+
+def _id_of(peer: PeerId) -> ID:
+    """Raises TransportError: what is no peer id cannot be reached."""
+    try:
+        public_key_of(peer)
+    except RemoteProtocolError as error:
+        raise TransportError(f"{peer!r} is not a peer id") from error
+    return ID.from_base58(peer)

@@ -1,0 +1,72 @@
+"""Messages over a Stream: frames in, frames out. Holds no task and no timeout; callers own both.
+
+One task may send while another receives. Bytes that end in mid-frame are a TransportError (the peer died), not a
+protocol violation.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from protocol import limits
+from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
+from protocol.framing import FrameDecoder, encode_frame
+from protocol.ids import PeerId
+from protocol.messages import FRAME_BYTES_MAX, Message
+from protocol.ports import Stream
+
+
+class Channel:
+    """A stream of one of our protocols."""
+
+    __slots__ = ("_decoder", "_frame_bytes_max", "_ready", "_stream", "received_bytes", "sent_bytes")
+
+    def __init__(self, stream: Stream, protocol: str) -> None:
+        self._stream = stream
+        self._frame_bytes_max = FRAME_BYTES_MAX[protocol]
+        self._decoder = FrameDecoder(self._frame_bytes_max)
+        self._ready: deque[tuple[Message, bytes]] = deque()
+        self.sent_bytes = 0
+        self.received_bytes = 0
+
+    @property
+    def remote(self) -> PeerId:
+        return self._stream.remote
+
+    async def send(self, message: Message, body: bytes = b"") -> None:
+        """One frame in one write. Raises TransportError; LocalProtocolError for what the peer would refuse."""
+        frame = encode_frame(message, body)
+        if len(frame) - 4 > self._frame_bytes_max:
+            raise LocalProtocolError(f"{type(message).__name__} of {len(frame)} bytes on a stream of smaller frames")
+        self.sent_bytes += len(frame)
+        await self._stream.send(frame)
+
+    async def receive(self) -> tuple[Message, bytes] | None:
+        """The next message and its body; None when the peer finished. Raises TransportError, RemoteProtocolError."""
+        while not self._ready:
+            wanted = min(max(self._decoder.wanted, 1 << 14), limits.STREAM_CHUNK_BYTES)
+            data = await self._stream.receive(wanted)
+            if not data:
+                if self._decoder.idle:
+                    return None
+                raise TransportError("the stream ended inside a frame")
+            self.received_bytes += len(data)
+            self._ready.extend(self._decoder.feed(data))
+        return self._ready.popleft()
+
+    async def call(self, request: Message) -> Message:
+        """Send a request that has no body, and give its answer. Raises TransportError, RemoteProtocolError."""
+        await self.send(request)
+        reply = await self.receive()
+        if reply is None:
+            raise TransportError("the peer closed the stream instead of answering")
+        message, body = reply
+        if body:
+            raise RemoteProtocolError(f"{type(message).__name__} came with a body")
+        return message
+
+    async def finish(self) -> None:
+        await self._stream.finish()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

@@ -1,0 +1,74 @@
+"""Canonical msgpack: one byte string for each record, and no other accepted.
+
+A message is [tag, fields...]; a record inside it, or under a signature, is [fields...]. Decoding bounds every container
+before building it, rebuilds typed records (schema.py), and refuses input that does not re-encode to the same bytes, so
+a digest or signature over bytes is one over meaning. Any bytes give a value or RemoteProtocolError.
+"""
+
+from __future__ import annotations
+
+import msgpack
+
+from protocol import limits
+from protocol.errors import RemoteProtocolError
+from protocol.messages import MESSAGES, Message
+from protocol.schema import Plain, R, Record, from_plain, to_plain
+
+_BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}
+
+
+def encode(record: Record) -> bytes:
+    """Canonical bytes of a record without a tag (payloads of signatures)."""
+    return _pack(to_plain(record))
+
+
+def decode(kind: type[R], data: bytes) -> R:
+    """Inverse of encode. Raises RemoteProtocolError."""
+    plain = _unpack(data)
+    try:
+        record = from_plain(kind, plain)
+    except ValueError as error:
+        raise RemoteProtocolError(str(error)) from None
+    if encode(record) != data:
+        raise RemoteProtocolError(f"{kind.__name__} is not in canonical form")
+    return record
+
+
+def encode_message(message: Message) -> bytes:
+    """Canonical bytes of a message with its tag."""
+    return _pack([message.TAG, *to_plain(message)])
+
+
+def decode_message(data: bytes) -> Message:
+    """Inverse of encode_message. Raises RemoteProtocolError, for an unknown tag too."""
+    plain = _unpack(data)
+    if not isinstance(plain, list) or not plain or type(plain[0]) is not int:
+        raise RemoteProtocolError("a message is an array that starts with its tag")
+    kind = _BY_TAG.get(plain[0])
+    if kind is None:
+        raise RemoteProtocolError(f"unknown message {plain[0]}")
+    try:
+        message = from_plain(kind, plain[1:])
+    except ValueError as error:
+        raise RemoteProtocolError(str(error)) from None
+    if encode_message(message) != data:
+        raise RemoteProtocolError(f"{kind.__name__} is not in canonical form")
+    return message
+
+
+def _pack(plain: Plain) -> bytes:
+    packed: bytes = msgpack.packb(plain, use_bin_type=True)
+    return packed
+
+
+def _unpack(data: bytes) -> Plain:
+    if len(data) > limits.HEADER_BYTES_MAX:
+        raise RemoteProtocolError(f"a header of {len(data)} bytes; {limits.HEADER_BYTES_MAX} at most")
+    try:
+        # Strings are bounded by len(data); an array's room is taken when it is announced, so that has a bound of its
+        # own. Maps and extension types have no meaning here; empty ones pass this and fail as a field of no type.
+        return msgpack.unpackb(
+            data, raw=False, strict_map_key=True, max_array_len=limits.ARRAY_ITEMS_MAX, max_map_len=0, max_ext_len=0
+        )
+    except (ValueError, RecursionError, msgpack.exceptions.UnpackException) as error:
+        raise RemoteProtocolError(f"not msgpack: {type(error).__name__}") from None

@@ -1,0 +1,52 @@
+"""Every bound on the wire, each with its reason. Sizes in bytes unless the name says otherwise."""
+
+from __future__ import annotations
+
+KIB, MIB = 1 << 10, 1 << 20
+
+# Frames. The length prefix is checked against the protocol's bound before a byte of the frame is kept.
+HEADER_BYTES_MAX = MIB  # a manifest of 256 blocks is about 400 KiB; everything else is far smaller
+STEP_BYTES_MAX = 32 * MIB  # a step's tensor: 1,024 positions of a model 8,192 wide in float32
+STEP_FRAME_BYTES_MAX = STEP_BYTES_MAX + HEADER_BYTES_MAX
+CONTROL_BYTES_MAX = HEADER_BYTES_MAX + KIB  # control messages have no body
+PIECE_BYTES = MIB  # one shard piece: large enough for bulk speed, small enough to share a stream
+SHARD_FRAME_BYTES_MAX = PIECE_BYTES + 4 * KIB
+STREAM_CHUNK_BYTES = MIB  # one write to a transport
+
+# Containers inside a header.
+ARRAY_ITEMS_MAX = 256  # any array: nested announcements of 2^20 items would take 8 MB each before the input ends
+TENSOR_DIMS_MAX = 4
+TENSOR_DIM_MAX = 1 << 24  # no vocabulary or width is near it; byte counts are products of Python's exact integers
+BLOCKS_MAX = 256  # the deepest public model has 126 blocks
+TENSORS_PER_BLOCK_MAX = 64
+CONFIG_PAIRS_MAX = 64
+HOPS_MAX = 64
+SHARD_BYTES_MAX = 8 << 30  # one block of a 400 B-parameter model in float32 is about 13 GB, in bfloat16 6.5 GB
+NAME_CHARS_MAX = 64
+DETAIL_CHARS_MAX = 512  # text of a refusal, for people
+ADDR_CHARS_MAX = 128
+ADDRS_MAX = 4
+TICKET_BYTES_MAX = 2 * KIB
+
+# Gossip. One node saturates at 60-100 messages a second; it should receive at most 5.
+GOSSIP_BYTES_MAX = 4 * KIB  # any topic; larger RPCs risk the silent loss above 1 MiB and cost every node
+ADVERT_BYTES_MAX = KIB
+ADVERT_RTTS_MAX = 16
+ADVERT_SPANS_MAX = 8
+ADVERTS_RECEIVED_PER_S = 5.0
+ADVERT_INTERVAL_MIN_S = 2.0  # a newcomer sees a small swarm within this time
+ADVERT_LIFE_INTERVALS = 3  # two lost adverts do not make a peer vanish
+CLOCK_SKEW_MAX_S = 30.0  # machines on NTP are within 1 s; a minute-old replay must not pass as new
+PEERS_MAX = 20_000  # SwarmView entries: about 20 MB
+ADVERT_LIFE_MAX_S = ADVERT_LIFE_INTERVALS * PEERS_MAX / ADVERTS_RECEIVED_PER_S  # what the largest swarm needs
+
+# Sessions.
+TICKET_LIFE_MAX_S = 3600.0
+TICKETS_SEEN_MAX = 1 << 17  # nonces remembered: about 25 MB, 36 new sessions a second for a ticket's whole life
+ANSWERS_KEPT_MAX = 64  # unacknowledged answers per session; a client acknowledges with each step
+ANSWER_BYTES_KEPT_MAX = 64 * MIB  # per session: four chunks of a prefill at a width of 8,192
+STEP_BYTES_WAITING_MAX = 64 * MIB  # per session at one hop: more in flight than any client needs
+SESSIONS_PER_PEER_MAX = 64
+SESSIONS_MAX = 1024
+CONTEXT_TOKENS_MAX = 1 << 22
+STEP_TOKENS_MAX = 8192  # one chunk of a prefill

@@ -1,0 +1,309 @@
+"""The messages: frozen, typed, bounded. Activations, numbers and names of peers; no field for token ids or text.
+
+Four protocols share the frame. Each lists which way its messages go; session.py says in which order.
+  control  request/response: prepare, load and release spans, ping
+  shard    the client uploads sealed shards
+  session  client <-> each hop: attach, open, step (to the first hop), outputs and failures (from all)
+  link     hop -> next hop: open, step, close
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, ClassVar
+
+from protocol import limits
+from protocol.ids import DIGEST_BYTES, ID_BYTES, DeploymentId, SessionId, ShardDigest
+from protocol.schema import Between, Record, Size
+from protocol.tensors import TensorHeader
+
+CONTROL, SHARD, SESSION, LINK = "/sotto/control/1", "/sotto/shard/1", "/sotto/session/1", "/sotto/link/1"
+
+Deployment = Annotated[DeploymentId, Size(ID_BYTES, ID_BYTES)]
+Session = Annotated[SessionId, Size(ID_BYTES, ID_BYTES)]
+Digest = Annotated[ShardDigest, Size(DIGEST_BYTES, DIGEST_BYTES)]
+Block = Annotated[int, Between(0, limits.BLOCKS_MAX)]
+Count = Annotated[int, Between(0, 1 << 53)]
+StepId = Annotated[int, Between(0, 1 << 53)]
+Epoch = Annotated[int, Between(0, 1 << 31)]
+Position = Annotated[int, Between(0, limits.CONTEXT_TOKENS_MAX)]
+Detail = Annotated[str, Size(0, limits.DETAIL_CHARS_MAX)]
+Reason = Annotated[str, Size(1, 32)]
+
+
+class RefusalReason(StrEnum):
+    """Why a peer declined; the caller may try another."""
+
+    MEMORY = "memory"  # not enough for the span's weights
+    KV_MEMORY = "kv_memory"  # not enough for the session's tokens
+    SESSIONS = "sessions"  # too many sessions, of this peer or in all
+    UNKNOWN_DEPLOYMENT = "unknown_deployment"
+    UNKNOWN_SESSION = "unknown_session"
+    MISSING_SHARDS = "missing_shards"
+    BAD_MANIFEST = "bad_manifest"
+    BAD_SHARD = "bad_shard"
+    BAD_TICKET = "bad_ticket"
+    BAD_STEP = "bad_step"
+    UNSUPPORTED = "unsupported"
+    HOP_LOST = "hop_lost"  # the next hop cannot be reached
+    FORBIDDEN = "forbidden"
+    STOPPING = "stopping"
+    INTERNAL = "internal"
+
+
+def _check_reason(reason: str) -> None:
+    if reason not in tuple(RefusalReason):
+        raise ValueError(f"unknown reason {reason!r}")
+
+
+class Message(Record):
+    """A record with a tag of its own."""
+
+    __slots__ = ()
+
+
+# --- any protocol -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(Message):
+    """The answer "no" to a request of control or shard."""
+
+    TAG: ClassVar[int] = 1
+    reason: Reason
+    detail: Detail
+
+    def check(self) -> None:
+        _check_reason(self.reason)
+
+
+# --- control ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ping(Message):
+    TAG: ClassVar[int] = 10
+    nonce: Annotated[bytes, Size(8, 8)]
+
+
+@dataclass(frozen=True, slots=True)
+class Pong(Message):
+    TAG: ClassVar[int] = 11
+    nonce: Annotated[bytes, Size(8, 8)]
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSpan(Message):
+    """Reserve memory for blocks [start, end) of the deployment in `manifest` and say which shards are missing."""
+
+    TAG: ClassVar[int] = 12
+    manifest: Annotated[bytes, Size(1, limits.HEADER_BYTES_MAX - 1024)]
+    start: Block
+    end: Block
+
+    def check(self) -> None:
+        if self.end <= self.start:
+            raise ValueError("an empty span")
+
+
+@dataclass(frozen=True, slots=True)
+class SpanPrepared(Message):
+    TAG: ClassVar[int] = 13
+    missing: Annotated[tuple[Digest, ...], Size(0, limits.BLOCKS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpan(Message):
+    """Load the prepared span from its shards and measure it."""
+
+    TAG: ClassVar[int] = 14
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
+class SpanLoaded(Message):
+    TAG: ClassVar[int] = 15
+    weight_bytes: Count
+    block_time_us: Count  # one position through one block, batch 1
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseSpan(Message):
+    """The owner no longer needs the deployment here."""
+
+    TAG: ClassVar[int] = 16
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
+class SpanReleased(Message):
+    TAG: ClassVar[int] = 17
+
+
+# --- shard ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ShardOffer(Message):
+    """The client is about to send a shard that a prepared span needs."""
+
+    TAG: ClassVar[int] = 20
+    digest: Digest
+    shard_bytes: Annotated[int, Between(1, limits.SHARD_BYTES_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWanted(Message):
+    """Send from `offset`; equal to the size when the worker has it all."""
+
+    TAG: ClassVar[int] = 21
+    offset: Count
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPiece(Message):
+    """The body is the next bytes of the shard, at most limits.PIECE_BYTES."""
+
+    TAG: ClassVar[int] = 22
+    offset: Count
+
+
+@dataclass(frozen=True, slots=True)
+class ShardStored(Message):
+    """Complete, its digest checked."""
+
+    TAG: ClassVar[int] = 23
+    digest: Digest
+
+
+# --- session and link -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Attach(Message):
+    """Client -> hop: outputs of this session go to the stream that this came by."""
+
+    TAG: ClassVar[int] = 30
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Attached(Message):
+    TAG: ClassVar[int] = 31
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class OpenSession(Message):
+    """Client -> first hop -> ... -> last: each hop opens the first box and forwards the rest."""
+
+    TAG: ClassVar[int] = 32
+    session: Session
+    tickets: Annotated[tuple[Annotated[bytes, Size(1, limits.TICKET_BYTES_MAX)], ...], Size(1, limits.HOPS_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened(Message):
+    """Hop -> client: the ticket is good, KV is reserved, the next hop is reachable."""
+
+    TAG: ClassVar[int] = 33
+    session: Session
+    epoch: Epoch
+    kv_tokens: Annotated[int, Between(1, limits.CONTEXT_TOKENS_MAX)]
+
+
+class Operation(StrEnum):
+    SPAN = "span"  # a pass through the hop's blocks, with KV
+    LINEAR = "linear"  # one stateless linear map of one block: y = x W^T (the masked tier)
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Message):
+    """One pass. The body is a tensor [positions, width]; a worker truncates its KV to `position` first.
+
+    `acked`: answers of all steps below it have arrived, and may be forgotten. `tail`: how many trailing positions the
+    last hop answers with, all when there are fewer. `block` and `matrix` name the map of Operation.LINEAR and are 0 and
+    "" otherwise.
+    """
+
+    TAG: ClassVar[int] = 34
+    session: Session
+    epoch: Epoch
+    step: StepId
+    position: Position
+    acked: StepId
+    tail: Annotated[int, Between(1, limits.STEP_TOKENS_MAX)]
+    operation: Annotated[str, Size(1, 16)]
+    block: Block
+    matrix: Annotated[str, Size(0, limits.NAME_CHARS_MAX)]
+    tensor: TensorHeader
+
+    def check(self) -> None:
+        if self.operation not in tuple(Operation):
+            raise ValueError(f"unknown operation {self.operation!r}")
+        if (self.operation == Operation.LINEAR) != bool(self.matrix):
+            raise ValueError("a linear step names its matrix, and no other does")
+        if self.block and self.operation != Operation.LINEAR:
+            raise ValueError("only a linear step names a block")
+        if len(self.tensor.shape) != 2 or not 1 <= self.tensor.shape[0] <= limits.STEP_TOKENS_MAX:
+            raise ValueError("a step's tensor is [positions, width]")
+        if self.acked > self.step:
+            raise ValueError("a step acknowledges an answer that it has not asked for yet")
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput(Message):
+    """Hop -> client. The body is the hop's output: the last hop's answer, or what replay and verification feed on."""
+
+    TAG: ClassVar[int] = 35
+    session: Session
+    epoch: Epoch
+    step: StepId
+    compute_us: Count
+    tensor: TensorHeader
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFailed(Message):
+    """Hop -> client: the session is over at this hop."""
+
+    TAG: ClassVar[int] = 36
+    session: Session
+    reason: Reason
+    detail: Detail
+
+    def check(self) -> None:
+        _check_reason(self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class CloseSession(Message):
+    """Client -> first hop -> ... -> last: free everything."""
+
+    TAG: ClassVar[int] = 37
+    session: Session
+
+
+MESSAGES: tuple[type[Message], ...] = (
+    Refusal, Ping, Pong, PrepareSpan, SpanPrepared, LoadSpan, SpanLoaded, ReleaseSpan, SpanReleased,
+    ShardOffer, ShardWanted, ShardPiece, ShardStored,
+    Attach, Attached, OpenSession, SessionOpened, Step, StepOutput, SessionFailed, CloseSession,
+)  # fmt: skip
+FRAME_BYTES_MAX = {
+    CONTROL: limits.CONTROL_BYTES_MAX,
+    SHARD: limits.SHARD_FRAME_BYTES_MAX,
+    SESSION: limits.STEP_FRAME_BYTES_MAX,
+    LINK: limits.STEP_FRAME_BYTES_MAX,
+}
+
+
+def body_fits(message: Message, body_bytes: int) -> bool:
+    """Whether a body of `body_bytes` may follow `message`: exactly its tensor, a piece of a shard, or nothing."""
+    match message:
+        case Step() | StepOutput():
+            return body_bytes == message.tensor.nbytes
+        case ShardPiece():
+            return 1 <= body_bytes <= limits.PIECE_BYTES
+        case _:
+            return body_bytes == 0

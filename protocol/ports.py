@@ -1,0 +1,210 @@
+"""The ports: what the roles need from the world, as structural types.
+
+Two adapters exist for each network port: libp2p (`node/p2p/`) and the virtual network (`simnet/network.py`). One
+conformance suite runs over both. Nothing here starts a task, reads a clock or draws randomness.
+
+Errors. Adapters translate foreign exceptions at the edge and raise only the tree of `protocol.errors`:
+TransportError (peer unreachable, stream reset or closed while in use) or LocalProtocolError (misuse).
+Cancellation (trio) passes through every call; callers own timeouts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
+from protocol.manifest import Manifest
+from protocol.messages import Operation
+from protocol.tensors import Payload
+
+
+class Stream(Protocol):
+    """A reliable, ordered, authenticated byte stream to one peer. One task sends and one task receives at a time."""
+
+    @property
+    def remote(self) -> PeerId:
+        """The peer at the other end, as proven by the transport's handshake."""
+
+    async def send(self, data: bytes) -> None:
+        """Send all of `data` in one write; returns when the transport took it (backpressure).
+
+        A receiver that stops reading makes this wait, for as long as it takes (no time limit of the adapter's own).
+        Raises TransportError once the stream is reset or closed by either side.
+        """
+
+    async def receive(self, max_bytes: int) -> bytes:
+        """At least one and at most `max_bytes` bytes; b"" once the remote finished sending. Raises TransportError."""
+
+    async def finish(self) -> None:
+        """No more bytes from this side (half-close); receiving goes on. Idempotent."""
+
+    async def aclose(self) -> None:
+        """Close both directions, reset if need be. Idempotent, never raises, needs no network round trip."""
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+
+
+class Transport(Protocol):
+    """The node's own place in the mesh: opens streams to peers and hands incoming ones to handlers."""
+
+    @property
+    def peer(self) -> PeerId:
+        """This node's identity."""
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        """Multiaddrs (without /p2p suffix) under which this node can be dialled."""
+
+    def handle(self, protocol: str, handler: StreamHandler) -> None:
+        """Give each incoming stream of `protocol` to `handler`, in a task of the adapter's.
+
+        The stream is closed when the handler returns. A handler that raises costs its stream (reset), never the node.
+        """
+
+    async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream:
+        """Open a stream to `peer`, connecting over `addrs` (multiaddrs) when there is no connection yet.
+
+        Raises TransportError: unreachable, wrong peer at the address, protocol not spoken there.
+        """
+
+    async def connect(self, addr: str) -> PeerId:
+        """Join through a bootstrap multiaddr that ends in /p2p/<peer id>. Raises TransportError or InputError."""
+
+    def connected(self) -> tuple[PeerId, ...]:
+        """Peers with a live connection now, sorted."""
+
+
+class GossipMessage(Protocol):
+    """One validated message of a topic."""
+
+    @property
+    def data(self) -> bytes: ...
+    @property
+    def received_from(self) -> PeerId:
+        """The neighbour that forwarded it; equals `author` when it came first-hand, own id for own messages."""
+
+    @property
+    def author(self) -> PeerId:
+        """Who published it (proven by gossipsub's signature)."""
+
+
+Validator = Callable[[GossipMessage], bool]
+
+
+class Subscription(Protocol):
+    async def receive(self) -> GossipMessage:
+        """The next valid message; waits. Bounded: when the reader lags, the oldest are dropped."""
+
+
+class Gossip(Protocol):
+    """Low-rate broadcast (a few messages a second in all)."""
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Best effort. Raises LocalProtocolError when `data` exceeds limits.GOSSIP_BYTES_MAX."""
+
+    async def subscribe(self, topic: str, validator: Validator) -> Subscription:
+        """Messages for which `validator` returns False are neither delivered nor forwarded. It must be quick, sync
+        and total; if it raises, the message counts as invalid. One subscription per topic and node. Own messages are
+        not delivered."""
+
+
+class Clock(Protocol):
+    def time(self) -> float:
+        """Unix time in seconds: for statements that travel (adverts, tickets)."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back: for durations."""
+
+
+Entropy = Callable[[int], bytes]
+"""`entropy(n)` gives n unpredictable bytes (os.urandom in production, seeded in the simulation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanSpec:
+    """Blocks [start, end) of a deployment, to be loaded from shards that the store holds."""
+
+    manifest: Manifest
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSpan:
+    """What loading cost, and how fast it is."""
+
+    weight_bytes: int
+    block_time_us: int  # one position through one block, batch 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepWork:
+    """One admitted step for the engine: truncate KV to `position`, then apply `operation` to `payload`.
+
+    `forward_tail` > 0 keeps only that many trailing positions of the result (the last hop); `returns` is the dtype of a
+    second copy for the client, or "none".
+    """
+
+    session: SessionId
+    position: int
+    operation: Operation
+    block: int
+    matrix: str
+    payload: Payload
+    forward_tail: int
+    returns: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`forward` goes to the next hop (to the client at the last); `returned` to the client, off the critical path."""
+
+    forward: Payload
+    returned: Payload | None
+    compute_us: int
+
+
+class Compute(Protocol):
+    """The engine, in a thread or process of its own: calls wait without blocking the event loop.
+
+    A running step is never interrupted: cancelling the call abandons its result, and the engine stays consistent.
+    Raises Refused (UNSUPPORTED, BAD_SHARD, MEMORY) for what the peer asked, LocalProtocolError for our own misuse.
+    """
+
+    async def load(self, span: SpanSpec) -> LoadedSpan:
+        """Read the span's shards, check names, shapes and dtypes against the manifest, and time one position."""
+
+    async def unload(self, deployment: DeploymentId) -> None:
+        """Free the span. Idempotent. No session of it may be open."""
+
+    async def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
+        """Reserve KV for a session over the loaded span."""
+
+    async def step(self, work: StepWork) -> StepResult:
+        """Compute one step."""
+
+    async def close(self, session: SessionId) -> None:
+        """Free the session's KV when its running step commits. Idempotent."""
+
+
+class ShardStore(Protocol):
+    """Sealed shards on disk by digest. A shard that it lists is whole and its digest was checked when it came in."""
+
+    async def size(self, digest: ShardDigest) -> int | None:
+        """Bytes of a whole shard; None when it is not here."""
+
+    async def partial(self, digest: ShardDigest) -> int:
+        """Bytes already here of a shard that is not whole: where an upload goes on."""
+
+    async def append(self, digest: ShardDigest, offset: int, piece: bytes) -> None:
+        """Add the next piece. Raises LocalProtocolError when `offset` is not where the partial file ends."""
+
+    async def commit(self, digest: ShardDigest) -> None:
+        """Check the digest and make the shard whole, atomically. Raises Refused(BAD_SHARD) and deletes the partial
+        file when the bytes are not those of the digest."""
+
+    async def discard(self, digest: ShardDigest) -> None:
+        """Delete the shard or what is there of it. Idempotent."""

@@ -1,0 +1,58 @@
+"""SwarmView: the fold of the valid adverts. Immutable; what placement and routing look at.
+
+It holds what gossip said and how it came, nothing else: a client that is given one bootstrap address learns of every
+worker here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from protocol.adverts import Advert, HeldSpan
+from protocol.ids import DeploymentId, PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A worker as its latest advert tells it. `received_from` is the neighbour that brought the advert; `relayed_by`
+    is the last neighbour other than the worker itself that ever brought one (None: only first-hand so far)."""
+
+    peer: PeerId
+    advert: Advert
+    received_from: PeerId
+    relayed_by: PeerId | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SwarmView:
+    members: Mapping[PeerId, Member] = field(default_factory=lambda: MappingProxyType({}))
+
+    def with_advert(self, peer: PeerId, advert: Advert, received_from: PeerId) -> SwarmView:
+        """The view after an admitted advert."""
+        before = self.members.get(peer)
+        relayed_by = received_from if received_from != peer else before.relayed_by if before else None
+        member = Member(peer, advert, received_from, relayed_by)
+        return SwarmView(MappingProxyType({**self.members, peer: member}))
+
+    def without(self, peer: PeerId) -> SwarmView:
+        """The view after `peer` was seen to be gone."""
+        return SwarmView(MappingProxyType({key: value for key, value in self.members.items() if key != peer}))
+
+    def at(self, now_ms: int) -> SwarmView:
+        """The view without what has expired by `now_ms`."""
+        if all(member.advert.expires_ms > now_ms for member in self.members.values()):
+            return self
+        alive = {key: value for key, value in self.members.items() if value.advert.expires_ms > now_ms}
+        return SwarmView(MappingProxyType(alive))
+
+    def ranked(self) -> tuple[Member, ...]:
+        """All members in the order of their peer ids: the same on every run."""
+        return tuple(self.members[peer] for peer in sorted(self.members))
+
+    def holders(self, deployment: DeploymentId) -> tuple[tuple[Member, HeldSpan], ...]:
+        """Who holds which blocks of `deployment`."""
+        return tuple(
+            (member, span) for member in self.ranked() for span in member.advert.spans if span.deployment == deployment
+        )

@@ -1,0 +1,142 @@
+"""The two adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network or on libp2p.
+
+The body is the same for both. `World` adds what the ports do not have: an address where the wrong peer answers, waiting
+until gossip has formed, ending a peer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import trio
+
+from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from protocol.ids import PeerId
+from simnet import runtime
+from simnet.endpoint import VirtualEndpoint
+from simnet.links import LinkOptions
+from simnet.network import NetworkOptions, open_network
+
+Endpoint = Mesh | VirtualEndpoint
+GUARD_S = 20.0  # a hang fails the test instead of the run
+
+
+class World(Protocol):
+    name: str
+
+    def join(self, name: str, listen: bool = True) -> Any:
+        """A context manager that gives a new endpoint."""
+
+
+@dataclass
+class Virtual:
+    network: Any
+    name: str = "virtual"
+
+    def join(self, name: str, listen: bool = True) -> Any:
+        return self.network.join(seed_of(name), listen)
+
+
+@dataclass
+class Libp2p:
+    name: str = "libp2p"
+
+    def join(self, name: str, listen: bool = True) -> Any:
+        return open_mesh(MeshConfig(seed_of(name)) if listen else MeshConfig(seed_of(name), ()))
+
+
+Body = Callable[..., Awaitable[None]]
+
+
+def seed_of(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def run_with(adapter: str, body: Body, *names: str) -> None:
+    """Run `body(world, *endpoints)`, one endpoint per name, none connected."""
+
+    done = []
+
+    async def guarded(world: World) -> None:
+        async with AsyncExitStack() as stack:
+            endpoints = [await stack.enter_async_context(world.join(name)) for name in names]
+            with trio.fail_after(GUARD_S):
+                await body(world, *endpoints)
+            done.append(True)
+
+    async def virtual() -> None:
+        async with open_network(1, NetworkOptions(LinkOptions(delay_s=0.002))) as network:
+            await guarded(Virtual(network))
+
+    async def libp2p() -> None:
+        await guarded(Libp2p())
+
+    if adapter == "virtual":
+        runtime.run(virtual, seed=1)
+    else:
+        trio.run(libp2p)
+    assert done, "the body was cut short"
+
+
+def full_addr(endpoint: Endpoint) -> str:
+    return f"{endpoint.addrs[0]}/p2p/{endpoint.peer}"
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what the network will do by itself; the run's guard bounds it."""
+    while not condition():
+        await trio.sleep(0.01)
+
+
+async def gossip_line(topic: str, *endpoints: Endpoint) -> None:
+    """Connect a - b - c - ... and wait until each forwards `topic` to its neighbours in the line."""
+    for near, far in pairwise(endpoints):
+        await near.connect(full_addr(far))
+    for near, far in pairwise(endpoints):
+        await until(lambda n=near, f=far: f.peer in n.neighbours(topic) and n.peer in f.neighbours(topic))
+
+
+@asynccontextmanager
+async def serving(endpoint: Endpoint, protocol: str) -> AsyncIterator[trio.MemoryReceiveChannel[Any]]:
+    """Streams of `protocol` come out of a channel, and stay open until the block is left."""
+    send, receive = trio.open_memory_channel[Any](100)
+    done = trio.Event()
+
+    async def keep(stream: Any) -> None:
+        await send.send(stream)
+        await done.wait()
+
+    endpoint.handle(protocol, keep)
+    try:
+        yield receive
+    finally:
+        done.set()
+
+
+async def receive_exactly(stream: Any, size: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < size:
+        part = await stream.receive(size - len(parts))
+        if not part:
+            raise EOFError(f"{len(parts)} of {size} bytes")
+        parts += part
+    return bytes(parts)
+
+
+async def echo(stream: Any) -> None:
+    while data := await stream.receive(1 << 20):
+        await stream.send(data)
+    await stream.finish()
+
+
+def absent_peer() -> PeerId:
+    from nacl.signing import SigningKey
+
+    from protocol.ids import peer_id_of
+
+    return peer_id_of(SigningKey(seed_of("nobody")).verify_key.encode())

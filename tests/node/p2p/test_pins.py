@@ -1,0 +1,86 @@
+"""What node/p2p relies on in py-libp2p beyond its documented interface.
+
+A new version that changes one of these must fail here, by name, before it fails somewhere else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+import trio
+from libp2p.host.basic_host import BasicHost
+from libp2p.network.auto_connector import AutoConnector
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.stream.net_stream import NetStream
+from libp2p.network.swarm import Swarm
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.transport.tcp.tcp import TCP
+from libp2p.transport.upgrader import TransportUpgrader
+
+from node.p2p.host import _Muxers, _NoAutoConnector
+from node.p2p.mesh import MeshConfig, open_mesh
+from node.p2p.yamux import Yamux
+from tests.conformance.adapters import full_addr, seed_of
+
+
+def test_the_version_is_the_one_that_was_measured():
+    assert version("libp2p") == "0.8.1"
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (TCP, "_dial_resolved"),
+        (TCP, "create_listener"),
+        (MuxerMultistream, "new_conn"),
+        (AutoConnector, "maybe_connect"),
+        (Swarm, "dial_addr"),
+        (Swarm, "get_connections"),
+        (SwarmConn, "close"),
+        (NetStream, "remove"),
+        (Pubsub, "push_msg"),
+        (BasicHost, "new_stream"),
+    ],
+)
+def test_what_is_overridden_or_called_exists(owner, method):
+    assert inspect.isfunction(getattr(owner, method))
+
+
+@pytest.mark.parametrize(
+    ("function", "uses"),
+    [
+        (TransportUpgrader.upgrade_connection, "self.muxer_multistream.new_conn("),
+        (TransportUpgrader.__init__, "self.muxer_multistream ="),
+        (MuxerMultistream.__init__, "self._selector ="),
+        (MuxerMultistream.new_conn, "self._selector.select("),
+        (Swarm.__init__, "self.upgrader = upgrader"),
+        (Swarm.set_stream_handler, "self.common_stream_handler = stream_handler"),
+        (SwarmConn._handle_muxed_stream, "self.swarm.common_stream_handler("),
+        (Swarm.run, "self.auto_connector.run_background_task("),
+        (Pubsub.continuously_read_stream, "self.manager.run_task(self.push_msg, peer_id, msg)"),
+        (Pubsub.push_msg, "self.validate_msg(msg_forwarder, msg)"),
+        (GossipSub.__init__, "self.mesh = {}"),
+        (BasicHost._schedule_identify, "self._identify_tasks.add("),
+        (TCP.dial, "self._dial_resolved("),
+    ],
+)
+def test_the_library_still_goes_through_what_is_replaced(function, uses):
+    assert uses in inspect.getsource(function)
+
+
+def test_the_replacements_are_in_place():
+    async def main():
+        async with open_mesh(MeshConfig(seed_of("a"))) as a, open_mesh(MeshConfig(seed_of("b"))) as b:
+            await a.connect(full_addr(b))
+            swarm = a._host.swarm
+            assert isinstance(swarm.upgrader.muxer_multistream, _Muxers)
+            assert isinstance(swarm.auto_connector, _NoAutoConnector)
+            (conn,) = [conn for conns in swarm.connections.values() for conn in conns]
+            assert isinstance(conn.muxed_conn, Yamux)
+            assert str(list(swarm.upgrader.security_multistream.transports)) == "['/noise']"
+
+    trio.run(main)

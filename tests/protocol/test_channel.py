@@ -1,0 +1,107 @@
+"""A channel over a scripted stream: chunks become messages, ends become None or TransportError. No event loop needed:
+the scripted stream never waits, so each coroutine runs to its end at once."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import pytest
+
+from protocol import limits
+from protocol.channel import Channel
+from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
+from protocol.framing import encode_frame
+from protocol.messages import CONTROL, FRAME_BYTES_MAX, SESSION, SHARD, Ping, Pong, ShardPiece, Step
+from protocol.tensors import TensorHeader
+from tests.helpers.protocol_samples import SAMPLES, WORKER, body_of
+from tests.helpers.protocol_samples import SESSION as SESSION_ID
+
+T = TypeVar("T")
+PING, PONG = Ping(bytes(8)), Pong(bytes(8))
+
+
+class Script:
+    """A Stream that gives what it was told to give and keeps what it was sent."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        self.chunks = list(chunks)
+        self.sent: list[bytes] = []
+        self.largest_asked = 0
+        self.remote = WORKER.peer
+
+    async def send(self, data: bytes) -> None:
+        self.sent.append(data)
+
+    async def receive(self, max_bytes: int) -> bytes:
+        self.largest_asked = max(self.largest_asked, max_bytes)
+        if not self.chunks:
+            return b""
+        chunk = self.chunks.pop(0)
+        if len(chunk) > max_bytes:
+            self.chunks.insert(0, chunk[max_bytes:])
+        return chunk[:max_bytes]
+
+    async def finish(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+def done(work: Coroutine[Any, Any, T]) -> T:
+    try:
+        work.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("it waited")
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_messages_come_in_order_then_the_end(size: int) -> None:
+    data = b"".join(encode_frame(sample, body_of(sample)) for sample in SAMPLES)
+    channel = Channel(Script(*(data[at : at + size] for at in range(0, len(data), size))), SESSION)
+    assert [done(channel.receive()) for _ in SAMPLES] == [(sample, body_of(sample)) for sample in SAMPLES]
+    assert done(channel.receive()) is None
+    assert channel.received_bytes == len(data)
+
+
+def test_a_frame_is_one_write() -> None:
+    script = Script()
+    channel = Channel(script, CONTROL)
+    done(channel.send(PING))
+    assert script.sent == [encode_frame(PING)]
+    assert channel.sent_bytes == len(script.sent[0])
+
+
+@pytest.mark.parametrize("end", range(1, len(encode_frame(PING))))
+def test_an_end_inside_a_frame_is_the_networks_fault(end: int) -> None:
+    with pytest.raises(TransportError, match="inside a frame"):
+        done(Channel(Script(encode_frame(PING)[:end]), CONTROL).receive())
+
+
+def test_a_call_gives_the_answer() -> None:
+    assert done(Channel(Script(encode_frame(PONG)), CONTROL).call(PING)) == PONG
+    with pytest.raises(TransportError, match="instead of answering"):
+        done(Channel(Script(), CONTROL).call(PING))
+    with pytest.raises(RemoteProtocolError, match="with a body"):
+        done(Channel(Script(encode_frame(ShardPiece(0), b"x")), SHARD).call(PING))
+
+
+def test_reads_are_bounded_by_a_transport_chunk() -> None:
+    step = Step(SESSION_ID, 0, 0, 0, 0, 1, "span", 0, "", TensorHeader("int8", (1024, 8192)))
+    script = Script(encode_frame(step, bytes(8 * limits.MIB)))
+    channel = Channel(script, SESSION)
+    received = done(channel.receive())
+    assert received is not None
+    assert received[0] == step
+    assert script.largest_asked == limits.STREAM_CHUNK_BYTES
+
+
+def test_what_the_peer_would_refuse_is_not_sent() -> None:
+    script = Script()
+    tensor = TensorHeader("int8", (1024, 2048))
+    assert tensor.nbytes > FRAME_BYTES_MAX[CONTROL]
+    step = Step(SESSION_ID, 0, 0, 0, 0, 1, "span", 0, "", tensor)
+    with pytest.raises(LocalProtocolError, match="smaller frames"):
+        done(Channel(script, CONTROL).send(step, bytes(tensor.nbytes)))
+    assert script.sent == []

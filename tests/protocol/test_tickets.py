@@ -1,0 +1,165 @@
+"""Tickets: each reason to refuse one, and a memory of nonces that is bounded whatever the order of expiry."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocol import limits
+from protocol.codec import encode
+from protocol.errors import RemoteProtocolError
+from protocol.ids import PeerId
+from protocol.sealedbox import seal
+from protocol.signed import Signed
+from protocol.tickets import Ticket, TicketGate, issue_ticket
+from tests.helpers.protocol_samples import ADVERT, CLIENT, NEXT, NOW_MS, OTHER, TICKET, WORKER
+
+LIFE_MS = int((limits.TICKET_LIFE_MAX_S + limits.CLOCK_SKEW_MAX_S) * 1000)
+ONE_TIME = bytes(32)
+
+
+def numbered(number: int, expires_ms: int) -> bytes:
+    return issue_ticket(replace(TICKET, nonce=number.to_bytes(16, "big"), expires_ms=expires_ms), CLIENT)
+
+
+def test_a_good_ticket_is_admitted_once() -> None:
+    gate, box = TicketGate(WORKER), issue_ticket(TICKET, CLIENT)
+    assert gate.admit(box, CLIENT.peer, NOW_MS) == TICKET
+    with pytest.raises(RemoteProtocolError, match="used before"):
+        gate.admit(box, CLIENT.peer, NOW_MS)
+
+
+def test_the_same_ticket_gives_the_same_box_and_another_another() -> None:
+    box = issue_ticket(TICKET, CLIENT)
+    assert issue_ticket(TICKET, CLIENT) == box
+    other = issue_ticket(replace(TICKET, nonce=bytes(16)), CLIENT)
+    assert other[:32] != box[:32]  # another one-time key, not only other data under the same
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"client": OTHER.peer}, "another than its client"),
+        ({"predecessor": OTHER.peer}, "than its predecessor"),
+        ({"expires_ms": NOW_MS}, "expired"),
+        ({"expires_ms": NOW_MS - 1}, "expired"),
+        ({"expires_ms": NOW_MS + LIFE_MS + 1}, "lives too long"),
+    ],
+)
+def test_a_ticket_that_does_not_hold_is_refused(change: dict[str, object], why: str) -> None:
+    gate = TicketGate(WORKER)
+    with pytest.raises(RemoteProtocolError, match=why):
+        gate.admit(issue_ticket(replace(TICKET, **change), CLIENT), CLIENT.peer, NOW_MS)
+    assert not gate.seen
+
+
+def test_a_ticket_for_another_worker_is_refused() -> None:
+    with pytest.raises(RemoteProtocolError, match="not for this peer"):
+        TicketGate(NEXT).admit(issue_ticket(TICKET, CLIENT), CLIENT.peer, NOW_MS)
+    resealed = seal(
+        encode(CLIENT.sign("ticket/1", encode(TICKET))), NEXT.peer, ONE_TIME
+    )  # what WORKER could do with it
+    with pytest.raises(RemoteProtocolError, match="for another worker"):
+        TicketGate(NEXT).admit(resealed, CLIENT.peer, NOW_MS)
+
+
+def test_a_ticket_brought_by_another_than_the_predecessor_is_refused_and_stays_good() -> None:
+    gate, box = TicketGate(WORKER), issue_ticket(TICKET, CLIENT)
+    with pytest.raises(RemoteProtocolError, match="than its predecessor"):
+        gate.admit(box, OTHER.peer, NOW_MS)
+    gate.admit(box, CLIENT.peer, NOW_MS)
+
+
+def test_forged_and_malformed_boxes_are_refused() -> None:
+    payload = encode(TICKET)
+    signed = CLIENT.sign("ticket/1", payload)
+    contents = [
+        encode(Signed(signed.public_key, payload, bytes(64))),
+        encode(OTHER.sign("ticket/1", payload)),
+        encode(CLIENT.sign("advert/1", payload)),
+        encode(CLIENT.sign("ticket/1", encode(ADVERT))),
+        payload,
+        b"",
+    ]
+    for content in contents:
+        with pytest.raises(RemoteProtocolError):
+            TicketGate(WORKER).admit(seal(content, WORKER.peer, ONE_TIME), CLIENT.peer, NOW_MS)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.binary(max_size=120))
+def test_any_bytes_are_refused(box: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        TicketGate(WORKER).admit(box, CLIENT.peer, NOW_MS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"end": 0},
+        {"returns": "float64"},
+        {"nonce": bytes(15)},
+        {"kv_tokens": 0},
+        {"successor": PeerId("somebody")},
+        {"predecessor": PeerId("")},
+        {"client": PeerId("0" * 52)},
+    ],
+)
+def test_a_ticket_that_contradicts_itself_cannot_exist(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError):
+        replace(TICKET, **change)
+
+
+def test_the_largest_ticket_fits_into_its_field() -> None:
+    largest = replace(
+        TICKET,
+        epoch=1 << 31,
+        successor_addrs=("/dns4/" + "a" * (limits.ADDR_CHARS_MAX - 6),) * limits.ADDRS_MAX,
+        end=limits.BLOCKS_MAX,
+        kv_tokens=limits.CONTEXT_TOKENS_MAX,
+    )
+    assert len(issue_ticket(largest, CLIENT)) <= limits.TICKET_BYTES_MAX
+
+
+def test_nonces_are_forgotten_when_they_expire_in_any_order() -> None:
+    """A long-lived ticket that came first must not keep all that came after it in memory."""
+    gate, order = TicketGate(WORKER), random.Random(7)
+    gate.admit(numbered(0, NOW_MS + 3_000_000), CLIENT.peer, NOW_MS)
+    lives = list(range(1, 65))
+    order.shuffle(lives)
+    for life in lives:
+        gate.admit(numbered(life, NOW_MS + life), CLIENT.peer, NOW_MS)
+    for now in (10, 33, 64):
+        gate.admit(numbered(100 + now, NOW_MS + 1_000_000), CLIENT.peer, NOW_MS + now)
+        alive = {0, *(life for life in lives if life > now), *(100 + then for then in (10, 33, 64) if then <= now)}
+        assert gate.seen == {number.to_bytes(16, "big") for number in alive}
+        assert len(gate._expiries) == len(gate.seen)
+
+
+def test_a_nonce_is_remembered_for_as_long_as_its_ticket_lives() -> None:
+    gate, box = TicketGate(WORKER), numbered(1, NOW_MS + 1000)
+    gate.admit(box, CLIENT.peer, NOW_MS)
+    with pytest.raises(RemoteProtocolError, match="used before"):
+        gate.admit(box, CLIENT.peer, NOW_MS + 999)
+    with pytest.raises(RemoteProtocolError, match="expired"):
+        gate.admit(box, CLIENT.peer, NOW_MS + 1000)
+
+
+def test_the_memory_of_nonces_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "TICKETS_SEEN_MAX", 8)
+    gate = TicketGate(WORKER)
+    for number in range(8):
+        gate.admit(numbered(number, NOW_MS + 1000 + number), CLIENT.peer, NOW_MS)
+    with pytest.raises(RemoteProtocolError, match="more tickets"):
+        gate.admit(numbered(8, NOW_MS + 5000), CLIENT.peer, NOW_MS)
+    assert len(gate.seen) == 8
+    gate.admit(numbered(8, NOW_MS + 5000), CLIENT.peer, NOW_MS + 1000)  # one has expired
+    assert len(gate.seen) == 8
+
+
+def test_a_ticket_is_a_record_like_any_other() -> None:
+    assert Ticket.TAG == 0  # it has no tag: it never travels outside a box
