@@ -1,0 +1,1 @@
+"""What a sealed model gives away, measured."""

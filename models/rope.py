@@ -1,0 +1,108 @@
+"""Rotary position embedding: frequencies of each variant, and the table of cosines and sines.
+
+Convention: dimension i turns together with i + hd/2, as in Hugging Face's layout. Everything is computed in float32,
+the formulas of transformers (`modeling_rope_utils.py`) operation by operation, whatever precision the block runs in:
+the table is a constant of the model, so a float64 run is a reference for the arithmetic and not another model.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from models.config import BlockConfig, RopeConfig
+from models.errors import UnsupportedModel
+
+_FIRST_ROWS = 256
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
+    """([hd/2] radians per token, the factor on cosines and sines). Raises UnsupportedModel on an unknown kind."""
+    plain = 1.0 / (rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    match rope.kind:
+        # transformers raises the base of "dynamic" only for sequences longer than max_position_embeddings. A context
+        # never exceeds that here (Block refuses it), so the variant equals the default one and `factor` is not used.
+        case "default" | "dynamic":
+            return plain, 1.0
+        case "linear":
+            return plain / rope.factor, 1.0
+        case "llama3":
+            return _llama3(rope, plain), 1.0
+        case "yarn":
+            return _yarn(rope, head_dim), _yarn_attention_factor(rope)
+        case _:
+            raise UnsupportedModel(f"rope kind {rope.kind} is not supported")
+
+
+def _llama3(rope: RopeConfig, plain: Tensor) -> Tensor:
+    """Long wavelengths are divided by the factor, short ones kept, those between interpolated."""
+    original, low, high = rope.original_max_position, rope.low_freq_factor, rope.high_freq_factor
+    wavelength = 2 * math.pi / plain
+    scaled = torch.where(wavelength > original / low, plain / rope.factor, plain)
+    smooth = (original / wavelength - low) / (high - low)
+    between = ~(wavelength < original / high) & ~(wavelength > original / low)
+    return torch.where(between, (1 - smooth) * scaled / rope.factor + smooth * scaled, scaled)
+
+
+def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
+    """YaRN (arXiv 2309.00071): a linear ramp from extrapolated to interpolated frequencies."""
+
+    def correction_dim(rotations: float) -> float:
+        ratio = rope.original_max_position / (rotations * 2 * math.pi)
+        return (head_dim * math.log(ratio)) / (2 * math.log(rope.theta))
+
+    low, high = correction_dim(rope.beta_fast), correction_dim(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    keep = 1 - torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)
+    wavelengths = rope.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    return (1.0 / (rope.factor * wavelengths)) * (1 - keep) + (1.0 / wavelengths) * keep
+
+
+def _yarn_attention_factor(rope: RopeConfig) -> float:
+    def mscale(weight: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+
+    if rope.attention_factor:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return mscale(rope.mscale) / mscale(rope.mscale_all_dim)
+    return mscale(1.0)
+
+
+class Rotary:
+    """Rows of cosines and sines, one per position, grown on demand up to the context length.
+
+    Blocks of equal `rope`, `head_dim`, dtype and device may share one. Not thread-safe.
+    """
+
+    __slots__ = ("_attention_factor", "_cos", "_frequencies", "_sin", "device", "dtype", "max_position")
+
+    def __init__(self, config: BlockConfig, dtype: torch.dtype, device: torch.device) -> None:
+        frequencies, self._attention_factor = inverse_frequencies(config.rope, config.head_dim)
+        self._frequencies = frequencies.to(device)
+        self.dtype, self.device, self.max_position = dtype, device, config.max_position
+        self._cos, self._sin = self._rows(0)
+
+    def at(self, position: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [count, hd/2] of positions [position, position + count), all below max_position."""
+        end = position + count
+        if end > len(self._cos):
+            self._cos, self._sin = self._rows(min(self.max_position, max(end, 2 * len(self._cos), _FIRST_ROWS)))
+        return self._cos[position:end], self._sin[position:end]
+
+    def _rows(self, count: int) -> tuple[Tensor, Tensor]:
+        angles = torch.arange(count, dtype=torch.float32, device=self.device)[:, None] * self._frequencies
+        cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
+        return cos.to(self.dtype), sin.to(self.dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn heads [H, T, hd] by the rows of cos and sin [T, hd/2]."""
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

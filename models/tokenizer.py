@@ -1,0 +1,111 @@
+"""Text to token ids and back: a thin wrapper over a checkpoint's tokenizer.json, and its streaming inverse.
+
+Invariant of streaming: what was given out never changes, is valid Unicode, and all of it together is the text that
+decoding everything at once gives. Chat templates are not applied here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from models.errors import CheckpointError
+
+_REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) a character
+
+
+class Tokenizer:
+    """A tokenizer.json, ready to use. Special tokens are added as the file says and are skipped in decoded text."""
+
+    __slots__ = ("_inner", "special_ids")
+
+    def __init__(self, inner: tokenizers.Tokenizer) -> None:
+        self._inner = inner
+        self.special_ids = frozenset(
+            token for token, added in inner.get_added_tokens_decoder().items() if added.special
+        )
+
+    @classmethod
+    def open(cls, file: Path) -> Tokenizer:
+        """Read `file`. Raises CheckpointError when it cannot be read."""
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error})") from error
+        try:
+            return cls(tokenizers.Tokenizer.from_str(text))
+        except Exception as error:
+            if type(error) is not Exception:  # the library raises the bare class, and nothing narrower can be named
+                raise
+            raise CheckpointError(f"{file}: not a tokenizer.json ({error}); download it again") from error
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the file knows, added ones included; the model's vocabulary may be padded to more."""
+        return int(self._inner.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, with what the file's post-processor adds (a beginning-of-text token, often).
+
+        Raises UnicodeEncodeError, a ValueError, on a text with lone surrogates (a command line that was not UTF-8).
+        """
+        text.encode()
+        return list(self._inner.encode(text).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens and ids that the file does not know give nothing."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self) -> Detokenizer:
+        """A fresh incremental decoder."""
+        return Detokenizer(self)
+
+
+class Detokenizer:
+    """Decodes one stream of ids. `push` each, then `finish`.
+
+    The text that a token adds depends on those before it: bytes of one character may be spread over tokens, and
+    SentencePiece drops a leading space at the start only. So a window is decoded, from a token whose text is already
+    out, and only what follows that text is new. A trailing U+FFFD may still become a character and is held back.
+
+    One exception to the invariant: a byte-fallback decoder (Llama 2, Mistral) turns a whole run of byte tokens into
+    U+FFFD when one of them is malformed, also those that were good and are out already; here they stay good.
+    """
+
+    __slots__ = ("_out", "_start", "_tokenizer", "_window")
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._start = 0  # the tokens of the window before this are out completely
+        self._out = 0  # characters of the window's text that are out
+
+    def push(self, token: int) -> str:
+        """The new text, maybe none, that is certain now that `token` has come."""
+        if token in self._tokenizer.special_ids:
+            return ""
+        self._window.append(token)
+        text = self._tokenizer.decode(self._window)
+        certain = text.rstrip(_REPLACEMENT)
+        new = certain[self._out :]
+        self._out = max(self._out, len(certain))
+        if len(certain) == len(text) and new:
+            self._advance()
+        return new
+
+    def finish(self) -> str:
+        """What was held back: U+FFFD for bytes that never became a character. The stream is fresh again afterwards."""
+        rest = self._tokenizer.decode(self._window)[self._out :]
+        self._window, self._start, self._out = [], 0, 0
+        return rest
+
+    def _advance(self) -> None:
+        """Shorten the window to the tokens that came since the last time; their text is out."""
+        recent = self._window[self._start :]
+        text = self._tokenizer.decode(recent)
+        if text:
+            # a window that decodes to nothing would make the next token look like the first of all
+            self._window, self._out = recent, len(text)
+        self._start = len(self._window)
