@@ -24,7 +24,7 @@ _GREEDY = SamplingParams()
 class LocalModel:
     """All of a checkpoint in memory, cast to `dtype`."""
 
-    __slots__ = ("_blocks", "_embedding", "_final_norm", "_head", "config", "dtype")
+    __slots__ = ("_embedding", "_final_norm", "_head", "blocks", "config", "dtype")
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
         ends, config = checkpoint.ends(), checkpoint.config
@@ -33,7 +33,7 @@ class LocalModel:
         self._final_norm = ends.final_norm.to(dtype)
         self._head = self._embedding if ends.head is ends.embedding else ends.head.to(dtype)
         rotary = Rotary(config.blocks[0], dtype, torch.device("cpu"))
-        self._blocks = [
+        self.blocks = [
             Block(block, checkpoint.block(index), dtype=dtype, rotary=rotary)
             for index, block in enumerate(config.blocks)
         ]
@@ -51,7 +51,7 @@ class LocalModel:
 
     def run_blocks(self, x: Tensor, caches: Sequence[KvCache], position: int) -> Tensor:
         """x [T, d] of tokens from `position` on through all blocks: [T, d]."""
-        for block, cache in zip(self._blocks, caches, strict=True):
+        for block, cache in zip(self.blocks, caches, strict=True):
             x = block.forward(x, cache, position)
         return x
 

@@ -1,0 +1,233 @@
+"""The client's tasks: one session stream to each worker, shared by all sessions, with a reader and a writer.
+
+Invariant: whatever happens to a stream (end, reset, violation) ends every session on it with an error that names the
+worker, and the next session opens a new stream. A caller that is cancelled leaves no task, no stream in mid-frame and
+no session open: frames are written by the writer task alone, and cleanup is shielded for CLOSE_S at most.
+
+The only nurseries of the room. Placement, routing and retrying are decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+import trio
+
+from client.errors import HopLost, HopViolation, blame
+from client.ports import ClientPorts
+from client.routing import Hop, Route
+from client.session import CLOSE_S, RouteSession, SessionHost, SessionTerms
+from protocol import limits
+from protocol.channel import Channel
+from protocol.errors import LocalProtocolError, RemoteProtocolError, SottoError, TransportError
+from protocol.ids import ID_BYTES, PeerId, SessionId
+from protocol.messages import SESSION, Message
+from protocol.tickets import Ticket, issue_ticket
+
+DIAL_S = 10.0
+OUTBOX_FRAMES = 4
+TICKET_LIFE_MS = 120_000  # used within seconds; clocks may differ by limits.CLOCK_SKEW_MAX_S
+
+
+class TaskStatus(Protocol):
+    """trio's own, as far as it is used here."""
+
+    def started(self) -> None: ...
+
+
+async def run_all(*calls: Callable[[], Awaitable[None]]) -> None:
+    """Run `calls` at once. The first of our errors cancels the others and is raised as it is, not in a group."""
+    failures: list[SottoError] = []
+
+    async def run(call: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await call()
+        except SottoError as error:
+            failures.append(error)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for call in calls:
+            nursery.start_soon(run, call)
+    if failures:
+        raise failures[0]
+
+
+class _Link:
+    """The session stream to one worker."""
+
+    def __init__(self, hop: Hop, channel: Channel) -> None:
+        self.peer = hop.peer
+        self.sessions: dict[SessionId, RouteSession] = {}
+        self.lost: SottoError | None = None
+        self._channel = channel
+        self._outbox, self._frames = trio.open_memory_channel[tuple[Message, bytes]](OUTBOX_FRAMES)
+
+    async def send(self, message: Message, body: bytes = b"") -> None:
+        """Hand a frame to the writer; raises the error that lost the link. Cancelled: the frame is not sent."""
+        if self.lost is not None:
+            raise self.lost.with_traceback(None)
+        try:
+            await self._outbox.send((message, body))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise (self.lost or HopLost(self.peer, "was lost")).with_traceback(None) from None
+
+    async def write(self) -> None:
+        """Send frames until the stream fails. Raises TransportError."""
+        async for message, body in self._frames:
+            await self._channel.send(message, body)
+
+    async def read(self, dropped: Callable[[PeerId], None]) -> None:
+        """Give messages to their sessions until the stream ends. Raises TransportError, RemoteProtocolError."""
+        while (frame := await self._channel.receive()) is not None:
+            message, body = frame
+            session = self.sessions.get(_session_of(message))
+            if session is not None:
+                session.take(self.peer, message, body)
+            else:  # of a session that was closed here while this was on its way
+                dropped(self.peer)
+        raise TransportError("it closed the stream")
+
+    async def close(self, error: SottoError) -> None:
+        """End the stream and every session on it."""
+        self.lost = error
+        self._outbox.close()
+        self._frames.close()
+        for session in self.sessions.values():
+            session.fail(error)
+        self.sessions.clear()
+        with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
+            await self._channel.aclose()
+
+
+class Driver:
+    """Opens sessions over routes. `run` must be running meanwhile."""
+
+    def __init__(self, ports: ClientPorts) -> None:
+        self._ports = ports
+        self._links: dict[PeerId, _Link] = {}
+        self._dialling: dict[PeerId, trio.Lock] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
+        """Carry messages until cancelled; then every stream is closed and every session ends."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    @asynccontextmanager
+    async def session(self, route: Route, terms: SessionTerms) -> AsyncIterator[RouteSession]:
+        """`open_session`, closed on the way out however that is."""
+        session = await self.open_session(route, terms)
+        try:
+            yield session
+        finally:
+            await session.aclose()
+
+    async def open_session(self, route: Route, terms: SessionTerms) -> RouteSession:
+        """Open a session on every hop of `route`: attached, tickets sent, KV reserved everywhere.
+
+        Raises HopLost (a worker cannot be reached, or does not answer), HopRefused (it declined) or HopViolation, all
+        naming the worker; nothing stays open then. Close it with its `aclose`.
+        """
+        links: dict[PeerId, _Link] = {}
+
+        async def dial(hop: Hop) -> None:
+            links[hop.peer] = await self._link(hop)
+
+        await run_all(*(_bound(dial, hop) for hop in route.hops))
+        ordered = [links[hop.peer] for hop in route.hops]
+        identifier = SessionId(self._ports.entropy(ID_BYTES))
+        session = RouteSession(identifier, route, terms, ordered, SessionHost(self._ports.observer, self._detach))
+        for link in ordered:
+            if link.lost is not None:
+                session.fail(link.lost)
+            link.sessions[identifier] = session
+        try:
+            await session.open(self._tickets(identifier, route, terms))
+        except BaseException:
+            await session.aclose()
+            raise
+        return session
+
+    def _detach(self, session: RouteSession) -> None:
+        for hop in session.route.hops:
+            link = self._links.get(hop.peer)
+            if link is not None:
+                link.sessions.pop(session.id, None)
+
+    async def _link(self, hop: Hop) -> _Link:
+        """The stream to `hop`, opened if there is none. Raises HopLost."""
+        async with self._dialling.setdefault(hop.peer, trio.Lock()):
+            link = self._links.get(hop.peer)
+            if link is not None:
+                return link
+            stream = None
+            with trio.move_on_after(DIAL_S):
+                try:
+                    stream = await self._ports.transport.open(hop.peer, hop.addrs, SESSION)
+                except TransportError as error:
+                    raise blame(hop.peer, error, "cannot be reached") from error
+            if stream is None:
+                raise HopLost(hop.peer, f"could not be reached within {DIAL_S:g} s")
+            if self._nursery is None:
+                await stream.aclose()
+                raise LocalProtocolError("the driver is not running")
+            link = _Link(hop, Channel(stream, SESSION))
+            self._links[hop.peer] = link
+            self._nursery.start_soon(self._carry, link)
+            return link
+
+    async def _carry(self, link: _Link) -> None:
+        """Read and write a link until it ends, whichever side ends it."""
+        error: SottoError = TransportError("the client is stopping")
+        try:
+            await run_all(link.write, _bound(link.read, self._ports.observer.output_dropped))
+        except (TransportError, RemoteProtocolError) as failure:
+            error = blame(link.peer, failure, "was lost in mid-generation")
+            if isinstance(error, HopViolation):
+                self._ports.observer.violation(link.peer)
+            else:
+                self._ports.observer.hop_lost(link.peer)
+        finally:
+            if self._links.get(link.peer) is link:
+                del self._links[link.peer]
+            await link.close(error)
+
+    def _tickets(self, session: SessionId, route: Route, terms: SessionTerms) -> tuple[bytes, ...]:
+        """One for each hop, sealed to it, naming its neighbours."""
+        client, ports = self._ports.identity.peer, self._ports
+        expires_ms = int(ports.clock.time() * 1000) + TICKET_LIFE_MS
+        before = [client, *(hop.peer for hop in route.hops)]
+        after = [*route.hops[1:], None]
+        boxes = []
+        for predecessor, hop, successor in zip(before, route.hops, after, strict=False):
+            ticket = Ticket(
+                session=session, epoch=0, nonce=ports.entropy(ID_BYTES), expires_ms=expires_ms,
+                client=client, worker=hop.peer, predecessor=predecessor,
+                successor=successor.peer if successor else PeerId(""),
+                successor_addrs=successor.addrs[: limits.ADDRS_MAX] if successor else (),
+                deployment=route.deployment, start=hop.start, end=hop.end, kv_tokens=terms.kv_tokens,
+                returns=terms.returns if successor else "none",
+            )  # fmt: skip
+            boxes.append(issue_ticket(ticket, ports.identity))
+        return tuple(boxes)
+
+
+def _session_of(message: Message) -> SessionId:
+    """The session that a message belongs to; an id that no session has when it belongs to none."""
+    session: SessionId = getattr(message, "session", SessionId(b""))
+    return session
+
+
+def _bound(call: Callable[..., Awaitable[None]], argument: object) -> Callable[[], Awaitable[None]]:
+    async def bound() -> None:
+        await call(argument)
+
+    return bound

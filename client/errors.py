@@ -1,0 +1,52 @@
+"""Failures of one hop: the protocol's errors, with the worker that they concern.
+
+Each is a member of the one tree (protocol.errors), so callers decide by class, and `peer` says whom to avoid next time.
+Every message names the worker by its short id. Nothing here sends or retries.
+"""
+
+from __future__ import annotations
+
+from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable, SottoError, TransportError
+from protocol.ids import PeerId
+
+
+def short(peer: PeerId) -> str:
+    """A peer id as people read it. All ids begin with the same eight characters, so the end tells them apart."""
+    return f"{peer[:4]}…{peer[-6:]}"
+
+
+class HopLost(RouteUnavailable):
+    """A worker that the route needs is gone, or silent for too long."""
+
+    def __init__(self, peer: PeerId, what: str) -> None:
+        super().__init__(f"worker {short(peer)} {what}; run again: the other workers will be asked")
+        self.peer = peer
+
+
+class HopViolation(RemoteProtocolError):
+    """A worker sent what the protocol forbids."""
+
+    def __init__(self, peer: PeerId, what: str) -> None:
+        super().__init__(f"worker {short(peer)} broke the protocol: {what}")
+        self.peer = peer
+
+
+class HopRefused(Refused):
+    """A worker declined. `reason` is one of messages.RefusalReason's values."""
+
+    def __init__(self, peer: PeerId, reason: str, detail: str = "") -> None:
+        super().__init__(reason, f"worker {short(peer)} says: {detail}" if detail else f"worker {short(peer)}")
+        self.peer = peer
+
+
+def blame(peer: PeerId, error: SottoError, lost: str = "was lost") -> SottoError:
+    """`error`, which came up while talking to `peer`, as an error that names it. Others pass unchanged."""
+    match error:
+        case HopLost() | HopViolation() | HopRefused():
+            return error
+        case RemoteProtocolError():
+            return HopViolation(peer, str(error))
+        case TransportError():
+            return HopLost(peer, f"{lost} ({error})")
+        case _:
+            return error

@@ -1,0 +1,238 @@
+"""Generation: from prompt ids to a stream of token ids over an open session.
+
+The prompt goes out in chunks, several in flight, so that all hops work at once. Then each answer gives one token, whose
+embedding is the next step, sent before the token is given out. Positions are exact: the token chosen after P tokens is
+sampled for position P and computed at position P, so a run that is cut and resumed is the same run.
+
+Embedding, head and sampling go through `run_sync`, which the composition root points at a thread for a large model.
+No text here (client/text.py), no retrying, and the session stays open: it is the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, TypeVar
+
+import trio
+from torch import Tensor
+
+from client.observer import ClientObserver, NullObserver
+from client.session import STEP_DATA_BYTES_MAX
+from client.tensors import WIRE_DTYPES, to_payload, to_tensor
+from models.sampling import SamplingParams, sample
+from protocol import limits
+from protocol.errors import InputError, SottoError
+from protocol.ports import Clock
+from protocol.tensors import Payload
+
+T = TypeVar("T")
+FinishReason = Literal["stop", "length"]
+
+
+class Ends(Protocol):
+    """What stays with the client: equivariant.ends.ClientEnds."""
+
+    def embed(self, ids: Sequence[int]) -> Tensor: ...  # [T, d]
+    def logits(self, hidden: Tensor) -> Tensor: ...  # [T, d] -> [T, V]
+
+
+class Steps(Protocol):
+    """The part of client.session.RouteSession that a generation uses."""
+
+    async def submit(self, payload: Payload, position: int, tail: int = 1) -> int: ...
+    async def result(self, step: int) -> Payload: ...
+
+
+class RunSync(Protocol):
+    """Runs a function that may take long, without blocking the event loop."""
+
+    async def __call__(self, function: Callable[[], T], /) -> T: ...
+
+
+async def inline(function: Callable[[], T], /) -> T:
+    """RunSync for ends so small (about a million weights) that a thread would cost more than it frees; for tests."""
+    return function()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParams:
+    """What is asked for. A stop id is given out and ends the generation. `wire_dtype` is that of the activations.
+
+    Raises InputError on values that cannot be meant.
+    """
+
+    max_new_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop_ids: frozenset[int] = frozenset()
+    prefill_chunk: int = 256
+    wire_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}")
+        if not 1 <= self.prefill_chunk <= limits.STEP_TOKENS_MAX:
+            raise InputError(f"prefill_chunk must lie in 1..{limits.STEP_TOKENS_MAX}, not {self.prefill_chunk}")
+        if self.wire_dtype not in WIRE_DTYPES:
+            raise InputError(f"wire_dtype must be one of {', '.join(WIRE_DTYPES)}, not {self.wire_dtype!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationHost:
+    """What a generation needs of the world."""
+
+    clock: Clock
+    run_sync: RunSync = inline
+    observer: ClientObserver = field(default_factory=NullObserver)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished generation. `token_times_s[i]` is when token i was there, in seconds from the start of the request."""
+
+    ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    token_times_s: tuple[float, ...]
+
+    @property
+    def time_to_first_token_s(self) -> float:
+        return self.token_times_s[0]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode rate: tokens after the first over the time they took; 0 for a single token."""
+        span = self.token_times_s[-1] - self.token_times_s[0]
+        return (len(self.token_times_s) - 1) / span if span > 0 else 0.0
+
+
+def kv_tokens_for(prompt_tokens: int, max_new_tokens: int, context_tokens: int) -> int:
+    """How many tokens a session must hold: call it before anything is opened or sent.
+
+    Raises InputError when prompt and new tokens do not fit into the model's context, naming both numbers.
+    """
+    if prompt_tokens < 1:
+        raise InputError("the prompt has no tokens; give some text")
+    if prompt_tokens >= context_tokens:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens and the model's context holds {context_tokens}, the answer "
+            "included; shorten the prompt"
+        )
+    if prompt_tokens + max_new_tokens > context_tokens:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens, and {max_new_tokens} more exceed the model's context of "
+            f"{context_tokens}; ask for at most {context_tokens - prompt_tokens}"
+        )
+    return prompt_tokens + max_new_tokens
+
+
+class Generation:
+    """One request. Iterate `tokens` once; `result` is complete when that has ended."""
+
+    def __init__(
+        self, session: Steps, ends: Ends, prompt_ids: Sequence[int], params: GenerationParams, host: GenerationHost
+    ) -> None:
+        if not prompt_ids:
+            raise InputError("the prompt has no tokens; give some text")
+        self._session = session
+        self._ends = ends
+        self._prompt = list(prompt_ids)
+        self._params = params
+        self._host = host
+        self._started_at = host.clock.monotonic()
+        self._stopped = False
+        self.ids: list[int] = []
+        self.token_times_s: list[float] = []
+        self.finish_reason: FinishReason | None = None
+
+    def stop(self) -> None:
+        """The caller has what it wanted (a stop string, say): the stream ends before the next token."""
+        self._stopped = True
+
+    def result(self, text: str = "") -> GenerationResult:
+        """Raises ValueError before the stream has ended."""
+        if self.finish_reason is None:
+            raise ValueError("the generation has not ended")
+        times = tuple(self.token_times_s)
+        return GenerationResult(tuple(self.ids), text, self.finish_reason, len(self._prompt), times)
+
+    async def tokens(self) -> AsyncGenerator[int, None]:
+        """The new token ids, each as soon as it is known. Raises what ends the session (client/session.py)."""
+        observer, self._started_at = self._host.observer, self._host.clock.monotonic()
+        observer.request_started(len(self._prompt))
+        failure = "internal"
+        try:
+            answer = await self._prefill()
+            while True:
+                position = len(self._prompt) + len(self.ids)
+                token, following = await self._host.run_sync(_chooser(self._ends, self._params, answer, position))
+                self._note(token)
+                last = token in self._params.stop_ids or len(self.ids) == self._params.max_new_tokens
+                step = None if last else await self._session.submit(following, position)
+                yield token
+                if step is None or self._stopped:
+                    break
+                answer = await self._session.result(step)
+            stopped = self._stopped or token in self._params.stop_ids
+            self.finish_reason = "stop" if stopped else "length"
+        except SottoError as error:
+            failure = type(error).__name__
+            raise
+        except (trio.Cancelled, GeneratorExit):
+            failure = "cancelled"
+            raise
+        finally:
+            if self.finish_reason is None:
+                observer.request_failed(failure)
+            else:
+                observer.request_finished(self.finish_reason, len(self.ids), self._elapsed_s())
+
+    async def _prefill(self) -> Payload:
+        """The answer for the prompt's last position."""
+        ids, position, steps = self._prompt, 0, list[int]()
+        rows = self._params.prefill_chunk
+        while position < len(ids):
+            chunk = ids[position : position + rows]
+            payload = await self._host.run_sync(_embedder(self._ends, self._params, chunk))
+            if len(payload.data) > STEP_DATA_BYTES_MAX:
+                rows = max(1, STEP_DATA_BYTES_MAX * len(chunk) // len(payload.data))
+                continue
+            steps.append(await self._session.submit(payload, position))
+            position += len(chunk)
+        for step in steps[:-1]:
+            await self._session.result(step)
+        return await self._session.result(steps[-1])
+
+    def _note(self, token: int) -> None:
+        now_s = self._elapsed_s()
+        if self.token_times_s:
+            self._host.observer.next_token(now_s - self.token_times_s[-1])
+        else:
+            self._host.observer.first_token(now_s)
+        self.ids.append(token)
+        self.token_times_s.append(now_s)
+
+    def _elapsed_s(self) -> float:
+        return self._host.clock.monotonic() - self._started_at
+
+
+def generate(
+    session: Steps, ends: Ends, prompt_ids: Sequence[int], params: GenerationParams, host: GenerationHost
+) -> AsyncGenerator[int, None]:
+    """Generation.tokens for callers who want the ids alone."""
+    return Generation(session, ends, prompt_ids, params, host).tokens()
+
+
+def _embedder(ends: Ends, params: GenerationParams, ids: Sequence[int]) -> Callable[[], Payload]:
+    return lambda: to_payload(ends.embed(ids), WIRE_DTYPES[params.wire_dtype])
+
+
+def _chooser(ends: Ends, params: GenerationParams, answer: Payload, position: int) -> Callable[[], tuple[int, Payload]]:
+    """The token for `position` and, in the same visit to the thread, the step that it makes."""
+
+    def choose() -> tuple[int, Payload]:
+        token = sample(ends.logits(to_tensor(answer)[-1:])[0], params.sampling, position)
+        return token, _embedder(ends, params, [token])()
+
+    return choose

@@ -1,0 +1,77 @@
+"""From a checkpoint and a key to what leaves this machine: sealed blocks and the manifest that describes them.
+
+The only place, with driver code in node/, where the client meets key material. One block at a time: memory for two. No
+disk here (node/sealing.py writes) and no network. The plain tier takes the same way with no key, so that both tiers
+have the same shape everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equivariant.ends import ClientEnds
+from equivariant.families import DeploymentSecrets, sealed_config
+from equivariant.keys import RootKey
+from equivariant.seal import seal_block
+from models.checkpoint import Checkpoint
+from models.config import BlockConfig
+from protocol.ids import DeploymentId, ShardDigest
+from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry
+from protocol.tensors import TensorHeader
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class Sealer:
+    """One model under one key and deployment id. `secrets` is None in the plain tier."""
+
+    checkpoint: Checkpoint
+    dtype: str
+    secrets: DeploymentSecrets | None
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, dtype: str, key: RootKey | None, deployment: DeploymentId) -> Sealer:
+        """Derive what all blocks share; seconds for a wide model."""
+        for config in checkpoint.config.blocks[:1] if key is not None else ():
+            sealed_config(config)  # refuses an unsupported family before any work
+        width = checkpoint.config.hidden_size
+        secrets = None if key is None else DeploymentSecrets.derive(key, deployment, width)
+        return cls(checkpoint, dtype, secrets)
+
+    def block(self, index: int) -> tuple[dict[str, Tensor], BlockConfig]:
+        """The tensors of shard `index` and the config that a worker runs them with."""
+        tensors, config = self.checkpoint.block(index), self.checkpoint.config.blocks[index]
+        if self.secrets is not None:
+            return seal_block(tensors, config, self.secrets, index, DTYPES[self.dtype])
+        return {name: tensor.to(DTYPES[self.dtype]).contiguous() for name, tensor in tensors.items()}, config
+
+    def ends(self) -> ClientEnds:
+        """Embedding, final norm and head: what stays here."""
+        rotation = None if self.secrets is None else self.secrets.rotation
+        config = self.checkpoint.config
+        return ClientEnds.open(self.checkpoint.ends(), config.rms_norm_eps, rotation, torch.float32)
+
+
+def block_entry(
+    tensors: Mapping[str, Tensor], config: BlockConfig, digest: ShardDigest, shard_bytes: int
+) -> BlockEntry:
+    """The manifest's line for a shard."""
+    names = {str(dtype): name for name, dtype in DTYPES.items()}
+    return BlockEntry(
+        digest=digest,
+        shard_bytes=shard_bytes,
+        config=tuple(ConfigPair(key, value) for key, value in config.to_pairs()),
+        tensors=tuple(
+            TensorEntry(name, TensorHeader(names[str(tensor.dtype)], tuple(tensor.shape)))
+            for name, tensor in sorted(tensors.items())
+        ),
+    )
+
+
+def manifest_of(deployment: DeploymentId, sealed: bool, dtype: str, entries: Sequence[BlockEntry]) -> Manifest:
+    return Manifest(deployment=deployment, tier="ee" if sealed else "plain", dtype=dtype, blocks=tuple(entries))

@@ -1,0 +1,322 @@
+"""One session over a route, as the client holds it: steps out, answers in, one failure for all who wait.
+
+`RouteSession` starts no task and owns no stream: client/driver.py carries its messages and calls `take` with what
+arrives. Several steps may be in flight; answers are matched by step id, in any order. What a hop sends is believed only
+after it fits: its state table, the step that was asked, shape, dtype, finite numbers. The first failure is final; every
+later call raises it. Retrying on another route is for whoever opens sessions.
+
+One task submits at a time.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import trio
+
+from client.errors import HopLost, HopRefused, HopViolation, short
+from client.observer import ClientObserver
+from client.outputs import HopOutput, OutputSink
+from client.routing import Route
+from client.tensors import WIRE_DTYPES, all_finite
+from protocol import limits
+from protocol.errors import LocalProtocolError, RemoteProtocolError, RouteUnavailable, SottoError
+from protocol.ids import PeerId, SessionId
+from protocol.messages import (
+    Attach,
+    Attached,
+    CloseSession,
+    Message,
+    OpenSession,
+    Operation,
+    RefusalReason,
+    SessionFailed,
+    SessionOpened,
+    Step,
+    StepOutput,
+)
+from protocol.session import Role, SessionMachine, State
+from protocol.tensors import Payload
+
+STEPS_IN_FLIGHT_MAX = 8  # fills the pipeline of a route of eight hops
+# A hop keeps each answer until it is acknowledged, up to 64 MiB, and may compute in twice the wire's width.
+BYTES_IN_FLIGHT_MAX = 24 * limits.MIB
+STEP_DATA_BYTES_MAX = limits.STEP_BYTES_MAX - 4 * limits.KIB  # the rest is the frame's header
+STEPS_REMEMBERED_MAX = 64
+CLOSE_S = 1.0  # for telling the hops that a session is over; the end of our streams tells them as well
+
+
+class HopLink(Protocol):
+    """How messages reach one hop. Raises the error that names the hop once its stream is gone."""
+
+    async def send(self, message: Message, body: bytes = b"") -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SessionHost:
+    """What a session needs of its driver. `detach`: no message of the session is wanted any more."""
+
+    observer: ClientObserver
+    detach: Callable[[RouteSession], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTerms:
+    """What a session is opened with. `returns`: the dtype of what hops before the last return, or "none"; it goes to
+    `sink`. The two timeouts are the longest silence of a route that has something to answer."""
+
+    kv_tokens: int
+    returns: str = "none"
+    sink: OutputSink | None = None
+    open_timeout_s: float = 20.0
+    step_timeout_s: float = 60.0
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A step that was sent, and what may still come of it."""
+
+    position: int
+    rows: int
+    tail: int
+    width: int
+    nbytes: int
+    waiting: set[int]  # hops whose outputs have not come
+    answered: bool = False
+    answer: Payload | None = None  # until it is fetched
+
+
+class RouteSession:
+    """Made by Driver.open_session; `submit` and `result` (or `step`), then `aclose`."""
+
+    def __init__(
+        self, session: SessionId, route: Route, terms: SessionTerms, links: Sequence[HopLink], host: SessionHost
+    ) -> None:
+        self.id = session
+        self.route = route
+        self.terms = terms
+        self._links = links
+        self._observer = host.observer
+        self._detach = host.detach
+        self._machines = [SessionMachine(Role.CLIENT) for _ in route.hops]
+        self._hop_of = {hop.peer: index for index, hop in enumerate(route.hops)}
+        self._asked: OrderedDict[int, _Asked] = OrderedDict()
+        self._next_step = 0
+        self._held = 0  # tokens in the hops' KV once all submitted steps are computed
+        self._heard_at = trio.current_time()
+        self._changed = trio.Event()
+        self._failure: SottoError | None = None
+        self._closed = False
+
+    async def open(self, tickets: tuple[bytes, ...]) -> None:
+        """Attach to every hop, then open the route with `tickets`. Raises the failure of whichever hop objects."""
+        for machine, link in zip(self._machines, self._links, strict=True):
+            machine.sent(Attach)
+            await link.send(Attach(self.id))
+        await self._until_all(State.ATTACHED)
+        for machine in self._machines:
+            machine.sent(OpenSession)
+        await self._links[0].send(OpenSession(self.id, tickets))
+        await self._until_all(State.OPEN)
+
+    async def aclose(self) -> None:
+        """Free the session on all hops. Idempotent; never raises for the network's sake; takes at most CLOSE_S.
+
+        CloseSession goes along the route when all is well; otherwise each hop is told, since what breaks a route also
+        keeps a close from passing it.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._detach(self)
+        whole = self._failure is None and self._all(State.OPEN)
+        told = []
+        for machine, link in zip(self._machines, self._links, strict=True):
+            if machine.state is not State.IDLE:
+                machine.sent(CloseSession)
+                told.append(link)
+        self.fail(LocalProtocolError("the session is closed"))
+        with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
+            for link in told[:1] if whole else told:
+                try:
+                    await link.send(CloseSession(self.id))
+                except SottoError:
+                    continue  # the hop is gone, and the session with it
+
+    async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
+        """Send a step: `payload` [T, d] holds the tokens at [position, position + T). Its id, for `result`.
+
+        `tail` is how many trailing positions the answer has. Waits while too much is in flight. When this raises or is
+        cancelled, the step was not sent.
+        """
+        rows, width = self._check(payload, position, tail)
+        await self._until(lambda: self._has_room(len(payload.data)), self.terms.step_timeout_s, self._silent)
+        step = self._next_step
+        pending = [number for number, asked in self._asked.items() if not asked.answered]
+        if not pending:
+            self._heard_at = trio.current_time()  # a route that had nothing to do may be silent
+        last = len(self._links) - 1
+        expected = {last} if self.terms.returns == "none" else set(range(last + 1))
+        message = Step(
+            session=self.id, epoch=0, step=step, position=position, acked=min(pending, default=step), tail=tail,
+            operation=Operation.SPAN, block=0, matrix="", tensor=payload.header,
+        )  # fmt: skip
+        self._next_step += 1
+        self._asked[step] = _Asked(position, rows, tail, width, len(payload.data), expected)
+        for machine in self._machines:
+            machine.sent(Step)
+        try:
+            await self._links[0].send(message, payload.data)
+        except BaseException:
+            del self._asked[step]
+            raise
+        self._held = position + rows
+        return step
+
+    async def result(self, step: int) -> Payload:
+        """The last hop's answer [tail, d] to a submitted step, once. Raises whatever ended the session.
+
+        Raises RouteUnavailable when the route was silent for `step_timeout_s`, though it had steps to answer.
+        """
+        self._raise_failure()
+        asked = self._asked.get(step)
+        if asked is None or (asked.answered and asked.answer is None):
+            raise LocalProtocolError(f"step {step} was not submitted, or its answer was fetched before")
+        await self._until(lambda: asked.answered, self.terms.step_timeout_s, self._silent)
+        answer, asked.answer = asked.answer, None
+        assert answer is not None
+        self._forget()
+        return answer
+
+    async def step(self, payload: Payload, position: int, tail: int = 1) -> Payload:
+        """`submit` and `result` in one."""
+        return await self.result(await self.submit(payload, position, tail))
+
+    def take(self, peer: PeerId, message: Message, body: bytes) -> None:
+        """The driver's: a message of this session came from `peer`. Raises RemoteProtocolError when it does not fit."""
+        hop = self._hop_of[peer]
+        self._machines[hop].received(type(message))
+        match message:
+            case Attached():
+                self._heard_at = trio.current_time()
+            case SessionOpened():
+                if message.epoch != 0 or message.kv_tokens < self.terms.kv_tokens:
+                    raise RemoteProtocolError("the session was opened on other terms than the ticket's")
+                self._heard_at = trio.current_time()
+            case StepOutput():
+                self._take_output(hop, message, body)
+            case SessionFailed():
+                self.fail(self._failure_of(hop, message))
+            case _:  # no other type passes the table
+                raise RemoteProtocolError(f"{type(message).__name__} came on a session stream")
+        self._wake()
+
+    def fail(self, error: SottoError) -> None:
+        """The driver's: end the session with `error`, unless it has ended."""
+        self._failure = self._failure or error
+        self._wake()
+
+    def _take_output(self, hop: int, message: StepOutput, body: bytes) -> None:
+        if message.epoch != 0 or message.step >= self._next_step:
+            raise RemoteProtocolError(f"an output of step {message.step}, which was not asked for")
+        payload = Payload(message.tensor, body)
+        peer, last = self.route.hops[hop].peer, hop == len(self._links) - 1
+        asked = self._asked.get(message.step)
+        if asked is None or hop not in asked.waiting:
+            self._observer.output_dropped(peer)
+            return
+        _check_output(payload, (asked.tail if last else asked.rows, asked.width), first=hop == 0)
+        asked.waiting.discard(hop)
+        self._heard_at = trio.current_time()  # only what was asked for counts as a sign of life
+        self._observer.step_computed(peer, message.compute_us / 1e6)
+        if last:
+            asked.answered, asked.answer = True, payload
+        elif self.terms.sink is not None:
+            self.terms.sink.take(HopOutput(hop, message.step, asked.position, payload))
+
+    def _failure_of(self, hop: int, message: SessionFailed) -> SottoError:
+        peer = self.route.hops[hop].peer
+        if message.reason != RefusalReason.HOP_LOST:
+            return HopRefused(peer, message.reason, message.detail)
+        if hop + 1 == len(self._links):
+            return HopViolation(peer, "the last hop of a route says that the next one is lost")
+        what = "was lost in mid-generation" if self._next_step else "cannot be reached"
+        return HopLost(self.route.hops[hop + 1].peer, f"{what} (says worker {short(peer)}, the hop before it)")
+
+    def _check(self, payload: Payload, position: int, tail: int) -> tuple[int, int]:
+        """Rows and width of a step that may be sent. Raises LocalProtocolError, or what ended the session."""
+        self._raise_failure()
+        shape = payload.header.shape
+        if len(shape) != 2 or payload.header.dtype not in WIRE_DTYPES:
+            raise LocalProtocolError(f"a step of {payload.header.dtype} {shape}; [positions, width] floats are sent")
+        rows, width = shape
+        if not 1 <= tail <= rows <= limits.STEP_TOKENS_MAX or len(payload.data) > STEP_DATA_BYTES_MAX:
+            raise LocalProtocolError(f"a step of {rows} positions, {len(payload.data)} bytes and tail {tail}")
+        if position > self._held or position + rows > self.terms.kv_tokens:
+            raise LocalProtocolError(
+                f"a step at {position} of {rows} tokens, with {self._held} held in a session of {self.terms.kv_tokens}"
+            )
+        return rows, width
+
+    def _has_room(self, nbytes: int) -> bool:
+        pending = [asked.nbytes for asked in self._asked.values() if not asked.answered]
+        return not pending or (len(pending) < STEPS_IN_FLIGHT_MAX and sum(pending) + nbytes <= BYTES_IN_FLIGHT_MAX)
+
+    def _forget(self) -> None:
+        # Fetched steps stay a while: a hop's returned output may come after the answer, or never.
+        while len(self._asked) > STEPS_REMEMBERED_MAX:
+            oldest = next(iter(self._asked.values()))
+            if not oldest.answered or oldest.answer is not None:
+                break
+            self._asked.popitem(last=False)
+
+    def _all(self, state: State) -> bool:
+        return all(machine.state is state for machine in self._machines)
+
+    async def _until_all(self, state: State) -> None:
+        def unready() -> SottoError:
+            late = next(
+                hop for hop, machine in zip(self.route.hops, self._machines, strict=True) if machine.state is not state
+            )
+            return HopLost(late.peer, f"did not open the session within {self.terms.open_timeout_s:g} s")
+
+        await self._until(lambda: self._all(state), self.terms.open_timeout_s, unready)
+
+    async def _until(self, ready: Callable[[], bool], timeout_s: float, late: Callable[[], SottoError]) -> None:
+        """Wait for `ready`, or for the session's end, or until the route was silent for `timeout_s`."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while True:
+            self._raise_failure()
+            if ready():
+                return
+            changed = self._changed
+            with trio.move_on_at(self._heard_at + timeout_s):
+                await changed.wait()
+            if trio.current_time() >= self._heard_at + timeout_s and not ready():
+                self.fail(late())
+
+    def _silent(self) -> SottoError:
+        who = ", ".join(short(hop.peer) for hop in self.route.hops)
+        return RouteUnavailable(
+            f"no answer from the route over workers {who} for {self.terms.step_timeout_s:g} s; run again, or allow more"
+        )
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+def _check_output(payload: Payload, shape: tuple[int, int], *, first: bool) -> None:
+    header = payload.header
+    if header.shape != shape or header.dtype not in WIRE_DTYPES:
+        raise RemoteProtocolError(f"an output of {header.dtype} {list(header.shape)} where {list(shape)} was asked for")
+    if not all_finite(payload):
+        origin = "" if first else " (its own, or passed on from a worker before it)"
+        raise RemoteProtocolError(f"an output with numbers that are NaN or infinite{origin}")

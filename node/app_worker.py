@@ -1,0 +1,122 @@
+"""The worker's composition root: options to a running daemon.
+
+Invariant: nothing here, or below it, imports `equivariant`: no key code in a process that runs on somebody else's
+machine. Everything that is started ends with the block it was started in, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+import trio
+
+from node.clock import SystemClock
+from node.engine_thread import EngineThread
+from node.files import write_atomic
+from node.identity import load_identity
+from node.joining import stay_joined
+from node.lifetime import only_user_of, until_told
+from node.metrics import WorkerMetrics, serve_metrics
+from node.p2p.mesh import MeshConfig, open_mesh
+from node.store import DiskStore
+from node.version import VERSION
+from protocol.errors import InputError
+from worker.capacity import measure_speeds
+from worker.config import WorkerConfig, WorkerPorts
+from worker.engine import Engine
+from worker.service import WorkerService
+
+log = logging.getLogger("sotto.worker")
+_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """What the owner decides. `memory_bytes` is for weights and KV together."""
+
+    data_dir: Path
+    listen: tuple[str, ...]
+    announce: tuple[str, ...]
+    bootstrap: tuple[str, ...]
+    memory_bytes: int
+    kv_memory_bytes: int
+    threads: int
+    device: str
+    metrics: tuple[str, int] | None
+    lifeline: int | None
+
+    def __post_init__(self) -> None:
+        if self.kv_memory_bytes >= self.memory_bytes:
+            raise InputError("--kv-memory is part of --memory, and must leave room for weights: give less of it")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("torch sees no CUDA device here: use --device cpu, or install a CUDA build of torch")
+        if self.device not in ("cpu", "cuda"):
+            raise InputError(f"unknown device {self.device!r}: use cpu or cuda")
+
+
+def default_memory_bytes() -> int:
+    """Half of what is free now: the owner's machine stays usable."""
+    return int(psutil.virtual_memory().available // 2)
+
+
+async def run_worker(options: WorkerOptions) -> None:
+    """Serve until told to stop. Raises InputError for what the owner must change (port in use, bad address...)."""
+    torch.set_num_threads(options.threads)
+    with only_user_of(options.data_dir, "worker"):
+        identity = load_identity(options.data_dir)
+        store, clock = DiskStore(options.data_dir), SystemClock()
+        metrics = WorkerMetrics()
+        metrics.kv_total(options.kv_memory_bytes)
+        engine = Engine(store.path, options.device)
+        config = WorkerConfig(
+            identity=identity,
+            memory_bytes=options.memory_bytes,
+            kv_memory_bytes=options.kv_memory_bytes,
+            speeds=await trio.to_thread.run_sync(measure_speeds, options.device, _DTYPES),
+            device=options.device,
+            version=VERSION,
+        )
+        mesh_config = MeshConfig(identity.seed, options.listen, options.announce)
+        async with open_mesh(mesh_config) as mesh, trio.open_nursery() as nursery:
+            with (
+                EngineThread(engine, lambda: torch.set_num_threads(options.threads)) as compute,
+                serve_metrics(options.metrics, metrics.registry) as metrics_url,
+                _announced(options.data_dir, mesh.peer, mesh.addrs, metrics_url),
+            ):
+                ports = WorkerPorts(
+                    transport=mesh,
+                    gossip=mesh,
+                    compute=compute,
+                    store=store,
+                    clock=clock,
+                    entropy=os.urandom,
+                    observer=metrics,
+                    run_sync=trio.to_thread.run_sync,
+                )
+                service = WorkerService(ports, config)
+                await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
+                nursery.start_soon(stay_joined, mesh, options.bootstrap)
+                log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs})
+                await until_told(options.lifeline)
+                log.info("stopping")
+                nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def _announced(folder: Path, peer: str, addrs: tuple[str, ...], metrics: str) -> Iterator[None]:
+    """`worker.json` while the worker serves: how its maker, and its owner, find it."""
+    file = folder / "worker.json"
+    state = {"pid": os.getpid(), "peer": peer, "addrs": addrs, "metrics": metrics}
+    write_atomic(file, json.dumps(state).encode())
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)

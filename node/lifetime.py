@@ -1,0 +1,52 @@
+"""How long a process lives: until a signal, or until the process that made it is gone."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import trio
+
+from protocol.errors import InputError
+
+
+async def until_told(lifeline: int | None) -> None:
+    """Wait for SIGINT, SIGTERM or the end of file of `lifeline`, an inherited pipe whose other end the maker holds."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_signal, nursery.cancel_scope)
+        if lifeline is not None:
+            nursery.start_soon(_end_of_file, lifeline, nursery.cancel_scope)
+
+
+async def _signal(done: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            done.cancel()
+
+
+async def _end_of_file(lifeline: int, done: trio.CancelScope) -> None:
+    async with trio.lowlevel.FdStream(os.dup(lifeline)) as pipe:
+        while await pipe.receive_some(1):
+            pass
+    done.cancel()
+
+
+@contextmanager
+def only_user_of(folder: Path, role: str) -> Iterator[None]:
+    """Hold `folder` for this process alone: two nodes must not speak with one identity. Raises InputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another sotto {role} uses {folder}: wait for it, or give this one its own --data-dir"
+            ) from None
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,20 @@
+"""Where things live on disk: the XDG folders, unless told otherwise."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def data_dir(given: Path | None = None) -> Path:
+    """Identity, keys, sealed deployments, shards. `given`, else $XDG_DATA_HOME/sotto, else ~/.local/share/sotto."""
+    if given is not None:
+        return given.expanduser().absolute()
+    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(base) / "sotto"
+
+
+def state_dir() -> Path:
+    """What may be lost: records of running simulation clusters."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "sotto"

@@ -1,0 +1,214 @@
+"""A deployment on disk, and the work of sealing a model into it.
+
+  deployment.json      what was sealed, how, and a check value of the key (never the key)
+  entries/0007.entry   the manifest's line for block 7, written after its shard: the journal
+  shards/<digest>.safetensors
+  manifest.bin         signed by the owner, written last
+
+Invariant: an entry exists only for a shard that is whole and synced, so an interrupted seal goes on at the first block
+without one. Sealing again never expects equal digests: the manifest is the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import trio
+from safetensors.torch import save_file
+
+from client.sealing import Sealer, block_entry, manifest_of
+from equivariant.keys import RootKey, key_check, require_key
+from models.checkpoint import Checkpoint
+from node.files import sync_folder, write_atomic
+from node.store import digest_of
+from protocol.codec import decode, encode
+from protocol.errors import InputError, RemoteProtocolError
+from protocol.ids import ID_BYTES, DeploymentId, ShardDigest
+from protocol.manifest import BlockEntry, Manifest, open_manifest, sign_manifest
+from protocol.signed import Identity
+
+FORMAT = 1
+Progress = Callable[[int, int], None]
+"""`progress(done, total)` in blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class SealInfo:
+    """deployment.json. `key_check` and `key_fingerprint` are "" in the plain tier."""
+
+    format: int
+    deployment: str
+    model: str  # path or hub id
+    source: str  # digest over names, sizes and times of the model's files: what was sealed
+    dtype: str
+    num_blocks: int
+    key_check: str
+    key_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class SealedFolder:
+    """A sealed deployment, whole or under way."""
+
+    path: Path
+    info: SealInfo
+
+    @property
+    def deployment(self) -> DeploymentId:
+        return DeploymentId(bytes.fromhex(self.info.deployment))
+
+    @classmethod
+    def open(cls, path: Path) -> SealedFolder:
+        """Raises InputError when there is no deployment, or one that this version cannot read."""
+        file = path / "deployment.json"
+        try:
+            info = SealInfo(**json.loads(file.read_text()))
+            if info.format != FORMAT or len(bytes.fromhex(info.deployment)) != ID_BYTES:
+                raise ValueError
+        except FileNotFoundError:
+            raise InputError(f"{path} holds no sealed model: make one with 'sotto seal MODEL -o {path}'") from None
+        except (ValueError, TypeError):
+            raise InputError(f"{file} is damaged or of another version: seal the model again elsewhere") from None
+        return cls(path, info)
+
+    @classmethod
+    def create(cls, path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None) -> SealedFolder:
+        """Start a deployment in an empty or new folder."""
+        if path.exists() and any(path.iterdir()):
+            raise InputError(f"{path} is not empty and holds no sealed model: give another folder")
+        deployment = os.urandom(ID_BYTES)
+        info = SealInfo(
+            format=FORMAT,
+            deployment=deployment.hex(),
+            model=str(checkpoint.path.resolve()),
+            source=source_of(checkpoint),
+            dtype=dtype,
+            num_blocks=checkpoint.config.num_blocks,
+            key_check=key_check(key, deployment).hex() if key else "",
+            key_fingerprint=key.fingerprint() if key else "",
+        )
+        write_atomic(path / "deployment.json", json.dumps(asdict(info), indent=1).encode())
+        return cls(path, info)
+
+    def require(self, checkpoint: Checkpoint, key: RootKey | None) -> None:
+        """Raises InputError unless this folder is `checkpoint` under `key`: before anything is computed."""
+        if bool(key) != bool(self.info.key_check):
+            tier = "ee" if self.info.key_check else "plain"
+            raise InputError(f"{self.path} holds a deployment of tier {tier}: use --privacy {tier}, or another folder")
+        if key is not None:
+            require_key(key, self.deployment, bytes.fromhex(self.info.key_check))
+        if self.info.source != source_of(checkpoint):
+            raise InputError(f"{self.path} was sealed from another model, or an older state of it: seal it again")
+
+    def entry(self, index: int) -> BlockEntry | None:
+        """The line of block `index`; None when it has to be sealed (again)."""
+        try:
+            entry = decode(BlockEntry, self._entry_file(index).read_bytes())
+        except (FileNotFoundError, RemoteProtocolError):
+            return None
+        shard = self.shard(entry.digest)
+        return entry if shard.is_file() and shard.stat().st_size == entry.shard_bytes else None
+
+    def shard(self, digest: ShardDigest) -> Path:
+        return self.path / "shards" / f"{digest.hex()}.safetensors"
+
+    def manifest(self, identity: Identity) -> tuple[bytes, Manifest]:
+        """The manifest as it travels, signed by `identity`. Raises InputError when the seal is not finished."""
+        with contextlib.suppress(FileNotFoundError, RemoteProtocolError):
+            data = (self.path / "manifest.bin").read_bytes()
+            manifest, owner = open_manifest(data)
+            if owner == identity.peer and manifest.deployment == self.deployment:
+                return data, manifest
+        entries = [entry for index in range(self.info.num_blocks) if (entry := self.entry(index)) is not None]
+        if len(entries) != self.info.num_blocks:
+            raise InputError(f"{self.path} is not sealed to the end: run 'sotto seal' on it again")
+        manifest = manifest_of(self.deployment, bool(self.info.key_check), self.info.dtype, entries)
+        data = sign_manifest(manifest, identity)
+        write_atomic(self.path / "manifest.bin", data)
+        return data, manifest
+
+    def write_block(self, sealer: Sealer, index: int) -> None:
+        """Seal one block and make it durable: shard first, journal second."""
+        tensors, config = sealer.block(index)
+        folder = self.path / "shards"
+        folder.mkdir(exist_ok=True)
+        part = folder / f"block-{index}.part"
+        save_file(tensors, part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        digest, size = digest_of(part), part.stat().st_size
+        os.replace(part, self.shard(digest))
+        sync_folder(folder)
+        write_atomic(self._entry_file(index), encode(block_entry(tensors, config, digest, size)))
+
+    def sealer(self, checkpoint: Checkpoint, key: RootKey | None) -> Sealer:
+        """What sealed this folder: the client's ends come from it. Raises InputError for a wrong key or model."""
+        self.require(checkpoint, key)
+        return Sealer.open(checkpoint, self.info.dtype, key, self.deployment)
+
+    def _entry_file(self, index: int) -> Path:
+        return self.path / "entries" / f"{index:04d}.entry"
+
+
+def seal_into(
+    path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, progress: Progress
+) -> tuple[SealedFolder, Sealer]:
+    """Seal `checkpoint` into `path`, going on where an earlier run stopped. Raises InputError, ModelError."""
+    if (path / "deployment.json").exists():
+        folder = SealedFolder.open(path)
+        folder.require(checkpoint, key)
+        if folder.info.dtype != dtype:
+            raise InputError(f"{path} holds {folder.info.dtype}: use --dtype {folder.info.dtype}, or another folder")
+    else:
+        folder = SealedFolder.create(path, checkpoint, dtype, key)
+    sealer = Sealer.open(checkpoint, dtype, key, folder.deployment)
+    total = checkpoint.config.num_blocks
+    for index in range(total):
+        if folder.entry(index) is None:
+            folder.write_block(sealer, index)
+        progress(index + 1, total)
+    return folder, sealer
+
+
+def sealed_place(base: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None) -> Path:
+    """The folder under `base` for this model, precision and key: the same one as long as none of them changes."""
+    under = key.fingerprint() if key else "plain"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", checkpoint.name)[-64:]
+    return base / f"{name}-{dtype}-{under}-{source_of(checkpoint)[:12]}"
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSource:
+    """Implements client.deploy.ShardSource over a sealed folder."""
+
+    folder: SealedFolder
+
+    async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
+        def work() -> bytes:
+            with self.folder.shard(digest).open("rb") as file:
+                file.seek(offset)
+                return file.read(max_bytes)
+
+        try:
+            data = await trio.to_thread.run_sync(work)
+        except FileNotFoundError:
+            data = b""
+        if not data:
+            raise InputError(f"a shard in {self.folder.path} is missing or cut short: seal the model again")
+        return data
+
+
+def source_of(checkpoint: Checkpoint) -> str:
+    """Names a model's files as they are now, without reading them: paths, sizes, modification times."""
+    state = hashlib.sha256()
+    for file in sorted({checkpoint.path / "config.json", *checkpoint.files.values()}):
+        stat = file.stat()
+        state.update(f"{file.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return state.hexdigest()

@@ -1,0 +1,46 @@
+"""The console script: `sotto COMMAND`, also as `python -m sotto`."""
+
+from __future__ import annotations
+
+import typer
+
+from sotto.commands import demo, generation, key, mesh, seal, sim, worker
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Run language models, sealed, on machines that you do not trust. Start with 'sotto demo'.",
+)
+app.command(epilog="Example: sotto demo --json")(demo.demo)
+app.command(epilog="Example: sotto worker --memory 8GiB --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…")(
+    worker.worker
+)
+app.command(epilog="Example: sotto run -m ./my-llama 'The Python language'")(generation.run)
+app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(generation.submit)
+app.command(name="seal", epilog="Example: sotto seal ./my-llama -o ./my-llama-sealed")(seal.seal)
+app.command(epilog="Example: sotto peers --json")(mesh.peers)
+app.command(epilog="Example: sotto place ./my-llama")(mesh.place)
+app.add_typer(key.app, name="key")
+app.add_typer(sim.app, name="sim")
+
+
+@app.callback()
+def version(
+    show: bool = typer.Option(False, "--version", is_eager=True, help="Print the version and stop."),
+) -> None:
+    if show:
+        from node.version import VERSION
+
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

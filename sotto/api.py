@@ -1,0 +1,202 @@
+"""The Python API: `Swarm` for plain code, `AsyncSwarm` on trio. Four lines from nothing to text:
+
+    with Swarm(bootstrap) as swarm:
+        model = swarm.deploy("path/or/hub-id")
+        for piece in model.stream("The Python language"):
+            print(piece, end="")
+
+`Swarm` keeps the client on a thread of its own, so its methods may be called from any thread. Errors are those of
+protocol.errors and models.errors; their messages say what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import trio
+
+from client.generate import GenerationResult
+from models.checkpoint import Checkpoint
+from models.sampling import SamplingParams
+from node.app_client import Client, ClientOptions, DeployOptions, open_client
+from node.keys import default_key, load_key
+from node.model import Ask, DeployedModel
+from node.paths import data_dir as default_data_dir
+from protocol.errors import InputError
+from protocol.manifest import TIERS
+from sotto.portal import Portal
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. `temperature` 0 is greedy; the same `seed` gives the same answer."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def _ask(max_new_tokens: int, sampling: Sampling | None, stop: tuple[str, ...] | list[str]) -> Ask:
+    chosen = sampling or Sampling()
+    params = SamplingParams(temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p, seed=chosen.seed)
+    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop))
+
+
+class AsyncModel:
+    """A deployed model, on trio. Made by AsyncSwarm.deploy."""
+
+    def __init__(self, model: DeployedModel) -> None:
+        self._model = model
+
+    async def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: tuple[str, ...] | list[str] = (),
+    ) -> GenerationResult:
+        """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
+        return await self._model.generate(prompt, _ask(max_new_tokens, sampling, stop))
+
+    async def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: tuple[str, ...] | list[str] = (),
+    ) -> AsyncGenerator[str, None]:
+        """The answer's text in pieces as they become certain. Close it (contextlib.aclosing) to stop early."""
+        async with self._model.ask(prompt, _ask(max_new_tokens, sampling, stop)) as answer:
+            async for piece in answer.pieces:
+                yield piece
+
+
+class AsyncSwarm:
+    """A client of the swarm that `bootstrap` addresses lead to, on trio: `async with AsyncSwarm(addr) as swarm`.
+
+    `data_dir` holds the client's identity, keys and sealed models; one client at a time may use it.
+    """
+
+    def __init__(self, *bootstrap: str, data_dir: Path | str | None = None) -> None:
+        folder = default_data_dir(None if data_dir is None else Path(data_dir))
+        self._options = ClientOptions(folder, bootstrap)
+        self._context = open_client(self._options)
+        self._client: Client | None = None
+
+    async def __aenter__(self) -> AsyncSwarm:
+        self._client = await self._context.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return await self._context.__aexit__(kind, error, trace)
+
+    async def deploy(
+        self,
+        model: str | Path,
+        *,
+        privacy: str = "ee",
+        dtype: str = "float32",
+        key: str | None = None,
+        workers: int = 1,
+    ) -> AsyncModel:
+        """Seal `model` (a folder in Hugging Face layout, or a hub id), place and upload it, unless it is there already.
+
+        `privacy`: "ee" or "plain"; `dtype` of the sealed blocks; `key`: the name of a root key (default: "default",
+        made on first use); `workers`: spread over at least so many. Raises InputError, ModelError, RouteUnavailable,
+        Refused, TransportError.
+        """
+        return AsyncModel(await self._deploy(model, privacy, dtype, key, workers))
+
+    async def _deploy(
+        self, model: str | Path, privacy: str, dtype: str, key: str | None, workers: int
+    ) -> DeployedModel:
+        if self._client is None:
+            raise InputError("the swarm is not open: use it as 'async with AsyncSwarm(...) as swarm'")
+        if privacy not in TIERS:
+            raise InputError(f"unknown privacy {privacy!r}: use one of {', '.join(TIERS)}")
+        folder = self._options.data_dir
+        root = None if privacy == "plain" else load_key(folder, key) if key else default_key(folder)
+        checkpoint = await trio.to_thread.run_sync(Checkpoint.open, model)
+        sealed = await self._client.seal(checkpoint, dtype, root, lambda *_: None)
+        return await self._client.deploy(sealed, DeployOptions(hops_min=workers))
+
+
+class Model:
+    """A deployed model, for plain code. Made by Swarm.deploy."""
+
+    def __init__(self, portal: Portal[AsyncSwarm], model: AsyncModel) -> None:
+        self._portal = portal
+        self._model = model
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: tuple[str, ...] | list[str] = (),
+    ) -> GenerationResult:
+        """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
+        work = partial(self._model.generate, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        return self._portal.call(work)
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop: tuple[str, ...] | list[str] = (),
+    ) -> Iterator[str]:
+        """The answer's text in pieces as they become certain. Leaving the loop early stops the request."""
+        pieces = partial(self._model.stream, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+
+        async def produce(emit: Callable[[str], None]) -> None:
+            async with aclosing(pieces()) as stream:
+                async for piece in stream:
+                    emit(piece)
+
+        return self._portal.stream(produce)
+
+
+class Swarm:
+    """A client of the swarm that `bootstrap` addresses lead to: `with Swarm(addr) as swarm`.
+
+    `data_dir` holds the client's identity, keys and sealed models; one client at a time may use it.
+    """
+
+    def __init__(self, *bootstrap: str, data_dir: Path | str | None = None) -> None:
+        self._portal = Portal(partial(AsyncSwarm, *bootstrap, data_dir=data_dir))
+        self._swarm: AsyncSwarm | None = None
+
+    def __enter__(self) -> Swarm:
+        self._swarm = self._portal.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._portal.close()
+
+    def deploy(
+        self,
+        model: str | Path,
+        *,
+        privacy: str = "ee",
+        dtype: str = "float32",
+        key: str | None = None,
+        workers: int = 1,
+    ) -> Model:
+        """See AsyncSwarm.deploy."""
+        if self._swarm is None:
+            raise InputError("the swarm is not open: use it as 'with Swarm(...) as swarm'")
+        work = partial(self._swarm.deploy, model, privacy=privacy, dtype=dtype, key=key, workers=workers)
+        return Model(self._portal, self._portal.call(work))

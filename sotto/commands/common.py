@@ -1,0 +1,164 @@
+"""What the commands share: one line per error, one JSON object with --json, progress for people."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+T = TypeVar("T")
+
+Bootstrap = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bootstrap",
+        "-b",
+        help="Address of any node of the swarm, /ip4/…/tcp/…/p2p/…; may be repeated. "
+        "Default: the simulation network started by 'sotto sim up'.",
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Where identity, keys and sealed models live. Default: $XDG_DATA_HOME/sotto."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A folder in Hugging Face layout, or a hub id. Default: the demo model."),
+]
+Privacy = Annotated[
+    str, typer.Option(help="plain: workers hold the original weights; ee: sealed (see docs/THREATS.md).")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Precision of the sealed blocks: float32 (answers identical to the unsealed model's) or bfloat16."
+    ),
+]
+Key = Annotated[str | None, typer.Option(help="Name of the root key. Default: 'default', made on first use.")]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one object on standard output."""
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
+
+
+def fail(message: str, *, as_json: bool) -> NoReturn:
+    """One line that says what to do, and exit status 1."""
+    line = " ".join(message.split())
+    if as_json:
+        print_json({"error": line})
+    else:
+        sys.stderr.write(f"sotto: {line}\n")
+    raise typer.Exit(1)
+
+
+@contextmanager
+def errors(as_json: bool = False) -> Iterator[None]:
+    """Turn every error that has a remedy into one line. Anything else is our own bug and keeps its traceback."""
+    from models.errors import ModelError
+    from protocol.errors import SottoError
+
+    try:
+        yield
+    except (SottoError, ModelError, OSError, KeyboardInterrupt, BaseExceptionGroup) as error:
+        line = _remedy(_leaf(error))
+        if line is None:
+            raise
+        fail(line, as_json=as_json)
+
+
+def _remedy(error: BaseException) -> str | None:
+    from models.errors import ModelError
+    from protocol.errors import LocalProtocolError, RemoteProtocolError, SottoError, TransportError
+
+    match error:
+        case LocalProtocolError():
+            return None
+        case RemoteProtocolError():
+            return f"a peer broke the protocol ({error}): leave it out, or use another swarm"
+        case TransportError():
+            return f"{error}: check that the peer is up and reachable, then run again"
+        case SottoError() | ModelError() | OSError():
+            return str(error)
+        case KeyboardInterrupt():
+            return "interrupted"
+        case _:
+            return None
+
+
+def _leaf(error: BaseException) -> BaseException:
+    """The first error inside nested groups (nurseries wrap what their tasks raise)."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+@contextmanager
+def terminate_as_interrupt() -> Iterator[None]:
+    """Within the block SIGTERM unwinds like an interrupt, so that whatever was started is stopped."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run_async(main: Callable[[], Awaitable[T]]) -> T:
+    """Run `main` on trio."""
+    import trio
+
+    return trio.run(main)
+
+
+def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:
+    """What the user named, else the running simulation network. Raises InputError."""
+    from protocol.errors import InputError
+    from sotto.commands.sim import cluster_folder
+
+    if given:
+        return tuple(given)
+    from simnet import cluster
+
+    try:
+        running = cluster.load(cluster_folder())
+    except InputError:
+        raise InputError(
+            "no swarm named: give --bootstrap ADDRESS (a worker prints its own), or start one with 'sotto sim up'"
+        ) from None
+    return (running.bootstrap,)
+
+
+@contextmanager
+def progress_bar(label: str, *, bytes_: bool, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error that `update(done, total)` moves."""
+    from rich import progress
+    from rich.console import Console
+
+    units: list[progress.ProgressColumn] = (
+        [progress.DownloadColumn(binary_units=True), progress.TransferSpeedColumn()]
+        if bytes_
+        else [progress.MofNCompleteColumn()]
+    )
+    bar = progress.Progress(
+        progress.TextColumn(f"{label:<10}"),
+        progress.BarColumn(),
+        *units,
+        progress.TimeRemainingColumn(compact=True),
+        console=Console(stderr=True),
+        disable=quiet,
+    )
+    with bar:
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

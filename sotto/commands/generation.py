@@ -1,0 +1,226 @@
+"""`sotto run` and `sotto submit`: one prompt streamed, or a file of prompts as a job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sotto.commands.common import (
+    Bootstrap,
+    DataDir,
+    Dtype,
+    Json,
+    Key,
+    Model,
+    Privacy,
+    bootstrap_addrs,
+    errors,
+    print_json,
+    progress_bar,
+    run_async,
+)
+
+if TYPE_CHECKING:
+    from client.generate import GenerationResult
+    from client.placement import Placement
+    from node.model import Ask, DeployedModel
+    from protocol.swarm import SwarmView
+
+MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the answer, at most.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this share.")]
+TopK = Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps all.")]
+Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")]
+Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")]
+Workers = Annotated[int, typer.Option(min=1, help="Spread the model over at least so many workers.")]
+Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The part of the command line that says which model, on whose machines, under which key."""
+
+    model: str | None
+    bootstrap: tuple[str, ...]
+    privacy: str
+    dtype: str
+    key: str | None
+    workers: int
+    data_dir: Path
+    metrics: tuple[str, int] | None
+    quiet: bool
+
+
+def run(
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Model = None,
+    bootstrap: Bootstrap = None,
+    privacy: Privacy = "ee",
+    dtype: Dtype = "float32",
+    key: Key = None,
+    workers: Workers = 1,
+    max_new_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    data_dir: DataDir = None,
+    metrics: Metrics = "off",
+    as_json: Json = False,
+) -> None:
+    """Answer one prompt through the swarm, streamed as it comes.
+
+    The model is sealed on first use and stays on the workers, so the next run starts at once.
+    """
+    with errors(as_json):
+        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json))
+        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop)
+
+        async def work() -> GenerationResult:
+            async with deployed(where) as ready:
+                return await ready.generate(prompt, ask, (lambda _: None) if as_json else _stream)
+
+        result = run_async(work)
+        if as_json:
+            print_json(result_json(result))
+            return
+        typer.echo()
+        typer.echo(
+            f"[{len(result.ids)} tokens, {result.tokens_per_second:.1f} tokens/s, "
+            f"first after {result.time_to_first_token_s:.2f} s, {result.finish_reason}]",
+            err=True,
+        )
+
+
+def submit(
+    prompts: Annotated[Path, typer.Argument(help='JSON lines, each {"prompt": "..."}; other fields are kept.')],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines, one out for each line in.")],
+    model: Model = None,
+    bootstrap: Bootstrap = None,
+    privacy: Privacy = "ee",
+    dtype: Dtype = "float32",
+    key: Key = None,
+    workers: Workers = 1,
+    max_new_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
+    data_dir: DataDir = None,
+    metrics: Metrics = "off",
+    as_json: Json = False,
+) -> None:
+    """Answer a file of prompts; the lines come out in the order in which they went in.
+
+    A line that cannot be answered (too long, say) comes out with "error" instead of "text"; the others go on.
+    """
+    with errors(as_json):
+        from node.files import write_atomic
+        from sotto.commands.job import read_prompts, run_job
+
+        lines = read_prompts(prompts)
+        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json))
+        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop)
+
+        async def work() -> list[dict[str, Any]]:
+            async with deployed(where) as ready:
+                with progress_bar("prompts", bytes_=False, quiet=as_json) as update:
+                    return await run_job(ready, lines, ask, concurrency, update)
+
+        answers = run_async(work)
+        write_atomic(output, "".join(json.dumps(answer) + "\n" for answer in answers).encode())
+        failed = sum("error" in answer for answer in answers)
+        if as_json:
+            print_json({"answered": len(answers) - failed, "failed": failed, "output": str(output)})
+        else:
+            typer.echo(f"{len(answers) - failed} answered, {failed} failed: {output}")
+        if failed:
+            raise typer.Exit(1)
+
+
+@asynccontextmanager
+async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
+    """The model of a command line, sealed and deployed, with progress for people."""
+    from node.app_client import ClientOptions, DeployOptions, open_client
+    from sotto.commands.models import UploadTotal, describe_placement, open_model, root_key
+
+    checkpoint = open_model(where.model)
+    key = root_key(where.privacy, where.key, where.data_dir)
+
+    def show(placement: Placement, view: SwarmView) -> None:
+        if not where.quiet:
+            typer.echo(f"placing {checkpoint.name} on {len(placement.hops)} of {len(view.members)} workers", err=True)
+            typer.echo("\n".join(describe_placement(placement, view)), err=True)
+
+    async with open_client(ClientOptions(where.data_dir, where.bootstrap, where.metrics)) as client:
+        with progress_bar("sealing", bytes_=False, quiet=where.quiet) as update:
+            sealed = await client.seal(checkpoint, where.dtype, key, update)
+        total = UploadTotal()
+        with progress_bar("uploading", bytes_=True, quiet=where.quiet) as upload:
+            options = DeployOptions(
+                hops_min=where.workers, on_placement=show, on_upload=lambda progress: upload(*total.add(progress))
+            )
+            ready = await client.deploy(sealed, options)
+        yield ready
+
+
+def result_json(result: GenerationResult) -> dict[str, Any]:
+    """An answer as one object."""
+    return {
+        "text": result.text,
+        "ids": list(result.ids),
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": result.prompt_tokens,
+        "time_to_first_token_s": result.time_to_first_token_s,
+        "tokens_per_second": result.tokens_per_second,
+    }
+
+
+def _where(
+    model: str | None,
+    bootstrap: list[str] | None,
+    sealed: tuple[str, str, str | None],
+    workers: int,
+    rest: tuple[Path | None, str, bool],
+) -> Where:
+    from node.metrics import parse_metrics_address
+    from node.paths import data_dir
+    from sotto.commands.models import check_dtype
+
+    privacy, dtype, key = sealed
+    given, metrics, quiet = rest
+    return Where(
+        model=model,
+        bootstrap=bootstrap_addrs(bootstrap),
+        privacy=privacy,
+        dtype=check_dtype(dtype),
+        key=key,
+        workers=workers,
+        data_dir=data_dir(given),
+        metrics=parse_metrics_address(metrics),
+        quiet=quiet,
+    )
+
+
+def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None) -> Ask:
+    from models.sampling import SamplingParams
+    from node.model import Ask
+
+    temperature, top_p, top_k, seed = sampling
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()))
+
+
+def _stream(piece: str) -> None:
+    sys.stdout.write(piece)
+    sys.stdout.flush()

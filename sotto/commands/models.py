@@ -1,0 +1,76 @@
+"""How commands find a model, a key and a client: the words of a command line made into objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from client.deploy import DeployProgress
+    from client.placement import Placement
+    from equivariant.keys import RootKey
+    from models.checkpoint import Checkpoint
+    from protocol.ids import PeerId
+    from protocol.swarm import SwarmView
+
+
+def open_model(model: str | None) -> Checkpoint:
+    """The checkpoint that `-m` names, or the demo model. Raises ModelError."""
+    from models.checkpoint import Checkpoint
+    from sotto.demo import demo_checkpoint
+
+    return Checkpoint.open(model if model is not None else demo_checkpoint())
+
+
+def root_key(privacy: str, name: str | None, data_dir: Path) -> RootKey | None:
+    """The key of tier `privacy`: None for plain. Raises InputError."""
+    from node.keys import default_key, load_key
+    from protocol.errors import InputError
+    from protocol.manifest import TIERS
+
+    if privacy not in TIERS:
+        raise InputError(f"unknown --privacy {privacy!r}: use one of {', '.join(TIERS)}")
+    if privacy == "plain":
+        return None
+    return load_key(data_dir, name) if name else default_key(data_dir)
+
+
+def check_dtype(dtype: str) -> str:
+    """Raises InputError for a precision that sealed blocks cannot have."""
+    from client.sealing import DTYPES
+    from protocol.errors import InputError
+
+    if dtype not in DTYPES:
+        raise InputError(f"unknown --dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def describe_placement(placement: Placement, view: SwarmView) -> list[str]:
+    """The placement as lines for people."""
+    from client.errors import short
+    from node.files import show_bytes
+
+    lines = []
+    for index, hop in enumerate(placement.hops):
+        member = view.members[hop.peer]
+        how = "first-hand" if member.received_from == hop.peer else f"by way of {short(member.received_from)}"
+        lines.append(
+            f"  hop {index}: {short(hop.peer)}  blocks {hop.start} to {hop.end - 1}  {show_bytes(hop.weight_bytes)}"
+            f"  (heard of {how})"
+        )
+    lines.append(
+        f"  predicted: {placement.predicted_ms_per_token:.1f} ms per token; bottleneck {short(placement.bottleneck)}"
+    )
+    return lines
+
+
+class UploadTotal:
+    """Adds up the hops' progress, for one bar."""
+
+    def __init__(self) -> None:
+        self._hops: dict[PeerId, DeployProgress] = {}
+
+    def add(self, progress: DeployProgress) -> tuple[int, int]:
+        """(bytes sent, bytes in all) over the hops heard of so far."""
+        self._hops[progress.peer] = progress
+        return sum(p.sent_bytes for p in self._hops.values()), sum(p.total_bytes for p in self._hops.values())

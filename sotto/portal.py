@@ -1,0 +1,104 @@
+"""A trio loop on a thread of its own, for callers that have none.
+
+The loop's main task holds one resource open (a client) for the portal's life, so what was opened in a task is closed in
+the same one. Every call runs in a task of its own.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, TypeVar
+
+import trio
+import trio.from_thread
+
+R = TypeVar("R")
+T = TypeVar("T")
+_END = object()
+
+
+class Portal(Generic[R]):
+    """Holds `resource` open on a loop of its own and runs async functions there."""
+
+    def __init__(self, resource: Callable[[], AbstractAsyncContextManager[R]]) -> None:
+        self._resource = resource
+        self._opened: queue.SimpleQueue[R | BaseException] = queue.SimpleQueue()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._stop: trio.Event | None = None
+        self._thread = threading.Thread(target=self._run, name="sotto", daemon=True)
+
+    def open(self) -> R:
+        """Start the loop and open the resource; its error is raised here."""
+        self._thread.start()
+        opened = self._opened.get()
+        if isinstance(opened, BaseException):
+            self._thread.join()
+            raise opened
+        return opened
+
+    def close(self) -> None:
+        """Close the resource and end the loop. Idempotent."""
+        if self._thread.is_alive() and self._stop is not None:
+            trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
+            self._thread.join()
+
+    def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
+        """Run `function` on the loop and wait for it; its error is raised here."""
+        return trio.from_thread.run(function, *args, trio_token=self._token)
+
+    def stream(self, produce: Callable[[Callable[[T], None]], Awaitable[Any]]) -> Iterator[T]:
+        """What `produce(emit)` emits on the loop, as it comes. Closing the iterator cancels it."""
+        items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        scope = trio.CancelScope()
+
+        async def run() -> None:
+            try:
+                with scope:
+                    await produce(items.put)
+            finally:
+                items.put(_END)
+
+        producer = _Producer(lambda: self.call(run))
+        producer.start()
+        try:
+            while (item := items.get()) is not _END:
+                yield item
+        finally:
+            if self._thread.is_alive():
+                trio.from_thread.run_sync(scope.cancel, trio_token=self._token)
+            producer.finish()
+
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as error:  # the thread's boundary: whatever ended the loop belongs to the caller of open
+            self._opened.put(error)
+
+    async def _main(self) -> None:
+        async with self._resource() as resource:
+            self._stop, self._token = trio.Event(), trio.lowlevel.current_trio_token()
+            self._opened.put(resource)
+            await self._stop.wait()
+
+
+class _Producer(threading.Thread):
+    """Waits for a call on the loop while the caller consumes what it emits."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        super().__init__(name="sotto-stream", daemon=True)
+        self._work = work
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # the thread's boundary: raised again in the caller's
+            self._error = error
+
+    def finish(self) -> None:
+        self.join()
+        if self._error is not None:
+            raise self._error

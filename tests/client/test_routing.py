@@ -1,0 +1,121 @@
+"""Routing over held spans: the fastest chain that meets exactly, each worker once."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client.placement import HOP_SOFTWARE_S, Placement, PlannedHop
+from client.routing import Hop, Route, choose_route, route_of
+from protocol.adverts import HeldSpan
+from protocol.errors import RouteUnavailable
+from protocol.ids import DeploymentId
+from protocol.limits import HOPS_MAX
+from protocol.swarm import SwarmView
+from tests.helpers.adverts import advert, peer, view
+
+DEPLOYMENT, OTHER = DeploymentId(b"d" * 16), DeploymentId(b"o" * 16)
+BLOCKS = 6
+
+
+def holding(*spans: tuple[int, int, int]) -> SwarmView:
+    """Worker i holds blocks [start, end) at so many microseconds each."""
+    return view(*[advert(spans=(HeldSpan(DEPLOYMENT, start, end, us),)) for start, end, us in spans])
+
+
+def spans(route: Route) -> list[tuple[int, int]]:
+    return [(hop.start, hop.end) for hop in route.hops]
+
+
+def test_spans_that_meet_make_a_route_with_addresses() -> None:
+    route = choose_route(holding((2, 4, 10), (0, 2, 10), (4, 6, 10)), DEPLOYMENT, BLOCKS)
+    assert [(hop.peer, hop.start, hop.end) for hop in route.hops] == [(peer(1), 0, 2), (peer(0), 2, 4), (peer(2), 4, 6)]
+    assert route.hops[0].addrs == ("/ip4/10.0.0.1/tcp/4001",)
+
+
+def test_fewer_hops_win_unless_they_are_slower() -> None:
+    assert spans(choose_route(holding((0, 6, 10), (0, 3, 10), (3, 6, 10)), DEPLOYMENT, BLOCKS)) == [(0, 6)]
+    assert spans(choose_route(holding((0, 6, 900), (0, 3, 10), (3, 6, 10)), DEPLOYMENT, BLOCKS)) == [(0, 3), (3, 6)]
+
+
+def test_the_faster_replica_wins_and_an_excluded_one_is_passed_over() -> None:
+    swarm = holding((0, 6, 20), (0, 6, 10))
+    assert choose_route(swarm, DEPLOYMENT, BLOCKS).hops[0].peer == peer(1)
+    assert choose_route(swarm, DEPLOYMENT, BLOCKS, exclude=[peer(1)]).hops[0].peer == peer(0)
+
+
+def test_blocks_that_nobody_holds_are_named() -> None:
+    with pytest.raises(RouteUnavailable, match="no worker holds blocks 2 to 3 of 6"):
+        choose_route(holding((0, 2, 1), (4, 6, 1)), DEPLOYMENT, BLOCKS)
+    with pytest.raises(RouteUnavailable, match="blocks 0 to 5"):
+        choose_route(SwarmView(), DEPLOYMENT, BLOCKS)
+    with pytest.raises(RouteUnavailable, match="blocks 0 to 5"):
+        choose_route(holding((0, 6, 1)), OTHER, BLOCKS)
+
+
+def test_spans_that_overlap_without_meeting_are_no_route() -> None:
+    with pytest.raises(RouteUnavailable, match="do not meet"):
+        choose_route(holding((0, 4, 1), (2, 6, 1)), DEPLOYMENT, BLOCKS)
+
+
+def test_a_worker_that_claims_two_spans_serves_at_one_hop() -> None:
+    liar = view(advert(spans=(HeldSpan(DEPLOYMENT, 0, 3, 1), HeldSpan(DEPLOYMENT, 3, 6, 1))))
+    with pytest.raises(RouteUnavailable):
+        choose_route(liar, DEPLOYMENT, BLOCKS)
+
+
+def test_a_span_beyond_the_model_is_ignored() -> None:
+    with pytest.raises(RouteUnavailable):
+        choose_route(holding((0, 9, 1)), DEPLOYMENT, BLOCKS)
+
+
+held = st.tuples(st.integers(0, 5), st.integers(1, 6), st.sampled_from([1, 50, 3000])).filter(lambda s: s[0] < s[1])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(held, max_size=5))
+def test_the_route_is_the_fastest_chain(held_spans: list[tuple[int, int, int]]) -> None:
+    best = None
+    for count in range(1, len(held_spans) + 1):
+        for chain in permutations(held_spans, count):
+            starts = [0, *(end for _, end, _ in chain)]
+            if [start for start, _, _ in chain] == starts[:-1] and starts[-1] == BLOCKS:
+                cost = sum((end - start) * us / 1e6 + HOP_SOFTWARE_S for start, end, us in chain)
+                best = cost if best is None else min(best, cost)
+    swarm = holding(*held_spans)
+    if best is None:
+        with pytest.raises(RouteUnavailable):
+            choose_route(swarm, DEPLOYMENT, BLOCKS)
+        return
+    route = choose_route(swarm, DEPLOYMENT, BLOCKS)
+    us = {peer(index): span[2] for index, span in enumerate(held_spans)}
+    assert sum((h.end - h.start) * us[h.peer] / 1e6 + HOP_SOFTWARE_S for h in route.hops) == pytest.approx(best)
+
+
+def test_a_fresh_placement_is_a_route() -> None:
+    swarm = view(advert(), advert())
+    placement = Placement((PlannedHop(peer(1), 0, 4, 1, 1), PlannedHop(peer(0), 4, 6, 1, 1)), 1.0, peer(1))
+    route = route_of(placement, swarm, DEPLOYMENT)
+    assert [(hop.peer, hop.start, hop.end) for hop in route.hops] == [(peer(1), 0, 4), (peer(0), 4, 6)]
+    with pytest.raises(RouteUnavailable, match="1 of the placed workers left"):
+        route_of(placement, swarm.without(peer(1)), DEPLOYMENT)
+
+
+@pytest.mark.parametrize(
+    "hops",
+    [
+        [],
+        [(0, 1, 2)],
+        [(0, 0, 2), (1, 3, 4)],
+        [(0, 0, 2), (1, 1, 4)],
+        [(0, 0, 2), (1, 2, 2)],
+        [(0, 0, 2), (0, 2, 4)],
+        [(index, index, index + 1) for index in range(HOPS_MAX + 1)],
+    ],
+)
+def test_a_route_covers_exactly_each_worker_once(hops: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(ValueError, match="route"):
+        Route(DEPLOYMENT, tuple(Hop(peer(number), (), start, end) for number, start, end in hops))

@@ -1,0 +1,27 @@
+"""Fixtures for the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+from simnet import cluster
+
+# Hypothesis without a wall clock, and with the same examples in every run.
+settings.register_profile("deterministic", deadline=None, derandomize=True)
+settings.load_profile("deterministic")
+
+# One thread for matrices this small: waking a second one costs more than the product, far more on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]:
+    """Three real workers on loopback, started once. Tests share them: each uses a data folder of its own, and none
+    may kill one."""
+    specs = [cluster.WorkerSpec(memory="600MiB", kv_memory="150MiB", threads=1)] * 3
+    with cluster.running(tmp_path_factory.mktemp("swarm") / "cluster", specs) as net:
+        yield net

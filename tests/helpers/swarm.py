@@ -1,0 +1,51 @@
+"""Real daemons for tests: one cluster shared by a whole run, and clients that join it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import trio
+
+from client.placement import Placement
+from models.checkpoint import Checkpoint
+from node.app_client import Client, ClientOptions, DeployOptions, open_client
+from node.groups import ungrouped
+from node.keys import default_key
+from node.model import DeployedModel
+from protocol.swarm import SwarmView
+from simnet.cluster import Cluster
+
+T = TypeVar("T")
+DEADLINE_S = 100.0
+
+
+def with_client(
+    net: Cluster, data_dir: Path, work: Callable[[Client], Awaitable[T]], bootstrap: str | None = None
+) -> T:
+    """Run `work` with a client of `net`; its error comes out as itself."""
+
+    async def main() -> T:
+        with trio.fail_after(DEADLINE_S):
+            async with open_client(ClientOptions(data_dir, (bootstrap or net.bootstrap,), discover_s=5.0)) as client:
+                return await work(client)
+
+    with ungrouped():
+        return trio.run(main)
+
+
+async def deploy(
+    client: Client,
+    checkpoint: Checkpoint | Path,
+    *,
+    privacy: str = "ee",
+    workers: int = 3,
+    dtype: str = "float32",
+    on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None,
+) -> DeployedModel:
+    """Seal and deploy over at least `workers` workers."""
+    model = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
+    key = default_key(client.options.data_dir) if privacy == "ee" else None
+    sealed = await client.seal(model, dtype, key, lambda *_: None)
+    return await client.deploy(sealed, DeployOptions(hops_min=workers, on_placement=on_placement))

@@ -1,0 +1,310 @@
+"""The engine against models.blocks, and against shards made to do harm."""
+
+from __future__ import annotations
+
+import dataclasses
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from models.blocks import Block, KvCache
+from models.config import BlockConfig, RopeConfig
+from protocol.errors import LocalProtocolError, Refused
+from protocol.ids import DeploymentId, SessionId
+from protocol.manifest import Manifest
+from protocol.messages import Operation, RefusalReason
+from protocol.ports import SpanSpec, StepWork
+from protocol.signed import Identity
+from protocol.tensors import Payload, TensorHeader
+from tests.helpers.workers import make_manifest
+from worker import runner
+from worker.engine import Engine
+from worker.payloads import to_payload, to_tensor
+from worker.spans import read_span
+
+OWNER = Identity(bytes(32))
+SESSION = SessionId(b"s" * 16)
+CONFIG = BlockConfig(
+    family="qwen3", hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2, head_dim=8, rms_norm_eps=1e-5,
+    max_position=600, rope=RopeConfig(theta=10_000.0), qk_norm=True, folded=True, q_bias=True,
+)  # fmt: skip
+
+
+def random_tensors(seed: int, config: BlockConfig = CONFIG, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: (0.3 * torch.randn(shape, generator=generator)).to(dtype)
+        for name, shape in config.tensor_shapes().items()
+    }
+
+
+class Shop:
+    """An engine, a folder of shards, and the manifest over them."""
+
+    def __init__(self, folder: Path, blocks: list[dict[str, Any]], dtype: str = "float32") -> None:
+        self.folder = folder
+        self.blocks = blocks
+        shards = [save(tensors) for tensors in blocks]
+        self.data, self.manifest, _ = make_manifest(OWNER, len(blocks), shards=shards, config=CONFIG, dtype=dtype)
+        for shard in shards:
+            self.path(sha256(shard).digest()).write_bytes(shard)
+        self.engine = Engine(self.path)
+
+    def path(self, digest: bytes) -> Path:
+        return self.folder / digest.hex()
+
+    def load(self, start: int = 0, end: int | None = None, kv_tokens: int = 600) -> None:
+        self.engine.load(SpanSpec(self.manifest, start, len(self.blocks) if end is None else end))
+        self.engine.open(SESSION, self.manifest.deployment, kv_tokens)
+
+    def step(self, x: torch.Tensor, position: int, **other: Any) -> torch.Tensor:
+        return to_tensor(self.engine.step(work(x, position, **other)).forward)
+
+
+def work(x: torch.Tensor, position: int, **other: Any) -> StepWork:
+    own = StepWork(SESSION, position, Operation.SPAN, 0, "", to_payload(x), 0, "none")
+    return dataclasses.replace(own, **other)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Shop:
+    return Shop(tmp_path, [random_tensors(seed) for seed in range(3)])
+
+
+def inputs(count: int, seed: int = 9) -> torch.Tensor:
+    return torch.randn((count, CONFIG.hidden_size), generator=torch.Generator().manual_seed(seed))
+
+
+def direct(blocks: list[dict[str, Any]], x: torch.Tensor) -> torch.Tensor:
+    """All blocks over a whole sequence, by models.blocks alone."""
+    for tensors in blocks:
+        x = Block(CONFIG, tensors).forward(x, KvCache(CONFIG, len(x)), 0)
+    return x
+
+
+def test_a_span_computes_what_its_blocks_compute(shop: Shop) -> None:
+    shop.load(1, 3)
+    x = inputs(7)
+    assert torch.equal(shop.step(x, 0), direct(shop.blocks[1:], x))
+
+
+def test_steps_growth_and_rollback_give_one_answer(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "KV_GROWTH_TOKENS", 4)
+    shop.load(kv_tokens=41)
+    x = inputs(41)
+    whole = direct(shop.blocks, x)
+    caches = shop.engine._sessions[SESSION].caches
+    assert caches is not None
+    assert caches.capacity == 4
+    for start, end in [(0, 3), (3, 4), (4, 20), (9, 21), (0, 30), (30, 40), (40, 41), (39, 41)]:
+        got = shop.step(x[start:end], start)
+        torch.testing.assert_close(got, whole[start:end], rtol=1e-5, atol=1e-5)
+    assert caches.capacity == 41, "never above the reservation"
+
+
+def test_a_step_too_large_for_the_workspace_is_computed_in_parts(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.load()
+    x = inputs(33)
+    seen: list[int] = []
+    forward = Block.forward
+
+    def watched(self: Block, x: torch.Tensor, kv: KvCache, position: int) -> torch.Tensor:
+        seen.append(len(x))
+        return forward(self, x, kv, position)
+
+    monkeypatch.setattr(Block, "forward", watched)
+    monkeypatch.setattr(runner, "WORKSPACE_BYTES", 16_000)
+    got = shop.step(x, 0)
+    assert len(seen) > 3 * len(shop.blocks)
+    assert max(seen) < 20
+    monkeypatch.undo()
+    torch.testing.assert_close(got, direct(shop.blocks, x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_tail_and_the_copy_for_the_client(shop: Shop) -> None:
+    shop.load()
+    x = inputs(5)
+    result = shop.engine.step(work(x, 0, forward_tail=2, returns="bfloat16"))
+    whole = direct(shop.blocks, x)
+    assert torch.equal(to_tensor(result.forward), whole[-2:])
+    assert result.returned is not None
+    assert result.returned.header == TensorHeader("bfloat16", (5, 16))
+    assert torch.equal(to_tensor(result.returned), whole.bfloat16())
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "float16"])
+def test_wire_dtypes_become_the_deployments(tmp_path: Path, wire: str) -> None:
+    shop = Shop(tmp_path, [random_tensors(1, dtype=torch.bfloat16)], dtype="bfloat16")
+    shop.load()
+    x = inputs(4).to(getattr(torch, wire))
+    result = shop.engine.step(work(x, 0))
+    assert result.forward.header.dtype == "bfloat16"
+    block = Block(CONFIG, shop.blocks[0])
+    assert torch.equal(to_tensor(result.forward), block.forward(x.bfloat16(), KvCache(CONFIG, 4, torch.bfloat16), 0))
+
+
+@pytest.mark.parametrize("name", runner.MATRICES)
+def test_a_linear_step_is_the_named_matrix(shop: Shop, name: str) -> None:
+    shop.load(1, 3)
+    weight = shop.blocks[2][name]
+    x = torch.randn((3, weight.shape[1]), generator=torch.Generator().manual_seed(4))
+    got = shop.step(x, 0, operation=Operation.LINEAR, block=2, matrix=name)
+    torch.testing.assert_close(got, x @ weight.T, rtol=1e-6, atol=1e-6)
+    assert shop.engine._sessions[SESSION].caches.length == 0, "stateless"  # type: ignore[union-attr]
+
+
+def test_integer_maps_wrap(tmp_path: Path) -> None:
+    low, high = -(1 << 31), (1 << 31) - 1
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        name: torch.randint(low, high, shape, generator=generator, dtype=torch.int32)
+        for name, shape in CONFIG.tensor_shapes().items()
+    }
+    shop = Shop(tmp_path, [tensors], dtype="int32")
+    shop.load()
+    x = torch.randint(low, high, (2, 16), generator=generator, dtype=torch.int32)
+    got = shop.step(x, 0, operation=Operation.LINEAR, block=0, matrix="gate")
+    for row in range(2):
+        for out in range(24):
+            exact = sum(int(a) * int(b) for a, b in zip(x[row], tensors["gate"][out], strict=True))
+            assert int(got[row, out]) == (exact + (1 << 31)) % (1 << 32) - (1 << 31)
+    with pytest.raises(Refused, match="linear steps only"):
+        shop.step(x, 0)
+    with pytest.raises(Refused, match="unsupported"):
+        shop.step(x.float(), 0, operation=Operation.LINEAR, block=0, matrix="gate")
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        ({"payload": Payload(TensorHeader("float32", (1, 15)), bytes(60))}, RefusalReason.BAD_STEP),
+        ({"payload": Payload(TensorHeader("int32", (1, 16)), bytes(64))}, RefusalReason.UNSUPPORTED),
+        ({"payload": Payload(TensorHeader("int8", (1, 16)), bytes(16))}, RefusalReason.UNSUPPORTED),
+        ({"operation": Operation.LINEAR, "matrix": "q_post"}, RefusalReason.BAD_STEP),
+        ({"operation": Operation.LINEAR, "matrix": "q", "block": 3}, RefusalReason.BAD_STEP),
+    ],
+)
+def test_hostile_steps_are_refused_and_change_nothing(shop: Shop, other: dict[str, Any], reason: str) -> None:
+    shop.load()
+    x = inputs(4)
+    shop.step(x[:3], 0)
+    with pytest.raises(Refused) as refused:
+        shop.engine.step(work(x[3:], 3, **other))
+    assert refused.value.reason == reason
+    torch.testing.assert_close(shop.step(x[3:], 3), direct(shop.blocks, x)[3:], rtol=1e-5, atol=1e-5)
+
+
+def test_an_answer_that_no_frame_can_hold_is_refused_before_it_is_computed(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.load()
+    monkeypatch.setattr("worker.engine.ANSWER_BYTES_MAX", 4 * 16 * 5)
+    shop.step(inputs(5), 0)
+    with pytest.raises(Refused, match="larger than a frame"):
+        shop.step(inputs(6), 0)
+    with pytest.raises(Refused, match="larger than a frame"):
+        shop.step(inputs(5), 0, operation=Operation.LINEAR, matrix="gate")
+
+
+def test_misuse_is_our_own_bug(shop: Shop) -> None:
+    x, deployment = inputs(1), shop.manifest.deployment
+    with pytest.raises(LocalProtocolError):
+        shop.step(x, 0)
+    with pytest.raises(LocalProtocolError):
+        shop.engine.open(SESSION, deployment, 4)
+    shop.load(kv_tokens=4)
+    for call in (
+        lambda: shop.engine.open(SESSION, deployment, 4),
+        lambda: shop.engine.unload(deployment),
+        lambda: shop.engine.load(SpanSpec(shop.manifest, 0, 1)),
+        lambda: shop.step(x, 1),
+        lambda: shop.step(inputs(5), 0),
+    ):
+        with pytest.raises(LocalProtocolError):
+            call()
+    shop.engine.close(SESSION)
+    shop.engine.close(SESSION)
+    shop.engine.unload(deployment)
+    shop.engine.unload(DeploymentId(b"nobody's" * 2))
+
+
+def _without(tensors: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+TAMPERED = {
+    "a tensor missing": lambda t: _without(t, "down"),
+    "a tensor too many": lambda t: t | {"embedding": torch.zeros(4)},
+    "a wrong name": lambda t: _without(t, "down") | {"Down": t["down"]},
+    "a wrong shape": lambda t: t | {"down": t["down"].T.contiguous()},
+    "a wrong dtype": lambda t: t | {"down": t["down"].view(torch.int32)},
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_a_shard_that_is_not_the_manifests_is_refused(shop: Shop, how: str) -> None:
+    _tamper(shop, save(TAMPERED[how](shop.blocks[1])))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda data: b"",
+        lambda data: b"\xff" * 8 + data[8:],
+        lambda data: (1 << 62).to_bytes(8, "little") + data[8:],
+        lambda data: data[:8] + b"{" * 100 + data[108:],
+    ],
+)
+def test_a_broken_file_is_refused(shop: Shop, harm: Any) -> None:
+    _tamper(shop, harm(save(shop.blocks[1])))
+
+
+def _tamper(shop: Shop, shard: bytes) -> None:
+    """Put `shard` where the manifest's second one was, of the right size or not: loading refuses it either way."""
+    entry = shop.manifest.blocks[1]
+    shop.path(entry.digest).write_bytes(shard)
+    honest = dataclasses.replace(entry, shard_bytes=max(len(shard), entry.weight_bytes))
+    for manifest in (shop.manifest, dataclasses.replace(shop.manifest, blocks=(shop.manifest.blocks[0], honest))):
+        with pytest.raises(Refused) as refused:
+            shop.engine.load(SpanSpec(manifest, 0, 2))
+        assert refused.value.reason == RefusalReason.BAD_SHARD
+    shop.engine.load(SpanSpec(shop.manifest, 0, 1))
+
+
+def test_a_missing_file_is_refused(shop: Shop) -> None:
+    shop.path(shop.manifest.blocks[0].digest).unlink()
+    with pytest.raises(Refused, match="bad_shard"):
+        shop.load()
+
+
+def test_a_manifest_whose_tensors_are_not_its_configs_is_refused_by_the_engine_too(shop: Shop) -> None:
+    entry = shop.manifest.blocks[0]
+    lying = dataclasses.replace(entry, tensors=entry.tensors[:-1])
+    manifest = Manifest(shop.manifest.deployment, "plain", "float32", (lying,))
+    with pytest.raises(Refused, match="bad_manifest"):
+        shop.engine.load(SpanSpec(manifest, 0, 1))
+
+
+def test_what_loading_reports(shop: Shop) -> None:
+    loaded = shop.engine.load(SpanSpec(shop.manifest, 0, 2))
+    request = read_span(shop.data, 0, 2)
+    assert loaded.weight_bytes == request.weight_bytes == 2 * 4 * CONFIG.num_parameters
+    assert request.kv_token_bytes == 2 * KvCache.bytes_needed(CONFIG, 1, torch.float32)
+    assert loaded.block_time_us > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8", "int32"])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_payloads_round_trip(dtype: str, shape: tuple[int, ...]) -> None:
+    data = bytes(range(1, 49))[: TensorHeader(dtype, shape).nbytes]
+    payload = Payload(TensorHeader(dtype, shape), data)
+    tensor = to_tensor(payload)
+    assert to_payload(tensor) == payload
+    if len(shape) == 2:
+        assert to_tensor(to_payload(tensor.T)).equal(tensor.T), "any stride travels in C order"

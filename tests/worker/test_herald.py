@@ -1,0 +1,147 @@
+"""Adverts out, adverts in, round-trip times."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import trio
+
+from protocol import limits
+from protocol.adverts import TOPIC, Advert, AdvertGate, HeldSpan, Rtt, Speed, peer_tag, sign_advert
+from protocol.ids import DeploymentId, PeerId
+from simnet.runtime import VirtualClock
+from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, identity, in_swarm
+from worker.herald import GAP_S
+
+
+@dataclass(frozen=True)
+class Heard:
+    at: float
+    author: PeerId
+    received_from: PeerId
+    advert: Advert
+
+
+async def listen(swarm: Swarm, seconds: float) -> list[Heard]:
+    """What the client hears; it is connected to the first worker only."""
+    gate, heard = AdvertGate(), []
+    subscription = await swarm.client.endpoint.subscribe(TOPIC, lambda _: True)
+    with trio.move_on_after(seconds):
+        while True:
+            message = await subscription.receive()
+            advert = gate.admit(message.data, message.author, int(VirtualClock().time() * 1000))
+            heard.append(Heard(trio.current_time(), message.author, message.received_from, advert))
+    return heard
+
+
+async def connect(swarm: Swarm) -> None:
+    """A line: client - first - second."""
+    first = swarm.workers[0]
+    await swarm.client.endpoint.connect(f"{first.endpoint.addrs[0]}/p2p/{first.peer}")
+    for worker in swarm.workers[1:]:
+        await worker.endpoint.connect(f"{first.endpoint.addrs[0]}/p2p/{first.peer}")
+
+
+def test_adverts_reach_all_at_the_swarms_interval_and_rise() -> None:
+    async def test(swarm: Swarm) -> None:
+        await connect(swarm)
+        heard = await listen(swarm, 21)
+        for worker in swarm.workers:
+            own = [each for each in heard if each.author == worker.peer]
+            assert 9 <= len(own) <= 11, "every two seconds in a small swarm"
+            assert all(each.received_from == swarm.workers[0].peer for each in own)
+            advert = own[-1].advert
+            assert advert.memory_bytes == 1 << 20
+            assert (advert.memory_free_bytes, advert.kv_free_bytes) == ((1 << 20) - (1 << 16), 1 << 16)
+            assert advert.expires_ms - advert.issued_ms == 6000
+            assert advert.addrs == worker.endpoint.addrs
+        for worker in swarm.workers:
+            others = {other.peer for other in swarm.workers if other is not worker}
+            assert set(worker.service.herald.view.members) == others
+        # the two workers are connected, and have measured each other
+        tags = [rtt.tag for rtt in own[-1].advert.rtts]
+        assert tags == [peer_tag(swarm.workers[0].peer)]
+        assert own[-1].advert.rtts[0].rtt_ms > 0
+
+    in_swarm(2, test)
+
+
+def test_a_new_span_is_told_at_once_but_never_in_a_flood() -> None:
+    async def test(swarm: Swarm) -> None:
+        await connect(swarm)
+        heard: list[Heard] = []
+
+        async def ears() -> None:
+            heard.extend(await listen(swarm, 12))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ears)
+            await trio.sleep(4.5)
+            await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+            loaded_at = trio.current_time()
+        told = next(each for each in heard if each.advert.spans)
+        assert told.at - loaded_at < GAP_S + 0.5
+        assert told.advert.spans == (HeldSpan(DEPLOYMENT, 0, 2, 100),)
+        assert told.advert.memory_free_bytes == (1 << 20) - (1 << 16), "an idle deployment would make room"
+        gaps = [after.at - before.at for before, after in pairwise(heard)]
+        assert min(gaps) > GAP_S - 0.1
+        assert swarm.workers[0].service.spans.free_bytes == (1 << 20) - (1 << 16) - 2 * BLOCK_BYTES
+
+    in_swarm(1, test)
+
+
+def test_bad_adverts_are_neither_believed_nor_forwarded() -> None:
+    async def test(swarm: Swarm) -> None:
+        await connect(swarm)
+        first, second = swarm.workers
+        await trio.sleep(1)
+        now_ms = int(VirtualClock().time() * 1000)
+        own = swarm.client.identity
+        good = Advert(
+            sequence=now_ms, issued_ms=now_ms, expires_ms=now_ms + 60_000, addrs=(), memory_bytes=1,
+            memory_free_bytes=1, kv_free_bytes=1, speeds=(), spans=(), rtts=(), device="cpu", version="0",
+        )  # fmt: skip
+        minute = 60_000
+        bad = [
+            b"rubbish",
+            sign_advert(good, identity("mallory")),
+            sign_advert(replace(good, issued_ms=now_ms - 2 * minute, expires_ms=now_ms - 1), own),
+            sign_advert(replace(good, issued_ms=now_ms + minute, expires_ms=now_ms + 2 * minute), own),
+            sign_advert(good, own)[:-1] + b"\0",
+        ]
+        for data in bad:
+            await swarm.client.endpoint.publish(TOPIC, data)
+        await trio.sleep(1)
+        assert first.counts.adverts_refused == len(bad)
+        assert second.counts.adverts_refused == 0, "nothing was forwarded"
+        assert own.peer not in first.service.herald.view.members
+        for replay in range(2):
+            await swarm.client.endpoint.publish(TOPIC, sign_advert(good, own))
+            await trio.sleep(1)
+            assert first.counts.adverts_refused == len(bad) + replay
+        assert own.peer in second.service.herald.view.members
+        await trio.sleep(65)
+        assert own.peer not in second.service.herald.view.members, "it expired"
+
+    in_swarm(2, test)
+
+
+def test_an_advert_with_too_much_to_say_still_fits() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        herald = worker.service.herald
+        herald.config = replace(herald.config, speeds=tuple(Speed(f"dtype{i}", 1.0, 1.0) for i in range(4)))
+        for index in range(limits.ADVERT_SPANS_MAX):
+            await swarm.client.deploy(worker, 1, 0, 1, DeploymentId(bytes([index]) * 16))
+        herald._rtts = {identity(str(index)).peer: (1000 / 7, 0.0) for index in range(40)}
+        addrs, long = worker.endpoint.addrs, ("/dns4/" + "x" * 100 + "/tcp/1",) * 4
+        now_ms = int(VirtualClock().time() * 1000)
+        worker.endpoint._addrs = long
+        advert = AdvertGate().admit(herald._advert(2.0), worker.peer, now_ms)
+        worker.endpoint._addrs = addrs
+        assert len(advert.addrs) == 4
+        assert len(advert.rtts) < limits.ADVERT_RTTS_MAX
+        assert all(isinstance(rtt, Rtt) for rtt in advert.rtts)
+
+    in_swarm(1, test)

@@ -1,0 +1,145 @@
+"""Cancellation: whenever a worker stops, and wherever an engine call is when its session ends, no lease leaks."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from protocol.channel import Channel
+from protocol.errors import RemoteProtocolError, TransportError
+from protocol.messages import CONTROL, Ping, Pong
+from simnet.compute import CostModel, ToyCompute
+from tests.helpers.workers import Swarm, in_swarm, some_rows
+from worker.outbox import BYTES_MAX, FORCED_MAX, FRAMES_MAX, Outbox
+
+
+@pytest.mark.parametrize("tenths", range(0, 40, 3))
+@pytest.mark.parametrize("end", ["worker stops", "client crashes", "next hop crashes"])
+def test_whenever_it_ends_nothing_is_left(end: str, tenths: int) -> None:
+    """Calls of the engine take a while each, so the moments between 0 and 4 s fall into all of them."""
+
+    async def use(swarm: Swarm) -> None:
+        with suppress(TransportError, AssertionError):  # what a client sees of the end is tested elsewhere
+            route = await swarm.client.route(swarm.workers)
+            for index in range(4):
+                await route.send(*route.step(index, index, some_rows(1)))
+            await trio.sleep_forever()
+
+    async def test(swarm: Swarm) -> None:
+        first, second = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use, swarm)
+            await trio.sleep(0.1 * tenths)
+            match end:
+                case "worker stops":
+                    await first.stop()
+                case "client crashes":
+                    swarm.network.crash(swarm.client.peer)
+                case _:
+                    swarm.network.crash(second.peer)
+            await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        swarm.network.crash(swarm.client.peer)
+        await trio.sleep(10)
+        for worker in swarm.workers:
+            worker.assert_idle()
+
+    in_swarm(2, test, compute=lambda _: Slow())
+
+
+class Slow(ToyCompute):
+    """Every call takes time, and freeing does too."""
+
+    def __init__(self) -> None:
+        super().__init__(CostModel(step_s=0.3))
+
+    async def open(self, *args: Any) -> None:
+        await super().open(*args)
+        await trio.sleep(0.7)
+
+    async def close(self, *args: Any) -> None:
+        await trio.sleep(0.2)
+        await super().close(*args)
+
+
+class _Deaf:
+    """A stream that takes no bytes until told to."""
+
+    def __init__(self) -> None:
+        self.reading = trio.Event()
+        self.sent = 0
+
+    async def send(self, data: bytes) -> None:
+        await self.reading.wait()
+        self.sent += 1
+
+
+def _channel(stream: _Deaf) -> Any:
+    return Channel(stream, CONTROL)  # type: ignore[arg-type]
+
+
+def test_an_outbox_waits_drops_or_forces() -> None:
+    async def main() -> None:
+        stream, outbox = _Deaf(), Outbox()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.pump, _channel(stream))
+            for _ in range(FRAMES_MAX):
+                assert outbox.offer(Ping(bytes(8)))
+            assert not outbox.offer(Ping(bytes(8)))
+            outbox.force(Pong(bytes(8)))
+            waited = trio.Event()
+
+            async def put() -> None:
+                await outbox.put(Ping(bytes(8)))
+                waited.set()
+
+            nursery.start_soon(put)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not waited.is_set()
+            stream.reading.set()
+            await waited.wait()
+            await outbox.drained()
+            assert stream.sent == FRAMES_MAX + 2
+            outbox.close()
+
+    trio.run(main)
+
+
+def test_an_outbox_of_a_reader_that_never_reads_closes_itself() -> None:
+    async def main() -> None:
+        outbox = Outbox()
+        for _ in range(FORCED_MAX):
+            outbox.force(Pong(bytes(8)))
+        assert not outbox.closed
+        outbox.force(Pong(bytes(8)))
+        assert outbox.closed
+        with pytest.raises(TransportError):
+            await outbox.put(Ping(bytes(8)))
+        await outbox.pump(_channel(_Deaf()))
+        await outbox.drained()
+
+    trio.run(main)
+
+
+def test_an_outbox_counts_bytes() -> None:
+    outbox = Outbox()
+    assert outbox.offer(Ping(bytes(8)), bytes(BYTES_MAX))
+    assert not outbox.offer(Ping(bytes(8)))
+
+
+def test_streams_per_peer_are_bounded() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        for _ in range(64):
+            await swarm.client.dial(worker, CONTROL)
+        extra = await swarm.client.dial(worker, CONTROL)
+        with pytest.raises((TransportError, RemoteProtocolError)):
+            await extra.call(Ping(bytes(8)))
+        assert await (await swarm.another("bob")).ask(worker, Ping(bytes(8))) == Pong(bytes(8))
+
+    in_swarm(1, test)

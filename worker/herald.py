@@ -1,0 +1,159 @@
+"""What the worker says about itself and hears of others: adverts out, adverts in, round-trip times.
+
+Adverts go out at the swarm's interval, and at once (at most one a second) when spans change. KV that comes and goes
+with sessions waits for the interval: in a large busy swarm anything else would flood every node. Invalid adverts are
+neither believed nor forwarded.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import trio
+
+from protocol import limits
+from protocol.adverts import TOPIC, Advert, AdvertGate, HeldSpan, Rtt, advert_interval_s, peer_tag, sign_advert
+from protocol.channel import Channel
+from protocol.errors import RemoteProtocolError, TransportError
+from protocol.ids import PeerId
+from protocol.messages import CONTROL, Ping, Pong
+from protocol.ports import GossipMessage
+from protocol.swarm import Member, SwarmView
+from worker.admission import SpanLedger
+from worker.config import WorkerConfig, WorkerPorts
+from worker.kv_pool import KvPool
+
+log = logging.getLogger("sotto.worker")
+GAP_S = 1.0  # between two adverts, whatever happens
+RTT_EVERY_S = 30.0
+RTT_ROUND_S = 5.0  # a new neighbour is measured within this time
+PING_S = 5.0
+
+
+@dataclass(slots=True)
+class Herald:
+    ports: WorkerPorts
+    config: WorkerConfig
+    spans: SpanLedger
+    pool: KvPool
+    view: SwarmView = field(default_factory=SwarmView)
+    _gate: AdvertGate = field(default_factory=AdvertGate)
+    _changed: trio.Event = field(default_factory=trio.Event)
+    _sequence: int = 0
+    _rtts: dict[PeerId, tuple[float, float]] = field(default_factory=dict)  # (milliseconds, measured at)
+
+    def changed(self) -> None:
+        """Spans changed: say so soon."""
+        self._changed.set()
+
+    def admit(self, message: GossipMessage) -> bool:
+        """The topic's validator: believe a valid advert, refuse any other."""
+        now_ms = self._now_ms()
+        try:
+            advert = self._gate.admit(message.data, message.author, now_ms)
+        except RemoteProtocolError:
+            self.ports.observer.advert_refused(message.author)
+            return False
+        self.view = self.view.at(now_ms).with_advert(message.author, advert, message.received_from)
+        return True
+
+    async def listen(self) -> None:
+        """Subscribe, and take messages from the subscription for ever; the validator has read them already."""
+        subscription = await self.ports.gossip.subscribe(TOPIC, self.admit)
+        while True:
+            await subscription.receive()
+
+    async def publish(self) -> None:
+        """Advertise for ever."""
+        while True:
+            self._changed = trio.Event()
+            self.view = self.view.at(self._now_ms())
+            interval_s = advert_interval_s(len(self.view.members) + 1)
+            await self.ports.gossip.publish(TOPIC, self._advert(interval_s))
+            await trio.sleep(GAP_S)
+            with trio.move_on_after(max(0.0, interval_s - GAP_S)):
+                await self._changed.wait()
+
+    async def measure(self) -> None:
+        """Keep the round-trip times to connected workers fresh, for ever."""
+        while True:
+            now = self.ports.clock.monotonic()
+            self._rtts = {peer: known for peer, known in self._rtts.items() if now - known[1] < 2 * RTT_EVERY_S}
+            for member in self._neighbours():
+                known = self._rtts.get(member.peer)
+                if known is None or now - known[1] >= RTT_EVERY_S:
+                    await self._ping(member)
+            await trio.sleep(RTT_ROUND_S)
+
+    def _neighbours(self) -> list[Member]:
+        connected = [peer for peer in self.ports.transport.connected() if peer in self.view.members]
+        return [self.view.members[peer] for peer in connected[: limits.ADVERT_RTTS_MAX]]
+
+    async def _ping(self, member: Member) -> None:
+        ping = Ping(self.ports.entropy(8))
+        with trio.move_on_after(PING_S):
+            try:
+                stream = await self.ports.transport.open(member.peer, member.advert.addrs, CONTROL)
+                try:
+                    started = self.ports.clock.monotonic()
+                    reply = await Channel(stream, CONTROL).call(ping)
+                    now = self.ports.clock.monotonic()
+                    if reply != Pong(ping.nonce):
+                        raise RemoteProtocolError("a ping was not answered by its pong")
+                    self._rtts[member.peer] = (1000 * (now - started), now)
+                finally:
+                    await stream.aclose()
+            except TransportError as error:
+                log.debug("ping failed", extra={"peer": member.peer, "error": str(error)})
+            except RemoteProtocolError:
+                self.ports.observer.violation(member.peer, CONTROL)
+
+    def _advert(self, interval_s: float) -> bytes:
+        """Signed, and small enough: what does not fit is left out, round-trip times first, then the oldest spans."""
+        now_ms = self._now_ms()
+        self._sequence = max(self._sequence + 1, now_ms)
+        life_s = min(limits.ADVERT_LIFE_INTERVALS * interval_s, limits.ADVERT_LIFE_MAX_S)
+        rtts = [Rtt(peer_tag(peer), rtt_ms) for peer, (rtt_ms, _) in sorted(self._rtts.items())]
+        rtts = rtts[: limits.ADVERT_RTTS_MAX]
+        spans = self._held()
+        while True:
+            advert = Advert(
+                sequence=self._sequence,
+                issued_ms=now_ms,
+                expires_ms=now_ms + round(1000 * life_s),
+                addrs=self.ports.transport.addrs[: limits.ADDRS_MAX],
+                memory_bytes=self.config.memory_bytes,
+                memory_free_bytes=self.spans.available_bytes,
+                kv_free_bytes=self.pool.free_bytes,
+                speeds=self.config.speeds,
+                spans=tuple(spans),
+                rtts=tuple(rtts),
+                device=self.config.device,
+                version=self.config.version,
+            )
+            try:
+                return sign_advert(advert, self.config.identity)
+            except ValueError:
+                if rtts:
+                    rtts.pop()
+                elif spans:
+                    spans.pop()
+                else:
+                    raise
+
+    def _held(self) -> list[HeldSpan]:
+        """Loaded spans, the most recently used first."""
+        leases = sorted(self.spans.loaded(), key=lambda lease: lease.touched, reverse=True)
+        return [
+            HeldSpan(
+                lease.request.deployment,
+                lease.request.spec.start,
+                lease.request.spec.end,
+                lease.loaded.block_time_us if lease.loaded else 0,
+            )
+            for lease in leases[: limits.ADVERT_SPANS_MAX]
+        ]
+
+    def _now_ms(self) -> int:
+        return int(self.ports.clock.time() * 1000)

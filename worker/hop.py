@@ -1,0 +1,136 @@
+"""One open session's task: do its work in order, answer, and leave nothing behind.
+
+Forward first, then the client's copy: the next hop waits for nothing that only replay and verification need. The last
+hop's answers are never dropped: the session waits for its client, and only this session does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import assert_never
+
+import trio
+
+from protocol.errors import LocalProtocolError, Refused, TransportError
+from protocol.messages import OpenSession, Operation, RefusalReason, SessionOpened, Step, StepOutput
+from protocol.ports import Compute, StepResult, StepWork
+from protocol.tensors import Payload
+from protocol.tickets import Ticket
+from worker.cleanup import finish
+from worker.links import Link, LinkPool
+from worker.observer import WorkerObserver
+from worker.session import Again, Pass, Route, Session
+from worker.sessions import SessionTable
+
+
+@dataclass(slots=True)
+class Hop:
+    """`session` at this hop, with the place in the route that the work done so far gave it."""
+
+    session: Session
+    table: SessionTable
+    compute: Compute
+    links: LinkPool
+    observer: WorkerObserver
+    link: Link | None = None
+    _ticket: Ticket | None = None
+
+    async def run(self) -> None:
+        """Until the session fails or closes; `free` must follow, whatever happened. Raises only what is a bug."""
+        with self.session.scope:
+            await self._work()
+
+    async def free(self) -> None:
+        """Leave the link, and give memory back once the engine has."""
+        if self.link is not None:
+            self.links.leave(self.session.id, self.link)
+        try:
+            await finish(partial(self.compute.close, self.session.id))
+        finally:
+            self.table.freed(self.session)
+
+    async def _work(self) -> None:
+        session = self.session
+        assert session.lease is not None
+        ticket = session.lease.ticket
+        try:
+            await self.compute.open(session.id, ticket.deployment, ticket.kv_tokens)
+            async for work in session.receive_work:
+                match work:
+                    case Route():
+                        await self._take_place(work)
+                    case Pass():
+                        await self._compute(work)
+                    case Again(step, answer):
+                        await self._answer(step, answer)
+                    case _:
+                        assert_never(work)
+                self.table.done(session, work)
+        except Refused as refusal:
+            self.table.fail(session, refusal.reason, refusal.detail)
+        except TransportError as error:
+            self.table.fail(session, RefusalReason.HOP_LOST, str(error))
+
+    async def _take_place(self, work: Route) -> None:
+        if self.link is not None:
+            self.links.leave(self.session.id, self.link)
+            self.link = None
+        ticket = self._ticket = work.ticket
+        if ticket.successor:
+            self.link = await self.links.join(self.session.id, ticket.successor, ticket.successor_addrs)
+            await self.link.outbox.put(OpenSession(self.session.id, work.rest))
+        await trio.lowlevel.checkpoint_if_cancelled()  # the session may have failed while this task was waking up
+        self.session.machine.sent(SessionOpened)
+        self.session.outbox.force(SessionOpened(self.session.id, ticket.epoch, ticket.kv_tokens))
+
+    async def _compute(self, work: Pass) -> None:
+        step, lease = work.step, self.session.lease
+        assert lease is not None
+        operation, last = Operation(step.operation), self._is_last(step)
+        result = await self.compute.step(
+            StepWork(
+                session=self.session.id,
+                position=step.position,
+                operation=operation,
+                block=step.block,
+                matrix=step.matrix,
+                payload=work.payload,
+                forward_tail=step.tail if last and operation is Operation.SPAN else 0,
+                returns="none" if last else self.ticket.returns,
+            )
+        )
+        positions = step.tensor.shape[0]
+        self.observer.step_computed(positions, result.compute_us / 1e6, positions > 1)
+        kept = len(result.forward.data) + (len(result.returned.data) if result.returned else 0)
+        lease.ledger.record(step.step, result, kept)
+        await self._answer(step, result)
+
+    async def _answer(self, step: Step, result: StepResult) -> None:
+        forward, session = result.forward, self.session
+        await trio.lowlevel.checkpoint_if_cancelled()
+        session.machine.sent(StepOutput)
+        if self._is_last(step):
+            await session.outbox.put(self._output(step, result, forward), forward.data)
+            return
+        if self.link is None:
+            raise LocalProtocolError("a session in mid-route without a link")
+        await self.link.outbox.put(dataclasses.replace(step, tensor=forward.header), forward.data)
+        copy = result.returned
+        if copy is not None and not session.outbox.offer(self._output(step, result, copy), copy.data):
+            self.observer.output_dropped()
+
+    @property
+    def ticket(self) -> Ticket:
+        """The place in the route that the work done so far gave; what is still in the inbox may change it."""
+        if self._ticket is None:
+            raise LocalProtocolError("a step before the session took its place in the route")
+        return self._ticket
+
+    def _is_last(self, step: Step) -> bool:
+        # A linear map is no pass through the model: whoever holds the block answers the client itself.
+        return not self.ticket.successor or step.operation == Operation.LINEAR
+
+    def _output(self, step: Step, result: StepResult, payload: Payload) -> StepOutput:
+        return StepOutput(self.session.id, step.epoch, step.step, result.compute_us, payload.header)

@@ -1,0 +1,62 @@
+"""What the worker tells about itself while it works: typed hooks, for metrics.
+
+Hooks are called on the event loop: they must be quick and must not raise. They carry counts, seconds and peer ids,
+never tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from protocol.ids import PeerId
+
+
+class WorkerObserver(Protocol):
+    def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None:
+        """A step of `positions` tokens; `prefill` when it had more than one."""
+
+    def step_repeated(self) -> None:
+        """A step was answered from the record."""
+
+    def output_dropped(self) -> None:
+        """A returned copy found the client's outbox full."""
+
+    def queue_changed(self, steps: int) -> None:
+        """Steps that wait or run now, over all sessions."""
+
+    def sessions_changed(self, sessions: int) -> None:
+        """Sessions, attached or open, now."""
+
+    def session_failed(self, reason: str) -> None:
+        """A session ended by SessionFailed; `reason` is a RefusalReason."""
+
+    def request_refused(self, reason: str) -> None:
+        """A control or shard request was refused; `reason` is a RefusalReason."""
+
+    def bytes_moved(self, protocol: str, received: int, sent: int) -> None:
+        """More bytes went over a stream of `protocol`."""
+
+    def memory_changed(self, weight_bytes: int, kv_bytes: int) -> None:
+        """Bytes of weights and of KV that are reserved now."""
+
+    def violation(self, peer: PeerId, protocol: str) -> None:
+        """`peer` broke `protocol`."""
+
+    def advert_refused(self, peer: PeerId) -> None:
+        """An advert that `peer` published did not hold."""
+
+
+class NullObserver:
+    """Listens to nothing."""
+
+    def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None: ...
+    def step_repeated(self) -> None: ...
+    def output_dropped(self) -> None: ...
+    def queue_changed(self, steps: int) -> None: ...
+    def sessions_changed(self, sessions: int) -> None: ...
+    def session_failed(self, reason: str) -> None: ...
+    def request_refused(self, reason: str) -> None: ...
+    def bytes_moved(self, protocol: str, received: int, sent: int) -> None: ...
+    def memory_changed(self, weight_bytes: int, kv_bytes: int) -> None: ...
+    def violation(self, peer: PeerId, protocol: str) -> None: ...
+    def advert_refused(self, peer: PeerId) -> None: ...

@@ -1,0 +1,91 @@
+"""Frames that wait to be written to one stream, bounded in number and bytes.
+
+Three ways in: `put` waits for room, `offer` gives up when there is none, `force` is for small control messages that
+must not wait. Invariant: frames leave in the order they came, and a reader that never reads costs bounded memory: past
+FORCED_MAX the outbox closes itself.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import trio
+from trio.lowlevel import ParkingLot
+
+from protocol.channel import Channel
+from protocol.errors import TransportError
+from protocol.messages import Message
+
+FRAMES_MAX = 64
+BYTES_MAX = 64 << 20  # two of the largest steps
+FORCED_MAX = 512  # every session of a peer may be attached, opened and failed while its stream is stalled
+
+
+class Outbox:
+    """One writer task pumps it; any task of the same event loop fills it."""
+
+    __slots__ = ("_bytes", "_changed", "_frames", "closed")
+
+    def __init__(self) -> None:
+        self._frames: deque[tuple[Message, bytes]] = deque()
+        self._bytes = 0
+        self._changed = ParkingLot()
+        self.closed = False
+
+    @property
+    def full(self) -> bool:
+        return len(self._frames) >= FRAMES_MAX or self._bytes >= BYTES_MAX
+
+    async def put(self, message: Message, body: bytes = b"") -> None:
+        """Wait for room, then add. Raises TransportError once closed."""
+        await trio.lowlevel.checkpoint()
+        while self.full and not self.closed:
+            await self._changed.park()
+        if self.closed:
+            raise TransportError("the stream has gone")
+        self._add(message, body)
+
+    def offer(self, message: Message, body: bytes = b"") -> bool:
+        """Add if there is room now; False when it was dropped."""
+        if self.full or self.closed:
+            return False
+        self._add(message, body)
+        return True
+
+    def force(self, message: Message) -> None:
+        """Add whatever the room; dropped once closed."""
+        if len(self._frames) >= FORCED_MAX:
+            self.close()
+        if not self.closed:
+            self._add(message, b"")
+
+    def close(self) -> None:
+        """No more frames; those that wait are dropped. Idempotent."""
+        self.closed = True
+        self._frames.clear()
+        self._bytes = 0
+        self._changed.unpark_all()
+
+    async def pump(self, channel: Channel) -> None:
+        """Write frames until closed. Raises TransportError."""
+        while True:
+            while not self._frames and not self.closed:
+                await self._changed.park()
+            if self.closed:
+                return
+            message, body = self._frames[0]
+            await channel.send(message, body)
+            if self._frames:  # else closed meanwhile
+                self._frames.popleft()
+                self._bytes -= len(body)
+            self._changed.unpark_all()
+
+    async def drained(self) -> None:
+        """Wait until all frames were written, or the outbox was closed."""
+        while self._frames:
+            await self._changed.park()
+
+    def _add(self, message: Message, body: bytes) -> None:
+        self._frames.append((message, body))
+        self._bytes += len(body)
+        self._changed.unpark_all()

@@ -1,0 +1,150 @@
+"""The blocks of one loaded span, and the caches of one session over them.
+
+Invariant: a step takes bounded memory whatever its shape: rows are computed in chunks whose intermediate results stay
+below WORKSPACE_BYTES, and a chunk sees exactly what it would see in one pass. KV grows in steps and, but for the moment
+in which one block's cache is copied to a larger one, stays below what the session reserved. It knows no messages.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from models.blocks import Block, KvCache
+from models.config import BlockConfig
+from models.rope import Rotary
+
+WORKSPACE_BYTES = 1 << 30
+WIDENED_NUMBERS = 1 << 22
+KV_GROWTH_TOKENS = 256  # a short chat never grows twice; a long one doubles
+TIMED_RUNS = 5
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class FloatBlocks:
+    """Consecutive blocks in one floating dtype on one device."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self.blocks = tuple(blocks)
+        self.dtype, self.device = self.blocks[0].dtype, self.blocks[0].device
+        self.width = self.blocks[0].config.hidden_size
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, caches: Caches, position: int) -> Tensor:
+        """x [T, d] of tokens [position, position + T) through all blocks: [T, d]."""
+        caches.hold(position + len(x))
+        for block, cache in zip(self.blocks, caches.caches, strict=True):
+            rows = _rows_at_once(block.config, position + len(x), self.dtype)
+            done = [block.forward(x[start : start + rows], cache, position + start) for start in range(0, len(x), rows)]
+            x = done[0] if len(done) == 1 else torch.cat(done)
+        return x
+
+    def matrix(self, block: int, name: str) -> Tensor:
+        """The named weight [out, in] of the span's `block`."""
+        return self.blocks[block].matrix(name)
+
+    def time_position(self) -> int:
+        """Microseconds of one position through one block: the median of a few."""
+        block = self.blocks[0]
+        cache = KvCache(block.config, 1, self.dtype, self.device)
+        x = torch.full((1, self.width), 0.5, dtype=self.dtype, device=self.device)
+        return time_us(lambda: block.forward(x, cache, 0), self.device)
+
+
+class IntegerBlocks:
+    """Consecutive blocks of int32 weights: linear maps only, modulo 2^32."""
+
+    def __init__(self, configs: Sequence[BlockConfig], tensors: Sequence[dict[str, Tensor]]) -> None:
+        self._tensors = tuple(tensors)
+        self.device = self._tensors[0]["q"].device
+        self.width = configs[0].hidden_size
+
+    def matrix(self, block: int, name: str) -> Tensor:
+        """The named weight [out, in] of the span's `block`."""
+        return self._tensors[block][name]
+
+    def time_position(self) -> int:
+        """Microseconds of one position through the linear maps of one block."""
+        x = {name: torch.ones((1, self.matrix(0, name).shape[1]), dtype=torch.int32) for name in MATRICES}
+        return time_us(lambda: [linear_mod_2_32(x[name], self.matrix(0, name)) for name in MATRICES], self.device)
+
+
+class Caches:
+    """One session's KV over a span, at most `kv_tokens` long."""
+
+    def __init__(self, blocks: FloatBlocks, kv_tokens: int) -> None:
+        self._dtype, self._device = blocks.dtype, blocks.device
+        self._configs = [block.config for block in blocks.blocks]
+        self.kv_tokens = kv_tokens
+        self.capacity = min(kv_tokens, KV_GROWTH_TOKENS)
+        self.caches = [self._cache(config) for config in self._configs]
+
+    @property
+    def length(self) -> int:
+        return self.caches[0].length
+
+    def hold(self, tokens: int) -> None:
+        """Make room for `tokens` <= kv_tokens, block by block."""
+        if tokens <= self.capacity:
+            return
+        self.capacity = min(self.kv_tokens, max(tokens, 2 * self.capacity))
+        for index, config in enumerate(self._configs):
+            grown = self._cache(config)
+            grown.append(*self.caches[index].read(0))
+            self.caches[index] = grown
+
+    def _cache(self, config: BlockConfig) -> KvCache:
+        return KvCache(config, self.capacity, self._dtype, self._device)
+
+
+def build_float_blocks(
+    configs: Sequence[BlockConfig],
+    read: Callable[[int], dict[str, Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FloatBlocks:
+    """Blocks from what `read(index)` gives, one at a time. Equal rotary tables are shared."""
+    rotaries: dict[tuple[object, ...], Rotary] = {}
+    blocks = []
+    for index, config in enumerate(configs):
+        key = (config.rope, config.head_dim, config.max_position)
+        if key not in rotaries:
+            rotaries[key] = Rotary(config, dtype, device)
+        blocks.append(Block(config, read(index), dtype=dtype, device=device, rotary=rotaries[key]))
+    return FloatBlocks(blocks)
+
+
+@torch.inference_mode()
+def linear_mod_2_32(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] times weight [out, in] transposed over the ring Z_2^32, both int32, on the CPU."""
+    # Sums of int64 products may wrap modulo 2^64; their low 32 bits are right all the same. A few rows of the weight at
+    # a time: a whole copy in int64 would be twice the matrix.
+    wide, rows = x.long(), max(1, WIDENED_NUMBERS // weight.shape[1])
+    parts = [(wide @ weight[start : start + rows].long().T).to(torch.int32) for start in range(0, len(weight), rows)]
+    return torch.cat(parts, dim=1)
+
+
+def time_us(run: Callable[[], object], device: torch.device) -> int:
+    """Microseconds of one `run`: the median of a few, after one to warm up."""
+    times = []
+    for _ in range(1 + TIMED_RUNS):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return max(1, round(1e6 * statistics.median(times[1:])))
+
+
+def _rows_at_once(config: BlockConfig, length: int, dtype: torch.dtype) -> int:
+    """How many rows of a step may be computed together when `length` tokens are attended to."""
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    # Scores are counted although fused attention does not keep them: which kernel runs is torch's choice.
+    row_bytes = dtype.itemsize * (
+        4 * config.hidden_size + 3 * heads + 4 * config.intermediate_size + config.num_heads * length
+    )
+    return max(1, WORKSPACE_BYTES // (row_bytes + length))

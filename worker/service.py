@@ -1,0 +1,294 @@
+"""The worker: protocol handlers on one side, the engine behind its port on the other, and the tasks between them.
+
+Invariant: a stream's reader waits for nothing but its stream (and, in control, for the request it is serving), so no
+peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in a handler
+costs that stream, in a session that session. It decides nothing: control.py, uploads.py and sessions.py do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+
+import trio
+
+from protocol import limits
+from protocol.channel import Channel
+from protocol.errors import LocalProtocolError, Refused, RemoteProtocolError, SottoError, TransportError
+from protocol.ids import PeerId, SessionId
+from protocol.messages import (
+    CONTROL,
+    LINK,
+    SESSION,
+    SHARD,
+    Attach,
+    CloseSession,
+    Message,
+    OpenSession,
+    Refusal,
+    RefusalReason,
+    SessionFailed,
+    ShardOffer,
+    Step,
+)
+from protocol.ports import Stream, StreamHandler
+from protocol.tickets import TicketGate
+from worker.admission import SpanLedger
+from worker.cleanup import STOP_S, shielded
+from worker.config import TaskStatus, WorkerConfig, WorkerPorts
+from worker.control import Control
+from worker.herald import Herald
+from worker.hop import Hop
+from worker.kv_pool import KvPool
+from worker.links import OPEN_S, Link, LinkPool
+from worker.meter import Meter
+from worker.outbox import Outbox
+from worker.session import Session
+from worker.sessions import SessionTable
+from worker.uploads import Uploads
+
+log = logging.getLogger("sotto.worker")
+STREAMS_PER_PEER_MAX = 64  # our own client needs four
+SWEEP_S = 5.0
+Serve = Callable[[Channel], Awaitable[None]]
+
+__all__ = ["WorkerConfig", "WorkerPorts", "WorkerService"]
+
+
+class WorkerService:
+    """One worker. `run` until cancelled; everything else is read by tests and metrics."""
+
+    def __init__(self, ports: WorkerPorts, config: WorkerConfig) -> None:
+        self._ports = ports
+        self._nursery: trio.Nursery | None = None
+        self._streams: Counter[PeerId] = Counter()
+        self._outboxes: dict[Outbox, None] = {}
+        self._meter = Meter(ports.observer)
+        self.spans = SpanLedger(config.weight_memory_bytes)
+        self.pool = KvPool(config.kv_memory_bytes)
+        gate = TicketGate(config.identity)
+        self.sessions = SessionTable(gate, self.spans, self.pool, ports.clock, ports.observer, self._spawn_session)
+        self.links = LinkPool(self._spawn_link, self._link_lost)
+        self.herald = Herald(ports, config, self.spans, self.pool)
+        self._uploads = Uploads(ports.store, self.spans, ports.clock)
+        self._control = Control(ports, self.spans, self.sessions, self._uploads, self.herald.changed)
+
+    async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; then sessions are failed with STOPPING, told so, and streams closed."""
+        for protocol, serve in (
+            (CONTROL, self._serve_control),
+            (SHARD, self._serve_shards),
+            (SESSION, self._serve_sessions),
+            (LINK, self._serve_link),
+        ):
+            self._ports.transport.handle(protocol, self._handler(protocol, serve))
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                nursery.start_soon(self.herald.listen)
+                nursery.start_soon(self.herald.publish)
+                nursery.start_soon(self.herald.measure)
+                nursery.start_soon(self._sweep)
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                with shielded(STOP_S):
+                    await self._say_goodbye()
+                with shielded(STOP_S):
+                    for channel in self._meter.channels:
+                        await channel.aclose()
+
+    # --- streams from peers -------------------------------------------------------------------------------------------
+
+    def _handler(self, protocol: str, serve: Serve) -> StreamHandler:
+        async def handle(stream: Stream) -> None:
+            peer, channel = stream.remote, Channel(stream, protocol)
+            if self.sessions.stopping or self._streams[peer] >= STREAMS_PER_PEER_MAX:
+                await stream.aclose()
+                return
+            self._streams[peer] += 1
+            try:
+                with self._meter.on(channel, protocol):
+                    await serve(channel)
+            except RemoteProtocolError as error:
+                self._ports.observer.violation(peer, protocol)
+                log.warning("violation", extra={"peer": peer, "protocol": protocol, "error": str(error)})
+            except TransportError as error:
+                log.debug("stream lost", extra={"peer": peer, "protocol": protocol, "error": str(error)})
+            finally:
+                self._streams[peer] -= 1
+                if not self._streams[peer]:
+                    del self._streams[peer]
+                await stream.aclose()
+
+        return handle
+
+    async def _serve_control(self, channel: Channel) -> None:
+        async def answer(request: Message) -> None:
+            await channel.send(await self._control.answer(request, channel.remote))
+
+        await self._serve_requests(channel, answer)
+
+    async def _serve_shards(self, channel: Channel) -> None:
+        async def take(request: Message) -> None:
+            if not isinstance(request, ShardOffer):
+                raise RemoteProtocolError(f"{type(request).__name__} where a shard is offered")
+            await self._uploads.receive(channel, request)
+
+        await self._serve_requests(channel, take)
+
+    async def _serve_requests(self, channel: Channel, answer: Callable[[Message], Awaitable[None]]) -> None:
+        while (received := await channel.receive()) is not None:
+            message, _ = received
+            try:
+                await answer(message)
+            except Refused as refusal:
+                self._ports.observer.request_refused(refusal.reason)
+                log.info("refused", extra={"peer": channel.remote, "reason": refusal.reason})
+                await channel.send(Refusal(refusal.reason, refusal.detail[: limits.DETAIL_CHARS_MAX]))
+
+    async def _serve_sessions(self, channel: Channel) -> None:
+        outbox = Outbox()
+        self._outboxes[outbox] = None
+        try:
+            await _race(partial(outbox.pump, channel), partial(self._read_sessions, channel, outbox))
+        finally:
+            del self._outboxes[outbox]
+            outbox.close()
+            self.sessions.client_gone(outbox)
+
+    async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
+        while (received := await channel.receive()) is not None:
+            message, body = received
+            if isinstance(message, Attach):
+                self.sessions.attach(message, channel.remote, outbox)
+            elif not self._route(message, body, channel.remote):
+                outbox.force(SessionFailed(_session_of(message), RefusalReason.UNKNOWN_SESSION, ""))
+
+    async def _serve_link(self, channel: Channel) -> None:
+        while (received := await channel.receive()) is not None:
+            message, body = received
+            try:
+                self._route(message, body, channel.remote)
+            except RemoteProtocolError as error:
+                # One client's session out of order must not cost the others on this link theirs.
+                self._ports.observer.violation(channel.remote, LINK)
+                log.warning("dropped", extra={"peer": channel.remote, "error": str(error)})
+
+    def _route(self, message: Message, body: bytes, remote: PeerId) -> bool:
+        """What goes along a route. False when its session is not known here."""
+        match message:
+            case Step():
+                return self.sessions.step(message, body, remote)
+            case OpenSession():
+                return self.sessions.open(message, remote)
+            case CloseSession(session):
+                ticket = self.sessions.close(message, remote)
+                if ticket is not None and ticket.successor:
+                    self.links.close_session(session, ticket.successor)
+                return True
+            case _:
+                raise RemoteProtocolError(f"{type(message).__name__} has no place here")
+
+    # --- tasks --------------------------------------------------------------------------------------------------------
+
+    def _spawn_session(self, session: Session) -> None:
+        self._tasks.start_soon(self._run_session, session)
+
+    def _spawn_link(self, link: Link) -> None:
+        self._tasks.start_soon(self._run_link, link)
+
+    @property
+    def _tasks(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise LocalProtocolError("the worker is not running")
+        return self._nursery
+
+    async def _run_session(self, session: Session) -> None:
+        hop = Hop(session, self.sessions, self._ports.compute, self.links, self._ports.observer)
+        try:
+            await self._supervised(hop.run, partial(self.sessions.fail, session, RefusalReason.INTERNAL, "a bug here"))
+        finally:
+            await self._supervised(hop.free)
+
+    async def _run_link(self, link: Link) -> None:
+        error = ""
+        try:
+            with link.scope:
+                error = await self._serve_next_hop(link)
+        finally:
+            self.links.broke(link, error)
+
+    async def _serve_next_hop(self, link: Link) -> str:
+        """Until the link breaks; gives the reason."""
+        try:
+            with trio.fail_after(OPEN_S):
+                stream = await self._ports.transport.open(link.peer, link.addrs, LINK)
+            channel = Channel(stream, LINK)
+            self.links.opened(link)
+            try:
+                with self._meter.on(channel, LINK):
+                    await _race(partial(link.outbox.pump, channel), partial(_hear_nothing, channel))
+            finally:
+                await stream.aclose()
+        except trio.TooSlowError:
+            return "the next hop did not answer in time"
+        except SottoError as error:
+            return str(error)
+        return ""
+
+    async def _supervised(self, task: Callable[[], Awaitable[None]], failed: Callable[[], None] | None = None) -> None:
+        """The one place where a bug is caught: logged with its trace, it costs one session, or one sweep."""
+        try:
+            await task()
+        except Exception:
+            log.exception("a bug in this worker")
+            if failed is not None:
+                failed()
+
+    def _link_lost(self, sessions: Iterable[SessionId], error: str) -> None:
+        self.sessions.fail_ids(sessions, RefusalReason.HOP_LOST, error)
+
+    async def _sweep(self) -> None:
+        while True:
+            await trio.sleep(SWEEP_S)
+            self._meter.report()
+            self.sessions.sweep()
+            await self._supervised(self._control.sweep)
+
+    async def _say_goodbye(self) -> None:
+        self.sessions.stop()
+        for outbox in list(self._outboxes):
+            await outbox.drained()
+
+
+async def _race(*tasks: Callable[[], Awaitable[None]]) -> None:
+    """Run all; when the first ends, the others are cancelled. Raises its SottoError, if it ended so."""
+    errors: list[SottoError] = []
+
+    async def run(task: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await task()
+        except SottoError as error:
+            errors.append(error)
+        nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        for task in tasks:
+            nursery.start_soon(run, task)
+    if errors:
+        raise errors[0]
+
+
+async def _hear_nothing(channel: Channel) -> None:
+    """A next hop has nothing to say on a link; its end is what we listen for."""
+    if await channel.receive() is not None:
+        raise RemoteProtocolError("the next hop spoke on a link")
+    raise TransportError("the next hop closed the link")
+
+
+def _session_of(message: Message) -> SessionId:
+    assert isinstance(message, OpenSession | Step | CloseSession)
+    return message.session

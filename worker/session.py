@@ -1,0 +1,79 @@
+"""One session at this hop: what it is, what it holds, and what waits to be done for it. Data only.
+
+sessions.py decides what becomes work, hop.py does it. Invariant: `lease` is None until the session opens, and from then
+on to its end names everything that must be given back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from protocol.ids import PeerId, SessionId
+from protocol.messages import Step
+from protocol.ports import StepResult
+from protocol.session import SessionMachine
+from protocol.steps import StepLedger
+from protocol.tensors import Payload
+from protocol.tickets import Ticket
+from worker.admission import SpanLease
+from worker.outbox import Outbox
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Work: take the place in the route that `ticket` gives, and pass the `rest` of the tickets on."""
+
+    ticket: Ticket
+    rest: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Work: compute a step. Its tensor is `payload`."""
+
+    step: Step
+    payload: Payload
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Work: send the recorded answer of a step once more."""
+
+    step: Step
+    answer: StepResult
+
+
+Work = Route | Pass | Again
+
+
+@dataclass(slots=True)
+class Lease:
+    """What an open session holds."""
+
+    span: SpanLease
+    ledger: StepLedger[StepResult]
+    ticket: Ticket  # the newest one admitted; work before it in the inbox belongs to older ones
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One session at this hop. `lease` is None until it opens."""
+
+    id: SessionId
+    client: PeerId
+    outbox: Outbox
+    attached_at: float
+    machine: SessionMachine
+    scope: trio.CancelScope
+    send_work: trio.MemorySendChannel[Work]
+    receive_work: trio.MemoryReceiveChannel[Work]
+    waiting_bytes: int = 0
+    waiting_steps: int = 0
+    lease: Lease | None = None
+
+
+def body_bytes(work: Work) -> int:
+    """What `work` takes of the inbox's bound."""
+    return len(work.payload.data) if isinstance(work, Pass) else 0

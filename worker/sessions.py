@@ -1,0 +1,301 @@
+"""All sessions of a worker: who may do what, decided the moment a message is read.
+
+Everything here is synchronous: a reader is never held up by a session, whatever state that session is in. What is
+admitted becomes work in the session's own bounded inbox (hop.py does it, in order); what overflows the inbox fails that
+session alone.
+
+Who may touch a session: its client, over the stream that attached it, and the predecessor that its current ticket
+names. Whatever another peer sends about it is counted against that peer and changes nothing. What a client does wrong
+by way of honest hops fails the client's session; it never costs the hops their shared link.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+from protocol import limits
+from protocol.errors import Refused, RemoteProtocolError
+from protocol.ids import PeerId, SessionId
+from protocol.messages import (
+    LINK,
+    SESSION,
+    Attach,
+    Attached,
+    CloseSession,
+    OpenSession,
+    RefusalReason,
+    SessionFailed,
+    Step,
+)
+from protocol.ports import Clock
+from protocol.session import Role, SessionMachine
+from protocol.steps import StepLedger, Verdict
+from protocol.tensors import Payload
+from protocol.tickets import Ticket, TicketGate
+from worker.admission import SessionQuota, SpanLease, SpanLedger, SpanState
+from worker.kv_pool import KvPool
+from worker.observer import WorkerObserver
+from worker.outbox import Outbox
+from worker.session import Again, Lease, Pass, Route, Session, Work, body_bytes
+
+ATTACH_LIFE_S = 30.0  # from Attach to OpenSession; the client opens as soon as all hops are attached
+INBOX_MAX = 2 * limits.ANSWERS_KEPT_MAX  # steps that wait, and as many repeats
+
+
+@dataclass(slots=True)
+class SessionTable:
+    """`spawn` starts the task that does an opened session's work and calls `freed` when nothing of it is left."""
+
+    gate: TicketGate
+    spans: SpanLedger
+    pool: KvPool
+    clock: Clock
+    observer: WorkerObserver
+    spawn: Callable[[Session], None]
+    quota: SessionQuota = field(default_factory=SessionQuota)
+    live: dict[SessionId, Session] = field(default_factory=dict)
+    stopping: bool = False
+    _emptied: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    _waiting_steps: int = 0
+    _leaving: set[SessionId] = field(default_factory=set)  # ended, but the engine still holds something of them
+
+    def attach(self, message: Attach, client: PeerId, outbox: Outbox) -> None:
+        """`client` attached a session to the stream that `outbox` writes. Raises RemoteProtocolError when that stream
+        did so already."""
+        known = self.live.get(message.session)
+        if known is not None and known.outbox is outbox:
+            known.machine.received(Attach)
+        try:
+            if known is not None:
+                raise Refused(RefusalReason.FORBIDDEN, "the session is attached to another stream")
+            if message.session in self._leaving:
+                raise Refused(RefusalReason.FORBIDDEN, "a session of this id is still being freed")
+            if self.stopping:
+                raise Refused(RefusalReason.STOPPING, "the worker is stopping")
+            self.quota.take(client)
+        except Refused as refusal:
+            outbox.force(SessionFailed(message.session, refusal.reason, refusal.detail))
+            self.observer.session_failed(refusal.reason)
+            return
+        send_work, receive_work = trio.open_memory_channel[Work](INBOX_MAX)
+        machine = SessionMachine(Role.WORKER)
+        machine.received(Attach)
+        self.live[message.session] = Session(
+            id=message.session,
+            client=client,
+            outbox=outbox,
+            attached_at=self.clock.monotonic(),
+            machine=machine,
+            scope=trio.CancelScope(),
+            send_work=send_work,
+            receive_work=receive_work,
+        )
+        machine.sent(Attached)
+        outbox.force(Attached(message.session))
+        self.observer.sessions_changed(self.quota.taken)
+
+    def open(self, message: OpenSession, remote: PeerId) -> bool:
+        """A ticket for this hop came from `remote`. False when the session is not known here."""
+        session = self.live.get(message.session)
+        if session is None:
+            return False
+        try:
+            ticket = self._ticket(message, session, remote)
+        except RemoteProtocolError as error:
+            # A peer that learned the session's id could send rubbish in its name: that must not end an open session.
+            self.observer.violation(remote, LINK if remote != session.client else SESSION)
+            if remote == session.client or session.lease is None:
+                self.fail(session, RefusalReason.BAD_TICKET, str(error))
+            return True
+        try:
+            self._place(session, ticket)
+            self._enqueue(session, Route(ticket, message.tickets[1:]))
+        except Refused as refusal:
+            self.fail(session, refusal.reason, refusal.detail)
+        return True
+
+    def step(self, message: Step, body: bytes, remote: PeerId) -> bool:
+        """A step came from `remote`. False when the session is not known here. Raises RemoteProtocolError when
+        `remote` had no right to send it: nothing changed then."""
+        session = self.live.get(message.session)
+        if session is None:
+            return False
+        lease = session.lease
+        if lease is None:
+            raise RemoteProtocolError("a step of a session that is not open")
+        if message.epoch < lease.ledger.epoch:
+            return True  # it was on its way when the client re-routed
+        if remote != lease.ticket.predecessor:
+            raise RemoteProtocolError("a step from a peer that is not the predecessor")
+        session.machine.received(Step)
+        try:
+            verdict = lease.ledger.admit(message)
+        except RemoteProtocolError as error:
+            self.observer.violation(session.client, SESSION)
+            self.fail(session, RefusalReason.BAD_STEP, str(error))
+            return True
+        try:
+            if verdict is Verdict.COMPUTE:
+                self._enqueue(session, Pass(message, Payload(message.tensor, body)))
+            elif verdict is Verdict.REPEAT:
+                self.observer.step_repeated()
+                self._enqueue(session, Again(message, lease.ledger.answer(message.step)))
+        except Refused as refusal:
+            self.fail(session, refusal.reason, refusal.detail)
+        return True
+
+    def close(self, message: CloseSession, remote: PeerId) -> Ticket | None:
+        """The session is over; gives the ticket whose successor is to be told. Unknown sessions are no violation, for
+        the news may come twice: by the route and from the client. Raises RemoteProtocolError when it is not for
+        `remote` to say."""
+        session = self.live.get(message.session)
+        if session is None:
+            return None
+        ticket = session.lease.ticket if session.lease else None
+        if remote != session.client and (ticket is None or remote != ticket.predecessor):
+            raise RemoteProtocolError("a session closed by a peer that has no part in it")
+        session.machine.received(CloseSession)
+        self._drop(session)
+        return ticket
+
+    def client_gone(self, outbox: Outbox) -> None:
+        """The attached stream ended: free all its sessions."""
+        for session in [session for session in self.live.values() if session.outbox is outbox]:
+            self._drop(session)
+
+    def fail(self, session: Session, reason: str, detail: str = "") -> None:
+        """Tell the client that the session is over at this hop, and free it. Idempotent."""
+        if self.live.get(session.id) is not session:
+            return
+        session.machine.sent(SessionFailed)
+        session.outbox.force(SessionFailed(session.id, reason, detail[: limits.DETAIL_CHARS_MAX]))
+        self.observer.session_failed(reason)
+        self._drop(session)
+
+    def fail_ids(self, ids: Iterable[SessionId], reason: str, detail: str) -> None:
+        for session in [self.live[each] for each in ids if each in self.live]:
+            self.fail(session, reason, detail)
+
+    def done(self, session: Session, work: Work) -> None:
+        """A piece of work has left the inbox and is finished."""
+        self._weigh(session, work, -1)
+
+    def freed(self, session: Session) -> None:
+        """The engine holds nothing of the session any more: its leases end here, and only here."""
+        assert session.lease is not None
+        self._drop(session)
+        self._leaving.remove(session.id)
+        self._weigh_rest(session)
+        self.pool.release(session.id)
+        session.lease.span.sessions -= 1
+        session.lease.span.touched = self.clock.monotonic()
+        self.quota.give(session.client)
+        self.observer.sessions_changed(self.quota.taken)
+        self.report_memory()
+        self._emptied.unpark_all()
+
+    def sweep(self) -> None:
+        """Drop attachments that nobody opened in time."""
+        now = self.clock.monotonic()
+        for session in list(self.live.values()):
+            if session.lease is None and now - session.attached_at >= ATTACH_LIFE_S:
+                self.fail(session, RefusalReason.UNKNOWN_SESSION, "attached, but not opened in time")
+
+    async def evacuate(self, lease: SpanLease) -> None:
+        """End the deployment's sessions and wait until the engine is rid of them."""
+        for session in list(self.live.values()):
+            if session.lease is not None and session.lease.span is lease:
+                self.fail(session, RefusalReason.UNKNOWN_DEPLOYMENT, "its owner released the deployment")
+        while lease.sessions:
+            await self._emptied.park()
+
+    def stop(self) -> None:
+        """No session from now on."""
+        self.stopping = True
+        for session in list(self.live.values()):
+            self.fail(session, RefusalReason.STOPPING, "the worker is stopping")
+
+    def _ticket(self, message: OpenSession, session: Session, remote: PeerId) -> Ticket:
+        ticket = self.gate.admit(message.tickets[0], remote, math.floor(self.clock.time() * 1000))
+        if ticket.session != message.session:
+            raise RemoteProtocolError("a ticket for another session")
+        if ticket.client != session.client:
+            raise RemoteProtocolError("a ticket of another client than the one that attached the session")
+        if bool(ticket.successor) != (len(message.tickets) > 1):
+            raise RemoteProtocolError("the tickets do not end where the route ends")
+        return ticket
+
+    def _place(self, session: Session, ticket: Ticket) -> None:
+        """Reserve what the ticket asks for, or move an open session to its new route. Raises Refused."""
+        session.machine.received(OpenSession)
+        lease = session.lease
+        if lease is not None:
+            before = lease.ticket
+            if (ticket.deployment, ticket.start, ticket.end) != (before.deployment, before.start, before.end):
+                raise Refused(RefusalReason.BAD_TICKET, "a new route cannot change the span")
+            if ticket.kv_tokens != before.kv_tokens:
+                raise Refused(RefusalReason.BAD_TICKET, "a new route cannot change the tokens")
+            try:
+                lease.ledger.reroute(ticket.epoch)
+            except RemoteProtocolError as error:
+                raise Refused(RefusalReason.BAD_TICKET, str(error)) from None
+            lease.ticket = ticket
+            return
+        span = self._span_for(ticket)
+        self.pool.reserve(session.id, ticket.kv_tokens * span.request.kv_token_bytes)
+        session.lease = Lease(span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket)
+        span.sessions += 1
+        span.touched = self.clock.monotonic()
+        self.report_memory()
+        self.spawn(session)
+
+    def _span_for(self, ticket: Ticket) -> SpanLease:
+        span = self.spans.owned(ticket.deployment, ticket.client)
+        held = span.request.spec
+        if span.state is not SpanState.LOADED or (held.start, held.end) != (ticket.start, ticket.end):
+            raise Refused(RefusalReason.UNKNOWN_DEPLOYMENT, f"blocks {ticket.start}..{ticket.end} are not loaded here")
+        if ticket.kv_tokens > span.request.context_tokens:
+            detail = f"{ticket.kv_tokens} tokens; the context has {span.request.context_tokens}"
+            raise Refused(RefusalReason.UNSUPPORTED, detail)
+        return span
+
+    def _enqueue(self, session: Session, work: Work) -> None:
+        """Raises Refused when more waits than any honest client needs."""
+        size = body_bytes(work)
+        if session.waiting_bytes + size > limits.STEP_BYTES_WAITING_MAX:
+            raise Refused(RefusalReason.BAD_STEP, f"more than {limits.STEP_BYTES_WAITING_MAX} bytes of steps wait")
+        try:
+            session.send_work.send_nowait(work)
+        except trio.WouldBlock:
+            raise Refused(RefusalReason.BAD_STEP, f"more than {INBOX_MAX} steps wait") from None
+        self._weigh(session, work, 1)
+
+    def _weigh(self, session: Session, work: Work, sign: int) -> None:
+        session.waiting_bytes += sign * body_bytes(work)
+        session.waiting_steps += sign
+        self._waiting_steps += sign
+        self.observer.queue_changed(self._waiting_steps)
+
+    def _weigh_rest(self, session: Session) -> None:
+        self._waiting_steps -= session.waiting_steps
+        session.waiting_steps = session.waiting_bytes = 0
+        self.observer.queue_changed(self._waiting_steps)
+
+    def _drop(self, session: Session) -> None:
+        """Out of the table at once; an open one's task frees the rest when its running step has committed."""
+        if self.live.get(session.id) is not session:
+            return
+        del self.live[session.id]
+        session.scope.cancel()
+        if session.lease is not None:
+            self._leaving.add(session.id)
+        else:
+            self.quota.give(session.client)
+            self.observer.sessions_changed(self.quota.taken)
+
+    def report_memory(self) -> None:
+        self.observer.memory_changed(self.spans.used_bytes, self.pool.used_bytes)

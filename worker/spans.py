@@ -1,0 +1,93 @@
+"""What a client asks a worker to hold: blocks of a signed manifest, read as hostile input.
+
+Invariant: a SpanRequest that exists is one that the engine can run: its owner signed it, its blocks fit together, and
+its tensors are exactly those that the block configuration calls for. Nothing here reads a file or takes memory for
+weights; torch is not needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.config import BlockConfig
+from models.errors import ModelError, UnsupportedModel
+from protocol.errors import Refused, RemoteProtocolError
+from protocol.ids import DeploymentId, PeerId, ShardDigest
+from protocol.manifest import BlockEntry, Manifest, open_manifest
+from protocol.messages import RefusalReason
+from protocol.ports import SpanSpec
+from protocol.tensors import DTYPE_BYTES
+
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+INTEGER_DTYPE = "int32"  # linear maps over Z_2^32: weights and inputs both
+SHARD_OVERHEAD_BYTES_MAX = 1 << 20  # a safetensors header of one block is about 1 KiB; more would fill the disk
+
+
+@dataclass(frozen=True, slots=True)
+class SpanRequest:
+    """Blocks [start, end) of a deployment, with what they cost."""
+
+    owner: PeerId
+    spec: SpanSpec
+    weight_bytes: int  # in the deployment's dtype
+    kv_token_bytes: int  # one token in all blocks of the span
+    context_tokens: int
+
+    @property
+    def deployment(self) -> DeploymentId:
+        return self.spec.manifest.deployment
+
+    @property
+    def shards(self) -> dict[ShardDigest, int]:
+        """Digest and file size of each shard, in the order of the blocks."""
+        blocks = self.spec.manifest.blocks[self.spec.start : self.spec.end]
+        return {block.digest: block.shard_bytes for block in blocks}
+
+
+def read_span(data: bytes, start: int, end: int) -> SpanRequest:
+    """Blocks [start, end) of the signed manifest in `data`. Raises Refused(BAD_MANIFEST or UNSUPPORTED)."""
+    try:
+        manifest, owner = open_manifest(data)
+    except RemoteProtocolError as error:
+        raise Refused(RefusalReason.BAD_MANIFEST, str(error)) from None
+    if not 0 <= start < end <= len(manifest.blocks):
+        raise Refused(RefusalReason.BAD_MANIFEST, f"no blocks {start}..{end} among {len(manifest.blocks)}")
+    if manifest.dtype not in (*FLOAT_DTYPES, INTEGER_DTYPE):
+        raise Refused(RefusalReason.UNSUPPORTED, f"blocks that compute in {manifest.dtype}")
+    entries = manifest.blocks[start:end]
+    configs = [block_config(entry) for entry in entries]
+    if len({config.hidden_size for config in configs}) != 1:
+        raise Refused(RefusalReason.BAD_MANIFEST, "blocks of different widths do not follow each other")
+    for entry, config in zip(entries, configs, strict=True):
+        check_block(manifest, entry, config)
+    size = DTYPE_BYTES[manifest.dtype]
+    return SpanRequest(
+        owner=owner,
+        spec=SpanSpec(manifest, start, end),
+        weight_bytes=size * sum(config.num_parameters for config in configs),
+        kv_token_bytes=size * sum(config.kv_values_per_token for config in configs),
+        context_tokens=min(config.max_position for config in configs),
+    )
+
+
+def block_config(entry: BlockEntry) -> BlockConfig:
+    """The block's configuration as its manifest states it. Raises Refused(BAD_MANIFEST or UNSUPPORTED)."""
+    try:
+        return BlockConfig.from_pairs((pair.key, pair.value) for pair in entry.config)
+    except UnsupportedModel as error:
+        raise Refused(RefusalReason.UNSUPPORTED, str(error)) from None
+    except ModelError as error:
+        raise Refused(RefusalReason.BAD_MANIFEST, str(error)) from None
+
+
+def check_block(manifest: Manifest, entry: BlockEntry, config: BlockConfig) -> None:
+    """Raises Refused(BAD_MANIFEST or UNSUPPORTED) unless the entry's tensors are those of a block of `config`."""
+    stated = {tensor.name: tensor.header for tensor in entry.tensors}
+    if {name: header.shape for name, header in stated.items()} != config.tensor_shapes():
+        raise Refused(RefusalReason.BAD_MANIFEST, "the tensors are not those of the block's configuration")
+    allowed = (INTEGER_DTYPE,) if manifest.dtype == INTEGER_DTYPE else FLOAT_DTYPES
+    for name, header in stated.items():
+        if header.dtype not in allowed:
+            raise Refused(RefusalReason.UNSUPPORTED, f"{name} in {header.dtype} for blocks in {manifest.dtype}")
+    if entry.shard_bytes > entry.weight_bytes + SHARD_OVERHEAD_BYTES_MAX:
+        raise Refused(RefusalReason.BAD_MANIFEST, "a shard that is much larger than its tensors")
