@@ -88,7 +88,10 @@ async def deploy(
     Raises HopRefused, HopLost or HopViolation, naming the worker, or InputError when a shard on this side is missing or
     was changed; the other hops are cancelled then and what they have stays with them, for the next try.
     """
-    opened, _ = open_manifest(manifest)
+    try:
+        opened, _ = open_manifest(manifest)
+    except RemoteProtocolError as error:  # it came from this side's disk, not from a peer
+        raise InputError(f"{error}; seal the model again") from error
     if opened.deployment != route.deployment or len(opened.blocks) != route.hops[-1].end:
         raise InputError("the route is not one of this manifest's deployment; place the model again")
     done: dict[PeerId, DeployedHop] = {}

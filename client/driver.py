@@ -15,7 +15,7 @@ from typing import Protocol
 
 import trio
 
-from client.errors import HopLost, HopViolation, blame
+from client.errors import HopLost, blame
 from client.ports import ClientPorts
 from client.routing import Hop, Route
 from client.session import CLOSE_S, RouteSession, SessionHost, SessionTerms
@@ -92,11 +92,11 @@ class _Link:
 
     async def close(self, error: SottoError) -> None:
         """End the stream and every session on it."""
-        self.lost = error
+        self.lost = blame(self.peer, error)
         self._outbox.close()
         self._frames.close()
         for session in self.sessions.values():
-            session.fail(error)
+            session.fail(blame(self.peer, error, session.lost_words))
         self.sessions.clear()
         with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
             await self._channel.aclose()
@@ -186,12 +186,12 @@ class Driver:
 
     async def _carry(self, link: _Link) -> None:
         """Read and write a link until it ends, whichever side ends it."""
-        error: SottoError = TransportError("the client is stopping")
+        error: SottoError = LocalProtocolError("the driver has stopped")
         try:
             await run_all(link.write, _bound(link.read, self._ports.observer.output_dropped))
         except (TransportError, RemoteProtocolError) as failure:
-            error = blame(link.peer, failure, "was lost in mid-generation")
-            if isinstance(error, HopViolation):
+            error = failure
+            if isinstance(failure, RemoteProtocolError):
                 self._ports.observer.violation(link.peer)
             else:
                 self._ports.observer.hop_lost(link.peer)

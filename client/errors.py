@@ -15,11 +15,16 @@ def short(peer: PeerId) -> str:
     return f"{peer[:4]}…{peer[-6:]}"
 
 
+def printable(text: str) -> str:
+    """`text` that a peer wrote, fit for a terminal: no control characters, so no escape sequences, and one line."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 class HopLost(RouteUnavailable):
     """A worker that the route needs is gone, or silent for too long."""
 
     def __init__(self, peer: PeerId, what: str) -> None:
-        super().__init__(f"worker {short(peer)} {what}; run again: the other workers will be asked")
+        super().__init__(f"worker {short(peer)} {what}; run again to use those that are left")
         self.peer = peer
 
 
@@ -35,7 +40,8 @@ class HopRefused(Refused):
     """A worker declined. `reason` is one of messages.RefusalReason's values."""
 
     def __init__(self, peer: PeerId, reason: str, detail: str = "") -> None:
-        super().__init__(reason, f"worker {short(peer)} says: {detail}" if detail else f"worker {short(peer)}")
+        says = f" says: {printable(detail)}" if detail else ""
+        super().__init__(printable(reason), f"worker {short(peer)}{says}")
         self.peer = peer
 
 

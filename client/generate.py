@@ -195,7 +195,7 @@ class Generation:
         while position < len(ids):
             chunk = ids[position : position + rows]
             payload = await self._host.run_sync(_embedder(self._ends, self._params, chunk))
-            if len(payload.data) > STEP_DATA_BYTES_MAX:
+            if len(payload.data) > STEP_DATA_BYTES_MAX and len(chunk) > 1:
                 rows = max(1, STEP_DATA_BYTES_MAX * len(chunk) // len(payload.data))
                 continue
             steps.append(await self._session.submit(payload, position))

@@ -10,7 +10,6 @@ One task submits at a time.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +17,7 @@ from typing import Protocol
 import trio
 
 from client.errors import HopLost, HopRefused, HopViolation, short
+from client.inflight import InFlight, SentStep
 from client.observer import ClientObserver
 from client.outputs import HopOutput, OutputSink
 from client.routing import Route
@@ -41,11 +41,7 @@ from protocol.messages import (
 from protocol.session import Role, SessionMachine, State
 from protocol.tensors import Payload
 
-STEPS_IN_FLIGHT_MAX = 8  # fills the pipeline of a route of eight hops
-# A hop keeps each answer until it is acknowledged, up to 64 MiB, and may compute in twice the wire's width.
-BYTES_IN_FLIGHT_MAX = 24 * limits.MIB
 STEP_DATA_BYTES_MAX = limits.STEP_BYTES_MAX - 4 * limits.KIB  # the rest is the frame's header
-STEPS_REMEMBERED_MAX = 64
 CLOSE_S = 1.0  # for telling the hops that a session is over; the end of our streams tells them as well
 
 
@@ -75,18 +71,12 @@ class SessionTerms:
     step_timeout_s: float = 60.0
 
 
-@dataclass(slots=True)
-class _Asked:
-    """A step that was sent, and what may still come of it."""
+@dataclass(frozen=True, slots=True)
+class _Patience:
+    """How long to wait without a sign of life, and what to say then."""
 
-    position: int
-    rows: int
-    tail: int
-    width: int
-    nbytes: int
-    waiting: set[int]  # hops whose outputs have not come
-    answered: bool = False
-    answer: Payload | None = None  # until it is fetched
+    seconds: float
+    error: Callable[[], SottoError]
 
 
 class RouteSession:
@@ -103,24 +93,24 @@ class RouteSession:
         self._detach = host.detach
         self._machines = [SessionMachine(Role.CLIENT) for _ in route.hops]
         self._hop_of = {hop.peer: index for index, hop in enumerate(route.hops)}
-        self._asked: OrderedDict[int, _Asked] = OrderedDict()
-        self._next_step = 0
+        self._steps = InFlight()
         self._held = 0  # tokens in the hops' KV once all submitted steps are computed
         self._heard_at = trio.current_time()
         self._changed = trio.Event()
         self._failure: SottoError | None = None
+        self._sending: trio.CancelScope | None = None
         self._closed = False
 
     async def open(self, tickets: tuple[bytes, ...]) -> None:
         """Attach to every hop, then open the route with `tickets`. Raises the failure of whichever hop objects."""
         for machine, link in zip(self._machines, self._links, strict=True):
             machine.sent(Attach)
-            await link.send(Attach(self.id))
-        await self._until_all(State.ATTACHED)
+            await self._send(link, Attach(self.id), b"", self._unready(State.ATTACHED))
+        await self._until(lambda: self._all(State.ATTACHED), self._unready(State.ATTACHED))
         for machine in self._machines:
             machine.sent(OpenSession)
-        await self._links[0].send(OpenSession(self.id, tickets))
-        await self._until_all(State.OPEN)
+        await self._send(self._links[0], OpenSession(self.id, tickets), b"", self._unready(State.OPEN))
+        await self._until(lambda: self._all(State.OPEN), self._unready(State.OPEN))
 
     async def aclose(self) -> None:
         """Free the session on all hops. Idempotent; never raises for the network's sake; takes at most CLOSE_S.
@@ -153,25 +143,23 @@ class RouteSession:
         cancelled, the step was not sent.
         """
         rows, width = self._check(payload, position, tail)
-        await self._until(lambda: self._has_room(len(payload.data)), self.terms.step_timeout_s, self._silent)
-        step = self._next_step
-        pending = [number for number, asked in self._asked.items() if not asked.answered]
-        if not pending:
+        late = _Patience(self.terms.step_timeout_s, self._silent)
+        await self._until(lambda: self._steps.has_room(len(payload.data)), late)
+        if self._steps.idle:
             self._heard_at = trio.current_time()  # a route that had nothing to do may be silent
         last = len(self._links) - 1
-        expected = {last} if self.terms.returns == "none" else set(range(last + 1))
+        waiting = {last} if self.terms.returns == "none" else set(range(last + 1))
+        step = self._steps.add(SentStep(position, rows, width, tail, len(payload.data), waiting))
         message = Step(
-            session=self.id, epoch=0, step=step, position=position, acked=min(pending, default=step), tail=tail,
+            session=self.id, epoch=0, step=step, position=position, acked=self._steps.acked, tail=tail,
             operation=Operation.SPAN, block=0, matrix="", tensor=payload.header,
         )  # fmt: skip
-        self._next_step += 1
-        self._asked[step] = _Asked(position, rows, tail, width, len(payload.data), expected)
         for machine in self._machines:
             machine.sent(Step)
         try:
-            await self._links[0].send(message, payload.data)
+            await self._send(self._links[0], message, payload.data, late)
         except BaseException:
-            del self._asked[step]
+            self._steps.give_up(step)
             raise
         self._held = position + rows
         return step
@@ -182,14 +170,9 @@ class RouteSession:
         Raises RouteUnavailable when the route was silent for `step_timeout_s`, though it had steps to answer.
         """
         self._raise_failure()
-        asked = self._asked.get(step)
-        if asked is None or (asked.answered and asked.answer is None):
-            raise LocalProtocolError(f"step {step} was not submitted, or its answer was fetched before")
-        await self._until(lambda: asked.answered, self.terms.step_timeout_s, self._silent)
-        answer, asked.answer = asked.answer, None
-        assert answer is not None
-        self._forget()
-        return answer
+        sent = self._steps.unfetched(step)
+        await self._until(lambda: sent.answered, _Patience(self.terms.step_timeout_s, self._silent))
+        return self._steps.fetch(sent)
 
     async def step(self, payload: Payload, position: int, tail: int = 1) -> Payload:
         """`submit` and `result` in one."""
@@ -217,25 +200,32 @@ class RouteSession:
     def fail(self, error: SottoError) -> None:
         """The driver's: end the session with `error`, unless it has ended."""
         self._failure = self._failure or error
+        if self._sending is not None:
+            self._sending.cancel()
         self._wake()
 
+    @property
+    def lost_words(self) -> str:
+        """What to say of a worker that is lost now."""
+        return "was lost in mid-generation" if self._steps.next else "was lost while the session was opened"
+
     def _take_output(self, hop: int, message: StepOutput, body: bytes) -> None:
-        if message.epoch != 0 or message.step >= self._next_step:
+        if message.epoch != 0 or message.step >= self._steps.next:
             raise RemoteProtocolError(f"an output of step {message.step}, which was not asked for")
         payload = Payload(message.tensor, body)
         peer, last = self.route.hops[hop].peer, hop == len(self._links) - 1
-        asked = self._asked.get(message.step)
-        if asked is None or hop not in asked.waiting:
+        sent = self._steps.waits_for(message.step, hop)
+        if sent is None:
             self._observer.output_dropped(peer)
             return
-        _check_output(payload, (asked.tail if last else asked.rows, asked.width), first=hop == 0)
-        asked.waiting.discard(hop)
+        _check_output(payload, (sent.tail if last else sent.rows, sent.width), first=hop == 0)
+        sent.waiting.discard(hop)
         self._heard_at = trio.current_time()  # only what was asked for counts as a sign of life
         self._observer.step_computed(peer, message.compute_us / 1e6)
         if last:
-            asked.answered, asked.answer = True, payload
+            sent.answered, sent.answer = True, payload
         elif self.terms.sink is not None:
-            self.terms.sink.take(HopOutput(hop, message.step, asked.position, payload))
+            self.terms.sink.take(HopOutput(hop, message.step, sent.position, payload))
 
     def _failure_of(self, hop: int, message: SessionFailed) -> SottoError:
         peer = self.route.hops[hop].peer
@@ -243,8 +233,9 @@ class RouteSession:
             return HopRefused(peer, message.reason, message.detail)
         if hop + 1 == len(self._links):
             return HopViolation(peer, "the last hop of a route says that the next one is lost")
-        what = "was lost in mid-generation" if self._next_step else "cannot be reached"
-        return HopLost(self.route.hops[hop + 1].peer, f"{what} (says worker {short(peer)}, the hop before it)")
+        return HopLost(
+            self.route.hops[hop + 1].peer, f"{self.lost_words} (says worker {short(peer)}, the hop before it)"
+        )
 
     def _check(self, payload: Payload, position: int, tail: int) -> tuple[int, int]:
         """Rows and width of a step that may be sent. Raises LocalProtocolError, or what ended the session."""
@@ -261,42 +252,43 @@ class RouteSession:
             )
         return rows, width
 
-    def _has_room(self, nbytes: int) -> bool:
-        pending = [asked.nbytes for asked in self._asked.values() if not asked.answered]
-        return not pending or (len(pending) < STEPS_IN_FLIGHT_MAX and sum(pending) + nbytes <= BYTES_IN_FLIGHT_MAX)
-
-    def _forget(self) -> None:
-        # Fetched steps stay a while: a hop's returned output may come after the answer, or never.
-        while len(self._asked) > STEPS_REMEMBERED_MAX:
-            oldest = next(iter(self._asked.values()))
-            if not oldest.answered or oldest.answer is not None:
-                break
-            self._asked.popitem(last=False)
-
     def _all(self, state: State) -> bool:
         return all(machine.state is state for machine in self._machines)
 
-    async def _until_all(self, state: State) -> None:
-        def unready() -> SottoError:
-            late = next(
-                hop for hop, machine in zip(self.route.hops, self._machines, strict=True) if machine.state is not state
-            )
-            return HopLost(late.peer, f"did not open the session within {self.terms.open_timeout_s:g} s")
+    async def _send(self, link: HopLink, message: Message, body: bytes, patience: _Patience) -> None:
+        """Hand a message to `link`; ends early, not sent, when the session fails or patience runs out."""
+        with trio.move_on_after(patience.seconds) as scope:
+            self._sending = scope
+            try:
+                await link.send(message, body)
+            finally:
+                self._sending = None
+        if scope.cancelled_caught:
+            self.fail(patience.error())
+            self._raise_failure()
 
-        await self._until(lambda: self._all(state), self.terms.open_timeout_s, unready)
-
-    async def _until(self, ready: Callable[[], bool], timeout_s: float, late: Callable[[], SottoError]) -> None:
-        """Wait for `ready`, or for the session's end, or until the route was silent for `timeout_s`."""
+    async def _until(self, ready: Callable[[], bool], patience: _Patience) -> None:
+        """Wait for `ready`, or for the session's end, or until the route was silent for too long."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             self._raise_failure()
             if ready():
                 return
             changed = self._changed
-            with trio.move_on_at(self._heard_at + timeout_s):
+            with trio.move_on_at(self._heard_at + patience.seconds):
                 await changed.wait()
-            if trio.current_time() >= self._heard_at + timeout_s and not ready():
-                self.fail(late())
+            if trio.current_time() >= self._heard_at + patience.seconds and not ready():
+                self.fail(patience.error())
+
+    def _unready(self, state: State) -> _Patience:
+        """Names the first hop that has not reached `state`."""
+
+        def error() -> SottoError:
+            hops = zip(self.route.hops, self._machines, strict=True)
+            late = next(hop for hop, machine in hops if machine.state is not state)
+            return HopLost(late.peer, f"did not open the session within {self.terms.open_timeout_s:g} s")
+
+        return _Patience(self.terms.open_timeout_s, error)
 
     def _silent(self) -> SottoError:
         who = ", ".join(short(hop.peer) for hop in self.route.hops)

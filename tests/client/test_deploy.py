@@ -253,6 +253,17 @@ def test_a_route_of_another_deployment_is_refused_before_anything_is_sent() -> N
     with_depots(body)
 
 
+def test_a_manifest_that_was_changed_here_is_our_users_problem() -> None:
+    async def body(case: Case) -> None:
+        signed = bytearray(sign_manifest(MANIFEST, case.swarm.ports.identity))
+        signed[len(signed) // 2] ^= 1
+        with pytest.raises(InputError, match="seal the model again"):
+            await deploy(case.swarm.ports, case.route, bytes(signed), case.source)
+        assert case.depots[0].prepared is None
+
+    with_depots(body)
+
+
 def test_release_passes_over_workers_that_are_gone() -> None:
     async def body(case: Case) -> None:
         await case.deploy()

@@ -12,8 +12,9 @@ import trio
 from client.driver import Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.outputs import KeptOutputs
-from client.session import SessionTerms
-from protocol.errors import LocalProtocolError, RouteUnavailable, TransportError
+from client.session import RouteSession, SessionTerms
+from protocol.errors import LocalProtocolError, RouteUnavailable
+from protocol.ids import PeerId
 from protocol.messages import Attach, CloseSession, Message, OpenSession, RefusalReason, SessionFailed, Step
 from protocol.tensors import Payload, TensorHeader
 from simnet.runtime import run
@@ -382,6 +383,55 @@ def test_a_worker_that_cannot_be_dialled_is_named() -> None:
     with_swarm(2, body)
 
 
+LARGE = 512 * 1024  # floats; a frame that fills every buffer on the way
+
+
+async def fill_the_way(session: RouteSession) -> None:
+    """Submit until the first hop, which reads nothing, has stopped everything up."""
+    await session.submit(activations(1, width=LARGE), position=0)
+    for position in range(1, 8):
+        await session.submit(activations(1, width=LARGE), position=position)
+
+
+def test_a_hop_that_stops_reading_costs_the_step_budget_and_no_more() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        async with driver.session(swarm.route, SessionTerms(64, step_timeout_s=15.0)) as session:
+            swarm.hops[0].conduct.step_s = float("inf")
+            at = trio.current_time()
+            with pytest.raises(RouteUnavailable, match="no answer from the route"):
+                await fill_the_way(session)
+            assert 15.0 <= trio.current_time() - at < 20.0
+
+    with_swarm(2, body)
+
+
+def test_a_lost_hop_is_noticed_while_a_step_waits_to_be_sent() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        async with driver.session(swarm.route, TERMS) as session:
+            swarm.hops[0].conduct.step_s = float("inf")
+            killed = swarm.hops[1].identity.peer
+
+            async def kill() -> None:
+                await trio.sleep(5)
+                swarm.network.crash(killed)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(kill)
+                with pytest.raises(HopLost, match="was lost in mid-generation") as caught:
+                    await fill_the_way(session)
+            assert caught.value.peer == killed
+            assert trio.current_time() < 11
+
+    with_swarm(2, body)
+
+
+def test_what_a_hop_says_cannot_write_to_the_terminal() -> None:
+    refused = HopRefused(PeerId("12D3KooWabcdef"), "memory\x1b[2J", "none\r\x1b[31mleft\n")
+    assert "\x1b" not in str(refused)
+    assert "\n" not in str(refused)
+    assert "none??[31mleft?" in str(refused)
+
+
 # --- cancellation and closing ---
 
 
@@ -442,7 +492,7 @@ def test_when_the_driver_stops_sessions_end() -> None:
         async with fake_swarm(2) as swarm:
             async with driving(swarm) as driver:
                 session = await driver.open_session(swarm.route, TERMS)
-            with pytest.raises(TransportError, match="stopping"):
+            with pytest.raises(LocalProtocolError, match="stopped"):
                 await session.step(activations(1), position=0)
             await trio.sleep(1)
             assert [hop.open_sessions for hop in swarm.hops] == [0, 0]
