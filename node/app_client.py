@@ -93,11 +93,21 @@ class Client:
             await trio.sleep_until(self._started + SETTLE_S)
             await self.watch.wait_for(enough)
         if not self.watch.view.members:
-            raise RouteUnavailable(
-                f"no workers found in {self.options.discover_s:g} s: the bootstrap node answers, but no worker "
-                "advertises through it; start one with 'sotto worker --bootstrap ADDRESS'"
-            )
+            raise RouteUnavailable(self._nobody())
         return self.watch.view
+
+    def _nobody(self) -> str:
+        refused = self.watch.refused
+        if refused:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
+            return (
+                f"no workers found: every advert that came was refused ({reasons}); when they are expired or from the "
+                "future, set this machine's clock or the workers'"
+            )
+        return (
+            f"no workers found in {self.options.discover_s:g} s: the bootstrap node answers, but no worker advertises "
+            "through it; start one with 'sotto worker --bootstrap ADDRESS'"
+        )
 
     async def seal(self, model: Checkpoint, dtype: str, key: RootKey | None, progress: Progress) -> SealedModel:
         """Seal `model` into the data folder, or find it there from an earlier run."""
