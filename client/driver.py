@@ -146,9 +146,7 @@ class Driver:
         identifier = SessionId(self._ports.entropy(ID_BYTES))
         session = RouteSession(identifier, route, terms, ordered, SessionHost(self._ports.observer, self._detach))
         for link in ordered:
-            if link.lost is not None:
-                session.fail(link.lost)
-            link.sessions[identifier] = session
+            link.sessions[identifier] = session  # a link that is lost already says so when it is sent to
         try:
             await session.open(self._tickets(identifier, route, terms))
         except BaseException:

@@ -79,14 +79,16 @@ class Case:
 
 
 def with_depots(body: Callable[[Case], Awaitable[None]]) -> None:
-    async def main() -> None:
+    async def main() -> bool:
         async with fake_swarm(2) as swarm:
             depots = [FakeDepot(hop.endpoint) for hop in swarm.hops]
             for depot in depots:
                 depot.serve()
             await body(Case(swarm, depots))
+            return True
+        return False
 
-    run(main, seed=3)
+    assert run(main, seed=3), "the body was cancelled"
 
 
 def replacing(kind: type[Message], *answers: Message | None) -> Callable[[Message], Message | None]:

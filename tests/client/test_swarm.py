@@ -21,7 +21,10 @@ from simnet.runtime import VirtualClock, run
 from tests.helpers.adverts import advert
 
 WORKERS = [Identity(bytes([number + 1]) * 32) for number in range(3)]
-CLIENT = Identity(bytes([99]) * 32)
+CLIENT, BEYOND = Identity(bytes([99]) * 32), Identity(bytes([98]) * 32)
+
+
+PEERS = [*WORKERS, CLIENT, BEYOND]
 
 
 def now_ms() -> int:
@@ -36,11 +39,12 @@ def fresh(life_s: float = 6.0, **fields: object) -> Advert:
 
 @dataclass
 class Line:
-    """Worker 2 - worker 1 - worker 0 - client: only worker 0 is the client's neighbour."""
+    """Worker 2 - worker 1 - worker 0 - client - beyond: what comes to `beyond`, the client forwarded."""
 
     network: VirtualNetwork
     workers: list[VirtualEndpoint]
     watch: SwarmWatch
+    forwarded: list[bytes]
 
     async def say(self, number: int, told: Advert) -> None:
         await self.raw(number, sign_advert(told, WORKERS[number]))
@@ -56,15 +60,17 @@ class Line:
 def on_a_line(body: Callable[[Line], Awaitable[None]]) -> None:
     async def main() -> None:
         async with open_network(5) as network, AsyncExitStack() as stack:
-            ends = [await stack.enter_async_context(network.join(identity.seed)) for identity in [*WORKERS, CLIENT]]
-            for near, far in ((1, 0), (2, 1), (3, 0)):
+            ends = [await stack.enter_async_context(network.join(identity.seed)) for identity in PEERS]
+            for near, far in ((1, 0), (2, 1), (3, 0), (4, 3)):
                 await ends[near].connect(f"{ends[far].addrs[0]}/p2p/{ends[far].peer}")
             for worker in ends[:3]:
                 await worker.subscribe(TOPIC, lambda _message: True)  # workers that forward anything
+            forwarded: list[bytes] = []
+            await ends[4].subscribe(TOPIC, lambda message: not forwarded.append(message.data))  # type: ignore[func-returns-value]
             watch = SwarmWatch(ends[3], VirtualClock())
             await watch.start()
             await trio.sleep(0.5)
-            await body(Line(network, ends[:3], watch))
+            await body(Line(network, ends[:3], watch, forwarded))
 
     run(main, seed=5)
 
@@ -135,6 +141,7 @@ def test_adverts_that_do_not_hold_are_refused_and_counted() -> None:
     async def body(line: Line) -> None:
         first = fresh()
         await line.say(0, first)
+        assert line.forwarded == [sign_advert(first, WORKERS[0])]
         signed = decode(Signed, sign_advert(fresh(), WORKERS[1]))
         await line.raw(0, encode(signed))  # of another author
         await line.raw(1, encode(replace(signed, signature=bytes(64))))
@@ -143,6 +150,7 @@ def test_adverts_that_do_not_hold_are_refused_and_counted() -> None:
         await line.say(1, fresh(issued_ms=now_ms() - 9000, expires_ms=now_ms() - 10))
         await line.say(1, fresh(issued_ms=now_ms() + 60_000, expires_ms=now_ms() + 66_000))
         assert line.watch.refused == {"forged": 2, "malformed": 1, "replay": 1, "expired": 1, "future": 1}
+        assert len(line.forwarded) == 1
         assert line.peers() == {WORKERS[0].peer}
 
     on_a_line(body)

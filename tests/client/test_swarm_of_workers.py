@@ -173,11 +173,13 @@ def with_client(sealed: Sealed, folder: Path, body: Callable[[Client], Awaitable
     def engine(store: MemoryStore) -> InlineEngine:
         return InlineEngine(store, folder)
 
-    async def main() -> None:
+    async def main() -> bool:
         async with open_swarm(3, compute=engine, **memory) as swarm, client_of(swarm, sealed) as client:
             await body(client)
+            return True
+        return False
 
-    run(main, seed=1)
+    assert run(main, seed=1), "the body was cancelled"
 
 
 async def assert_idle(client: Client, *but: PeerId) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import trio
@@ -51,6 +52,7 @@ class Conduct:
     refuse: RefusalReason | None = None
     mute: tuple[type[Message], ...] = ()
     step_s: float = 0.01
+    leave: bool = False  # end the stream, in good order, at the next step
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class FakeHop:
     attached: dict[SessionId, Channel] = field(default_factory=dict)
     received: list[Message] = field(default_factory=list)
     links: dict[str, Channel] = field(default_factory=dict)
+    streams: int = 0
 
     @property
     def open_sessions(self) -> int:
@@ -72,10 +75,13 @@ class FakeHop:
         self.endpoint.handle(LINK, lambda stream: self._serve(Channel(stream, LINK), stream))
 
     async def _serve(self, channel: Channel, stream: Stream) -> None:
+        self.streams += 1
         try:
             while (frame := await channel.receive()) is not None:
                 message, body = frame
                 self.received.append(message)
+                if self.conduct.leave and isinstance(message, Step):
+                    return
                 if not isinstance(message, self.conduct.mute):
                     await self._on(channel, message, body)
         finally:
@@ -169,21 +175,20 @@ class FakeSwarm:
 
 @asynccontextmanager
 async def fake_swarm(count: int, seed: int = 1) -> AsyncIterator[FakeSwarm]:
-    async with open_network(seed) as network:
+    async with open_network(seed) as network, trio.open_nursery() as nursery:
         client = Identity(bytes([255]) * 32)
         workers = [Identity(bytes([index + 1]) * 32) for index in range(count)]
-        async with _joined(network, client, *workers) as endpoints:
-            hops = [FakeHop(*pair) for pair in zip(endpoints[1:], workers, strict=True)]
-            for hop in hops:
-                hop.serve()
-            ports = ClientPorts(client, endpoints[0], endpoints[0], VirtualClock(), SeededEntropy(seed, "client"))
-            yield FakeSwarm(network, ports, hops)
+        endpoints = [await nursery.start(_live, network, identity) for identity in [client, *workers]]
+        hops = [FakeHop(*pair) for pair in zip(endpoints[1:], workers, strict=True)]
+        for hop in hops:
+            hop.serve()
+        ports = ClientPorts(client, endpoints[0], endpoints[0], VirtualClock(), SeededEntropy(seed, "client"))
+        yield FakeSwarm(network, ports, hops)
+        nursery.cancel_scope.cancel()
 
 
-@asynccontextmanager
-async def _joined(network: VirtualNetwork, *identities: Identity) -> AsyncIterator[list[VirtualEndpoint]]:
-    if not identities:
-        yield []
-        return
-    async with network.join(identities[0].seed) as first, _joined(network, *identities[1:]) as others:
-        yield [first, *others]
+async def _live(network: VirtualNetwork, identity: Identity, task_status: Any) -> None:
+    """A peer in a task of its own: a crash of it cancels nothing else, the test's body least of all."""
+    async with network.join(identity.seed) as endpoint:
+        task_status.started(endpoint)
+        await trio.sleep_forever()

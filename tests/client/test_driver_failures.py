@@ -1,0 +1,258 @@
+"""What hops do wrong, against the driver: every failure is noticed in time, of the right class, and names its hop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import trio
+
+from client.driver import Driver
+from client.errors import HopLost, HopRefused, HopViolation
+from client.session import SessionTerms
+from protocol.errors import RouteUnavailable
+from protocol.ids import PeerId
+from protocol.messages import Attach, Message, OpenSession, RefusalReason, SessionFailed, Step
+from protocol.tensors import Payload, TensorHeader
+from tests.helpers.driving import TERMS, fill_the_way, with_swarm
+from tests.helpers.fake_hop import FakeSwarm, Reply, activations, output
+
+
+def nan(shape: tuple[int, ...] = (1, 4)) -> Payload:
+    return Payload(TensorHeader("float32", shape), np.full(shape, np.nan, "<f4").tobytes())
+
+
+@pytest.mark.parametrize(
+    ("payload", "number", "says"),
+    [
+        (nan(), None, "NaN or infinite"),
+        (Payload(TensorHeader("bfloat16", (1, 4)), b"\x80\x7f" * 4), None, "NaN or infinite"),
+        (activations(1, width=5), None, "was asked for"),
+        (activations(2), None, "was asked for"),
+        (Payload(TensorHeader("int32", (1, 4)), bytes(16)), None, "was asked for"),
+        (activations(1), 7, "step 7, which was not asked for"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_violations_of_their_hop(payload: Payload, number: int | None, says: str) -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[1].conduct.outputs = lambda step, _payload, _replies: [output(step, payload, number)]
+        async with driver.session(swarm.route, TERMS) as session:
+            with pytest.raises(HopViolation, match=says) as caught:
+                await session.step(activations(2), position=0)
+            assert caught.value.peer == swarm.hops[1].identity.peer
+            assert swarm.hops[1].identity.peer[-6:] in str(caught.value)
+
+    with_swarm(2, body)
+
+
+@pytest.mark.parametrize("returned", [nan((2, 4)), activations(1)])
+def test_returned_outputs_are_checked_too(returned: Payload) -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[0].conduct.outputs = lambda step, _payload, _replies: [output(step, returned)]
+        async with driver.session(swarm.route, SessionTerms(64, returns="float32")) as session:
+            await session.submit(activations(2), position=0)
+            await trio.sleep(1)
+            with pytest.raises(HopViolation) as caught:
+                await session.step(activations(1), position=2)
+            assert caught.value.peer == swarm.hops[0].identity.peer
+
+    with_swarm(2, body)
+
+
+def test_a_message_out_of_turn_is_a_violation_and_the_next_session_gets_a_new_stream() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[0].conduct.outputs = lambda step, _payload, replies: [(Attach(step.session), b"")]
+        async with driver.session(swarm.route, TERMS) as session:
+            with pytest.raises(HopViolation, match="Attach came when the session was open"):
+                await session.step(activations(1), position=0)
+        swarm.hops[0].conduct.outputs = lambda _step, _payload, replies: replies
+        async with driver.session(swarm.route, TERMS) as session:
+            await session.step(activations(1), position=0)
+
+    with_swarm(1, body)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_refused_ticket_names_the_hop_and_leaves_nothing_open(index: int) -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[index].conduct.refuse = RefusalReason.BAD_TICKET
+        with pytest.raises(HopRefused, match="no, thank you") as caught:
+            await driver.open_session(swarm.route, TERMS)
+        assert caught.value.peer == swarm.hops[index].identity.peer
+        assert caught.value.reason == RefusalReason.BAD_TICKET
+        await trio.sleep(2)
+        assert [hop.open_sessions for hop in swarm.hops] == [0, 0, 0]
+
+    with_swarm(3, body)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize("message", [Attach, OpenSession])
+def test_a_hop_that_does_not_answer_is_named(index: int, message: type[Message]) -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[index].conduct.mute = (message,)
+        with pytest.raises(HopLost, match="did not open the session within 20 s") as caught:
+            await driver.open_session(swarm.route, TERMS)
+        assert caught.value.peer == swarm.hops[index].identity.peer
+
+    with_swarm(3, body)
+
+
+def test_a_worker_that_ends_its_stream_in_good_order_is_lost_too() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[0].conduct.leave = True
+        async with driver.session(swarm.route, TERMS) as session:
+            with pytest.raises(HopLost, match="closed the stream") as caught:
+                await session.step(activations(1), position=0)
+            assert caught.value.peer == swarm.hops[0].identity.peer
+
+    with_swarm(2, body)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_worker_killed_in_mid_generation_is_noticed_and_named(index: int) -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        for hop in swarm.hops:
+            hop.conduct.step_s = 1.0
+        killed = swarm.hops[index].identity.peer
+        async with driver.session(swarm.route, TERMS) as session:
+            await session.step(activations(1), position=0)
+            step = await session.submit(activations(1), position=1)
+            await trio.sleep(0.5)
+            swarm.network.crash(killed)
+            at = trio.current_time()
+            with pytest.raises(RouteUnavailable, match=r"was lost in mid-generation.*run again") as caught:
+                await session.result(step)
+            assert trio.current_time() - at < 5
+            assert isinstance(caught.value, HopLost)
+            assert caught.value.peer == killed
+            with pytest.raises(HopLost):
+                await session.submit(activations(1), position=2)
+        await trio.sleep(3)
+        alive = [hop for hop in swarm.hops if hop.identity.peer != killed]
+        assert [hop.open_sessions for hop in alive] == [0, 0]
+
+    with_swarm(3, body)
+
+
+def test_the_word_of_the_hop_before_names_the_lost_one() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        def gone(step: Step, _: Payload, __: list[Reply]) -> list[Reply]:
+            return [(SessionFailed(step.session, RefusalReason.HOP_LOST, "gone"), b"")]
+
+        swarm.hops[0].conduct.outputs = gone
+        async with driver.session(swarm.route, TERMS) as session:
+            with pytest.raises(HopLost, match="the hop before it") as caught:
+                await session.step(activations(1), position=0)
+            assert caught.value.peer == swarm.hops[1].identity.peer
+
+    with_swarm(2, body)
+
+
+def test_a_last_hop_cannot_have_lost_the_next_one() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        def gone(step: Step, _: Payload, __: list[Reply]) -> list[Reply]:
+            return [(SessionFailed(step.session, RefusalReason.HOP_LOST, "gone"), b"")]
+
+        swarm.hops[0].conduct.outputs = gone
+        async with driver.session(swarm.route, TERMS) as session:
+            with pytest.raises(HopViolation, match="the last hop"):
+                await session.step(activations(1), position=0)
+
+    with_swarm(1, body)
+
+
+def test_a_stalled_route_is_given_up_after_the_budget() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        terms = SessionTerms(64, step_timeout_s=15.0)
+        async with driver.session(swarm.route, terms) as session:
+            await session.step(activations(1), position=0)
+            await trio.sleep(100)  # a route that has nothing to do may be silent
+            swarm.hops[1].conduct.mute = (Step,)
+            at = trio.current_time()
+            with pytest.raises(RouteUnavailable, match=r"no answer from the route .* for 15 s"):
+                await session.step(activations(1), position=1)
+            assert trio.current_time() - at == pytest.approx(15.0)
+
+    with_swarm(2, body)
+
+
+def test_progress_extends_the_budget_but_rubbish_does_not() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[0].conduct.step_s = 10.0
+        async with driver.session(swarm.route, SessionTerms(64, step_timeout_s=15.0)) as session:
+            steps = [await session.submit(activations(1), position=n) for n in range(4)]
+            await session.result(steps[-1])  # 40 s, an answer each 10
+            swarm.hops[0].conduct.outputs = lambda step, _payload, _replies: [output(step, activations(1), number=0)]
+            at = trio.current_time()
+            for n in range(4, 8):
+                await session.submit(activations(1), position=n)
+            with pytest.raises(RouteUnavailable):
+                await session.result(7)
+            assert trio.current_time() - at == pytest.approx(15.0)
+
+    with_swarm(1, body)
+
+
+def test_a_frozen_worker_surfaces_within_the_transport_s_detection_time() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        async with driver.session(swarm.route, TERMS) as session:
+            await session.step(activations(1), position=0)
+            frozen = swarm.hops[1].identity.peer
+            swarm.network.freeze(frozen)
+            at = trio.current_time()
+            with pytest.raises(HopLost) as caught:
+                await session.step(activations(1), position=1)
+            assert caught.value.peer == frozen
+            assert trio.current_time() - at < 8
+
+    with_swarm(2, body)
+
+
+def test_a_worker_that_cannot_be_dialled_is_named() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        route = swarm.route
+        swarm.network.crash(route.hops[1].peer)
+        with pytest.raises(HopLost, match="cannot be reached") as caught:
+            await driver.open_session(route, TERMS)
+        assert caught.value.peer == route.hops[1].peer
+
+    with_swarm(2, body)
+
+
+def test_a_hop_that_stops_reading_costs_the_step_budget_and_no_more() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        async with driver.session(swarm.route, SessionTerms(64, step_timeout_s=15.0)) as session:
+            swarm.hops[0].conduct.step_s = float("inf")
+            at = trio.current_time()
+            with pytest.raises(RouteUnavailable, match="no answer from the route"):
+                await fill_the_way(session)
+            assert 15.0 <= trio.current_time() - at < 20.0
+
+    with_swarm(2, body)
+
+
+def test_a_lost_hop_is_noticed_while_a_step_waits_to_be_sent() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        async with driver.session(swarm.route, TERMS) as session:
+            swarm.hops[0].conduct.step_s = float("inf")
+            killed = swarm.hops[1].identity.peer
+
+            async def kill() -> None:
+                await trio.sleep(5)
+                swarm.network.crash(killed)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(kill)
+                with pytest.raises(HopLost, match="was lost in mid-generation") as caught:
+                    await fill_the_way(session)
+            assert caught.value.peer == killed
+            assert trio.current_time() < 11
+
+    with_swarm(2, body)
+
+
+def test_what_a_hop_says_cannot_write_to_the_terminal() -> None:
+    refused = HopRefused(PeerId("12D3KooWabcdef"), "memory\x1b[2J", "none\r\x1b[31mleft\n")
+    assert "\x1b" not in str(refused)
+    assert "\n" not in str(refused)
+    assert "none??[31mleft?" in str(refused)
