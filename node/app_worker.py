@@ -21,14 +21,16 @@ import trio
 from node.clock import SystemClock
 from node.engine_thread import EngineThread
 from node.files import write_atomic
+from node.groups import ungrouped
 from node.identity import load_identity
 from node.joining import stay_joined
 from node.lifetime import only_user_of, until_told
 from node.metrics import WorkerMetrics, serve_metrics
-from node.p2p.mesh import MeshConfig, open_mesh
+from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.store import DiskStore
 from node.version import VERSION
 from protocol.errors import InputError
+from protocol.signed import Identity
 from worker.capacity import measure_speeds
 from worker.config import WorkerConfig, WorkerPorts
 from worker.engine import Engine
@@ -70,44 +72,49 @@ def default_memory_bytes() -> int:
 async def run_worker(options: WorkerOptions) -> None:
     """Serve until told to stop. Raises InputError for what the owner must change (port in use, bad address...)."""
     torch.set_num_threads(options.threads)
-    with only_user_of(options.data_dir, "worker"):
+    with only_user_of(options.data_dir, "worker"), ungrouped():
         identity = load_identity(options.data_dir)
-        store, clock = DiskStore(options.data_dir), SystemClock()
-        metrics = WorkerMetrics()
-        metrics.kv_total(options.kv_memory_bytes)
-        engine = Engine(store.path, options.device)
-        config = WorkerConfig(
-            identity=identity,
-            memory_bytes=options.memory_bytes,
-            kv_memory_bytes=options.kv_memory_bytes,
-            speeds=await trio.to_thread.run_sync(measure_speeds, options.device, _DTYPES),
-            device=options.device,
-            version=VERSION,
+        async with (
+            until_told(options.lifeline),
+            open_mesh(MeshConfig(identity.seed, options.listen, options.announce)) as mesh,
+        ):
+            await _serve(options, identity, mesh)
+
+
+async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None:
+    """Everything behind the mesh. The engine's thread is the last to go: closing sessions still needs it."""
+    store, metrics = DiskStore(options.data_dir), WorkerMetrics()
+    metrics.kv_total(options.kv_memory_bytes)
+    engine = Engine(store.path, options.device)
+    config = WorkerConfig(
+        identity=identity,
+        memory_bytes=options.memory_bytes,
+        kv_memory_bytes=options.kv_memory_bytes,
+        speeds=await trio.to_thread.run_sync(measure_speeds, options.device, _DTYPES),
+        device=options.device,
+        version=VERSION,
+    )
+    with (
+        EngineThread(engine, lambda: torch.set_num_threads(options.threads)) as compute,
+        serve_metrics(options.metrics, metrics.registry) as metrics_url,
+    ):
+        ports = WorkerPorts(
+            transport=mesh,
+            gossip=mesh,
+            compute=compute,
+            store=store,
+            clock=SystemClock(),
+            entropy=os.urandom,
+            observer=metrics,
+            run_sync=trio.to_thread.run_sync,
         )
-        mesh_config = MeshConfig(identity.seed, options.listen, options.announce)
-        async with open_mesh(mesh_config) as mesh, trio.open_nursery() as nursery:
-            with (
-                EngineThread(engine, lambda: torch.set_num_threads(options.threads)) as compute,
-                serve_metrics(options.metrics, metrics.registry) as metrics_url,
-                _announced(options.data_dir, mesh.peer, mesh.addrs, metrics_url),
-            ):
-                ports = WorkerPorts(
-                    transport=mesh,
-                    gossip=mesh,
-                    compute=compute,
-                    store=store,
-                    clock=clock,
-                    entropy=os.urandom,
-                    observer=metrics,
-                    run_sync=trio.to_thread.run_sync,
-                )
-                service = WorkerService(ports, config)
-                await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
-                nursery.start_soon(stay_joined, mesh, options.bootstrap)
+        async with trio.open_nursery() as nursery:
+            service = WorkerService(ports, config)
+            await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
+            nursery.start_soon(stay_joined, mesh, options.bootstrap)
+            with _announced(options.data_dir, mesh.peer, mesh.addrs, metrics_url):
                 log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs})
-                await until_told(options.lifeline)
-                log.info("stopping")
-                nursery.cancel_scope.cancel()
+                await trio.sleep_forever()
 
 
 @contextmanager

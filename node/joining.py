@@ -6,7 +6,7 @@ import logging
 
 import trio
 
-from protocol.errors import InputError, TransportError
+from protocol.errors import TransportError
 from protocol.ports import Transport
 
 log = logging.getLogger("sotto.node")
@@ -40,8 +40,6 @@ async def stay_joined(transport: Transport, addrs: tuple[str, ...]) -> None:
             continue
         try:
             await join(transport, addrs)
-        except InputError:
-            raise
         except TransportError as error:
             log.warning("bootstrap unreachable", extra={"retry_s": delay_s, "reason": str(error)})
             await trio.sleep(delay_s)

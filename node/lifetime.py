@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
@@ -14,18 +14,22 @@ import trio
 from protocol.errors import InputError
 
 
-async def until_told(lifeline: int | None) -> None:
-    """Wait for SIGINT, SIGTERM or the end of file of `lifeline`, an inherited pipe whose other end the maker holds."""
+@asynccontextmanager
+async def until_told(lifeline: int | None) -> AsyncIterator[None]:
+    """A block that is cancelled by SIGINT, SIGTERM or the end of file of `lifeline` (an inherited pipe whose other end
+    the maker holds). From the first line of the block on no signal is lost."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_signal, nursery.cancel_scope)
-        if lifeline is not None:
-            nursery.start_soon(_end_of_file, lifeline, nursery.cancel_scope)
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            nursery.start_soon(_signal, signals, nursery.cancel_scope)
+            if lifeline is not None:
+                nursery.start_soon(_end_of_file, lifeline, nursery.cancel_scope)
+            yield
+        nursery.cancel_scope.cancel()
 
 
-async def _signal(done: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            done.cancel()
+async def _signal(signals: AsyncIterator[int], done: trio.CancelScope) -> None:
+    async for _ in signals:
+        done.cancel()
 
 
 async def _end_of_file(lifeline: int, done: trio.CancelScope) -> None:

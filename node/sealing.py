@@ -135,7 +135,8 @@ class SealedFolder:
         return data, manifest
 
     def write_block(self, sealer: Sealer, index: int) -> None:
-        """Seal one block and make it durable: shard first, journal second."""
+        """Seal one block and make it durable: shard first, journal second. A manifest of before no longer holds."""
+        (self.path / "manifest.bin").unlink(missing_ok=True)
         tensors, config = sealer.block(index)
         folder = self.path / "shards"
         folder.mkdir(exist_ok=True)

@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from node.files import write_atomic
+from node.paths import state_dir
 from protocol.errors import InputError
 
 READY_TIMEOUT_S = 60.0
@@ -83,6 +84,11 @@ class Cluster:
             while any(worker.alive for worker in self.workers) and time.monotonic() < deadline:
                 time.sleep(_POLL_S)
         (self.folder / "cluster.json").unlink(missing_ok=True)
+
+
+def default_folder() -> Path:
+    """Where the one simulation network of this user is recorded."""
+    return state_dir() / "sim"
 
 
 def load(folder: Path) -> Cluster:

@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sotto.api import AsyncModel, AsyncSwarm, Model, Swarm
+    from sotto.api import AsyncModel, AsyncSwarm, Model, SamplingParams, Swarm
 
-__all__ = ["AsyncModel", "AsyncSwarm", "Model", "Swarm"]
+__all__ = ["AsyncModel", "AsyncSwarm", "Model", "SamplingParams", "Swarm"]
 
 
 def __getattr__(name: str) -> Any:

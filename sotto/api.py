@@ -11,9 +11,8 @@ protocol.errors and models.errors; their messages say what to do.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -31,21 +30,11 @@ from protocol.errors import InputError
 from protocol.manifest import TIERS
 from sotto.portal import Portal
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen. `temperature` 0 is greedy; the same `seed` gives the same answer."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+__all__ = ["AsyncModel", "AsyncSwarm", "Model", "SamplingParams", "Swarm"]
 
 
-def _ask(max_new_tokens: int, sampling: Sampling | None, stop: tuple[str, ...] | list[str]) -> Ask:
-    chosen = sampling or Sampling()
-    params = SamplingParams(temperature=chosen.temperature, top_k=chosen.top_k, top_p=chosen.top_p, seed=chosen.seed)
-    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop))
+def _ask(max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str]) -> Ask:
+    return Ask(max_new_tokens=max_new_tokens, sampling=sampling or SamplingParams(), stop=tuple(stop))
 
 
 class AsyncModel:
@@ -59,8 +48,8 @@ class AsyncModel:
         prompt: str,
         *,
         max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        stop: tuple[str, ...] | list[str] = (),
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
     ) -> GenerationResult:
         """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
         return await self._model.generate(prompt, _ask(max_new_tokens, sampling, stop))
@@ -70,8 +59,8 @@ class AsyncModel:
         prompt: str,
         *,
         max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        stop: tuple[str, ...] | list[str] = (),
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
     ) -> AsyncGenerator[str, None]:
         """The answer's text in pieces as they become certain. Close it (contextlib.aclosing) to stop early."""
         async with self._model.ask(prompt, _ask(max_new_tokens, sampling, stop)) as answer:
@@ -143,8 +132,8 @@ class Model:
         prompt: str,
         *,
         max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        stop: tuple[str, ...] | list[str] = (),
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
     ) -> GenerationResult:
         """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
         work = partial(self._model.generate, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
@@ -155,8 +144,8 @@ class Model:
         prompt: str,
         *,
         max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
-        stop: tuple[str, ...] | list[str] = (),
+        sampling: SamplingParams | None = None,
+        stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """The answer's text in pieces as they become certain. Leaving the loop early stops the request."""
         pieces = partial(self._model.stream, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)

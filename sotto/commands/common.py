@@ -106,7 +106,7 @@ def terminate_as_interrupt() -> Iterator[None]:
     """Within the block SIGTERM unwinds like an interrupt, so that whatever was started is stopped."""
 
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)  # not an exception of our own: trio delivers SIGINT where it is safe
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
@@ -125,14 +125,13 @@ def run_async(main: Callable[[], Awaitable[T]]) -> T:
 def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:
     """What the user named, else the running simulation network. Raises InputError."""
     from protocol.errors import InputError
-    from sotto.commands.sim import cluster_folder
 
     if given:
         return tuple(given)
     from simnet import cluster
 
     try:
-        running = cluster.load(cluster_folder())
+        running = cluster.load(cluster.default_folder())
     except InputError:
         raise InputError(
             "no swarm named: give --bootstrap ADDRESS (a worker prints its own), or start one with 'sotto sim up'"

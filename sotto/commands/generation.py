@@ -215,9 +215,13 @@ def _where(
 def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None) -> Ask:
     from models.sampling import SamplingParams
     from node.model import Ask
+    from protocol.errors import InputError
 
     temperature, top_p, top_k, seed = sampling
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    try:
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()))
 
 

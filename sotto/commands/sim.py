@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,13 +14,6 @@ if TYPE_CHECKING:
     from simnet.cluster import Cluster
 
 app = typer.Typer(no_args_is_help=True, help="Run a local network of real workers, each a process of its own.")
-
-
-def cluster_folder() -> Path:
-    """Where the one simulation network of this user is recorded."""
-    from node.paths import state_dir
-
-    return state_dir() / "sim"
 
 
 @app.command(epilog="Example: sotto sim up --workers 3 --memory 1GiB")
@@ -43,12 +35,12 @@ def up(
     specs = [cluster.WorkerSpec(memory, kv_memory, threads)] * workers
     with errors(as_json):
         if foreground:
-            with cluster.running(cluster_folder(), specs, say) as net:
+            with cluster.running(cluster.default_folder(), specs, say) as net:
                 _announce(net, as_json)
                 _wait_for_interrupt()
             return
         with terminate_as_interrupt():
-            net = cluster.start(cluster_folder(), specs, notify=say)
+            net = cluster.start(cluster.default_folder(), specs, notify=say)
         _announce(net, as_json)
 
 
@@ -58,7 +50,7 @@ def status(as_json: Json = False) -> None:
     from simnet import cluster
 
     with errors(as_json):
-        net = cluster.load(cluster_folder())
+        net = cluster.load(cluster.default_folder())
         rows = [
             {"peer": w.peer, "process": w.pid, "up": w.alive, "bootstrap": w.bootstrap, "metrics": w.metrics}
             for w in net.workers
@@ -79,7 +71,7 @@ def down(as_json: Json = False) -> None:
     from simnet import cluster
 
     with errors(as_json):
-        net = cluster.load(cluster_folder())
+        net = cluster.load(cluster.default_folder())
         stopped = sum(worker.alive for worker in net.workers)
         net.stop()
         if as_json:

@@ -1,0 +1,174 @@
+"""Sealing to disk: resumes after a kill at any point, refuses a wrong key before any work, and holds one block."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from client.sealing import Sealer
+from equivariant.keys import RootKey
+from models.checkpoint import Checkpoint
+from node import sealing
+from node.keys import new_key
+from node.sealing import SealedFolder, seal_into, sealed_place
+from node.store import digest_of
+from protocol.errors import InputError
+from protocol.manifest import open_manifest
+from protocol.signed import Identity
+from tests.helpers.tiny_models import make_checkpoint
+
+KEY = RootKey.from_bytes(bytes(range(32)))
+OTHER = RootKey.from_bytes(bytes(range(1, 33)))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(make_checkpoint(tmp_path_factory.mktemp("sealing") / "model", num_hidden_layers=4))
+
+
+def seal(path: Path, checkpoint: Checkpoint, key: RootKey | None = KEY) -> SealedFolder:
+    return seal_into(path, checkpoint, "float32", key, lambda *_: None)[0]
+
+
+def test_a_sealed_folder_is_what_its_manifest_says(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    manifest, owner = open_manifest(folder.manifest(Identity(bytes(32)))[0])
+    assert owner == Identity(bytes(32)).peer
+    assert manifest.tier == "ee"
+    assert len(manifest.blocks) == 4
+    for block in manifest.blocks:
+        assert digest_of(folder.shard(block.digest)) == block.digest
+    again, owner = open_manifest(folder.manifest(Identity(b"\1" * 32))[0])  # another identity signs for itself
+    assert (again, owner) == (manifest, Identity(b"\1" * 32).peer)
+
+
+@pytest.mark.parametrize("after_blocks", range(4))
+@pytest.mark.parametrize("point", ["save_file", "replace", "write_atomic"])
+def test_an_interrupted_seal_goes_on(
+    point: str, after_blocks: int, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before the shard is written, before it gets its name, or before the journal knows it."""
+    owner = os if point == "replace" else sealing
+    original, calls = getattr(owner, point), 0
+
+    def fails(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        if point == "replace" and not str(args[0]).endswith(".part"):
+            return original(*args, **kwargs)
+        if point == "write_atomic" and "entries" not in str(args[0]):
+            return original(*args, **kwargs)
+        calls += 1
+        if calls > after_blocks:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, point, fails)
+    with pytest.raises(KeyboardInterrupt):
+        seal(tmp_path / "s", checkpoint)
+    monkeypatch.setattr(owner, point, original)
+    kept = [entry for index in range(4) if (entry := SealedFolder.open(tmp_path / "s").entry(index))]
+    assert len(kept) == after_blocks
+    folder = seal(tmp_path / "s", checkpoint)
+    assert [folder.entry(index) for index in range(after_blocks)] == kept  # not sealed again
+    assert len(folder.manifest(Identity(bytes(32)))[1].blocks) == 4
+
+
+def test_a_seal_killed_in_a_real_process_goes_on(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", num_hidden_layers=40, hidden_size=128, intermediate_size=512)
+    new_key(tmp_path / "data", "default")
+    command = [sys.executable, "-m", "sotto", "seal", str(model), "-o", str(tmp_path / "s"), "--data-dir"]
+    child = subprocess.Popen([*command, str(tmp_path / "data")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list((tmp_path / "s" / "entries").glob("*.entry"))) < 3:
+        os.sched_yield()
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    before = {file.name: file.read_bytes() for file in (tmp_path / "s" / "entries").glob("*.entry")}
+    assert 3 <= len(before) < 40
+    done = subprocess.run([*command, str(tmp_path / "data")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = {file.name: file.read_bytes() for file in (tmp_path / "s" / "entries").glob("*.entry")}
+    assert len(after) == 40
+    assert before.items() <= after.items()
+
+
+def test_a_wrong_key_is_told_before_anything_is_computed(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    monkeypatch.setattr(Sealer, "open", lambda *_: pytest.fail("computed with a wrong key"))
+    for work in (lambda: seal(tmp_path / "s", checkpoint, OTHER), lambda: folder.sealer(checkpoint, OTHER)):
+        with pytest.raises(InputError, match="wrong key"):
+            work()
+    with pytest.raises(InputError, match="tier ee"):
+        seal(tmp_path / "s", checkpoint, None)
+
+
+def test_another_model_or_precision_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    seal(tmp_path / "s", checkpoint)
+    other = Checkpoint.open(make_checkpoint(tmp_path / "other", num_hidden_layers=4, seed=1))
+    with pytest.raises(InputError, match="another model"):
+        seal(tmp_path / "s", other)
+    with pytest.raises(InputError, match="--dtype float32"):
+        seal_into(tmp_path / "s", checkpoint, "bfloat16", KEY, lambda *_: None)
+    places = {
+        sealed_place(tmp_path, model, dtype, key)
+        for model in (checkpoint, other)
+        for dtype in ("float32", "bfloat16")
+        for key in (KEY, OTHER, None)
+    }
+    assert len(places) == 12
+
+
+@pytest.mark.parametrize("damage", ["deployment.json", "entry", "shard"])
+def test_damage_is_noticed(damage: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    entry = folder.entry(2)
+    assert entry is not None
+    if damage == "deployment.json":
+        (folder.path / damage).write_text("{}")
+        with pytest.raises(InputError, match="damaged"):
+            seal(tmp_path / "s", checkpoint)
+        return
+    file = folder.shard(entry.digest) if damage == "shard" else folder.path / "entries" / "0002.entry"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert folder.entry(2) is None
+    with pytest.raises(InputError, match="not sealed to the end"):
+        folder.manifest(Identity(bytes(32)))
+    assert seal(tmp_path / "s", checkpoint).entry(2) is not None
+
+
+def test_a_folder_with_other_things_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        seal(tmp_path, checkpoint)
+    assert [file.name for file in tmp_path.iterdir()] == ["precious"]
+
+
+def test_sealing_holds_two_blocks_at_most(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain tensors of a block are gone before the next block but one is read."""
+    original, alive, most = Checkpoint.block, list[weakref.ref[torch.Tensor]](), 0
+
+    def block(self: Checkpoint, index: int) -> dict[str, torch.Tensor]:
+        nonlocal most
+        tensors = original(self, index)
+        alive.append(weakref.ref(tensors["q"]))
+        gc.collect()
+        most = max(most, sum(reference() is not None for reference in alive))
+        return tensors
+
+    monkeypatch.setattr(Checkpoint, "block", block)
+    seal(tmp_path / "s", checkpoint)
+    assert len(alive) == 4
+    assert most <= 2

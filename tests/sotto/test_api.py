@@ -1,0 +1,108 @@
+"""The Python API over real workers, and every Python snippet of the documents, as it stands there."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from pathlib import Path
+
+import pytest
+import trio
+
+from models.checkpoint import Checkpoint
+from models.local import LocalModel
+from models.tokenizer import Tokenizer
+from protocol.errors import InputError, TransportError
+from simnet.cluster import Cluster
+from sotto import AsyncSwarm, SamplingParams, Swarm
+from sotto.demo import demo_checkpoint
+from tests.helpers.tiny_models import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROMPT = "the quiet brook"
+SNIPPETS = [
+    (document.name, code)
+    for document in DOCUMENTS
+    for code in re.findall(r"^```python\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+def local_answer(folder: Path, new_tokens: int) -> str:
+    checkpoint = Checkpoint.open(folder)
+    tokenizer = Tokenizer.open(checkpoint.tokenizer_file)
+    ids = LocalModel(checkpoint).generate(tokenizer.encode(PROMPT), new_tokens, stop_ids=checkpoint.config.eos_ids)
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(("document", "code"), SNIPPETS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(SNIPPETS)])
+def test_the_documents_snippets_run(
+    document: str, code: str, swarm: Cluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = code.replace('"ADDRESS"', repr(swarm.bootstrap)).replace('"MODEL"', repr(str(demo_checkpoint())))
+    assert real != code
+    exec(compile(real, document, "exec"), {})  # our own documents
+    assert len(capsys.readouterr().out.split()) > 3
+
+
+def test_there_are_snippets() -> None:
+    assert {name for name, _ in SNIPPETS} == {"README.md", "USING.md"}
+
+
+def test_sync(swarm: Cluster, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", seed=41)
+    with Swarm(swarm.bootstrap) as client:
+        model = client.deploy(folder, workers=3)
+        result = model.generate(PROMPT, max_new_tokens=10)
+        assert result.text == "".join(model.stream(PROMPT, max_new_tokens=10)) == local_answer(folder, 10)
+        warm = SamplingParams(temperature=1.5, seed=3)
+        assert model.generate(PROMPT, sampling=warm).ids == model.generate(PROMPT, sampling=warm).ids
+        for _ in model.stream(PROMPT, max_new_tokens=100):
+            break  # leaving early stops the request
+        assert model.generate(PROMPT, max_new_tokens=10).ids == result.ids
+        with pytest.raises(InputError, match="context"):
+            list(model.stream(PROMPT * 80))
+        with pytest.raises(InputError, match="another sotto client"), Swarm(swarm.bootstrap):
+            pass
+        with Swarm(swarm.bootstrap, data_dir=tmp_path / "other") as second:
+            assert second.deploy(folder).generate(PROMPT, max_new_tokens=10).ids == result.ids
+    assert _running(swarm) == 0
+
+
+def test_async(swarm: Cluster, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m", seed=42)
+
+    async def main() -> tuple[str, str]:
+        async with AsyncSwarm(swarm.bootstrap) as client:
+            model = await client.deploy(folder, privacy="plain")
+            result = await model.generate(PROMPT, max_new_tokens=10)
+            return result.text, "".join([piece async for piece in model.stream(PROMPT, max_new_tokens=10)])
+
+    assert trio.run(main) == (local_answer(folder, 10),) * 2
+
+
+def test_errors_come_as_themselves(swarm: Cluster) -> None:
+    with pytest.raises(InputError, match="/p2p/"), Swarm("nonsense"):
+        pass
+    with pytest.raises(TransportError), Swarm("/ip4/127.0.0.1/tcp/9/p2p/" + swarm.workers[0].peer):
+        pass
+    with pytest.raises(InputError, match="with Swarm"):
+        Swarm(swarm.bootstrap).deploy("model")
+    with Swarm(swarm.bootstrap) as client, pytest.raises(InputError, match="ee"):
+        client.deploy(demo_checkpoint(), privacy="magic")
+
+
+def _running(net: Cluster) -> float:
+    total = 0.0
+    for worker in net.workers:
+        with urllib.request.urlopen(worker.metrics, timeout=5) as reply:
+            text = reply.read().decode()
+        found = re.search(r"^vllm:num_requests_running (\S+)$", text, re.MULTILINE)
+        assert found
+        total += float(found.group(1))
+    return total

@@ -1,0 +1,221 @@
+"""The command line: what it prints, where, and how it says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from models.checkpoint import Checkpoint
+from models.local import LocalModel
+from models.tokenizer import Tokenizer
+from simnet.cluster import Cluster
+from sotto.__main__ import app
+from tests.helpers.tiny_models import make_checkpoint
+
+COMMANDS = [
+    ["demo"],
+    ["worker"],
+    ["run"],
+    ["submit"],
+    ["seal"],
+    ["peers"],
+    ["place"],
+    *(["key", name] for name in ("new", "show", "export", "import")),
+    *(["sim", name] for name in ("up", "status", "down")),
+]
+PROMPT = "the quiet brook"
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("cli") / "model", seed=31)
+
+
+def sotto(*words: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, list(words), input=stdin)
+
+
+def one_object(result: Result) -> dict[str, object]:
+    """`--json`: one object on standard output and nothing else."""
+    lines = result.stdout.splitlines()
+    assert len(lines) == 1, result.stdout
+    value = json.loads(lines[0])
+    assert isinstance(value, dict)
+    return value
+
+
+def complaint(result: Result) -> str:
+    """One line on standard error that says what is wrong, nothing on standard output, exit status 1."""
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("sotto: ")]
+    assert len(lines) == 1
+    assert result.stderr.splitlines()[-1] == lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_explains_with_an_example(command: list[str]) -> None:
+    result = sotto(*command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: sotto {' '.join(command)}" in " ".join(result.stdout.split())
+
+
+def test_help_loads_no_torch_and_import_loads_no_key_code() -> None:
+    code = "import sys, sotto, sotto.__main__; print([m for m in sys.modules if m in ('torch', 'trio', 'equivariant')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_run_streams_the_unsealed_models_answer(swarm: Cluster, model: Path) -> None:
+    checkpoint = Checkpoint.open(model)
+    tokenizer = Tokenizer.open(checkpoint.tokenizer_file)
+    want = LocalModel(checkpoint).generate(tokenizer.encode(PROMPT), 12, stop_ids=checkpoint.config.eos_ids)
+    words = ["run", "-m", str(model), "-b", swarm.bootstrap, "-n", "12", PROMPT]
+    sealed = sotto(*words, "--workers", "3")
+    assert sealed.exit_code == 0, sealed.output
+    assert sealed.stdout.rstrip("\n") == tokenizer.decode(want).rstrip("\n")
+    assert "blocks 0 to 0" in sealed.stderr  # the placement, before the upload
+    assert one_object(sotto(*words, "--json"))["ids"] == want
+    assert one_object(sotto(*words, "--json", "--privacy", "plain"))["ids"] == want
+
+
+def test_a_seed_gives_the_same_answer_and_another_another(swarm: Cluster, model: Path) -> None:
+    words = ["run", "-m", str(model), "-b", swarm.bootstrap, "--json", "--temperature", "1.5", PROMPT]
+    first, again, other = (one_object(sotto(*words, "--seed", seed))["ids"] for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_a_stop_string_ends_the_answer(swarm: Cluster, model: Path) -> None:
+    words = ["run", "-m", str(model), "-b", swarm.bootstrap, "--json", PROMPT]
+    text = str(one_object(sotto(*words))["text"])
+    stop = text[3:5]
+    assert one_object(sotto(*words, "--stop", stop))["text"] == text[: text.index(stop)]
+
+
+def test_submit_answers_each_line_in_order(swarm: Cluster, model: Path, tmp_path: Path) -> None:
+    prompts = [{"prompt": PROMPT, "id": 7}, {"prompt": PROMPT * 80}, {"prompt": "a worker"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
+    out = tmp_path / "out.jsonl"
+    words = ["submit", str(tmp_path / "in.jsonl"), "-o", str(out), "-m", str(model), "-b", swarm.bootstrap, "-n", "5"]
+    result = sotto(*words, "--json")
+    assert result.exit_code == 1  # one could not be answered
+    assert one_object(result) == {"answered": 2, "failed": 1, "output": str(out)}
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [answer["prompt"] for answer in answers] == [line["prompt"] for line in prompts]
+    assert answers[0]["id"] == 7
+    assert "context" in answers[1]["error"]
+    assert all(len(answers[index]["ids"]) <= 5 and "text" in answers[index] for index in (0, 2))
+
+
+def test_peers_and_place(swarm: Cluster, model: Path) -> None:
+    peers = one_object(sotto("peers", "-b", swarm.bootstrap, "--json"))["peers"]
+    assert isinstance(peers, list)
+    assert {row["peer"] for row in peers} >= {worker.peer for worker in swarm.workers}
+    plan = one_object(sotto("place", str(model), "-b", swarm.bootstrap, "--workers", "3", "--json"))["hops"]
+    assert isinstance(plan, list)
+    assert [(hop["start"], hop["end"]) for hop in plan] == [(0, 1), (1, 2), (2, 3)]
+    assert sotto("peers", "-b", swarm.bootstrap).exit_code == 0
+
+
+def test_keys(tmp_path: Path) -> None:
+    made = one_object(sotto("key", "new", "work", "--json"))
+    secret = Path(str(made["file"])).read_bytes()
+    assert Path(str(made["file"])).stat().st_mode & 0o777 == 0o600
+    shown = sotto("key", "show", "work")
+    assert str(made["fingerprint"]) in shown.stdout
+    assert "exists already" in complaint(sotto("key", "new", "work"))
+    file = str(tmp_path / "work.key")
+    exported = sotto("key", "export", "work", file, stdin="correct horse\ncorrect horse\n")
+    assert exported.exit_code == 0, exported.output
+    assert sotto("key", "import", file, "copy", "--passphrase", "correct horse").exit_code == 0
+    assert one_object(sotto("key", "show", "copy", "--json"))["fingerprint"] == made["fingerprint"]
+    assert "passphrase" in complaint(sotto("key", "import", file, "bad", "--passphrase", "wrong"))
+    assert secret not in Path(file).read_bytes()
+    for result in (shown, exported):
+        assert secret.hex() not in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["seal", "/nowhere/model", "-o", "out"], "/nowhere/model"),
+        (["run", "hello"], "sotto sim up"),
+        (["run", "hello", "-b", "localhost:4001"], "/p2p/"),
+        (["run", "hello", "-b", "x", "--privacy", "magic"], "plain, ee"),
+        (["run", "hello", "-b", "x", "--dtype", "int1"], "float32"),
+        (["run", "hello", "-b", "x", "--top-p", "1.5"], "top_p"),
+        (["run", "hello", "-b", "x", "--metrics", "here"], "HOST:PORT"),
+        (["run", "hello", "-b", "x", "--key", "none"], "sotto key new"),
+        (["submit", "/nowhere.jsonl", "-o", "out"], "/nowhere.jsonl"),
+        (["peers", "-b", "/ip4/127.0.0.1/tcp/9"], "/p2p/"),
+        (["key", "show", "nobody"], "sotto key new nobody"),
+        (["key", "new", "../../etc"], "no key name"),
+        (["sim", "status"], "sotto sim up"),
+        (["sim", "down"], "sotto sim up"),
+        (["worker", "--memory", "lots"], "512MiB"),
+        (["worker", "--memory", "1GiB", "--kv-memory", "2GiB"], "--kv-memory"),
+        (["worker", "--device", "abacus"], "cpu or cuda"),
+        (["worker", "--listen", "4001"], "/ip4/"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_error_is_one_line_that_says_what_to_do(words: list[str], says: str) -> None:
+    assert says in complaint(sotto(*words))
+    if words[0] != "worker":
+        failed = sotto(*words, "--json")
+        assert failed.exit_code == 1
+        assert says in str(one_object(failed)["error"])
+
+
+def test_a_bad_line_of_prompts_is_named_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    assert "line 2" in complaint(sotto("submit", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out")))
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "model.safetensors" in complaint(sotto("seal", str(folder), "-o", str(tmp_path / "s")))
+
+
+def test_an_unsupported_family_is_named_with_the_supported_ones(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"})
+    )
+    said = complaint(sotto("seal", str(folder), "-o", str(tmp_path / "s"))).lower()
+    assert "gpt2" in said
+    assert all(family in said for family in ("llama", "mistral", "qwen2", "qwen3"))
+
+
+def test_sealing_with_the_wrong_key(model: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert sotto("key", "new", name).exit_code == 0
+    words = ["seal", str(model), "-o", str(tmp_path / "s")]
+    sealed = one_object(sotto(*words, "--key", "one", "--json"))
+    assert (sealed["blocks"], sealed["tier"]) == (3, "ee")
+    assert "wrong key" in complaint(sotto(*words, "--key", "two"))
+
+
+def test_a_worker_whose_port_is_taken(swarm: Cluster, tmp_path: Path) -> None:
+    taken = swarm.workers[0].addrs[0]
+    command = [sys.executable, "-m", "sotto", "worker", "--listen", taken, "--metrics", "off"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ})
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert taken.rsplit("/", 1)[1] in done.stderr.splitlines()[-1]

@@ -1,0 +1,117 @@
+"""The simulation network and the demo as real processes: what they print, and that nothing outlives them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+WAIT_S = 60.0
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    folders = {"XDG_DATA_HOME": str(tmp_path / "data"), "XDG_STATE_HOME": str(tmp_path / "state")}
+    return {**os.environ, **folders, "TMPDIR": str(tmp_path)}
+
+
+def sotto(env: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sotto", *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=WAIT_S)
+
+
+def workers_of(tmp_path: Path) -> list[psutil.Process]:
+    """Worker processes whose data lies under this test's folder."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if "worker" in words and any(str(tmp_path) in word for word in words):
+            found.append(process)
+    return found
+
+
+def wait_until_gone(tmp_path: Path) -> None:
+    _, alive = psutil.wait_procs(workers_of(tmp_path), timeout=20)
+    assert alive == []
+    assert workers_of(tmp_path) == []
+
+
+def wait_for_workers(tmp_path: Path, count: int, child: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while len(workers_of(tmp_path)) < count:
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+
+
+def test_up_status_down(env: dict[str, str], tmp_path: Path) -> None:
+    up = sotto(env, "sim", "up", "--workers", "2", "--memory", "100MiB", "--kv-memory", "20MiB", "--json")
+    try:
+        assert up.returncode == 0, up.stderr
+        started = json.loads(up.stdout)
+        assert len(started["workers"]) == 2
+        status = json.loads(sotto(env, "sim", "status", "--json").stdout)["workers"]
+        assert [row["up"] for row in status] == [True, True]
+        assert [row["process"] for row in status] == [row["process"] for row in started["workers"]]
+        assert len({row["peer"] for row in status}) == 2
+        again = sotto(env, "sim", "up", "--workers", "1")
+        assert again.returncode == 1
+        assert "sotto sim down" in again.stderr
+        peers = json.loads(sotto(env, "peers", "--json").stdout)["peers"]  # no --bootstrap: the local network
+        assert {row["peer"] for row in peers} == {row["peer"] for row in status}
+    finally:
+        down = sotto(env, "sim", "down", "--json")
+    assert json.loads(down.stdout) == {"stopped": 2}
+    wait_until_gone(tmp_path)
+    assert "sotto sim up" in sotto(env, "sim", "status").stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_up_leaves_nothing(how: signal.Signals, env: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sotto", "sim", "up", "--workers", "2"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        wait_for_workers(tmp_path, 1, child)
+        child.send_signal(how)
+        _, said = child.communicate(timeout=WAIT_S)
+    assert child.returncode == 1
+    assert said.splitlines()[-1] == "sotto: interrupted"
+    wait_until_gone(tmp_path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_interrupted_demo_leaves_nothing(how: signal.Signals, env: dict[str, str], tmp_path: Path) -> None:
+    """Even SIGKILL of the demo ends its workers: they hold a pipe that tells them."""
+    command = [sys.executable, "-m", "sotto", "demo"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        wait_for_workers(tmp_path, 3, child)
+        child.send_signal(how)
+        child.communicate(timeout=WAIT_S)
+    assert child.returncode != 0
+    wait_until_gone(tmp_path)
+    if how != signal.SIGKILL:
+        assert list(tmp_path.glob("sotto-demo-*")) == []
+
+
+def test_the_demo_reports_what_it_did(env: dict[str, str], tmp_path: Path) -> None:
+    done = sotto(env, "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    report = json.loads(done.stdout)
+    assert report["identical"] is True
+    assert report["ids_local"] == report["ids_swarm"]
+    assert [len(ids) for ids in report["ids_local"]] == [64] * 8
+    assert report["discovered_by"] == "gossip"
+    assert 0 < report["max_logit_difference"] <= report["logit_difference_explained_by_rounding"] < 1e-3
+    assert min(report[name] for name in ("tokens_per_second", "tokens_per_second_local", "seal_seconds")) > 0
+    workers = report["workers"]
+    assert len({row["peer"] for row in workers}) == len({row["process"] for row in workers}) == 3
+    assert sorted(tuple(row["span"]) for row in workers) == [(0, 2), (2, 4), (4, 6)]
+    assert all(row["bytes_held"] > 1e6 and row["advert_sequence"] > 0 for row in workers)
+    assert any(row["received_from"] != row["peer"] for row in workers)  # an advert that came by way of another peer
+    wait_until_gone(tmp_path)
