@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from protocol.errors import InputError
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.05
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,8 @@ def start(
     try:
         for index, spec in enumerate(specs):
             bootstrap = ready[0].bootstrap if ready else None
-            children.append(_spawn(folder / f"worker-{index}", spec, bootstrap, lifeline))
+            with _interrupts_held():  # between a process and our knowing it there is no moment for an interrupt
+                children.append(_spawn(folder / f"worker-{index}", spec, bootstrap, lifeline))
             if index == 0:  # the others need its address; they start side by side
                 ready.append(_wait_ready(folder / "worker-0", children[0]))
         ready += [_wait_ready(folder / f"worker-{i}", child) for i, child in enumerate(children) if i > 0]
@@ -170,6 +173,23 @@ def _spawn(folder: Path, spec: WorkerSpec, bootstrap: str | None, lifeline: int 
             pass_fds=() if lifeline is None else (lifeline,),
             start_new_session=True,
         )
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """SIGINT and SIGTERM that come within the block are delivered at its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are handled in the main thread only
+        return
+    held: list[int] = []
+    before = {sign: signal.signal(sign, lambda number, _: held.append(number)) for sign in _INTERRUPTS}
+    try:
+        yield
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+        for number in held:
+            signal.raise_signal(number)
 
 
 def _wait_ready(folder: Path, child: subprocess.Popen[bytes]) -> WorkerProcess:

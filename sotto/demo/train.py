@@ -31,7 +31,7 @@ SPECIALS = ("<|bos|>", "<|eos|>")
 EVALUATE_EVERY = 100
 TOKENS_PER_STEP = 4096
 # Attention is the dearest part of a step on a CPU: most steps see short windows, the last ones a whole context.
-SHORT_WINDOW, SHORT_SHARE = 256, 0.65
+SHORT_WINDOW, SHORT_SHARE = 256, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +244,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000, help="of the target")
+    parser.add_argument("--steps", type=int, default=1500, help="of the target")
     parser.add_argument("--draft-steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -259,7 +259,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.draft_only:
         tokenizer = train_tokenizer(corpus.train)
         target = build_model(TARGET)
-        fit(target, corpus, tokenizer, Recipe(options.steps, learning_rate=5e-3, dropout=0.1, seed=options.seed))
+        fit(
+            target,
+            corpus,
+            tokenizer,
+            Recipe(options.steps, learning_rate=4e-3, dropout=0.25, weight_decay=0.3, seed=options.seed),
+        )
         save(target, tokenizer, folder)
     tokenizer, teacher = load_tokenizer(folder), load_model(folder)
     draft = build_model(DRAFT)
