@@ -85,6 +85,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None
     """Everything behind the mesh. The engine's thread is the last to go: closing sessions still needs it."""
     store, metrics = DiskStore(options.data_dir), WorkerMetrics()
     metrics.kv_total(options.kv_memory_bytes)
+    store.trim(options.memory_bytes)
     engine = Engine(store.path, options.device)
     config = WorkerConfig(
         identity=identity,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import traceback
 
+FRAMES_KEPT = 6
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -22,9 +24,10 @@ class JsonFormatter(logging.Formatter):
         }
         line |= {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
         if record.exc_info and record.exc_info[0] is not None:
-            # Type and place, not the message's values: an exception's text may quote what a user sent.
+            # Type and places only: an exception's text may quote what a user sent.
             line["exception"] = record.exc_info[0].__name__
-            line["traceback"] = self.formatException(record.exc_info).splitlines()[-6:]
+            frames = traceback.extract_tb(record.exc_info[2])[-FRAMES_KEPT:]
+            line["traceback"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
         return json.dumps(line, default=str)
 
 

@@ -71,6 +71,16 @@ class DiskStore:
 
         await _thread(work)
 
+    def trim(self, bytes_max: int) -> None:
+        """Delete the oldest files until at most `bytes_max` are left: what earlier runs held must not add up."""
+        files = [(path.stat(), path) for folder in (self._whole, self._partial) for path in folder.iterdir()]
+        total = sum(stat.st_size for stat, _ in files)
+        for stat, path in sorted(files, key=lambda item: (item[0].st_mtime_ns, item[1].name)):
+            if total <= bytes_max:
+                break
+            path.unlink()
+            total -= stat.st_size
+
     def _part(self, digest: ShardDigest) -> Path:
         return self._partial / digest.hex()
 

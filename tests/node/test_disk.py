@@ -1,0 +1,130 @@
+"""What a node keeps on disk: atomic, private where it must be, and whole after any crash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from node.files import parse_bytes, read_private, show_bytes, write_atomic, write_private
+from node.identity import load_identity
+from node.keys import default_key, key_file, load_key, new_key
+from node.lifetime import only_user_of
+from node.store import DiskStore
+from protocol.errors import InputError, LocalProtocolError, Refused
+from protocol.ids import ShardDigest
+from protocol.messages import RefusalReason
+
+CONTENT = bytes(range(256)) * 40
+DIGEST = ShardDigest(hashlib.sha256(CONTENT).digest())
+
+
+def test_an_atomic_write_leaves_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "deep" / "file"
+    write_atomic(file, b"old")
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, step, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            with pytest.raises(OSError, match="disk full"):
+                write_atomic(file, b"new")
+        assert file.read_bytes() == b"old"
+        assert [path.name for path in file.parent.iterdir()] == ["file"]
+    write_atomic(file, b"new")
+    assert file.read_bytes() == b"new"
+
+
+def test_private_files(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    write_private(file, b"mine")
+    assert file.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(InputError, match="exists already"):
+        write_private(file, b"other")
+    assert read_private(file) == b"mine"
+    file.chmod(0o640)
+    with pytest.raises(InputError, match="chmod 600"):
+        read_private(file)
+
+
+def test_identities_and_keys(tmp_path: Path) -> None:
+    assert load_identity(tmp_path).peer == load_identity(tmp_path).peer
+    (tmp_path / "identity.key").write_bytes(b"short")
+    with pytest.raises(InputError, match="damaged"):
+        load_identity(tmp_path)
+    assert default_key(tmp_path) == default_key(tmp_path) == load_key(tmp_path, "default")
+    assert new_key(tmp_path, "work") != default_key(tmp_path)
+    with pytest.raises(InputError, match="exists already"):
+        new_key(tmp_path, "work")
+    for name in ("../work", "a/b", "", ".hidden", "x" * 65):
+        with pytest.raises(InputError, match="no key name"):
+            key_file(tmp_path, name)
+
+
+@pytest.mark.parametrize(("text", "size"), [("512MiB", 512 << 20), ("1.5G", 3 << 29), ("7", 7), ("2 kb", 2000)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "4 parsecs", "GiB", "1e9", "nan"])
+def test_nonsense_sizes(text: str) -> None:
+    with pytest.raises(InputError, match="512MiB"):
+        parse_bytes(text)
+
+
+def test_show_bytes() -> None:
+    assert [show_bytes(count) for count in (7, 1536, 5 << 20, 3 << 40)] == ["7 B", "1.5 KiB", "5.0 MiB", "3.00 TiB"]
+
+
+def test_one_process_for_one_folder(tmp_path: Path) -> None:
+    second = only_user_of(tmp_path, "worker")
+    with only_user_of(tmp_path, "worker"), pytest.raises(InputError, match="another sotto worker"), second:
+        pass
+    with only_user_of(tmp_path, "worker"):
+        pass
+
+
+def test_a_shard_arrives_in_pieces_and_over_restarts(tmp_path: Path) -> None:
+    async def main() -> None:
+        for start in range(0, len(CONTENT), 1000):
+            store = DiskStore(tmp_path)  # opened anew each time: a crash between any two pieces
+            assert await store.partial(DIGEST) == start
+            assert await store.size(DIGEST) is None
+            with pytest.raises(LocalProtocolError):
+                await store.append(DIGEST, start + 1, b"x")
+            await store.append(DIGEST, start, CONTENT[start : start + 1000])
+        await store.commit(DIGEST)
+        assert await DiskStore(tmp_path).size(DIGEST) == len(CONTENT)
+        assert await store.partial(DIGEST) == 0
+        assert store.path(DIGEST).read_bytes() == CONTENT
+        await store.discard(DIGEST)
+        await store.discard(DIGEST)
+        assert await store.size(DIGEST) is None
+
+    trio.run(main)
+
+
+def test_a_shard_of_other_bytes_is_refused_and_gone(tmp_path: Path) -> None:
+    async def main() -> None:
+        store = DiskStore(tmp_path)
+        await store.append(DIGEST, 0, CONTENT[:-1] + b"?")
+        with pytest.raises(Refused) as refused:
+            await store.commit(DIGEST)
+        assert refused.value.reason == RefusalReason.BAD_SHARD
+        assert await store.size(DIGEST) is None
+        assert await store.partial(DIGEST) == 0
+
+    trio.run(main)
+
+
+def test_what_earlier_runs_left_is_trimmed_oldest_first(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    for index, folder in enumerate(["shards", "partial", "shards"]):
+        file = tmp_path / folder / f"{index}"
+        file.write_bytes(bytes(100))
+        os.utime(file, ns=(index, index))
+    store.trim(200)
+    assert sorted(path.name for path in tmp_path.rglob("[0-9]")) == ["1", "2"]
+    store.trim(200)
+    assert len(list(tmp_path.rglob("[0-9]"))) == 2

@@ -1,0 +1,138 @@
+"""Metrics and logs: the names people know, on loopback, and nothing that anybody said."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import socket
+import urllib.request
+
+import pytest
+from prometheus_client import generate_latest
+
+from client.observer import ClientObserver
+from node.logs import JsonFormatter
+from node.metrics import ClientMetrics, WorkerMetrics, parse_metrics_address, serve_metrics
+from protocol.errors import InputError
+from protocol.ids import PeerId
+from protocol.messages import CONTROL, RefusalReason
+from tests.helpers.adverts import advert, view
+from worker.observer import WorkerObserver
+
+STRANGER = PeerId("12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5")
+
+
+def worker_metrics() -> str:
+    metrics = WorkerMetrics()
+    observer: WorkerObserver = metrics  # the port that the worker speaks
+    metrics.kv_total(1000)
+    observer.step_computed(7, 0.01, True)
+    observer.step_computed(1, 0.001, False)
+    observer.step_repeated()
+    observer.output_dropped()
+    observer.queue_changed(3)
+    observer.sessions_changed(2)
+    observer.session_failed(RefusalReason.HOP_LOST)
+    observer.request_refused(RefusalReason.MEMORY)
+    observer.bytes_moved(CONTROL, 10, 20)
+    observer.memory_changed(500, 250)
+    observer.violation(STRANGER, CONTROL)
+    observer.advert_refused(STRANGER)
+    return generate_latest(metrics.registry).decode()
+
+
+def client_metrics() -> str:
+    metrics = ClientMetrics()
+    observer: ClientObserver = metrics
+    metrics.watch(lambda: view(advert(), advert()))
+    observer.request_started(5)
+    observer.first_token(0.2)
+    observer.next_token(0.01)
+    observer.request_finished("stop", 2, 0.3)
+    observer.request_started(5)
+    observer.request_failed("HopLost")
+    observer.step_computed(STRANGER, 0.01)
+    observer.output_dropped(STRANGER)
+    observer.hop_lost(STRANGER)
+    observer.violation(STRANGER)
+    observer.advert_refused("forged")
+    observer.uploaded(STRANGER, 100)
+    return generate_latest(metrics.registry).decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "samples"),
+    [
+        (
+            worker_metrics(),
+            [
+                "vllm:num_requests_running 2.0",
+                "vllm:num_requests_waiting 3.0",
+                "vllm:kv_cache_usage_perc 0.25",
+                "vllm:prompt_tokens_total 7.0",
+                "vllm:generation_tokens_total 1.0",
+                'sotto_sessions_failed_total{reason="hop_lost"} 1.0',
+                'sotto_requests_refused_total{reason="memory"} 1.0',
+                'sotto_network_bytes_total{direction="sent",protocol="/sotto/control/1"} 20.0',
+                "sotto_weight_bytes 500.0",
+            ],
+        ),
+        (
+            client_metrics(),
+            [
+                "servers_num 2.0",
+                "vllm:num_requests_running 0.0",
+                'vllm:request_success_total{finished_reason="stop"} 1.0',
+                "vllm:time_to_first_token_seconds_count 1.0",
+                "vllm:inter_token_latency_seconds_count 1.0",
+                "vllm:e2e_request_latency_seconds_count 1.0",
+                "sotto_shard_bytes_uploaded_total 100.0",
+            ],
+        ),
+    ],
+    ids=["worker", "client"],
+)
+def test_names_and_values(text: str, samples: list[str]) -> None:
+    assert set(samples) <= set(text.splitlines())
+    assert STRANGER not in text  # strangers choose their ids, and each label value costs memory for ever
+
+
+def test_served_where_asked_and_gone_afterwards() -> None:
+    metrics = WorkerMetrics()
+    with serve_metrics(("127.0.0.1", 0), metrics.registry) as url:
+        assert url.startswith("http://127.0.0.1:")
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            assert b"vllm:num_requests_running" in reply.read()
+        port = int(url.split(":")[2].split("/")[0])
+        with pytest.raises(InputError, match=f"127.0.0.1:{port}"), serve_metrics(("127.0.0.1", port), metrics.registry):
+            pass
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    with serve_metrics(None, metrics.registry) as url:
+        assert url == ""
+
+
+def test_metrics_addresses() -> None:
+    assert parse_metrics_address("127.0.0.1:9517") == ("127.0.0.1", 9517)
+    assert parse_metrics_address("off") is None
+    for nonsense in ("9517", ":9517", "host:", "host:99999", "host:x"):
+        with pytest.raises(InputError, match="HOST:PORT"):
+            parse_metrics_address(nonsense)
+
+
+def test_a_log_line_has_ids_and_places_but_nothing_that_was_said() -> None:
+    secret, stream = "the user's own words", io.StringIO()
+    logger = logging.Logger("sotto.test")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logger.addHandler(handler)
+    try:
+        raise ValueError(secret)
+    except ValueError:
+        logger.exception("a step failed", extra={"session": "ab12", "positions": 3})
+    line = json.loads(stream.getvalue())
+    assert (line["event"], line["level"], line["session"], line["positions"]) == ("a step failed", "error", "ab12", 3)
+    assert line["exception"] == "ValueError"
+    assert "test_telemetry.py" in line["traceback"][-1]
+    assert secret not in stream.getvalue()
