@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import urllib.request
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def local_answer(folder: Path, new_tokens: int) -> str:
 
 @pytest.mark.parametrize(("document", "code"), SNIPPETS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(SNIPPETS)])
 def test_the_documents_snippets_run(
-    document: str, code: str, swarm: Cluster, capsys: pytest.CaptureFixture[str]
+    document: str, code: str, swarm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = code.replace('"ADDRESS"', repr(swarm.bootstrap)).replace('"MODEL"', repr(str(demo_checkpoint())))
     assert real != code
