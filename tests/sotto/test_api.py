@@ -47,7 +47,9 @@ def test_the_documents_snippets_run(
 ) -> None:
     real = code.replace('"ADDRESS"', repr(swarm.bootstrap)).replace('"MODEL"', repr(str(demo_checkpoint())))
     assert real != code
-    exec(compile(real, document, "exec"), {})  # our own documents
+    file = tmp_path / f"{document}.py"
+    file.write_text(real)
+    runpy.run_path(str(file))
     assert len(capsys.readouterr().out.split()) > 3
 
 
