@@ -11,7 +11,7 @@ demo: .venv/runs
 	$(BIN)/sotto demo
 
 test: .venv/tests check
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 check: .venv/tests
 	$(BIN)/ruff check .

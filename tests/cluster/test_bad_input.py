@@ -13,6 +13,7 @@ import trio
 
 from client.placement import ModelNeeds, PlaceOptions
 from models.checkpoint import Checkpoint
+from models.config import BlockConfig
 from node.app_client import Client, ClientOptions, open_client
 from node.groups import ungrouped
 from node.model import Ask
@@ -62,8 +63,8 @@ def test_a_swarm_without_workers(tmp_path: Path) -> None:
 
 
 def test_too_little_memory_says_how_much_is_missing(swarm: Cluster, tmp_path: Path) -> None:
-    huge = make_checkpoint(tmp_path / "m", hidden_size=2048, intermediate_size=9000, num_hidden_layers=7, head_dim=512)
-
+    tiny = Checkpoint.open(make_checkpoint(tmp_path / "m")).config.blocks
+    huge = [replace(block, hidden_size=8192, intermediate_size=32768) for block in tiny * 10]
     with pytest.raises(RouteUnavailable, match=r"MiB are missing"):
         with_client(swarm, tmp_path / "data", lambda client: _place(client, huge))
 
@@ -225,9 +226,8 @@ async def _view(client: Client) -> SwarmView:
     return await client.discover()
 
 
-async def _place(client: Client, model: Path) -> None:
-    needs = ModelNeeds.of_configs(Checkpoint.open(model).config.blocks, "float32", 64)
-    await client.place(needs, PlaceOptions())
+async def _place(client: Client, blocks: list[BlockConfig]) -> None:
+    await client.place(ModelNeeds.of_configs(blocks, "float32", 64), PlaceOptions())
 
 
 async def _open(client: Client, swarm: Cluster, protocol: str) -> Stream:
