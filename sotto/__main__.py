@@ -26,15 +26,21 @@ app.add_typer(key.app, name="key")
 app.add_typer(sim.app, name="sim")
 
 
-@app.callback()
-def version(
-    show: bool = typer.Option(False, "--version", is_eager=True, help="Print the version and stop."),
-) -> None:
-    if show:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         from node.version import VERSION
 
         typer.echo(VERSION)
         raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_print_version, help="Print the version and stop."
+    ),
+) -> None:
+    """What stands before the command."""
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,12 @@ def test_help_explains_with_an_example(command: list[str]) -> None:
     result = sotto(*command, "--help")
     assert result.exit_code == 0
     assert f"Example: sotto {' '.join(command)}" in " ".join(result.stdout.split())
+
+
+def test_version() -> None:
+    result = sotto("--version")
+    assert (result.exit_code, result.stdout) == (0, f"{version('sotto')}\n")
+    assert "sotto demo" in sotto("--help").stdout
 
 
 def test_help_loads_no_torch_and_import_loads_no_key_code() -> None:
