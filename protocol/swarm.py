@@ -16,13 +16,11 @@ from protocol.ids import DeploymentId, PeerId
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A worker as its latest advert tells it. `received_from` is the neighbour that brought the advert; `relayed_by`
-    is the last neighbour other than the worker itself that ever brought one (None: only first-hand so far)."""
+    """A worker as its latest advert tells it. `received_from` is the neighbour that brought the advert."""
 
     peer: PeerId
     advert: Advert
     received_from: PeerId
-    relayed_by: PeerId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +29,7 @@ class SwarmView:
 
     def with_advert(self, peer: PeerId, advert: Advert, received_from: PeerId) -> SwarmView:
         """The view after an admitted advert."""
-        before = self.members.get(peer)
-        relayed_by = received_from if received_from != peer else before.relayed_by if before else None
-        member = Member(peer, advert, received_from, relayed_by)
-        return SwarmView(MappingProxyType({**self.members, peer: member}))
+        return SwarmView(MappingProxyType({**self.members, peer: Member(peer, advert, received_from)}))
 
     def without(self, peer: PeerId) -> SwarmView:
         """The view after `peer` was seen to be gone."""
