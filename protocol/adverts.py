@@ -79,6 +79,9 @@ class Advert(Record):
     rtts: Annotated[tuple[Rtt, ...], Size(0, limits.ADVERT_RTTS_MAX)]
     device: Annotated[str, Size(1, 16)]
     version: Annotated[str, Size(1, 16)]
+    accepting: bool  # False: paused or yielding to its owner; no new leases and sessions
+    relayed: bool  # True: reached through a relay only, so each hop costs more
+    load_percent: Annotated[int, Between(0, 100)]  # of the last seconds the engine was busy
 
     def check(self) -> None:
         if not self.issued_ms < self.expires_ms <= self.issued_ms + limits.ADVERT_LIFE_MAX_S * 1000:

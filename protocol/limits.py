@@ -50,3 +50,8 @@ SESSIONS_PER_PEER_MAX = 64
 SESSIONS_MAX = 1024
 CONTEXT_TOKENS_MAX = 1 << 22
 STEP_TOKENS_MAX = 8192  # one chunk of a prefill
+
+# Capabilities.
+CAPABILITY_BYTES_MAX = 512  # a signed record of an id, two names, three rights and a time
+CAPABILITY_LIFE_MAX_S = 30 * 86_400.0  # how long a worker must remember that one was revoked
+REVOKED_PER_OWNER_MAX = 256

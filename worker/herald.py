@@ -131,6 +131,9 @@ class Herald:
                 rtts=tuple(rtts),
                 device=self.config.device,
                 version=self.config.version,
+                accepting=True,
+                relayed=False,
+                load_percent=0,
             )
             try:
                 return sign_advert(advert, self.config.identity)

@@ -23,6 +23,10 @@ def advert(
     read_gb_s: float = 10.0,
     rtts_ms: tuple[float, ...] = (),
     spans: tuple[HeldSpan, ...] = (),
+    *,
+    accepting: bool = True,
+    relayed: bool = False,
+    load_percent: int = 0,
 ) -> Advert:
     """A worker that gives so much for weights and for KV, all free, with arithmetic that never bounds."""
     weights, kv = int(memory_mib * MIB), int(kv_mib * MIB)
@@ -39,6 +43,9 @@ def advert(
         rtts=tuple(Rtt(bytes([i]) * 8, rtt) for i, rtt in enumerate(rtts_ms)),
         device="cpu",
         version="test",
+        accepting=accepting,
+        relayed=relayed,
+        load_percent=load_percent,
     )
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from protocol import limits
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
+from protocol.capabilities import Capability, Right, rights_of
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.manifest import TIERS, BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.messages import (
@@ -68,6 +69,16 @@ ADVERT = Advert(
     rtts=(Rtt(peer_tag(NEXT.peer), 1.5),),
     device="cpu",
     version="0.1.0",
+    accepting=True,
+    relayed=False,
+    load_percent=25,
+)
+CAPABILITY = Capability(
+    serial=bytes(range(80, 96)),
+    deployment=DEPLOYMENT,
+    holder=NEXT.peer,
+    rights=("fetch", "use"),
+    expires_ms=NOW_MS + 86_400_000,
 )
 TICKET = Ticket(
     session=SESSION,
@@ -115,7 +126,7 @@ SAMPLES: tuple[Message, ...] = (
     SessionFailed(SESSION, "hop_lost", ""),
     CloseSession(SESSION),
 )
-RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Manifest, Signed)
+RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Capability, Manifest, Signed)
 
 
 def body_of(message: Message) -> bytes:
@@ -157,6 +168,8 @@ def _atoms(kind: type, bound: Any) -> st.SearchStrategy[Any]:
         return st.one_of(st.sampled_from([bound.low, bound.high]), st.integers(bound.low, bound.high))
     if kind is float:
         return _floats()
+    if kind is bool:
+        return st.booleans()
     assert isinstance(bound, Size)
     many = st.binary if kind is bytes else st.text
     return many(min_size=bound.low, max_size=max(bound.low, min(bound.high, 40)))
@@ -179,6 +192,12 @@ def _ticket(values: Values) -> st.SearchStrategy[Values]:
     choice = {"returns": st.sampled_from(RETURNS), "successor": st.one_of(st.just(PeerId("")), peers)}
     choice |= dict.fromkeys(("client", "worker", "predecessor"), peers)
     return _span(values).flatmap(lambda done: st.fixed_dictionaries(choice).map(lambda drawn: done | drawn))
+
+
+def _capability(values: Values) -> st.SearchStrategy[Values]:
+    holders = st.sampled_from([CLIENT.peer, WORKER.peer, NEXT.peer])
+    rights = st.sets(st.sampled_from(list(Right)), min_size=1).map(rights_of)
+    return st.fixed_dictionaries({"holder": holders, "rights": rights}).map(lambda drawn: values | drawn)
 
 
 def _step(values: Values) -> st.SearchStrategy[Values]:
@@ -225,6 +244,7 @@ _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] =
     SessionFailed: _choose(reason=tuple(reason.value for reason in RefusalReason)),
     PrepareSpan: _span,
     HeldSpan: _span,
+    Capability: _capability,
     TensorHeader: _choose(dtype=tuple(DTYPE_BYTES)),
     Speed: _amend(read_gb_s=lambda value: abs(value) + 0.5, gflop_s=lambda value: abs(value) + 0.5),
     Rtt: _amend(rtt_ms=abs),

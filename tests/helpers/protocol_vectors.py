@@ -12,12 +12,23 @@ from typing import Any
 import msgpack
 
 from protocol.adverts import sign_advert
+from protocol.capabilities import issue_capability
 from protocol.codec import encode, encode_message
 from protocol.framing import encode_frame
 from protocol.manifest import sign_manifest
 from protocol.sealedbox import seal
 from protocol.tickets import issue_ticket
-from tests.helpers.protocol_samples import ADVERT, CLIENT, MANIFEST, NOW_MS, SAMPLES, TICKET, WORKER, body_of
+from tests.helpers.protocol_samples import (
+    ADVERT,
+    CAPABILITY,
+    CLIENT,
+    MANIFEST,
+    NOW_MS,
+    SAMPLES,
+    TICKET,
+    WORKER,
+    body_of,
+)
 
 Json = dict[str, Any]
 
@@ -47,6 +58,7 @@ def statements() -> Json:
         "now_ms": NOW_MS,
         "advert": {"payload": encode(ADVERT).hex(), "signed": sign_advert(ADVERT, WORKER).hex()},
         "ticket": {"payload": encode(TICKET).hex(), "box": issue_ticket(TICKET, CLIENT).hex()},
+        "capability": {"payload": encode(CAPABILITY).hex(), "signed": issue_capability(CAPABILITY, CLIENT).hex()},
         "manifest": {"payload": encode(MANIFEST).hex(), "signed": sign_manifest(MANIFEST, CLIENT).hex()},
         "sealed": {
             "data": b"sotto".hex(),

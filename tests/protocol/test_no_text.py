@@ -35,6 +35,8 @@ STR_ALLOWED = {
     "Ticket.successor": "a peer id, or nothing",
     "Ticket.successor_addrs": "where the next worker can be dialled",
     "Ticket.returns": "one of RETURNS",
+    "Capability.holder": "a peer id",
+    "Capability.rights": "of Right",
     "Manifest.tier": "one of TIERS",
     "Manifest.dtype": "one of DTYPE_BYTES",
     "ConfigPair.key": "a field of models.config.BlockConfig; the same for every prompt",
@@ -45,7 +47,7 @@ STR_ALLOWED = {
 BYTES_ALLOWED = {
     "PrepareSpan.manifest": "a signed Manifest, checked by the worker",
     "OpenSession.tickets": "sealed Tickets",
-    "Signed.payload": "an Advert, Ticket or Manifest, checked by who verifies it",
+    "Signed.payload": "an Advert, Ticket, Capability or Manifest, checked by who verifies it",
 }
 # Series of integers could be token ids.
 INTS_ALLOWED = {"TensorHeader.shape": "at most four sizes, that agree with the body"}

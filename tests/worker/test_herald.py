@@ -101,6 +101,7 @@ def test_bad_adverts_are_neither_believed_nor_forwarded() -> None:
         good = Advert(
             sequence=now_ms, issued_ms=now_ms, expires_ms=now_ms + 60_000, addrs=(), memory_bytes=1,
             memory_free_bytes=1, kv_free_bytes=1, speeds=(), spans=(), rtts=(), device="cpu", version="0",
+            accepting=True, relayed=False, load_percent=0,
         )  # fmt: skip
         minute = 60_000
         bad = [

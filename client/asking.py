@@ -1,0 +1,70 @@
+"""Asking a worker: one request, one answer, each within its time, and every failure names the worker.
+
+Errors of the network and of the peer come out as HopLost, HopRefused or HopViolation. It retries nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TypeVar
+
+import trio
+
+from client.errors import HopLost, HopRefused, HopViolation, blame
+from client.ports import ClientPorts
+from client.routing import Hop
+from protocol.channel import Channel
+from protocol.errors import RemoteProtocolError, TransportError
+from protocol.ids import PeerId
+from protocol.messages import Message, Refusal
+
+ANSWER_S = 30.0  # a request that the worker answers from memory; dialling included
+M = TypeVar("M", bound=Message)
+
+
+@asynccontextmanager
+async def channel_to(ports: ClientPorts, hop: Hop, protocol: str) -> AsyncIterator[Channel]:
+    """A stream to `hop`, closed on the way out. Errors of the network and of the peer come out naming it."""
+    try:
+        with within(hop.peer, ANSWER_S):
+            stream = await ports.transport.open(hop.peer, hop.addrs, protocol)
+    except TransportError as error:
+        raise blame(hop.peer, error, "cannot be reached") from error
+    channel = Channel(stream, protocol)
+    try:
+        yield channel
+    except (TransportError, RemoteProtocolError) as error:
+        raise blame(hop.peer, error, "was lost while the model was brought to it") from error
+    finally:
+        with trio.CancelScope(deadline=trio.current_time() + 1.0, shield=True):
+            await channel.aclose()
+
+
+@contextmanager
+def within(peer: PeerId, seconds: float) -> Iterator[None]:
+    """Raises HopLost when the block takes longer."""
+    with trio.move_on_after(seconds) as scope:
+        yield
+    if scope.cancelled_caught:
+        raise HopLost(peer, f"gave no sign of life for {seconds:g} s")
+
+
+async def ask(peer: PeerId, channel: Channel, request: Message, answer: type[M], seconds: float) -> M:
+    with within(peer, seconds):
+        await channel.send(request)
+    return await receive(peer, channel, answer, seconds)
+
+
+async def receive(peer: PeerId, channel: Channel, answer: type[M], seconds: float) -> M:
+    """The peer's answer, of the expected type. Raises HopRefused, HopViolation, HopLost."""
+    with within(peer, seconds):
+        reply = await channel.receive()
+    if reply is None:
+        raise HopLost(peer, "closed the stream instead of answering")
+    message, body = reply
+    if isinstance(message, Refusal):
+        raise HopRefused(peer, message.reason, message.detail)
+    if not isinstance(message, answer) or body:
+        raise HopViolation(peer, f"{type(message).__name__} came where {answer.__name__} was due")
+    return message

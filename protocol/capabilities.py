@@ -1,0 +1,105 @@
+"""Capabilities: what the owner of a deployment lets another peer do with it, for a while.
+
+A capability is signed by the owner (who signed the manifest), names one holder and expires. It is shown with each
+request that it is for; a stolen one is useless, since transports prove who the holder is. An owner can revoke one
+earlier: workers remember the revoked serials until they would have expired anyway, so the memory of it is bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated
+
+from protocol import limits
+from protocol.codec import decode, encode
+from protocol.errors import RemoteProtocolError
+from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, public_key_of
+from protocol.schema import Between, Record, Size
+from protocol.signed import Identity, Signed
+
+_DOMAIN = "capability/1"
+Serial = Annotated[bytes, Size(ID_BYTES, ID_BYTES)]
+Milliseconds = Annotated[int, Between(0, 1 << 53)]
+
+
+class Right(StrEnum):
+    """What a capability lets its holder do; MANAGE does not include the others."""
+
+    USE = "use"  # open sessions
+    MANAGE = "manage"  # lease, load, renew and release spans, revoke capabilities
+    FETCH = "fetch"  # read shards from workers that hold them
+
+
+@dataclass(frozen=True, slots=True)
+class Capability(Record):
+    """`holder` may exercise `rights` on `deployment` until `expires_ms`."""
+
+    serial: Serial
+    deployment: Annotated[DeploymentId, Size(ID_BYTES, ID_BYTES)]
+    holder: Annotated[PeerId, Size(1, PEER_ID_CHARS)]
+    rights: Annotated[tuple[Annotated[str, Size(1, 16)], ...], Size(1, len(Right))]
+    expires_ms: Milliseconds
+
+    def check(self) -> None:
+        if list(self.rights) != sorted(set(self.rights)) or not set(self.rights) <= set(Right):
+            raise ValueError(f"rights are sorted, unique and of {', '.join(Right)}")
+        try:
+            public_key_of(self.holder)
+        except RemoteProtocolError as error:
+            raise ValueError(str(error)) from None
+
+
+def issue_capability(capability: Capability, owner: Identity) -> bytes:
+    """The capability as it travels, at most limits.CAPABILITY_BYTES_MAX."""
+    return encode(owner.sign(_DOMAIN, encode(capability)))
+
+
+def rights_of(rights: Iterable[Right]) -> tuple[str, ...]:
+    """Rights in the order that a capability wants them."""
+    return tuple(sorted(set(rights)))
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A request: `peer` wants to exercise `right` on `deployment`, which belongs to `owner`."""
+
+    peer: PeerId
+    right: Right
+    deployment: DeploymentId
+    owner: PeerId
+
+
+@dataclass(slots=True)
+class CapabilityGate:
+    """A worker's check of claims. The owner needs no capability."""
+
+    revoked: dict[tuple[PeerId, bytes], int] = field(default_factory=dict)  # (owner, serial) -> when it is forgotten
+
+    def admit(self, claim: Claim, capability: bytes, now_ms: int) -> None:
+        """Raises RemoteProtocolError unless `claim` is the owner's, or `capability` covers it."""
+        if claim.peer == claim.owner:
+            return
+        if not capability:
+            raise RemoteProtocolError("the deployment belongs to another client, and no capability was shown")
+        signed = decode(Signed, capability)
+        if signed.signer != claim.owner:
+            raise RemoteProtocolError("a capability that the deployment's owner did not sign")
+        shown = decode(Capability, signed.verify(_DOMAIN))
+        if shown.holder != claim.peer or shown.deployment != claim.deployment:
+            raise RemoteProtocolError("a capability for another peer or another deployment")
+        if claim.right not in shown.rights:
+            raise RemoteProtocolError(f"a capability that does not include the right to {claim.right}")
+        if not now_ms < shown.expires_ms <= now_ms + limits.CAPABILITY_LIFE_MAX_S * 1000:
+            raise RemoteProtocolError("a capability that has expired, or lives too long")
+        if (claim.owner, shown.serial) in self.revoked:
+            raise RemoteProtocolError("a capability that its owner revoked")
+
+    def revoke(self, owner: PeerId, serial: bytes, now_ms: int) -> None:
+        """Refuse the capability with serial `serial` of `owner` from now on. Raises RemoteProtocolError when the owner
+        has revoked too many within one capability's life."""
+        self.revoked = {key: until for key, until in self.revoked.items() if until > now_ms}
+        if sum(signer == owner for signer, _ in self.revoked) >= limits.REVOKED_PER_OWNER_MAX:
+            raise RemoteProtocolError("more capabilities revoked at a time than this worker remembers for one owner")
+        self.revoked[owner, serial] = now_ms + round(limits.CAPABILITY_LIFE_MAX_S * 1000)
