@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.linear import Linear
 from models.norm import rms_norm
 
 
@@ -41,7 +42,7 @@ class ClientEnds:
 
     embedding: Tensor  # [V, d], stored dtype
     gain: Tensor  # [d]
-    head: Tensor  # [V, d]
+    head: Linear  # [V, d]
     rotation: Tensor | None  # [d, d], float32 or float64
     rms_norm_eps: float
     dtype: torch.dtype
@@ -56,7 +57,7 @@ class ClientEnds:
         return cls(
             embedding=ends.embedding,
             gain=ends.final_norm.to(dtype),
-            head=ends.head.to(dtype),
+            head=Linear(ends.head.to(dtype)),
             rotation=None if rotation is None else rotation.to(_wide(dtype)),
             rms_norm_eps=rms_norm_eps,
             dtype=dtype,
@@ -80,7 +81,7 @@ class ClientEnds:
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, V] from the last block's output [T, d]: final norm, then head."""
         plain = self.residual(hidden)
-        return (rms_norm(plain, None, self.rms_norm_eps).to(self.dtype) * self.gain) @ self.head.T
+        return self.head(rms_norm(plain, None, self.rms_norm_eps).to(self.dtype) * self.gain)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

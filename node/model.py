@@ -105,7 +105,7 @@ class DeployedModel:
 
     @property
     def _run_sync(self) -> RunSync:
-        return inline if self.ends.head.numel() <= INLINE_WEIGHTS_MAX else _in_thread
+        return inline if self.ends.head.in_features * self.ends.head.out_features <= INLINE_WEIGHTS_MAX else _in_thread
 
 
 async def _in_thread(function: Callable[[], T], /) -> T:

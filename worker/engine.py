@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError
-from models.linear import linear
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, SessionId, ShardDigest
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
 from worker.payloads import DTYPES, to_payload, to_tensor
-from worker.runner import MATRICES, Caches, FloatBlocks, IntegerBlocks, build_float_blocks, linear_mod_2_32
+from worker.runner import MATRICES, Caches, FloatBlocks, IntegerBlocks, build_float_blocks
 from worker.shards import read_shard
 from worker.spans import INTEGER_DTYPE, block_config, check_block
 
@@ -142,14 +141,13 @@ class Engine:
         spec, blocks = session.span.spec, session.span.blocks
         if not spec.start <= work.block < spec.end or work.matrix not in MATRICES:
             raise Refused(RefusalReason.BAD_STEP, f"no matrix {work.matrix!r} of block {work.block} here")
-        weight = blocks.matrix(work.block - spec.start, work.matrix)
-        x = self._input(work, weight.shape[1])
-        _check_answer(len(x), weight.shape[0], weight.dtype.itemsize)
-        if x.is_floating_point() and weight.is_floating_point():
-            return linear(x.to(weight.dtype), weight)
-        if x.dtype == weight.dtype == torch.int32:
-            return linear_mod_2_32(x, weight)
-        raise Refused(RefusalReason.UNSUPPORTED, f"a linear step of {x.dtype} with weights of {weight.dtype}")
+        block = work.block - spec.start
+        out_features, in_features = blocks.shape(block, work.matrix)
+        x = self._input(work, in_features)
+        _check_answer(len(x), out_features, blocks.dtype.itemsize)
+        if not ((x.is_floating_point() and blocks.dtype.is_floating_point) or x.dtype == blocks.dtype):
+            raise Refused(RefusalReason.UNSUPPORTED, f"a linear step of {x.dtype} with weights of {blocks.dtype}")
+        return blocks.linear(block, work.matrix, x)
 
     def _input(self, work: StepWork, width: int) -> Tensor:
         shape = work.payload.header.shape

@@ -43,9 +43,13 @@ class FloatBlocks:
             x = done[0] if len(done) == 1 else torch.cat(done)
         return x
 
-    def matrix(self, block: int, name: str) -> Tensor:
-        """The named weight [out, in] of the span's `block`."""
-        return self.blocks[block].matrix(name)
+    def shape(self, block: int, name: str) -> tuple[int, ...]:
+        """[out, in] of the named weight of the span's `block`."""
+        return self.blocks[block].config.tensor_shapes()[name]
+
+    def linear(self, block: int, name: str, x: Tensor) -> Tensor:
+        """x [T, in] through the named weight of the span's `block`: [T, out]."""
+        return self.blocks[block].linear(name, x.to(self.dtype))
 
     def time_position(self) -> int:
         """Microseconds of one position through one block: the median of a few."""
@@ -60,17 +64,22 @@ class IntegerBlocks:
 
     def __init__(self, configs: Sequence[BlockConfig], tensors: Sequence[dict[str, Tensor]]) -> None:
         self._tensors = tuple(tensors)
+        self.dtype = torch.int32
         self.device = self._tensors[0]["q"].device
         self.width = configs[0].hidden_size
 
-    def matrix(self, block: int, name: str) -> Tensor:
-        """The named weight [out, in] of the span's `block`."""
-        return self._tensors[block][name]
+    def shape(self, block: int, name: str) -> tuple[int, ...]:
+        """[out, in] of the named weight of the span's `block`."""
+        return tuple(self._tensors[block][name].shape)
+
+    def linear(self, block: int, name: str, x: Tensor) -> Tensor:
+        """x [T, in] through the named weight of the span's `block`, modulo 2^32: [T, out]."""
+        return linear_mod_2_32(x, self._tensors[block][name])
 
     def time_position(self) -> int:
         """Microseconds of one position through the linear maps of one block."""
-        x = {name: torch.ones((1, self.matrix(0, name).shape[1]), dtype=torch.int32) for name in MATRICES}
-        return time_us(lambda: [linear_mod_2_32(x[name], self.matrix(0, name)) for name in MATRICES], self.device)
+        x = {name: torch.ones((1, self.shape(0, name)[1]), dtype=torch.int32) for name in MATRICES}
+        return time_us(lambda: [self.linear(0, name, x[name]) for name in MATRICES], self.device)
 
 
 class Caches:

@@ -155,9 +155,10 @@ def test_single_matrices_are_found_in_the_fused_ones() -> None:
     tensors = random_tensors(CONFIG)
     block = Block(CONFIG, tensors)
     for name in ("q", "k", "v", "o", "gate", "up", "down"):
-        assert torch.equal(block.matrix(name), tensors[name])
+        x = torch.randn(3, tensors[name].shape[1], generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        torch.testing.assert_close(block.linear(name, x), x @ tensors[name].T, rtol=0, atol=1e-12)
     with pytest.raises(KeyError):
-        block.matrix("q_norm")
+        block.linear("q_norm", inputs(1))
 
 
 def test_blocks_may_share_a_rotary_table() -> None:
