@@ -1,86 +1,27 @@
-"""One transformer block and its KV cache: all that a worker computes.
+"""One transformer block: all that a worker computes.
 
-Invariant: `forward` at `position` reads only keys and values below `position` that earlier steps wrote, plus its own,
-so chunked prefill, decoding and a repeat after truncation all give the same mathematics. No batching, no weights from
-disk (checkpoint.py), no embedding and no head (they stay with the client).
+Invariant: a segment at `position` reads only keys and values below `position` that earlier steps of its sequence wrote,
+plus its own, so chunked prefill, decoding, batches of several sequences and a repeat after truncation all give the same
+mathematics. No weights from disk (checkpoint.py), no embedding and no head (they stay with the client).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.attention import KvCache, Segment, attend
 from models.config import BlockConfig
 from models.errors import ContextExceeded, ModelError
 from models.linear import Linear
 from models.norm import rms_norm
 from models.rope import Rotary, rotate
 
+Turns = tuple[Tensor, Tensor]
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class KvCache:
-    """Keys and values of one sequence in one block: [nk, capacity, hd] each, allocated at once.
-
-    `length` tokens are valid. A sliding window does not shrink it: truncation may go back to any position.
-    """
-
-    __slots__ = ("_keys", "_length", "_values", "capacity")
-
-    def __init__(
-        self,
-        config: BlockConfig,
-        capacity_tokens: int,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        if not 0 < capacity_tokens <= config.max_position:
-            raise ValueError(f"capacity must lie in 1..{config.max_position} tokens, not {capacity_tokens}")
-        shape = (config.num_kv_heads, capacity_tokens, config.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
-        self.capacity = capacity_tokens
-        self._length = 0
-
-    @staticmethod
-    def bytes_needed(config: BlockConfig, capacity_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes that such a cache will take."""
-        return config.kv_values_per_token * capacity_tokens * dtype.itemsize
-
-    @property
-    def length(self) -> int:
-        """Tokens that are valid, from position 0."""
-        return self._length
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._keys.dtype
-
-    def fits(self, config: BlockConfig) -> bool:
-        """Whether it was made for blocks of this shape."""
-        return self._keys.shape == (config.num_kv_heads, self.capacity, config.head_dim)
-
-    def truncate(self, position: int) -> None:
-        """Forget all tokens from `position` on. Raises ValueError when there are fewer than `position`."""
-        if not 0 <= position <= self._length:
-            raise ValueError(f"position {position} is outside the {self._length} tokens that are cached")
-        self._length = position
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add keys and values [nk, T, hd]. Raises ValueError when they do not fit."""
-        end = self._length + keys.shape[1]
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit into a cache of {self.capacity}")
-        self._keys[:, self._length : end] = keys
-        self._values[:, self._length : end] = values
-        self._length = end
-
-    def read(self, start: int) -> tuple[Tensor, Tensor]:
-        """Views of the keys and values [nk, length - start, hd] from `start` on."""
-        return self._keys[:, start : self._length], self._values[:, start : self._length]
 
 
 class Block:
@@ -154,45 +95,73 @@ class Block:
         }[name]
         return whole.rows(x, start, end)
 
-    @torch.inference_mode()
     def forward(self, x: Tensor, kv: KvCache, position: int) -> Tensor:
-        """x [T, d] of tokens [position, position + T) through the block: [T, d]. Writes their keys and values to `kv`.
+        """x [T, d] of tokens [position, position + T) of one sequence: see `forward_batch`."""
+        return self.forward_batch(x, (Segment(kv, position, len(x)),))
 
-        Truncates `kv` to `position` first. Raises ValueError when `position` lies beyond what is cached, on a wrong
-        shape or dtype and when `kv` is full, ContextExceeded beyond the model's context; `kv` is then unchanged.
+    @torch.inference_mode()
+    def forward_batch(self, x: Tensor, segments: Sequence[Segment], turns: Turns | None = None) -> Tensor:
+        """x [R, d], the rows of all `segments` one after another, through the block: [R, d]. Writes keys and values.
+
+        Truncates each `kv` to its segment's position first. `turns`: what `turns_of` gives for these segments, when it
+        is at hand. Raises ValueError when a position lies beyond what is cached, on a wrong shape or dtype and when a
+        `kv` is full, ContextExceeded beyond the model's context; every `kv` is then unchanged.
         """
-        self._check_step(x, kv, position)
-        kv.truncate(position)
+        self._check_rows(x, segments)
+        for segment in segments:
+            self._check_segment(segment)
+        for segment in segments:
+            segment.kv.truncate(segment.position)
         eps = self.config.rms_norm_eps
-        x = x + self._attention(rms_norm(x, self._attn_norm, eps), kv, position)
+        turns = turns or self.turns_of(segments)
+        x = x + self._attention(rms_norm(x, self._attn_norm, eps), segments, turns)
         return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
 
-    def _check_step(self, x: Tensor, kv: KvCache, position: int) -> None:
+    def turns_of(self, segments: Sequence[Segment]) -> Turns:
+        """Cosines and sines [R, hd/2] for the rows of `segments`; the same for all blocks that share a rotary table."""
+        turns = [self._rotary.at(segment.position, segment.count) for segment in segments]
+        return turns[0] if len(turns) == 1 else (torch.cat([t[0] for t in turns]), torch.cat([t[1] for t in turns]))
+
+    def _check_rows(self, x: Tensor, segments: Sequence[Segment]) -> None:
         if x.dim() != 2 or x.shape[0] < 1 or x.shape[1] != self.config.hidden_size:
             raise ValueError(f"a step takes [T, {self.config.hidden_size}] with T >= 1, not {list(x.shape)}")
-        if x.dtype != self.dtype or kv.dtype != self.dtype:
-            raise ValueError(f"the block runs in {self.dtype}; x is {x.dtype}, the cache {kv.dtype}")
+        if x.dtype != self.dtype:
+            raise ValueError(f"the block runs in {self.dtype}; x is {x.dtype}")
+        if sum(segment.count for segment in segments) != len(x) or any(segment.count < 1 for segment in segments):
+            raise ValueError(f"the segments do not cover the {len(x)} rows")
+
+    def _check_segment(self, segment: Segment) -> None:
+        kv, position, end = segment.kv, segment.position, segment.position + segment.count
+        if kv.dtype != self.dtype:
+            raise ValueError(f"the block runs in {self.dtype}; the cache is {kv.dtype}")
         if not kv.fits(self.config):
             raise ValueError("the cache was made for a block of another shape")
         if not 0 <= position <= kv.length:
             raise ValueError(f"position {position} is outside the {kv.length} tokens that are cached")
-        end = position + x.shape[0]
         if end > self.config.max_position:
             raise ContextExceeded(f"{end} tokens exceed the model's context of {self.config.max_position}")
         if end > kv.capacity:
             raise ValueError(f"{end} tokens do not fit into a cache of {kv.capacity}")
 
-    def _attention(self, x: Tensor, kv: KvCache, position: int) -> Tensor:
-        config, count = self.config, x.shape[0]
+    def _attention(self, x: Tensor, segments: Sequence[Segment], turns: Turns) -> Tensor:
+        config, rows = self.config, x.shape[0]
         queries, turning = config.num_heads, config.num_heads + config.num_kv_heads
-        heads = self._qkv(x).view(count, -1, config.head_dim).transpose(0, 1)
-        turned = rotate(self._normed(heads[:turning]), *self._rotary.at(position, count))
-        kv.append(turned[queries:], heads[turning:])
+        heads = self._qkv(x).view(rows, -1, config.head_dim).transpose(0, 1)
+        turned = rotate(self._normed(heads[:turning]), *turns)
+        mixed, start = [], 0
+        for segment in segments:
+            own = slice(start, start + segment.count)
+            segment.kv.append(turned[queries:, own], heads[turning:, own])
+            mixed.append(self._attend(turned[:queries, own], segment))
+            start += segment.count
+        whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
+        return self._o(whole.transpose(0, 1).reshape(rows, -1))
+
+    def _attend(self, queries: Tensor, segment: Segment) -> Tensor:
         # keys that no query of this step can see are not even read
-        window = config.sliding_window
-        start = max(0, position + 1 - window) if window else 0
-        mixed = attend(turned[:queries], *kv.read(start), window)
-        return self._o(mixed.transpose(0, 1).reshape(count, -1))
+        window = self.config.sliding_window
+        start = max(0, segment.position + 1 - window) if window else 0
+        return attend(queries, *segment.kv.read(start), window)
 
     def _normed(self, heads: Tensor) -> Tensor:
         """Query and key heads [nq + nk, T, hd] after the head norm of models that have one."""
@@ -204,42 +173,6 @@ class Block:
     def _mlp(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, dim=-1)
         return self._down(F.silu(gate) * up)
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:
-    """Causal attention of the last T of L tokens: queries [nq, T, hd], keys and values [nk, L, hd] give [nq, T, hd].
-
-    Query head h reads KV head h // (nq / nk). A query sees itself and the `window` - 1 tokens before it; all of them
-    when `window` is 0. Keys and values are never copied per query head.
-    """
-    num_queries, count, head_dim = queries.shape
-    num_keys, length = keys.shape[:2]
-    group = num_queries // num_keys
-    windowed = 0 < window < length
-    if count == 1 and not windowed:
-        # one token sees every key, so the query heads of a group are the rows of one product
-        rows = queries.reshape(1, num_keys, group, head_dim)
-        return F.scaled_dot_product_attention(rows, keys[None], values[None]).reshape(num_queries, 1, head_dim)
-    grouped = queries.reshape(num_keys, group, count, head_dim)
-    shape = (num_keys, group, length, head_dim)
-    # SDPA's own causal mask is aligned to the first key, so it is right only for a prefill from the start
-    whole = count == length and not windowed
-    mixed = F.scaled_dot_product_attention(
-        grouped,
-        keys[:, None].expand(shape),
-        values[:, None].expand(shape),
-        attn_mask=None if whole else _mask(count, length, window, queries.device),
-        is_causal=whole,
-    )
-    return mixed.reshape(num_queries, count, head_dim)
-
-
-def _mask(count: int, length: int, window: int, device: torch.device) -> Tensor:
-    """[count, length], true where a query may look; the queries are the last `count` of the tokens."""
-    query = torch.arange(length - count, length, device=device)[:, None]
-    key = torch.arange(length, device=device)[None, :]
-    mask = key <= query
-    return mask & (key > query - window) if window else mask
 
 
 def check_tensors(config: BlockConfig, tensors: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from models.blocks import Block, KvCache
+from models.attention import KvCache
+from models.blocks import Block
 from models.checkpoint import Checkpoint
 from models.errors import ContextExceeded
 from models.linear import Linear

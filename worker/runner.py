@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from models.blocks import Block, KvCache
+from models.attention import KvCache
+from models.blocks import Block
 from models.config import BlockConfig
 from models.rope import Rotary
 

@@ -12,7 +12,8 @@ from equivariant.ends import ClientEnds
 from equivariant.families import DeploymentSecrets
 from equivariant.keys import RootKey
 from equivariant.seal import seal_block
-from models.blocks import Block, KvCache
+from models.attention import KvCache
+from models.blocks import Block
 from models.checkpoint import Checkpoint
 
 ROOT = RootKey.from_bytes(bytes(range(32)))

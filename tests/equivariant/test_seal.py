@@ -20,7 +20,8 @@ from equivariant.families import (
 )
 from equivariant.keys import RootKey
 from equivariant.seal import fold_block, seal_block
-from models.blocks import Block, KvCache
+from models.attention import KvCache
+from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
 from models.errors import CheckpointError, ModelError, UnsupportedModel
 from tests.equivariant.reference import forward, random_block, tiny_config

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.blocks import Block, KvCache, attend, check_tensors
+from models.attention import KvCache, attend
+from models.blocks import Block, check_tensors
 from models.config import BlockConfig, RopeConfig
 from models.errors import ContextExceeded, ModelError
 from models.rope import Rotary

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from models.blocks import Block, KvCache
+from models.attention import KvCache
+from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, SessionId
