@@ -75,6 +75,11 @@ class Block:
     def device(self) -> torch.device:
         return self._qkv.device
 
+    @property
+    def rotary_id(self) -> int:
+        """Equal for blocks that share a rotary table, and with it `turns_of`."""
+        return id(self._rotary)
+
     @torch.inference_mode()
     def linear(self, name: str, x: Tensor) -> Tensor:
         """x [T, in] through the weight of q, k, v, o, gate, up or down alone, without bias: [T, out].

@@ -145,10 +145,11 @@ class StepWork:
     """One admitted step for the engine: truncate KV to `position`, then apply `operation` to `payload`.
 
     `forward_tail` > 0 keeps only that many trailing positions of the result (the last hop); `returns` is the dtype of a
-    second copy for the client, or "none".
+    second copy for the client, or "none". Steps of one `tenant` share its part of the engine's time.
     """
 
     session: SessionId
+    tenant: PeerId
     position: int
     operation: Operation
     block: int
@@ -170,7 +171,8 @@ class StepResult:
 class Compute(Protocol):
     """The engine, in a thread or process of its own: calls wait without blocking the event loop.
 
-    A running step is never interrupted: cancelling the call abandons its result, and the engine stays consistent.
+    Steps of several sessions may be computed together; a session has one step under way at a time. A running forward
+    is never interrupted: cancelling the call abandons its result, and the engine stays consistent.
     Raises Refused (UNSUPPORTED, BAD_SHARD, MEMORY) for what the peer asked, LocalProtocolError for our own misuse.
     """
 

@@ -1,9 +1,10 @@
-"""The engine: loads spans, keeps KV, computes steps. Synchronous; one thread of its own calls it (node/).
+"""The engine: loads spans, keeps KV, computes steps in batches. Synchronous; one thread of its own calls it (node/).
 
-Invariant: a refused step has changed nothing, but for one that ran out of memory: its session must be closed. A refused
-load leaves its deployment unloaded. It trusts its caller for what the
+Steps are submitted, and `advance` runs one forward over the rows that the scheduler takes from all of them. Invariant:
+each submitted step hears of its end exactly once. A refused step has changed nothing, but for one that ran out of
+memory: its session must be closed. A refused load leaves its deployment unloaded. It trusts its caller for what the
 service checks (positions, reservations, who may ask) and nobody for what is inside a shard or a tensor. It knows no
-peers and no clock but the one that times a position.
+peers and no clock but the one that times its work.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,11 +22,12 @@ from torch import Tensor
 from models.errors import ModelError
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
-from protocol.ids import DeploymentId, SessionId, ShardDigest
+from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
 from worker.payloads import DTYPES, to_payload, to_tensor
-from worker.runner import MATRICES, Caches, FloatBlocks, IntegerBlocks, build_float_blocks
+from worker.runner import MATRICES, Caches, FloatBlocks, IntegerBlocks, Part, build_float_blocks
+from worker.scheduler import Scheduler
 from worker.shards import read_shard
 from worker.spans import INTEGER_DTYPE, block_config, check_block
 
@@ -43,6 +45,45 @@ class _Span:
 class _Session:
     span: _Span
     caches: Caches | None  # integer spans keep no KV
+    step: _Step | None = None  # the one under way
+
+
+Done = Callable[[StepResult | Exception], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """A step under way: what the scheduler asks of a job, and what has been computed of it."""
+
+    work: StepWork
+    session: _Session
+    x: Tensor
+    done: Done
+    rows: list[Tensor] = field(default_factory=list)
+    rows_done: int = 0
+    compute_s: float = 0.0
+
+    @property
+    def deployment(self) -> DeploymentId:
+        return self.session.span.spec.manifest.deployment
+
+    @property
+    def tenant(self) -> PeerId:
+        return self.work.tenant
+
+    @property
+    def rows_left(self) -> int:
+        return len(self.x) - self.rows_done
+
+    @property
+    def rows_at_once(self) -> int:
+        blocks = self.session.span.blocks
+        if isinstance(blocks, IntegerBlocks) or self.work.operation == Operation.LINEAR:
+            return self.rows_left
+        return blocks.rows_at_once(self.work.position + len(self.x))
+
+    def take(self, count: int) -> Tensor:
+        return self.x[self.rows_done : self.rows_done + count]
 
 
 class Engine:
@@ -53,6 +94,7 @@ class Engine:
         self._device = torch.device(device)
         self._spans: dict[DeploymentId, _Span] = {}
         self._sessions: dict[SessionId, _Session] = {}
+        self._scheduler: Scheduler[_Step] = Scheduler()
 
     def load(self, span: SpanSpec) -> LoadedSpan:
         """Read, check, build and time the span; a loaded span of the deployment is replaced.
@@ -99,35 +141,103 @@ class Engine:
             caches = Caches(span.blocks, kv_tokens) if isinstance(span.blocks, FloatBlocks) else None
         self._sessions[session] = _Session(span, caches)
 
-    def step(self, work: StepWork) -> StepResult:
-        """Compute one step; see StepWork. The answer is in the deployment's dtype.
+    def submit(self, work: StepWork, done: Done) -> None:
+        """Queue one step; `done` is called with its result, or its error, in some later `advance` or `close`.
 
-        Raises Refused: BAD_STEP (wrong width, unknown matrix, too large an answer), UNSUPPORTED (dtypes), MEMORY.
+        Raises Refused: BAD_STEP (wrong width, unknown matrix, too large an answer), UNSUPPORTED (dtypes).
         """
         session = self._sessions.get(work.session)
-        if session is None:
-            raise LocalProtocolError("a step of a session that is not open")
-        started = time.perf_counter()
-        with self._refusals(RefusalReason.BAD_STEP), torch.inference_mode():
-            match work.operation:
-                case Operation.SPAN:
-                    result = self._span(session, work)
-                case Operation.LINEAR:
-                    result = self._linear(session, work)
-            tail = result[-work.forward_tail :] if work.forward_tail else result
-            forward = to_payload(tail)
-            returned = None if work.returns == "none" else to_payload(result.to(DTYPES[work.returns]))
-        return StepResult(forward, returned, round(1e6 * (time.perf_counter() - started)))
+        if session is None or session.step is not None:
+            raise LocalProtocolError("a step of a session that is not open, or has one under way")
+        with self._refusals(RefusalReason.BAD_STEP):
+            x = self._linear_input(session, work) if work.operation == Operation.LINEAR else self._input(session, work)
+        session.step = _Step(work, session, x, done)
+        self._scheduler.add(session.step)
+
+    @property
+    def idle(self) -> bool:
+        """True when no step is under way."""
+        return self._scheduler.idle
+
+    def advance(self) -> None:
+        """Run one forward, if there is anything to do."""
+        taken = self._scheduler.take()
+        passes = [(step, count) for step, count in taken if step.work.operation == Operation.SPAN]
+        for step, count in taken:
+            if step.work.operation == Operation.LINEAR:
+                self._compute([(step, count)])
+        if passes:
+            self._compute(passes)
+
+    def step(self, work: StepWork) -> StepResult:
+        """Compute one step, and whatever is under way beside it. Raises what `submit` raises, and Refused(MEMORY)."""
+        ended: list[StepResult | Exception] = []
+        self.submit(work, ended.append)
+        while not ended:
+            self.advance()
+        if isinstance(ended[0], Exception):
+            raise ended[0]
+        return ended[0]
 
     def close(self, session: SessionId) -> None:
-        """Free the session's KV. Idempotent."""
-        self._sessions.pop(session, None)
+        """Free the session's KV; a step of it that is under way is dropped. Idempotent."""
+        gone = self._sessions.pop(session, None)
+        if gone is not None and gone.step is not None:
+            self._scheduler.remove(gone.step)
+            gone.step.done(Refused(RefusalReason.UNKNOWN_SESSION, "the session was closed"))
 
-    def _span(self, session: _Session, work: StepWork) -> Tensor:
+    def _compute(self, taken: list[tuple[_Step, int]]) -> None:
+        started = time.perf_counter()
+        try:
+            with self._refusals(RefusalReason.BAD_STEP), torch.inference_mode():
+                rows = self._forward(taken)
+        except Exception as error:  # it is the steps' failure, whatever it is: the engine serves the others on
+            if len(taken) > 1:  # one of them may have been too much for the memory: each by itself
+                for each in taken:
+                    self._compute([each])
+            else:
+                self._fail(taken[0][0], error)
+            return
+        took_s, start = time.perf_counter() - started, 0
+        for step, count in taken:
+            step.rows.append(rows[start : start + count])
+            step.rows_done += count
+            step.compute_s += took_s
+            start += count
+            if not step.rows_left:
+                self._finish(step)
+
+    def _forward(self, taken: list[tuple[_Step, int]]) -> Tensor:
+        first = taken[0][0]
+        blocks = first.session.span.blocks
+        if first.work.operation == Operation.LINEAR:
+            block = first.work.block - first.session.span.spec.start
+            return blocks.linear(block, first.work.matrix, first.take(taken[0][1]))
+        assert isinstance(blocks, FloatBlocks)
+        xs = [step.take(count) for step, count in taken]
+        parts = [Part(_caches(step), step.work.position + step.rows_done, count) for step, count in taken]
+        return blocks.forward(xs[0] if len(xs) == 1 else torch.cat(xs), parts)
+
+    def _finish(self, step: _Step) -> None:
+        step.session.step = None
+        work = step.work
+        result = step.rows[0] if len(step.rows) == 1 else torch.cat(step.rows)
+        tail = result[-work.forward_tail :] if work.forward_tail else result
+        forward = to_payload(tail)
+        returned = None if work.returns == "none" else to_payload(result.to(DTYPES[work.returns]))
+        step.done(StepResult(forward, returned, round(1e6 * step.compute_s)))
+
+    def _fail(self, step: _Step, error: Exception) -> None:
+        step.session.step = None
+        self._scheduler.remove(step)
+        step.done(error)
+
+    def _input(self, session: _Session, work: StepWork) -> Tensor:
+        """The rows of a pass, checked: [T, d] in the span's dtype."""
         blocks, caches = session.span.blocks, session.caches
         if not isinstance(blocks, FloatBlocks) or caches is None:
             raise Refused(RefusalReason.UNSUPPORTED, "integer blocks take linear steps only")
-        x = self._input(work, blocks.width)
+        x = self._tensor(work, blocks.width)
         if work.position > caches.length or work.position + len(x) > caches.kv_tokens:
             raise LocalProtocolError(
                 f"a step at {work.position} with {caches.length} of {caches.kv_tokens} tokens held"
@@ -135,21 +245,22 @@ class Engine:
         _check_answer(len(x), blocks.width, _widest(blocks.dtype, work.returns))
         if not x.is_floating_point():
             raise Refused(RefusalReason.UNSUPPORTED, f"a pass in {work.payload.header.dtype}")
-        return blocks.forward(x.to(blocks.dtype), caches, work.position)
+        return x.to(blocks.dtype)
 
-    def _linear(self, session: _Session, work: StepWork) -> Tensor:
+    def _linear_input(self, session: _Session, work: StepWork) -> Tensor:
+        """The rows for one map, checked: [T, in]."""
         spec, blocks = session.span.spec, session.span.blocks
         if not spec.start <= work.block < spec.end or work.matrix not in MATRICES:
             raise Refused(RefusalReason.BAD_STEP, f"no matrix {work.matrix!r} of block {work.block} here")
         block = work.block - spec.start
         out_features, in_features = blocks.shape(block, work.matrix)
-        x = self._input(work, in_features)
+        x = self._tensor(work, in_features)
         _check_answer(len(x), out_features, blocks.dtype.itemsize)
         if not ((x.is_floating_point() and blocks.dtype.is_floating_point) or x.dtype == blocks.dtype):
             raise Refused(RefusalReason.UNSUPPORTED, f"a linear step of {x.dtype} with weights of {blocks.dtype}")
-        return blocks.linear(block, work.matrix, x)
+        return x
 
-    def _input(self, work: StepWork, width: int) -> Tensor:
+    def _tensor(self, work: StepWork, width: int) -> Tensor:
         shape = work.payload.header.shape
         if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
             raise Refused(RefusalReason.BAD_STEP, f"a step of {list(shape)} where the width is {width}")
@@ -177,3 +288,8 @@ def _check_answer(rows: int, width: int, itemsize: int) -> None:
 def _widest(dtype: torch.dtype, returns: str) -> int:
     """Bytes of one number in the larger of the two answers."""
     return dtype.itemsize if returns == "none" else max(dtype.itemsize, DTYPES[returns].itemsize)
+
+
+def _caches(step: _Step) -> Caches:
+    assert step.session.caches is not None
+    return step.session.caches

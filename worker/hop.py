@@ -92,6 +92,7 @@ class Hop:
         result = await self.compute.step(
             StepWork(
                 session=self.session.id,
+                tenant=self.session.client,
                 position=step.position,
                 operation=operation,
                 block=step.block,

@@ -1,8 +1,9 @@
 """The blocks of one loaded span, and the caches of one session over them.
 
-Invariant: a step takes bounded memory whatever its shape: rows are computed in chunks whose intermediate results stay
-below WORKSPACE_BYTES, and a chunk sees exactly what it would see in one pass. KV grows in steps and, but for the moment
-in which one block's cache is copied to a larger one, stays below what the session reserved. It knows no messages.
+Invariant: a batch takes bounded memory: its caller keeps to `rows_at_once`, below which intermediate results stay
+within WORKSPACE_BYTES, and a chunk of a step sees exactly what it would see in one pass. KV grows in steps and, but for
+the moment in which one block's cache is copied to a larger one, stays below what the session reserved. It knows no
+messages.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.attention import KvCache
-from models.blocks import Block
+from models.attention import KvCache, Segment
+from models.blocks import Block, Turns
 from models.config import BlockConfig
 from models.rope import Rotary
 
@@ -26,6 +28,15 @@ TIMED_RUNS = 5
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`count` rows of a batch: tokens [position, position + count) of the session that `caches` belongs to."""
+
+    caches: Caches
+    position: int
+    count: int
+
+
 class FloatBlocks:
     """Consecutive blocks in one floating dtype on one device."""
 
@@ -33,16 +44,27 @@ class FloatBlocks:
         self.blocks = tuple(blocks)
         self.dtype, self.device = self.blocks[0].dtype, self.blocks[0].device
         self.width = self.blocks[0].config.hidden_size
+        self._configs = frozenset(block.config for block in self.blocks)
 
     @torch.inference_mode()
-    def forward(self, x: Tensor, caches: Caches, position: int) -> Tensor:
-        """x [T, d] of tokens [position, position + T) through all blocks: [T, d]."""
-        caches.hold(position + len(x))
-        for block, cache in zip(self.blocks, caches.caches, strict=True):
-            rows = _rows_at_once(block.config, position + len(x), self.dtype)
-            done = [block.forward(x[start : start + rows], cache, position + start) for start in range(0, len(x), rows)]
-            x = done[0] if len(done) == 1 else torch.cat(done)
+    def forward(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
+        """x [R, d], the rows of all `parts` one after another, through all blocks: [R, d].
+
+        Rows of one part must not exceed `rows_at_once` for the length that they end at.
+        """
+        for part in parts:
+            part.caches.hold(part.position + part.count)
+        turns: dict[int, Turns] = {}
+        for index, block in enumerate(self.blocks):
+            segments = [Segment(part.caches.caches[index], part.position, part.count) for part in parts]
+            if block.rotary_id not in turns:
+                turns[block.rotary_id] = block.turns_of(segments)
+            x = block.forward_batch(x, segments, turns[block.rotary_id])
         return x
+
+    def rows_at_once(self, length: int) -> int:
+        """How many rows may be computed together when `length` tokens are attended to."""
+        return min(_rows_at_once(config, length, self.dtype) for config in self._configs)
 
     def shape(self, block: int, name: str) -> tuple[int, ...]:
         """[out, in] of the named weight of the span's `block`."""

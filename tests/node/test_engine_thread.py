@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import trio
+import trio.testing
 from safetensors.torch import save_file
 
 from client.sealing import block_entry, manifest_of
@@ -18,10 +20,11 @@ from models.config import BlockConfig, RopeConfig
 from node.engine_thread import EngineThread
 from node.store import digest_of
 from protocol.errors import Refused
-from protocol.ids import DeploymentId, SessionId
+from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
 from worker.engine import Engine
+from worker.payloads import to_tensor
 
 BLOCKED_S_MAX = 0.05
 DEPLOYMENT, SESSION = DeploymentId(b"d" * 16), SessionId(b"s" * 16)
@@ -63,9 +66,14 @@ class Recorder:
     def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
         self._note(f"open {kv_tokens}")
 
-    def step(self, work: StepWork) -> StepResult:
-        self._note("step")
+    idle = True
+
+    def submit(self, work: StepWork, done: Callable[[StepResult | Exception], None]) -> None:
+        self._note("submit")
         raise Refused(RefusalReason.UNSUPPORTED, "not here")
+
+    def advance(self) -> None:
+        self._note("advance")
 
     def close(self, session: SessionId) -> None:
         self._note("close")
@@ -94,6 +102,44 @@ def test_an_engines_error_reaches_the_caller() -> None:
             await compute.unload(DEPLOYMENT)
 
     trio.run(main)
+
+
+def test_steps_of_several_sessions_meet_in_one_forward(tmp_path: Path) -> None:
+    """Whatever was submitted while the thread was busy runs together; each waiter gets its own rows."""
+    engine = _loaded(tmp_path)
+    others = [SessionId(bytes([number]) * 16) for number in range(3)]
+    rows = torch.randn(3, CONFIG.hidden_size, generator=torch.Generator().manual_seed(2))
+    forwards: list[int] = []
+    advance, busy = engine.advance, threading.Event()
+
+    def counted() -> None:
+        forwards.append(1)
+        advance()
+
+    engine.advance = counted  # type: ignore[method-assign]
+    alone = [to_tensor(engine.step(_work(row[None])).forward) for row in rows]
+    for other in others:
+        engine.open(other, DEPLOYMENT, 16)
+    forwards.clear()
+    got: dict[int, torch.Tensor] = {}
+
+    async def main() -> None:
+        with EngineThread(engine, busy.wait) as compute:
+
+            async def step(number: int) -> None:
+                work = dataclasses.replace(_work(rows[number][None]), session=others[number])
+                got[number] = to_tensor((await compute.step(work)).forward)
+
+            async with trio.open_nursery() as nursery:
+                for number in range(3):
+                    nursery.start_soon(step, number)
+                await trio.testing.wait_all_tasks_blocked()
+                busy.set()
+
+    trio.run(main)
+    assert len(forwards) == 1
+    for number in range(3):
+        torch.testing.assert_close(got[number], alone[number], rtol=1e-5, atol=1e-6)
 
 
 def test_a_cancelled_call_is_abandoned_and_the_next_one_runs_after_it() -> None:
@@ -172,4 +218,4 @@ def _loaded(folder: Path) -> Engine:
 
 
 def _work(rows: torch.Tensor) -> StepWork:
-    return StepWork(SESSION, 0, Operation.SPAN, 0, "", to_payload(rows, torch.float32), 1, "none")
+    return StepWork(SESSION, PeerId("tenant"), 0, Operation.SPAN, 0, "", to_payload(rows, torch.float32), 1, "none")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import LocalProtocolError, Refused
-from protocol.ids import SessionId
+from protocol.ids import PeerId, SessionId
 from protocol.messages import Operation
 from protocol.ports import SpanSpec, StepWork
 from protocol.tensors import Payload, TensorHeader
@@ -23,7 +23,7 @@ ROWS = some_rows(12)
 
 def work(rows: Rows, position: int, operation: Operation = Operation.SPAN) -> StepWork:
     payload = Payload(TensorHeader("float32", rows.shape), rows.tobytes())
-    return StepWork(SESSION, position, operation, 0, "", payload, 0, "float32")
+    return StepWork(SESSION, PeerId("tenant"), position, operation, 0, "", payload, 0, "float32")
 
 
 async def opened(cost: CostModel | None = None) -> ToyCompute:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,10 @@ from models.attention import KvCache
 from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
 from protocol.errors import LocalProtocolError, Refused
-from protocol.ids import DeploymentId, SessionId
+from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.manifest import Manifest
 from protocol.messages import Operation, RefusalReason
-from protocol.ports import SpanSpec, StepWork
+from protocol.ports import SpanSpec, StepResult, StepWork
 from protocol.signed import Identity
 from protocol.tensors import Payload, TensorHeader
 from tests.helpers.workers import make_manifest
@@ -67,7 +69,7 @@ class Shop:
 
 
 def work(x: torch.Tensor, position: int, **other: Any) -> StepWork:
-    own = StepWork(SESSION, position, Operation.SPAN, 0, "", to_payload(x), 0, "none")
+    own = StepWork(SESSION, PeerId("tenant"), position, Operation.SPAN, 0, "", to_payload(x), 0, "none")
     return dataclasses.replace(own, **other)
 
 
@@ -111,13 +113,13 @@ def test_a_step_too_large_for_the_workspace_is_computed_in_parts(shop: Shop, mon
     shop.load()
     x = inputs(33)
     seen: list[int] = []
-    forward = Block.forward
+    forward = Block.forward_batch
 
-    def watched(self: Block, x: torch.Tensor, kv: KvCache, position: int) -> torch.Tensor:
+    def watched(self: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(len(x))
-        return forward(self, x, kv, position)
+        return forward(self, x, *rest)
 
-    monkeypatch.setattr(Block, "forward", watched)
+    monkeypatch.setattr(Block, "forward_batch", watched)
     monkeypatch.setattr(runner, "WORKSPACE_BYTES", 16_000)
     got = shop.step(x, 0)
     assert len(seen) > 3 * len(shop.blocks)
@@ -309,3 +311,84 @@ def test_payloads_round_trip(dtype: str, shape: tuple[int, ...]) -> None:
     assert to_payload(tensor) == payload
     if len(shape) == 2:
         assert to_tensor(to_payload(tensor.T)).equal(tensor.T), "any stride travels in C order"
+
+
+def test_a_batch_of_sessions_computes_what_each_would_alone(shop: Shop) -> None:
+    """Decodes of several sessions and chunks of their prompts in one forward, at different positions."""
+    shop.load()
+    sessions = [SessionId(bytes([number]) * 16) for number in range(5)]
+    texts = [inputs(20 + 9 * number, seed=number) for number in range(5)]
+    for session in sessions:
+        shop.engine.open(session, shop.manifest.deployment, 100)
+    expected = [direct(shop.blocks, text) for text in texts]
+    got: list[list[torch.Tensor]] = [[] for _ in texts]
+    position = [0] * 5
+    generator = random.Random(0)
+    while any(position[n] < len(text) for n, text in enumerate(texts)):
+        for number, text in enumerate(texts):
+            rows = min(generator.choice([1, 1, 5, 30]), len(text) - position[number])
+            if rows:
+                step = work(text[position[number] :][:rows], position[number], session=sessions[number])
+                shop.engine.submit(step, partial(_keep, got[number]))
+                position[number] += rows
+        while not shop.engine.idle:
+            shop.engine.advance()
+    for number in range(5):
+        torch.testing.assert_close(torch.cat(got[number]), expected[number], rtol=1e-5, atol=1e-5)
+
+
+def _keep(rows: list[torch.Tensor], result: StepResult | Exception) -> None:
+    assert isinstance(result, StepResult), result
+    rows.append(to_tensor(result.forward))
+
+
+def test_a_long_prompt_does_not_hold_up_a_decode(shop: Shop) -> None:
+    shop.load()
+    shop.engine._scheduler.rows_per_forward = 8
+    other = SessionId(b"o" * 16)
+    shop.engine.open(other, shop.manifest.deployment, 10)
+    ended: list[str] = []
+    shop.engine.submit(work(inputs(40), 0), lambda _: ended.append("prompt"))
+    shop.engine.advance()
+    shop.engine.submit(work(inputs(1), 0, session=other), lambda _: ended.append("decode"))
+    shop.engine.advance()
+    assert ended == ["decode"]
+    while not shop.engine.idle:
+        shop.engine.advance()
+    assert ended == ["decode", "prompt"]
+
+
+def test_one_step_that_fails_in_a_batch_fails_alone(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    shop.load()
+    other = SessionId(b"o" * 16)
+    shop.engine.open(other, shop.manifest.deployment, 10)
+    forward = Block.forward_batch
+
+    def short_of_memory(self: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(x) > 1:
+            raise MemoryError
+        return forward(self, x, *rest)
+
+    monkeypatch.setattr(Block, "forward_batch", short_of_memory)
+    ended: dict[str, StepResult | Exception] = {}
+    shop.engine.submit(work(inputs(2), 0), lambda result: ended.update(large=result))
+    shop.engine.submit(work(inputs(1), 0, session=other), lambda result: ended.update(small=result))
+    shop.engine.advance()
+    assert isinstance(ended["small"], StepResult)
+    assert isinstance(ended["large"], Refused)
+    assert ended["large"].reason == RefusalReason.MEMORY
+    assert shop.engine.idle
+
+
+def test_closing_a_session_drops_the_rest_of_its_step(shop: Shop) -> None:
+    shop.load()
+    shop.engine._scheduler.rows_per_forward = 8
+    ended: list[StepResult | Exception] = []
+    shop.engine.submit(work(inputs(40), 0), ended.append)
+    with pytest.raises(LocalProtocolError):
+        shop.engine.submit(work(inputs(1), 0), ended.append)
+    shop.engine.advance()
+    shop.engine.close(SESSION)
+    assert shop.engine.idle
+    assert [type(end) for end in ended] == [Refused]
+    shop.engine.unload(shop.manifest.deployment)

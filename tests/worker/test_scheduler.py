@@ -1,0 +1,93 @@
+"""The scheduler of rows: everything is taken once and in order, short steps first, tenants and deployments fairly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from worker.scheduler import SHORT_ROWS, Scheduler
+
+
+@dataclass(eq=False)
+class FakeJob:
+    deployment: bytes
+    tenant: str
+    rows_left: int
+    rows_at_once: int = 1 << 30
+
+
+def run(scheduler: Scheduler[FakeJob]) -> list[tuple[FakeJob, int]]:
+    taken = scheduler.take()
+    for job, rows in taken:
+        job.rows_left -= rows
+    return taken
+
+
+JOBS = st.lists(
+    st.builds(
+        FakeJob,
+        deployment=st.sampled_from([b"a", b"b"]),
+        tenant=st.sampled_from(["x", "y", "z"]),
+        rows_left=st.integers(1, 700),
+        rows_at_once=st.integers(1, 300),
+    ),
+    max_size=30,
+)
+
+
+@given(JOBS, st.integers(1, 300), st.data())
+def test_every_row_is_taken_once_and_nobody_waits_for_ever(jobs: list[FakeJob], room: int, data: st.DataObject) -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(room)
+    rows, waiting = {id(job): job.rows_left for job in jobs}, list(jobs)
+    for _ in range(sum(rows.values()) + len(jobs) + 1):
+        for _ in range(min(len(waiting), data.draw(st.integers(0, 3)) if not scheduler.idle else 1)):
+            scheduler.add(waiting.pop())
+        taken = run(scheduler)
+        assert sum(count for _, count in taken) <= room
+        assert len({job.deployment for job, _ in taken}) <= 1
+        assert len({id(job) for job, _ in taken}) == len(taken)
+        for job, count in taken:
+            assert 1 <= count <= job.rows_at_once
+            rows[id(job)] -= count
+        if scheduler.idle and not waiting:
+            break
+    assert scheduler.idle
+    assert not waiting
+    assert set(rows.values()) <= {0}
+
+
+def test_decodes_go_first_and_a_prompt_takes_what_is_left() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(64)
+    prompt, decode = FakeJob(b"a", "x", 500), FakeJob(b"a", "y", 1)
+    scheduler.add(prompt)
+    scheduler.add(decode)
+    assert run(scheduler) == [(decode, 1), (prompt, 63)]
+    assert run(scheduler) == [(prompt, 64)]
+
+
+def test_the_tenant_who_was_served_least_goes_on() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100)
+    greedy, modest = [FakeJob(b"a", "x", 300) for _ in range(3)], FakeJob(b"a", "y", 150)
+    for job in (*greedy, modest):
+        scheduler.add(job)
+    order = [run(scheduler)[0][0].tenant for _ in range(4)]
+    assert order == ["x", "y", "x", "y"]
+
+
+def test_deployments_take_turns() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100)
+    for deployment in (b"a", b"b"):
+        scheduler.add(FakeJob(deployment, "x", 250))
+    assert [run(scheduler)[0][0].deployment for _ in range(4)] == [b"a", b"b", b"a", b"b"]
+
+
+def test_a_removed_job_is_not_taken() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100)
+    job = FakeJob(b"a", "x", SHORT_ROWS)
+    scheduler.add(job)
+    scheduler.remove(job)
+    scheduler.remove(job)
+    assert scheduler.idle
+    assert scheduler.take() == []

@@ -1,0 +1,102 @@
+"""Which rows run in the next forward: continuous batching with chunked prefill, as plain bookkeeping.
+
+One forward serves one deployment. Steps of a few rows (decoding, speculation) always go first, all that fit; what room
+is left goes to long steps (prefill), a chunk each, to the tenant who was served least. So a long prompt slows nobody
+down by more than one chunk, and one tenant's prompts do not keep another's waiting.
+
+Invariant: every job that was added is taken in the end, its rows in order and each once. No torch, no clock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+ROWS_PER_FORWARD = 256  # a prefill chunk on a CPU: long enough for the kernels' full speed, short enough to wait for
+SHORT_ROWS = 16  # a step of at most so many rows is a decode or a speculation, not a prefill
+PROMPT_SHARE = 4  # one row in so many is for long steps, however many decodes there are
+TENANTS_REMEMBERED = 4096
+
+
+class Job(Protocol):
+    """A step under way."""
+
+    @property
+    def deployment(self) -> bytes: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def rows_left(self) -> int: ...
+    @property
+    def rows_at_once(self) -> int:
+        """The most rows of it that one forward may take; at least 1."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+@dataclass(slots=True)
+class Scheduler(Generic[J]):
+    rows_per_forward: int = ROWS_PER_FORWARD
+    _queues: dict[bytes, deque[J]] = field(default_factory=dict)  # in the order in which deployments take turns
+    _served: Counter[str] = field(default_factory=Counter)  # rows of long steps, by tenant
+
+    def add(self, job: J) -> None:
+        self._queues.setdefault(job.deployment, deque()).append(job)
+
+    def remove(self, job: J) -> None:
+        """Forget a job that will not be finished. Idempotent."""
+        queue = self._queues.get(job.deployment)
+        if queue is not None and job in queue:
+            queue.remove(job)
+            if not queue:
+                del self._queues[job.deployment]
+
+    @property
+    def idle(self) -> bool:
+        return not self._queues
+
+    def take(self) -> list[tuple[J, int]]:
+        """The jobs of the next forward, with how many rows of each. A job stays until its last rows are taken.
+
+        Empty when there is nothing to do.
+        """
+        if not self._queues:
+            return []
+        deployment, queue = next(iter(self._queues.items()))
+        del self._queues[deployment]
+        taken = self._short(queue)
+        taken += self._long([job for job in queue if not any(job is other for other, _ in taken)], self._left(taken))
+        finished = [job for job, rows in taken if rows == job.rows_left]
+        left = deque(job for job in queue if not any(job is done for done in finished))
+        if left:
+            self._queues[deployment] = left  # behind the others: deployments take turns
+        return taken
+
+    def _left(self, taken: list[tuple[J, int]]) -> int:
+        return self.rows_per_forward - sum(rows for _, rows in taken)
+
+    def _short(self, queue: deque[J]) -> list[tuple[J, int]]:
+        taken: list[tuple[J, int]] = []
+        short = [job for job in queue if job.rows_left <= min(SHORT_ROWS, job.rows_at_once)]
+        # Decodes alone could fill every forward: some rows of each are for prompts, where there are any.
+        room = self.rows_per_forward - (self.rows_per_forward // PROMPT_SHARE if len(short) < len(queue) else 0)
+        for job in short:
+            if job.rows_left <= room:
+                taken.append((job, job.rows_left))
+                room -= job.rows_left
+        return taken
+
+    def _long(self, jobs: list[J], room: int) -> list[tuple[J, int]]:
+        taken: list[tuple[J, int]] = []
+        for job in sorted(jobs, key=lambda job: self._served[job.tenant]):  # stable: first come, first served
+            rows = min(room, job.rows_left, job.rows_at_once)
+            if rows < 1:
+                break
+            taken.append((job, rows))
+            room -= rows
+            self._served[job.tenant] += rows
+        if len(self._served) > TENANTS_REMEMBERED:
+            self._served.clear()  # a fresh start for all is fair too
+        return taken
