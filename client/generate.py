@@ -1,8 +1,10 @@
 """Generation: from prompt ids to a stream of token ids over an open session.
 
-The prompt goes out in chunks, several in flight, so that all hops work at once. Then each answer gives one token, whose
-embedding is the next step, sent before the token is given out. Positions are exact: the token chosen after P tokens is
-sampled for position P and computed at position P, so a run that is cut and resumed is the same run.
+The prompt goes out in chunks, several in flight, so that all hops work at once. Then each answer gives a token, whose
+embedding is the next step, sent before the token is given out. With speculation a step also carries guesses at what
+follows (speculation.py), and an answer gives as many tokens as guesses held, and one more. Positions are exact: the
+token chosen after P tokens is sampled for position P and computed at position P, so a run that is cut and resumed, or
+speculated, is the same run.
 
 Embedding, head and sampling go through `run_sync`, which the composition root points at a thread for a large model.
 No text here (client/text.py), no retrying, and the session stays open: it is the caller's.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol, TypeVar
 
 import trio
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from client.observer import ClientObserver, NullObserver
 from client.session import STEP_DATA_BYTES_MAX
+from client.speculation import Speculation
 from client.tensors import WIRE_DTYPES, to_payload, to_tensor
 from models.sampling import SamplingParams, sample
 from protocol import limits
@@ -79,11 +83,12 @@ class GenerationParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationHost:
-    """What a generation needs of the world."""
+    """What a generation needs of the world. `speculation`, when there is one, is for this generation alone."""
 
     clock: Clock
     run_sync: RunSync = inline
     observer: ClientObserver = field(default_factory=NullObserver)
+    speculation: Speculation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +100,8 @@ class GenerationResult:
     finish_reason: FinishReason
     prompt_tokens: int
     token_times_s: tuple[float, ...]
+    drafted: int = 0  # guesses that were sent
+    accepted: int = 0  # guesses that held
 
     @property
     def time_to_first_token_s(self) -> float:
@@ -127,6 +134,15 @@ def kv_tokens_for(prompt_tokens: int, max_new_tokens: int, context_tokens: int) 
     return prompt_tokens + max_new_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """What an answer gave: tokens, the guesses at what follows them, and the step that both make (None: the end)."""
+
+    chosen: list[int]
+    drafts: tuple[int, ...]
+    following: Payload | None
+
+
 class Generation:
     """One request. Iterate `tokens` once; `result` is complete when that has ended."""
 
@@ -142,6 +158,7 @@ class Generation:
         self._host = host
         self._started_at = host.clock.monotonic()
         self._stopped = False
+        self._sent_at = 0.0
         self.ids: list[int] = []
         self.token_times_s: list[float] = []
         self.finish_reason: FinishReason | None = None
@@ -154,8 +171,16 @@ class Generation:
         """Raises ValueError before the stream has ended."""
         if self.finish_reason is None:
             raise ValueError("the generation has not ended")
-        times = tuple(self.token_times_s)
-        return GenerationResult(tuple(self.ids), text, self.finish_reason, len(self._prompt), times)
+        guesses = self._host.speculation
+        return GenerationResult(
+            ids=tuple(self.ids),
+            text=text,
+            finish_reason=self.finish_reason,
+            prompt_tokens=len(self._prompt),
+            token_times_s=tuple(self.token_times_s),
+            drafted=guesses.drafted if guesses else 0,
+            accepted=guesses.accepted if guesses else 0,
+        )
 
     async def tokens(self) -> AsyncGenerator[int, None]:
         """The new token ids, each as soon as it is known. Raises what ends the session (client/session.py)."""
@@ -163,17 +188,24 @@ class Generation:
         observer.request_started(len(self._prompt))
         failure = "internal"
         try:
-            answer = await self._prefill()
+            if self._host.speculation is not None:
+                self._host.speculation.begin(self._prompt)
+            answer, drafts = await self._prefill(), tuple[int, ...]()
             while True:
                 position = len(self._prompt) + len(self.ids)
-                token, following = await self._host.run_sync(_chooser(self._ends, self._params, answer, position))
-                self._note(token)
-                last = token in self._params.stop_ids or len(self.ids) == self._params.max_new_tokens
-                step = None if last else await self._session.submit(following, position)
-                yield token
+                turn = await self._host.run_sync(partial(self._turn, answer, drafts, position))
+                step, known_s = None, self._elapsed_s()
+                if turn.following is not None:
+                    step = await self._submit(turn.following, position + len(turn.chosen) - 1)
+                for token in turn.chosen:
+                    self._note(token, known_s)
+                    yield token
+                    if self._stopped:
+                        break
                 if step is None or self._stopped:
                     break
-                answer = await self._session.result(step)
+                drafts = turn.drafts
+                answer = await self._answer(step, 1 + len(drafts))
             stopped = self._stopped or token in self._params.stop_ids
             self.finish_reason = "stop" if stopped else "length"
         except SottoError as error:
@@ -187,6 +219,40 @@ class Generation:
                 observer.request_failed(failure)
             else:
                 observer.request_finished(self.finish_reason, len(self.ids), self._elapsed_s())
+
+    def _turn(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Turn:
+        chosen, speculation = self._choose(answer, drafts, position), self._host.speculation
+        if speculation is not None:
+            speculation.came(chosen)
+        if chosen[-1] in self._params.stop_ids or len(self.ids) + len(chosen) == self._params.max_new_tokens:
+            return _Turn(chosen, (), None)
+        guesses = tuple[int, ...]()
+        if speculation is not None:
+            # The last token is never computed: a guess at it would be in vain, and might not fit into the KV.
+            room = self._params.max_new_tokens - len(self.ids) - len(chosen) - 1
+            guesses = speculation.next(room)
+        return _Turn(chosen, guesses, _embedder(self._ends, self._params, (chosen[-1], *guesses))())
+
+    def _choose(self, answer: Payload, drafts: tuple[int, ...], position: int) -> list[int]:
+        """The tokens for `position` and what follows, as far as `drafts` hold: one at least."""
+        rows, chosen = self._ends.logits(to_tensor(answer)[-1 - len(drafts) :]), list[int]()
+        room = self._params.max_new_tokens - len(self.ids)
+        for row, guess in zip(rows, (*drafts, None), strict=True):
+            token = sample(row, self._params.sampling, position + len(chosen))
+            chosen.append(token)
+            if token != guess or token in self._params.stop_ids or len(chosen) == room:
+                break
+        return chosen
+
+    async def _submit(self, payload: Payload, position: int) -> int:
+        self._sent_at = self._host.clock.monotonic()
+        return await self._session.submit(payload, position, tail=payload.header.shape[0])
+
+    async def _answer(self, step: int, rows: int) -> Payload:
+        answer = await self._session.result(step)
+        if self._host.speculation is not None:
+            self._host.speculation.pace.took(rows, self._host.clock.monotonic() - self._sent_at)
+        return answer
 
     async def _prefill(self) -> Payload:
         """The answer for the prompt's last position."""
@@ -204,14 +270,13 @@ class Generation:
             await self._session.result(step)
         return await self._session.result(steps[-1])
 
-    def _note(self, token: int) -> None:
-        now_s = self._elapsed_s()
+    def _note(self, token: int, known_s: float) -> None:
         if self.token_times_s:
-            self._host.observer.next_token(now_s - self.token_times_s[-1])
+            self._host.observer.next_token(known_s - self.token_times_s[-1])
         else:
-            self._host.observer.first_token(now_s)
+            self._host.observer.first_token(known_s)
         self.ids.append(token)
-        self.token_times_s.append(now_s)
+        self.token_times_s.append(known_s)
 
     def _elapsed_s(self) -> float:
         return self._host.clock.monotonic() - self._started_at
@@ -226,13 +291,3 @@ def generate(
 
 def _embedder(ends: Ends, params: GenerationParams, ids: Sequence[int]) -> Callable[[], Payload]:
     return lambda: to_payload(ends.embed(ids), WIRE_DTYPES[params.wire_dtype])
-
-
-def _chooser(ends: Ends, params: GenerationParams, answer: Payload, position: int) -> Callable[[], tuple[int, Payload]]:
-    """The token for `position` and, in the same visit to the thread, the step that it makes."""
-
-    def choose() -> tuple[int, Payload]:
-        token = sample(ends.logits(to_tensor(answer)[-1:])[0], params.sampling, position)
-        return token, _embedder(ends, params, [token])()
-
-    return choose

@@ -27,6 +27,7 @@ from client.generate import (
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
+from client.speculation import PromptLookup, Speculation
 from client.text import TextStream
 from equivariant.ends import ClientEnds
 from models.config import ModelConfig
@@ -39,12 +40,14 @@ INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, les
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it."""
+    """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
+    `speculate`: guess at tokens from what the text held before; the answer is the same."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    speculate: bool = False
 
 
 class Answer:
@@ -83,7 +86,8 @@ class DeployedModel:
             sampling=ask.sampling,
             stop_ids=frozenset() if ask.ignore_eos else frozenset(self.config.eos_ids),
         )
-        host = GenerationHost(self.ports.clock, self._run_sync, self.ports.observer)
+        speculation = Speculation(PromptLookup()) if ask.speculate else None
+        host = GenerationHost(self.ports.clock, self._run_sync, self.ports.observer, speculation)
         async with self.session(kv_tokens) as session:
             generation = Generation(session, self.ends, ids, params, host)
             stream = TextStream(generation, self.tokenizer.stream(), ask.stop)

@@ -1,0 +1,184 @@
+"""Speculation: the same tokens whatever is guessed, guesses where they pay, and none where they do not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from client.generate import Generation, GenerationHost, GenerationParams, GenerationResult
+from client.speculation import NO_GUESS, Guess, Pace, PromptLookup, Speculation
+from client.tensors import to_payload, to_tensor
+from models.sampling import SamplingParams
+from protocol.tensors import Payload
+from simnet.runtime import VirtualClock, run
+
+VOCABULARY = 12
+
+
+class HashedEnds:
+    """A model of a kind: the logits of a row depend on the row, and repeat themselves often enough to be guessed."""
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor([[float(token), 0.0] for token in ids])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        seeds = [torch.Generator().manual_seed(int(value)) for value in hidden[:, 1].tolist()]
+        return torch.stack([torch.randn(VOCABULARY, generator=seed) for seed in seeds])
+
+
+class Machine:
+    """A session whose answers depend on everything that came before, with KV that a step's position truncates."""
+
+    def __init__(self, step_s: float = 0.1, row_s: float = 0.0) -> None:
+        self.step_s, self.row_s = step_s, row_s
+        self.held: list[int] = []
+        self.rows: list[int] = []
+        self.ready: list[tuple[float, Payload]] = []
+
+    async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
+        assert position <= len(self.held), "a step beyond what is held"
+        ids = [int(token) for token in to_tensor(payload)[:, 0].tolist()]
+        out = []
+        for index, token in enumerate(ids):
+            self.held[position + index :] = [token]
+            out.append([float(token), float(hash(tuple(self.held[-2:])) % 97)])
+        self.rows.append(len(ids))
+        answer = to_payload(torch.tensor(out[-tail:]), torch.float32)
+        self.ready.append((trio.current_time() + self.step_s + self.row_s * (len(ids) - 1), answer))
+        return len(self.ready) - 1
+
+    async def result(self, step: int) -> Payload:
+        ready_at, answer = self.ready[step]
+        await trio.sleep_until(ready_at)
+        return answer
+
+
+@dataclass
+class Scripted:
+    """Guesses at random: right ones, wrong ones, too many and none."""
+
+    generator: random.Random
+    truth: Sequence[int]
+    known: int = -1
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.known = 0 if self.known < 0 else self.known + len(ids)
+
+    def guess(self, count: int) -> Guess:
+        right = list(self.truth[self.known : self.known + self.generator.randint(0, count)])
+        if right and self.generator.random() < 0.5:
+            right[self.generator.randrange(len(right))] = self.generator.randrange(VOCABULARY)
+        return Guess(tuple(right), self.generator.randrange(3)) if right else NO_GUESS
+
+
+def generated(
+    machine: Machine,
+    params: GenerationParams,
+    speculation: Speculation | None = None,
+    prompt: Sequence[int] = (1, 2, 3),
+) -> GenerationResult:
+    async def main() -> GenerationResult:
+        host = GenerationHost(VirtualClock(), speculation=speculation)
+        generation = Generation(machine, HashedEnds(), prompt, params, host)
+        async for _ in generation.tokens():
+            pass
+        return generation.result()
+
+    return run(main, 0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_tokens_are_the_same_whatever_is_guessed(temperature: float, seed: int) -> None:
+    params = GenerationParams(
+        60, SamplingParams(temperature, seed=seed), stop_ids=frozenset({11}) if seed > 3 else frozenset()
+    )
+    plain = generated(Machine(), params)
+    for proposer in (Scripted(random.Random(seed), plain.ids), PromptLookup()):
+        machine = Machine()
+        speculated = generated(machine, params, Speculation(proposer))
+        assert speculated.ids == plain.ids
+        assert speculated.finish_reason == plain.finish_reason
+        assert len(machine.held) < 3 + 60, "the last token is never computed, so neither is a guess at it"
+        assert speculated.accepted <= speculated.drafted
+        assert sum(machine.rows) == 3 + speculated.drafted + len(machine.rows) - 1
+
+
+def test_right_guesses_save_round_trips() -> None:
+    params = GenerationParams(60)
+    plain, machine = generated(Machine(), params), Machine()
+
+    class Oracle(Scripted):
+        def guess(self, count: int) -> Guess:
+            return Guess(tuple(self.truth[self.known : self.known + count]), 0)
+
+    speculated = generated(machine, params, Speculation(Oracle(random.Random(0), plain.ids)))
+    assert speculated.ids == plain.ids
+    assert len(machine.rows) < 15
+    assert speculated.token_times_s[-1] < plain.token_times_s[-1] / 4
+    assert speculated.accepted == speculated.drafted == 59 - (len(machine.rows) - 1)
+
+
+def test_wrong_guesses_that_cost_are_soon_left_alone() -> None:
+    class Wrong(Scripted):
+        def guess(self, count: int) -> Guess:
+            return Guess((VOCABULARY,) * count, 0)
+
+    params = GenerationParams(300)
+    plain = generated(Machine(0.1, 0.05), params)
+    speculated = generated(Machine(0.1, 0.05), params, Speculation(Wrong(random.Random(0), plain.ids)))
+    assert speculated.ids == plain.ids
+    assert speculated.token_times_s[-1] < 1.05 * plain.token_times_s[-1]
+
+
+def test_guesses_begin_again_when_the_text_repeats_itself() -> None:
+    """Guesses that are not sent are compared all the same, so a change for the better is noticed."""
+    pace = Pace()
+    pace.took(1, 0.1)
+    pace.took(5, 0.3)
+    bad, good = Guess((1, 2, 3, 4), 2), Guess((5, 6, 7, 8), 2)
+    for _ in range(20):
+        pace.came(bad, (9,))
+    assert pace.drafts(good) == 0
+    for _ in range(20):
+        pace.came(good, (5,))
+    assert pace.drafts(good) > 0
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(0, 6))
+def test_lookup_repeats_what_followed_the_longest_match(ids: list[int], count: int) -> None:
+    lookup = PromptLookup()
+    lookup.extend(ids[: len(ids) // 2])
+    lookup.extend(ids[len(ids) // 2 :])
+    guess = lookup.guess(count)
+    expected = NO_GUESS
+    for length in (2, 3, 4):  # as the definition says: the last place, before the end, where the last tokens stood
+        places = [end for end in range(length, len(ids)) if ids[end - length : end] == ids[-length:]]
+        if len(ids) >= length and places:
+            expected = Guess(tuple(ids[places[-1] : places[-1] + count]), length)
+    assert guess == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=40),
+    st.floats(0, 10),
+    st.floats(0, 10),
+    st.integers(0, 20),
+)
+def test_the_pace_is_within_bounds_whatever_was_seen(
+    seen: list[tuple[int, bool]], step_s: float, row_s: float, guessed: int
+) -> None:
+    pace = Pace()
+    pace.took(1, step_s + 1e-6)
+    pace.took(3, step_s + 2 * row_s)
+    for held, failed in seen:
+        pace.came(Guess((1,) * 6, 0), (1,) * held + (2,) * failed)
+    assert 0 <= pace.drafts(Guess((1,) * guessed, 0)) <= min(guessed, pace.drafts_max)
