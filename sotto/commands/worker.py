@@ -21,7 +21,29 @@ def worker(
     ] = None,
     bootstrap: Annotated[
         list[str] | None,
-        typer.Option("--bootstrap", "-b", help="Any node of the swarm to join; may be repeated. None: start a swarm."),
+        typer.Option(
+            "--bootstrap",
+            "-b",
+            help="Any node of the swarm to join, or an invite; may be repeated. "
+            "None: join a swarm of the local network, or start one.",
+        ),
+    ] = None,
+    private: Annotated[
+        bool | None,
+        typer.Option(
+            "--private/--public",
+            help="Serve a private swarm, made if need be, or the public one. "
+            "Default: what the invite or an earlier run says, else public.",
+            show_default=False,
+        ),
+    ] = None,
+    lan: Annotated[
+        bool | None,
+        typer.Option(
+            "--lan/--no-lan",
+            help="Find, and be found by, peers on the local network. Default: unless --bootstrap is given.",
+            show_default=False,
+        ),
     ] = None,
     memory: Annotated[
         str | None,
@@ -65,5 +87,7 @@ def worker(
             device=device,
             metrics=parse_metrics_address(metrics),
             lifeline=lifeline,
+            private=private,
+            lan=lan,
         )
         trio.run(run_worker, options)
