@@ -60,7 +60,10 @@ def _with_options_of_worker() -> None:
     token = inspect.Parameter(
         "token",
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        annotation=Annotated[str, typer.Argument(help="What 'sotto invite' printed; '-' reads it from standard input.", show_default=False)],
+        annotation=Annotated[
+            str,
+            typer.Argument(help="What 'sotto invite' printed; '-' reads it from standard input.", show_default=False),
+        ],
     )
     options = [parameter for name, parameter in signature.parameters.items() if name != "bootstrap"]
     join.__signature__ = signature.replace(parameters=[token, *options])  # type: ignore[attr-defined]

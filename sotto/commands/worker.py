@@ -9,6 +9,24 @@ import typer
 
 from sotto.commands.common import DataDir, errors
 
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--public",
+        help="Serve a private swarm, made if need be, or the public one. "
+        "Default: what the invite or an earlier run says, else public.",
+        show_default=False,
+    ),
+]
+Lan = Annotated[
+    bool | None,
+    typer.Option(
+        "--lan/--no-lan",
+        help="Find, and be found by, peers on the local network. Default: unless --bootstrap is given.",
+        show_default=False,
+    ),
+]
+
 
 def worker(
     listen: Annotated[
@@ -28,23 +46,8 @@ def worker(
             "None: join a swarm of the local network, or start one.",
         ),
     ] = None,
-    private: Annotated[
-        bool | None,
-        typer.Option(
-            "--private/--public",
-            help="Serve a private swarm, made if need be, or the public one. "
-            "Default: what the invite or an earlier run says, else public.",
-            show_default=False,
-        ),
-    ] = None,
-    lan: Annotated[
-        bool | None,
-        typer.Option(
-            "--lan/--no-lan",
-            help="Find, and be found by, peers on the local network. Default: unless --bootstrap is given.",
-            show_default=False,
-        ),
-    ] = None,
+    private: Private = None,
+    lan: Lan = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Memory that you give, weights and KV cache together. Default: half of what is free."),
