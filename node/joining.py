@@ -37,6 +37,7 @@ class Lead:
 
     peer: PeerId
     addrs: tuple[str, ...]
+    given: bool = False
     delay_s: float = RETRY_FIRST_S
     due: float = 0.0
 
@@ -61,7 +62,7 @@ class Leads:
         self._found: OrderedDict[PeerId, Lead] = OrderedDict()
         for addr in given:
             peer, _ = parse_bootstrap(addr)
-            lead = self._given.setdefault(peer, Lead(peer, ()))
+            lead = self._given.setdefault(peer, Lead(peer, (), given=True))
             lead.addrs = (*lead.addrs, addr.strip())[:ADDRS_PER_PEER_MAX]
 
     def __bool__(self) -> bool:
@@ -83,22 +84,29 @@ class Leads:
         """The leads whose connection is missing, given ones first, the latest found before older ones."""
         neighbours = frozenset(connected)
         given = [] if neighbours & self._given.keys() else [lead for peer, lead in self._given.items() if peer != own]
-        if len(neighbours & (self._given.keys() | self._found.keys())) >= NEIGHBOURS_ENOUGH:
+        if self.enough(neighbours):
             return given
         known = neighbours | self._given.keys() | {own}
         return given + [lead for peer, lead in reversed(self._found.items()) if peer not in known]
+
+    def enough(self, connected: Iterable[PeerId]) -> bool:
+        """Is there no need of more peers that were found?"""
+        return len((self._given.keys() | self._found.keys()) & frozenset(connected)) >= NEIGHBOURS_ENOUGH
 
 
 async def join(transport: Transport, leads: Leads) -> None:
     """Connect to every lead once. Raises InputError (malformed), TransportError (none answers)."""
     failures: list[TransportError] = []
-    wanted = leads.wanted(transport.peer, transport.connected())
-    for lead in wanted:
+    answered = False
+    for lead in leads.wanted(transport.peer, transport.connected()):
+        if not lead.given and leads.enough(transport.connected()):
+            break
         try:
             await _dial(transport, lead)
+            answered = True
         except TransportError as error:
             failures.append(error)
-    if failures and len(failures) == len(wanted):
+    if failures and not answered:
         raise TransportError(f"no bootstrap address answers ({failures[0]})")
 
 
@@ -110,7 +118,7 @@ async def stay_joined(transport: Transport, leads: Leads, jitter: Jitter) -> Non
     while True:
         changed = leads.changed
         for lead in leads.wanted(transport.peer, transport.connected()):
-            if lead.due <= trio.current_time():
+            if lead.due <= trio.current_time() and (lead.given or not leads.enough(transport.connected())):
                 await _try(transport, lead, jitter)
         missing = leads.wanted(transport.peer, transport.connected())
         with trio.move_on_at(min([trio.current_time() + CHECK_S, *(lead.due for lead in missing)])):
