@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from typer.testing import CliRunner, Result
 
 from node.app_client import ClientOptions, observe
 from node.groups import ungrouped
@@ -27,6 +28,7 @@ from protocol.membership import Side, SwarmKey
 from protocol.messages import CONTROL, LINK, SESSION, SHARD, Ping
 from protocol.ports import GossipMessage
 from protocol.signed import Identity, Signed
+from sotto.__main__ import app
 from tests.helpers.tiny_models import make_checkpoint
 from tests.node.test_lan import needs_multicast
 
@@ -85,14 +87,14 @@ def _ready(folder: Path, child: subprocess.Popen[bytes]) -> Daemon:
     return Daemon(folder, state["peer"], tuple(state["addrs"]), state["metrics"])
 
 
-def sotto(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+def sotto(folder: Path, *words: str, **env: str) -> Result:
+    """A command in this process: it loads torch once."""
     folders = {"XDG_DATA_HOME": str(folder / "data"), "XDG_STATE_HOME": str(folder / "state")}
-    command = [sys.executable, "-m", "sotto", *words]
-    return subprocess.run(command, env={**os.environ, **folders, **env}, capture_output=True, text=True, timeout=90)
+    return CliRunner().invoke(app, list(words), env={**folders, **env})
 
 
-def peers_seen(done: subprocess.CompletedProcess[str]) -> set[str]:
-    assert done.returncode == 0, done.stdout + done.stderr
+def peers_seen(done: Result) -> set[str]:
+    assert done.exit_code == 0, done.stdout + done.stderr
     return {row["peer"] for row in json.loads(done.stdout)["peers"]}
 
 
@@ -102,7 +104,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Net]:
     folder = tmp_path_factory.mktemp("private")
     with daemon(folder / "a", "worker", "--private", "--no-lan") as first:
         printed = sotto(folder, "invite", "--data-dir", str(first.folder))
-        assert printed.returncode == 0, printed.stderr
+        assert printed.exit_code == 0, printed.stderr
         invite = printed.stdout.strip()
         assert "can invite others" in printed.stderr
         with daemon(folder / "b", "join", invite) as second:
@@ -116,7 +118,7 @@ def test_members_meet_and_run_a_prompt(net: Net, tmp_path: Path) -> None:
     model = str(make_checkpoint(tmp_path / "m", seed=41))
     words = ["run", "-m", model, "--workers", "2", "-n", "5", "--json", "the quiet brook"]
     done = sotto(tmp_path, *words, SOTTO_SWARM=net.invite)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.exit_code == 0, done.stdout + done.stderr
     assert len(json.loads(done.stdout)["ids"]) <= 5
 
 
@@ -215,7 +217,7 @@ def test_a_member_that_dials_a_public_worker_is_told(net: Net, tmp_path: Path) -
     (folder / "swarm.key").write_bytes(bytes(32))
     (folder / "swarm.key").chmod(0o600)
     joined = sotto(tmp_path, "join", net.invite, "--data-dir", str(folder), *LISTEN, *LIMITS)
-    assert joined.returncode == 1
+    assert joined.exit_code == 1
     assert "another private swarm" in joined.stderr
 
 
