@@ -30,7 +30,7 @@ from node.clock import SystemClock
 from node.entry import read_entry
 from node.groups import ungrouped
 from node.identity import load_identity
-from node.joining import Leads, join, stay_joined
+from node.joining import Leads, join, join_found, stay_joined
 from node.lan import SWITCH, allowed, on_lan
 from node.lifetime import only_user_of
 from node.metrics import ClientMetrics, serve_metrics
@@ -45,7 +45,7 @@ from protocol.signed import Identity
 from protocol.swarm import SwarmView
 
 KV_TOKENS_DEFAULT = 4096  # KV room that a placement asks for: one long chat, or several short requests
-LAN_SEARCH_S = 3.0  # an answer takes a tenth of a second; the first question may be lost
+LAN_SEARCH_S = 4.0  # an answer takes a tenth of a second, but the first question may be lost
 SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
 
 
@@ -197,8 +197,7 @@ async def _joined(options: ClientOptions, identity: Identity) -> AsyncIterator[C
                 client = Client(options, identity, ports, driver)
                 metrics.watch(lambda: client.watch.view)
                 await client.watch.start()
-                async with _seeking(leads):
-                    await join(mesh, leads)
+                async with _in_touch(mesh, leads):
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     yield client
             nursery.cancel_scope.cancel()
@@ -213,9 +212,11 @@ def _ports(identity: Identity, mesh: Mesh, key: SwarmKey | None, metrics: Client
 
 
 @asynccontextmanager
-async def _seeking(leads: Leads) -> AsyncIterator[None]:
-    """Unless leads were given: look on the local network, and begin when one was found. Raises InputError."""
+async def _in_touch(mesh: Mesh, leads: Leads) -> AsyncIterator[None]:
+    """Connected to one of `leads`, or, when there are none, to a peer of the local network. Raises InputError (nobody
+    there), TransportError (no lead answers)."""
     if leads:
+        await join(mesh, leads)
         yield
         return
     if not allowed():
@@ -225,12 +226,12 @@ async def _seeking(leads: Leads) -> AsyncIterator[None]:
         )
     async with on_lan(PUBLIC_SWARM, None, leads.sighted) as lan:
         with trio.move_on_after(0 if lan.trouble else LAN_SEARCH_S):
-            while not leads:
-                await leads.changed.wait()
-        if not leads:
+            await join_found(mesh, leads)
+        if not mesh.connected():
+            why = f" ({lan.trouble})" if lan.trouble else ""
             raise InputError(
-                "no swarm named, and none is on the local network" + (f" ({lan.trouble})" if lan.trouble else "") + ": "
-                "give --bootstrap ADDRESS or INVITE ('sotto invite' prints one), or start workers with 'sotto sim up'"
+                f"no swarm named, and none is on the local network{why}: give --bootstrap ADDRESS or INVITE "
+                "('sotto invite' prints one), or start workers with 'sotto sim up'"
             )
         yield
 

@@ -9,8 +9,10 @@ and a lead that never answers holds up no other for longer than one dial.
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
@@ -26,6 +28,7 @@ RETRY_FIRST_S, RETRY_MAX_S = 0.5, 30.0
 CHECK_S = 5.0  # how soon a lost neighbour is noticed
 NEIGHBOURS_ENOUGH = 6  # gossip's degree: more connections carry no advert further
 FOUND_MAX = 32  # peers of the local network that are remembered; anybody there can invent some
+FOUND_DIAL_S = 1.0  # for all addresses of one: a network this near answers in milliseconds, an invented peer never
 ADDRS_PER_PEER_MAX = 8
 Jitter = Callable[[], float]
 """Uniform in [0, 1)."""
@@ -110,6 +113,16 @@ async def join(transport: Transport, leads: Leads) -> None:
         raise TransportError(f"no bootstrap address answers ({failures[0]})")
 
 
+async def join_found(transport: Transport, leads: Leads) -> None:
+    """Wait until a peer that is found answers. Waits as long as it takes: callers own timeouts."""
+    while not transport.connected():
+        changed = leads.changed
+        with suppress(TransportError):
+            await join(transport, leads)
+        if not transport.connected():
+            await changed.wait()
+
+
 async def stay_joined(transport: Transport, leads: Leads, jitter: Jitter) -> None:
     """Connect to whichever leads are wanted, and again when they are lost. Runs until cancelled.
 
@@ -133,15 +146,17 @@ async def _try(transport: Transport, lead: Lead, jitter: Jitter) -> None:
         log.info("lead silent", extra={"peer": lead.peer, "retry_s": round(pause_s, 3), "reason": str(error)})
     else:
         lead.answered(trio.current_time())
+        log.info("joined", extra={"peer": lead.peer})
 
 
 async def _dial(transport: Transport, lead: Lead) -> None:
     """One address after the other. Raises InputError (malformed), TransportError (none answers)."""
     failure: TransportError | None = None
-    for addr in lead.addrs:
-        try:
-            await transport.connect(addr)
-            return
-        except TransportError as error:
-            failure = failure or error
-    raise failure or TransportError(f"no address of {lead.peer} is known")
+    with trio.move_on_after(math.inf if lead.given else FOUND_DIAL_S):
+        for addr in lead.addrs:
+            try:
+                await transport.connect(addr)
+                return
+            except TransportError as error:
+                failure = failure or error
+    raise failure or TransportError(f"{lead.peer} does not answer")

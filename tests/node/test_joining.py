@@ -10,12 +10,14 @@ import trio
 
 from node.joining import (
     CHECK_S,
+    FOUND_DIAL_S,
     FOUND_MAX,
     NEIGHBOURS_ENOUGH,
     RETRY_FIRST_S,
     RETRY_MAX_S,
     Leads,
     join,
+    join_found,
     stay_joined,
 )
 from protocol.errors import InputError, TransportError
@@ -222,5 +224,45 @@ def test_joining_once_tries_all_and_complains_when_none_answers():
         with pytest.raises(TransportError, match="no bootstrap address answers"):
             await join(FakeTransport(), Leads([at(1), at(2)]))
         await join(FakeTransport(), Leads())
+
+    runtime.run(main, seed=1)
+
+
+def test_invented_peers_of_the_local_network_cost_a_moment_each():
+    """They swallow dials; the honest one, seen first, is dialled last."""
+    transport, leads = FakeTransport(peer(1), dial_s=0.02), Leads()
+    real = transport.connect
+
+    async def connect(addr):
+        if not addr.endswith(peer(1)):
+            await trio.sleep_forever()
+        return await real(addr)
+
+    transport.connect = connect
+    leads.sighted(peer(1), (at(1),))
+    for number in range(2, 5):
+        leads.sighted(peer(number), tuple(at(number, f"10.0.0.{i}") for i in range(1, 9)))
+
+    async def main():
+        with trio.fail_after(10):
+            await join_found(transport, leads)
+        assert transport.connected() == (peer(1),)
+        assert trio.current_time() == pytest.approx(3 * FOUND_DIAL_S + 0.02)
+
+    runtime.run(main, seed=1)
+
+
+def test_the_local_network_is_waited_for_until_somebody_answers():
+    transport, leads = FakeTransport(peer(2)), Leads()
+
+    async def main():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(join_found, transport, leads)
+            await trio.sleep(3)
+            leads.sighted(peer(1), (at(1),))
+            await trio.sleep(3)
+            leads.sighted(peer(2), (at(2),))
+        assert trio.current_time() == 6
+        assert transport.connected() == (peer(2),)
 
     runtime.run(main, seed=1)
