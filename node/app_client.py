@@ -7,6 +7,7 @@ thread; the event loop stays free for the network.
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,26 +27,32 @@ from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
 from node.clock import SystemClock
+from node.entry import read_entry
 from node.groups import ungrouped
 from node.identity import load_identity
-from node.joining import join
+from node.joining import Leads, join, join_found, stay_joined
+from node.lan import SWITCH, allowed, on_lan
 from node.lifetime import only_user_of
 from node.metrics import ClientMetrics, serve_metrics
 from node.model import DeployedModel
-from node.p2p.mesh import MeshConfig, open_mesh
+from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from node.private import PrivateGossip, PrivateTransport
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
 from protocol import limits
 from protocol.errors import InputError, RouteUnavailable
+from protocol.membership import PUBLIC_SWARM, SwarmKey
 from protocol.signed import Identity
 from protocol.swarm import SwarmView
 
 KV_TOKENS_DEFAULT = 4096  # KV room that a placement asks for: one long chat, or several short requests
+LAN_SEARCH_S = 4.0  # an answer takes a tenth of a second, but the first question may be lost
 SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
 
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
-    """`data_dir` holds identity, keys and sealed models. `discover_s` is how long to wait for workers."""
+    """`data_dir` holds identity, keys and sealed models. `bootstrap` holds addresses and invites; when it is empty the
+    local network is searched for a public swarm. `discover_s` is how long to wait for workers."""
 
     data_dir: Path
     bootstrap: tuple[str, ...]
@@ -106,7 +113,7 @@ class Client:
             )
         return (
             f"no workers found in {self.options.discover_s:g} s: the bootstrap node answers, but no worker advertises "
-            "through it; start one with 'sotto worker --bootstrap ADDRESS'"
+            "through it; start one with 'sotto worker --bootstrap ADDRESS', or get an invite if the swarm is private"
         )
 
     async def seal(self, model: Checkpoint, dtype: str, key: RootKey | None, progress: Progress) -> SealedModel:
@@ -178,22 +185,55 @@ async def observe(options: ClientOptions) -> AsyncIterator[Client]:
 
 @asynccontextmanager
 async def _joined(options: ClientOptions, identity: Identity) -> AsyncIterator[Client]:
-    if not options.bootstrap:
-        raise InputError("a client needs the address of one node of the swarm: give --bootstrap ADDRESS")
-    metrics = ClientMetrics()
+    entry = read_entry(options.bootstrap)
+    leads, metrics = Leads(entry.addrs), ClientMetrics()
     mesh_config = MeshConfig(identity.seed, listen=())  # no listener: every stream that is read is opened from here
     with ungrouped():
         async with open_mesh(mesh_config) as mesh, trio.open_nursery() as nursery:
             with serve_metrics(options.metrics, metrics.registry):
-                ports = ClientPorts(identity, mesh, mesh, SystemClock(), os.urandom, metrics)
+                ports = _ports(identity, mesh, entry.key, metrics)
                 driver = Driver(ports)
                 await nursery.start(driver.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
                 client = Client(options, identity, ports, driver)
                 metrics.watch(lambda: client.watch.view)
                 await client.watch.start()
-                await join(mesh, options.bootstrap)
-                yield client
+                async with _in_touch(mesh, leads):
+                    nursery.start_soon(stay_joined, mesh, leads, random.random)
+                    yield client
             nursery.cancel_scope.cancel()
+
+
+def _ports(identity: Identity, mesh: Mesh, key: SwarmKey | None, metrics: ClientMetrics) -> ClientPorts:
+    """The world as a client of the swarm sees it: the mesh itself, or the members' part of it."""
+    if key is None:
+        return ClientPorts(identity, mesh, mesh, SystemClock(), os.urandom, metrics)
+    gossip = PrivateGossip(mesh, key, mesh.peer, os.urandom)
+    return ClientPorts(identity, PrivateTransport(mesh, key), gossip, SystemClock(), os.urandom, metrics)
+
+
+@asynccontextmanager
+async def _in_touch(mesh: Mesh, leads: Leads) -> AsyncIterator[None]:
+    """Connected to one of `leads`, or, when there are none, to a peer of the local network. Raises InputError (nobody
+    there), TransportError (no lead answers)."""
+    if leads:
+        await join(mesh, leads)
+        yield
+        return
+    if not allowed():
+        raise InputError(
+            f"no swarm named, and ${SWITCH} says not to look around: give --bootstrap ADDRESS or INVITE, "
+            "or start workers with 'sotto sim up'"
+        )
+    async with on_lan(PUBLIC_SWARM, None, leads.sighted) as lan:
+        with trio.move_on_after(0 if lan.trouble else LAN_SEARCH_S):
+            await join_found(mesh, leads)
+        if not mesh.connected():
+            why = f" ({lan.trouble})" if lan.trouble else ""
+            raise InputError(
+                f"no swarm named, and none is on the local network{why}: give --bootstrap ADDRESS or INVITE "
+                "('sotto invite' prints one), or start workers with 'sotto sim up'"
+            )
+        yield
 
 
 def _fits(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> bool:

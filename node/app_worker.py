@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +21,21 @@ import trio
 
 from node.clock import SystemClock
 from node.engine_thread import EngineThread
+from node.entry import STATE_FILE, key_of_worker, read_entry
 from node.files import write_atomic
 from node.groups import ungrouped
 from node.identity import load_identity
-from node.joining import stay_joined
+from node.joining import Leads, stay_joined
+from node.lan import Presence, allowed, on_lan
 from node.lifetime import only_user_of, until_told
 from node.metrics import WorkerMetrics, serve_metrics
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from node.private import PrivateGossip, PrivateTransport
 from node.store import DiskStore
 from node.version import VERSION
 from protocol.errors import InputError
+from protocol.membership import SwarmKey, swarm_of
+from protocol.ports import Gossip, Transport
 from protocol.signed import Identity
 from worker.capacity import measure_speeds
 from worker.config import WorkerConfig, WorkerPorts
@@ -42,7 +48,11 @@ _DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """What the owner decides. `memory_bytes` is for weights and KV together."""
+    """What the owner decides. `memory_bytes` is for weights and KV together; `bootstrap` holds addresses and invites.
+
+    `private`: True makes the worker's swarm a private one, False keeps it public, None is as its folder or invite says.
+    `lan`: find peers on the local network; None: only without `bootstrap`.
+    """
 
     data_dir: Path
     listen: tuple[str, ...]
@@ -54,6 +64,8 @@ class WorkerOptions:
     device: str
     metrics: tuple[str, int] | None
     lifeline: int | None
+    private: bool | None = None
+    lan: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kv_memory_bytes >= self.memory_bytes:
@@ -72,17 +84,20 @@ def default_memory_bytes() -> int:
 async def run_worker(options: WorkerOptions) -> None:
     """Serve until told to stop. Raises InputError for what the owner must change (port in use, bad address...)."""
     torch.set_num_threads(options.threads)
+    entry = read_entry(options.bootstrap)
     with only_user_of(options.data_dir, "worker"), ungrouped():
+        key = key_of_worker(options.data_dir, entry, options.private, os.urandom)
         identity = load_identity(options.data_dir)
         async with (
             until_told(options.lifeline),
             open_mesh(MeshConfig(identity.seed, options.listen, options.announce)) as mesh,
         ):
-            await _serve(options, identity, mesh)
+            await _serve(options, identity, mesh, (key, Leads(entry.addrs)))
 
 
-async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None:
+async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: tuple[SwarmKey | None, Leads]) -> None:
     """Everything behind the mesh. The engine's thread is the last to go: closing sessions still needs it."""
+    key, leads = swarm
     store, metrics = DiskStore(options.data_dir), WorkerMetrics()
     metrics.kv_total(options.kv_memory_bytes)
     store.trim(options.memory_bytes)
@@ -99,9 +114,10 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None
         EngineThread(engine, lambda: torch.set_num_threads(options.threads)) as compute,
         serve_metrics(options.metrics, metrics.registry) as metrics_url,
     ):
+        transport, gossip = _in_swarm(mesh, key, metrics)
         ports = WorkerPorts(
-            transport=mesh,
-            gossip=mesh,
+            transport=transport,
+            gossip=gossip,
             compute=compute,
             store=store,
             clock=SystemClock(),
@@ -112,18 +128,32 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None
         async with trio.open_nursery() as nursery:
             service = WorkerService(ports, config)
             await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
-            nursery.start_soon(stay_joined, mesh, options.bootstrap)
-            with _announced(options.data_dir, mesh.peer, mesh.addrs, metrics_url):
-                log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs})
+            nursery.start_soon(stay_joined, transport, leads, random.random)
+            if options.lan or (options.lan is None and allowed() and not options.bootstrap):
+                nursery.start_soon(_meet_neighbours, mesh, key, leads)
+            state = {"peer": mesh.peer, "addrs": mesh.addrs, "swarm": swarm_of(key).hex()}
+            with _announced(options.data_dir, {**state, "metrics": metrics_url}):
+                log.info("serving", extra={**state, "private": key is not None})
                 await trio.sleep_forever()
 
 
+def _in_swarm(mesh: Mesh, key: SwarmKey | None, metrics: WorkerMetrics) -> tuple[Transport, Gossip]:
+    """The mesh as the ports that members of the swarm see."""
+    if key is None:
+        return mesh, mesh
+    return PrivateTransport(mesh, key, metrics.stranger_refused), PrivateGossip(mesh, key, mesh.peer, os.urandom)
+
+
+async def _meet_neighbours(mesh: Mesh, key: SwarmKey | None, leads: Leads) -> None:
+    async with on_lan(swarm_of(key), Presence(mesh.peer, mesh.listening), leads.sighted):
+        await trio.sleep_forever()
+
+
 @contextmanager
-def _announced(folder: Path, peer: str, addrs: tuple[str, ...], metrics: str) -> Iterator[None]:
+def _announced(folder: Path, state: Mapping[str, object]) -> Iterator[None]:
     """`worker.json` while the worker serves: how its maker, and its owner, find it."""
-    file = folder / "worker.json"
-    state = {"pid": os.getpid(), "peer": peer, "addrs": addrs, "metrics": metrics}
-    write_atomic(file, json.dumps(state).encode())
+    file = folder / STATE_FILE
+    write_atomic(file, json.dumps({"pid": os.getpid(), **state}).encode())
     try:
         yield
     finally:

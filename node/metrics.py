@@ -75,6 +75,9 @@ class WorkerMetrics:
             "sotto_protocol_violations", "Rules broken by peers.", ["protocol"], registry=registry
         )
         self._adverts = Counter("sotto_adverts_refused", "Adverts that did not hold.", registry=registry)
+        self._strangers = Counter(
+            "sotto_strangers_refused", "Streams of peers outside the private swarm.", ["protocol"], registry=registry
+        )
 
     def kv_total(self, kv_bytes: int) -> None:
         """What `vllm:kv_cache_usage_perc` is a share of."""
@@ -117,6 +120,9 @@ class WorkerMetrics:
 
     def advert_refused(self, peer: PeerId) -> None:
         self._adverts.inc()
+
+    def stranger_refused(self, peer: PeerId, protocol: str) -> None:
+        self._strangers.labels(protocol).inc()
 
 
 class ClientMetrics:

@@ -55,3 +55,7 @@ STEP_TOKENS_MAX = 8192  # one chunk of a prefill
 CAPABILITY_BYTES_MAX = 512  # a signed record of an id, two names, three rights and a time
 CAPABILITY_LIFE_MAX_S = 30 * 86_400.0  # how long a worker must remember that one was revoked
 REVOKED_PER_OWNER_MAX = 256
+
+# Invites: text that people copy.
+INVITE_PEERS_MAX = 4
+INVITE_CHARS_MAX = 4096  # four peers with four addresses of 128 characters each

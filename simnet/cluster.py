@@ -158,7 +158,7 @@ def _spawn(folder: Path, spec: WorkerSpec, bootstrap: str | None, lifeline: int 
     folder.mkdir()
     command = [sys.executable, "-m", "sotto", "worker", "--data-dir", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0"]
     command += ["--memory", spec.memory, "--kv-memory", spec.kv_memory, "--threads", str(spec.threads)]
-    command += ["--metrics", "127.0.0.1:0"]
+    command += ["--metrics", "127.0.0.1:0", "--no-lan"]
     if bootstrap is not None:
         command += ["--bootstrap", bootstrap]
     if lifeline is not None:

@@ -69,8 +69,9 @@ class AsyncModel:
 
 
 class AsyncSwarm:
-    """A client of the swarm that `bootstrap` addresses lead to, on trio: `async with AsyncSwarm(addr) as swarm`.
+    """A client of the swarm that `bootstrap` leads to, on trio: `async with AsyncSwarm(addr) as swarm`.
 
+    `bootstrap`: addresses, or an invite; none of them: a public swarm of the local network.
     `data_dir` holds the client's identity, keys and sealed models; one client at a time may use it.
     """
 
@@ -159,8 +160,9 @@ class Model:
 
 
 class Swarm:
-    """A client of the swarm that `bootstrap` addresses lead to: `with Swarm(addr) as swarm`.
+    """A client of the swarm that `bootstrap` leads to: `with Swarm(addr) as swarm`.
 
+    `bootstrap`: addresses, or an invite; none of them: a public swarm of the local network.
     `data_dir` holds the client's identity, keys and sealed models; one client at a time may use it.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,10 @@ from simnet import cluster
 # Hypothesis without a wall clock, and with the same examples in every run.
 settings.register_profile("deterministic", deadline=None, derandomize=True)
 settings.load_profile("deterministic")
+
+# No test meets a swarm of the network that it happens to run in; those of discovery switch it on for themselves.
+os.environ["SOTTO_LAN"] = "0"
+os.environ.pop("SOTTO_SWARM", None)
 
 # One thread for matrices this small: waking a second one costs more than the product, far more on a busy machine.
 torch.set_num_threads(1)

@@ -5,13 +5,14 @@ What a user gave raises InputError with a sentence that says what to change; wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
 from protocol.errors import InputError, RemoteProtocolError
 from protocol.ids import PeerId, public_key_of
+from protocol.limits import ADDR_CHARS_MAX, ADDRS_MAX
 
 _HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
 _EXAMPLE = "/ip4/192.0.2.7/tcp/4001"
@@ -19,6 +20,8 @@ _EXAMPLE = "/ip4/192.0.2.7/tcp/4001"
 
 def parse(text: str) -> Multiaddr:
     """Any multiaddr over TCP, without /p2p. Raises InputError."""
+    if len(text) > ADDR_CHARS_MAX:
+        raise InputError(f"an address of {len(text)} characters: at most {ADDR_CHARS_MAX} fit into an advert")
     try:
         maddr = Multiaddr(text)
         names = [protocol.name for protocol in maddr.protocols()]
@@ -47,6 +50,17 @@ def parse_listen(text: str) -> Multiaddr:
     maddr = parse(text)
     tcp_endpoint(maddr)
     return maddr
+
+
+def parse_announced(texts: Sequence[str]) -> tuple[str, ...]:
+    """Addresses that an advert can carry and others can dial. Raises InputError."""
+    if len(texts) > ADDRS_MAX:
+        raise InputError(f"{len(texts)} addresses to announce, but an advert carries {ADDRS_MAX}: give the best ones")
+    for text in texts:
+        host, port = str(parse(text)).split("/")[2::2]
+        if host in ("0.0.0.0", "::") or port == "0":
+            raise InputError(f"nobody can dial {text!r}: announce the address and the port that others see")
+    return tuple(str(parse(text)) for text in texts)
 
 
 def dialable(addrs: Iterable[str]) -> list[Multiaddr]:

@@ -75,7 +75,12 @@ class Mesh:
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        return self._announce or tuple(str(addr) for addr in self._host.get_transport_addrs())
+        return self._announce or self.listening
+
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """Where this node itself listens, whatever it announces."""
+        return tuple(str(addr) for addr in self._host.get_transport_addrs())
 
     def connected(self) -> tuple[PeerId, ...]:
         return tuple(sorted(PeerId(peer.to_base58()) for peer in self._host.live_peers()))
@@ -198,7 +203,7 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
 
     Raises InputError: a malformed address, a port that is in use.
     """
-    announce = tuple(str(addresses.parse(addr)) for addr in config.announce)
+    announce = addresses.parse_announced(config.announce)
     bound: dict[str, list[trio.SocketListener]] = {}
     failure: BaseException | None = None
     try:

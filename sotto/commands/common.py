@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -19,8 +20,8 @@ Bootstrap = Annotated[
     typer.Option(
         "--bootstrap",
         "-b",
-        help="Address of any node of the swarm, /ip4/…/tcp/…/p2p/…; may be repeated. "
-        "Default: the simulation network started by 'sotto sim up'.",
+        help="An invite, or the address of any node of the swarm, /ip4/…/tcp/…/p2p/…; may be repeated. "
+        "Default: $SOTTO_SWARM, the network started by 'sotto sim up', or a swarm of the local network.",
     ),
 ]
 DataDir = Annotated[
@@ -123,20 +124,20 @@ def run_async(main: Callable[[], Awaitable[T]]) -> T:
 
 
 def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:
-    """What the user named, else the running simulation network. Raises InputError."""
+    """What the user named, else what $SOTTO_SWARM holds, else the running simulation network; () when there is none of
+    them, so that the client looks on the local network."""
     from protocol.errors import InputError
 
     if given:
         return tuple(given)
+    if named := os.environ.get("SOTTO_SWARM"):
+        return (named,)
     from simnet import cluster
 
     try:
-        running = cluster.load(cluster.default_folder())
+        return (cluster.load(cluster.default_folder()).bootstrap,)
     except InputError:
-        raise InputError(
-            "no swarm named: give --bootstrap ADDRESS (a worker prints its own), or start one with 'sotto sim up'"
-        ) from None
-    return (running.bootstrap,)
+        return ()
 
 
 @contextmanager

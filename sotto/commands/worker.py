@@ -9,6 +9,24 @@ import typer
 
 from sotto.commands.common import DataDir, errors
 
+Private = Annotated[
+    bool | None,
+    typer.Option(
+        "--private/--public",
+        help="Serve a private swarm, made if need be, or the public one. "
+        "Default: what the invite or an earlier run says, else public.",
+        show_default=False,
+    ),
+]
+Lan = Annotated[
+    bool | None,
+    typer.Option(
+        "--lan/--no-lan",
+        help="Find, and be found by, peers on the local network. Default: unless --bootstrap is given.",
+        show_default=False,
+    ),
+]
+
 
 def worker(
     listen: Annotated[
@@ -21,8 +39,15 @@ def worker(
     ] = None,
     bootstrap: Annotated[
         list[str] | None,
-        typer.Option("--bootstrap", "-b", help="Any node of the swarm to join; may be repeated. None: start a swarm."),
+        typer.Option(
+            "--bootstrap",
+            "-b",
+            help="Any node of the swarm to join, or an invite; may be repeated. "
+            "None: join a swarm of the local network, or start one.",
+        ),
     ] = None,
+    private: Private = None,
+    lan: Lan = None,
     memory: Annotated[
         str | None,
         typer.Option(help="Memory that you give, weights and KV cache together. Default: half of what is free."),
@@ -65,5 +90,7 @@ def worker(
             device=device,
             metrics=parse_metrics_address(metrics),
             lifeline=lifeline,
+            private=private,
+            lan=lan,
         )
         trio.run(run_worker, options)

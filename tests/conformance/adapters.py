@@ -1,4 +1,5 @@
-"""The two adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network or on libp2p.
+"""The adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network or on libp2p, each also
+as members of a private swarm.
 
 The body is the same for both. `World` adds what the ports do not have: an address where the wrong peer answers, waiting
 until gossip has formed, ending a peer.
@@ -7,6 +8,7 @@ until gossip has formed, ending a peer.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,13 +18,16 @@ from typing import Any, Protocol
 import trio
 
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from node.private import PrivateGossip, PrivateTransport
 from protocol.ids import PeerId
+from protocol.membership import SwarmKey
 from simnet import runtime
 from simnet.endpoint import VirtualEndpoint
 from simnet.links import LinkOptions
 from simnet.network import NetworkOptions, open_network
 
-Endpoint = Mesh | VirtualEndpoint
+Endpoint = Any  # Mesh, VirtualEndpoint, or Member of either
+KEY = SwarmKey(b"\5" * 32)
 GUARD_S = 20.0  # a hang fails the test instead of the run
 
 
@@ -50,6 +55,38 @@ class Libp2p:
         return open_mesh(MeshConfig(seed_of(name)) if listen else MeshConfig(seed_of(name), ()))
 
 
+class Member:
+    """An endpoint inside a private swarm: both ports in one object, as the adapters have them."""
+
+    def __init__(self, inner: Mesh | VirtualEndpoint) -> None:
+        self._inner = inner
+        self._transport = PrivateTransport(inner, KEY)
+        self._gossip = PrivateGossip(inner, KEY, inner.peer, os.urandom)
+        self.handle, self.open = self._transport.handle, self._transport.open
+        self.publish, self.subscribe = self._gossip.publish, self._gossip.subscribe
+
+    def neighbours(self, topic: str) -> tuple[PeerId, ...]:
+        return self._inner.neighbours(KEY.topic(topic))
+
+    def __getattr__(self, name: str) -> Any:
+        """What the tests ask of the adapter itself: peer, addrs, connect, and its insides."""
+        return getattr(self._inner, name)
+
+
+@dataclass
+class Private:
+    world: World
+
+    @property
+    def name(self) -> str:
+        return f"private {self.world.name}"
+
+    @asynccontextmanager
+    async def join(self, name: str, listen: bool = True) -> AsyncIterator[Member]:
+        async with self.world.join(name, listen) as endpoint:
+            yield Member(endpoint)
+
+
 Body = Callable[..., Awaitable[None]]
 
 
@@ -63,6 +100,7 @@ def run_with(adapter: str, body: Body, *names: str) -> None:
     done = []
 
     async def guarded(world: World) -> None:
+        world = Private(world) if adapter.startswith("private") else world
         async with AsyncExitStack() as stack:
             endpoints = [await stack.enter_async_context(world.join(name)) for name in names]
             with trio.fail_after(GUARD_S):
@@ -76,7 +114,7 @@ def run_with(adapter: str, body: Body, *names: str) -> None:
     async def libp2p() -> None:
         await guarded(Libp2p())
 
-    if adapter == "virtual":
+    if adapter.endswith("virtual"):
         runtime.run(virtual, seed=1)
     else:
         trio.run(libp2p)

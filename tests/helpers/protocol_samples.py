@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from protocol import limits
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
 from protocol.capabilities import Capability, Right, rights_of
-from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
+from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest, public_key_of
+from protocol.invites import Invite, InvitePeer
 from protocol.manifest import TIERS, BlockEntry, ConfigPair, Manifest, TensorEntry
+from protocol.membership import PUBLIC_SWARM, SwarmKey
 from protocol.messages import (
     MESSAGES,
     Attach,
@@ -80,6 +82,11 @@ CAPABILITY = Capability(
     rights=("fetch", "use"),
     expires_ms=NOW_MS + 86_400_000,
 )
+INVITE = Invite(
+    swarm=PUBLIC_SWARM,
+    secret=b"",
+    peers=(InvitePeer(public_key_of(WORKER.peer), ("/ip4/192.0.2.7/tcp/4001", "/dns4/worker.example/tcp/4001")),),
+)
 TICKET = Ticket(
     session=SESSION,
     epoch=0,
@@ -126,7 +133,7 @@ SAMPLES: tuple[Message, ...] = (
     SessionFailed(SESSION, "hop_lost", ""),
     CloseSession(SESSION),
 )
-RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Capability, Manifest, Signed)
+RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Capability, Manifest, Signed, Invite)
 
 
 def body_of(message: Message) -> bytes:
@@ -200,6 +207,13 @@ def _capability(values: Values) -> st.SearchStrategy[Values]:
     return st.fixed_dictionaries({"holder": holders, "rights": rights}).map(lambda drawn: values | drawn)
 
 
+def _invite(values: Values) -> st.SearchStrategy[Values]:
+    secrets = st.one_of(st.just(b""), st.binary(min_size=32, max_size=32))
+    return secrets.map(
+        lambda secret: {**values, "secret": secret, "swarm": SwarmKey(secret).swarm if secret else PUBLIC_SWARM}
+    )
+
+
 def _step(values: Values) -> st.SearchStrategy[Values]:
     linear = values["matrix"] != ""
     shape = values["tensor"].shape
@@ -252,6 +266,7 @@ _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] =
     BlockEntry: _block,
     Manifest: _choose(tier=TIERS, dtype=tuple(DTYPE_BYTES)),
     Ticket: _ticket,
+    Invite: _invite,
     Advert: _advert,
 }
 assert {operation.value for operation in Operation} == {"span", "linear"}  # what _step chooses between

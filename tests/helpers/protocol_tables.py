@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from protocol import limits, messages
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed
+from protocol.invites import Invite, InvitePeer
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.messages import CONTROL, FRAME_BYTES_MAX, LINK, MESSAGES, SESSION, SHARD, Message, RefusalReason
 from protocol.schema import Between, Record, Scalar
@@ -42,6 +43,7 @@ BODIES: dict[type[Message], str] = {
 }
 STRUCTURES: tuple[type[Record], ...] = (
     TensorHeader, Signed, Advert, Speed, HeldSpan, Rtt, Ticket, Manifest, BlockEntry, ConfigPair, TensorEntry,
+    Invite, InvitePeer,
 )  # fmt: skip
 
 

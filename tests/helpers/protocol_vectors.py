@@ -11,17 +11,21 @@ from typing import Any
 
 import msgpack
 
-from protocol.adverts import sign_advert
+from protocol.adverts import TOPIC, sign_advert
 from protocol.capabilities import issue_capability
 from protocol.codec import encode, encode_message
 from protocol.framing import encode_frame
+from protocol.invites import make_invite, print_invite
 from protocol.manifest import sign_manifest
+from protocol.membership import NONCE_BYTES, Side, SwarmKey
+from protocol.messages import CONTROL
 from protocol.sealedbox import seal
 from protocol.tickets import issue_ticket
 from tests.helpers.protocol_samples import (
     ADVERT,
     CAPABILITY,
     CLIENT,
+    INVITE,
     MANIFEST,
     NOW_MS,
     SAMPLES,
@@ -65,6 +69,37 @@ def statements() -> Json:
             "one_time": bytes(32).hex(),
             "box": seal(b"sotto", WORKER.peer, bytes(32)).hex(),
         },
+    }
+
+
+def membership() -> Json:
+    """What follows from a private swarm's key, and invites to that swarm and to the public one."""
+    key, nonce = SwarmKey(bytes(range(32))), bytes(range(NONCE_BYTES))
+    return {
+        "secret": key.secret.hex(),
+        "swarm": key.swarm.hex(),
+        "topic": {"name": TOPIC, "derived": key.topic(TOPIC)},
+        "proofs": [
+            {
+                "dialler": CLIENT.peer,
+                "listener": WORKER.peer,
+                "protocol": CONTROL,
+                "side": side.value,
+                "proof": key.proof(CLIENT.peer, WORKER.peer, CONTROL, side).hex(),
+            }
+            for side in Side
+        ],
+        "sealed": {
+            "topic": TOPIC,
+            "author": WORKER.peer,
+            "nonce": nonce.hex(),
+            "data": b"sotto".hex(),
+            "box": key.seal(b"sotto", TOPIC, WORKER.peer, nonce).hex(),
+        },
+        "invites": [
+            {"record": encode(invite).hex(), "text": print_invite(invite)}
+            for invite in (make_invite(None, INVITE.peers), make_invite(key, INVITE.peers))
+        ],
     }
 
 
@@ -128,7 +163,12 @@ def _streams() -> list[tuple[str, bytes]]:
     ]
 
 
-FILES = {"messages.json": messages, "statements.json": statements, "malformed.json": malformed}
+FILES = {
+    "messages.json": messages,
+    "statements.json": statements,
+    "membership.json": membership,
+    "malformed.json": malformed,
+}
 
 if __name__ == "__main__":
     for name, build in FILES.items():

@@ -37,6 +37,7 @@ STR_ALLOWED = {
     "Ticket.returns": "one of RETURNS",
     "Capability.holder": "a peer id",
     "Capability.rights": "of Right",
+    "InvitePeer.addrs": "where a peer can be dialled; an invite is made by sotto and handed on by people",
     "Manifest.tier": "one of TIERS",
     "Manifest.dtype": "one of DTYPE_BYTES",
     "ConfigPair.key": "a field of models.config.BlockConfig; the same for every prompt",
@@ -45,6 +46,7 @@ STR_ALLOWED = {
 }
 # Bytes that are not of one fixed length; the fixed ones are ids, nonces, digests, keys and signatures.
 BYTES_ALLOWED = {
+    "Invite.secret": "a private swarm's key, or nothing",
     "PrepareSpan.manifest": "a signed Manifest, checked by the worker",
     "OpenSession.tickets": "sealed Tickets",
     "Signed.payload": "an Advert, Ticket, Capability or Manifest, checked by who verifies it",

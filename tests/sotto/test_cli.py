@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from models.checkpoint import Checkpoint
@@ -22,6 +23,8 @@ from tests.helpers.tiny_models import make_checkpoint
 COMMANDS = [
     ["demo"],
     ["worker"],
+    ["invite"],
+    ["join"],
     ["run"],
     ["submit"],
     ["seal"],
@@ -72,6 +75,14 @@ def test_help_explains_with_an_example(command: list[str]) -> None:
     result = sotto(*command, "--help")
     assert result.exit_code == 0
     assert f"Example: sotto {' '.join(command)}" in " ".join(result.stdout.split())
+
+
+def test_join_takes_every_option_of_worker_and_a_token_in_place_of_an_address() -> None:
+    def options(command: str) -> set[str]:
+        found = get_command(app).commands[command]  # type: ignore[attr-defined]
+        return {name for parameter in found.params for name in (*parameter.opts, *parameter.secondary_opts)}
+
+    assert options("join") == options("worker") - {"--bootstrap", "-b"} | {"token"}
 
 
 def test_version() -> None:
@@ -176,12 +187,21 @@ def test_keys(tmp_path: Path) -> None:
         (["worker", "--memory", "1GiB", "--kv-memory", "2GiB"], "--kv-memory"),
         (["worker", "--device", "abacus"], "cpu or cuda"),
         (["worker", "--listen", "4001"], "/ip4/"),
+        (["worker", "--announce", "/ip4/0.0.0.0/tcp/4517"], "nobody can dial"),
+        (["worker", "--announce", f"/dns4/{'x' * 128}/tcp/4517"], "at most 128"),
+        (["worker", *["--announce", "/ip4/192.0.2.7/tcp/4517"] * 5], "give the best ones"),
+        (["worker", "-b", "/ip4/192.0.2.7/tcp/4517"], "/p2p/"),
+        (["invite"], "no worker runs"),
+        (["invite", "-b", "/ip4/192.0.2.7/tcp/4517"], "/p2p/"),
+        (["join", "sotto1AGyTxAiI"], "copy it again"),
+        (["peers", "-b", "sotto1AGyTxAiI"], "copy it again"),
+        (["run", "hello", "-b", "sotto9later"], "update sotto"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_an_error_is_one_line_that_says_what_to_do(words: list[str], says: str) -> None:
     assert says in complaint(sotto(*words))
-    if words[0] != "worker":
+    if words[0] not in ("worker", "join"):
         failed = sotto(*words, "--json")
         assert failed.exit_code == 1
         assert says in str(one_object(failed)["error"])
