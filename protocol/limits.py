@@ -55,3 +55,9 @@ STEP_TOKENS_MAX = 8192  # one chunk of a prefill
 CAPABILITY_BYTES_MAX = 512  # a signed record of an id, two names, three rights and a time
 CAPABILITY_LIFE_MAX_S = 30 * 86_400.0  # how long a worker must remember that one was revoked
 REVOKED_PER_OWNER_MAX = 256
+
+# Provider records (Kademlia).
+PROVIDERS_MAX = 20  # peers returned for a key: as many as one lookup's closest peers
+PROVIDER_LIFE_S = 3600.0  # a holder that vanished is forgotten within the hour
+PROVIDE_AGAIN_S = PROVIDER_LIFE_S / 3  # two lost rounds do not make a holder vanish
+PROVIDES_PER_S = 2.0  # a record goes to 20 peers, each with a stream of its own

@@ -111,6 +111,28 @@ class Gossip(Protocol):
         not delivered."""
 
 
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A peer that says it holds something. Hearsay: a digest, or a handshake, must bear it out."""
+
+    peer: PeerId
+    addrs: tuple[str, ...]  # multiaddrs without /p2p suffix, as the directory has them; may be empty
+
+
+class Directory(Protocol):
+    """Who holds what, kept by the peers together. Best effort: records expire, are lost, and may be lies."""
+
+    async def provide(self, key: bytes) -> None:
+        """Say that this node holds `key` (protocol.directory.shard_key). Lasts limits.PROVIDER_LIFE_S; repeat sooner.
+
+        Raises TransportError when nobody took the record.
+        """
+
+    async def providers(self, key: bytes) -> tuple[Provider, ...]:
+        """Other peers that hold `key`: each once, at most limits.PROVIDERS_MAX, () when none is found or none answers
+        in time (the adapter's own deadline). Never this node itself."""
+
+
 class Clock(Protocol):
     def time(self) -> float:
         """Unix time in seconds: for statements that travel (adverts, tickets)."""
