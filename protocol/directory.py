@@ -1,7 +1,7 @@
 """What the directory of providers is asked for. Pure.
 
-A record names its key in clear to every peer that keeps it, so the key is a digest of the shard's digest: who does not
-know the shard learns from it neither the shard nor its deployment. Who knows the shard's digest can look up its holders.
+A record names its key in clear to every peer that keeps it, so the key is a digest of the shard's digest: who does
+not know the shard learns neither it nor its deployment. Who knows the shard can look up its holders.
 """
 
 from __future__ import annotations
