@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -27,6 +28,7 @@ from node.joining import stay_joined
 from node.lifetime import only_user_of, until_told
 from node.metrics import WorkerMetrics, serve_metrics
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from node.p2p.reaching import Reaching, ReachOptions
 from node.store import DiskStore
 from node.version import VERSION
 from protocol.errors import InputError
@@ -54,6 +56,7 @@ class WorkerOptions:
     device: str
     metrics: tuple[str, int] | None
     lifeline: int | None
+    reach: ReachOptions = field(default_factory=ReachOptions)
 
     def __post_init__(self) -> None:
         if self.kv_memory_bytes >= self.memory_bytes:
@@ -108,23 +111,38 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None
             entropy=os.urandom,
             observer=metrics,
             run_sync=trio.to_thread.run_sync,
+            directory=mesh.directory,
         )
         async with trio.open_nursery() as nursery:
             service = WorkerService(ports, config)
             await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
             nursery.start_soon(stay_joined, mesh, options.bootstrap)
-            with _announced(options.data_dir, mesh.peer, mesh.addrs, metrics_url):
+            nursery.start_soon(Reaching(mesh, options.reach).run)
+            mesh.directory.serve()
+            nursery.start_soon(mesh.directory.run)
+            with _announced(options.data_dir, mesh, metrics_url) as announce:
+                mesh.reach.on_change = partial(_reach_changed, service, announce)
                 log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs})
                 await trio.sleep_forever()
 
 
+def _reach_changed(service: WorkerService, announce: Callable[[], None]) -> None:
+    announce()
+    service.herald.changed()
+
+
 @contextmanager
-def _announced(folder: Path, peer: str, addrs: tuple[str, ...], metrics: str) -> Iterator[None]:
-    """`worker.json` while the worker serves: how its maker, and its owner, find it."""
+def _announced(folder: Path, mesh: Mesh, metrics: str) -> Iterator[Callable[[], None]]:
+    """`worker.json` while the worker serves: how its maker, and its owner, find it. Call what it gives to renew it."""
     file = folder / "worker.json"
-    state = {"pid": os.getpid(), "peer": peer, "addrs": addrs, "metrics": metrics}
-    write_atomic(file, json.dumps(state).encode())
+
+    def announce() -> None:
+        state = {"pid": os.getpid(), "peer": mesh.peer, "addrs": mesh.addrs, "metrics": metrics}
+        state["reach"] = mesh.reach.state.value
+        write_atomic(file, json.dumps(state).encode())
+
+    announce()
     try:
-        yield
+        yield announce
     finally:
         file.unlink(missing_ok=True)

@@ -56,7 +56,11 @@ class Transport(Protocol):
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        """Multiaddrs (without /p2p suffix) under which this node can be dialled."""
+        """Multiaddrs (without /p2p suffix) under which this node can be dialled; they follow its reachability."""
+
+    @property
+    def relayed(self) -> bool:
+        """True while others reach this node through a relay only."""
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         """Give each incoming stream of `protocol` to `handler`, in a task of the adapter's.
