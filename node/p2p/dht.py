@@ -40,7 +40,8 @@ PARALLEL = 5  # questions of one lookup that wait at a time
 ASK_S = 4.0  # one question, connecting included
 LOOKUP_S = 12.0  # a whole lookup
 SERVE_S = 10.0  # a peer's stream: its requests and our answers
-MEET_S = 30.0  # peers that connected are asked whether they speak this within the time; those that did not, again then
+MEET_S = 2.0  # who connected is asked within this time whether it speaks this...
+STRANGER_S = 30.0  # ...and who did not answer, again after this time
 REQUEST_BYTES_MAX = 16 * 1024  # a provider with four addresses and a signed record of a foreign library
 ANSWER_BYTES_MAX = 64 * 1024  # forty peers with their addresses
 CONTACTS_PER_LOOKUP_MAX = 256  # beyond it, what peers name is not looked at
@@ -177,7 +178,7 @@ class Kademlia:
     async def _meet(self) -> None:
         """Ask connected peers that are neither in the table nor known not to speak this."""
         now = trio.current_time()
-        while self._strangers and now - next(iter(self._strangers.values())) > MEET_S:
+        while self._strangers and now - next(iter(self._strangers.values())) > STRANGER_S:
             self._strangers.popitem(last=False)
         request = Message(type=Message.FIND_NODE, key=self._own_key)
 
