@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sotto.commands import demo, generation, key, mesh, seal, sim, worker
+from sotto.commands import demo, doctor, generation, key, mesh, seal, sim, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +17,7 @@ app.command(epilog="Example: sotto demo --json")(demo.demo)
 app.command(epilog="Example: sotto worker --memory 8GiB --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…")(
     worker.worker
 )
+app.command(epilog="Example: sotto doctor --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…")(doctor.doctor)
 app.command(epilog="Example: sotto run -m ./my-llama 'The Python language'")(generation.run)
 app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(generation.submit)
 app.command(name="seal", epilog="Example: sotto seal ./my-llama -o ./my-llama-sealed")(seal.seal)

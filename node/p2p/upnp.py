@@ -19,8 +19,8 @@ import trio
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-DISCOVER_MS = 2000
-GATEWAY_S = 10.0  # everything that is asked of a router at a time
+DISCOVER_MS = 1000  # per kind of router that is asked for, four in all
+GATEWAY_S = 15.0  # everything that is asked of a router at a time
 LEASE_S = 3600
 RENEW_S = LEASE_S / 3
 PORTS_TRIED = 3  # somebody else in the house may have the first

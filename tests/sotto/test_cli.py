@@ -22,6 +22,7 @@ from tests.helpers.tiny_models import make_checkpoint
 COMMANDS = [
     ["demo"],
     ["worker"],
+    ["doctor"],
     ["run"],
     ["submit"],
     ["seal"],
