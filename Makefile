@@ -1,11 +1,12 @@
 # make demo   three workers, a sealed model, one answer
 # make test   what CI runs
 # make check  style, types and rings alone
+# make interop  js-libp2p as a foreign client; needs node and npm
 # Each makes .venv first; afterwards .venv/bin/sotto is there.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-.PHONY: demo test check wheel clean prerequisites
+.PHONY: demo test check interop wheel clean prerequisites
 
 demo: .venv/runs
 	$(BIN)/sotto demo
@@ -18,6 +19,13 @@ check: .venv/tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Beside the tests, not below them: what npm installs is nobody's to lint.
+interop: .venv/tests
+	@command -v node >/dev/null && command -v npm >/dev/null || { echo "skipped: node and npm are not here"; exit 0; }; \
+	  mkdir -p .venv/interop && cp tests/interop/*.json tests/interop/*.mjs .venv/interop/ && \
+	  npm ci --prefix .venv/interop --ignore-scripts --no-audit --no-fund --loglevel=error && \
+	  $(BIN)/pytest -n 0 -m interop tests/interop
 
 wheel: .venv/tests
 	$(BIN)/python -m build --wheel

@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -30,6 +31,7 @@ from node.lan import Presence, allowed, on_lan
 from node.lifetime import only_user_of, until_told
 from node.metrics import WorkerMetrics, serve_metrics
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from node.p2p.reaching import Reaching, ReachOptions
 from node.private import PrivateGossip, PrivateTransport
 from node.store import DiskStore
 from node.version import VERSION
@@ -66,6 +68,7 @@ class WorkerOptions:
     lifeline: int | None
     private: bool | None = None
     lan: bool | None = None
+    reach: ReachOptions = field(default_factory=ReachOptions)
 
     def __post_init__(self) -> None:
         if self.kv_memory_bytes >= self.memory_bytes:
@@ -124,6 +127,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             entropy=os.urandom,
             observer=metrics,
             run_sync=trio.to_thread.run_sync,
+            directory=mesh.directory,
         )
         async with trio.open_nursery() as nursery:
             service = WorkerService(ports, config)
@@ -131,9 +135,13 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             nursery.start_soon(stay_joined, transport, leads, random.random)
             if options.lan or (options.lan is None and allowed() and not options.bootstrap):
                 nursery.start_soon(_meet_neighbours, mesh, key, leads)
-            state = {"peer": mesh.peer, "addrs": mesh.addrs, "swarm": swarm_of(key).hex()}
-            with _announced(options.data_dir, {**state, "metrics": metrics_url}):
-                log.info("serving", extra={**state, "private": key is not None})
+            nursery.start_soon(Reaching(mesh, options.reach).run)
+            mesh.directory.serve()
+            nursery.start_soon(mesh.directory.run)
+            facts = {"swarm": swarm_of(key).hex(), "metrics": metrics_url}
+            with _announced(options.data_dir, mesh, facts) as announce:
+                mesh.reach.on_change = partial(_reach_changed, service, announce)
+                log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs, "private": key is not None})
                 await trio.sleep_forever()
 
 
@@ -149,12 +157,22 @@ async def _meet_neighbours(mesh: Mesh, key: SwarmKey | None, leads: Leads) -> No
         await trio.sleep_forever()
 
 
+def _reach_changed(service: WorkerService, announce: Callable[[], None]) -> None:
+    announce()
+    service.herald.changed()
+
+
 @contextmanager
-def _announced(folder: Path, state: Mapping[str, object]) -> Iterator[None]:
-    """`worker.json` while the worker serves: how its maker, and its owner, find it."""
+def _announced(folder: Path, mesh: Mesh, facts: Mapping[str, str]) -> Iterator[Callable[[], None]]:
+    """`worker.json` while the worker serves: how its maker, and its owner, find it. Call what it gives to renew it."""
     file = folder / STATE_FILE
-    write_atomic(file, json.dumps({"pid": os.getpid(), **state}).encode())
+
+    def announce() -> None:
+        state = {"pid": os.getpid(), "peer": mesh.peer, "addrs": mesh.addrs, "reach": mesh.reach.state.value}
+        write_atomic(file, json.dumps({**state, **facts}).encode())
+
+    announce()
     try:
-        yield
+        yield announce
     finally:
         file.unlink(missing_ok=True)

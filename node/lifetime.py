@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -37,6 +39,23 @@ async def _end_of_file(lifeline: int, done: trio.CancelScope) -> None:
         while await pipe.receive_some(1):
             pass
     done.cancel()
+
+
+def running_worker(folder: Path) -> dict[str, Any] | None:
+    """What the worker that runs on `folder` states of itself (worker.json); None when none runs."""
+    try:
+        with open(folder / "lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        pass
+    except OSError:
+        return None
+    try:
+        state = json.loads((folder / "worker.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
 
 
 @contextmanager

@@ -42,6 +42,10 @@ class PrivateTransport:
     def addrs(self) -> tuple[str, ...]:
         return self.inner.addrs
 
+    @property
+    def relayed(self) -> bool:
+        return self.inner.relayed
+
     def connected(self) -> tuple[PeerId, ...]:
         return self.inner.connected()
 

@@ -108,6 +108,16 @@ def advert_interval_s(peers: int) -> float:
     return max(limits.ADVERT_INTERVAL_MIN_S, peers / limits.ADVERTS_RECEIVED_PER_S)
 
 
+def read_advert(data: bytes, author: PeerId) -> Advert:
+    """The advert that `author` signed, whatever its time. Raises RemoteProtocolError."""
+    if len(data) > limits.ADVERT_BYTES_MAX:
+        raise RemoteProtocolError(f"an advert of {len(data)} bytes; {limits.ADVERT_BYTES_MAX} at most")
+    signed = decode(Signed, data)
+    if signed.signer != author:
+        raise RemoteProtocolError("an advert signed by another than its author")
+    return decode(Advert, signed.verify(_DOMAIN))
+
+
 @dataclass(slots=True)
 class AdvertGate:
     """Admits each peer's adverts in rising sequence."""
@@ -116,12 +126,7 @@ class AdvertGate:
 
     def admit(self, data: bytes, author: PeerId, now_ms: int) -> Advert:
         """The advert in `data`, published by `author`. Raises RemoteProtocolError, and then nothing changed."""
-        if len(data) > limits.ADVERT_BYTES_MAX:
-            raise RemoteProtocolError(f"an advert of {len(data)} bytes; {limits.ADVERT_BYTES_MAX} at most")
-        signed = decode(Signed, data)
-        if signed.signer != author:
-            raise RemoteProtocolError("an advert signed by another than its author")
-        advert = decode(Advert, signed.verify(_DOMAIN))
+        advert = read_advert(data, author)
         if advert.expires_ms <= now_ms:
             raise RemoteProtocolError("an advert that has expired")
         if advert.issued_ms > now_ms + limits.CLOCK_SKEW_MAX_S * 1000:

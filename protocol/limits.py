@@ -59,3 +59,8 @@ REVOKED_PER_OWNER_MAX = 256
 # Invites: text that people copy.
 INVITE_PEERS_MAX = 4
 INVITE_CHARS_MAX = 4096  # four peers with four addresses of 128 characters each
+# Provider records (Kademlia).
+PROVIDERS_MAX = 20  # peers returned for a key: as many as one lookup's closest peers
+PROVIDER_LIFE_S = 3600.0  # a holder that vanished is forgotten within the hour
+PROVIDE_AGAIN_S = PROVIDER_LIFE_S / 3  # two lost rounds do not make a holder vanish
+PROVIDES_PER_S = 2.0  # a record goes to 20 peers, each with a stream of its own

@@ -56,7 +56,11 @@ class Transport(Protocol):
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        """Multiaddrs (without /p2p suffix) under which this node can be dialled."""
+        """Multiaddrs (without /p2p suffix) under which this node can be dialled; they follow its reachability."""
+
+    @property
+    def relayed(self) -> bool:
+        """True while others reach this node through a relay only."""
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         """Give each incoming stream of `protocol` to `handler`, in a task of the adapter's.
@@ -109,6 +113,28 @@ class Gossip(Protocol):
         """Messages for which `validator` returns False are neither delivered nor forwarded. It must be quick, sync
         and total; if it raises, the message counts as invalid. One subscription per topic and node. Own messages are
         not delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A peer that says it holds something. Hearsay: a digest, or a handshake, must bear it out."""
+
+    peer: PeerId
+    addrs: tuple[str, ...]  # multiaddrs without /p2p suffix, as the directory has them; may be empty
+
+
+class Directory(Protocol):
+    """Who holds what, kept by the peers together. Best effort: records expire, are lost, and may be lies."""
+
+    async def provide(self, key: bytes) -> None:
+        """Say that this node holds `key` (protocol.directory.shard_key). Lasts limits.PROVIDER_LIFE_S; repeat sooner.
+
+        Raises TransportError when nobody took the record.
+        """
+
+    async def providers(self, key: bytes) -> tuple[Provider, ...]:
+        """Other peers that hold `key`: each once, at most limits.PROVIDERS_MAX, () when none is found or none answers
+        in time (the adapter's own deadline). Never this node itself."""
 
 
 class Clock(Protocol):

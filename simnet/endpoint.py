@@ -53,6 +53,10 @@ class VirtualEndpoint:
     def addrs(self) -> tuple[str, ...]:
         return self._addrs
 
+    @property
+    def relayed(self) -> bool:
+        return False
+
     def connected(self) -> tuple[PeerId, ...]:
         return tuple(self._network.neighbours(self._peer))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sotto.commands import demo, generation, invite, key, mesh, seal, sim, worker
+from sotto.commands import demo, doctor, generation, invite, key, mesh, seal, sim, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,6 +19,7 @@ app.command(epilog="Example: sotto worker --memory 8GiB --bootstrap /ip4/203.0.1
 )
 app.command(epilog="Example: sotto invite")(invite.invite)
 app.command(epilog="Example: sotto join sotto1AGyTx… --memory 8GiB")(invite.join)
+app.command(epilog="Example: sotto doctor --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…")(doctor.doctor)
 app.command(epilog="Example: sotto run -m ./my-llama 'The Python language'")(generation.run)
 app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(generation.submit)
 app.command(name="seal", epilog="Example: sotto seal ./my-llama -o ./my-llama-sealed")(seal.seal)

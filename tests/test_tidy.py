@@ -28,6 +28,7 @@ SUPERVISORS = {
     "node/p2p/mesh.py": 2,
     "node/p2p/streams.py": 2,
     "node/p2p/tcp.py": 1,
+    "node/p2p/upnp.py": 1,
     "node/p2p/yamux.py": 2,
     "sotto/portal.py": 2,  # threads' boundaries: what ends a thread is raised again in its caller's
     # The edge's virtual twin: handlers and validators that raise are part of the ports' contract.

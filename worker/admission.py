@@ -128,6 +128,10 @@ class SpanLedger:
         """Digests that some lease needs."""
         return frozenset(digest for lease in self.leases.values() for digest in lease.request.shards)
 
+    def held(self) -> frozenset[ShardDigest]:
+        """Digests of the shards that are loaded, hence whole."""
+        return frozenset(digest for lease in self.loaded() for digest in lease.request.shards)
+
     def loaded(self) -> Iterable[SpanLease]:
         return (lease for lease in self.leases.values() if lease.state is SpanState.LOADED)
 

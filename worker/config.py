@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from protocol.adverts import Speed
 from protocol.errors import LocalProtocolError
-from protocol.ports import Clock, Compute, Entropy, Gossip, ShardStore, Transport
+from protocol.ports import Clock, Compute, Directory, Entropy, Gossip, ShardStore, Transport
 from protocol.signed import Identity
 from worker.observer import NullObserver, WorkerObserver
 
@@ -42,6 +42,7 @@ class WorkerPorts:
     entropy: Entropy
     observer: WorkerObserver = field(default_factory=NullObserver)
     run_sync: RunSync = run_inline
+    directory: Directory | None = None  # without one, nobody is told which shards are here
 
 
 @dataclass(frozen=True, slots=True)

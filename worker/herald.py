@@ -132,7 +132,7 @@ class Herald:
                 device=self.config.device,
                 version=self.config.version,
                 accepting=True,
-                relayed=False,
+                relayed=self.ports.transport.relayed,
                 load_percent=0,
             )
             try:

@@ -45,6 +45,7 @@ from worker.kv_pool import KvPool
 from worker.links import OPEN_S, Link, LinkPool
 from worker.meter import Meter
 from worker.outbox import Outbox
+from worker.providing import Providing
 from worker.session import Session
 from worker.sessions import SessionTable
 from worker.uploads import Uploads
@@ -90,6 +91,8 @@ class WorkerService:
                 nursery.start_soon(self.herald.listen)
                 nursery.start_soon(self.herald.publish)
                 nursery.start_soon(self.herald.measure)
+                if self._ports.directory is not None:
+                    nursery.start_soon(Providing(self._ports.directory, self._ports.clock, self.spans.held).run)
                 nursery.start_soon(self._sweep)
                 task_status.started()
                 await trio.sleep_forever()

@@ -1,12 +1,14 @@
 """Multiaddrs as people and peers write them, checked once. Pure.
 
-What a user gave raises InputError with a sentence that says what to change; what a peer gave is filtered by `dialable`.
+What a user gave raises InputError with a sentence that says what to change; what a peer gave is filtered by `dialable`
+and `stated`. A circuit address, RELAY/p2p/<relay's peer id>/p2p-circuit, names a place behind one relay, never two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 from multiaddr.exceptions import Error as MultiaddrError
 
@@ -14,7 +16,10 @@ from protocol.errors import InputError, RemoteProtocolError
 from protocol.ids import PeerId, public_key_of
 from protocol.limits import ADDR_CHARS_MAX, ADDRS_MAX
 
+CIRCUIT = "/p2p-circuit"
+
 _HOSTS = ("ip4", "ip6", "dns", "dns4", "dns6")
+_PEER_BYTES = 38  # identity multihash of an Ed25519 key's protobuf
 _EXAMPLE = "/ip4/192.0.2.7/tcp/4001"
 
 
@@ -63,15 +68,53 @@ def parse_announced(texts: Sequence[str]) -> tuple[str, ...]:
     return tuple(str(parse(text)) for text in texts)
 
 
+def parse_circuit(text: str) -> tuple[PeerId, Multiaddr]:
+    """The relay of a circuit address, and where it is dialled. Raises InputError."""
+    relay, separator, rest = text.partition(CIRCUIT)
+    if not separator or rest:
+        raise InputError(f"{text!r} is not a circuit address: write it like {_EXAMPLE}/p2p/12D3KooW...{CIRCUIT}")
+    return parse_bootstrap(relay)
+
+
+def is_circuit(text: str) -> bool:
+    return CIRCUIT in text
+
+
 def dialable(addrs: Iterable[str]) -> list[Multiaddr]:
-    """The well-formed ones among addresses that a peer stated, in their order, each once."""
+    """The well-formed ones among addresses that a peer stated, each once: direct ones in their order, then circuits."""
     found: dict[str, Multiaddr] = {}
-    for text in addrs:
+    for text in sorted(addrs, key=is_circuit):
         try:
-            found.setdefault(text, parse(text))
-        except InputError:
+            if is_circuit(text):
+                parse_circuit(text)
+            found.setdefault(text, Multiaddr(text) if is_circuit(text) else parse(text))
+        except (InputError, MultiaddrError, ValueError):
             continue
     return list(found.values())
+
+
+def stated(addrs: Sequence[bytes], suffix: str = "") -> tuple[str, ...]:
+    """The dialable ones among binary multiaddrs that a peer stated, without `suffix`, ADDRS_MAX at most."""
+    texts: list[str] = []
+    for data in addrs[: 2 * ADDRS_MAX]:
+        try:
+            text = str(Multiaddr(data)) if len(data) <= ADDR_CHARS_MAX else ""
+        except (MultiaddrError, ValueError):
+            continue
+        texts += [text.removesuffix(suffix)] if len(text) <= ADDR_CHARS_MAX else []
+    return tuple(str(maddr) for maddr in dialable(texts))[:ADDRS_MAX]
+
+
+def peer_of_bytes(data: bytes) -> PeerId | None:
+    """The Ed25519 peer id in libp2p's binary form; None for anything else."""
+    if len(data) != _PEER_BYTES:
+        return None
+    peer = PeerId(ID(data).to_base58())
+    try:
+        public_key_of(peer)
+    except RemoteProtocolError:
+        return None
+    return peer
 
 
 def tcp_endpoint(maddr: Multiaddr) -> tuple[str, int]:

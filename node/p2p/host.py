@@ -11,7 +11,7 @@ once (the library closes one by one, 0.1 s each).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import trio
 from libp2p.abc import IMuxedConn, INetStream, ISecureConn
@@ -21,18 +21,21 @@ from libp2p.custom_types import StreamHandlerFn, TMuxerOptions, TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
-from libp2p.peer.peerstore import PeerStore
+from libp2p.peer.peerstore import PeerStore, PeerStoreError
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
+from node.p2p.addresses import dialable, tcp_endpoint
 from node.p2p.streams import logged
-from node.p2p.tcp import TcpTransport
+from node.p2p.tcp import TcpStream, TcpTransport
 from node.p2p.yamux import Yamux
+from protocol.limits import ADDR_CHARS_MAX, ADDRS_MAX
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,33 @@ class Host(BasicHost):
     """libp2p's host, with the few questions the mesh asks."""
 
     swarm: Swarm
+    _own_addrs: Callable[[], tuple[str, ...]] | None = None
+
+    def tell_addrs(self, addrs: Callable[[], tuple[str, ...]]) -> None:
+        """Tell peers (identify) the addresses that `addrs` gives, instead of the listening ones."""
+        self._own_addrs = addrs
+
+    def get_addrs(self) -> list[Multiaddr]:
+        if self._own_addrs is None:
+            return list(super().get_addrs())
+        return [Multiaddr(f"{addr}/p2p/{self.get_id()}") for addr in self._own_addrs()]
+
+    def observed_ip(self, peer: ID) -> str | None:
+        """The IP address that the direct connection to `peer` comes from; None without one."""
+        for conn in self.swarm.get_connections(peer):
+            remote = conn.muxed_conn.get_remote_address() if isinstance(conn.muxed_conn, Yamux) else None
+            if remote is not None and not conn.muxed_conn.is_closed:
+                return remote[0]
+        return None
+
+    async def check_dial(self, maddr: Multiaddr, peer: ID) -> None:
+        """Dial for the handshake alone, which proves `peer` at `maddr`. Raises what libp2p raises."""
+        host, port = tcp_endpoint(maddr)
+        raw = RawConnection(TcpStream(await trio.open_tcp_stream(host, port)), True)
+        try:
+            await self.swarm.upgrader.upgrade_security(raw, True, peer)
+        finally:
+            await raw.close()
 
     def live_peers(self) -> list[ID]:
         return [peer for peer in self.swarm.connections if self.is_live(peer)]
@@ -67,6 +97,16 @@ class Host(BasicHost):
             for conns in list(self.swarm.connections.values()):
                 for conn in conns:
                     nursery.start_soon(conn.close)
+
+
+def stated_addrs(host: Host, peer: ID) -> tuple[str, ...]:
+    """Where `peer` told us (identify) that it can be dialled: well-formed, without /p2p, ADDRS_MAX at most."""
+    try:
+        addrs = host.get_peerstore().addrs(peer)
+    except PeerStoreError:
+        return ()
+    texts = [str(addr).removesuffix(f"/p2p/{peer}") for addr in addrs[:64]]
+    return tuple(str(addr) for addr in dialable(text for text in texts if len(text) <= ADDR_CHARS_MAX))[:ADDRS_MAX]
 
 
 class _Muxers(MuxerMultistream):

@@ -1,8 +1,8 @@
 """The mesh over libp2p: `open_mesh` gives the ports Transport and Gossip (protocol/ports.py) on one host.
 
-Noise and yamux over TCP, gossipsub 1.1; nothing else is offered. One connection serves all streams to a peer;
-concurrent opens share one dial. Every foreign exception becomes a TransportError here; a handler that raises costs its
-stream. It does not discover peers, retry or back off: callers do.
+Noise and yamux over TCP, gossipsub 1.1; circuits through relays where an address names one. One connection serves all
+streams to a peer; concurrent opens share one dial. Every foreign exception becomes a TransportError here; a handler
+that raises costs its stream. It does not discover peers, retry or back off: callers do.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from node.p2p import addresses
+from node.p2p.circuit import Circuits
+from node.p2p.dht import Kademlia
 from node.p2p.gossip import GuardedPubsub, TopicSubscription, new_router
-from node.p2p.host import Host, new_host
+from node.p2p.host import Host, new_host, stated_addrs
+from node.p2p.reach import Reach, ReachState
 from node.p2p.streams import MeshStream, foreign, logged
 from node.p2p.tcp import bind
+from protocol import limits
 from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError, SottoError, TransportError
 from protocol.ids import PeerId, public_key_of
-from protocol.limits import GOSSIP_BYTES_MAX
 from protocol.ports import Stream, StreamHandler, Subscription, Validator
 
 log = logging.getLogger(__name__)
@@ -61,11 +64,14 @@ class Mesh:
         self, host: Host, pubsub: GuardedPubsub, router: GossipSub, nursery: trio.Nursery, announce: tuple[str, ...]
     ) -> None:
         self._host = host
+        self._peer = PeerId(host.get_id().to_base58())
         self._router = router
         self._pubsub = pubsub
         self._nursery = nursery
         self._announce = announce
-        self._peer = PeerId(host.get_id().to_base58())
+        self._circuits = Circuits(self, host)
+        self.reach = Reach()
+        self.directory = Kademlia(self)
         self._dials: dict[PeerId, trio.Lock] = {}
         self._topics: dict[str, TopicSubscription] = {}
 
@@ -74,13 +80,31 @@ class Mesh:
         return self._peer
 
     @property
-    def addrs(self) -> tuple[str, ...]:
-        return self._announce or self.listening
+    def host(self) -> Host:
+        """For the other files of this room."""
+        return self._host
+
+    @property
+    def circuits(self) -> Circuits:
+        """Connections through relays."""
+        return self._circuits
 
     @property
     def listening(self) -> tuple[str, ...]:
-        """Where this node itself listens, whatever it announces."""
+        """Where this node listens, as this machine sees it."""
         return tuple(str(addr) for addr in self._host.get_transport_addrs())
+
+    @property
+    def addrs(self) -> tuple[str, ...]:
+        return self.reach.addrs(self._announce or self.listening, limits.ADDRS_MAX)
+
+    @property
+    def relayed(self) -> bool:
+        return self.reach.state is ReachState.RELAYED
+
+    def known_addrs(self, peer: PeerId) -> tuple[str, ...]:
+        """Where `peer` said, when it connected, that it can be dialled."""
+        return stated_addrs(self._host, _id_of(peer))
 
     def connected(self) -> tuple[PeerId, ...]:
         return tuple(sorted(PeerId(peer.to_base58()) for peer in self._host.live_peers()))
@@ -131,8 +155,8 @@ class Mesh:
     # Gossip
 
     async def publish(self, topic: str, data: bytes) -> None:
-        if len(data) > GOSSIP_BYTES_MAX:
-            raise LocalProtocolError(f"a gossip message of {len(data)} bytes, the limit is {GOSSIP_BYTES_MAX}")
+        if len(data) > limits.GOSSIP_BYTES_MAX:
+            raise LocalProtocolError(f"a gossip message of {len(data)} bytes, the limit is {limits.GOSSIP_BYTES_MAX}")
         with foreign(f"cannot publish to {topic}"):
             await self._pubsub.publish(topic, data)
 
@@ -188,8 +212,11 @@ class Mesh:
         won: trio.CancelScope,
     ) -> None:
         try:
-            with foreign(f"cannot connect to {peer} at {maddr}"):
-                await self._host.dial(maddr, _id_of(peer))
+            if addresses.is_circuit(str(maddr)):
+                await self._circuits.dial(str(maddr), peer)
+            else:
+                with foreign(f"cannot connect to {peer} at {maddr}"):
+                    await self._host.dial(maddr, _id_of(peer))
         except TransportError as error:
             failures.append(error)
             failed.set()
@@ -215,6 +242,8 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
             router = new_router()
             host = new_host(config.seed, nursery, bound, announce)
             pubsub = GuardedPubsub(host, router)
+            mesh = Mesh(host, pubsub, router, nursery, announce)
+            host.tell_addrs(lambda: mesh.addrs)
             async with (
                 host.run([Multiaddr(addr) for addr in bound]),
                 background_trio_service(pubsub),
@@ -222,7 +251,7 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
             ):
                 await pubsub.wait_until_ready()
                 try:
-                    yield Mesh(host, pubsub, router, nursery, announce)
+                    yield mesh
                 except (Exception, KeyboardInterrupt) as error:
                     failure = error  # raised below: a nursery would wrap it in a group
                 finally:

@@ -31,7 +31,10 @@ Lan = Annotated[
 def worker(
     listen: Annotated[
         list[str] | None,
-        typer.Option(help="Multiaddr to listen on; may be repeated. Default: /ip4/0.0.0.0/tcp/4517."),
+        typer.Option(
+            help="Multiaddr to listen on; may be repeated. Default: /ip4/0.0.0.0/tcp/4517. "
+            "'none': open no port, and be reached through relays only."
+        ),
     ] = None,
     announce: Annotated[
         list[str] | None,
@@ -62,6 +65,12 @@ def worker(
         str, typer.Option(help="HOST:PORT for Prometheus (port 0: any free one); 'off' for none.")
     ] = "127.0.0.1:9517",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    relay: Annotated[
+        bool, typer.Option(help="Pass on the encrypted connections of workers that nobody can dial.")
+    ] = True,
+    upnp: Annotated[
+        bool, typer.Option(help="Ask the router to forward the port when nobody can dial this worker.")
+    ] = True,
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run a worker: it advertises what it gives, holds sealed blocks, and computes on them.
@@ -75,13 +84,14 @@ def worker(
         from node.files import parse_bytes
         from node.logs import configure
         from node.metrics import parse_metrics_address
+        from node.p2p.reaching import ReachOptions
         from node.paths import data_dir as default_data_dir
 
         configure(log_level)
         memory_bytes = parse_bytes(memory) if memory else default_memory_bytes()
         options = WorkerOptions(
             data_dir=data_dir or default_data_dir() / "worker",
-            listen=tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
+            listen=() if listen == ["none"] else tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
             announce=tuple(announce or ()),
             bootstrap=tuple(bootstrap or ()),
             memory_bytes=memory_bytes,
@@ -92,5 +102,6 @@ def worker(
             lifeline=lifeline,
             private=private,
             lan=lan,
+            reach=ReachOptions(relay, upnp),
         )
         trio.run(run_worker, options)

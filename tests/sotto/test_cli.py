@@ -25,6 +25,7 @@ COMMANDS = [
     ["worker"],
     ["invite"],
     ["join"],
+    ["doctor"],
     ["run"],
     ["submit"],
     ["seal"],

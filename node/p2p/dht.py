@@ -1,0 +1,317 @@
+"""Provider records over libp2p's Kademlia: protocol.ports.Directory on the mesh.
+
+Speaks FIND_NODE, ADD_PROVIDER, GET_PROVIDERS and PING of libp2p's kad-dht under a protocol id of its own. It replaces
+py-libp2p's KadDHT, which offers the id /ipfs/kad/1.0.0 whatever prefix it is given, can be held up by twelve silent
+streams, keeps up to 50,000 values of 1 MiB for strangers, and never asks whom it is connected to.
+
+Invariants: a record names nobody but the peer that brought it, as the handshake proved it; requests are read and
+answered within SERVE_S, at most REQUESTS_PER_S of one peer; the table holds only peers that have answered; a lookup
+ends within LOOKUP_S. It keeps no values and no signed peer records.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Protocol
+
+import trio
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+
+from node.p2p import addresses
+from node.p2p.addresses import peer_of_bytes
+from node.p2p.delimited import Delimited
+from node.p2p.kad_table import BUCKET_PEERS_MAX, Contact, ProviderRecords, RoutingTable, nearest, place_of
+from protocol import limits
+from protocol.directory import KEY_BYTES
+from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
+from protocol.ids import PeerId
+from protocol.ports import Provider, Stream, StreamHandler
+
+log = logging.getLogger(__name__)
+
+KAD = "/sotto/kad/1.0.0"
+PARALLEL = 5  # questions of one lookup that wait at a time
+ASK_S = 4.0  # one question, connecting included
+LOOKUP_S = 12.0  # a whole lookup
+SERVE_S = 10.0  # a peer's stream: its requests and our answers
+MEET_S = 2.0  # who connected is asked within this time whether it speaks this...
+STRANGER_S = 30.0  # ...and who did not answer, again after this time
+REQUEST_BYTES_MAX = 16 * 1024  # a provider with four addresses and a signed record of a foreign library
+ANSWER_BYTES_MAX = 64 * 1024  # forty peers with their addresses
+CONTACTS_PER_LOOKUP_MAX = 256  # beyond it, what peers name is not looked at
+STREAMS_PER_PEER_MAX, STREAMS_MAX = 4, 64
+REQUESTS_PER_S, REQUESTS_BURST = 10.0, 200.0
+KEY_ON_WIRE_BYTES_MAX = 80
+_SHA256 = b"\x12\x20"  # the multihash prefix: other libraries ask for records by content identifier
+_STRANGERS_MAX = 4096
+
+
+class Node(Protocol):
+    """The mesh as it is used here: a Transport that also knows what peers said of their own addresses."""
+
+    @property
+    def peer(self) -> PeerId: ...
+    @property
+    def addrs(self) -> tuple[str, ...]: ...
+    def handle(self, protocol: str, handler: StreamHandler) -> None: ...
+    async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream: ...
+    def connected(self) -> tuple[PeerId, ...]: ...
+    def known_addrs(self, peer: PeerId) -> tuple[str, ...]: ...
+
+
+class Kademlia:
+    """`serve` and `run` make it a part of the directory; `provide` and `providers` work without."""
+
+    def __init__(self, node: Node) -> None:
+        self.table = RoutingTable(node.peer)
+        self.records = ProviderRecords()
+        self._node = node
+        self._own_key = ID.from_base58(node.peer).to_bytes()
+        self._strangers: OrderedDict[PeerId, float] = OrderedDict()  # peers that do not speak this, and when asked
+        self._open: Counter[PeerId] = Counter()
+        self._budgets: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()  # (requests, at)
+
+    # Directory
+
+    async def provide(self, key: bytes) -> None:
+        wire = _wire_key(key)
+        own = Contact(self._node.peer, self._node.addrs)
+        self.records.put(wire, own, trio.current_time())
+        request = Message(type=Message.ADD_PROVIDER, key=wire, providerPeers=[_peer_of(own)])
+        search = await self._look_up(Message(type=Message.FIND_NODE, key=wire))
+        taken = 0
+
+        async def tell(contact: Contact) -> None:
+            nonlocal taken
+            try:
+                await self._ask(contact, request)
+                taken += 1
+            except (TransportError, RemoteProtocolError) as error:
+                log.debug("%s took no record: %s", contact.peer, error)
+
+        async with trio.open_nursery() as nursery:
+            for contact in search.found():
+                nursery.start_soon(tell, contact)
+        if not taken:
+            raise TransportError("no peer took the provider record")
+
+    async def providers(self, key: bytes) -> tuple[Provider, ...]:
+        wire = _wire_key(key)
+        found: dict[PeerId, Contact] = {}
+
+        def collect(answer: Message) -> bool:
+            for contact in _contacts(answer.providerPeers):
+                if contact.peer != self._node.peer and (contact.addrs or contact.peer not in found):
+                    found[contact.peer] = contact
+            return len(found) >= limits.PROVIDERS_MAX
+
+        own = Message(providerPeers=[_peer_of(contact) for contact in self.records.get(wire, trio.current_time())])
+        if not collect(own):
+            await self._look_up(Message(type=Message.GET_PROVIDERS, key=wire), collect)
+        return tuple(Provider(contact.peer, contact.addrs) for contact in found.values())[: limits.PROVIDERS_MAX]
+
+    async def run(self) -> None:
+        """Get to know those who connect, for ever."""
+        while True:
+            await self._meet()
+            self.records.expire(trio.current_time())
+            await trio.sleep(MEET_S)
+
+    def serve(self) -> None:
+        """Answer others from now on."""
+        self._node.handle(KAD, self._serve)
+
+    # asking
+
+    async def _look_up(self, request: Message, enough: Callable[[Message], bool] = lambda _: False) -> _Search:
+        """Ask ever nearer peers until the nearest have answered, or `enough` says so of an answer."""
+        await self._meet()
+        target = place_of(request.key)
+        search = _Search(target, self._node.peer)
+        search.add(self.table.closest(target))
+        with trio.move_on_after(LOOKUP_S):
+            async with trio.open_nursery() as nursery:
+
+                async def pull() -> None:
+                    while (contact := await search.take()) is not None:
+                        answer: Message | None = None
+                        try:
+                            answer = await self._ask(contact, request)
+                        except (TransportError, RemoteProtocolError) as error:
+                            log.debug("%s gave no answer: %s", contact.peer, error)
+                            self.table.remove(contact.peer)
+                        finally:
+                            search.done(contact, answer is not None)
+                        if answer is not None:
+                            self.table.add(contact)
+                            search.add(_contacts(answer.closerPeers))
+                            if enough(answer):
+                                nursery.cancel_scope.cancel()
+
+                for _ in range(PARALLEL):
+                    nursery.start_soon(pull)
+        return search
+
+    async def _ask(self, contact: Contact, request: Message) -> Message:
+        """Raises TransportError, RemoteProtocolError. Who takes a record need not answer: an empty one is made up."""
+        try:
+            with trio.fail_after(ASK_S):
+                stream = await self._node.open(contact.peer, contact.addrs, KAD)
+                try:
+                    messages = Delimited(stream, ANSWER_BYTES_MAX)
+                    await messages.send(request)
+                    await stream.finish()
+                    if request.type == Message.ADD_PROVIDER:
+                        return await messages.receive_or_end(Message) or Message()
+                    return await messages.receive(Message)
+                finally:
+                    await stream.aclose()
+        except trio.TooSlowError:
+            raise TransportError(f"{contact.peer} did not answer within {ASK_S:g} s") from None
+
+    async def _meet(self) -> None:
+        """Ask connected peers that are neither in the table nor known not to speak this."""
+        now = trio.current_time()
+        while self._strangers and now - next(iter(self._strangers.values())) > STRANGER_S:
+            self._strangers.popitem(last=False)
+        request = Message(type=Message.FIND_NODE, key=self._own_key)
+
+        async def meet(peer: PeerId) -> None:
+            contact = Contact(peer, self._node.known_addrs(peer))
+            try:
+                await self._ask(contact, request)
+                self.table.add(contact)
+            except (TransportError, RemoteProtocolError):
+                pass
+
+        async with trio.open_nursery() as nursery:
+            for peer in self._node.connected():
+                if peer not in self.table and peer not in self._strangers:
+                    self._strangers[peer] = now
+                    nursery.start_soon(meet, peer)
+        while len(self._strangers) > _STRANGERS_MAX:
+            self._strangers.popitem(last=False)
+
+    # answering
+
+    async def _serve(self, stream: Stream) -> None:
+        peer = stream.remote
+        if self._open[peer] >= STREAMS_PER_PEER_MAX or self._open.total() >= STREAMS_MAX:
+            raise TransportError(f"{peer} asks too much at a time")
+        self._open[peer] += 1
+        messages = Delimited(stream, REQUEST_BYTES_MAX)
+        try:
+            with trio.move_on_after(SERVE_S):
+                while (request := await messages.receive_or_end(Message)) is not None:
+                    if not self._admit(peer):
+                        raise TransportError(f"{peer} asks too often")
+                    await messages.send(self._answer(request, peer))
+                return
+            raise TransportError(f"{peer} took longer than {SERVE_S:g} s")
+        except RemoteProtocolError as error:  # reset, as the specification asks
+            raise TransportError(f"{peer} broke kad-dht: {error}") from error
+        finally:
+            self._open[peer] -= 1
+            if not self._open[peer]:
+                del self._open[peer]
+
+    def _answer(self, request: Message, peer: PeerId) -> Message:
+        """Raises RemoteProtocolError for what is not asked here."""
+        key = request.key
+        if request.type == Message.PING:
+            return Message(type=Message.PING)
+        if not 0 < len(key) <= KEY_ON_WIRE_BYTES_MAX:
+            raise RemoteProtocolError(f"a key of {len(key)} bytes")
+        closer = [
+            _peer_of(contact) for contact in self.table.closest(place_of(key)) if contact.peer != peer and contact.addrs
+        ]
+        now = trio.current_time()
+        if request.type == Message.FIND_NODE:
+            return Message(type=Message.FIND_NODE, closerPeers=closer)
+        if request.type == Message.GET_PROVIDERS:
+            providers = [_peer_of(contact) for contact in self.records.get(key, now) if contact.peer != peer]
+            return Message(type=Message.GET_PROVIDERS, key=key, closerPeers=closer, providerPeers=providers)
+        if request.type == Message.ADD_PROVIDER:
+            for contact in _contacts(request.providerPeers):
+                if contact.peer == peer:
+                    self.records.put(key, contact, now)
+            return Message(type=Message.ADD_PROVIDER, key=key)
+        raise RemoteProtocolError(f"request type {request.type}")
+
+    def _admit(self, peer: PeerId) -> bool:
+        now = trio.current_time()
+        tokens, at = self._budgets.pop(peer, (REQUESTS_BURST, now))
+        tokens = min(REQUESTS_BURST, tokens + (now - at) * REQUESTS_PER_S)
+        self._budgets[peer] = (max(0.0, tokens - 1), now)
+        if len(self._budgets) > _STRANGERS_MAX:
+            self._budgets.popitem(last=False)
+        return tokens >= 1
+
+
+@dataclass(slots=True)
+class _Search:
+    """One lookup: whom we heard of, asked, and got answers from."""
+
+    target: int
+    own: PeerId
+    heard: dict[PeerId, Contact] = field(default_factory=dict)
+    asked: dict[PeerId, bool] = field(default_factory=dict)  # True: answered, or waiting for it
+    waiting: int = 0
+    _changed: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+
+    def add(self, contacts: list[Contact]) -> None:
+        for contact in contacts:
+            if contact.peer != self.own and len(self.heard) < CONTACTS_PER_LOOKUP_MAX:
+                self.heard.setdefault(contact.peer, contact)
+        self._changed.unpark_all()
+
+    async def take(self) -> Contact | None:
+        """The nearest that was not asked among the BUCKET_PEERS_MAX nearest that may still answer; None at the end."""
+        await trio.lowlevel.checkpoint()
+        while True:
+            hopeful = [contact for contact in self.heard.values() if self.asked.get(contact.peer, True)]
+            for contact in nearest(hopeful, self.target, BUCKET_PEERS_MAX):
+                if contact.peer not in self.asked:
+                    self.asked[contact.peer] = True
+                    self.waiting += 1
+                    return contact
+            if not self.waiting:
+                return None
+            await self._changed.park()
+
+    def done(self, contact: Contact, answered: bool) -> None:
+        self.waiting -= 1
+        self.asked[contact.peer] = answered
+        self._changed.unpark_all()
+
+    def found(self) -> list[Contact]:
+        """The nearest that answered."""
+        answered = [contact for contact in self.heard.values() if self.asked.get(contact.peer, False)]
+        return nearest(answered, self.target, BUCKET_PEERS_MAX)
+
+
+def _wire_key(key: bytes) -> bytes:
+    if len(key) != KEY_BYTES:
+        raise LocalProtocolError(f"a directory key has {KEY_BYTES} bytes, not {len(key)}")
+    return _SHA256 + key
+
+
+def _peer_of(contact: Contact) -> Message.Peer:
+    addrs = [Multiaddr(addr).to_bytes() for addr in contact.addrs]
+    return Message.Peer(id=ID.from_base58(contact.peer).to_bytes(), addrs=addrs, connection=Message.CAN_CONNECT)
+
+
+def _contacts(peers: Iterable[Message.Peer]) -> list[Contact]:
+    """The well-formed ones among what a peer named, as many as a bucket holds."""
+    found: list[Contact] = []
+    for stated in islice(peers, BUCKET_PEERS_MAX):
+        if (peer := peer_of_bytes(stated.id)) is None:
+            continue
+        found.append(Contact(peer, addresses.stated(stated.addrs)))
+    return found

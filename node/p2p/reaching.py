@@ -1,0 +1,165 @@
+"""Staying reachable: the tasks that feed `reach.Reach` and act on it.
+
+Connected peers are asked to dial back; when they cannot, the router is asked for a port; when that does not help,
+connected peers are asked to be relays, and two reservations are kept alive. The order is the order of what a hop then
+costs. Everything is retried at its own pace for as long as the node runs, since routers and peers come and go.
+
+A node that others can dial serves in turn: it dials back for others, and relays for them if its owner lets it.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from dataclasses import dataclass
+
+import trio
+from libp2p.peer.id import ID
+
+from node.p2p import upnp
+from node.p2p.addresses import tcp_endpoint
+from node.p2p.autonat import AutoNat
+from node.p2p.circuit import Reservation
+from node.p2p.mesh import Mesh
+from node.p2p.reach import ReachState
+from node.p2p.relay import Relay
+from protocol.errors import TransportError
+from protocol.ids import PeerId
+
+log = logging.getLogger("sotto.node")
+
+ROUND_S = 1.0  # how soon a new neighbour is asked
+ASKED_MAX = 5  # peers per probe
+PROBE_FIRST_S, PROBE_S = 5.0, 300.0  # until somebody says something; afterwards
+RELAYS_WANTED = 2
+RELAY_AGAIN_S = 60.0  # before a peer that is no relay, or has no room, is asked again
+UNMAP_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReachOptions:
+    """`relay`: pass on other nodes' encrypted connections while this one can be dialled. `upnp`: ask the router."""
+
+    relay: bool = True
+    upnp: bool = True
+
+
+class Reaching:
+    """`run` keeps the mesh reachable; one task per way of being reached."""
+
+    def __init__(self, mesh: Mesh, options: ReachOptions) -> None:
+        self.mesh = mesh
+        self.options = options
+        self.autonat = AutoNat(mesh)
+        self.mapping: upnp.Mapping | None = None
+        self._asked: dict[PeerId, float] = {}  # when to ask again
+        self._no_relay: dict[PeerId, float] = {}  # when to ask again
+        self._reserved: dict[PeerId, tuple[Reservation, float]] = {}  # (reservation, when to renew)
+
+    async def run(self) -> None:
+        """Serve others, and be reachable, until cancelled; then the router gets its port back."""
+        self.autonat.serve()
+        self.mesh.circuits.serve()
+        if self.options.relay:
+            Relay(self.mesh).serve()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._probe)
+                nursery.start_soon(self._keep_relays)
+                if self.options.upnp:
+                    nursery.start_soon(self._map_ports)
+        finally:
+            await self._unmap()
+
+    @property
+    def hidden(self) -> bool:
+        """Peers say that they cannot dial this node."""
+        return self.mesh.reach.state in (ReachState.RELAYED, ReachState.UNREACHABLE)
+
+    async def _probe(self) -> None:
+        """Have neighbours dial back, for ever."""
+        if not self.mesh.listening:
+            self.mesh.reach.shut()
+            return
+        while True:
+            await self.probe_once()
+            await trio.sleep(ROUND_S)
+
+    async def probe_once(self) -> None:
+        now = trio.current_time()
+        connected = self.mesh.connected()
+        self._asked = {peer: again for peer, again in self._asked.items() if again > now}
+        due = [peer for peer in connected if peer not in self._asked][:ASKED_MAX]
+        if self.mesh.reach.verdicts >= ASKED_MAX and len(due) < min(ASKED_MAX, len(connected)):
+            return  # enough was heard; the next round of questions comes when all are due
+        async with trio.open_nursery() as nursery:
+            for peer in due:
+                nursery.start_soon(self._ask, peer)
+
+    async def _ask(self, peer: PeerId) -> None:
+        self._asked[peer] = trio.current_time() + PROBE_FIRST_S
+        try:
+            addr = await self.autonat.ask(peer, self.mesh.addrs)
+        except TransportError as error:
+            log.debug("no verdict on reachability", extra={"peer": peer, "reason": str(error)})
+            return
+        now = trio.current_time()
+        self._asked[peer] = now + PROBE_S
+        before = self.mesh.reach.state
+        ip = self.mesh.host.observed_ip(ID.from_base58(peer))
+        self.mesh.reach.heard(peer, addr, ip is not None and ipaddress.ip_address(ip).is_global, now)
+        if self.mesh.reach.state is not before:
+            log.info("reachability", extra={"state": self.mesh.reach.state.value, "addrs": self.mesh.addrs})
+
+    async def _map_ports(self) -> None:
+        """Have the router forward the port while it is needed, for ever."""
+        while True:
+            if (self.hidden or self.mapping is not None) and self.mesh.listening:
+                _, port = tcp_endpoint(self.mesh.host.get_transport_addrs()[0])
+                self.mapping = await upnp.map_port(port)
+                if self.mapping is not None:
+                    log.info("the router forwards a port", extra={"addr": self.mapping.addr, "port": port})
+                if (addr := self.mapping.addr if self.mapping else None) != self.mesh.reach.mapped:
+                    self.mesh.reach.map_to(addr)
+                    self._asked.clear()
+                await trio.sleep(upnp.RENEW_S)
+            await trio.sleep(ROUND_S)
+
+    async def _unmap(self) -> None:
+        with trio.move_on_after(UNMAP_S) as scope:
+            scope.shield = True
+            if self.mapping is not None:
+                await upnp.unmap_port(self.mapping)
+
+    async def _keep_relays(self) -> None:
+        """Hold reservations at neighbours while nobody can dial this node, for ever."""
+        while True:
+            await self.reserve_once()
+            await trio.sleep(ROUND_S)
+
+    async def reserve_once(self) -> None:
+        now, connected = trio.current_time(), self.mesh.connected()
+        kept = {peer: held for peer, held in self._reserved.items() if peer in connected and self.hidden}
+        self._reserved = kept
+        self._no_relay = {peer: again for peer, again in self._no_relay.items() if again > now}
+        for peer, (_, renew_at) in list(kept.items()):
+            if renew_at <= now:
+                await self._reserve(peer)
+        for peer in connected if self.hidden else ():
+            if len(self._reserved) >= RELAYS_WANTED:
+                break
+            if peer not in self._reserved and peer not in self._no_relay:
+                await self._reserve(peer)
+        circuits = tuple(held.circuits[0] for held, _ in self._reserved.values())
+        if circuits != self.mesh.reach.circuits:
+            self.mesh.reach.relay_through(circuits)
+            log.info("relays", extra={"state": self.mesh.reach.state.value, "circuits": circuits})
+
+    async def _reserve(self, peer: PeerId) -> None:
+        try:
+            reservation = await self.mesh.circuits.reserve(peer, self.mesh.known_addrs(peer))
+            self._reserved[peer] = (reservation, trio.current_time() + reservation.renew_s)
+        except TransportError as error:
+            log.debug("no relay", extra={"peer": peer, "reason": str(error)})
+            self._reserved.pop(peer, None)
+            self._no_relay[peer] = trio.current_time() + RELAY_AGAIN_S

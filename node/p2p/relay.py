@@ -1,0 +1,176 @@
+"""A relay for nodes that cannot be dialled: the hop side of libp2p's circuit relay v2.
+
+Speaks RESERVE and CONNECT of /libp2p/circuit/relay/0.2.0/hop. It replaces py-libp2p's, which gives a reservation in the
+name of whomever the message names, resets a circuit whose reader pauses, and writes status messages into the data.
+
+Invariants: a reservation is the connected peer's own; a circuit leads to a peer that reserved and is connected now;
+all circuits together pass BYTES_PER_S; a reader that stops stalls its own circuit. The relay sees peer ids, sizes and
+times; what passes is encrypted between the ends. Circuits have no limit of bytes or time, and say so by stating none.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import trio
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
+from multiaddr import Multiaddr
+
+from node.p2p.addresses import is_circuit, peer_of_bytes
+from node.p2p.delimited import Delimited
+from protocol.errors import RemoteProtocolError, TransportError
+from protocol.ids import PeerId
+from protocol.ports import Stream, StreamHandler
+
+log = logging.getLogger(__name__)
+
+HOP = "/libp2p/circuit/relay/0.2.0/hop"
+STOP = "/libp2p/circuit/relay/0.2.0/stop"
+MESSAGE_BYTES_MAX = 4096
+TALK_S = 5.0  # a request and its answer
+RESERVATION_S = 3600.0
+RESERVATIONS_MAX = 64
+CIRCUITS_PER_PEER_MAX = 16  # to one reserved peer, and from one peer
+CIRCUITS_MAX = 128
+BYTES_PER_S = 16 << 20  # of the owner's uplink, for all circuits: a 64 KiB activation passes in 4 ms
+PIECE_BYTES = 64 << 10
+
+
+class Node(Protocol):
+    """The mesh as it is used here."""
+
+    @property
+    def peer(self) -> PeerId: ...
+    @property
+    def addrs(self) -> tuple[str, ...]: ...
+    @property
+    def relayed(self) -> bool: ...
+    def handle(self, protocol: str, handler: StreamHandler) -> None: ...
+    async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream: ...
+    def connected(self) -> tuple[PeerId, ...]: ...
+
+
+class Relay:
+    """`serve` offers it. `wall` gives Unix seconds: what a reservation's end is stated in."""
+
+    def __init__(self, node: Node, wall: Callable[[], float] = time.time) -> None:
+        self.reservations: dict[PeerId, float] = {}  # until when, trio's clock
+        self.circuits: Counter[PeerId] = Counter()  # per end
+        self._node = node
+        self._wall = wall
+        self._free_at = 0.0  # when the bytes let through so far are paid for
+
+    def serve(self) -> None:
+        self._node.handle(HOP, self._serve)
+
+    async def _serve(self, stream: Stream) -> None:
+        messages = Delimited(stream, MESSAGE_BYTES_MAX)
+        try:
+            with trio.fail_after(TALK_S):
+                request = await messages.receive(pb.HopMessage)
+                if request.type == pb.HopMessage.RESERVE:
+                    await messages.send(self._reserve(stream.remote))
+                    return
+        except (trio.TooSlowError, RemoteProtocolError) as error:
+            raise TransportError(f"{stream.remote} sent no request for a relay: {error}") from error
+        if request.type != pb.HopMessage.CONNECT:
+            await messages.send(_status(pb.UNEXPECTED_MESSAGE))
+            return
+        await self._connect(stream, messages, peer_of_bytes(request.peer.id))
+
+    def _reserve(self, peer: PeerId) -> pb.HopMessage:
+        now = trio.current_time()
+        connected = self._node.connected()
+        self.reservations = {
+            holder: until for holder, until in self.reservations.items() if until > now and holder in connected
+        }
+        if self._node.relayed or (peer not in self.reservations and len(self.reservations) >= RESERVATIONS_MAX):
+            return _status(pb.RESERVATION_REFUSED)
+        self.reservations[peer] = now + RESERVATION_S
+        suffix = f"/p2p/{self._node.peer}"
+        addrs = [Multiaddr(addr + suffix).to_bytes() for addr in self._node.addrs if not is_circuit(addr)]
+        answer = _status(pb.OK)
+        answer.reservation.CopyFrom(pb.Reservation(expire=int(self._wall() + RESERVATION_S), addrs=addrs))
+        return answer
+
+    async def _connect(self, stream: Stream, messages: Delimited, target: PeerId | None) -> None:
+        source = stream.remote
+        if target is None or self.reservations.get(target, 0.0) <= trio.current_time() or target == source:
+            await messages.send(_status(pb.NO_RESERVATION))
+            return
+        if max(self.circuits[target], self.circuits[source]) >= CIRCUITS_PER_PEER_MAX or (
+            self.circuits.total() >= 2 * CIRCUITS_MAX
+        ):
+            await messages.send(_status(pb.RESOURCE_LIMIT_EXCEEDED))
+            return
+        self.circuits.update((source, target))
+        try:
+            try:
+                far, far_messages = await self._call(source, target)
+            except (TransportError, RemoteProtocolError) as error:
+                log.debug("no circuit to %s: %s", target, error)
+                await messages.send(_status(pb.CONNECTION_FAILED))
+                return
+            try:
+                await messages.send(_status(pb.OK))
+                await self._join((stream, messages), (far, far_messages))
+            finally:
+                await far.aclose()
+        finally:
+            self.circuits.subtract((source, target))
+            self.circuits = +self.circuits
+
+    async def _call(self, source: PeerId, target: PeerId) -> tuple[Stream, Delimited]:
+        """A stream to `target` that it accepted as `source`'s. Raises TransportError, RemoteProtocolError."""
+        try:
+            with trio.fail_after(TALK_S):
+                stream = await self._node.open(target, (), STOP)
+                try:
+                    messages = Delimited(stream, MESSAGE_BYTES_MAX)
+                    peer = pb.PeerId(id=ID.from_base58(source).to_bytes())
+                    await messages.send(pb.StopMessage(type=pb.StopMessage.CONNECT, peer=peer))
+                    answer = await messages.receive(pb.StopMessage)
+                    if answer.type != pb.StopMessage.STATUS or answer.status != pb.OK:
+                        raise TransportError(f"{target} wants no circuit (status {answer.status})")
+                except BaseException:
+                    await stream.aclose()
+                    raise
+                return stream, messages
+        except trio.TooSlowError:
+            raise TransportError(f"{target} did not answer within {TALK_S:g} s") from None
+
+    async def _join(self, near: tuple[Stream, Delimited], far: tuple[Stream, Delimited]) -> None:
+        """Pass bytes both ways until both ends finished or one is gone. Raises TransportError."""
+        failures: list[TransportError] = []
+        async with trio.open_nursery() as nursery:
+
+            async def pump(source: tuple[Stream, Delimited], target: Stream) -> None:
+                try:
+                    await self._pump(*source, target)
+                except TransportError as error:
+                    failures.append(error)
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(pump, near, far[0])
+            nursery.start_soon(pump, far, near[0])
+        if failures:
+            raise failures[0]
+
+    async def _pump(self, source: Stream, behind: Delimited, target: Stream) -> None:
+        data = bytes(behind.unread)
+        while data or (data := await source.receive(PIECE_BYTES)):
+            now = trio.current_time()
+            self._free_at = max(self._free_at, now) + len(data) / BYTES_PER_S
+            await trio.sleep_until(self._free_at - PIECE_BYTES / BYTES_PER_S)
+            await target.send(data)
+            data = b""
+        await target.finish()
+
+
+def _status(status: pb.Status.ValueType) -> pb.HopMessage:
+    return pb.HopMessage(type=pb.HopMessage.STATUS, status=status)

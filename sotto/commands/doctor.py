@@ -1,0 +1,59 @@
+"""`sotto doctor`: can this machine be reached, how, and what to change."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sotto.commands.common import Bootstrap, DataDir, Json, bootstrap_addrs, errors, print_json, run_async
+
+
+def doctor(
+    bootstrap: Bootstrap = None,
+    listen: Annotated[
+        list[str] | None,
+        typer.Option(help="Multiaddr that a worker would listen on. Default: /ip4/0.0.0.0/tcp/4517; 'none': no port."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory that you would give. Default: half of what is free.")
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Say in plain words whether this machine can be a worker: who can reach it, how, and what to change.
+
+    Takes about ten seconds and leaves nothing behind. Exit status 1 when something stops a worker from being of use.
+    """
+    with errors(as_json):
+        from node.app_doctor import DoctorOptions, examine
+        from node.app_worker import default_memory_bytes
+        from node.doctor import Level, diagnose
+        from node.files import parse_bytes
+        from node.paths import data_dir as default_data_dir
+        from protocol.errors import InputError
+
+        try:
+            named = bootstrap_addrs(bootstrap)
+        except InputError:
+            named = ()
+        options = DoctorOptions(
+            data_dir=data_dir or default_data_dir() / "worker",
+            listen=() if listen == ["none"] else tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
+            bootstrap=named,
+            memory_bytes=parse_bytes(memory) if memory else default_memory_bytes(),
+        )
+        findings = diagnose(run_async(lambda: examine(options)))
+        if as_json:
+            checks = [
+                {"check": each.check, "level": each.level.value, "text": each.text, "remedy": each.remedy}
+                for each in findings
+            ]
+            print_json({"checks": checks, "healthy": all(each.level is not Level.FAIL for each in findings)})
+        else:
+            for each in findings:
+                print(f"{each.level.value:<5} {each.check:<12} {each.text}")
+                if each.remedy:
+                    print(f"{'':<18} -> {each.remedy}")
+        if any(each.level is Level.FAIL for each in findings):
+            raise typer.Exit(1)

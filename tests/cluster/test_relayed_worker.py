@@ -1,0 +1,99 @@
+"""A real worker that nobody can dial serves a prompt through a relay, and says of itself that it is relayed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from models.checkpoint import Checkpoint
+from models.local import LocalModel
+from models.tokenizer import Tokenizer
+from node.app_client import Client
+from node.identity import load_identity
+from node.keys import default_key
+from node.model import Ask
+from node.p2p.mesh import Mesh
+from protocol.directory import shard_key
+from protocol.ids import PeerId
+from protocol.swarm import SwarmView
+from simnet.cluster import Cluster, WorkerSpec, running
+from tests.helpers.swarm import deploy, with_client
+from tests.helpers.tiny_models import make_checkpoint
+
+READY_S = 60.0
+PROMPT = "the quiet brook runs under the old stone bridge"
+
+
+@contextmanager
+def hidden_worker(folder: Path, net: Cluster) -> Iterator[PeerId]:
+    """A worker that opens no port. Its peer id, once a relay was found."""
+    command = [sys.executable, "-m", "sotto", "worker", "--data-dir", str(folder), "--listen", "none", "--no-upnp"]
+    command += ["--memory", "600MiB", "--kv-memory", "150MiB", "--threads", "1", "--metrics", "off"]
+    read_end, write_end = os.pipe()
+    command += ["--bootstrap", net.bootstrap, "--lifeline", str(read_end)]
+    with (folder.parent / "hidden.log").open("wb") as log:
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(read_end,))
+    try:
+        yield _relayed(folder / "worker.json", child)
+    finally:
+        os.close(write_end)
+        os.close(read_end)
+        child.wait(20)
+
+
+def _relayed(file: Path, child: subprocess.Popen[bytes]) -> PeerId:
+    deadline = time.monotonic() + READY_S
+    while child.poll() is None and time.monotonic() < deadline:
+        if file.exists() and (state := json.loads(file.read_text()))["reach"] == "relayed":
+            return PeerId(state["peer"])
+        os.sched_yield()
+    raise AssertionError("the worker found no relay")
+
+
+@pytest.fixture(scope="module")
+def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two workers that can be dialled: the first will be the relay."""
+    specs = [WorkerSpec(memory="600MiB", kv_memory="150MiB", threads=1)] * 2
+    with running(tmp_path_factory.mktemp("net") / "cluster", specs) as cluster:
+        yield cluster
+
+
+def test_a_prompt_runs_through_a_worker_that_nobody_can_dial(net: Cluster, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model"))
+    with hidden_worker(tmp_path / "hidden", net) as hidden:
+
+        async def work(client: Client) -> tuple[SwarmView, tuple[int, ...], list[set[PeerId]]]:
+            view = await client.discover(lambda view: len(view.members) == 3)
+            model = await deploy(client, checkpoint, workers=3)
+            assert hidden in {hop.peer for hop in model.route.hops}
+            answer = await model.generate(PROMPT, Ask(12, ignore_eos=True))
+            return view, answer.ids, [await _holders(client, checkpoint, hop.start) for hop in model.route.hops]
+
+        view, ids, holders = with_client(net, tmp_path / "data", work)
+    advert = view.members[hidden].advert
+    assert advert.relayed
+    assert all(addr.endswith("/p2p-circuit") for addr in advert.addrs)
+    assert not any(member.advert.relayed for peer, member in view.members.items() if peer != hidden)
+    prompt = Tokenizer.open(checkpoint.tokenizer_file).encode(PROMPT)
+    assert list(ids) == LocalModel(checkpoint).generate(prompt, 12)
+    assert sorted(peer for found in holders for peer in found) == sorted(view.members), "each holds one part"
+
+
+async def _holders(client: Client, checkpoint: Checkpoint, block: int) -> set[PeerId]:
+    """Who the directory says holds a block's shard; workers tell it within seconds."""
+    sealed = await client.seal(checkpoint, "float32", default_key(client.options.data_dir), lambda *_: None)
+    _, manifest = sealed.folder.manifest(load_identity(client.options.data_dir / "client"))
+    assert isinstance(client.ports.transport, Mesh)
+    key = shard_key(manifest.blocks[block].digest)
+    while not (found := await client.ports.transport.directory.providers(key)):
+        await trio.sleep(0.5)
+    return {provider.peer for provider in found}

@@ -1,0 +1,228 @@
+"""Provider records on real hosts: found across the network, and out of reach of peers who mean harm."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from contextlib import AsyncExitStack, suppress
+from itertools import pairwise
+
+import pytest
+import trio
+from hypothesis import given
+from hypothesis import strategies as st
+from libp2p.kad_dht.pb.kademlia_pb2 import Message
+
+import node.p2p.dht as dht
+from node.p2p.delimited import Delimited
+from node.p2p.dht import KAD, Kademlia, _contacts
+from node.p2p.kad_table import Contact
+from node.p2p.mesh import MeshConfig, open_mesh
+from protocol.directory import KEY_BYTES, shard_key
+from protocol.errors import LocalProtocolError, TransportError
+from protocol.ids import ShardDigest
+from protocol.limits import ADDRS_MAX
+from tests.conformance.adapters import full_addr, seed_of, until
+
+KEY = shard_key(ShardDigest(b"d" * 32))
+GUARD_S = 30.0
+
+
+def run(body, *names):
+    async def guarded():
+        async with AsyncExitStack() as stack:
+            nodes = [await stack.enter_async_context(open_mesh(MeshConfig(seed_of(name)))) for name in names]
+            for each in nodes:
+                each.directory.serve()
+            with trio.fail_after(GUARD_S):
+                await body(*nodes)
+
+    trio.run(guarded)
+
+
+def found(providers):
+    return [(provider.peer, provider.addrs) for provider in providers]
+
+
+def test_a_key_names_no_shard():
+    assert len(KEY) == KEY_BYTES
+    assert shard_key(ShardDigest(b"e" * 32)) != KEY != hashlib.sha256(b"d" * 32).digest()
+
+
+def test_a_record_crosses_a_line_of_nodes():
+    async def body(*nodes):
+        for near, far in pairwise(nodes):
+            await near.connect(full_addr(far))
+        for each in nodes:
+            await until(lambda n=each: all(n.known_addrs(peer) for peer in n.connected()))
+            await each.directory._meet()
+        await nodes[0].directory.provide(KEY)
+        await nodes[1].directory.provide(KEY)
+        expected = sorted((each.peer, each.addrs) for each in nodes[:2])
+        assert sorted(found(await nodes[-1].directory.providers(KEY))) == expected
+        assert found(await nodes[0].directory.providers(KEY)) == [(nodes[1].peer, nodes[1].addrs)]
+        assert await nodes[2].directory.providers(shard_key(ShardDigest(b"other" * 6 + b"xx"))) == ()
+
+    run(body, *"abcdefg")
+
+
+def test_a_lone_node_says_that_nobody_took_its_record():
+    async def body(a):
+        with pytest.raises(TransportError):
+            await a.directory.provide(KEY)
+        assert await a.directory.providers(KEY) == ()
+        with pytest.raises(LocalProtocolError):
+            await a.directory.provide(b"short")
+
+    run(body, "a")
+
+
+def test_a_neighbour_that_does_not_speak_it_is_left_out():
+    async def body(a):
+        async with open_mesh(MeshConfig(seed_of("client"), ())) as client:
+            await client.connect(full_addr(a))
+            await client.directory.provide(KEY)
+            assert len(a.directory.table) == 0, "a node that does not serve is asked once, and left out"
+            assert found(await a.directory.providers(KEY)) == [(client.peer, ())]
+
+    run(body, "a")
+
+
+def test_a_peer_that_is_gone_costs_one_question():
+    async def body(a, b):
+        async with open_mesh(MeshConfig(seed_of("c"))) as c:
+            c.directory.serve()
+            await a.connect(full_addr(b))
+            await a.connect(full_addr(c))
+            await a.directory.provide(KEY)
+        await until(lambda: a.connected() == (b.peer,))
+        with trio.fail_after(dht.ASK_S + 1):
+            assert await a.directory.providers(KEY) == ()
+        assert c.peer not in a.directory.table
+
+    run(body, "a", "b")
+
+
+# --- hostile peers
+
+
+def hostile_requests():
+    rng = random.Random(5)
+    valid = Message(type=Message.ADD_PROVIDER, key=b"k" * 34, providerPeers=[Message.Peer(id=b"x" * 38)])
+    yield b"\xff\xff\xff\xff\x7f"  # a length beyond any limit
+    yield b"\xff\xff\xff\x07" + b"x" * 100
+    yield b"\x03\xff\xff\xff"  # not protobuf
+    for request in (
+        Message(type=Message.GET_VALUE, key=b"k"),
+        Message(type=Message.PUT_VALUE, key=b"k"),
+        Message(type=Message.FIND_NODE),
+        Message(type=Message.GET_PROVIDERS, key=b"k" * 5000),
+        Message(type=Message.FIND_NODE, key=b"k", closerPeers=[Message.Peer(id=b"i" * 9000)]),
+        Message(type=Message.ADD_PROVIDER, key=b"k", providerPeers=[Message.Peer(id=b"i" * 9000)]),
+    ):
+        body = request.SerializeToString()
+        yield (bytes([len(body) & 127 | 128, len(body) >> 7]) if len(body) > 127 else bytes([len(body)])) + body
+    for _ in range(60):
+        body = bytearray(valid.SerializeToString())
+        for _ in range(rng.randrange(1, 6)):
+            body[rng.randrange(len(body))] = rng.randrange(256)
+        yield bytes([len(body)]) + bytes(body)
+
+
+def test_junk_costs_its_stream_only():
+    async def body(a, b):
+        for data in hostile_requests():
+            stream = await b.open(a.peer, a.addrs, KAD)
+            with suppress(TransportError):
+                await stream.send(data)
+                await stream.finish()
+                while await stream.receive(65536):
+                    pass
+            await stream.aclose()
+        await b.directory.provide(KEY)
+        assert found(await a.directory.providers(KEY)) == [(b.peer, b.addrs)]
+        assert len(a.directory.records) <= 60
+
+    run(body, "a", "b")
+
+
+def test_silent_streams_do_not_hold_up_others(monkeypatch):
+    async def body(a, b, hostile):
+        for _ in range(dht.STREAMS_PER_PEER_MAX + 8):
+            with suppress(TransportError):  # beyond its share it is reset at once
+                await hostile.open(a.peer, a.addrs, KAD)
+        await b.connect(full_addr(a))
+        await b.directory.provide(KEY)
+        assert found(await a.directory.providers(KEY)) == [(b.peer, b.addrs)]
+        await until(lambda: not a.directory._open)
+
+    monkeypatch.setattr(dht, "SERVE_S", 1.0)
+    run(body, "a", "b", "hostile")
+
+
+def test_a_record_names_only_who_brought_it():
+    async def body(a, b, hostile):
+        stream = await hostile.open(a.peer, a.addrs, KAD)
+        others = [dht._peer_of(Contact(peer, ("/ip4/1.2.3.4/tcp/5",))) for peer in (b.peer, a.peer)]
+        lie = Message(type=Message.ADD_PROVIDER, key=dht._wire_key(KEY), providerPeers=others)
+        await Delimited(stream, 1000).send(lie)
+        await stream.finish()
+        assert await Delimited(stream, 1000).receive(Message)
+        assert await a.directory.providers(KEY) == ()
+
+    run(body, "a", "b", "hostile")
+
+
+def test_requests_of_one_peer_are_rationed(monkeypatch):
+    async def body(a, hostile):
+        stream = await hostile.open(a.peer, a.addrs, KAD)
+        messages, answered = Delimited(stream, 10_000), 0
+        with suppress(TransportError):
+            while answered < 50:
+                await messages.send(Message(type=Message.GET_PROVIDERS, key=b"key"))
+                await messages.receive(Message)
+                answered += 1
+        assert 20 <= answered <= 30
+
+    monkeypatch.setattr(dht, "REQUESTS_BURST", 20.0)
+    run(body, "a", "hostile")
+
+
+def test_answers_that_name_thousands_end_the_lookup_in_time(monkeypatch):
+    async def body(a, hostile):
+        rng = random.Random(1)
+
+        async def lie(stream):
+            messages = Delimited(stream, 1 << 16)
+            await messages.receive(Message)
+            peers = [
+                Message.Peer(id=bytes.fromhex("002408011220") + rng.randbytes(32), addrs=[b"\x04\x7f\0\0\1\x06\0\1"])
+                for _ in range(500)
+            ]
+            await messages.send(Message(type=Message.GET_PROVIDERS, closerPeers=peers, providerPeers=peers[:5]))
+
+        hostile.handle(KAD, lie)
+        await a.connect(full_addr(hostile))
+        with trio.fail_after(dht.LOOKUP_S + 2):
+            assert len(await a.directory.providers(KEY)) == 5, "hearsay is passed on as hearsay"
+        assert len(a.directory.table) == 1
+
+    run(body, "a", "hostile")
+
+
+@given(st.lists(st.tuples(st.binary(max_size=64), st.lists(st.binary(max_size=140), max_size=12)), max_size=40))
+def test_what_peers_name_is_well_formed_or_left_out(named):
+    peers = [Message.Peer(id=name, addrs=addrs) for name, addrs in named]
+    for contact in _contacts(peers):
+        assert len(contact.peer) == 52
+        assert len(contact.addrs) <= ADDRS_MAX
+
+
+def test_lookups_need_no_task_of_their_own():
+    async def body(a, b):
+        await a.connect(full_addr(b))
+        fresh = Kademlia(a)
+        await fresh.provide(KEY)
+        assert found(await b.directory.providers(KEY)) == [(a.peer, a.addrs)]
+
+    run(body, "a", "b")

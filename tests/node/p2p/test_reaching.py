@@ -1,0 +1,214 @@
+"""A node finds out how it can be reached, and does what it takes; on loopback, with nodes that open no port."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+import trio
+from libp2p.host.autonat.pb.autonat_pb2 import Message
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+
+import node.p2p.autonat as autonat
+import node.p2p.reaching as reaching_module
+from node.p2p import upnp
+from node.p2p.autonat import AUTONAT, AutoNat, _seen_at
+from node.p2p.delimited import Delimited
+from node.p2p.mesh import MeshConfig, open_mesh
+from node.p2p.reach import ReachState
+from node.p2p.reaching import Reaching, ReachOptions
+from protocol.errors import TransportError
+from tests.conformance.adapters import echo, full_addr, receive_exactly, seed_of, until
+
+ECHO = "/test/echo/1"
+GUARD_S = 20.0
+
+
+@asynccontextmanager
+async def node_of(name, listen=True, options=None):
+    config = MeshConfig(seed_of(name)) if listen else MeshConfig(seed_of(name), ())
+    async with open_mesh(config) as mesh, trio.open_nursery() as nursery:
+        mesh.reaching = Reaching(mesh, options or ReachOptions(upnp=False))
+        nursery.start_soon(mesh.reaching.run)
+        mesh.handle(ECHO, echo)
+        await trio.testing.wait_all_tasks_blocked()
+        yield mesh
+        nursery.cancel_scope.cancel()
+
+
+def run(body, *names):
+    async def guarded():
+        with trio.fail_after(GUARD_S):
+            async with node_of("first") as first:
+                await body(first)
+
+    trio.run(guarded)
+
+
+def hides(mesh):
+    """Nobody reaches the ports of `mesh`: who dials it for a check fails."""
+
+    async def fails(maddr, peer):
+        raise OSError("no route")
+
+    mesh.host.check_dial = fails
+
+
+def test_nodes_that_can_be_dialled_find_it_out():
+    async def body(first):
+        async with node_of("second") as second:
+            await second.connect(full_addr(first))
+            await until(lambda: {first.reach.state, second.reach.state} == {ReachState.PUBLIC})
+            assert second.reach.confirmed == second.addrs
+            assert not second.relayed
+
+    run(body)
+
+
+def test_a_node_without_a_port_is_relayed_and_reached():
+    async def body(first):
+        told = []
+        async with node_of("hidden", listen=False) as hidden, node_of("client", listen=False) as client:
+            hidden.reach.on_change = lambda: told.append(hidden.reach.state)
+            await hidden.connect(full_addr(first))
+            await until(lambda: hidden.relayed)
+            assert hidden.addrs == (f"{full_addr(first)}/p2p-circuit",)
+            assert told == [ReachState.RELAYED]
+            stream = await client.open(hidden.peer, hidden.addrs, ECHO)
+            await stream.send(b"hello")
+            assert await receive_exactly(stream, 5) == b"hello"
+            await client.connect(full_addr(first))
+            await until(lambda: client.known_addrs(hidden.peer) == hidden.addrs)  # identify tells the circuit
+
+    run(body)
+
+
+def test_a_node_whose_port_is_closed_is_relayed_until_it_is_opened(monkeypatch):
+    async def body(first):
+        check = first.host.check_dial
+        hides(first)
+        async with node_of("second") as second:
+            await second.connect(full_addr(first))
+            await until(lambda: second.relayed)
+            assert second.addrs == (*second.listening, f"{full_addr(first)}/p2p-circuit")
+            first.host.check_dial = check
+            await until(lambda: second.reach.state is ReachState.PUBLIC)
+            await until(lambda: second.addrs == second.listening)
+
+    monkeypatch.setattr(reaching_module, "PROBE_S", 0.5)
+    monkeypatch.setattr(reaching_module, "PROBE_FIRST_S", 0.5)
+    monkeypatch.setattr(autonat, "PAUSE_S", 0.0)
+    run(body)
+
+
+def test_another_relay_takes_over():
+    async def body(first):
+        async with node_of("hidden", listen=False) as hidden:
+            async with node_of("second") as second:
+                await hidden.connect(full_addr(second))
+                await until(lambda: hidden.addrs == (f"{full_addr(second)}/p2p-circuit",))
+                await hidden.connect(full_addr(first))
+                await until(lambda: len(hidden.addrs) == 2)
+            await until(lambda: hidden.addrs == (f"{full_addr(first)}/p2p-circuit",))
+        assert hidden.reach.state is ReachState.RELAYED
+
+    run(body)
+
+
+def test_a_relay_whose_owner_declines_is_none():
+    async def body(first):
+        options = ReachOptions(relay=False, upnp=False)
+        async with node_of("idle", options=options) as idle, node_of("hidden", listen=False) as hidden:
+            await hidden.connect(full_addr(idle))
+            await until(lambda: idle.peer in hidden.reaching._no_relay)
+            assert hidden.reach.state is ReachState.UNREACHABLE
+            assert hidden.addrs == ()
+
+    run(body)
+
+
+def test_a_port_that_the_router_maps_is_announced_once_it_was_dialled(monkeypatch):
+    async def body(first):
+        hides(first)
+        async with node_of("second", options=ReachOptions(upnp=True)) as second:
+            external = int(second.addrs[0].rpartition("/")[2])  # loopback: the external port is the port itself
+
+            async def map_port(port):
+                del first.host.check_dial  # the router lets them through from now on
+                return upnp.Mapping("127.0.0.1", external, port)
+
+            async def unmap_port(mapping):
+                unmapped.append(mapping.external_port)
+
+            monkeypatch.setattr(upnp, "map_port", map_port)
+            monkeypatch.setattr(upnp, "unmap_port", unmap_port)
+            await second.connect(full_addr(first))
+            await until(lambda: second.reach.state is ReachState.MAPPED)
+        assert unmapped == [external]
+
+    unmapped = []
+    monkeypatch.setattr(autonat, "PAUSE_S", 0.0)
+    run(body)
+
+
+def test_only_the_address_that_a_peer_is_seen_at_is_dialled():
+    addrs = ("/ip4/11.0.0.7/tcp/80", "/ip4/11.0.0.7/tcp/81", "/dns4/example.org/tcp/82", "/ip6/2001:db8::1/tcp/80")
+    assert _seen_at("10.1.1.1", addrs) == [Multiaddr("/ip4/10.1.1.1/tcp/80"), Multiaddr("/ip4/10.1.1.1/tcp/81")]
+    assert _seen_at("::ffff:10.1.1.1", addrs[:1]) == [Multiaddr("/ip4/10.1.1.1/tcp/80")]
+    assert len(_seen_at("10.1.1.1", tuple(f"/ip4/1.1.1.1/tcp/{port}" for port in range(1, 50)))) == 4
+
+
+def test_a_peer_that_is_not_the_one_who_asks_is_no_success():
+    async def body(first):
+        """`second` states the port of another node as its own."""
+        async with node_of("second") as second, open_mesh(MeshConfig(seed_of("third"))) as third:
+            await second.connect(full_addr(first))
+            assert await AutoNat(second).ask(first.peer, third.addrs) is None
+
+    run(body)
+
+
+def test_dial_backs_are_rationed():
+    async def body(first):
+        async with open_mesh(MeshConfig(seed_of("second"))) as second:
+            await second.connect(full_addr(first))
+            asking = AutoNat(second)
+            assert await asking.ask(first.peer, second.addrs) == second.addrs[0]
+            with pytest.raises(TransportError, match="status 101"):
+                await asking.ask(first.peer, second.addrs)
+
+    run(body)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff\x7f", b"\x03\xff\xff\xff", b"\x05", b""])
+def test_junk_costs_its_stream_only(data):
+    async def body(first):
+        async with open_mesh(MeshConfig(seed_of("second"))) as second:
+            await second.connect(full_addr(first))
+            stream = await second.open(first.peer, (), AUTONAT)
+            await stream.send(data)
+            await stream.finish()
+            with suppress(TransportError):
+                assert await stream.receive(100) == b""
+            assert await AutoNat(second).ask(first.peer, second.addrs) == second.addrs[0]
+
+    run(body)
+
+
+def test_a_liar_that_names_no_address_is_not_believed():
+    async def body(first):
+        async def lie(stream):
+            messages = Delimited(stream, 4096)
+            await messages.receive(Message)
+            answer = Message.DialResponse(status=Message.OK, addr=b"\xff\xff")
+            await messages.send(Message(type=Message.DIAL_RESPONSE, dialResponse=answer))
+
+        async with open_mesh(MeshConfig(seed_of("liar"))) as liar:
+            liar.handle(AUTONAT, lie)
+            await first.connect(full_addr(liar))
+            with pytest.raises(TransportError):
+                await AutoNat(first).ask(liar.peer, first.addrs)
+            assert first.host.observed_ip(ID.from_base58(liar.peer)) == "127.0.0.1"
+
+    run(body)

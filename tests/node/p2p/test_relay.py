@@ -1,0 +1,325 @@
+"""Connections through a relay: what a stream promises holds on them, and a relay is no way to do harm."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import trio
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
+
+import node.p2p.relay as relay_module
+import node.p2p.yamux
+from node.p2p.delimited import Delimited
+from node.p2p.mesh import MeshConfig, open_mesh
+from node.p2p.relay import HOP, STOP, Relay
+from protocol.errors import TransportError
+from tests.conformance.adapters import absent_peer, echo, full_addr, receive_exactly, seed_of, serving, until
+
+ECHO, RAW = "/test/echo/1", "/test/raw/1"
+GUARD_S = 20.0
+
+
+@dataclass
+class World:
+    """`hidden` listens nowhere and reserved at `middle`; `near` knows only the circuit."""
+
+    middle: Any
+    relay: Relay
+    hidden: Any
+    near: Any
+    circuits: tuple[str, ...]
+    stack: AsyncExitStack
+
+    async def stranger(self, name):
+        return await self.stack.enter_async_context(open_mesh(MeshConfig(seed_of(name), ())))
+
+
+@asynccontextmanager
+async def world():
+    async with AsyncExitStack() as stack:
+        middle = await stack.enter_async_context(open_mesh(MeshConfig(seed_of("middle"))))
+        hidden, near = [
+            await stack.enter_async_context(open_mesh(MeshConfig(seed_of(name), ()))) for name in ("hidden", "near")
+        ]
+        relay = Relay(middle)
+        relay.serve()
+        hidden.circuits.serve()
+        hidden.handle(ECHO, echo)
+        await hidden.connect(full_addr(middle))
+        reservation = await hidden.circuits.reserve(middle.peer, ())
+        yield World(middle, relay, hidden, near, reservation.circuits, stack)
+
+
+def run(body):
+    async def guarded():
+        with trio.fail_after(GUARD_S):
+            async with world() as there:
+                await body(there)
+
+    trio.run(guarded)
+
+
+def hop(kind, target=None):
+    peer = pb.PeerId(id=ID.from_base58(target).to_bytes()) if target else None
+    return pb.HopMessage(type=kind, peer=peer)
+
+
+async def answer_to(node, target, message):
+    stream = await node.open(target.peer, target.addrs, HOP)
+    messages = Delimited(stream, 4096)
+    await messages.send(message)
+    return (await messages.receive(pb.HopMessage)).status
+
+
+# --- the promise of a stream
+
+
+def test_a_stream_through_a_relay_echoes_names_its_peers_and_half_closes():
+    async def body(there):
+        async with serving(there.hidden, RAW) as streams:
+            near = await there.near.open(there.hidden.peer, there.circuits, RAW)
+            far = await streams.receive()
+            assert (near.remote, far.remote) == (there.hidden.peer, there.near.peer)
+            await near.send(b"question")
+            await near.finish()
+            assert await receive_exactly(far, 8) == b"question"
+            assert await far.receive(1) == b""
+            await far.send(b"answer")
+            assert await receive_exactly(near, 6) == b"answer"
+        assert there.hidden.peer in there.near.connected()
+
+    run(body)
+
+
+def test_bulk_arrives_in_order_and_a_slow_reader_blocks_the_sender():
+    data = bytes(range(256)) * (8 << 12)  # 8 MiB
+
+    async def body(there):
+        sent = 0
+
+        async def send(stream):
+            nonlocal sent
+            for start in range(0, len(data), 1 << 16):
+                await stream.send(data[start : start + (1 << 16)])
+                sent += 1 << 16
+            await stream.finish()
+
+        async with serving(there.hidden, RAW) as streams, trio.open_nursery() as nursery:
+            near = await there.near.open(there.hidden.peer, there.circuits, RAW)
+            far = await streams.receive()
+            nursery.start_soon(send, near)
+            before = -1
+            while before != sent:
+                before = sent
+                await trio.sleep(0.2)
+            assert sent < 2 << 20, "nobody has read: what is on its way is bounded"
+            assert await receive_exactly(far, len(data)) == data
+            assert await far.receive(1) == b""
+
+    run(body)
+
+
+def test_many_streams_share_one_circuit():
+    async def body(there):
+        async with trio.open_nursery() as nursery:
+
+            async def ask(number):
+                stream = await there.near.open(there.hidden.peer, there.circuits, ECHO)
+                await stream.send(number.to_bytes(4, "big") * 5000)
+                assert await receive_exactly(stream, 20_000) == number.to_bytes(4, "big") * 5000
+                await stream.aclose()
+
+            for number in range(30):
+                nursery.start_soon(ask, number)
+        assert there.relay.circuits == {there.near.peer: 1, there.hidden.peer: 1}
+
+    run(body)
+
+
+def test_the_hidden_node_opens_streams_back_over_the_circuit():
+    async def body(there):
+        there.near.handle(ECHO, echo)
+        await (await there.near.open(there.hidden.peer, there.circuits, ECHO)).aclose()
+        stream = await there.hidden.open(there.near.peer, (), ECHO)
+        await stream.send(b"hello")
+        assert await receive_exactly(stream, 5) == b"hello"
+
+    run(body)
+
+
+def test_a_relay_that_stalls_is_noticed(monkeypatch):
+    async def body(there):
+        near = await there.near.open(there.hidden.peer, there.circuits, RAW)
+        there.relay._free_at = float("inf")  # it passes nothing any more, and keeps its connections
+        with trio.fail_after(3), pytest.raises(TransportError):
+            await near.receive(1)
+        await until(lambda: there.near.connected() == (there.middle.peer,))
+        await until(lambda: there.hidden.connected() == (there.middle.peer,))
+
+    monkeypatch.setattr(node.p2p.yamux, "KEEPALIVE_S", 0.1)
+
+    async def prepared(there):
+        async with serving(there.hidden, RAW):
+            await body(there)
+
+    run(prepared)
+
+
+def test_the_end_of_either_side_ends_the_circuit():
+    async def body(there):
+        async with AsyncExitStack() as stack:
+            other = await stack.enter_async_context(open_mesh(MeshConfig(seed_of("other"), ())))
+            await (await other.open(there.hidden.peer, there.circuits, ECHO)).aclose()
+            assert other.peer in there.hidden.connected()
+        await until(lambda: there.hidden.connected() == (there.middle.peer,))
+        await until(lambda: not there.relay.circuits)
+
+    run(body)
+
+
+# --- no way to do harm
+
+
+def test_no_reservation_no_circuit():
+    async def body(there):
+        stranger = await there.stranger("stranger")
+        await stranger.connect(full_addr(there.middle))
+        circuit = f"{full_addr(there.middle)}/p2p-circuit"
+        with pytest.raises(TransportError, match="status 204"):
+            await there.near.open(stranger.peer, (circuit,), ECHO)
+        with pytest.raises(TransportError, match="status 204"):
+            await there.near.open(absent_peer(), (circuit,), ECHO)
+
+    run(body)
+
+
+def test_nobody_reserves_in_anothers_name():
+    async def body(there):
+        stranger = await there.stranger("stranger")
+        status = await answer_to(stranger, there.middle, hop(pb.HopMessage.RESERVE, there.near.peer))
+        assert status == pb.OK
+        assert set(there.relay.reservations) == {there.hidden.peer, stranger.peer}
+
+    run(body)
+
+
+def test_reservations_and_circuits_are_bounded(monkeypatch):
+    async def body(there):
+        monkeypatch.setattr(relay_module, "RESERVATIONS_MAX", 1)
+        assert await answer_to(there.near, there.middle, hop(pb.HopMessage.RESERVE)) == pb.RESERVATION_REFUSED
+        assert await answer_to(there.hidden, there.middle, hop(pb.HopMessage.RESERVE)) == pb.OK, "a renewal"
+        monkeypatch.setattr(relay_module, "CIRCUITS_PER_PEER_MAX", 1)
+        await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        with pytest.raises(TransportError, match="status 201"):
+            await (await there.stranger("stranger")).open(there.hidden.peer, there.circuits, ECHO)
+
+    run(body)
+
+
+def test_a_hidden_node_is_no_relay():
+    async def body(there):
+        there.middle.reach.shut()
+        assert not there.middle.relayed
+        there.middle.reach.relay_through(("/ip4/1.2.3.4/tcp/5",))
+        assert there.middle.relayed
+        assert await answer_to(there.near, there.middle, hop(pb.HopMessage.RESERVE)) == pb.RESERVATION_REFUSED
+
+    run(body)
+
+
+def test_a_reservation_ends_with_its_time_and_its_connection(monkeypatch):
+    async def body(there):
+        stranger = await there.stranger("stranger")
+        assert await answer_to(stranger, there.middle, hop(pb.HopMessage.RESERVE)) == pb.OK
+        await stranger.host.shut_down()
+        await until(lambda: stranger.peer not in there.middle.connected())
+        await answer_to(there.near, there.middle, hop(pb.HopMessage.RESERVE))
+        assert set(there.relay.reservations) == {there.hidden.peer, there.near.peer}
+        there.relay.reservations[there.hidden.peer] = trio.current_time()
+        with pytest.raises(TransportError, match="status 204"):
+            await there.near.open(there.hidden.peer, there.circuits, ECHO)
+
+    run(body)
+
+
+def test_a_relay_cannot_put_another_peer_at_the_end():
+    async def body(there):
+        """A lying relay leads to the hidden node, whoever was asked for."""
+        honest = there.relay._connect
+        there.relay._connect = lambda stream, messages, _: honest(stream, messages, there.hidden.peer)
+        with pytest.raises(TransportError, match="cannot connect"):
+            await there.near.open(absent_peer(), there.circuits, ECHO)
+        assert there.near.connected() == (there.middle.peer,)
+
+    run(body)
+
+
+def test_a_relay_sees_no_plain_byte():
+    secret = b"nobody else may read this " * 40
+
+    async def body(there):
+        seen = bytearray()
+        pump = there.relay._pump
+
+        async def listening(source, behind, target):
+            class Tapped:
+                async def receive(self, size):
+                    data = await source.receive(size)
+                    seen.extend(data)
+                    return data
+
+            await pump(Tapped(), behind, target)
+
+        there.relay._pump = listening
+        stream = await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        await stream.send(secret)
+        assert await receive_exactly(stream, len(secret)) == secret
+        assert len(seen) > 2 * len(secret)
+        assert secret[:26] not in seen
+
+    run(body)
+
+
+def test_who_is_no_relay_of_ours_offers_no_circuit():
+    async def body(there):
+        stranger = await there.stranger("stranger")
+        await stranger.connect(full_addr(there.middle))
+        await (await stranger.open(there.hidden.peer, there.circuits, ECHO)).aclose()
+        stream = await stranger.open(there.hidden.peer, (), STOP)
+        messages = Delimited(stream, 4096)
+        await messages.send(pb.StopMessage(type=pb.StopMessage.CONNECT, peer=hop(0, there.near.peer).peer))
+        assert (await messages.receive(pb.StopMessage)).status == pb.PERMISSION_DENIED
+
+    run(body)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff\x7f", b"\x03\xff\xff\xff", b"\x05", b"", b"\x02\x08\x07"])
+def test_junk_costs_its_stream_only(data):
+    async def body(there):
+        stream = await there.near.open(there.middle.peer, there.middle.addrs, HOP)
+        await stream.send(data)
+        await stream.finish()
+        with suppress(TransportError):
+            await stream.receive(1)
+        stream = await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        await stream.send(b"alive")
+        assert await receive_exactly(stream, 5) == b"alive"
+
+    run(body)
+
+
+def test_circuits_pass_at_the_owners_rate(monkeypatch):
+    async def body(there):
+        monkeypatch.setattr(relay_module, "BYTES_PER_S", 1 << 20)
+        stream = await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        started = trio.current_time()
+        with trio.fail_after(10):
+            await stream.send(bytes(400_000))
+            await receive_exactly(stream, 400_000)  # there and back: 0.8 MB
+        assert trio.current_time() - started > 0.6
+
+    run(body)

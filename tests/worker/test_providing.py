@@ -1,0 +1,74 @@
+"""A worker tells the directory which shards it holds: soon, again and again, and never in a flood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import trio
+
+from protocol.directory import shard_key
+from protocol.errors import TransportError
+from protocol.ids import ShardDigest
+from protocol.limits import PROVIDE_AGAIN_S, PROVIDER_LIFE_S, PROVIDES_PER_S
+from protocol.ports import Provider
+from simnet import runtime
+from simnet.runtime import VirtualClock
+from worker.providing import PERIOD_S, RETRY_S, Providing
+
+DIGESTS = [ShardDigest(bytes([number]) * 32) for number in range(40)]
+
+
+@dataclass
+class Told:
+    """A directory that remembers what it was told, and when."""
+
+    alone: bool = False
+    told: list[tuple[float, bytes]] = field(default_factory=list)
+
+    async def provide(self, key: bytes) -> None:
+        self.told.append((trio.current_time(), key))
+        if self.alone:
+            raise TransportError("no peer took the provider record")
+
+    async def providers(self, key: bytes) -> tuple[Provider, ...]:
+        return ()
+
+
+def provided(held: list[ShardDigest], seconds: float, alone: bool = False) -> list[tuple[float, bytes]]:
+    """What the directory was told; `held` is empty at first."""
+
+    async def main() -> list[tuple[float, bytes]]:
+        directory, now = Told(alone), list[ShardDigest]()
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(Providing(directory, VirtualClock(), lambda: now).run)
+                await trio.sleep(1)
+                now += held
+        start = trio.current_time() - seconds
+        return [(at - start, key) for at, key in directory.told]
+
+    return runtime.run(main, seed=1)
+
+
+def test_new_shards_are_told_soon_and_under_keys_that_do_not_name_them() -> None:
+    told = provided(DIGESTS[:2], 20)
+    assert [key for _, key in told] == [shard_key(digest) for digest in DIGESTS[:2]]
+    assert told[0][0] <= 1 + PERIOD_S
+
+
+def test_all_are_told_again_before_their_records_expire() -> None:
+    times = [at for at, _ in provided(DIGESTS[:1], PROVIDER_LIFE_S)]
+    assert len(times) == 3
+    assert all(PROVIDE_AGAIN_S <= later - sooner <= PROVIDE_AGAIN_S + PERIOD_S for sooner, later in pairwise(times))
+
+
+def test_many_are_told_one_after_another() -> None:
+    times = [at for at, _ in provided(DIGESTS, 60)]
+    assert len(times) == len(DIGESTS)
+    assert all(later - sooner >= 1 / PROVIDES_PER_S for sooner, later in pairwise(times))
+
+
+def test_a_lone_worker_tries_again() -> None:
+    times = [at for at, _ in provided(DIGESTS[:1], 200, alone=True)]
+    assert len(times) >= 200 // (RETRY_S + PERIOD_S) - 1
