@@ -157,6 +157,9 @@ def test_no_more_neighbours_are_sought_than_gossip_needs():
     during(60, transport, leads)
     assert len(transport.connected()) == NEIGHBOURS_ENOUGH
     assert len(transport.dials) == NEIGHBOURS_ENOUGH
+    once = FakeTransport(*(peer(i) for i in range(1, 30)))
+    runtime.run(lambda: join(once, leads), seed=1)
+    assert len(once.dials) == NEIGHBOURS_ENOUGH
 
 
 def test_found_peers_are_bounded_and_forgotten_when_they_leave():

@@ -1,21 +1,22 @@
-"""A client that is given no address: it asks the local network, and says what to do when nobody is there.
+"""How a client finds its way in without an address, what it says when nobody is there, and how it finds back.
 
-The network's answers are the test's own; tests/node/test_lan.py and test_private_swarm.py speak real multicast.
+The local network's answers are the test's own; tests/node/test_lan.py and test_private_swarm.py speak real multicast.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
-from node import app_client
+from node import app_client, joining
 from node.app_client import ClientOptions, observe
 from node.groups import ungrouped
 from node.lan import Lan, OnSighting, Presence
+from node.p2p.mesh import MeshConfig, open_mesh
 from protocol.errors import InputError
 from protocol.ids import PeerId
 from protocol.membership import PUBLIC_SWARM
@@ -74,3 +75,27 @@ def test_told_not_to_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("SOTTO_LAN", "0")
     with pytest.raises(InputError, match="SOTTO_LAN"):
         members(tmp_path)
+
+
+def test_a_client_that_lost_its_way_in_finds_it_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(joining, "CHECK_S", 0.1)
+
+    async def main() -> None:
+        async with open_mesh(MeshConfig(bytes(32))) as node:
+            addr, peer = node.addrs[0], node.peer
+            async with observe(ClientOptions(tmp_path, (f"{addr}/p2p/{peer}",))) as client:
+                transport = client.ports.transport
+                assert transport.connected() == (peer,)
+                await node._host.shut_down()  # what is left listens, and lets it in again
+                while transport.connected():
+                    await trio.sleep(0.02)
+                while not transport.connected():
+                    await trio.sleep(0.02)
+
+    with ungrouped():
+        trio.run(_guarded, main)
+
+
+async def _guarded(main: Callable[[], Awaitable[None]]) -> None:
+    with trio.fail_after(30):
+        await main()
