@@ -26,17 +26,22 @@ from node.identity import load_identity
 from node.joining import stay_joined
 from node.lifetime import only_user_of, until_told
 from node.metrics import WorkerMetrics, serve_metrics
+from node.notebook import FileNotebook
+from node.owner import Owner
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.store import DiskStore
 from node.version import VERSION
+from node.worker_socket import Controls, serve_controls
 from protocol.errors import InputError
 from protocol.signed import Identity
 from worker.capacity import measure_speeds
-from worker.config import WorkerConfig, WorkerPorts
+from worker.config import QUOTAS_DEFAULT, Quotas, WorkerConfig, WorkerPorts
 from worker.engine import Engine
+from worker.schedule import Schedule
 from worker.service import WorkerService
 
 log = logging.getLogger("sotto.worker")
+_QUEUE_BYTES_MAX = 2 << 30
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -54,9 +59,17 @@ class WorkerOptions:
     device: str
     metrics: tuple[str, int] | None
     lifeline: int | None
+    quotas: Quotas = QUOTAS_DEFAULT
+    schedule: Schedule | None = None
+    yields: bool = False
+
+    @property
+    def queue_memory_bytes(self) -> int:
+        """What may wait in queues: an eighth, and no more than many large prefills need."""
+        return min(self.memory_bytes // 8, _QUEUE_BYTES_MAX)
 
     def __post_init__(self) -> None:
-        if self.kv_memory_bytes >= self.memory_bytes:
+        if self.kv_memory_bytes + self.queue_memory_bytes >= self.memory_bytes:
             raise InputError("--kv-memory is part of --memory, and must leave room for weights: give less of it")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("torch sees no CUDA device here: use --device cpu, or install a CUDA build of torch")
@@ -91,9 +104,11 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None
         identity=identity,
         memory_bytes=options.memory_bytes,
         kv_memory_bytes=options.kv_memory_bytes,
+        queue_memory_bytes=options.queue_memory_bytes,
         speeds=await trio.to_thread.run_sync(measure_speeds, options.device, _DTYPES),
         device=options.device,
         version=VERSION,
+        quotas=options.quotas,
     )
     with (
         EngineThread(engine, lambda: torch.set_num_threads(options.threads)) as compute,
@@ -108,14 +123,27 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None
             entropy=os.urandom,
             observer=metrics,
             run_sync=trio.to_thread.run_sync,
+            revoked=FileNotebook(options.data_dir / "revoked.json"),
         )
         async with trio.open_nursery() as nursery:
             service = WorkerService(ports, config)
             await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
             nursery.start_soon(stay_joined, mesh, options.bootstrap)
+            _start_owner(nursery, service, options)
             with _announced(options.data_dir, mesh.peer, mesh.addrs, metrics_url):
                 log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs})
                 await trio.sleep_forever()
+
+
+def _start_owner(nursery: trio.Nursery, service: WorkerService, options: WorkerOptions) -> None:
+    owner = Owner(service)
+    controls = Controls(owner.pause, owner.resume, owner.status)
+    nursery.start_soon(serve_controls, options.data_dir, controls)
+    nursery.start_soon(owner.end_pauses)
+    if options.schedule is not None:
+        nursery.start_soon(owner.keep_hours, options.schedule)
+    if options.yields:
+        nursery.start_soon(owner.yield_to_others)
 
 
 @contextmanager

@@ -40,6 +40,18 @@ async def _end_of_file(lifeline: int, done: trio.CancelScope) -> None:
 
 
 @contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block with the file `lock`. Blocks the thread."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def only_user_of(folder: Path, role: str) -> Iterator[None]:
     """Hold `folder` for this process alone: two nodes must not speak with one identity. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)
