@@ -40,10 +40,10 @@ async def _end_of_file(lifeline: int, done: trio.CancelScope) -> None:
 
 
 @contextmanager
-def one_at_a_time(lock: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block with the file `lock`. Blocks the thread."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block with `folder`, made if need be. Blocks the thread."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield

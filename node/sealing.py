@@ -36,7 +36,6 @@ from protocol.manifest import BlockEntry, Manifest, open_manifest, sign_manifest
 from protocol.signed import Identity
 
 FORMAT = 2
-LOCK = ".lock"
 Progress = Callable[[int, int], None]
 """`progress(done, total)` in blocks."""
 
@@ -84,7 +83,7 @@ class SealedFolder:
     @classmethod
     def create(cls, path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, owner: PeerId) -> SealedFolder:
         """Start a deployment of `owner` in an empty or new folder."""
-        if any(file.name != LOCK for file in path.iterdir()):
+        if any(path.iterdir()):
             raise InputError(f"{path} is not empty and holds no sealed model: give another folder")
         salt = os.urandom(ID_BYTES)
         deployment = deployment_id(owner, salt)
@@ -179,7 +178,7 @@ def seal_into(
 ) -> tuple[SealedFolder, Sealer]:
     """Seal `checkpoint` into `path` as a deployment of `owner`, going on where an earlier run stopped. Another process
     that is about the same is waited for. Raises InputError, ModelError."""
-    with one_at_a_time(path / LOCK):
+    with one_at_a_time(path):
         return _seal_into(path, checkpoint, dtype, key, owner, progress)
 
 

@@ -88,8 +88,8 @@ class SpanLedger:
                 return ()
             if before.state is SpanState.LOADING or before.sessions or before.holders.keys() - {peer}:
                 raise Refused(RefusalReason.SESSIONS, "the deployment's other span here is in use")
-        self._require_quotas(request, before)
         gone = ([before] if before else []) + self._evicted_for(request, before)
+        self._require_quotas(request, before)
         for lease in gone:
             del self.leases[lease.request.deployment]
         self.leases[request.deployment] = SpanLease(request, now)

@@ -16,6 +16,14 @@ app = typer.Typer(
 )
 
 
+Quota = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=VALUE, what peers may take: bandwidth=20MB a second, … (docs/USING.md); repeatable."),
+]
+Hours = Annotated[str | None, typer.Option(help="When to serve, local time: 22:00-07:00,sat,sun. Default: always.")]
+Yields = Annotated[bool, typer.Option("--yield/--no-yield", help="Take no work while other programs need the machine.")]
+
+
 @app.callback(invoke_without_command=True)
 def worker(
     context: typer.Context,
@@ -40,16 +48,9 @@ def worker(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all cores.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
-    quota: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=VALUE, what peers may take: bandwidth=20MB a second, … (docs/USING.md); repeatable."),
-    ] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="When to serve, local time: 22:00-07:00,sat,sun. Default: always.")
-    ] = None,
-    yields: Annotated[
-        bool, typer.Option("--yield/--no-yield", help="Take no work while other programs need the machine.")
-    ] = False,
+    quota: Quota = None,
+    schedule: Hours = None,
+    yields: Yields = False,
     data_dir: DataDir = None,
     metrics: Annotated[
         str, typer.Option(help="HOST:PORT for Prometheus (port 0: any free one); 'off' for none.")
