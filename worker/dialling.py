@@ -32,6 +32,7 @@ def scope_of(addr: str) -> str:
         host = ip_address(parts[2]) if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
     except ValueError:
         return ""
+    host = getattr(host, "ipv4_mapped", None) or host
     if host is None or host.is_unspecified or host.is_multicast:
         return ""
     if host.is_loopback:

@@ -51,7 +51,7 @@ class Rights:
         data = await self.notebook.read()
         try:
             self.gate.revoked.update(_read(data) if data else {})
-        except (ValueError, TypeError, RemoteProtocolError):
+        except (ValueError, TypeError, RecursionError, RemoteProtocolError):
             log.error("the file of revoked capabilities is damaged: revoke again what should stay revoked")
 
     def _now_ms(self) -> int:

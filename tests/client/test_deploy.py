@@ -227,7 +227,10 @@ def forged(**changes: Any) -> Callable[[FakeDepot, SpanLeased], SpanLeased]:
     ("change", "says"),
     [
         (lambda _, leased: dataclasses.replace(leased, missing=(ShardDigest(b"o" * 32),)), "not of its span"),
-        (lambda _, leased: dataclasses.replace(leased, lease=leased.lease[:-1] + b"\0"), "lease"),
+        (
+            lambda _, leased: dataclasses.replace(leased, lease=leased.lease[:-1] + bytes([leased.lease[-1] ^ 1])),
+            "lease",
+        ),
         (lambda depot, leased: dataclasses.replace(leased, lease=sign_lease(depot.lease, CLIENT)), "another peer"),
         (forged(holder=STRANGER.peer), "something else"),
         (forged(start=1), "something else"),
