@@ -129,16 +129,16 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None
             service = WorkerService(ports, config)
             await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
             nursery.start_soon(stay_joined, mesh, options.bootstrap)
-            _start_owner(nursery, service, options)
+            await _start_owner(nursery, service, options)
             with _announced(options.data_dir, mesh.peer, mesh.addrs, metrics_url):
                 log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs})
                 await trio.sleep_forever()
 
 
-def _start_owner(nursery: trio.Nursery, service: WorkerService, options: WorkerOptions) -> None:
+async def _start_owner(nursery: trio.Nursery, service: WorkerService, options: WorkerOptions) -> None:
     owner = Owner(service)
     controls = Controls(owner.pause, owner.resume, owner.status)
-    nursery.start_soon(serve_controls, options.data_dir, controls)
+    await nursery.start(serve_controls, options.data_dir, controls)  # type: ignore[arg-type]  # old stubs, as above
     nursery.start_soon(owner.end_pauses)
     if options.schedule is not None:
         nursery.start_soon(owner.keep_hours, options.schedule)

@@ -20,6 +20,7 @@ from typing import Any
 import trio
 
 from protocol.errors import InputError
+from worker.config import TaskStatus
 
 log = logging.getLogger("sotto.worker")
 LINE_BYTES_MAX = 4096
@@ -38,22 +39,15 @@ class Controls:
     status: Callable[[], dict[str, Any]]
 
 
-async def serve_controls(folder: Path, controls: Controls) -> None:
+async def serve_controls(
+    folder: Path, controls: Controls, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED
+) -> None:
     """Serve until cancelled. A folder whose name is too long for a socket costs the controls, not the worker."""
     path = folder / "worker.sock"
-    path.unlink(missing_ok=True)  # of a process that was killed: this one holds the folder's lock
-    listener = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        before = os.umask(0o177)
-        try:
-            await listener.bind(str(path))
-        finally:
-            os.umask(before)
-    except OSError as error:
-        listener.close()
-        log.warning("no control socket", extra={"path": str(path), "reason": str(error)})
+    listener = _listener(path)
+    task_status.started()
+    if listener is None:
         return
-    listener.listen(CLIENTS_MAX)
     limiter = trio.CapacityLimiter(CLIENTS_MAX)
     try:
         async with trio.open_nursery() as nursery:
@@ -63,6 +57,22 @@ async def serve_controls(folder: Path, controls: Controls) -> None:
     finally:
         listener.close()
         path.unlink(missing_ok=True)
+
+
+def _listener(path: Path) -> trio.socket.SocketType | None:
+    path.unlink(missing_ok=True)  # of a process that was killed: this one holds the folder's lock
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        listener.bind(str(path))
+        listener.listen(CLIENTS_MAX)
+    except OSError as error:
+        listener.close()
+        log.warning("no control socket", extra={"path": str(path), "reason": str(error)})
+        return None
+    finally:
+        os.umask(before)
+    return trio.socket.from_stdlib_socket(listener)
 
 
 async def _serve(stream: trio.SocketStream, controls: Controls, limiter: trio.CapacityLimiter) -> None:

@@ -86,7 +86,7 @@ class Quotas:
     def __post_init__(self) -> None:
         if not (0 < self.owner_memory_share <= 1 and 0 < self.peer_queue_share <= 1):
             raise LocalProtocolError("a share is above 0 and at most 1")
-        if min(getattr(self, each.name) for each in fields(self)) <= 0:
+        if not all(getattr(self, each.name) > 0 for each in fields(self)):
             raise LocalProtocolError("a quota of nothing would serve nobody")
 
 
