@@ -201,6 +201,7 @@ class Driver:
     def _tickets(self, session: SessionId, route: Route, terms: SessionTerms) -> tuple[bytes, ...]:
         """One for each hop, sealed to it, naming its neighbours."""
         client, ports = self._ports.identity.peer, self._ports
+        capability = ports.credentials(route.deployment)
         expires_ms = int(ports.clock.time() * 1000) + TICKET_LIFE_MS
         before = [client, *(hop.peer for hop in route.hops)]
         after = [*route.hops[1:], None]
@@ -212,7 +213,7 @@ class Driver:
                 successor=successor.peer if successor else PeerId(""),
                 successor_addrs=successor.addrs[: limits.ADDRS_MAX] if successor else (),
                 deployment=route.deployment, start=hop.start, end=hop.end, kv_tokens=terms.kv_tokens,
-                returns=terms.returns if successor else "none",
+                returns=terms.returns if successor else "none", capability=capability,
             )  # fmt: skip
             boxes.append(issue_ticket(ticket, ports.identity))
         return tuple(boxes)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from client.observer import ClientObserver, NullObserver
+from protocol.ids import DeploymentId
 from protocol.ports import Clock, Entropy, Gossip, Transport
 from protocol.signed import Identity
+
+Credentials = Callable[[DeploymentId], bytes]
+
+
+def none_needed(_: DeploymentId) -> bytes:
+    """Credentials of a client whose own identity owns what it uses."""
+    return b""
 
 
 @dataclass(frozen=True, slots=True)
 class ClientPorts:
-    """`identity` is the one that the transport proves to others: tickets are signed with it."""
+    """`identity` is the one that the transport proves to others: tickets are signed with it. `credentials` gives the
+    capability to show for a deployment, b"" for one that `identity` owns."""
 
     identity: Identity
     transport: Transport
@@ -19,3 +29,4 @@ class ClientPorts:
     clock: Clock
     entropy: Entropy
     observer: ClientObserver = field(default_factory=NullObserver)
+    credentials: Credentials = none_needed

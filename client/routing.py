@@ -1,8 +1,8 @@
 """Routing: which hops serve a request, from the spans that workers say they hold. Pure.
 
 A hop runs its whole span, so a route is a chain of spans that meet exactly. Among all chains the one with the lowest
-predicted time per token wins; ties go to fewer hops, then to the lower peer ids. It does not place spans (placement.py)
-and does not know who is busy.
+predicted time per token wins; ties go to fewer hops, then to the lower peer ids. Workers that take no new work are
+passed over. It does not place spans (placement.py) and does not know who is busy.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def choose_route(view: SwarmView, deployment: DeploymentId, num_blocks: int, exc
     seen: set[PeerId] = set()
     for member, span in view.holders(deployment):
         # A worker holds one span of a deployment; a second one in its advert would make it serve a route twice.
-        if member.peer in exclude or member.peer in seen or span.end > num_blocks:
+        if not member.advert.accepting or member.peer in exclude or member.peer in seen or span.end > num_blocks:
             continue
         seen.add(member.peer)
         hop = Hop(member.peer, member.advert.addrs, span.start, span.end)

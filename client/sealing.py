@@ -19,7 +19,7 @@ from equivariant.keys import RootKey
 from equivariant.seal import seal_block
 from models.checkpoint import Checkpoint
 from models.config import BlockConfig
-from protocol.ids import DeploymentId, ShardDigest
+from protocol.ids import DeploymentId, PeerId, ShardDigest, deployment_id
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.tensors import TensorHeader
 
@@ -73,5 +73,7 @@ def block_entry(
     )
 
 
-def manifest_of(deployment: DeploymentId, sealed: bool, dtype: str, entries: Sequence[BlockEntry]) -> Manifest:
-    return Manifest(deployment=deployment, tier="ee" if sealed else "plain", dtype=dtype, blocks=tuple(entries))
+def manifest_of(owner: PeerId, salt: bytes, sealed: bool, dtype: str, entries: Sequence[BlockEntry]) -> Manifest:
+    """The manifest of the deployment that `owner` made with `salt`."""
+    tier = "ee" if sealed else "plain"
+    return Manifest(deployment_id(owner, salt), salt, tier, dtype, tuple(entries))

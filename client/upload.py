@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+import trio
+
 from client.asking import ANSWER_S, ask, channel_to, receive, within
 from client.errors import HopRefused, HopViolation
 from client.ports import ClientPorts
@@ -21,6 +23,7 @@ from protocol.ids import ShardDigest
 from protocol.manifest import BlockEntry
 from protocol.messages import SHARD, RefusalReason, ShardOffer, ShardPiece, ShardStored, ShardWanted
 
+BUSY_RETRY_S = 0.5  # another client uploads the same shard: two processes of one owner may start together
 PIECE_S = 60.0  # one piece of a shard, 1 MiB: slower than 17 KiB/s is as good as lost
 CHECK_S = 300.0  # the worker hashes a whole shard, at worst 8 GiB from a disk
 
@@ -47,12 +50,21 @@ class ShardUpload:
         for index, block in blocks.items():
             before = self._there
             try:
-                await self._upload_shard(block)
+                await self._upload_when_free(block)
             except HopRefused as refused:
                 if refused.reason != RefusalReason.BAD_SHARD:
                     raise
                 self._add(before - self._there)
                 await self._upload_again(index, block)
+
+    async def _upload_when_free(self, block: BlockEntry) -> None:
+        while True:
+            try:
+                return await self._upload_shard(block)
+            except HopRefused as refused:
+                if refused.reason != RefusalReason.BUSY:
+                    raise
+            await trio.sleep(BUSY_RETRY_S)
 
     async def _upload_again(self, index: int, block: BlockEntry) -> None:
         """The worker called the shard bad. What it kept of an earlier upload may have been: it has deleted that."""

@@ -30,21 +30,26 @@ from node.joining import Leads, stay_joined
 from node.lan import Presence, allowed, on_lan
 from node.lifetime import only_user_of, until_told
 from node.metrics import WorkerMetrics, serve_metrics
+from node.notebook import FileNotebook
+from node.owner import Owner
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.p2p.reaching import Reaching, ReachOptions
-from node.private import PrivateGossip, PrivateTransport
+from node.private import PrivateDirectory, PrivateGossip, PrivateTransport
 from node.store import DiskStore
 from node.version import VERSION
+from node.worker_socket import Controls, serve_controls
 from protocol.errors import InputError
 from protocol.membership import SwarmKey, swarm_of
 from protocol.ports import Gossip, Transport
 from protocol.signed import Identity
 from worker.capacity import measure_speeds
-from worker.config import WorkerConfig, WorkerPorts
+from worker.config import QUOTAS_DEFAULT, Quotas, WorkerConfig, WorkerPorts
 from worker.engine import Engine
+from worker.schedule import Schedule
 from worker.service import WorkerService
 
 log = logging.getLogger("sotto.worker")
+_QUEUE_BYTES_MAX = 2 << 30
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -69,9 +74,17 @@ class WorkerOptions:
     private: bool | None = None
     lan: bool | None = None
     reach: ReachOptions = field(default_factory=ReachOptions)
+    quotas: Quotas = QUOTAS_DEFAULT
+    schedule: Schedule | None = None
+    yields: bool = False
+
+    @property
+    def queue_memory_bytes(self) -> int:
+        """What may wait in queues: an eighth, and no more than many large prefills need."""
+        return min(self.memory_bytes // 8, _QUEUE_BYTES_MAX)
 
     def __post_init__(self) -> None:
-        if self.kv_memory_bytes >= self.memory_bytes:
+        if self.kv_memory_bytes + self.queue_memory_bytes >= self.memory_bytes:
             raise InputError("--kv-memory is part of --memory, and must leave room for weights: give less of it")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("torch sees no CUDA device here: use --device cpu, or install a CUDA build of torch")
@@ -109,9 +122,11 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
         identity=identity,
         memory_bytes=options.memory_bytes,
         kv_memory_bytes=options.kv_memory_bytes,
+        queue_memory_bytes=options.queue_memory_bytes,
         speeds=await trio.to_thread.run_sync(measure_speeds, options.device, _DTYPES),
         device=options.device,
         version=VERSION,
+        quotas=options.quotas,
     )
     with (
         EngineThread(engine, lambda: torch.set_num_threads(options.threads)) as compute,
@@ -127,7 +142,8 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             entropy=os.urandom,
             observer=metrics,
             run_sync=trio.to_thread.run_sync,
-            directory=mesh.directory,
+            directory=mesh.directory if key is None else PrivateDirectory(mesh.directory, key),
+            revoked=FileNotebook(options.data_dir / "revoked.json"),
         )
         async with trio.open_nursery() as nursery:
             service = WorkerService(ports, config)
@@ -138,6 +154,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             nursery.start_soon(Reaching(mesh, options.reach).run)
             mesh.directory.serve()
             nursery.start_soon(mesh.directory.run)
+            await _start_owner(nursery, service, options)
             facts = {"swarm": swarm_of(key).hex(), "metrics": metrics_url}
             with _announced(options.data_dir, mesh, facts) as announce:
                 mesh.reach.on_change = partial(_reach_changed, service, announce)
@@ -160,6 +177,17 @@ async def _meet_neighbours(mesh: Mesh, key: SwarmKey | None, leads: Leads) -> No
 def _reach_changed(service: WorkerService, announce: Callable[[], None]) -> None:
     announce()
     service.herald.changed()
+
+
+async def _start_owner(nursery: trio.Nursery, service: WorkerService, options: WorkerOptions) -> None:
+    owner = Owner(service)
+    controls = Controls(owner.pause, owner.resume, owner.status)
+    await nursery.start(serve_controls, options.data_dir, controls)  # type: ignore[arg-type]  # old stubs, as above
+    nursery.start_soon(owner.end_pauses)
+    if options.schedule is not None:
+        nursery.start_soon(owner.keep_hours, options.schedule)
+    if options.yields:
+        nursery.start_soon(owner.yield_to_others)
 
 
 @contextmanager

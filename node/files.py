@@ -10,6 +10,7 @@ from pathlib import Path
 from protocol.errors import InputError
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS_S = {"m": 60, "h": 3600, "d": 86_400}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -42,14 +43,17 @@ def sync_folder(folder: Path) -> None:
 def write_private(path: Path, data: bytes) -> None:
     """Create `path` with mode 0600; it must not exist. Raises InputError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(name, path)  # whole or not at all: another process may be waiting for it
     except FileExistsError:
         raise InputError(f"{path} exists already: give another name, or move it away first") from None
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def read_private(path: Path) -> bytes:
@@ -73,6 +77,14 @@ def parse_bytes(text: str) -> int:
     if match is None or unit is None:
         raise InputError(f"{text!r} is not a size: write for example 512MiB or 4GiB")
     return int(float(match.group(1)) * unit)
+
+
+def parse_life(text: str) -> int:
+    """Seconds in '30m', '12h' or '7d'. Raises InputError."""
+    match = re.fullmatch(r"([0-9]{1,6})([mhd])", text.strip())
+    if match is None or not int(match[1]):
+        raise InputError(f"{text!r} is no length of time: write for example 30m, 12h or 7d")
+    return int(match[1]) * _UNITS_S[match[2]]
 
 
 def show_bytes(count: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -43,5 +44,6 @@ def load_key(folder: Path, name: str) -> RootKey:
 def default_key(folder: Path) -> RootKey:
     """The key that commands use unless told otherwise, made on first use."""
     if not key_file(folder, DEFAULT).exists():
-        return new_key(folder, DEFAULT)
+        with contextlib.suppress(InputError):  # another process of the same user was faster: use its key
+            return new_key(folder, DEFAULT)
     return load_key(folder, DEFAULT)

@@ -59,6 +59,18 @@ def running_worker(folder: Path) -> dict[str, Any] | None:
 
 
 @contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block with `folder`, made if need be. Blocks the thread."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def only_user_of(folder: Path, role: str) -> Iterator[None]:
     """Hold `folder` for this process alone: two nodes must not speak with one identity. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)

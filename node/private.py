@@ -19,7 +19,18 @@ from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportEr
 from protocol.ids import PeerId
 from protocol.limits import GOSSIP_BYTES_MAX
 from protocol.membership import NONCE_BYTES, PROOF_BYTES, SEAL_BYTES, Side, SwarmKey
-from protocol.ports import Entropy, Gossip, GossipMessage, Stream, StreamHandler, Subscription, Transport, Validator
+from protocol.ports import (
+    Directory,
+    Entropy,
+    Gossip,
+    GossipMessage,
+    Provider,
+    Stream,
+    StreamHandler,
+    Subscription,
+    Transport,
+    Validator,
+)
 
 PROOF_S = 5.0  # for both proofs: one round trip, on the slowest links
 OnStranger = Callable[[PeerId, str], None]
@@ -153,3 +164,17 @@ async def _receive_proof(stream: Stream) -> bytes:
             break
         proof += part
     return proof
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateDirectory:
+    """Satisfies protocol.ports.Directory over another one. Who keeps the records still sees who holds something."""
+
+    inner: Directory
+    key: SwarmKey
+
+    async def provide(self, key: bytes) -> None:
+        await self.inner.provide(self.key.record_key(key))
+
+    async def providers(self, key: bytes) -> tuple[Provider, ...]:
+        return await self.inner.providers(self.key.record_key(key))

@@ -27,14 +27,15 @@ from client.sealing import Sealer, block_entry, manifest_of
 from equivariant.keys import RootKey, key_check, require_key
 from models.checkpoint import Checkpoint
 from node.files import sync_folder, write_atomic
+from node.lifetime import one_at_a_time
 from node.store import digest_of
 from protocol.codec import decode, encode
 from protocol.errors import InputError, RemoteProtocolError
-from protocol.ids import ID_BYTES, DeploymentId, ShardDigest
+from protocol.ids import ID_BYTES, DeploymentId, PeerId, ShardDigest, deployment_id
 from protocol.manifest import BlockEntry, Manifest, open_manifest, sign_manifest
 from protocol.signed import Identity
 
-FORMAT = 1
+FORMAT = 2
 Progress = Callable[[int, int], None]
 """`progress(done, total)` in blocks."""
 
@@ -45,6 +46,7 @@ class SealInfo:
 
     format: int
     deployment: str
+    salt: str  # with the owner's name it makes the deployment's id
     model: str  # path or hub id
     source: str  # digest over names, sizes and times of the model's files: what was sealed
     dtype: str
@@ -79,14 +81,16 @@ class SealedFolder:
         return cls(path, info)
 
     @classmethod
-    def create(cls, path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None) -> SealedFolder:
-        """Start a deployment in an empty or new folder."""
-        if path.exists() and any(path.iterdir()):
+    def create(cls, path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, owner: PeerId) -> SealedFolder:
+        """Start a deployment of `owner` in an empty or new folder."""
+        if any(path.iterdir()):
             raise InputError(f"{path} is not empty and holds no sealed model: give another folder")
-        deployment = os.urandom(ID_BYTES)
+        salt = os.urandom(ID_BYTES)
+        deployment = deployment_id(owner, salt)
         info = SealInfo(
             format=FORMAT,
             deployment=deployment.hex(),
+            salt=salt.hex(),
             model=str(checkpoint.path.resolve()),
             source=source_of(checkpoint),
             dtype=dtype,
@@ -96,6 +100,14 @@ class SealedFolder:
         )
         write_atomic(path / "deployment.json", json.dumps(asdict(info), indent=1).encode())
         return cls(path, info)
+
+    def require_owner(self, owner: PeerId) -> None:
+        """Raises InputError unless the deployment is `owner`'s: nobody else can sign its manifest."""
+        if self.deployment != deployment_id(owner, bytes.fromhex(self.info.salt)):
+            raise InputError(
+                f"{self.path} was sealed under another identity: use the --data-dir that it was sealed with, ask its "
+                "owner for a capability, or seal the model again elsewhere"
+            )
 
     def require(self, checkpoint: Checkpoint, key: RootKey | None) -> None:
         """Raises InputError unless this folder is `checkpoint` under `key`: before anything is computed."""
@@ -120,7 +132,9 @@ class SealedFolder:
         return self.path / "shards" / f"{digest.hex()}.safetensors"
 
     def manifest(self, identity: Identity) -> tuple[bytes, Manifest]:
-        """The manifest as it travels, signed by `identity`. Raises InputError when the seal is not finished."""
+        """The manifest as it travels, signed by its owner's `identity`. Raises InputError when the seal is not
+        finished, or is another's."""
+        self.require_owner(identity.peer)
         with contextlib.suppress(FileNotFoundError, RemoteProtocolError):
             data = (self.path / "manifest.bin").read_bytes()
             manifest, owner = open_manifest(data)
@@ -129,7 +143,8 @@ class SealedFolder:
         entries = [entry for index in range(self.info.num_blocks) if (entry := self.entry(index)) is not None]
         if len(entries) != self.info.num_blocks:
             raise InputError(f"{self.path} is not sealed to the end: run 'sotto seal' on it again")
-        manifest = manifest_of(self.deployment, bool(self.info.key_check), self.info.dtype, entries)
+        salt = bytes.fromhex(self.info.salt)
+        manifest = manifest_of(identity.peer, salt, bool(self.info.key_check), self.info.dtype, entries)
         data = sign_manifest(manifest, identity)
         write_atomic(self.path / "manifest.bin", data)
         return data, manifest
@@ -159,16 +174,25 @@ class SealedFolder:
 
 
 def seal_into(
-    path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, progress: Progress
+    path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, owner: PeerId, progress: Progress
 ) -> tuple[SealedFolder, Sealer]:
-    """Seal `checkpoint` into `path`, going on where an earlier run stopped. Raises InputError, ModelError."""
+    """Seal `checkpoint` into `path` as a deployment of `owner`, going on where an earlier run stopped. Another process
+    that is about the same is waited for. Raises InputError, ModelError."""
+    with one_at_a_time(path):
+        return _seal_into(path, checkpoint, dtype, key, owner, progress)
+
+
+def _seal_into(
+    path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, owner: PeerId, progress: Progress
+) -> tuple[SealedFolder, Sealer]:
     if (path / "deployment.json").exists():
         folder = SealedFolder.open(path)
+        folder.require_owner(owner)
         folder.require(checkpoint, key)
         if folder.info.dtype != dtype:
             raise InputError(f"{path} holds {folder.info.dtype}: use --dtype {folder.info.dtype}, or another folder")
     else:
-        folder = SealedFolder.create(path, checkpoint, dtype, key)
+        folder = SealedFolder.create(path, checkpoint, dtype, key, owner)
     sealer = Sealer.open(checkpoint, dtype, key, folder.deployment)
     total = checkpoint.config.num_blocks
     for index in range(total):

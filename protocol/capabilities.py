@@ -7,6 +7,7 @@ earlier: workers remember the revoked serials until they would have expired anyw
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -56,6 +57,12 @@ def issue_capability(capability: Capability, owner: Identity) -> bytes:
     return encode(owner.sign(_DOMAIN, encode(capability)))
 
 
+def open_capability(data: bytes) -> tuple[Capability, PeerId]:
+    """The capability in `data` and who signed it, whether or not that is the owner. Raises RemoteProtocolError."""
+    signed = decode(Signed, data)
+    return decode(Capability, signed.verify(_DOMAIN)), signed.signer
+
+
 def rights_of(rights: Iterable[Right]) -> tuple[str, ...]:
     """Rights in the order that a capability wants them."""
     return tuple(sorted(set(rights)))
@@ -77,16 +84,15 @@ class CapabilityGate:
 
     revoked: dict[tuple[PeerId, bytes], int] = field(default_factory=dict)  # (owner, serial) -> when it is forgotten
 
-    def admit(self, claim: Claim, capability: bytes, now_ms: int) -> None:
-        """Raises RemoteProtocolError unless `claim` is the owner's, or `capability` covers it."""
+    def admit(self, claim: Claim, capability: bytes, now_ms: int) -> Capability | None:
+        """The capability that covers `claim`; None when it is the owner's. Raises RemoteProtocolError."""
         if claim.peer == claim.owner:
-            return
+            return None
         if not capability:
             raise RemoteProtocolError("the deployment belongs to another client, and no capability was shown")
-        signed = decode(Signed, capability)
-        if signed.signer != claim.owner:
+        shown, signer = open_capability(capability)
+        if signer != claim.owner:
             raise RemoteProtocolError("a capability that the deployment's owner did not sign")
-        shown = decode(Capability, signed.verify(_DOMAIN))
         if shown.holder != claim.peer or shown.deployment != claim.deployment:
             raise RemoteProtocolError("a capability for another peer or another deployment")
         if claim.right not in shown.rights:
@@ -95,11 +101,18 @@ class CapabilityGate:
             raise RemoteProtocolError("a capability that has expired, or lives too long")
         if (claim.owner, shown.serial) in self.revoked:
             raise RemoteProtocolError("a capability that its owner revoked")
+        return shown
 
     def revoke(self, owner: PeerId, serial: bytes, now_ms: int) -> None:
         """Refuse the capability with serial `serial` of `owner` from now on. Raises RemoteProtocolError when the owner
-        has revoked too many within one capability's life."""
+        has revoked too many within one capability's life. When all owners together have, one revocation is forgotten
+        of whoever has most, so that nobody can make a worker forget others'."""
         self.revoked = {key: until for key, until in self.revoked.items() if until > now_ms}
+        if (owner, serial) in self.revoked:
+            return
         if sum(signer == owner for signer, _ in self.revoked) >= limits.REVOKED_PER_OWNER_MAX:
             raise RemoteProtocolError("more capabilities revoked at a time than this worker remembers for one owner")
+        if len(self.revoked) >= limits.REVOKED_MAX:
+            greediest, _ = Counter(signer for signer, _ in self.revoked).most_common(1)[0]
+            del self.revoked[next(key for key in self.revoked if key[0] == greediest)]
         self.revoked[owner, serial] = now_ms + round(limits.CAPABILITY_LIFE_MAX_S * 1000)

@@ -6,12 +6,13 @@ read back from the id (`public_key_of`) and an advert needs no separate key. Pur
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import NewType
 
 from protocol.errors import RemoteProtocolError
 
 PeerId = NewType("PeerId", str)
-DeploymentId = NewType("DeploymentId", bytes)  # 16 random bytes
+DeploymentId = NewType("DeploymentId", bytes)  # 16 bytes that follow from owner and salt
 SessionId = NewType("SessionId", bytes)  # 16 random bytes
 ShardDigest = NewType("ShardDigest", bytes)  # SHA-256 of the shard file, 32 bytes
 
@@ -28,6 +29,12 @@ def peer_id_of(public_key: bytes) -> PeerId:
     if len(public_key) != 32:
         raise ValueError("an Ed25519 public key has 32 bytes")
     return PeerId(_base58_encode(_PREFIX + public_key))
+
+
+def deployment_id(owner: PeerId, salt: bytes) -> DeploymentId:
+    """The deployment that `owner` made with 16 random bytes of salt. It is bound to its owner: nobody else can state a
+    manifest under it. Without the salt it names nobody."""
+    return DeploymentId(blake2b(owner.encode() + salt, digest_size=ID_BYTES, person=b"sotto-deployment").digest())
 
 
 def public_key_of(peer: str) -> bytes:

@@ -43,6 +43,7 @@ ADVERT_LIFE_MAX_S = ADVERT_LIFE_INTERVALS * PEERS_MAX / ADVERTS_RECEIVED_PER_S  
 # Sessions.
 TICKET_LIFE_MAX_S = 3600.0
 TICKETS_SEEN_MAX = 1 << 17  # nonces remembered: about 25 MB, 36 new sessions a second for a ticket's whole life
+TICKETS_PER_CLIENT_MAX = 1 << 13  # of them, so that one client's sessions leave room for others'
 ANSWERS_KEPT_MAX = 64  # unacknowledged answers per session; a client acknowledges with each step
 ANSWER_BYTES_KEPT_MAX = 64 * MIB  # per session: four chunks of a prefill at a width of 8,192
 STEP_BYTES_WAITING_MAX = 64 * MIB  # per session at one hop: more in flight than any client needs
@@ -55,6 +56,12 @@ STEP_TOKENS_MAX = 8192  # one chunk of a prefill
 CAPABILITY_BYTES_MAX = 512  # a signed record of an id, two names, three rights and a time
 CAPABILITY_LIFE_MAX_S = 30 * 86_400.0  # how long a worker must remember that one was revoked
 REVOKED_PER_OWNER_MAX = 256
+REVOKED_MAX = 4096  # by all owners together: about 1 MB
+
+# Leases.
+LEASE_S_MAX = 3600  # what nobody renews is free again within the hour
+LEASE_BYTES_MAX = 512  # a signed record of three names, two ids and seven numbers
+MANIFEST_BYTES_MAX = HEADER_BYTES_MAX - 2 * KIB  # the rest of LeaseSpan, its capability too, beside it
 
 # Invites: text that people copy.
 INVITE_PEERS_MAX = 4

@@ -12,7 +12,7 @@ from typing import Annotated
 from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
-from protocol.ids import DIGEST_BYTES, ID_BYTES, DeploymentId, PeerId, ShardDigest
+from protocol.ids import DIGEST_BYTES, ID_BYTES, DeploymentId, PeerId, ShardDigest, deployment_id
 from protocol.schema import Between, Record, Scalar, Size
 from protocol.signed import Identity, Signed
 from protocol.tensors import DTYPE_BYTES, TensorHeader
@@ -62,9 +62,10 @@ class BlockEntry(Record):
 
 @dataclass(frozen=True, slots=True)
 class Manifest(Record):
-    """A deployment: one model under one root key and deployment id."""
+    """A deployment: one model under one root key and deployment id, which follows from the owner and `salt`."""
 
     deployment: Annotated[DeploymentId, Size(ID_BYTES, ID_BYTES)]
+    salt: Annotated[bytes, Size(ID_BYTES, ID_BYTES)]
     tier: Name
     dtype: Annotated[str, Size(1, 16)]  # that the blocks compute in: a declared property of the deployment
     blocks: Annotated[tuple[BlockEntry, ...], Size(1, limits.BLOCKS_MAX)]
@@ -81,7 +82,7 @@ class Manifest(Record):
 
 
 def sign_manifest(manifest: Manifest, identity: Identity) -> bytes:
-    """The manifest as it travels and is stored."""
+    """The manifest as it travels and is stored; `identity` is the one that its deployment id names."""
     return encode(identity.sign(_DOMAIN, encode(manifest)))
 
 
@@ -92,4 +93,6 @@ def open_manifest(data: bytes) -> tuple[Manifest, PeerId]:
         manifest = decode(Manifest, signed.verify(_DOMAIN))
     except RemoteProtocolError as error:
         raise RemoteProtocolError(f"the manifest does not hold: {error}") from None
+    if manifest.deployment != deployment_id(signed.signer, manifest.salt):
+        raise RemoteProtocolError("the manifest does not hold: its deployment belongs to another owner")
     return manifest, signed.signer

@@ -81,6 +81,10 @@ class SwarmKey:
         except CryptoError:
             raise RemoteProtocolError("not sealed by a member of this swarm for this topic and author") from None
 
+    def record_key(self, key: bytes) -> bytes:
+        """Where members find what the public directory would keep under `key`: 32 bytes."""
+        return self._derive("record", key)
+
     def _derive(self, purpose: str, data: bytes) -> bytes:
         person = f"sotto-{purpose}".encode()
         return blake2b(data, digest_size=32, key=self._secret, person=person).digest()

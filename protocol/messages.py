@@ -1,7 +1,7 @@
 """The messages: frozen, typed, bounded. Activations, numbers and names of peers; no field for token ids or text.
 
 Four protocols share the frame. Each lists which way its messages go; session.py says in which order.
-  control  request/response: prepare, load and release spans, ping
+  control  request/response: lease, load, renew and release spans, revoke capabilities, ping
   shard    the client uploads sealed shards
   session  client <-> each hop: attach, open, step (to the first hop), outputs and failures (from all)
   link     hop -> next hop: open, step, close
@@ -30,6 +30,9 @@ Epoch = Annotated[int, Between(0, 1 << 31)]
 Position = Annotated[int, Between(0, limits.CONTEXT_TOKENS_MAX)]
 Detail = Annotated[str, Size(0, limits.DETAIL_CHARS_MAX)]
 Reason = Annotated[str, Size(1, 32)]
+LeaseSeconds = Annotated[int, Between(1, limits.LEASE_S_MAX)]
+SignedLease = Annotated[bytes, Size(1, limits.LEASE_BYTES_MAX)]
+Shown = Annotated[bytes, Size(0, limits.CAPABILITY_BYTES_MAX)]  # a capability; empty when it is the owner who asks
 
 
 class RefusalReason(StrEnum):
@@ -37,6 +40,7 @@ class RefusalReason(StrEnum):
 
     MEMORY = "memory"  # not enough for the span's weights
     KV_MEMORY = "kv_memory"  # not enough for the session's tokens
+    DISK = "disk"  # not enough for the span's shards
     SESSIONS = "sessions"  # too many sessions, of this peer or in all
     UNKNOWN_DEPLOYMENT = "unknown_deployment"
     UNKNOWN_SESSION = "unknown_session"
@@ -48,6 +52,10 @@ class RefusalReason(StrEnum):
     UNSUPPORTED = "unsupported"
     HOP_LOST = "hop_lost"  # the next hop cannot be reached
     FORBIDDEN = "forbidden"
+    BUSY = "busy"  # another client is about the same thing: come again in a moment
+    RATE = "rate"  # more requests than a peer may make in the time; the detail says when to come again
+    PAUSED = "paused"  # the machine's owner wants no work now; the detail says until when, if that is known
+    UNKNOWN_LEASE = "unknown_lease"  # it ended, or never was: lease the span again
     STOPPING = "stopping"
     INTERNAL = "internal"
 
@@ -94,13 +102,17 @@ class Pong(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class PrepareSpan(Message):
-    """Reserve memory for blocks [start, end) of the deployment in `manifest` and say which shards are missing."""
+class LeaseSpan(Message):
+    """Promise blocks [start, end) of the deployment in `manifest`, and KV room for `kv_tokens` in them, for `lease_s`;
+    say which shards are missing. Leasing again replaces one's own lease."""
 
     TAG: ClassVar[int] = 12
-    manifest: Annotated[bytes, Size(1, limits.HEADER_BYTES_MAX - 1024)]
+    manifest: Annotated[bytes, Size(1, limits.MANIFEST_BYTES_MAX)]
     start: Block
     end: Block
+    kv_tokens: Annotated[int, Between(0, limits.CONTEXT_TOKENS_MAX)]
+    lease_s: LeaseSeconds
+    capability: Shown
 
     def check(self) -> None:
         if self.end <= self.start:
@@ -108,14 +120,15 @@ class PrepareSpan(Message):
 
 
 @dataclass(frozen=True, slots=True)
-class SpanPrepared(Message):
+class SpanLeased(Message):
     TAG: ClassVar[int] = 13
+    lease: SignedLease
     missing: Annotated[tuple[Digest, ...], Size(0, limits.BLOCKS_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSpan(Message):
-    """Load the prepared span from its shards and measure it."""
+    """Load the leased span from its shards and measure it."""
 
     TAG: ClassVar[int] = 14
     deployment: Deployment
@@ -130,10 +143,12 @@ class SpanLoaded(Message):
 
 @dataclass(frozen=True, slots=True)
 class ReleaseSpan(Message):
-    """The owner no longer needs the deployment here."""
+    """End one's own lease. `forget`: end everybody's, and delete the deployment here."""
 
     TAG: ClassVar[int] = 16
     deployment: Deployment
+    forget: bool
+    capability: Shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +156,43 @@ class SpanReleased(Message):
     TAG: ClassVar[int] = 17
 
 
+@dataclass(frozen=True, slots=True)
+class RenewLease(Message):
+    """Let one's own lease last `lease_s` from now."""
+
+    TAG: ClassVar[int] = 18
+    deployment: Deployment
+    lease_s: LeaseSeconds
+    capability: Shown
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseRenewed(Message):
+    TAG: ClassVar[int] = 19
+    lease: SignedLease
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeCapability(Message):
+    """Refuse the capability `serial` of the deployment's owner from now on."""
+
+    TAG: ClassVar[int] = 40
+    deployment: Deployment
+    serial: Annotated[bytes, Size(ID_BYTES, ID_BYTES)]
+    capability: Shown
+
+
+@dataclass(frozen=True, slots=True)
+class CapabilityRevoked(Message):
+    TAG: ClassVar[int] = 41
+
+
 # --- shard ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class ShardOffer(Message):
-    """The client is about to send a shard that a prepared span needs."""
+    """The client is about to send a shard that a span it leased needs."""
 
     TAG: ClassVar[int] = 20
     digest: Digest
@@ -286,7 +332,8 @@ class CloseSession(Message):
 
 
 MESSAGES: tuple[type[Message], ...] = (
-    Refusal, Ping, Pong, PrepareSpan, SpanPrepared, LoadSpan, SpanLoaded, ReleaseSpan, SpanReleased,
+    Refusal, Ping, Pong, LeaseSpan, SpanLeased, LoadSpan, SpanLoaded, ReleaseSpan, SpanReleased,
+    RenewLease, LeaseRenewed, RevokeCapability, CapabilityRevoked,
     ShardOffer, ShardWanted, ShardPiece, ShardStored,
     Attach, Attached, OpenSession, SessionOpened, Step, StepOutput, SessionFailed, CloseSession,
 )  # fmt: skip

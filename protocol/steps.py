@@ -40,6 +40,11 @@ class StepLedger(Generic[A]):
     _answers: OrderedDict[int, tuple[A, int] | None] = field(default_factory=OrderedDict)  # None: being computed
     _answer_bytes: int = 0
 
+    @property
+    def answer_bytes(self) -> int:
+        """What the answers that wait to be acknowledged take."""
+        return self._answer_bytes
+
     def admit(self, step: Step) -> Verdict:
         """What to do with `step`. Raises RemoteProtocolError when no client could mean it."""
         if step.epoch < self.epoch:

@@ -8,14 +8,16 @@ once (nonce) and for a while (expiry).
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Annotated
 
 from protocol import limits
 from protocol.codec import decode, encode
-from protocol.errors import RemoteProtocolError
+from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, SessionId, public_key_of
+from protocol.messages import RefusalReason
 from protocol.schema import Between, Record, Size
 from protocol.sealedbox import seal, unseal
 from protocol.signed import Identity, Signed
@@ -28,7 +30,8 @@ Milliseconds = Annotated[int, Between(0, 1 << 53)]
 
 @dataclass(frozen=True, slots=True)
 class Ticket(Record):
-    """One hop of one session. `successor` is "" at the last hop."""
+    """One hop of one session. `successor` is "" at the last hop. `capability` is what gives `client` the right to use
+    the deployment, empty when it is the client's own."""
 
     session: Annotated[SessionId, Size(ID_BYTES, ID_BYTES)]
     epoch: Annotated[int, Between(0, 1 << 31)]
@@ -44,6 +47,7 @@ class Ticket(Record):
     end: Annotated[int, Between(1, limits.BLOCKS_MAX)]
     kv_tokens: Annotated[int, Between(1, limits.CONTEXT_TOKENS_MAX)]
     returns: Annotated[str, Size(1, 16)]
+    capability: Annotated[bytes, Size(0, limits.CAPABILITY_BYTES_MAX)]
 
     def check(self) -> None:
         if self.end <= self.start:
@@ -71,11 +75,12 @@ class TicketGate:
 
     identity: Identity
     seen: set[bytes] = field(default_factory=set)  # nonces of tickets that have not expired
-    _expiries: list[tuple[int, bytes]] = field(default_factory=list)  # heap of (expires_ms, nonce), one for each
+    _expiries: list[tuple[int, bytes, PeerId]] = field(default_factory=list)  # heap: expires_ms, nonce, client
+    _clients: Counter[PeerId] = field(default_factory=Counter)  # how many of `seen` are whose
 
     def admit(self, box: bytes, predecessor: PeerId, now_ms: int) -> Ticket:
-        """The ticket inside `box` that came from `predecessor`. Raises RemoteProtocolError, also when more
-        tickets are alive than can be remembered."""
+        """The ticket inside `box` that came from `predecessor`. Raises RemoteProtocolError, or Refused(SESSIONS) when
+        more tickets are alive than can be remembered."""
         signed = decode(Signed, unseal(box, self.identity))
         ticket = decode(Ticket, signed.verify(_DOMAIN))
         if ticket.client != signed.signer:
@@ -89,12 +94,19 @@ class TicketGate:
         self._forget(now_ms)
         if ticket.nonce in self.seen:
             raise RemoteProtocolError("a ticket that was used before")
+        if self._clients[ticket.client] >= limits.TICKETS_PER_CLIENT_MAX:
+            raise Refused(RefusalReason.SESSIONS, "too many of this client's tickets have not expired yet")
         if len(self.seen) >= limits.TICKETS_SEEN_MAX:
-            raise RemoteProtocolError("more tickets at a time than this worker remembers")
+            raise Refused(RefusalReason.SESSIONS, "more tickets at a time than this worker remembers")
         self.seen.add(ticket.nonce)
-        heapq.heappush(self._expiries, (ticket.expires_ms, ticket.nonce))
+        self._clients[ticket.client] += 1
+        heapq.heappush(self._expiries, (ticket.expires_ms, ticket.nonce, ticket.client))
         return ticket
 
     def _forget(self, now_ms: int) -> None:
         while self._expiries and self._expiries[0][0] <= now_ms:
-            self.seen.remove(heapq.heappop(self._expiries)[1])
+            _, nonce, client = heapq.heappop(self._expiries)
+            self.seen.remove(nonce)
+            self._clients[client] -= 1
+            if not self._clients[client]:
+                del self._clients[client]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sotto.commands import demo, doctor, generation, invite, key, mesh, seal, sim, worker
+from sotto.commands import demo, doctor, generation, grant, invite, key, mesh, seal, sim, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,9 +14,7 @@ app = typer.Typer(
     help="Run language models, sealed, on machines that you do not trust. Start with 'sotto demo'.",
 )
 app.command(epilog="Example: sotto demo --json")(demo.demo)
-app.command(epilog="Example: sotto worker --memory 8GiB --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…")(
-    worker.worker
-)
+app.add_typer(worker.app, name="worker")
 app.command(epilog="Example: sotto invite")(invite.invite)
 app.command(epilog="Example: sotto join sotto1AGyTx… --memory 8GiB")(invite.join)
 app.command(epilog="Example: sotto doctor --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…")(doctor.doctor)
@@ -25,6 +23,9 @@ app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(gener
 app.command(name="seal", epilog="Example: sotto seal ./my-llama -o ./my-llama-sealed")(seal.seal)
 app.command(epilog="Example: sotto peers --json")(mesh.peers)
 app.command(epilog="Example: sotto place ./my-llama")(mesh.place)
+app.command(name="id", epilog="Example: sotto id")(grant.identity)
+app.command(epilog="Example: sotto grant 12D3Koo… -m ./my-llama --for 7d")(grant.grant)
+app.command(epilog="Example: sotto revoke 0123456789abcdef0123456789abcdef")(grant.revoke)
 app.add_typer(key.app, name="key")
 app.add_typer(sim.app, name="sim")
 

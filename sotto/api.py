@@ -23,6 +23,7 @@ from client.generate import GenerationResult
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from node.app_client import Client, ClientOptions, DeployOptions, open_client
+from node.grants import read_token
 from node.keys import default_key, load_key
 from node.model import Ask, DeployedModel
 from node.paths import data_dir as default_data_dir
@@ -72,12 +73,14 @@ class AsyncSwarm:
     """A client of the swarm that `bootstrap` leads to, on trio: `async with AsyncSwarm(addr) as swarm`.
 
     `bootstrap`: addresses, or an invite; none of them: a public swarm of the local network.
-    `data_dir` holds the client's identity, keys and sealed models; one client at a time may use it.
+    `data_dir` holds the user's identity, keys and sealed models; any number of clients may use it. `capability`: a
+    token from the owner of another deployment, for a client that uses that one.
     """
 
-    def __init__(self, *bootstrap: str, data_dir: Path | str | None = None) -> None:
+    def __init__(self, *bootstrap: str, data_dir: Path | str | None = None, capability: str | None = None) -> None:
         folder = default_data_dir(None if data_dir is None else Path(data_dir))
-        self._options = ClientOptions(folder, bootstrap)
+        token = None if capability is None else read_token(capability)
+        self._options = ClientOptions(folder, bootstrap, capability=token)
         self._context = open_client(self._options)
         self._client: Client | None = None
 
@@ -117,6 +120,8 @@ class AsyncSwarm:
         folder = self._options.data_dir
         root = None if privacy == "plain" else load_key(folder, key) if key else default_key(folder)
         checkpoint = await trio.to_thread.run_sync(Checkpoint.open, model)
+        if self._options.capability is not None:
+            return await self._client.attach(checkpoint, root)
         sealed = await self._client.seal(checkpoint, dtype, root, lambda *_: None)
         return await self._client.deploy(sealed, DeployOptions(hops_min=workers))
 
@@ -163,11 +168,12 @@ class Swarm:
     """A client of the swarm that `bootstrap` leads to: `with Swarm(addr) as swarm`.
 
     `bootstrap`: addresses, or an invite; none of them: a public swarm of the local network.
-    `data_dir` holds the client's identity, keys and sealed models; one client at a time may use it.
+    `data_dir` holds the user's identity, keys and sealed models; any number of clients may use it. `capability`: a
+    token from the owner of another deployment, for a client that uses that one.
     """
 
-    def __init__(self, *bootstrap: str, data_dir: Path | str | None = None) -> None:
-        self._portal = Portal(partial(AsyncSwarm, *bootstrap, data_dir=data_dir))
+    def __init__(self, *bootstrap: str, data_dir: Path | str | None = None, capability: str | None = None) -> None:
+        self._portal = Portal(partial(AsyncSwarm, *bootstrap, data_dir=data_dir, capability=capability))
         self._swarm: AsyncSwarm | None = None
 
     def __enter__(self) -> Swarm:

@@ -1,7 +1,8 @@
 """What a worker takes on: spans within the memory that its owner gives, sessions within their bounds.
 
-Invariant: the weights of all leases together fit into the memory, and a lease with an open session is never evicted.
-Pure bookkeeping: time comes in as an argument, and what it evicts the caller unloads.
+Invariant: the weights of all spans together fit into the memory, and a span is never evicted while a session is open
+on it or somebody holds a lease on it. Pure bookkeeping: time comes in as an argument, and what it evicts the caller
+unloads.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+from math import inf
+from typing import TYPE_CHECKING
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
@@ -18,7 +21,10 @@ from protocol.messages import RefusalReason
 from protocol.ports import LoadedSpan
 from worker.spans import SpanRequest
 
-UPLOAD_SILENCE_S = 600.0  # an upload that broke off may be resumed within this time, then its memory is given away
+if TYPE_CHECKING:
+    from worker.leases import Holding
+
+UPLOAD_SILENCE_S = 600.0  # an upload that broke off may be resumed within this time, unless memory is needed before
 LEASES_MAX = limits.ADVERT_SPANS_MAX  # a span that no advert has room for could not be found
 
 
@@ -30,25 +36,29 @@ class SpanState(Enum):
 
 @dataclass(slots=True)
 class SpanLease:
-    """The right of one deployment's owner to this worker's memory."""
+    """A span that is held here, or on its way. `holders` are the peers that lease it (worker/leases.py)."""
 
     request: SpanRequest
     touched: float  # monotonic seconds of the last use
     state: SpanState = SpanState.PREPARED
     sessions: int = 0
     loaded: LoadedSpan | None = None
+    holders: dict[PeerId, Holding] = field(default_factory=dict)
 
     @property
     def idle(self) -> bool:
-        """True when it may be evicted."""
-        return self.state is SpanState.LOADED and not self.sessions
+        """True when it may be evicted: nobody leases or uses it."""
+        return self.state is not SpanState.LOADING and not self.sessions and not self.holders
 
 
 @dataclass(slots=True)
 class SpanLedger:
-    """All leases of a worker, one per deployment, within `memory_bytes` for weights."""
+    """All spans of a worker, one per deployment, within `memory_bytes` for weights and `disk_bytes` for shards. The
+    spans that one owner has leased take at most `owner_share` of the memory."""
 
     memory_bytes: int
+    disk_bytes: float = inf
+    owner_share: float = 1.0
     leases: dict[DeploymentId, SpanLease] = field(default_factory=dict)
 
     @property
@@ -65,34 +75,31 @@ class SpanLedger:
         """Bytes that a new span could have: free, or held by idle deployments that would make room."""
         return self.free_bytes + sum(lease.request.weight_bytes for lease in self.leases.values() if lease.idle)
 
-    def prepare(self, request: SpanRequest, now: float) -> tuple[SpanLease, ...]:
-        """Book memory for `request`; gives the leases that had to go, for the caller to unload.
+    def prepare(self, request: SpanRequest, now: float, peer: PeerId) -> tuple[SpanLease, ...]:
+        """Book memory for `request`; gives the spans that had to go, for the caller to unload.
 
-        Preparing the same span again keeps what is there. Raises Refused (FORBIDDEN, SESSIONS, MEMORY), and then
-        nothing changed.
+        Preparing the same span again keeps what is there. Another range takes the place of one that only `peer` leases.
+        Raises Refused (SESSIONS, MEMORY, DISK), and then nothing changed.
         """
         before = self.leases.get(request.deployment)
         if before is not None:
-            if before.request.owner != request.owner:
-                raise Refused(RefusalReason.FORBIDDEN, "the deployment belongs to another client")
             if before.request == request:
                 before.touched = now
                 return ()
-            if before.state is SpanState.LOADING or before.sessions:
+            if before.state is SpanState.LOADING or before.sessions or before.holders.keys() - {peer}:
                 raise Refused(RefusalReason.SESSIONS, "the deployment's other span here is in use")
         gone = ([before] if before else []) + self._evicted_for(request, before)
+        self._require_quotas(request, before)
         for lease in gone:
             del self.leases[lease.request.deployment]
         self.leases[request.deployment] = SpanLease(request, now)
         return tuple(gone)
 
-    def owned(self, deployment: DeploymentId, peer: PeerId) -> SpanLease:
-        """The lease on `deployment`. Raises Refused (UNKNOWN_DEPLOYMENT, FORBIDDEN)."""
+    def known(self, deployment: DeploymentId) -> SpanLease:
+        """The span of `deployment`, whoever asks. Raises Refused(UNKNOWN_DEPLOYMENT)."""
         lease = self.leases.get(deployment)
         if lease is None:
-            raise Refused(RefusalReason.UNKNOWN_DEPLOYMENT, "prepare the span first")
-        if lease.request.owner != peer:
-            raise Refused(RefusalReason.FORBIDDEN, "the deployment belongs to another client")
+            raise Refused(RefusalReason.UNKNOWN_DEPLOYMENT, "the deployment is not here: lease a span of it first")
         return lease
 
     def holds(self, lease: SpanLease) -> bool:
@@ -111,18 +118,18 @@ class SpanLedger:
         gone = [
             lease
             for lease in self.leases.values()
-            if lease.state is SpanState.PREPARED and not lease.sessions and now - lease.touched >= UPLOAD_SILENCE_S
+            if lease.state is SpanState.PREPARED and lease.idle and now - lease.touched >= UPLOAD_SILENCE_S
         ]
         for lease in gone:
             self.remove(lease)
         return tuple(gone)
 
     def wants(self, digest: ShardDigest, peer: PeerId) -> SpanLease:
-        """The peer's lease that needs the shard. Raises Refused(FORBIDDEN)."""
+        """The span that needs the shard and that `peer` leases. Raises Refused(FORBIDDEN)."""
         for lease in self.leases.values():
-            if lease.request.owner == peer and digest in lease.request.shards:
+            if peer in lease.holders and digest in lease.request.shards:
                 return lease
-        raise Refused(RefusalReason.FORBIDDEN, "no span that you prepared here needs this shard")
+        raise Refused(RefusalReason.FORBIDDEN, "no span that you lease here needs this shard")
 
     def needed(self) -> frozenset[ShardDigest]:
         """Digests that some lease needs."""
@@ -134,6 +141,19 @@ class SpanLedger:
 
     def loaded(self) -> Iterable[SpanLease]:
         return (lease for lease in self.leases.values() if lease.state is SpanState.LOADED)
+
+    def _require_quotas(self, request: SpanRequest, replaced: SpanLease | None) -> None:
+        """Raises Refused (MEMORY, DISK) when the span is too much for its owner, or its shards for the disk."""
+        others = [lease for lease in self.leases.values() if lease is not replaced]
+        leased = sum(lease.request.weight_bytes for lease in others if lease.holders and _same_owner(lease, request))
+        share = int(self.owner_share * self.memory_bytes)
+        if leased + request.weight_bytes > share:
+            detail = f"one owner may lease {share} bytes here: {leased + request.weight_bytes - share} bytes too many"
+            raise Refused(RefusalReason.MEMORY, detail)
+        kept = sum(sum(lease.request.shards.values()) for lease in others if not lease.idle)
+        missing = kept + sum(request.shards.values()) - self.disk_bytes
+        if missing > 0:
+            raise Refused(RefusalReason.DISK, f"the span's shards need {missing:.0f} bytes more than the disk's share")
 
     def _evicted_for(self, request: SpanRequest, replaced: SpanLease | None) -> list[SpanLease]:
         """The idle leases, least recently used first, that must go for `request` to fit."""
@@ -158,6 +178,10 @@ class SpanLedger:
         if slots > 0:
             raise Refused(RefusalReason.MEMORY, f"{LEASES_MAX} deployments are held here, and none is idle")
         return gone
+
+
+def _same_owner(lease: SpanLease, request: SpanRequest) -> bool:
+    return lease.request.owner == request.owner
 
 
 @dataclass(slots=True)

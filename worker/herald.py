@@ -1,8 +1,8 @@
 """What the worker says about itself and hears of others: adverts out, adverts in, round-trip times.
 
-Adverts go out at the swarm's interval, and at once (at most one a second) when spans change. KV that comes and goes
-with sessions waits for the interval: in a large busy swarm anything else would flood every node. Invalid adverts are
-neither believed nor forwarded.
+Adverts go out at the swarm's interval, and at once (at most one a second) when spans change, or when the worker stops
+or starts to take work. KV that comes and goes with sessions waits for the interval, as does the load: in a large busy
+swarm anything else would flood every node. Invalid adverts are neither believed nor forwarded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from protocol.ids import PeerId
 from protocol.messages import CONTROL, Ping, Pong
 from protocol.ports import GossipMessage
 from protocol.swarm import Member, SwarmView
-from worker.admission import SpanLedger
 from worker.config import WorkerConfig, WorkerPorts
-from worker.kv_pool import KvPool
+from worker.sessions import House
 
 log = logging.getLogger("sotto.worker")
 GAP_S = 1.0  # between two adverts, whatever happens
@@ -35,8 +34,7 @@ PING_S = 5.0
 class Herald:
     ports: WorkerPorts
     config: WorkerConfig
-    spans: SpanLedger
-    pool: KvPool
+    house: House
     view: SwarmView = field(default_factory=SwarmView)
     _gate: AdvertGate = field(default_factory=AdvertGate)
     _changed: trio.Event = field(default_factory=trio.Event)
@@ -44,7 +42,7 @@ class Herald:
     _rtts: dict[PeerId, tuple[float, float]] = field(default_factory=dict)  # (milliseconds, measured at)
 
     def changed(self) -> None:
-        """Spans changed: say so soon."""
+        """Spans, or whether work is taken, changed: say so soon."""
         self._changed.set()
 
     def admit(self, message: GossipMessage) -> bool:
@@ -124,16 +122,16 @@ class Herald:
                 expires_ms=now_ms + round(1000 * life_s),
                 addrs=self.ports.transport.addrs[: limits.ADDRS_MAX],
                 memory_bytes=self.config.memory_bytes,
-                memory_free_bytes=self.spans.available_bytes,
-                kv_free_bytes=self.pool.free_bytes,
+                memory_free_bytes=self.house.spans.available_bytes,
+                kv_free_bytes=self.house.pool.free_bytes,
                 speeds=self.config.speeds,
                 spans=tuple(spans),
                 rtts=tuple(rtts),
                 device=self.config.device,
                 version=self.config.version,
-                accepting=True,
+                accepting=self.house.duty.accepting,
                 relayed=self.ports.transport.relayed,
-                load_percent=0,
+                load_percent=self.house.load.percent(self.ports.clock.monotonic()),
             )
             try:
                 return sign_advert(advert, self.config.identity)
@@ -147,7 +145,7 @@ class Herald:
 
     def _held(self) -> list[HeldSpan]:
         """Loaded spans, the most recently used first."""
-        leases = sorted(self.spans.loaded(), key=lambda lease: lease.touched, reverse=True)
+        leases = sorted(self.house.spans.loaded(), key=lambda lease: lease.touched, reverse=True)
         return [
             HeldSpan(
                 lease.request.deployment,

@@ -102,10 +102,12 @@ class Hop:
                 returns="none" if last else self.ticket.returns,
             )
         )
+        self.table.house.load.computed(result.compute_us / 1e6, self.table.clock.monotonic())
         positions = step.tensor.shape[0]
         self.observer.step_computed(positions, result.compute_us / 1e6, positions > 1)
         kept = len(result.forward.data) + (len(result.returned.data) if result.returned else 0)
         lease.ledger.record(step.step, result, kept)
+        self.table.weigh_answers(self.session)
         await self._answer(step, result)
 
     async def _answer(self, step: Step, result: StepResult) -> None:

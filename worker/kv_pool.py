@@ -1,7 +1,9 @@
-"""KV memory as reservations: one per session, taken whole when it opens, so that no admitted step can run out.
+"""KV memory as reservations: of leases, for the sessions of their holders, and of sessions, taken whole when they open,
+so that no admitted step can run out.
 
-Invariant: the reservations together never exceed the capacity. It counts bytes and knows no tensors: what a session
-really takes grows inside the engine, below its reservation.
+Invariant: all reservations together never exceed the capacity. A session draws on its holder's lease first and on the
+free pool for the rest; when the lease ends before the session does, what the session drew stays its own. The pool
+counts bytes and knows no tensors: what a session really takes grows inside the engine, below its reservation.
 """
 
 from __future__ import annotations
@@ -9,34 +11,91 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from protocol.errors import LocalProtocolError, Refused
-from protocol.ids import SessionId
+from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.messages import RefusalReason
+
+LeaseKey = tuple[DeploymentId, PeerId]  # a holder has one lease of a deployment
+
+
+@dataclass(slots=True)
+class _Share:
+    """What a lease set aside, and how much of it sessions have drawn."""
+
+    reserved_bytes: int
+    drawn_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """A session's bytes: from the lease `key` names, and from the free pool."""
+
+    key: LeaseKey
+    leased_bytes: int
+    pool_bytes: int
 
 
 @dataclass(slots=True)
 class KvPool:
-    """`capacity_bytes` of KV memory, shared by all sessions."""
+    """`capacity_bytes` of KV memory, shared by all leases and sessions."""
 
     capacity_bytes: int
-    _held: dict[SessionId, int] = field(default_factory=dict)
+    _shares: dict[LeaseKey, _Share] = field(default_factory=dict)
+    _sessions: dict[SessionId, _Drawn] = field(default_factory=dict)
     used_bytes: int = 0
 
     @property
     def free_bytes(self) -> int:
         return self.capacity_bytes - self.used_bytes
 
-    def reserve(self, session: SessionId, needed_bytes: int) -> None:
-        """Take `needed_bytes` for `session`. Raises Refused(KV_MEMORY), and then nothing changed."""
-        if session in self._held:
+    def missing(self, key: LeaseKey, reserved_bytes: int) -> int:
+        """Bytes that are missing for the lease `key` to set `reserved_bytes` aside; 0 when there is room."""
+        share = self._shares.get(key)
+        return max(0, reserved_bytes - (share.reserved_bytes if share else 0) - self.free_bytes)
+
+    def set_aside(self, key: LeaseKey, reserved_bytes: int) -> None:
+        """Let the lease `key` have `reserved_bytes`, or what its sessions have drawn already if that is more. Raises
+        Refused(KV_MEMORY), and then nothing changed."""
+        missing = self.missing(key, reserved_bytes)
+        if missing:
+            detail = f"the lease asks for {reserved_bytes} bytes of KV: {missing} bytes are missing"
+            raise Refused(RefusalReason.KV_MEMORY, detail)
+        share = self._shares.setdefault(key, _Share(0))
+        after = max(reserved_bytes, share.drawn_bytes)
+        self.used_bytes += after - share.reserved_bytes
+        share.reserved_bytes = after
+
+    def give_up(self, key: LeaseKey) -> None:
+        """The lease `key` is over. Idempotent."""
+        share = self._shares.pop(key, None)
+        if share is None:
+            return
+        self.used_bytes -= share.reserved_bytes - share.drawn_bytes
+        for drawn in self._sessions.values():
+            if drawn.key == key:
+                drawn.pool_bytes, drawn.leased_bytes = drawn.pool_bytes + drawn.leased_bytes, 0
+
+    def reserve(self, session: SessionId, needed_bytes: int, key: LeaseKey) -> None:
+        """Take `needed_bytes` for `session`, whose client's lease would be `key`. Raises Refused(KV_MEMORY), and then
+        nothing changed."""
+        if session in self._sessions:
             raise LocalProtocolError("a session reserves KV once")
-        if needed_bytes > self.free_bytes:
-            missing = needed_bytes - self.free_bytes
+        share = self._shares.get(key)
+        leased = min(needed_bytes, share.reserved_bytes - share.drawn_bytes) if share else 0
+        missing = needed_bytes - leased - self.free_bytes
+        if missing > 0:
             raise Refused(
                 RefusalReason.KV_MEMORY, f"the session needs {needed_bytes} bytes of KV: {missing} bytes are missing"
             )
-        self._held[session] = needed_bytes
-        self.used_bytes += needed_bytes
+        if share is not None:
+            share.drawn_bytes += leased
+        self._sessions[session] = _Drawn(key, leased, needed_bytes - leased)
+        self.used_bytes += needed_bytes - leased
 
     def release(self, session: SessionId) -> None:
-        """Give the session's bytes back. Idempotent."""
-        self.used_bytes -= self._held.pop(session, 0)
+        """Give the session's bytes back, to its lease or to all. Idempotent."""
+        drawn = self._sessions.pop(session, None)
+        if drawn is None:
+            return
+        self.used_bytes -= drawn.pool_bytes
+        if drawn.leased_bytes:
+            self._shares[drawn.key].drawn_bytes -= drawn.leased_bytes

@@ -16,6 +16,7 @@ from protocol.errors import TransportError
 from protocol.ids import PeerId, SessionId
 from protocol.messages import CloseSession
 from worker.outbox import Outbox
+from worker.quotas import QueueBook, Room
 
 OPEN_S = 10.0  # to dial a next hop
 IDLE_MAX = 32  # links kept for later: clients choose successors, so their number must not be theirs to choose
@@ -27,7 +28,7 @@ class Link:
 
     peer: PeerId
     addrs: tuple[str, ...]
-    outbox: Outbox = field(default_factory=Outbox)
+    outbox: Outbox
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     ready: trio.Event = field(default_factory=trio.Event)  # opened, or broken
     sessions: dict[SessionId, None] = field(default_factory=dict)  # a set that keeps its order
@@ -36,18 +37,22 @@ class Link:
 
 @dataclass(slots=True)
 class LinkPool:
-    """`spawn` starts the task that opens and serves a link; it calls `opened` and, in the end, `broke`."""
+    """`spawn` starts the task that opens and serves a link; it calls `opened` and, in the end, `broke`. `reach` gives
+    the addresses to dial for a peer, of which a ticket stated some, and raises TransportError when there is none."""
 
     spawn: Callable[[Link], None]
     lost: Callable[[Iterable[SessionId], str], None]
+    queues: QueueBook
+    reach: Callable[[PeerId, tuple[str, ...]], tuple[str, ...]]
     _links: OrderedDict[PeerId, Link] = field(default_factory=OrderedDict)  # least recently left first
 
     async def join(self, session: SessionId, peer: PeerId, addrs: tuple[str, ...]) -> Link:
         """The open link to `peer`, with `session` on it. Raises TransportError when the peer cannot be reached."""
+        addrs = self.reach(peer, addrs)
         while True:
             link = self._links.get(peer)
             if link is None:
-                link = self._links[peer] = Link(peer, addrs)
+                link = self._links[peer] = Link(peer, addrs, Outbox(Room(self.queues, peer)))
                 self.spawn(link)
             link.sessions[session] = None
             try:

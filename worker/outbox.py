@@ -1,8 +1,8 @@
 """Frames that wait to be written to one stream, bounded in number and bytes.
 
 Three ways in: `put` waits for room, `offer` gives up when there is none, `force` is for small control messages that
-must not wait. Invariant: frames leave in the order they came, and a reader that never reads costs bounded memory: past
-FORCED_MAX the outbox closes itself.
+must not wait. Invariant: frames leave in the order they came, and a reader that never reads costs bounded memory: their
+bodies are counted in the reader's `Room`, and past FORCED_MAX the outbox closes itself.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from trio.lowlevel import ParkingLot
 from protocol.channel import Channel
 from protocol.errors import TransportError
 from protocol.messages import Message
+from worker.quotas import Room
 
 FRAMES_MAX = 64
 BYTES_MAX = 64 << 20  # two of the largest steps
@@ -24,9 +25,10 @@ FORCED_MAX = 512  # every session of a peer may be attached, opened and failed w
 class Outbox:
     """One writer task pumps it; any task of the same event loop fills it."""
 
-    __slots__ = ("_bytes", "_changed", "_frames", "closed")
+    __slots__ = ("_bytes", "_changed", "_frames", "_room", "closed")
 
-    def __init__(self) -> None:
+    def __init__(self, room: Room) -> None:
+        self._room = room
         self._frames: deque[tuple[Message, bytes]] = deque()
         self._bytes = 0
         self._changed = ParkingLot()
@@ -37,9 +39,10 @@ class Outbox:
         return len(self._frames) >= FRAMES_MAX or self._bytes >= BYTES_MAX
 
     async def put(self, message: Message, body: bytes = b"") -> None:
-        """Wait for room, then add. Raises TransportError once closed."""
+        """Wait for room, then add. Raises TransportError once closed, Refused(MEMORY) when there is no room though
+        nothing waits here."""
         await trio.lowlevel.checkpoint()
-        while self.full and not self.closed:
+        while (self.full or (self._frames and not self._room.fits(len(body)))) and not self.closed:
             await self._changed.park()
         if self.closed:
             raise TransportError("the stream has gone")
@@ -47,7 +50,7 @@ class Outbox:
 
     def offer(self, message: Message, body: bytes = b"") -> bool:
         """Add if there is room now; False when it was dropped."""
-        if self.full or self.closed:
+        if self.full or self.closed or not self._room.fits(len(body)):
             return False
         self._add(message, body)
         return True
@@ -63,6 +66,7 @@ class Outbox:
         """No more frames; those that wait are dropped. Idempotent."""
         self.closed = True
         self._frames.clear()
+        self._room.give(self._bytes)
         self._bytes = 0
         self._changed.unpark_all()
 
@@ -77,6 +81,7 @@ class Outbox:
             await channel.send(message, body)
             if self._frames:  # else closed meanwhile
                 self._frames.popleft()
+                self._room.give(len(body))
                 self._bytes -= len(body)
             self._changed.unpark_all()
 
@@ -86,6 +91,7 @@ class Outbox:
             await self._changed.park()
 
     def _add(self, message: Message, body: bytes) -> None:
+        self._room.take(len(body))
         self._frames.append((message, body))
         self._bytes += len(body)
         self._changed.unpark_all()

@@ -11,6 +11,8 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from math import inf
+from typing import Any
 
 import trio
 
@@ -25,8 +27,10 @@ from protocol.messages import (
     SHARD,
     Attach,
     CloseSession,
+    LeaseSpan,
     Message,
     OpenSession,
+    Ping,
     Refusal,
     RefusalReason,
     SessionFailed,
@@ -35,24 +39,32 @@ from protocol.messages import (
 )
 from protocol.ports import Stream, StreamHandler
 from protocol.tickets import TicketGate
-from worker.admission import SpanLedger
+from worker.admission import SessionQuota, SpanLedger
 from worker.cleanup import STOP_S, shielded
 from worker.config import TaskStatus, WorkerConfig, WorkerPorts
 from worker.control import Control
+from worker.dialling import dialable
+from worker.duty import Cause, Duty
 from worker.herald import Herald
 from worker.hop import Hop
 from worker.kv_pool import KvPool
+from worker.leases import LeaseBook
 from worker.links import OPEN_S, Link, LinkPool
 from worker.meter import Meter
 from worker.outbox import Outbox
 from worker.providing import Providing
+from worker.quotas import QueueBook, Rates, RequestGate, Room
+from worker.rights import Rights
 from worker.session import Session
-from worker.sessions import SessionTable
+from worker.sessions import House, SessionTable
+from worker.throttle import ThrottledStream
 from worker.uploads import Uploads
 
 log = logging.getLogger("sotto.worker")
 STREAMS_PER_PEER_MAX = 64  # our own client needs four
 SWEEP_S = 5.0
+# What a request costs of a peer's rate. A large manifest takes as long as many other requests; a ping takes nothing.
+COSTS: dict[type[Message], float] = {LeaseSpan: 5.0, Ping: 0.05}
 Serve = Callable[[Channel], Awaitable[None]]
 
 __all__ = ["WorkerConfig", "WorkerPorts", "WorkerService"]
@@ -67,17 +79,29 @@ class WorkerService:
         self._streams: Counter[PeerId] = Counter()
         self._outboxes: dict[Outbox, None] = {}
         self._meter = Meter(ports.observer)
-        self.spans = SpanLedger(config.weight_memory_bytes)
-        self.pool = KvPool(config.kv_memory_bytes)
-        gate = TicketGate(config.identity)
-        self.sessions = SessionTable(gate, self.spans, self.pool, ports.clock, ports.observer, self._spawn_session)
-        self.links = LinkPool(self._spawn_link, self._link_lost)
-        self.herald = Herald(ports, config, self.spans, self.pool)
-        self._uploads = Uploads(ports.store, self.spans, ports.clock)
-        self._control = Control(ports, self.spans, self.sessions, self._uploads, self.herald.changed)
+        quotas = config.quotas
+        self.house = House(
+            gate=TicketGate(config.identity),
+            rights=Rights(ports.clock, ports.revoked),
+            spans=SpanLedger(config.weight_memory_bytes, quotas.disk_bytes, quotas.owner_memory_share),
+            pool=KvPool(config.kv_memory_bytes),
+            queues=QueueBook(config.queue_memory_bytes, quotas.peer_queue_share),
+            duty=Duty(),
+            quota=SessionQuota(quotas.sessions, quotas.peer_sessions),
+        )
+        self._requests = RequestGate(Rates(quotas.peer_requests, quotas.requests))
+        self._bytes = Rates(quotas.peer_bandwidth, quotas.bandwidth)
+        self._throttled = min(quotas.peer_bandwidth, quotas.bandwidth) < inf
+        self.sessions = SessionTable(self.house, ports.clock, ports.observer, self._spawn_session)
+        self.links = LinkPool(self._spawn_link, self._link_lost, self.house.queues, self._reach)
+        self.herald = Herald(ports, config, self.house)
+        self._uploads = Uploads(ports.store, self.house.spans, ports.clock)
+        leases = LeaseBook(config.identity, self.house.spans, self.house.pool, ports.entropy)
+        self._control = Control(ports, self.house, leases, self.sessions, self._uploads, self.herald.changed)
 
     async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then sessions are failed with STOPPING, told so, and streams closed."""
+        await self.house.rights.recall()
         for protocol, serve in (
             (CONTROL, self._serve_control),
             (SHARD, self._serve_shards),
@@ -92,7 +116,7 @@ class WorkerService:
                 nursery.start_soon(self.herald.publish)
                 nursery.start_soon(self.herald.measure)
                 if self._ports.directory is not None:
-                    nursery.start_soon(Providing(self._ports.directory, self._ports.clock, self.spans.held).run)
+                    nursery.start_soon(Providing(self._ports.directory, self._ports.clock, self.house.spans.held).run)
                 nursery.start_soon(self._sweep)
                 task_status.started()
                 await trio.sleep_forever()
@@ -103,11 +127,38 @@ class WorkerService:
                     for channel in self._meter.channels:
                         await channel.aclose()
 
+    def stand_down(self, cause: Cause, until: float | None = None) -> None:
+        """Take no new work because of `cause`, until `until` (Unix seconds) if that is known; open sessions drain."""
+        if self.house.duty.begin(cause, self._ports.clock.monotonic(), until):
+            log.info("no new work", extra={"cause": cause.value})
+            self.herald.changed()
+
+    def stand_up(self, cause: Cause) -> None:
+        """`cause` is over; work is taken again unless there is another."""
+        if self.house.duty.end(cause):
+            log.info("work is taken again", extra={"cause": cause.value})
+            self.herald.changed()
+
+    def status(self) -> dict[str, Any]:
+        """What the owner is shown."""
+        house, now = self.house, self._ports.clock.monotonic()
+        return {
+            "peer": self._ports.transport.peer,
+            "state": house.duty.state(now).value,
+            "causes": [cause.value for cause in sorted(house.duty.causes)],
+            "sessions": house.quota.taken,
+            "leases": sum(len(span.holders) for span in house.spans.leases.values()),
+            "spans": sum(1 for _ in house.spans.loaded()),
+            "weight_bytes": house.spans.used_bytes,
+            "kv_bytes": house.pool.used_bytes,
+            "load_percent": house.load.percent(now),
+        }
+
     # --- streams from peers -------------------------------------------------------------------------------------------
 
     def _handler(self, protocol: str, serve: Serve) -> StreamHandler:
         async def handle(stream: Stream) -> None:
-            peer, channel = stream.remote, Channel(stream, protocol)
+            peer, channel = stream.remote, Channel(self._slowed(stream), protocol)
             if self.sessions.stopping or self._streams[peer] >= STREAMS_PER_PEER_MAX:
                 await stream.aclose()
                 return
@@ -124,6 +175,7 @@ class WorkerService:
                 self._streams[peer] -= 1
                 if not self._streams[peer]:
                     del self._streams[peer]
+                    self._requests.forget(peer)
                 await stream.aclose()
 
         return handle
@@ -146,14 +198,23 @@ class WorkerService:
         while (received := await channel.receive()) is not None:
             message, _ = received
             try:
+                await self._admit(message, channel.remote)
                 await answer(message)
             except Refused as refusal:
                 self._ports.observer.request_refused(refusal.reason)
                 log.info("refused", extra={"peer": channel.remote, "reason": refusal.reason})
                 await channel.send(Refusal(refusal.reason, refusal.detail[: limits.DETAIL_CHARS_MAX]))
 
+    async def _admit(self, message: Message, peer: PeerId) -> None:
+        """Count a request. Raises Refused(RATE); but a ping, which nothing can refuse, waits."""
+        now = self._ports.clock.monotonic()
+        if isinstance(message, Ping):
+            await trio.sleep(self._requests.rates.take(peer, COSTS[Ping], now))
+        else:
+            self._requests.admit(peer, COSTS.get(type(message), 1.0), now)
+
     async def _serve_sessions(self, channel: Channel) -> None:
-        outbox = Outbox()
+        outbox = Outbox(Room(self.house.queues, channel.remote))
         self._outboxes[outbox] = None
         try:
             await _race(partial(outbox.pump, channel), partial(self._read_sessions, channel, outbox))
@@ -166,6 +227,12 @@ class WorkerService:
         while (received := await channel.receive()) is not None:
             message, body = received
             if isinstance(message, Attach):
+                try:
+                    await self._admit(message, channel.remote)
+                except Refused as refusal:
+                    outbox.force(SessionFailed(message.session, refusal.reason, refusal.detail))
+                    self._ports.observer.session_failed(refusal.reason)
+                    continue
                 self.sessions.attach(message, channel.remote, outbox)
             elif not self._route(message, body, channel.remote):
                 outbox.force(SessionFailed(_session_of(message), RefusalReason.UNKNOWN_SESSION, ""))
@@ -229,7 +296,7 @@ class WorkerService:
         try:
             with trio.fail_after(OPEN_S):
                 stream = await self._ports.transport.open(link.peer, link.addrs, LINK)
-            channel = Channel(stream, LINK)
+            channel = Channel(self._slowed(stream), LINK)
             self.links.opened(link)
             try:
                 with self._meter.on(channel, LINK):
@@ -251,6 +318,17 @@ class WorkerService:
             if failed is not None:
                 failed()
 
+    def _slowed(self, stream: Stream) -> Stream:
+        return ThrottledStream(stream, self._bytes, self._ports.clock) if self._throttled else stream
+
+    def _reach(self, peer: PeerId, stated: tuple[str, ...]) -> tuple[str, ...]:
+        """Where to dial a next hop that a ticket names. Raises TransportError."""
+        transport = self._ports.transport
+        addrs = dialable(self.herald.view, peer, stated, transport.addrs)
+        if not addrs and peer not in transport.connected():
+            raise TransportError("the next hop has no address that this worker dials")
+        return addrs
+
     def _link_lost(self, sessions: Iterable[SessionId], error: str) -> None:
         self.sessions.fail_ids(sessions, RefusalReason.HOP_LOST, error)
 
@@ -259,7 +337,12 @@ class WorkerService:
             await trio.sleep(SWEEP_S)
             self._meter.report()
             self.sessions.sweep()
-            await self._supervised(self._control.sweep)
+            connected = frozenset(self._ports.transport.connected())
+            present = partial(self._is_present, connected)
+            await self._supervised(partial(self._control.sweep, present))
+
+    def _is_present(self, connected: frozenset[PeerId], peer: PeerId) -> bool:
+        return peer in connected or self._streams[peer] > 0
 
     async def _say_goodbye(self) -> None:
         self.sessions.stop()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import trio
 
+from protocol.capabilities import Capability
 from protocol.ids import PeerId, SessionId
 from protocol.messages import Step
 from protocol.ports import StepResult
@@ -55,6 +56,10 @@ class Lease:
     span: SpanLease
     ledger: StepLedger[StepResult]
     ticket: Ticket  # the newest one admitted; work before it in the inbox belongs to older ones
+    capability: Capability | None  # what gives the client the right; None when the deployment is its own
+
+    def has_expired(self, now_ms: int) -> bool:
+        return self.capability is not None and now_ms >= self.capability.expires_ms
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +76,8 @@ class Session:
     receive_work: trio.MemoryReceiveChannel[Work]
     waiting_bytes: int = 0
     waiting_steps: int = 0
+    answer_bytes: int = 0
+    queued_bytes: int = 0  # all that is counted of it in the worker's QueueBook
     lease: Lease | None = None
 
 

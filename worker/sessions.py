@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import trio
 
 from protocol import limits
+from protocol.capabilities import Capability, Claim, Right
 from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import PeerId, SessionId
 from protocol.messages import (
@@ -37,26 +38,41 @@ from protocol.steps import StepLedger, Verdict
 from protocol.tensors import Payload
 from protocol.tickets import Ticket, TicketGate
 from worker.admission import SessionQuota, SpanLease, SpanLedger, SpanState
+from worker.duty import Duty, State
 from worker.kv_pool import KvPool
+from worker.load import LoadMeter
 from worker.observer import WorkerObserver
 from worker.outbox import Outbox
+from worker.quotas import QueueBook
+from worker.rights import Rights
 from worker.session import Again, Lease, Pass, Route, Session, Work, body_bytes
 
 ATTACH_LIFE_S = 30.0  # from Attach to OpenSession; the client opens as soon as all hops are attached
 INBOX_MAX = 2 * limits.ANSWERS_KEPT_MAX  # steps that wait, and as many repeats
 
 
+@dataclass(frozen=True, slots=True)
+class House:
+    """What sessions draw on, and what decides about them."""
+
+    gate: TicketGate
+    rights: Rights
+    spans: SpanLedger
+    pool: KvPool
+    queues: QueueBook
+    duty: Duty
+    quota: SessionQuota = field(default_factory=SessionQuota)
+    load: LoadMeter = field(default_factory=LoadMeter)
+
+
 @dataclass(slots=True)
 class SessionTable:
     """`spawn` starts the task that does an opened session's work and calls `freed` when nothing of it is left."""
 
-    gate: TicketGate
-    spans: SpanLedger
-    pool: KvPool
+    house: House
     clock: Clock
     observer: WorkerObserver
     spawn: Callable[[Session], None]
-    quota: SessionQuota = field(default_factory=SessionQuota)
     live: dict[SessionId, Session] = field(default_factory=dict)
     stopping: bool = False
     _emptied: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
@@ -76,7 +92,8 @@ class SessionTable:
                 raise Refused(RefusalReason.FORBIDDEN, "a session of this id is still being freed")
             if self.stopping:
                 raise Refused(RefusalReason.STOPPING, "the worker is stopping")
-            self.quota.take(client)
+            self.house.duty.require()
+            self.house.quota.take(client)
         except Refused as refusal:
             outbox.force(SessionFailed(message.session, refusal.reason, refusal.detail))
             self.observer.session_failed(refusal.reason)
@@ -96,7 +113,7 @@ class SessionTable:
         )
         machine.sent(Attached)
         outbox.force(Attached(message.session))
-        self.observer.sessions_changed(self.quota.taken)
+        self.observer.sessions_changed(self.house.quota.taken)
 
     def open(self, message: OpenSession, remote: PeerId) -> bool:
         """A ticket for this hop came from `remote`. False when the session is not known here."""
@@ -110,6 +127,9 @@ class SessionTable:
             self.observer.violation(remote, LINK if remote != session.client else SESSION)
             if remote == session.client or session.lease is None:
                 self.fail(session, RefusalReason.BAD_TICKET, str(error))
+            return True
+        except Refused as refusal:
+            self.fail(session, refusal.reason, refusal.detail)
             return True
         try:
             self._place(session, ticket)
@@ -139,6 +159,7 @@ class SessionTable:
             self.fail(session, RefusalReason.BAD_STEP, str(error))
             return True
         try:
+            self.weigh_answers(session)
             if verdict is Verdict.COMPUTE:
                 self._enqueue(session, Pass(message, Payload(message.tensor, body)))
             elif verdict is Verdict.REPEAT:
@@ -183,6 +204,8 @@ class SessionTable:
     def done(self, session: Session, work: Work) -> None:
         """A piece of work has left the inbox and is finished."""
         self._weigh(session, work, -1)
+        self.house.queues.give(session.client, body_bytes(work))
+        session.queued_bytes -= body_bytes(work)
 
     def freed(self, session: Session) -> None:
         """The engine holds nothing of the session any more: its leases end here, and only here."""
@@ -190,20 +213,34 @@ class SessionTable:
         self._drop(session)
         self._leaving.remove(session.id)
         self._weigh_rest(session)
-        self.pool.release(session.id)
+        self.house.pool.release(session.id)
         session.lease.span.sessions -= 1
         session.lease.span.touched = self.clock.monotonic()
-        self.quota.give(session.client)
-        self.observer.sessions_changed(self.quota.taken)
+        self.house.quota.give(session.client)
+        self.observer.sessions_changed(self.house.quota.taken)
         self.report_memory()
         self._emptied.unpark_all()
 
     def sweep(self) -> None:
-        """Drop attachments that nobody opened in time."""
-        now = self.clock.monotonic()
+        """End attachments that nobody opened in time, sessions whose capability has expired, and, when the worker has
+        drained for long enough, all."""
+        now, now_ms = self.clock.monotonic(), self._now_ms()
+        drained = self.house.duty.state(now) is State.DRAINED
         for session in list(self.live.values()):
-            if session.lease is None and now - session.attached_at >= ATTACH_LIFE_S:
+            if drained:
+                self.fail(session, RefusalReason.PAUSED, self.house.duty.refusal().detail)
+            elif session.lease is None and now - session.attached_at >= ATTACH_LIFE_S:
                 self.fail(session, RefusalReason.UNKNOWN_SESSION, "attached, but not opened in time")
+            elif session.lease is not None and session.lease.has_expired(now_ms):
+                self.fail(session, RefusalReason.FORBIDDEN, "the capability that it was opened with has expired")
+
+    def end_granted_under(self, owner: PeerId, serial: bytes) -> None:
+        """The owner revoked the capability `serial`: its sessions end at once."""
+        for session in list(self.live.values()):
+            lease = session.lease
+            shown = lease.capability if lease else None
+            if lease is not None and shown is not None and shown.serial == serial and lease.span.request.owner == owner:
+                self.fail(session, RefusalReason.FORBIDDEN, "the deployment's owner revoked the capability")
 
     async def evacuate(self, lease: SpanLease) -> None:
         """End the deployment's sessions and wait until the engine is rid of them."""
@@ -220,7 +257,7 @@ class SessionTable:
             self.fail(session, RefusalReason.STOPPING, "the worker is stopping")
 
     def _ticket(self, message: OpenSession, session: Session, remote: PeerId) -> Ticket:
-        ticket = self.gate.admit(message.tickets[0], remote, math.floor(self.clock.time() * 1000))
+        ticket = self.house.gate.admit(message.tickets[0], remote, self._now_ms())
         if ticket.session != message.session:
             raise RemoteProtocolError("a ticket for another session")
         if ticket.client != session.client:
@@ -245,34 +282,53 @@ class SessionTable:
                 raise Refused(RefusalReason.BAD_TICKET, str(error)) from None
             lease.ticket = ticket
             return
-        span = self._span_for(ticket)
-        self.pool.reserve(session.id, ticket.kv_tokens * span.request.kv_token_bytes)
-        session.lease = Lease(span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket)
+        self.house.duty.require()
+        span, capability = self._span_for(ticket)
+        needed_bytes = ticket.kv_tokens * span.request.kv_token_bytes
+        self.house.pool.reserve(session.id, needed_bytes, (ticket.deployment, ticket.client))
+        session.lease = Lease(span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket, capability)
         span.sessions += 1
         span.touched = self.clock.monotonic()
         self.report_memory()
         self.spawn(session)
 
-    def _span_for(self, ticket: Ticket) -> SpanLease:
-        span = self.spans.owned(ticket.deployment, ticket.client)
+    def _span_for(self, ticket: Ticket) -> tuple[SpanLease, Capability | None]:
+        """The span that the ticket asks for, and what gives its client the right to it. Raises Refused."""
+        span = self.house.spans.known(ticket.deployment)
+        claim = Claim(ticket.client, Right.USE, ticket.deployment, span.request.owner)
+        capability = self.house.rights.require(claim, ticket.capability)
         held = span.request.spec
         if span.state is not SpanState.LOADED or (held.start, held.end) != (ticket.start, ticket.end):
             raise Refused(RefusalReason.UNKNOWN_DEPLOYMENT, f"blocks {ticket.start}..{ticket.end} are not loaded here")
         if ticket.kv_tokens > span.request.context_tokens:
             detail = f"{ticket.kv_tokens} tokens; the context has {span.request.context_tokens}"
             raise Refused(RefusalReason.UNSUPPORTED, detail)
-        return span
+        return span, capability
 
     def _enqueue(self, session: Session, work: Work) -> None:
-        """Raises Refused when more waits than any honest client needs."""
+        """Raises Refused when more waits than any honest client needs, or than there is memory for."""
         size = body_bytes(work)
         if session.waiting_bytes + size > limits.STEP_BYTES_WAITING_MAX:
             raise Refused(RefusalReason.BAD_STEP, f"more than {limits.STEP_BYTES_WAITING_MAX} bytes of steps wait")
+        self.house.queues.take(session.client, size)
+        session.queued_bytes += size
         try:
             session.send_work.send_nowait(work)
-        except trio.WouldBlock:
+        except trio.WouldBlock:  # what was taken goes back with the session
             raise Refused(RefusalReason.BAD_STEP, f"more than {INBOX_MAX} steps wait") from None
         self._weigh(session, work, 1)
+
+    def weigh_answers(self, session: Session) -> None:
+        """Count what the session's recorded answers take by now. Raises Refused when there is no memory for it."""
+        assert session.lease is not None
+        size = session.lease.ledger.answer_bytes
+        grown = size - session.answer_bytes
+        if grown > 0:
+            self.house.queues.take(session.client, grown)
+        else:
+            self.house.queues.give(session.client, -grown)
+        session.queued_bytes += grown
+        session.answer_bytes = size
 
     def _weigh(self, session: Session, work: Work, sign: int) -> None:
         session.waiting_bytes += sign * body_bytes(work)
@@ -283,6 +339,8 @@ class SessionTable:
     def _weigh_rest(self, session: Session) -> None:
         self._waiting_steps -= session.waiting_steps
         session.waiting_steps = session.waiting_bytes = 0
+        self.house.queues.give(session.client, session.queued_bytes)
+        session.queued_bytes = 0
         self.observer.queue_changed(self._waiting_steps)
 
     def _drop(self, session: Session) -> None:
@@ -294,8 +352,11 @@ class SessionTable:
         if session.lease is not None:
             self._leaving.add(session.id)
         else:
-            self.quota.give(session.client)
-            self.observer.sessions_changed(self.quota.taken)
+            self.house.quota.give(session.client)
+            self.observer.sessions_changed(self.house.quota.taken)
 
     def report_memory(self) -> None:
-        self.observer.memory_changed(self.spans.used_bytes, self.pool.used_bytes)
+        self.observer.memory_changed(self.house.spans.used_bytes, self.house.pool.used_bytes)
+
+    def _now_ms(self) -> int:
+        return math.floor(self.clock.time() * 1000)

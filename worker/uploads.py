@@ -80,7 +80,7 @@ class Uploads:
     async def _replace(self, digest: ShardDigest, peer: PeerId) -> None:
         running = self._running.get(digest)
         if running is not None and running.peer != peer:
-            raise Refused(RefusalReason.FORBIDDEN, "another client is uploading this shard")
+            raise Refused(RefusalReason.BUSY, "another client is uploading this shard")
         await self._stop(digest)
 
     async def _stop(self, digest: ShardDigest) -> None:

@@ -42,6 +42,10 @@ Dtype = Annotated[
         help="Precision of the sealed blocks: float32 (answers identical to the unsealed model's) or bfloat16."
     ),
 ]
+Capability = Annotated[
+    str | None,
+    typer.Option(help="Use another user's deployment: the token that 'sotto grant' printed for you."),
+]
 Key = Annotated[str | None, typer.Option(help="Name of the root key. Default: 'default', made on first use.")]
 
 

@@ -14,6 +14,7 @@ import typer
 
 from sotto.commands.common import (
     Bootstrap,
+    Capability,
     DataDir,
     Dtype,
     Json,
@@ -56,6 +57,7 @@ class Where:
     data_dir: Path
     metrics: tuple[str, int] | None
     quiet: bool
+    capability: str | None
 
 
 def run(
@@ -72,6 +74,7 @@ def run(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
+    capability: Capability = None,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
     as_json: Json = False,
@@ -81,7 +84,7 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json))
+        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
         ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop)
 
         async def work() -> GenerationResult:
@@ -116,6 +119,7 @@ def submit(
     seed: Seed = 0,
     stop: Stop = None,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
+    capability: Capability = None,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
     as_json: Json = False,
@@ -129,7 +133,7 @@ def submit(
         from sotto.commands.job import read_prompts, run_job
 
         lines = read_prompts(prompts)
-        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json))
+        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
         ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop)
 
         async def work() -> list[dict[str, Any]]:
@@ -152,6 +156,7 @@ def submit(
 async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     """The model of a command line, sealed and deployed, with progress for people."""
     from node.app_client import ClientOptions, DeployOptions, open_client
+    from node.grants import read_token
     from sotto.commands.models import UploadTotal, describe_placement, open_model, root_key
 
     checkpoint = open_model(where.model)
@@ -162,7 +167,11 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
             typer.echo(f"placing {checkpoint.name} on {len(placement.hops)} of {len(view.members)} workers", err=True)
             typer.echo("\n".join(describe_placement(placement, view)), err=True)
 
-    async with open_client(ClientOptions(where.data_dir, where.bootstrap, where.metrics)) as client:
+    token = None if where.capability is None else read_token(where.capability)
+    async with open_client(ClientOptions(where.data_dir, where.bootstrap, where.metrics, capability=token)) as client:
+        if token is not None:
+            yield await client.attach(checkpoint, key)
+            return
         with progress_bar("sealing", bytes_=False, quiet=where.quiet) as update:
             sealed = await client.seal(checkpoint, where.dtype, key, update)
         total = UploadTotal()
@@ -191,14 +200,14 @@ def _where(
     bootstrap: list[str] | None,
     sealed: tuple[str, str, str | None],
     workers: int,
-    rest: tuple[Path | None, str, bool],
+    rest: tuple[Path | None, str, bool, str | None],
 ) -> Where:
     from node.metrics import parse_metrics_address
     from node.paths import data_dir
     from sotto.commands.models import check_dtype
 
     privacy, dtype, key = sealed
-    given, metrics, quiet = rest
+    given, metrics, quiet, capability = rest
     return Where(
         model=model,
         bootstrap=bootstrap_addrs(bootstrap),
@@ -209,6 +218,7 @@ def _where(
         data_dir=data_dir(given),
         metrics=parse_metrics_address(metrics),
         quiet=quiet,
+        capability=capability,
     )
 
 

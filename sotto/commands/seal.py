@@ -33,10 +33,11 @@ def seal(
 
         checkpoint = open_model(model)
         root = root_key(privacy, key, folder(data_dir))
+        owner = load_identity(folder(data_dir) / "client")
         started = time.monotonic()
         with progress_bar("sealing", bytes_=False, quiet=as_json) as update:
-            sealed, _ = seal_into(output, checkpoint, check_dtype(dtype), root, update)
-        _, manifest = sealed.manifest(load_identity(folder(data_dir) / "client"))
+            sealed, _ = seal_into(output, checkpoint, check_dtype(dtype), root, owner.peer, update)
+        _, manifest = sealed.manifest(owner)
         summary = {
             "folder": str(output),
             "deployment": manifest.deployment.hex(),

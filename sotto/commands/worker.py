@@ -1,13 +1,19 @@
-"""`sotto worker`: give this machine's memory and compute to a swarm."""
+"""`sotto worker`: give this machine's memory and compute to a swarm, and stay in control of it."""
 
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import DataDir, errors
+from sotto.commands.common import DataDir, Json, errors, print_json
+
+app = typer.Typer(
+    epilog="Example: sotto worker --memory 8GiB --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…",
+    subcommand_metavar="[pause | resume | status]",
+)
 
 Private = Annotated[
     bool | None,
@@ -28,7 +34,17 @@ Lan = Annotated[
 ]
 
 
+Quota = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=VALUE, what peers may take: bandwidth=20MB a second, … (docs/USING.md); repeatable."),
+]
+Hours = Annotated[str | None, typer.Option(help="When to serve, local time: 22:00-07:00,sat,sun. Default: always.")]
+Yields = Annotated[bool, typer.Option("--yield/--no-yield", help="Take no work while other programs need the machine.")]
+
+
+@app.callback(invoke_without_command=True)
 def worker(
+    context: typer.Context,
     listen: Annotated[
         list[str] | None,
         typer.Option(
@@ -60,6 +76,9 @@ def worker(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all cores.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
+    quota: Quota = None,
+    schedule: Hours = None,
+    yields: Yields = False,
     data_dir: DataDir = None,
     metrics: Annotated[
         str, typer.Option(help="HOST:PORT for Prometheus (port 0: any free one); 'off' for none.")
@@ -77,6 +96,8 @@ def worker(
 
     It never holds a key, a token or a word of text. Stop it with Ctrl-C.
     """
+    if context.invoked_subcommand is not None:
+        return
     with errors():
         import trio
 
@@ -85,12 +106,13 @@ def worker(
         from node.logs import configure
         from node.metrics import parse_metrics_address
         from node.p2p.reaching import ReachOptions
-        from node.paths import data_dir as default_data_dir
+        from node.quotas import parse_quotas
+        from worker.schedule import parse_schedule
 
         configure(log_level)
         memory_bytes = parse_bytes(memory) if memory else default_memory_bytes()
         options = WorkerOptions(
-            data_dir=data_dir or default_data_dir() / "worker",
+            data_dir=_folder(data_dir),
             listen=() if listen == ["none"] else tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
             announce=tuple(announce or ()),
             bootstrap=tuple(bootstrap or ()),
@@ -103,5 +125,55 @@ def worker(
             private=private,
             lan=lan,
             reach=ReachOptions(relay, upnp),
+            quotas=parse_quotas(quota or ()),
+            schedule=parse_schedule(schedule) if schedule else None,
+            yields=yields,
         )
         trio.run(run_worker, options)
+
+
+@app.command(epilog="Example: sotto worker pause --for 2h")
+def pause(
+    for_: Annotated[str | None, typer.Option("--for", help="30m, 2h, 1d. Default: until resumed.")] = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Have the running worker take no new work; open sessions go on for five minutes at most."""
+    with errors(as_json):
+        from node.files import parse_life
+
+        _ask({"do": "pause"} | ({"for_s": parse_life(for_)} if for_ else {}), data_dir, as_json)
+
+
+@app.command(epilog="Example: sotto worker resume")
+def resume(data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Have the running worker take work again."""
+    with errors(as_json):
+        _ask({"do": "resume"}, data_dir, as_json)
+
+
+@app.command(epilog="Example: sotto worker status --json")
+def status(data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Show whether the running worker takes work, and what it holds."""
+    with errors(as_json):
+        _ask({"do": "status"}, data_dir, as_json)
+
+
+def _ask(request: dict[str, Any], data_dir: Path | None, as_json: bool) -> None:
+    from node.files import show_bytes
+    from node.worker_socket import ask_worker
+
+    answer = ask_worker(_folder(data_dir), request)
+    if as_json:
+        print_json(answer)
+        return
+    why = f" ({', '.join(answer['causes'])})" if answer["causes"] else ""
+    print(f"{answer['state']}{why}: {answer['sessions']} sessions, {answer['leases']} leases, {answer['spans']} spans, "
+          f"{show_bytes(answer['weight_bytes'])} of weights, {show_bytes(answer['kv_bytes'])} of KV, "
+          f"load {answer['load_percent']} %")  # fmt: skip
+
+
+def _folder(data_dir: Path | None) -> Path:
+    from node.paths import data_dir as default_data_dir
+
+    return data_dir or default_data_dir() / "worker"

@@ -172,7 +172,7 @@ def worker_specs(checkpoint: Checkpoint) -> list[cluster.WorkerSpec]:
     blocks = checkpoint.config.blocks
     share = -(-len(blocks) // WORKERS)
     weights = int((share + 0.5) * max(block.num_parameters for block in blocks) * torch.float32.itemsize)
-    memory = weights + KV_MEMORY_BYTES
+    memory = (weights + KV_MEMORY_BYTES) * 8 // 7 + 8  # an eighth of a worker's memory is for its queues
     return [cluster.WorkerSpec(memory=str(memory), kv_memory=str(KV_MEMORY_BYTES), threads=1)] * WORKERS
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import trio
 
-from client.deploy import DeployProgress, deploy, release
+from client.deploy import DeployProgress, delete, deploy
 from client.errors import HopLost, HopRefused, HopViolation
+from client.leases import LeaseKeeper, Leasing
 from client.routing import Hop, Route
 from protocol.errors import InputError
-from protocol.ids import ShardDigest
+from protocol.ids import DeploymentId, ShardDigest
+from protocol.leases import open_lease, sign_lease
 from protocol.limits import PIECE_BYTES
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry, sign_manifest
 from protocol.messages import (
@@ -23,14 +27,16 @@ from protocol.messages import (
     RefusalReason,
     ShardStored,
     ShardWanted,
+    SpanLeased,
     SpanLoaded,
-    SpanPrepared,
 )
+from protocol.signed import Identity
 from protocol.tensors import TensorHeader
 from simnet.runtime import run
 from tests.helpers.fake_depot import FakeDepot
-from tests.helpers.fake_hop import DEPLOYMENT, FakeSwarm, fake_swarm
+from tests.helpers.fake_hop import CLIENT, DEPLOYMENT, SALT, FakeSwarm, fake_swarm
 
+STRANGER = Identity(bytes(32))
 SHARDS = [bytes([number]) * (PIECE_BYTES + 1000 * (number + 1)) for number in range(4)]
 
 
@@ -40,7 +46,7 @@ def block(shard: bytes) -> BlockEntry:
     return BlockEntry(digest, len(shard), (ConfigPair("family", "llama"),), tensors)
 
 
-MANIFEST = Manifest(DEPLOYMENT, "ee", "float32", tuple(block(shard) for shard in SHARDS))
+MANIFEST = Manifest(DEPLOYMENT, SALT, "ee", "float32", tuple(block(shard) for shard in SHARDS))
 
 
 @dataclass
@@ -64,6 +70,9 @@ class Case:
     source: Shards = field(default_factory=Shards)
     progress: list[DeployProgress] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.leasing = Leasing(LeaseKeeper(self.swarm.ports), kv_tokens=64)
+
     @property
     def route(self) -> Route:
         hops = [
@@ -74,14 +83,14 @@ class Case:
 
     async def deploy(self) -> list[tuple[int, int]]:
         signed = sign_manifest(MANIFEST, self.swarm.ports.identity)
-        hops = await deploy(self.swarm.ports, self.route, signed, self.source, self.progress.append)
+        hops = await deploy(self.swarm.ports, self.route, signed, self.source, self.leasing, self.progress.append)
         return [(hop.start, hop.end) for hop in hops]
 
 
 def with_depots(body: Callable[[Case], Awaitable[None]]) -> None:
     async def main() -> bool:
         async with fake_swarm(2) as swarm:
-            depots = [FakeDepot(hop.endpoint) for hop in swarm.hops]
+            depots = [FakeDepot(hop.endpoint, hop.identity) for hop in swarm.hops]
             for depot in depots:
                 depot.serve()
             await body(Case(swarm, depots))
@@ -111,7 +120,7 @@ def test_each_worker_gets_its_shards_and_loads_them() -> None:
             assert depot.loaded
         for peer, shards in zip([depot.endpoint.peer for depot in case.depots], (SHARDS[:2], SHARDS[2:]), strict=True):
             told = [progress for progress in case.progress if progress.peer == peer]
-            assert [progress.stage for progress in told][:2] == ["prepare", "upload"]
+            assert [progress.stage for progress in told][:2] == ["lease", "upload"]
             assert told[-1] == DeployProgress(peer, "ready", sum(map(len, shards)), sum(map(len, shards)))
 
     with_depots(body)
@@ -145,7 +154,7 @@ def test_an_upload_goes_on_where_it_broke_off() -> None:
 
 def test_a_refusal_names_the_worker_and_its_reason() -> None:
     async def body(case: Case) -> None:
-        case.depots[1].replace = replacing(SpanPrepared, Refusal(RefusalReason.MEMORY, "1000 bytes are missing"))
+        case.depots[1].replace = replacing(SpanLeased, Refusal(RefusalReason.MEMORY, "1000 bytes are missing"))
         with pytest.raises(HopRefused, match="1000 bytes are missing") as caught:
             await case.deploy()
         assert caught.value.peer == case.depots[1].endpoint.peer
@@ -188,8 +197,7 @@ def test_a_worker_whose_partial_shard_was_bad_gets_it_whole() -> None:
 @pytest.mark.parametrize(
     ("kind", "answer", "says"),
     [
-        (SpanPrepared, Pong(b"12345678"), "Pong came where SpanPrepared was due"),
-        (SpanPrepared, SpanPrepared((ShardDigest(b"o" * 32),)), "not of its span"),
+        (SpanLeased, Pong(b"12345678"), "Pong came where SpanLeased was due"),
         (ShardWanted, ShardWanted(1 << 40), "beyond its end"),
         (ShardStored, ShardStored(ShardDigest(b"o" * 32)), "another shard"),
         (SpanLoaded, ShardWanted(0), "ShardWanted came where SpanLoaded was due"),
@@ -205,7 +213,45 @@ def test_answers_that_make_no_sense_are_violations(kind: type[Message], answer: 
     with_depots(body)
 
 
-@pytest.mark.parametrize("kind", [SpanPrepared, ShardWanted, ShardStored, SpanLoaded])
+def forged(**changes: Any) -> Callable[[FakeDepot, SpanLeased], SpanLeased]:
+    """The lease as the worker would sign it with `changes`."""
+
+    def forge(depot: FakeDepot, leased: SpanLeased) -> SpanLeased:
+        lease = dataclasses.replace(open_lease(leased.lease, depot.identity.peer), **changes)
+        return dataclasses.replace(leased, lease=sign_lease(lease, depot.identity))
+
+    return forge
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda _, leased: dataclasses.replace(leased, missing=(ShardDigest(b"o" * 32),)), "not of its span"),
+        (
+            lambda _, leased: dataclasses.replace(leased, lease=leased.lease[:-1] + bytes([leased.lease[-1] ^ 1])),
+            "lease",
+        ),
+        (lambda depot, leased: dataclasses.replace(leased, lease=sign_lease(depot.lease, CLIENT)), "another peer"),
+        (forged(holder=STRANGER.peer), "something else"),
+        (forged(start=1), "something else"),
+        (forged(deployment=DeploymentId(bytes(16))), "something else"),
+        (forged(kv_tokens=63), "other terms"),
+    ],
+)
+def test_leases_that_do_not_hold_are_violations(
+    change: Callable[[FakeDepot, SpanLeased], SpanLeased], says: str
+) -> None:
+    async def body(case: Case) -> None:
+        depot = case.depots[0]
+        depot.replace = lambda answer: change(depot, answer) if isinstance(answer, SpanLeased) else answer
+        with pytest.raises(HopViolation, match=says):
+            await case.deploy()
+        assert not depot.loaded
+
+    with_depots(body)
+
+
+@pytest.mark.parametrize("kind", [SpanLeased, ShardWanted, ShardStored, SpanLoaded])
 def test_a_silent_worker_is_given_up(kind: type[Message]) -> None:
     async def body(case: Case) -> None:
         case.depots[0].replace = replacing(kind, None)
@@ -229,7 +275,7 @@ def test_a_crashed_worker_is_lost_and_an_absent_one_cannot_be_reached() -> None:
         signed = sign_manifest(MANIFEST, case.swarm.ports.identity)
         for says in ("was lost", "cannot be reached"):
             with pytest.raises(HopLost, match=says) as caught:
-                await deploy(case.swarm.ports, route, signed, case.source)
+                await deploy(case.swarm.ports, route, signed, case.source, case.leasing)
             assert caught.value.peer == peer
 
     with_depots(body)
@@ -249,7 +295,7 @@ def test_a_route_of_another_deployment_is_refused_before_anything_is_sent() -> N
     async def body(case: Case) -> None:
         signed = sign_manifest(MANIFEST, case.swarm.ports.identity)
         with pytest.raises(InputError, match="place the model again"):
-            await deploy(case.swarm.ports, Route(DEPLOYMENT, case.route.hops[:1]), signed, case.source)
+            await deploy(case.swarm.ports, Route(DEPLOYMENT, case.route.hops[:1]), signed, case.source, case.leasing)
         assert case.depots[0].prepared is None
 
     with_depots(body)
@@ -260,18 +306,18 @@ def test_a_manifest_that_was_changed_here_is_our_users_problem() -> None:
         signed = bytearray(sign_manifest(MANIFEST, case.swarm.ports.identity))
         signed[len(signed) // 2] ^= 1
         with pytest.raises(InputError, match="seal the model again"):
-            await deploy(case.swarm.ports, case.route, bytes(signed), case.source)
+            await deploy(case.swarm.ports, case.route, bytes(signed), case.source, case.leasing)
         assert case.depots[0].prepared is None
 
     with_depots(body)
 
 
-def test_release_passes_over_workers_that_are_gone() -> None:
+def test_deleting_passes_over_workers_that_are_gone() -> None:
     async def body(case: Case) -> None:
         await case.deploy()
         route = case.route
         case.swarm.network.crash(route.hops[0].peer)
-        await release(case.swarm.ports, route)
+        await delete(case.swarm.ports, route)
         assert case.depots[1].prepared is None
 
     with_depots(body)

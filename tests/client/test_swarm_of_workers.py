@@ -17,10 +17,11 @@ import torch
 import trio
 from safetensors.torch import save
 
-from client.deploy import deploy, release
+from client.deploy import delete, deploy
 from client.driver import Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.generate import Ends, Generation, GenerationHost, GenerationParams, inline, kv_tokens_for
+from client.leases import LeaseKeeper, Leasing
 from client.outputs import KeptOutputs
 from client.placement import ModelNeeds, Placement, PlaceOptions, plan
 from client.ports import ClientPorts
@@ -43,10 +44,9 @@ from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
 from simnet.runtime import SeededEntropy, VirtualClock, run
 from simnet.store import MemoryStore
 from tests.helpers.tiny_models import make_checkpoint
-from tests.helpers.workers import Swarm, Worker, open_swarm
+from tests.helpers.workers import DEPLOYMENT, SALT, Swarm, Worker, identity, open_swarm
 from worker.engine import Engine
 
-DEPLOYMENT = DeploymentId(b"three strangers!")
 BLOCKS = 6
 STEP_S = 0.02
 
@@ -116,7 +116,7 @@ def seal(checkpoint: Checkpoint, tier: str) -> Sealed:
         digest = ShardDigest(sha256(shard).digest())
         shards[digest] = shard
         entries.append(block_entry(tensors, config, digest, len(shard)))
-    return Sealed(manifest_of(DEPLOYMENT, tier == "ee", "float32", entries), shards, sealer.ends())
+    return Sealed(manifest_of(identity("client").peer, SALT, tier == "ee", "float32", entries), shards, sealer.ends())
 
 
 @dataclass
@@ -128,6 +128,7 @@ class Client:
     ports: ClientPorts
     driver: Driver
     watch: SwarmWatch
+    leases: LeaseKeeper
     placement: Placement | None = None
 
     def needs(self, kv_tokens: int = 256) -> ModelNeeds:
@@ -138,7 +139,8 @@ class Client:
         view = await self.watch.wait_for(lambda view: len(view.members) == len(self.swarm.workers))
         self.placement = plan(view, self.needs(), PlaceOptions(hops_min=len(self.swarm.workers)))
         route = route_of(self.placement, view, DEPLOYMENT)
-        await deploy(self.ports, route, sign_manifest(self.sealed.manifest, self.ports.identity), self.sealed)
+        signed = sign_manifest(self.sealed.manifest, self.ports.identity)
+        await deploy(self.ports, route, signed, self.sealed, Leasing(self.leases))
         return route
 
     def generation(self, session: RouteSession, prompt: list[int], params: GenerationParams) -> Generation:
@@ -165,7 +167,7 @@ async def client_of(swarm: Swarm, sealed: Sealed) -> AsyncIterator[Client]:
     await watch.start()
     async with trio.open_nursery() as nursery:
         await nursery.start(driver.run)
-        yield Client(swarm, sealed, ports, driver, watch)
+        yield Client(swarm, sealed, ports, driver, watch, LeaseKeeper(ports))
         nursery.cancel_scope.cancel()
 
 
@@ -215,7 +217,7 @@ def test_the_route_is_found_again_in_gossip(checkpoint: Checkpoint, tmp_path: Pa
         view = await client.watch.wait_for(lambda view: len(view.holders(DEPLOYMENT)) == 3)
         assert choose_route(view, DEPLOYMENT, BLOCKS) == placed
         assert await client.ids(choose_route(view, DEPLOYMENT, BLOCKS), PROMPT, GenerationParams(2))
-        await release(client.ports, placed)
+        await delete(client.ports, placed)
         await client.watch.wait_for(lambda view: not view.holders(DEPLOYMENT))
         with pytest.raises(HopRefused):
             await client.driver.open_session(placed, SessionTerms(16))

@@ -16,12 +16,13 @@ from models.checkpoint import Checkpoint
 from models.config import BlockConfig
 from node.app_client import Client, ClientOptions, open_client
 from node.groups import ungrouped
+from node.identity import load_identity
 from node.model import Ask
 from node.p2p.mesh import MeshConfig, open_mesh
 from protocol.adverts import TOPIC, sign_advert
 from protocol.channel import Channel
 from protocol.errors import InputError, RouteUnavailable, SottoError, TransportError
-from protocol.messages import CONTROL, LINK, SESSION, SHARD, Ping, Pong, PrepareSpan, Refusal, RefusalReason
+from protocol.messages import CONTROL, LINK, SESSION, SHARD, LeaseSpan, Ping, Pong, Refusal, RefusalReason
 from protocol.ports import Stream
 from protocol.signed import Identity
 from protocol.swarm import SwarmView
@@ -103,10 +104,10 @@ def test_a_tampered_manifest_is_refused(swarm: Cluster, tmp_path: Path) -> None:
 
     async def work(client: Client) -> Refusal:
         sealed = await client.seal(checkpoint, "float32", None, lambda *_: None)
-        manifest = bytearray((sealed.folder.manifest(Identity(bytes(32))))[0])
+        manifest = bytearray(sealed.folder.manifest(load_identity(tmp_path / "data" / "client"))[0])
         manifest[len(manifest) // 2] ^= 1
         stream = await _open(client, swarm, CONTROL)
-        reply = await Channel(stream, CONTROL).call(PrepareSpan(bytes(manifest), 0, 1))
+        reply = await Channel(stream, CONTROL).call(LeaseSpan(bytes(manifest), 0, 1, 0, 60, b""))
         assert isinstance(reply, Refusal)
         return reply
 

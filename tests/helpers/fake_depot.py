@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
 from protocol.channel import Channel
-from protocol.ids import ShardDigest
+from protocol.ids import PeerId, ShardDigest
+from protocol.leases import Lease, sign_lease
 from protocol.manifest import Manifest, open_manifest
 from protocol.messages import (
     CONTROL,
     SHARD,
+    LeaseRenewed,
+    LeaseSpan,
     LoadSpan,
     Message,
-    PrepareSpan,
     Refusal,
     RefusalReason,
     ReleaseSpan,
+    RenewLease,
     ShardOffer,
     ShardPiece,
     ShardStored,
     ShardWanted,
+    SpanLeased,
     SpanLoaded,
-    SpanPrepared,
     SpanReleased,
 )
 from protocol.ports import Stream
+from protocol.signed import Identity
 from simnet.endpoint import VirtualEndpoint
+from simnet.runtime import VirtualClock
 
 
 @dataclass(slots=True)
@@ -37,11 +42,14 @@ class FakeDepot:
     """`replace` may turn any answer into another one, or into None: silence. `leave_after` pieces, the stream ends."""
 
     endpoint: VirtualEndpoint
+    identity: Identity
     replace: Callable[[Message], Message | None] = lambda answer: answer
     leave_after: int | None = None
     store: dict[ShardDigest, bytes] = field(default_factory=dict)
     partial: dict[ShardDigest, bytes] = field(default_factory=dict)
     prepared: tuple[Manifest, int, int] | None = None
+    lease: Lease | None = None
+    requests: list[Message] = field(default_factory=list)
     loaded: bool = False
     pieces: int = 0
 
@@ -52,20 +60,40 @@ class FakeDepot:
     async def _control(self, stream: Stream) -> None:
         channel = Channel(stream, CONTROL)
         while (frame := await channel.receive()) is not None:
-            await self._answer(channel, self._reply(frame[0]))
+            self.requests.append(frame[0])
+            await self._answer(channel, self._reply(frame[0], channel.remote))
 
-    def _reply(self, request: Message) -> Message:
+    def _lease(self, request: LeaseSpan, manifest: Manifest, owner: PeerId, client: PeerId) -> Lease:
+        weights, now_ms = manifest.span_bytes(request.start, request.end), int(VirtualClock().time() * 1000)
+        return Lease(
+            bytes(16), self.identity.peer, client, owner, manifest.deployment, request.start, request.end, weights,
+            request.kv_tokens, now_ms, now_ms + request.lease_s * 1000,
+        )  # fmt: skip
+
+    def _extended(self, lease: Lease, lease_s: int) -> Lease:
+        now_ms = int(VirtualClock().time() * 1000)
+        return replace(lease, granted_ms=now_ms, expires_ms=now_ms + lease_s * 1000)
+
+    def _reply(self, request: Message, client: PeerId) -> Message:
         match request:
-            case PrepareSpan():
-                manifest, _ = open_manifest(request.manifest)
+            case LeaseSpan():
+                manifest, owner = open_manifest(request.manifest)
                 self.prepared = (manifest, request.start, request.end)
                 digests = [block.digest for block in manifest.blocks[request.start : request.end]]
-                return SpanPrepared(tuple(digest for digest in digests if digest not in self.store))
+                missing = tuple(digest for digest in digests if digest not in self.store)
+                self.lease = self._lease(request, manifest, owner, client)
+                return SpanLeased(sign_lease(self.lease, self.identity), missing)
+            case RenewLease() if self.lease is not None:
+                return LeaseRenewed(sign_lease(self._extended(self.lease, request.lease_s), self.identity))
+            case RenewLease():
+                return Refusal(RefusalReason.UNKNOWN_LEASE, "")
             case LoadSpan():
                 self.loaded = True
                 return SpanLoaded(1000, 50)
             case ReleaseSpan():
-                self.prepared, self.loaded = None, False
+                self.lease = None
+                if request.forget:
+                    self.prepared, self.loaded = None, False
                 return SpanReleased()
             case _:
                 raise AssertionError(f"a worker got {request}")

@@ -17,7 +17,7 @@ import trio
 from client.ports import ClientPorts
 from client.routing import Hop, Route
 from protocol.channel import Channel
-from protocol.ids import DeploymentId, SessionId
+from protocol.ids import SessionId, deployment_id
 from protocol.messages import (
     LINK,
     SESSION,
@@ -40,7 +40,8 @@ from simnet.endpoint import VirtualEndpoint
 from simnet.network import VirtualNetwork, open_network
 from simnet.runtime import SeededEntropy, VirtualClock
 
-DEPLOYMENT = DeploymentId(b"fake deployment!")
+CLIENT, SALT = Identity(bytes([255]) * 32), b"fake deployment!"
+DEPLOYMENT = deployment_id(CLIENT.peer, SALT)
 Reply = tuple[Message, bytes]
 
 
@@ -176,13 +177,12 @@ class FakeSwarm:
 @asynccontextmanager
 async def fake_swarm(count: int, seed: int = 1) -> AsyncIterator[FakeSwarm]:
     async with open_network(seed) as network, trio.open_nursery() as nursery:
-        client = Identity(bytes([255]) * 32)
         workers = [Identity(bytes([index + 1]) * 32) for index in range(count)]
-        endpoints = [await nursery.start(_live, network, identity) for identity in [client, *workers]]
+        endpoints = [await nursery.start(_live, network, identity) for identity in [CLIENT, *workers]]
         hops = [FakeHop(*pair) for pair in zip(endpoints[1:], workers, strict=True)]
         for hop in hops:
             hop.serve()
-        ports = ClientPorts(client, endpoints[0], endpoints[0], VirtualClock(), SeededEntropy(seed, "client"))
+        ports = ClientPorts(CLIENT, endpoints[0], endpoints[0], VirtualClock(), SeededEntropy(seed, "client"))
         yield FakeSwarm(network, ports, hops)
         nursery.cancel_scope.cancel()
 

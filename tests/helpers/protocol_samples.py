@@ -14,34 +14,39 @@ from hypothesis import strategies as st
 
 from protocol import limits
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
-from protocol.capabilities import Capability, Right, rights_of
-from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest, public_key_of
+from protocol.capabilities import Capability, Right, issue_capability, rights_of
+from protocol.ids import PeerId, SessionId, ShardDigest, deployment_id, public_key_of
 from protocol.invites import Invite, InvitePeer
+from protocol.leases import Lease, sign_lease
 from protocol.manifest import TIERS, BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.membership import PUBLIC_SWARM, SwarmKey
 from protocol.messages import (
     MESSAGES,
     Attach,
     Attached,
+    CapabilityRevoked,
     CloseSession,
+    LeaseRenewed,
+    LeaseSpan,
     LoadSpan,
     Message,
     OpenSession,
     Operation,
     Ping,
     Pong,
-    PrepareSpan,
     Refusal,
     RefusalReason,
     ReleaseSpan,
+    RenewLease,
+    RevokeCapability,
     SessionFailed,
     SessionOpened,
     ShardOffer,
     ShardPiece,
     ShardStored,
     ShardWanted,
+    SpanLeased,
     SpanLoaded,
-    SpanPrepared,
     SpanReleased,
     Step,
     StepOutput,
@@ -52,7 +57,8 @@ from protocol.tensors import DTYPE_BYTES, TensorHeader
 from protocol.tickets import RETURNS, Ticket
 
 CLIENT, WORKER, NEXT, OTHER = (Identity(bytes([number]) * 32) for number in (1, 2, 3, 4))
-DEPLOYMENT = DeploymentId(bytes(range(16)))
+SALT = bytes(range(16))
+DEPLOYMENT = deployment_id(CLIENT.peer, SALT)
 SESSION = SessionId(bytes(range(16, 32)))
 DIGEST = ShardDigest(bytes(range(32, 64)))
 NOW_MS = 1_760_000_000_000
@@ -87,6 +93,19 @@ INVITE = Invite(
     secret=b"",
     peers=(InvitePeer(public_key_of(WORKER.peer), ("/ip4/192.0.2.7/tcp/4001", "/dns4/worker.example/tcp/4001")),),
 )
+LEASE = Lease(
+    serial=bytes(range(96, 112)),
+    worker=WORKER.peer,
+    holder=NEXT.peer,
+    owner=CLIENT.peer,
+    deployment=DEPLOYMENT,
+    start=0,
+    end=4,
+    weight_bytes=1 << 20,
+    kv_tokens=4096,
+    granted_ms=NOW_MS,
+    expires_ms=NOW_MS + 600_000,
+)
 TICKET = Ticket(
     session=SESSION,
     epoch=0,
@@ -102,6 +121,7 @@ TICKET = Ticket(
     end=4,
     kv_tokens=512,
     returns="none",
+    capability=b"",
 )
 BLOCK = BlockEntry(
     digest=DIGEST,
@@ -109,17 +129,21 @@ BLOCK = BlockEntry(
     config=(ConfigPair("family", "llama"), ConfigPair("hidden_size", 8), ConfigPair("q_bias", False)),
     tensors=(TensorEntry("down", TensorHeader("float32", (8, 4))), TensorEntry("up", TensorHeader("float32", (4, 8)))),
 )
-MANIFEST = Manifest(DEPLOYMENT, "ee", "float32", (BLOCK, BLOCK))
+MANIFEST = Manifest(DEPLOYMENT, SALT, "ee", "float32", (BLOCK, BLOCK))
 SAMPLES: tuple[Message, ...] = (
     Refusal("memory", "12 MiB are missing"),
     Ping(bytes(8)),
     Pong(bytes(8)),
-    PrepareSpan(bytes(3), 0, 4),
-    SpanPrepared((DIGEST,)),
+    LeaseSpan(bytes(3), 0, 4, 4096, 600, b""),
+    SpanLeased(sign_lease(LEASE, WORKER), (DIGEST,)),
     LoadSpan(DEPLOYMENT),
     SpanLoaded(1 << 20, 812),
-    ReleaseSpan(DEPLOYMENT),
+    ReleaseSpan(DEPLOYMENT, False, b""),
     SpanReleased(),
+    RenewLease(DEPLOYMENT, 600, issue_capability(CAPABILITY, CLIENT)),
+    LeaseRenewed(sign_lease(LEASE, WORKER)),
+    RevokeCapability(DEPLOYMENT, CAPABILITY.serial, b""),
+    CapabilityRevoked(),
     ShardOffer(DIGEST, 400),
     ShardWanted(0),
     ShardPiece(0),
@@ -133,7 +157,7 @@ SAMPLES: tuple[Message, ...] = (
     SessionFailed(SESSION, "hop_lost", ""),
     CloseSession(SESSION),
 )
-RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Capability, Manifest, Signed, Invite)
+RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Capability, Lease, Manifest, Signed, Invite)
 
 
 def body_of(message: Message) -> bytes:
@@ -214,6 +238,16 @@ def _invite(values: Values) -> st.SearchStrategy[Values]:
     )
 
 
+def _lease(values: Values) -> st.SearchStrategy[Values]:
+    granted = min(values["granted_ms"], 1 << 52)
+    peers = st.sampled_from([CLIENT.peer, WORKER.peer, NEXT.peer])
+    chosen = st.fixed_dictionaries(
+        dict.fromkeys(("worker", "holder", "owner"), peers)
+        | {"granted_ms": st.just(granted), "expires_ms": st.integers(granted + 1, granted + limits.LEASE_S_MAX * 1000)}
+    )
+    return _span(values).flatmap(lambda done: chosen.map(lambda drawn: done | drawn))
+
+
 def _step(values: Values) -> st.SearchStrategy[Values]:
     linear = values["matrix"] != ""
     shape = values["tensor"].shape
@@ -256,7 +290,8 @@ def _amend(**fix: Callable[[Any], Any]) -> Callable[[Values], st.SearchStrategy[
 _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] = {
     Refusal: _choose(reason=tuple(reason.value for reason in RefusalReason)),
     SessionFailed: _choose(reason=tuple(reason.value for reason in RefusalReason)),
-    PrepareSpan: _span,
+    LeaseSpan: _span,
+    Lease: _lease,
     HeldSpan: _span,
     Capability: _capability,
     TensorHeader: _choose(dtype=tuple(DTYPE_BYTES)),

@@ -12,7 +12,9 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from protocol import limits, messages
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed
+from protocol.capabilities import Capability
 from protocol.invites import Invite, InvitePeer
+from protocol.leases import Lease
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.messages import CONTROL, FRAME_BYTES_MAX, LINK, MESSAGES, SESSION, SHARD, Message, RefusalReason
 from protocol.schema import Between, Record, Scalar
@@ -24,10 +26,12 @@ from protocol.tickets import Ticket
 TO_WORKER, TO_CLIENT, ON = "client → worker", "worker → client", "hop → next hop"
 WAYS: dict[type[Message], tuple[tuple[str, str], ...]] = {
     messages.Refusal: ((CONTROL, TO_CLIENT), (SHARD, TO_CLIENT)),
-    **dict.fromkeys((messages.Ping, messages.PrepareSpan), ((CONTROL, TO_WORKER),)),
+    **dict.fromkeys((messages.Ping, messages.LeaseSpan, messages.RenewLease), ((CONTROL, TO_WORKER),)),
     **dict.fromkeys((messages.LoadSpan, messages.ReleaseSpan), ((CONTROL, TO_WORKER),)),
-    **dict.fromkeys((messages.Pong, messages.SpanPrepared), ((CONTROL, TO_CLIENT),)),
+    messages.RevokeCapability: ((CONTROL, TO_WORKER),),
+    **dict.fromkeys((messages.Pong, messages.SpanLeased, messages.LeaseRenewed), ((CONTROL, TO_CLIENT),)),
     **dict.fromkeys((messages.SpanLoaded, messages.SpanReleased), ((CONTROL, TO_CLIENT),)),
+    messages.CapabilityRevoked: ((CONTROL, TO_CLIENT),),
     **dict.fromkeys((messages.ShardOffer, messages.ShardPiece), ((SHARD, TO_WORKER),)),
     **dict.fromkeys((messages.ShardWanted, messages.ShardStored), ((SHARD, TO_CLIENT),)),
     messages.Attach: ((SESSION, TO_WORKER),),
@@ -42,8 +46,8 @@ BODIES: dict[type[Message], str] = {
     messages.ShardPiece: "1..PIECE_BYTES bytes",
 }
 STRUCTURES: tuple[type[Record], ...] = (
-    TensorHeader, Signed, Advert, Speed, HeldSpan, Rtt, Ticket, Manifest, BlockEntry, ConfigPair, TensorEntry,
-    Invite, InvitePeer,
+    TensorHeader, Signed, Advert, Speed, HeldSpan, Rtt, Ticket, Capability, Lease, Manifest, BlockEntry, ConfigPair,
+    TensorEntry, Invite, InvitePeer,
 )  # fmt: skip
 
 

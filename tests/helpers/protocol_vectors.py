@@ -16,6 +16,7 @@ from protocol.capabilities import issue_capability
 from protocol.codec import encode, encode_message
 from protocol.framing import encode_frame
 from protocol.invites import make_invite, print_invite
+from protocol.leases import sign_lease
 from protocol.manifest import sign_manifest
 from protocol.membership import NONCE_BYTES, Side, SwarmKey
 from protocol.messages import CONTROL
@@ -26,6 +27,7 @@ from tests.helpers.protocol_samples import (
     CAPABILITY,
     CLIENT,
     INVITE,
+    LEASE,
     MANIFEST,
     NOW_MS,
     SAMPLES,
@@ -63,6 +65,7 @@ def statements() -> Json:
         "advert": {"payload": encode(ADVERT).hex(), "signed": sign_advert(ADVERT, WORKER).hex()},
         "ticket": {"payload": encode(TICKET).hex(), "box": issue_ticket(TICKET, CLIENT).hex()},
         "capability": {"payload": encode(CAPABILITY).hex(), "signed": issue_capability(CAPABILITY, CLIENT).hex()},
+        "lease": {"payload": encode(LEASE).hex(), "signed": sign_lease(LEASE, WORKER).hex()},
         "manifest": {"payload": encode(MANIFEST).hex(), "signed": sign_manifest(MANIFEST, CLIENT).hex()},
         "sealed": {
             "data": b"sotto".hex(),
@@ -144,7 +147,7 @@ def _headers() -> list[tuple[str, bytes]]:
         ("an array of 2^32 - 1 announced", b"\xdd\xff\xff\xff\xff"),
         ("binary of 2^32 - 1 announced", b"\x92\x0a\xc6\xff\xff\xff\xff"),
         ("nested too deep", b"\x91" * 5000),
-        ("empty span", pack([12, b"m", 4, 4])),
+        ("empty span", pack([12, b"m", 4, 4, 0, 1, b""])),
         ("unknown reason", pack([1, "bored", ""])),
         ("unknown dtype", pack([35, bytes(16), 0, 7, 0, ["float64", [1, 8]]])),
         ("a dimension of zero", pack([35, bytes(16), 0, 7, 0, ["float32", [0, 8]]])),

@@ -14,7 +14,7 @@ import trio
 from models.config import BlockConfig, RopeConfig
 from protocol.adverts import Speed
 from protocol.channel import Channel
-from protocol.ids import DeploymentId, PeerId, SessionId
+from protocol.ids import DeploymentId, PeerId, SessionId, deployment_id
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry, sign_manifest
 from protocol.messages import (
     CONTROL,
@@ -22,18 +22,18 @@ from protocol.messages import (
     SHARD,
     Attach,
     Attached,
+    LeaseSpan,
     LoadSpan,
     Message,
     OpenSession,
     Operation,
-    PrepareSpan,
     SessionOpened,
     ShardOffer,
     ShardPiece,
     ShardStored,
     ShardWanted,
+    SpanLeased,
     SpanLoaded,
-    SpanPrepared,
     Step,
     StepOutput,
 )
@@ -46,6 +46,7 @@ from simnet.endpoint import VirtualEndpoint
 from simnet.network import VirtualNetwork, open_network
 from simnet.runtime import SeededEntropy, VirtualClock, run
 from simnet.store import MemoryStore
+from worker.config import QUOTAS_DEFAULT, Quotas
 from worker.observer import NullObserver
 from worker.service import WorkerConfig, WorkerPorts, WorkerService
 
@@ -57,7 +58,9 @@ CONFIG = BlockConfig(
 )  # fmt: skip
 KV_TOKEN_BYTES = 4 * CONFIG.kv_values_per_token  # of one block
 BLOCK_BYTES = 4 * CONFIG.num_parameters
-DEPLOYMENT = DeploymentId(b"hand-made deploy")
+QUEUE_BYTES = 256 << 20  # beside what `memory_bytes` of a worker in these tests says
+LEASE_S = 3600
+SALT = b"hand-made deploy"
 
 
 class Counts(NullObserver):
@@ -130,11 +133,18 @@ class Worker:
     def assert_idle(self) -> None:
         """No lease of any session is left anywhere."""
         assert not self.service.sessions.live
-        assert self.service.pool.used_bytes == 0
-        assert self.service.sessions.quota.taken == 0
-        assert all(lease.sessions == 0 for lease in self.service.spans.leases.values())
+        house = self.service.house
+        leased = sum(
+            holding.lease.kv_tokens * span.request.kv_token_bytes
+            for span in house.spans.leases.values()
+            for holding in span.holders.values()
+        )
+        assert house.pool.used_bytes == leased
+        assert house.quota.taken == 0
+        assert house.queues.used_bytes == 0
+        assert all(lease.sessions == 0 for lease in house.spans.leases.values())
         assert not self.compute.sessions
-        assert (self.counts.sessions, self.counts.queue, self.counts.kv_bytes) == (0, 0, 0)
+        assert (self.counts.sessions, self.counts.queue, self.counts.kv_bytes) == (0, 0, leased)
 
 
 @dataclass(slots=True)
@@ -151,6 +161,9 @@ class Swarm:
 
 def identity(name: str) -> Identity:
     return Identity(sha256(name.encode()).digest())
+
+
+DEPLOYMENT = deployment_id(identity("client").peer, SALT)
 
 
 async def _join(network: VirtualNetwork, nursery: trio.Nursery, name: str) -> VirtualEndpoint:
@@ -182,6 +195,8 @@ async def open_swarm(
     compute: Callable[[MemoryStore], Compute] | None = None,
     memory_bytes: int = 1 << 20,
     kv_memory_bytes: int = 1 << 16,
+    queue_memory_bytes: int = QUEUE_BYTES,
+    quotas: Quotas = QUOTAS_DEFAULT,
 ) -> AsyncIterator[Swarm]:
     async with open_network(seed) as network, trio.open_nursery() as nursery:
         workers = []
@@ -193,7 +208,9 @@ async def open_swarm(
                 endpoint, endpoint, engine, store, VirtualClock(), SeededEntropy(seed, f"worker {index}"), counts
             )
             speeds = (Speed("float32", 10.0, 100.0),)
-            service = WorkerService(ports, WorkerConfig(own, memory_bytes, kv_memory_bytes, speeds, "cpu", "0"))
+            total_bytes = memory_bytes + queue_memory_bytes
+            config = WorkerConfig(own, total_bytes, kv_memory_bytes, queue_memory_bytes, speeds, "cpu", "0", quotas)
+            service = WorkerService(ports, config)
             worker = Worker(own, endpoint, service, engine, store, counts)
             await nursery.start(worker.run)
             workers.append(worker)
@@ -207,7 +224,7 @@ async def open_swarm(
 def make_manifest(
     owner: Identity,
     blocks: int,
-    deployment: DeploymentId = DEPLOYMENT,
+    salt: bytes = SALT,
     shards: Sequence[bytes] | None = None,
     config: BlockConfig = CONFIG,
     dtype: str = "float32",
@@ -218,7 +235,7 @@ def make_manifest(
     )
     size = sum(entry.header.nbytes for entry in tensors)
     if shards is None:
-        shards = [(deployment + bytes([index])) * (size // 17 + 3) for index in range(blocks)]
+        shards = [(salt + bytes([index])) * (size // 17 + 3) for index in range(blocks)]
     entries = tuple(
         BlockEntry(
             digest=sha256(shard).digest(),
@@ -228,8 +245,13 @@ def make_manifest(
         )
         for shard in shards
     )
-    manifest = Manifest(deployment, "plain", dtype, entries)
+    manifest = Manifest(deployment_id(owner.peer, salt), salt, "plain", dtype, entries)
     return sign_manifest(manifest, owner), manifest, list(shards)
+
+
+def lease_of(manifest: bytes, start: int, end: int, **terms: Any) -> LeaseSpan:
+    """An owner's request, without KV room unless `terms` say so."""
+    return LeaseSpan(manifest, start, end, **({"kv_tokens": 0, "lease_s": LEASE_S, "capability": b""} | terms))
 
 
 @dataclass(slots=True)
@@ -264,15 +286,15 @@ class HandClient:
             assert await channel.receive() == (ShardStored(sha256(shard).digest()), b"")
         await channel.aclose()
 
-    async def deploy(
-        self, worker: Worker, blocks: int, start: int, end: int, deployment: DeploymentId = DEPLOYMENT
-    ) -> None:
-        data, _, shards = make_manifest(self.identity, blocks, deployment)
-        prepared = await self.ask(worker, PrepareSpan(data, start, end))
-        assert isinstance(prepared, SpanPrepared), prepared
+    async def deploy(self, worker: Worker, blocks: int, start: int, end: int, salt: bytes = SALT) -> DeploymentId:
+        """Lease, upload, load; the lease is without KV room."""
+        data, manifest, shards = make_manifest(self.identity, blocks, salt)
+        leased = await self.ask(worker, lease_of(data, start, end))
+        assert isinstance(leased, SpanLeased), leased
         await self.upload(worker, shards[start:end])
-        loaded = await self.ask(worker, LoadSpan(deployment))
+        loaded = await self.ask(worker, LoadSpan(manifest.deployment))
         assert isinstance(loaded, SpanLoaded), loaded
+        return manifest.deployment
 
     async def deploy_route(self, workers: Sequence[Worker], per_worker: int = 2) -> None:
         blocks = len(workers) * per_worker
@@ -331,6 +353,7 @@ class HandRoute:
                 end=2 * index + 2,
                 kv_tokens=64,
                 returns="none",
+                capability=b"",
             )
             tickets.append(replace(ticket, **terms))
         return tickets

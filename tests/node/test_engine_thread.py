@@ -20,14 +20,16 @@ from models.config import BlockConfig, RopeConfig
 from node.engine_thread import EngineThread
 from node.store import digest_of
 from protocol.errors import Refused
-from protocol.ids import DeploymentId, PeerId, SessionId
+from protocol.ids import DeploymentId, PeerId, SessionId, deployment_id
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
+from protocol.signed import Identity
 from worker.engine import Engine
 from worker.payloads import to_tensor
 
 BLOCKED_S_MAX = 0.05
-DEPLOYMENT, SESSION = DeploymentId(b"d" * 16), SessionId(b"s" * 16)
+OWNER, SALT = Identity(bytes(32)), b"s" * 16
+DEPLOYMENT, SESSION = deployment_id(OWNER.peer, SALT), SessionId(b"s" * 16)
 CONFIG = BlockConfig(
     family="llama",
     hidden_size=1024,
@@ -210,7 +212,7 @@ def _loaded(folder: Path) -> Engine:
     file = folder / "shard.safetensors"
     save_file(tensors, file)
     entry = block_entry(tensors, CONFIG, digest_of(file), file.stat().st_size)
-    manifest = manifest_of(DEPLOYMENT, False, "float32", [entry])
+    manifest = manifest_of(OWNER.peer, SALT, False, "float32", [entry])
     engine = Engine(lambda _: file)
     engine.load(SpanSpec(manifest, 0, 1))
     engine.open(SESSION, DEPLOYMENT, 4096)

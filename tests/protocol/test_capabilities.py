@@ -65,9 +65,21 @@ def test_revocations_are_bounded_per_owner() -> None:
     for number in range(limits.REVOKED_PER_OWNER_MAX):
         gate.revoke(CLIENT.peer, number.to_bytes(16, "big"), NOW_MS)
     with pytest.raises(RemoteProtocolError, match="more capabilities revoked"):
-        gate.revoke(CLIENT.peer, bytes(15) + b"\xff\xff"[:1], NOW_MS + 1)
+        gate.revoke(CLIENT.peer, bytes(14) + b"\xff\xff", NOW_MS + 1)
     gate.revoke(OTHER.peer, bytes(16), NOW_MS)
     assert rights_of([Right.USE, Right.FETCH, Right.USE]) == ("fetch", "use")
+
+
+def test_nobody_can_make_a_worker_forget_what_others_revoked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "REVOKED_MAX", 8)
+    gate = CapabilityGate()
+    gate.revoke(CLIENT.peer, CAPABILITY.serial, NOW_MS)
+    for number in range(100):
+        gate.revoke(OTHER.peer, number.to_bytes(16, "big"), NOW_MS)
+    assert len(gate.revoked) == 8
+    assert (CLIENT.peer, CAPABILITY.serial) in gate.revoked
+    gate.revoke(CLIENT.peer, CAPABILITY.serial, NOW_MS)
+    assert len(gate.revoked) == 8, "the same again is nothing new"
 
 
 def test_the_largest_capability_fits_its_bound() -> None:

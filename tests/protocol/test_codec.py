@@ -77,14 +77,14 @@ def test_every_truncation_and_extension_is_refused(sample: Record) -> None:
 )
 def test_numbers_that_are_none_are_refused(bad: float) -> None:
     plain = to_plain(MANIFEST)
-    plain[3][0][2][1][1] = bad
+    plain[4][0][2][1][1] = bad
     with pytest.raises(RemoteProtocolError):
         decode(Manifest, msgpack.packb(plain))
 
 
 def test_float_32_is_not_canonical() -> None:
     plain = to_plain(MANIFEST)
-    plain[3][0][2][1][1] = 0.5
+    plain[4][0][2][1][1] = 0.5
     decode(Manifest, msgpack.packb(plain))
     with pytest.raises(RemoteProtocolError, match="canonical"):
         decode(Manifest, msgpack.packb(plain, use_single_float=True))

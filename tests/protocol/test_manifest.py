@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from protocol import limits
-from protocol.codec import encode
+from protocol.codec import encode, encode_message
 from protocol.errors import RemoteProtocolError
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry, open_manifest, sign_manifest
-from protocol.messages import PrepareSpan
+from protocol.messages import LeaseSpan
 from protocol.tensors import TensorHeader
-from tests.helpers.protocol_samples import ADVERT, BLOCK, CLIENT, DEPLOYMENT, DIGEST, MANIFEST, OTHER
+from tests.helpers.protocol_samples import ADVERT, BLOCK, CLIENT, DEPLOYMENT, DIGEST, MANIFEST, OTHER, SALT
 
 
 def test_it_opens_to_itself_and_its_owner() -> None:
@@ -25,10 +25,6 @@ def test_every_changed_byte_is_refused_or_another_owners(flip: int) -> None:
     for at in range(len(data)):
         with pytest.raises(RemoteProtocolError):
             open_manifest(data[:at] + bytes([data[at] ^ flip]) + data[at + 1 :])
-
-
-def test_another_signature_is_another_owner() -> None:
-    assert open_manifest(sign_manifest(MANIFEST, OTHER))[1] == OTHER.peer
 
 
 @pytest.mark.parametrize("domain", ["advert/1", "ticket/1", ""])
@@ -80,6 +76,18 @@ def test_the_deepest_model_fits_into_a_message() -> None:
     )
     tensors = tuple(TensorEntry(name, TensorHeader("bfloat16", (1024, 1024, 256))) for name in names)
     block = BlockEntry(DIGEST, limits.SHARD_BYTES_MAX, config, tensors)
-    signed = sign_manifest(Manifest(DEPLOYMENT, "ee", "bfloat16", (block,) * limits.BLOCKS_MAX), CLIENT)
-    assert len(signed) < limits.HEADER_BYTES_MAX - 1024
-    PrepareSpan(signed, 0, limits.BLOCKS_MAX)
+    signed = sign_manifest(Manifest(DEPLOYMENT, SALT, "ee", "bfloat16", (block,) * limits.BLOCKS_MAX), CLIENT)
+    assert len(signed) < limits.MANIFEST_BYTES_MAX
+    largest = LeaseSpan(
+        bytes(limits.MANIFEST_BYTES_MAX), 0, limits.BLOCKS_MAX, limits.CONTEXT_TOKENS_MAX, limits.LEASE_S_MAX,
+        bytes(limits.CAPABILITY_BYTES_MAX),
+    )  # fmt: skip
+    assert len(encode_message(largest)) <= limits.HEADER_BYTES_MAX
+
+
+def test_nobody_states_a_manifest_of_anothers_deployment() -> None:
+    open_manifest(sign_manifest(MANIFEST, CLIENT))
+    with pytest.raises(RemoteProtocolError, match="belongs to another owner"):
+        open_manifest(sign_manifest(MANIFEST, OTHER))
+    with pytest.raises(RemoteProtocolError, match="belongs to another owner"):
+        open_manifest(sign_manifest(replace(MANIFEST, salt=bytes(16)), CLIENT))

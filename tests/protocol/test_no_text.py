@@ -36,6 +36,9 @@ STR_ALLOWED = {
     "Ticket.successor_addrs": "where the next worker can be dialled",
     "Ticket.returns": "one of RETURNS",
     "Capability.holder": "a peer id",
+    "Lease.worker": "a peer id",
+    "Lease.holder": "a peer id",
+    "Lease.owner": "a peer id",
     "Capability.rights": "of Right",
     "InvitePeer.addrs": "where a peer can be dialled; an invite is made by sotto and handed on by people",
     "Manifest.tier": "one of TIERS",
@@ -47,9 +50,16 @@ STR_ALLOWED = {
 # Bytes that are not of one fixed length; the fixed ones are ids, nonces, digests, keys and signatures.
 BYTES_ALLOWED = {
     "Invite.secret": "a private swarm's key, or nothing",
-    "PrepareSpan.manifest": "a signed Manifest, checked by the worker",
+    "LeaseSpan.manifest": "a signed Manifest, checked by the worker",
+    "LeaseSpan.capability": "a signed Capability, checked by the worker",
+    "RenewLease.capability": "a signed Capability, checked by the worker",
+    "ReleaseSpan.capability": "a signed Capability, checked by the worker",
+    "RevokeCapability.capability": "a signed Capability, checked by the worker",
+    "Ticket.capability": "a signed Capability, checked by the worker",
+    "SpanLeased.lease": "a signed Lease, checked by the client",
+    "LeaseRenewed.lease": "a signed Lease, checked by the client",
     "OpenSession.tickets": "sealed Tickets",
-    "Signed.payload": "an Advert, Ticket, Capability or Manifest, checked by who verifies it",
+    "Signed.payload": "an Advert, Ticket, Capability, Lease or Manifest, checked by who verifies it",
 }
 # Series of integers could be token ids.
 INTS_ALLOWED = {"TensorHeader.shape": "at most four sizes, that agree with the body"}

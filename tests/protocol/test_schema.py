@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 
 from protocol import limits
-from protocol.messages import Attach, Operation, PrepareSpan, SessionFailed, ShardOffer, Step
+from protocol.messages import Attach, LeaseSpan, Operation, SessionFailed, ShardOffer, Step
 from protocol.schema import Between, Record, Scalar, Size, fields_of, from_plain, to_plain
 from protocol.tensors import TensorHeader
 from tests.helpers.protocol_samples import DIGEST, RECORDS, SESSION
@@ -128,8 +128,8 @@ def test_a_step_that_contradicts_itself_cannot_exist(change: dict[str, Any]) -> 
 
 def test_other_rules_across_fields() -> None:
     for make in (
-        lambda: PrepareSpan(b"m", 3, 3),
-        lambda: PrepareSpan(b"", 0, 3),
+        lambda: LeaseSpan(b"m", 3, 3, 0, 1, b""),
+        lambda: LeaseSpan(b"", 0, 3, 0, 1, b""),
         lambda: SessionFailed(SESSION, "tired", ""),
         lambda: ShardOffer(DIGEST, 0),
         lambda: Attach(SESSION + b"\0"),

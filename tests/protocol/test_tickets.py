@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from protocol import limits
 from protocol.codec import encode
-from protocol.errors import RemoteProtocolError
+from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import PeerId
 from protocol.sealedbox import seal
 from protocol.signed import Signed
@@ -121,6 +121,7 @@ def test_the_largest_ticket_fits_into_its_field() -> None:
         successor_addrs=("/dns4/" + "a" * (limits.ADDR_CHARS_MAX - 6),) * limits.ADDRS_MAX,
         end=limits.BLOCKS_MAX,
         kv_tokens=limits.CONTEXT_TOKENS_MAX,
+        capability=bytes(limits.CAPABILITY_BYTES_MAX),
     )
     assert len(issue_ticket(largest, CLIENT)) <= limits.TICKET_BYTES_MAX
 
@@ -154,11 +155,24 @@ def test_the_memory_of_nonces_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     gate = TicketGate(WORKER)
     for number in range(8):
         gate.admit(numbered(number, NOW_MS + 1000 + number), CLIENT.peer, NOW_MS)
-    with pytest.raises(RemoteProtocolError, match="more tickets"):
+    with pytest.raises(Refused, match="more tickets"):  # an honest client may meet it: no violation
         gate.admit(numbered(8, NOW_MS + 5000), CLIENT.peer, NOW_MS)
     assert len(gate.seen) == 8
     gate.admit(numbered(8, NOW_MS + 5000), CLIENT.peer, NOW_MS + 1000)  # one has expired
     assert len(gate.seen) == 8
+
+
+def test_one_client_leaves_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "TICKETS_PER_CLIENT_MAX", 2)
+    gate = TicketGate(WORKER)
+    for number in range(2):
+        gate.admit(numbered(number, NOW_MS + 1000), CLIENT.peer, NOW_MS)
+    with pytest.raises(Refused, match="this client's tickets"):
+        gate.admit(numbered(2, NOW_MS + 1000), CLIENT.peer, NOW_MS)
+    theirs = replace(TICKET, client=OTHER.peer, predecessor=OTHER.peer, nonce=b"n" * 16)
+    gate.admit(issue_ticket(theirs, OTHER), OTHER.peer, NOW_MS)
+    gate.admit(numbered(2, NOW_MS + 9000), CLIENT.peer, NOW_MS + 1000)
+    assert gate._clients == {CLIENT.peer: 1, OTHER.peer: 1}
 
 
 def test_a_ticket_is_a_record_like_any_other() -> None:

@@ -70,8 +70,8 @@ def test_sync(swarm: Cluster, tmp_path: Path) -> None:
         assert model.generate(PROMPT, max_new_tokens=10).ids == result.ids
         with pytest.raises(InputError, match="context"):
             list(model.stream(PROMPT * 80))
-        with pytest.raises(InputError, match="another sotto client"), Swarm(swarm.bootstrap):
-            pass
+        with Swarm(swarm.bootstrap) as beside:  # a second client with the same data folder, at the same time
+            assert beside.deploy(folder, workers=3).generate(PROMPT, max_new_tokens=10).ids == result.ids
         with Swarm(swarm.bootstrap, data_dir=tmp_path / "other") as second:
             assert second.deploy(folder).generate(PROMPT, max_new_tokens=10).ids == result.ids
     assert _running(swarm) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -14,21 +15,32 @@ from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.manifest import ConfigPair, sign_manifest
 from protocol.messages import RefusalReason
 from protocol.ports import LoadedSpan
-from tests.helpers.workers import BLOCK_BYTES, CONFIG, KV_TOKEN_BYTES, identity, make_manifest
+from tests.helpers.protocol_samples import LEASE
+from tests.helpers.workers import BLOCK_BYTES, CONFIG, DEPLOYMENT, KV_TOKEN_BYTES, identity, make_manifest
 from worker.admission import LEASES_MAX, UPLOAD_SILENCE_S, SessionQuota, SpanLease, SpanLedger, SpanState
 from worker.kv_pool import KvPool
+from worker.leases import Holding
 from worker.spans import SpanRequest, read_span
 
 ANN, BOB = identity("ann"), identity("bob")
 
 
 def request(name: int, blocks: int = 1, owner: str = "ann") -> SpanRequest:
-    data, _, _ = make_manifest(identity(owner), blocks, DeploymentId(bytes([name]) * 16))
+    data, _, _ = make_manifest(identity(owner), blocks, bytes([name]) * 16)
     return read_span(data, 0, blocks)
 
 
+def prepared(ledger: SpanLedger, wanted: SpanRequest, now: float, holder: PeerId = ANN.peer) -> SpanLease:
+    """Prepared and leased."""
+    ledger.prepare(wanted, now, holder)
+    lease = ledger.leases[wanted.deployment]
+    lease.holders[holder] = Holding(LEASE, inf, b"")
+    return lease
+
+
 def loaded(ledger: SpanLedger, wanted: SpanRequest, now: float) -> SpanLease:
-    ledger.prepare(wanted, now)
+    """Loaded, and leased by nobody."""
+    ledger.prepare(wanted, now, ANN.peer)
     lease = ledger.leases[wanted.deployment]
     lease.state, lease.loaded = SpanState.LOADED, LoadedSpan(1, 1)
     return lease
@@ -51,12 +63,12 @@ def test_what_a_span_costs() -> None:
 
 def test_missing_memory_is_named_to_the_byte_and_nothing_changes() -> None:
     ledger = SpanLedger(2 * BLOCK_BYTES)
-    ledger.prepare(request(1), 0.0)
+    prepared(ledger, request(1), 0.0)
     with pytest.raises(Refused, match=f"{BLOCK_BYTES} bytes are missing") as refused:
-        ledger.prepare(request(2, blocks=2), 1.0)
+        ledger.prepare(request(2, blocks=2), 1.0, ANN.peer)
     assert refused.value.reason == RefusalReason.MEMORY
     assert ledger.free_bytes == BLOCK_BYTES
-    ledger.prepare(request(3), 1.0)
+    ledger.prepare(request(3), 1.0, ANN.peer)
     assert ledger.free_bytes == 0
 
 
@@ -66,9 +78,14 @@ def test_the_least_recently_used_idle_deployment_makes_room() -> None:
     first.touched = 9.0
     second.sessions = 1
     assert ledger.available_bytes == 2 * BLOCK_BYTES
-    assert ledger.prepare(request(4, owner="bob"), 10.0) == (third,)
-    assert ledger.prepare(request(5), 11.0) == (first,)
-    assert reason_of(lambda: ledger.prepare(request(6), 12.0)) == RefusalReason.MEMORY, "one in use, two on their way"
+    assert ledger.prepare(request(4, owner="bob"), 10.0, BOB.peer) == (third,)
+    ledger.leases[request(4, owner="bob").deployment].holders[BOB.peer] = Holding(LEASE, inf, b"")
+    assert ledger.available_bytes == BLOCK_BYTES
+    assert ledger.prepare(request(5), 11.0, ANN.peer) == (first,)
+    ledger.leases[request(5).deployment].state = SpanState.LOADING
+    assert reason_of(lambda: ledger.prepare(request(6), 12.0, ANN.peer)) == RefusalReason.MEMORY, (
+        "used, leased, loading"
+    )
     assert ledger.holds(second)
     assert not ledger.holds(first)
 
@@ -76,18 +93,42 @@ def test_the_least_recently_used_idle_deployment_makes_room() -> None:
 def test_no_more_is_evicted_than_is_needed() -> None:
     ledger = SpanLedger(4 * BLOCK_BYTES)
     leases = [loaded(ledger, request(name), float(name)) for name in range(4)]
-    assert ledger.prepare(request(9, blocks=2), 10.0) == tuple(leases[:2])
+    assert ledger.prepare(request(9, blocks=2), 10.0, ANN.peer) == tuple(leases[:2])
 
 
-def test_only_the_owner_touches_a_deployment() -> None:
+def test_a_deployment_is_its_owners_alone() -> None:
     ledger = SpanLedger(1 << 30)
-    mine = request(1)
-    loaded(ledger, mine, 0.0)
-    assert reason_of(lambda: ledger.prepare(request(1, owner="bob"), 1.0)) == RefusalReason.FORBIDDEN
-    assert reason_of(lambda: ledger.owned(mine.deployment, BOB.peer)) == RefusalReason.FORBIDDEN
-    assert reason_of(lambda: ledger.wants(next(iter(mine.shards)), BOB.peer)) == RefusalReason.FORBIDDEN
-    assert reason_of(lambda: ledger.owned(DeploymentId(bytes(16)), ANN.peer)) == RefusalReason.UNKNOWN_DEPLOYMENT
-    assert ledger.owned(mine.deployment, ANN.peer) is ledger.wants(next(iter(mine.shards)), ANN.peer)
+    mine, theirs = request(1), request(1, owner="bob")
+    assert mine.deployment != theirs.deployment, "the same salt makes another deployment for another owner"
+    lease = prepared(ledger, mine, 0.0)
+    digest = next(iter(mine.shards))
+    assert reason_of(lambda: ledger.wants(digest, BOB.peer)) == RefusalReason.FORBIDDEN
+    assert reason_of(lambda: ledger.known(DeploymentId(bytes(16)))) == RefusalReason.UNKNOWN_DEPLOYMENT
+    assert ledger.known(mine.deployment) is ledger.wants(digest, ANN.peer) is lease
+    lease.holders.clear()
+    assert reason_of(lambda: ledger.wants(digest, ANN.peer)) == RefusalReason.FORBIDDEN, "no lease, no upload"
+
+
+def test_an_owner_leases_at_most_its_share_of_the_memory() -> None:
+    ledger = SpanLedger(4 * BLOCK_BYTES, owner_share=0.5)
+    first = prepared(ledger, request(1), 0.0)
+    with pytest.raises(Refused, match=f"{BLOCK_BYTES} bytes too many"):
+        ledger.prepare(request(2, blocks=2), 1.0, ANN.peer)
+    prepared(ledger, request(2), 1.0)
+    prepared(ledger, request(3, owner="bob"), 1.0, BOB.peer)
+    assert reason_of(lambda: ledger.prepare(request(4), 1.0, ANN.peer)) == RefusalReason.MEMORY
+    first.holders.clear()
+    ledger.prepare(request(4), 1.0, ANN.peer)
+
+
+def test_the_disk_is_bounded_before_a_byte_is_uploaded() -> None:
+    size = sum(request(1).shards.values())
+    ledger = SpanLedger(1 << 30, disk_bytes=2 * size)
+    prepared(ledger, request(1), 0.0)
+    second = prepared(ledger, request(2), 0.0)
+    assert reason_of(lambda: ledger.prepare(request(3), 1.0, ANN.peer)) == RefusalReason.DISK
+    second.holders.clear()
+    ledger.prepare(request(3), 1.0, ANN.peer)
 
 
 def test_preparing_again_keeps_the_span_and_another_range_replaces_it() -> None:
@@ -95,23 +136,26 @@ def test_preparing_again_keeps_the_span_and_another_range_replaces_it() -> None:
     data, _, _ = make_manifest(ANN, 3)
     whole, part = read_span(data, 0, 2), read_span(data, 1, 3)
     lease = loaded(ledger, whole, 0.0)
-    assert ledger.prepare(whole, 5.0) == ()
+    assert ledger.prepare(whole, 5.0, ANN.peer) == ()
     assert ledger.holds(lease)
     assert lease.state is SpanState.LOADED
     assert lease.touched == 5.0
     lease.sessions = 1
-    assert reason_of(lambda: ledger.prepare(part, 6.0)) == RefusalReason.SESSIONS
+    assert reason_of(lambda: ledger.prepare(part, 6.0, ANN.peer)) == RefusalReason.SESSIONS
     lease.sessions, lease.state = 0, SpanState.LOADING
-    assert reason_of(lambda: ledger.prepare(part, 6.0)) == RefusalReason.SESSIONS
+    assert reason_of(lambda: ledger.prepare(part, 6.0, ANN.peer)) == RefusalReason.SESSIONS
     lease.state = SpanState.LOADED
-    assert ledger.prepare(part, 7.0) == (lease,), "its own memory counts as free for it"
+    lease.holders[BOB.peer] = Holding(LEASE, inf, b"")
+    assert reason_of(lambda: ledger.prepare(part, 6.0, ANN.peer)) == RefusalReason.SESSIONS, "another leases it"
+    lease.holders = {ANN.peer: Holding(LEASE, inf, b"")}
+    assert ledger.prepare(part, 7.0, ANN.peer) == (lease,), "its own memory counts as free for it"
     assert ledger.leases[part.deployment].request == part
 
 
 def test_a_silent_upload_is_dropped_and_a_loaded_span_is_not() -> None:
     ledger = SpanLedger(1 << 30)
     loaded(ledger, request(1), 0.0)
-    ledger.prepare(request(2), 0.0)
+    ledger.prepare(request(2), 0.0, ANN.peer)
     busy = ledger.leases[request(2).deployment]
     assert ledger.silent(UPLOAD_SILENCE_S - 1) == ()
     busy.touched = 10.0
@@ -123,11 +167,11 @@ def test_a_silent_upload_is_dropped_and_a_loaded_span_is_not() -> None:
 def test_no_more_deployments_than_an_advert_can_name() -> None:
     ledger = SpanLedger(1 << 30)
     for name in range(LEASES_MAX):
-        ledger.prepare(request(name), 0.0)
-    assert reason_of(lambda: ledger.prepare(request(99), 1.0)) == RefusalReason.MEMORY
+        prepared(ledger, request(name), 0.0)
+    assert reason_of(lambda: ledger.prepare(request(99), 1.0, ANN.peer)) == RefusalReason.MEMORY
     lease = ledger.leases[request(3).deployment]
-    lease.state = SpanState.LOADED
-    assert ledger.prepare(request(99), 1.0) == (lease,)
+    lease.holders.clear()
+    assert ledger.prepare(request(99), 1.0, ANN.peer) == (lease,)
 
 
 def test_a_lease_with_sessions_cannot_be_removed() -> None:
@@ -145,8 +189,8 @@ def test_a_lease_with_sessions_cannot_be_removed() -> None:
 def test_removing_an_old_lease_spares_the_new_one() -> None:
     ledger = SpanLedger(1 << 30)
     data, _, _ = make_manifest(ANN, 2)
-    ledger.prepare(read_span(data, 0, 1), 0.0)
-    (old,) = ledger.prepare(read_span(data, 1, 2), 0.0)
+    ledger.prepare(read_span(data, 0, 1), 0.0, ANN.peer)
+    (old,) = ledger.prepare(read_span(data, 1, 2), 0.0, ANN.peer)
     ledger.remove(old)
     assert len(ledger.leases) == 1
 
@@ -171,31 +215,63 @@ def test_the_bounds_are_the_wires() -> None:
     assert (quota.total_max, quota.per_peer_max) == (limits.SESSIONS_MAX, limits.SESSIONS_PER_PEER_MAX)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(-1, 60)), max_size=60))
-def test_kv_reservations_never_exceed_the_pool(actions: list[tuple[int, int]]) -> None:
+Action = tuple[str, int, int, int]  # what, session or size, holder, bytes
+ACTIONS = st.tuples(
+    st.sampled_from(["open", "close", "lease", "end"]), st.integers(0, 5), st.integers(0, 2), st.integers(0, 60)
+)
+
+
+@given(st.lists(ACTIONS, max_size=80))
+def test_kv_is_never_promised_twice_and_all_of_it_comes_back(actions: list[Action]) -> None:
     pool = KvPool(100)
-    held: dict[SessionId, int] = {}
-    for name, size in actions:
-        session = SessionId(bytes([name]) * 16)
-        if size < 0 or session in held:
-            pool.release(session)
-            pool.release(session)
-            held.pop(session, None)
-        elif sum(held.values()) + size > 100:
-            with pytest.raises(Refused, match=f"{sum(held.values()) + size - 100} bytes are missing"):
-                pool.reserve(session, size)
-        else:
-            pool.reserve(session, size)
-            held[session] = size
-        assert pool.used_bytes == sum(held.values()) <= 100
-        assert pool.free_bytes == 100 - pool.used_bytes
+    for what, name, holder, size in actions:
+        session, key = SessionId(bytes([name]) * 16), (DeploymentId(bytes(16)), PeerId(str(holder)))
+        before = pool.used_bytes
+        try:
+            if what == "open" and session not in pool._sessions:
+                pool.reserve(session, size, key)
+            elif what == "lease":
+                pool.set_aside(key, size)
+            elif what == "close":
+                pool.release(session)
+            elif what == "end":
+                pool.give_up(key)
+        except Refused:
+            assert pool.used_bytes == before
+        reserved = sum(share.reserved_bytes for share in pool._shares.values())
+        assert pool.used_bytes == reserved + sum(drawn.pool_bytes for drawn in pool._sessions.values()) <= 100
+        for key, share in pool._shares.items():
+            drawn = sum(each.leased_bytes for each in pool._sessions.values() if each.key == key)
+            assert share.drawn_bytes == drawn <= share.reserved_bytes
+    for session in list(pool._sessions):
+        pool.release(session)
+    for key in list(pool._shares):
+        pool.give_up(key)
+    assert pool.used_bytes == 0
+
+
+def test_a_session_draws_on_its_clients_lease_first() -> None:
+    pool, ann, bob = KvPool(100), (DEPLOYMENT, ANN.peer), (DEPLOYMENT, BOB.peer)
+    first, second, third = (SessionId(bytes([name]) * 16) for name in range(3))
+    pool.set_aside(ann, 60)
+    assert reason_of(lambda: pool.reserve(first, 41, bob)) == RefusalReason.KV_MEMORY, "what is leased is not Bob's"
+    pool.reserve(first, 40, bob)
+    pool.reserve(second, 50, ann)
+    with pytest.raises(Refused, match="10 bytes are missing"):
+        pool.reserve(third, 20, ann)
+    pool.give_up(ann)
+    assert pool.free_bytes == 10, "the open session keeps its bytes"
+    pool.set_aside(ann, 10)
+    pool.release(second)
+    assert pool.free_bytes == 50
+    assert pool.missing(bob, 60) == 10
 
 
 def test_a_session_reserves_once() -> None:
     pool = KvPool(10)
-    pool.reserve(SessionId(b"s" * 16), 1)
+    pool.reserve(SessionId(b"s" * 16), 1, (DEPLOYMENT, ANN.peer))
     with pytest.raises(LocalProtocolError):
-        pool.reserve(SessionId(b"s" * 16), 1)
+        pool.reserve(SessionId(b"s" * 16), 1, (DEPLOYMENT, ANN.peer))
 
 
 def test_hostile_spans_are_refused() -> None:

@@ -18,7 +18,6 @@ from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId
-from protocol.manifest import Manifest
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import SpanSpec, StepResult, StepWork
 from protocol.signed import Identity
@@ -289,7 +288,7 @@ def test_a_missing_file_is_refused(shop: Shop) -> None:
 def test_a_manifest_whose_tensors_are_not_its_configs_is_refused_by_the_engine_too(shop: Shop) -> None:
     entry = shop.manifest.blocks[0]
     lying = dataclasses.replace(entry, tensors=entry.tensors[:-1])
-    manifest = Manifest(shop.manifest.deployment, "plain", "float32", (lying,))
+    manifest = dataclasses.replace(shop.manifest, blocks=(lying,))
     with pytest.raises(Refused, match="bad_manifest"):
         shop.engine.load(SpanSpec(manifest, 0, 1))
 

@@ -9,9 +9,9 @@ import trio
 
 from protocol import limits
 from protocol.adverts import TOPIC, Advert, AdvertGate, HeldSpan, Rtt, Speed, peer_tag, sign_advert
-from protocol.ids import DeploymentId, PeerId
+from protocol.ids import PeerId
 from simnet.runtime import VirtualClock
-from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, identity, in_swarm
+from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, QUEUE_BYTES, Swarm, identity, in_swarm
 from worker.herald import GAP_S
 
 
@@ -52,7 +52,7 @@ def test_adverts_reach_all_at_the_swarms_interval_and_rise() -> None:
             assert 9 <= len(own) <= 11, "every two seconds in a small swarm"
             assert all(each.received_from == swarm.workers[0].peer for each in own)
             advert = own[-1].advert
-            assert advert.memory_bytes == 1 << 20
+            assert advert.memory_bytes == (1 << 20) + QUEUE_BYTES
             assert (advert.memory_free_bytes, advert.kv_free_bytes) == ((1 << 20) - (1 << 16), 1 << 16)
             assert advert.expires_ms - advert.issued_ms == 6000
             assert advert.addrs == worker.endpoint.addrs
@@ -83,10 +83,10 @@ def test_a_new_span_is_told_at_once_but_never_in_a_flood() -> None:
         told = next(each for each in heard if each.advert.spans)
         assert told.at - loaded_at < GAP_S + 0.5
         assert told.advert.spans == (HeldSpan(DEPLOYMENT, 0, 2, 100),)
-        assert told.advert.memory_free_bytes == (1 << 20) - (1 << 16), "an idle deployment would make room"
+        assert told.advert.memory_free_bytes == (1 << 20) - (1 << 16) - 2 * BLOCK_BYTES, "it is leased"
         gaps = [after.at - before.at for before, after in pairwise(heard)]
         assert min(gaps) > GAP_S - 0.1
-        assert swarm.workers[0].service.spans.free_bytes == (1 << 20) - (1 << 16) - 2 * BLOCK_BYTES
+        assert swarm.workers[0].service.house.spans.free_bytes == (1 << 20) - (1 << 16) - 2 * BLOCK_BYTES
 
     in_swarm(1, test)
 
@@ -134,7 +134,7 @@ def test_an_advert_with_too_much_to_say_still_fits() -> None:
         herald = worker.service.herald
         herald.config = replace(herald.config, speeds=tuple(Speed(f"dtype{i}", 1.0, 1.0) for i in range(4)))
         for index in range(limits.ADVERT_SPANS_MAX):
-            await swarm.client.deploy(worker, 1, 0, 1, DeploymentId(bytes([index]) * 16))
+            await swarm.client.deploy(worker, 1, 0, 1, bytes([index]) * 16)
         herald._rtts = {identity(str(index)).peer: (1000 / 7, 0.0) for index in range(40)}
         addrs, long = worker.endpoint.addrs, ("/dns4/" + "x" * 100 + "/tcp/1",) * 4
         now_ms = int(VirtualClock().time() * 1000)

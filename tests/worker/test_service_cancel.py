@@ -11,10 +11,12 @@ import trio.testing
 
 from protocol.channel import Channel
 from protocol.errors import RemoteProtocolError, TransportError
+from protocol.ids import PeerId
 from protocol.messages import CONTROL, Ping, Pong
 from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import Swarm, in_swarm, some_rows
 from worker.outbox import BYTES_MAX, FORCED_MAX, FRAMES_MAX, Outbox
+from worker.quotas import QueueBook, Room
 
 
 @pytest.mark.parametrize("tenths", range(0, 40, 3))
@@ -85,7 +87,7 @@ def _channel(stream: _Deaf) -> Any:
 
 def test_an_outbox_waits_drops_or_forces() -> None:
     async def main() -> None:
-        stream, outbox = _Deaf(), Outbox()
+        stream, outbox = _Deaf(), Outbox(Room(QueueBook(1 << 30), PeerId("reader")))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(outbox.pump, _channel(stream))
             for _ in range(FRAMES_MAX):
@@ -112,7 +114,7 @@ def test_an_outbox_waits_drops_or_forces() -> None:
 
 def test_an_outbox_of_a_reader_that_never_reads_closes_itself() -> None:
     async def main() -> None:
-        outbox = Outbox()
+        outbox = Outbox(Room(QueueBook(1 << 30), PeerId("reader")))
         for _ in range(FORCED_MAX):
             outbox.force(Pong(bytes(8)))
         assert not outbox.closed
@@ -127,7 +129,7 @@ def test_an_outbox_of_a_reader_that_never_reads_closes_itself() -> None:
 
 
 def test_an_outbox_counts_bytes() -> None:
-    outbox = Outbox()
+    outbox = Outbox(Room(QueueBook(1 << 30), PeerId("reader")))
     assert outbox.offer(Ping(bytes(8)), bytes(BYTES_MAX))
     assert not outbox.offer(Ping(bytes(8)))
 

@@ -36,7 +36,7 @@ def test_a_route_answers_what_the_whole_model_answers(hops: int) -> None:
             answers.append(await route.do(index, index, rows[index : index + 1], acked=index - 5))
         whole = toy_answer(range(2 * hops), rows)
         np.testing.assert_array_equal(np.concatenate(answers), whole[4:])
-        assert all(worker.service.pool.used_bytes == 64 * 2 * KV_TOKEN_BYTES for worker in swarm.workers)
+        assert all(worker.service.house.pool.used_bytes == 64 * 2 * KV_TOKEN_BYTES for worker in swarm.workers)
         await route.send(CloseSession(route.session))
         await trio.sleep(1)
         for worker in swarm.workers:
@@ -126,7 +126,7 @@ def test_two_sessions_on_one_stream_do_not_mix() -> None:
         await two.do(1, 4, other)
         first = swarm.workers[0]
         assert len(first.service.links._links) == 1, "one link per next hop"
-        assert first.service.pool.used_bytes == 64 * 2 * KV_TOKEN_BYTES
+        assert first.service.house.pool.used_bytes == 64 * 2 * KV_TOKEN_BYTES
 
     in_swarm(2, test)
 
@@ -228,7 +228,7 @@ def test_a_session_that_ends_in_a_running_step_frees_kv_when_it_commits() -> Non
         await route.send(CloseSession(route.session))
         await trio.sleep(5)
         assert not worker.service.sessions.live
-        assert worker.service.pool.used_bytes > 0, "the engine is still at it"
+        assert worker.service.house.pool.used_bytes > 0, "the engine is still at it"
         await trio.sleep(10)
         worker.assert_idle()
 
@@ -324,13 +324,13 @@ def test_releasing_a_deployment_ends_its_sessions_first() -> None:
         await swarm.client.deploy_route(swarm.workers)
         route = await swarm.client.route(swarm.workers)
         await route.send(*route.step(0, 0, some_rows(4)))
-        await swarm.client.ask(worker, ReleaseSpan(DEPLOYMENT))
+        await swarm.client.ask(worker, ReleaseSpan(DEPLOYMENT, True, b""))
         message, _ = await route.next()
         assert isinstance(message, SessionFailed)
         assert message.reason == RefusalReason.UNKNOWN_DEPLOYMENT
         worker.assert_idle()
         assert not worker.compute.spans
         assert not worker.store.whole
-        assert worker.service.spans.free_bytes == worker.service.spans.memory_bytes
+        assert worker.service.house.spans.free_bytes == worker.service.house.spans.memory_bytes
 
     in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(step_s=3.0)))

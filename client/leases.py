@@ -1,0 +1,165 @@
+"""Leases as the client keeps them: asked for, checked, renewed at half-time, given up at the end.
+
+Invariant: what is kept was signed by the worker that it names, for this client and on the terms that were asked for. A
+lease that ended early (the worker forgot it, or lost sight of us) is asked for again. A worker that refuses, or cannot
+be reached, is asked until the lease would have ended, and then left: the next session there says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import trio
+
+from client.asking import ANSWER_S, ask, channel_to
+from client.driver import run_all
+from client.errors import HopRefused, HopViolation
+from client.ports import ClientPorts
+from client.routing import Hop
+from protocol.channel import Channel
+from protocol.errors import RemoteProtocolError, SottoError
+from protocol.ids import DeploymentId, PeerId
+from protocol.leases import Lease, open_lease
+from protocol.messages import (
+    CONTROL,
+    LeaseRenewed,
+    LeaseSpan,
+    RefusalReason,
+    ReleaseSpan,
+    RenewLease,
+    SpanLeased,
+    SpanReleased,
+)
+
+LEASE_S = 600
+RETRY_S = 15.0
+RELEASE_S = 2.0  # for telling all workers at the end; leases of a client that is gone end by themselves
+_FORGOTTEN = (RefusalReason.UNKNOWN_LEASE, RefusalReason.UNKNOWN_DEPLOYMENT)
+
+
+@dataclass(slots=True, eq=False)
+class KeptLease:
+    """A lease of ours. Times in monotonic seconds."""
+
+    hop: Hop
+    request: LeaseSpan
+    lease: Lease
+    due: float
+    until: float
+
+
+@dataclass(slots=True)
+class LeaseKeeper:
+    """Leases by deployment and worker. `run` must be running for them to last."""
+
+    ports: ClientPorts
+    kept: dict[tuple[DeploymentId, PeerId], KeptLease] = field(default_factory=dict)
+    _changed: trio.Event = field(default_factory=trio.Event)
+
+    async def lease(self, channel: Channel, hop: Hop, deployment: DeploymentId, request: LeaseSpan) -> SpanLeased:
+        """Ask `hop` for a lease and keep it. Raises HopRefused, HopLost, HopViolation."""
+        answer = await ask(hop.peer, channel, request, SpanLeased, ANSWER_S)
+        lease = self._opened(answer.lease, hop, deployment)
+        if lease.kv_tokens < request.kv_tokens:
+            raise HopViolation(hop.peer, "it granted a lease on other terms than were asked for")
+        self._keep(hop, request, lease)
+        return answer
+
+    async def run(self) -> None:
+        """Renew what is due, for ever."""
+        while True:
+            self._changed = trio.Event()
+            now = self.ports.clock.monotonic()
+            await run_all(*(partial(self._renew, kept) for kept in self.kept.values() if kept.due <= now))
+            now = self.ports.clock.monotonic()
+            next_s = min((kept.due - now for kept in self.kept.values()), default=float("inf"))
+            with trio.move_on_after(max(0.0, next_s)):
+                await self._changed.wait()
+
+    async def release(self, deployment: DeploymentId) -> None:
+        """Give up the leases of `deployment`, telling whom can be told within RELEASE_S."""
+        gone = [key for key in self.kept if key[0] == deployment]
+        await self._give_up([self.kept.pop(key) for key in gone])
+
+    async def aclose(self) -> None:
+        """Give up all leases, cancelled or not."""
+        gone = list(self.kept.values())
+        self.kept.clear()
+        await self._give_up(gone)
+
+    async def _give_up(self, gone: list[KeptLease]) -> None:
+        with trio.CancelScope(deadline=trio.current_time() + RELEASE_S, shield=True):
+            await run_all(*(partial(self._quietly, self._tell, kept) for kept in gone))
+
+    async def _tell(self, kept: KeptLease) -> None:
+        async with channel_to(self.ports, kept.hop, CONTROL) as channel:
+            request = ReleaseSpan(kept.lease.deployment, forget=False, capability=b"")
+            await ask(kept.hop.peer, channel, request, SpanReleased, RELEASE_S)
+
+    async def _renew(self, kept: KeptLease) -> None:
+        now = self.ports.clock.monotonic()
+        if now >= kept.until:
+            self._forget(kept)
+            return
+        kept.due = now + RETRY_S
+        await self._quietly(self._extend, kept)
+
+    async def _extend(self, kept: KeptLease) -> None:
+        deployment, capability = kept.lease.deployment, self.ports.credentials(kept.lease.deployment)
+        async with channel_to(self.ports, kept.hop, CONTROL) as channel:
+            renew = RenewLease(deployment, kept.request.lease_s, capability)
+            try:
+                renewed = await ask(kept.hop.peer, channel, renew, LeaseRenewed, ANSWER_S)
+            except HopRefused as refused:
+                if refused.reason not in _FORGOTTEN:
+                    raise
+                await self.lease(channel, kept.hop, deployment, replace(kept.request, capability=capability))
+                return
+        if (deployment, kept.hop.peer) in self.kept:  # not given up meanwhile
+            self._keep(kept.hop, kept.request, self._opened(renewed.lease, kept.hop, deployment))
+
+    async def _quietly(self, what: Callable[[KeptLease], Awaitable[None]], kept: KeptLease) -> None:
+        try:
+            await what(kept)
+        except RemoteProtocolError:
+            self.ports.observer.violation(kept.hop.peer)
+            self._forget(kept)
+        except SottoError:
+            return  # it is asked again, or the lease ends by itself
+
+    def _opened(self, data: bytes, hop: Hop, deployment: DeploymentId) -> Lease:
+        try:
+            lease = open_lease(data, hop.peer)
+        except RemoteProtocolError as error:
+            raise HopViolation(hop.peer, str(error)) from error
+        named = (lease.holder, lease.deployment, lease.start, lease.end)
+        if named != (self.ports.identity.peer, deployment, hop.start, hop.end):
+            raise HopViolation(hop.peer, "it granted a lease for something else than was asked for")
+        return lease
+
+    def _keep(self, hop: Hop, request: LeaseSpan, lease: Lease) -> None:
+        now, life_s = self.ports.clock.monotonic(), (lease.expires_ms - lease.granted_ms) / 1000
+        self.kept[lease.deployment, hop.peer] = KeptLease(hop, request, lease, now + life_s / 2, now + life_s)
+        self._changed.set()
+
+    def _forget(self, kept: KeptLease) -> None:
+        key = (kept.lease.deployment, kept.hop.peer)
+        if self.kept.get(key) is kept:
+            del self.kept[key]
+
+
+@dataclass(frozen=True, slots=True)
+class Leasing:
+    """The terms on which a deployment is leased: KV room for `kv_tokens` at each hop, for `lease_s` at a time."""
+
+    keeper: LeaseKeeper
+    kv_tokens: int = 0
+    lease_s: int = LEASE_S
+
+    async def lease(self, channel: Channel, hop: Hop, manifest: bytes, deployment: DeploymentId) -> SpanLeased:
+        """Lease `hop`'s span of `manifest`. Raises HopRefused, HopLost, HopViolation."""
+        capability = self.keeper.ports.credentials(deployment)
+        request = LeaseSpan(manifest, hop.start, hop.end, self.kv_tokens, self.lease_s, capability)
+        return await self.keeper.lease(channel, hop, deployment, request)

@@ -1,0 +1,100 @@
+"""`sotto id`, `sotto grant` and `sotto revoke`: let other users use a deployment of yours, for a while."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sotto.commands.common import (
+    Bootstrap,
+    DataDir,
+    Dtype,
+    Json,
+    Key,
+    Model,
+    Privacy,
+    bootstrap_addrs,
+    errors,
+    print_json,
+    run_async,
+)
+
+
+def identity(data_dir: DataDir = None, as_json: Json = False) -> None:
+    """Print the peer id under which others can grant you the use of their deployments."""
+    with errors(as_json):
+        from node.identity import load_identity
+        from node.paths import data_dir as folder
+
+        peer = load_identity(folder(data_dir) / "client").peer
+        if as_json:
+            print_json({"peer": peer})
+        else:
+            print(peer)
+
+
+def grant(
+    peer: Annotated[str, typer.Argument(help="Who may use it: what 'sotto id' prints there.")],
+    model: Model = None,
+    privacy: Privacy = "ee",
+    dtype: Dtype = "float32",
+    key: Key = None,
+    rights: Annotated[str, typer.Option(help="use, manage, fetch; several with commas.")] = "use",
+    for_: Annotated[str, typer.Option("--for", help="How long: 30m, 12h, 7d; 29d at most.")] = "7d",
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Print a token that lets another user use a model that you deployed.
+
+    For a sealed model they also need its root key ('sotto key export'): sharing a key is sharing all that is said
+    through it.
+    """
+    with errors(as_json):
+        from node.grants import Grants, grant_to
+        from node.paths import data_dir as folder
+        from node.sealing import SealedFolder, sealed_place
+        from sotto.commands.models import check_dtype, open_model, root_key
+
+        base = folder(data_dir)
+        checkpoint, root = open_model(model), root_key(privacy, key, base)
+        place = sealed_place(base / "sealed", checkpoint, check_dtype(dtype), root)
+        token = grant_to(peer, base / "client", SealedFolder.open(place).info, rights, for_)
+        Grants(base / "client" / "grants").keep(token)
+        if as_json:
+            print_json({"token": token.text, "serial": token.serial, "expires_ms": token.capability.expires_ms})
+        else:
+            print(token.text)
+            typer.echo(f"[serial {token.serial}; take it back with 'sotto revoke {token.serial}']", err=True)
+
+
+def revoke(
+    capability: Annotated[str, typer.Argument(help="The token, or its serial.")],
+    bootstrap: Bootstrap = None,
+    data_dir: DataDir = None,
+    as_json: Json = False,
+) -> None:
+    """Have every worker that holds the deployment refuse a token from now on; sessions opened with it end at once.
+
+    Workers that get the deployment later are told then.
+    """
+    with errors(as_json):
+        from node.app_client import ClientOptions, open_client
+        from node.grants import Grants
+        from node.paths import data_dir as folder
+        from protocol.ids import PeerId
+
+        base = folder(data_dir)
+        token = Grants(base / "client" / "grants").find(capability)
+
+        async def work() -> tuple[list[PeerId], list[PeerId]]:
+            async with open_client(ClientOptions(base, bootstrap_addrs(bootstrap))) as client:
+                return await client.revoke(token)
+
+        told, missed = run_async(work)
+        if as_json:
+            print_json({"serial": token.serial, "told": told, "missed": missed})
+        else:
+            print(f"revoked {token.serial}: {len(told)} workers told, {len(missed)} could not be")
+        if missed:
+            raise typer.Exit(1)

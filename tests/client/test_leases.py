@@ -1,0 +1,139 @@
+"""The client's leases: renewed at half-time, asked for again, given up at the end, and never renewed for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+
+from client.asking import channel_to
+from client.leases import RELEASE_S, LeaseKeeper, Leasing
+from client.routing import Hop
+from protocol.manifest import sign_manifest
+from protocol.messages import (
+    CONTROL,
+    LeaseRenewed,
+    LeaseSpan,
+    Message,
+    Refusal,
+    RefusalReason,
+    ReleaseSpan,
+    RenewLease,
+)
+from simnet.runtime import run
+from tests.client.test_deploy import MANIFEST
+from tests.helpers.fake_depot import FakeDepot
+from tests.helpers.fake_hop import DEPLOYMENT, FakeSwarm, fake_swarm
+
+LEASE_S = 100
+
+
+class Case:
+    def __init__(self, swarm: FakeSwarm, depots: list[FakeDepot]) -> None:
+        self.swarm, self.depots = swarm, depots
+        self.keeper = LeaseKeeper(swarm.ports)
+
+    async def lease(self) -> None:
+        signed = sign_manifest(MANIFEST, self.swarm.ports.identity)
+        for index, depot in enumerate(self.depots):
+            hop = Hop(depot.endpoint.peer, depot.endpoint.addrs, 2 * index, 2 * index + 2)
+            async with channel_to(self.swarm.ports, hop, CONTROL) as channel:
+                await Leasing(self.keeper, 64, LEASE_S).lease(channel, hop, signed, DEPLOYMENT)
+
+    def asked(self, kind: type[Message], depot: int = 0) -> int:
+        return sum(isinstance(request, kind) for request in self.depots[depot].requests)
+
+
+def with_keeper(body: Callable[[Case], Awaitable[None]]) -> None:
+    async def main() -> bool:
+        async with fake_swarm(2) as swarm, trio.open_nursery() as nursery:
+            depots = [FakeDepot(hop.endpoint, hop.identity) for hop in swarm.hops]
+            for depot in depots:
+                depot.serve()
+            case = Case(swarm, depots)
+            nursery.start_soon(case.keeper.run)
+            await body(case)
+            nursery.cancel_scope.cancel()
+            return True
+        return False
+
+    assert run(main, seed=3), "the body was cancelled"
+
+
+def answering(kind: type[Message], answer: Message | None) -> Callable[[Message], Message | None]:
+    return lambda given: answer if isinstance(given, kind) else given
+
+
+def test_a_lease_is_renewed_at_half_time_for_as_long_as_it_is_kept() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        await trio.sleep(LEASE_S / 2 - 1)
+        assert case.asked(RenewLease) == 0
+        await trio.sleep(2)
+        assert [case.asked(RenewLease, depot) for depot in (0, 1)] == [1, 1]
+        await trio.sleep(10 * LEASE_S)
+        assert 20 <= case.asked(RenewLease) <= 21
+        assert case.asked(LeaseSpan) == 1
+
+    with_keeper(body)
+
+
+def test_leases_are_given_up_at_the_end_and_not_renewed_after_it() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        await case.keeper.aclose()
+        assert [depot.lease for depot in case.depots] == [None, None]
+        await trio.sleep(10 * LEASE_S)
+        assert case.asked(RenewLease) == 0
+        assert not any(request.forget for request in case.depots[0].requests if isinstance(request, ReleaseSpan))
+
+    with_keeper(body)
+
+
+def test_one_worker_that_is_silent_holds_nobody_up() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        case.swarm.network.crash(case.depots[0].endpoint.peer)
+        started = trio.current_time()
+        await case.keeper.aclose()
+        assert trio.current_time() - started <= RELEASE_S + 0.1
+        assert case.depots[1].lease is None
+
+    with_keeper(body)
+
+
+def test_a_lease_that_the_worker_forgot_is_asked_for_again() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        case.depots[0].lease = None
+        await trio.sleep(LEASE_S / 2 + 5)
+        assert case.asked(LeaseSpan) == 2
+        assert case.depots[0].lease is not None
+
+    with_keeper(body)
+
+
+@pytest.mark.parametrize("answer", [Refusal(RefusalReason.PAUSED, "later"), None], ids=["refuses", "is silent"])
+def test_a_worker_that_does_not_renew_is_asked_until_the_lease_is_over(answer: Any) -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        case.depots[0].replace = answering(LeaseRenewed, answer)
+        await trio.sleep(LEASE_S + 50)
+        assert 2 <= case.asked(RenewLease) <= 5
+        assert len(case.keeper.kept) == 1
+        assert case.asked(RenewLease, 1) >= 2, "the other goes on"
+
+    with_keeper(body)
+
+
+def test_a_renewal_that_is_forged_ends_the_lease() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        case.depots[0].replace = answering(LeaseRenewed, LeaseRenewed(b"rubbish"))
+        await trio.sleep(3 * LEASE_S)
+        assert case.asked(RenewLease) == 1
+        assert len(case.keeper.kept) == 1
+
+    with_keeper(body)

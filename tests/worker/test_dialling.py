@@ -1,0 +1,64 @@
+"""Which addresses a worker dials because a client says so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from protocol.swarm import SwarmView
+from tests.helpers.adverts import advert, peer
+from worker.dialling import dialable, scope_of
+
+LOOPBACK, LINK_LOCAL, PRIVATE, PUBLIC = (
+    "/ip4/127.0.0.1/tcp/22",
+    "/ip4/169.254.169.254/tcp/80",
+    "/ip4/10.1.2.3/tcp/4001",
+    "/ip4/8.8.8.8/tcp/4001",
+)
+ALL = (LOOPBACK, LINK_LOCAL, PRIVATE, PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("addr", "scope"),
+    [
+        (LOOPBACK, "loopback"),
+        (LINK_LOCAL, "link-local"),
+        (PRIVATE, "private"),
+        (PUBLIC, "global"),
+        ("/ip6/::1/tcp/1", "loopback"),
+        ("/ip6/fe80::1/tcp/1", "link-local"),
+        ("/ip6/fd00::1/tcp/1", "private"),
+        ("/ip6/::ffff:127.0.0.1/tcp/1", "loopback"),
+        ("/ip4/0.0.0.0/tcp/1", ""),
+        ("/ip4/224.0.0.1/tcp/1", ""),
+        ("/dns4/localhost/tcp/1", ""),
+        ("/ip4/nonsense/tcp/1", ""),
+        ("rubbish", ""),
+        ("", ""),
+    ],
+)
+def test_scopes(addr: str, scope: str) -> None:
+    assert scope_of(addr) == scope
+
+
+@pytest.mark.parametrize(
+    ("own", "dialled"),
+    [
+        ((PUBLIC,), (PUBLIC,)),
+        ((PUBLIC, PRIVATE, LOOPBACK), (PUBLIC,)),
+        ((PRIVATE, LOOPBACK), (PRIVATE, PUBLIC)),
+        ((LOOPBACK,), (LOOPBACK, PUBLIC)),
+        (("/dns4/example.org/tcp/1",), (PUBLIC,)),
+        ((), (PUBLIC,)),
+    ],
+    ids=["public", "public and more", "home network", "one machine", "a name", "no listener"],
+)
+def test_nobody_sends_a_worker_into_its_owners_network(own: tuple[str, ...], dialled: tuple[str, ...]) -> None:
+    assert dialable(SwarmView(), peer(1), ALL, own) == dialled
+
+
+def test_what_the_hop_says_of_itself_goes_before_what_a_ticket_says() -> None:
+    view = SwarmView().with_advert(peer(1), replace(advert(), addrs=(PUBLIC, LOOPBACK)), peer(1))
+    assert dialable(view, peer(1), ("/ip4/9.9.9.9/tcp/1",), (PUBLIC,)) == (PUBLIC,)
+    assert dialable(view, peer(2), ("/ip4/9.9.9.9/tcp/1",), (PUBLIC,)) == ("/ip4/9.9.9.9/tcp/1",)

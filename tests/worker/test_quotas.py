@@ -1,0 +1,114 @@
+"""Rates, queues and the load: who waits, who is refused, and what is forgotten."""
+
+from __future__ import annotations
+
+from math import inf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.errors import Refused, RemoteProtocolError
+from protocol.ids import PeerId
+from protocol.messages import RefusalReason
+from worker.load import LoadMeter
+from worker.quotas import (
+    BURST_S,
+    PEERS_REMEMBERED_MAX,
+    REFUSED_MAX,
+    QueueBook,
+    Rates,
+    RequestGate,
+    TokenBucket,
+)
+
+ANN, BOB = PeerId("ann"), PeerId("bob")
+
+
+def test_a_bucket_gives_its_burst_at_once_and_its_rate_for_ever() -> None:
+    bucket = TokenBucket(10, 20)
+    assert bucket.wait_s(100.0) == 0
+    bucket.take(25, 100.0)
+    assert bucket.wait_s(100.0) == pytest.approx(0.5)
+    assert bucket.wait_s(100.5) == pytest.approx(0)
+    assert bucket.wait_s(99.0) >= 0, "a clock that goes back gives nothing"
+    bucket.take(1000, 1000.0)
+    assert bucket.wait_s(1000.0) == pytest.approx((1000 - 20) / 10)
+
+
+def test_no_bound_never_waits() -> None:
+    rates = Rates(inf, inf)
+    assert rates.take(ANN, 1e18, 0.0) == 0
+
+
+def test_one_peer_waits_and_another_does_not_until_all_are_too_many() -> None:
+    rates = Rates(peer_per_s=10, total_per_s=15)
+    assert rates.take(ANN, 10 * BURST_S + 5, 0.0) == pytest.approx(0.5)
+    assert rates.take(BOB, 5, 0.0) == 0
+    assert rates.take(BOB, 25, 0.0) == pytest.approx(1.0), "all together"
+
+
+def test_memory_of_peers_is_bounded() -> None:
+    rates = Rates(1, inf)
+    for number in range(PEERS_REMEMBERED_MAX + 10):
+        rates.take(PeerId(str(number)), 1, 0.0)
+    assert len(rates._peers) == PEERS_REMEMBERED_MAX
+
+
+@given(st.lists(st.tuples(st.floats(0, 5), st.floats(0, 50)), max_size=50))
+def test_no_more_than_rate_and_burst_pass_when_the_waits_are_kept(moves: list[tuple[float, float]]) -> None:
+    rates, now, moved, last = Rates(10, inf), 0.0, 0.0, 0.0
+    for pause_s, amount in moves:
+        now += pause_s
+        wait_s = rates.take(ANN, amount, now)
+        moved, last = moved + amount, amount
+        assert moved <= 10 * (now + BURST_S) + last + 1e-6
+        now += wait_s
+        assert rates.wait_s(ANN, now) == pytest.approx(0, abs=1e-6)
+
+
+def test_requests_are_refused_with_a_time_and_abuse_closes_the_stream() -> None:
+    gate = RequestGate(Rates(10, inf))
+    for _ in range(int(10 * BURST_S) + 1):
+        gate.admit(ANN, 1, 0.0)
+    with pytest.raises(Refused, match=r"come again in 0\.1 s") as refused:
+        gate.admit(ANN, 1, 0.0)
+    assert refused.value.reason == RefusalReason.RATE
+    gate.admit(BOB, 1, 0.0)
+    gate.admit(ANN, 1, 0.2)
+    assert not gate.refused, "whoever listens begins anew"
+    gate.admit(ANN, 100, 0.2)
+    for _ in range(REFUSED_MAX):
+        with pytest.raises(Refused):
+            gate.admit(ANN, 1, 0.2)
+    with pytest.raises(RemoteProtocolError, match="told to wait"):
+        gate.admit(ANN, 1, 0.2)
+    assert not gate.refused
+
+
+def test_queues_are_bounded_for_each_and_for_all() -> None:
+    book = QueueBook(100, peer_share=0.5)
+    book.take(ANN, 50)
+    with pytest.raises(Refused):
+        book.take(ANN, 1)
+    book.take(ANN, 0)
+    book.take(BOB, 50)
+    assert not book.fits(PeerId("carl"), 1)
+    book.give(ANN, 20)
+    assert book.fits(PeerId("carl"), 20)
+    book.give(ANN, 30)
+    book.give(BOB, 50)
+    assert (book.used_bytes, dict(book._peers)) == (0, {})
+
+
+def test_load_is_coarse_and_forgets() -> None:
+    meter = LoadMeter()
+    assert meter.percent(0.0) == 0
+    for second in range(100):
+        meter.computed(0.33, float(second))
+    assert meter.percent(99.0) == 30
+    assert meter.percent(104.0) == 20
+    assert meter.percent(200.0) == 0
+    meter.computed(60.0, 300.0)
+    assert meter.percent(300.0) == 100
+    assert len(meter._busy) == 1

@@ -1,0 +1,45 @@
+"""A stream that moves bytes no faster than the quotas allow: whoever moves too many waits, and the peer feels it as
+backpressure. Nothing is refused or dropped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from protocol.ids import PeerId
+from protocol.ports import Clock, Stream
+from worker.quotas import Rates
+
+
+@dataclass(frozen=True, slots=True)
+class ThrottledStream:
+    """Implements protocol.ports.Stream over `stream`."""
+
+    stream: Stream
+    rates: Rates
+    clock: Clock
+
+    @property
+    def remote(self) -> PeerId:
+        return self.stream.remote
+
+    async def send(self, data: bytes) -> None:
+        await self._pay(len(data))
+        await self.stream.send(data)
+
+    async def receive(self, max_bytes: int) -> bytes:
+        data = await self.stream.receive(max_bytes)
+        await self._pay(len(data))
+        return data
+
+    async def finish(self) -> None:
+        await self.stream.finish()
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+    async def _pay(self, nbytes: int) -> None:
+        wait_s = self.rates.take(self.remote, nbytes, self.clock.monotonic())
+        if wait_s > 0:
+            await trio.sleep(wait_s)
