@@ -26,6 +26,10 @@ def holding(*spans: tuple[int, int, int]) -> SwarmView:
     return view(*[advert(spans=(HeldSpan(DEPLOYMENT, start, end, us),)) for start, end, us in spans])
 
 
+def planned(number: int, start: int, end: int) -> PlannedHop:
+    return PlannedHop(peer(number), start, end, 1, 1, 1, 1, 1, 1)
+
+
 def spans(route: Route) -> list[tuple[int, int]]:
     return [(hop.start, hop.end) for hop in route.hops]
 
@@ -97,7 +101,7 @@ def test_the_route_is_the_fastest_chain(held_spans: list[tuple[int, int, int]]) 
 
 def test_a_fresh_placement_is_a_route() -> None:
     swarm = view(advert(), advert())
-    placement = Placement((PlannedHop(peer(1), 0, 4, 1, 1), PlannedHop(peer(0), 4, 6, 1, 1)), 1.0, peer(1))
+    placement = Placement((planned(1, 0, 4), planned(0, 4, 6)), 0)
     route = route_of(placement, swarm, DEPLOYMENT)
     assert [(hop.peer, hop.start, hop.end) for hop in route.hops] == [(peer(1), 0, 4), (peer(0), 4, 6)]
     with pytest.raises(RouteUnavailable, match="1 of the placed workers left"):
