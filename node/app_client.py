@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,9 +18,11 @@ import trio
 from client.deploy import DeployedHop, deploy
 from client.deploy import Progress as UploadProgress
 from client.driver import Driver
-from client.placement import ModelNeeds, Placement, PlaceOptions, plan
+from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan
+from client.placement.needs import Objective
 from client.ports import ClientPorts
 from client.routing import Route, choose_route, route_of
+from client.rtts import measure_rtts_ms, worth_asking
 from client.swarm import SwarmWatch
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
@@ -36,6 +38,7 @@ from node.p2p.mesh import MeshConfig, open_mesh
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
 from protocol import limits
 from protocol.errors import InputError, RouteUnavailable
+from protocol.ids import PeerId
 from protocol.signed import Identity
 from protocol.swarm import SwarmView
 
@@ -64,9 +67,12 @@ class SealedModel:
 
 @dataclass(frozen=True, slots=True)
 class DeployOptions:
-    """`hops_min`: spread over at least so many workers. `kv_tokens`: room that all open sessions share."""
+    """`hops_min`: spread over at least so many workers. `kv_tokens`: room of one stream, of which there are
+    `concurrency`; `objective`: see PlaceOptions."""
 
     hops_min: int = 1
+    objective: Objective = "latency"
+    concurrency: int = 1
     kv_tokens: int = KV_TOKENS_DEFAULT
     on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None
     on_upload: UploadProgress = lambda _: None
@@ -82,6 +88,8 @@ class Client:
         self._identity = identity
         self._driver = driver
         self._started = trio.current_time()
+        self._asked: dict[PeerId, None] = {}
+        self._rtts_ms: dict[PeerId, float] = {}
 
     async def discover(self, enough: Callable[[SwarmView], bool] = lambda view: bool(view.members)) -> SwarmView:
         """The swarm as gossip tells it: as soon as it is `enough`, but not before every worker had time to speak.
@@ -118,8 +126,17 @@ class Client:
 
     async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
         """Who would hold what. Raises RouteUnavailable saying what is missing."""
-        view = await self.discover(lambda view: _fits(view, needs, options))
-        return plan(view, needs, options), view
+        view = await self.discover(lambda view: could_fit(view, needs, options))
+        options = await self.located(view, options)
+        return await trio.to_thread.run_sync(plan, view, needs, options), view
+
+    async def located(self, view: SwarmView, options: PlaceOptions) -> PlaceOptions:
+        """`options` with the round trips from here to the workers of `view`, of which few change within a client's
+        life: each is measured once."""
+        asked = [member for member in worth_asking(view.ranked(), tuple(self._asked)) if member.advert.accepting]
+        self._asked.update(dict.fromkeys(member.peer for member in asked))
+        self._rtts_ms.update(await measure_rtts_ms(self.ports, asked))
+        return replace(options, client_rtts_ms=dict(self._rtts_ms))
 
     async def deploy(self, model: SealedModel, options: DeployOptions) -> DeployedModel:
         """Bring the model to workers, unless they hold it already, and give it back ready for prompts."""
@@ -129,7 +146,7 @@ class Client:
         route = await self._held_route(model, options)
         if route is None:
             needs = ModelNeeds.of_manifest(manifest, options.kv_tokens)
-            where = PlaceOptions(hops_min=options.hops_min)
+            where = PlaceOptions(options.objective, options.concurrency, options.hops_min)
             placement, view = await self.place(needs, where)
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
@@ -194,11 +211,3 @@ async def _joined(options: ClientOptions, identity: Identity) -> AsyncIterator[C
                 await join(mesh, options.bootstrap)
                 yield client
             nursery.cancel_scope.cancel()
-
-
-def _fits(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> bool:
-    try:
-        plan(view, needs, options)
-    except RouteUnavailable:
-        return False
-    return True

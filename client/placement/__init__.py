@@ -4,9 +4,9 @@ docs/PLACEMENT.md says how the cost is made, how it is minimised and how good th
 deployed replicas (client/routing.py), and measuring round-trip times (client/rtts.py).
 """
 
-from client.placement.costs import HOP_SOFTWARE_S, EngineFigures, slowdown_of
+from client.placement.costs import HOP_SOFTWARE_S, EngineFigures
 from client.placement.needs import ModelNeeds, PlaceOptions
-from client.placement.plan import Placement, PlannedHop, alone, lower_bound_ms, plan
+from client.placement.plan import Placement, PlannedHop, alone, could_fit, lower_bound_ms, plan
 
 __all__ = [
     "HOP_SOFTWARE_S",
@@ -16,7 +16,7 @@ __all__ = [
     "Placement",
     "PlannedHop",
     "alone",
+    "could_fit",
     "lower_bound_ms",
     "plan",
-    "slowdown_of",
 ]

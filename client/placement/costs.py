@@ -15,7 +15,7 @@ from math import inf
 
 import numpy as np
 
-from client.placement.arrays import Bools, Floats, Ints
+from client.placement.arrays import Floats, Ints
 from client.placement.needs import ModelNeeds
 from protocol.ids import PeerId
 from protocol.swarm import Member
@@ -156,7 +156,7 @@ def instance_of(
         tuple(member.peer for member in members),
         per_byte[:, None] * weights[None, :] + per_block[:, None] * blocks[None, :],
         _firsts(members, needs, room),
-        _legs(rtt_ms, relayed, np.array(measured or [False] * len(members), dtype=bool)),
+        legs_s(members, rtt_ms, measured),
         np.where(relayed, HOP_SOFTWARE_S / RELAY_SHARE, HOP_SOFTWARE_S),
     )
 
@@ -178,12 +178,16 @@ def offer(member: Member) -> tuple[int, int]:
     return member.advert.memory_free_bytes, member.advert.kv_free_bytes
 
 
-def _legs(rtt_ms: Floats, relayed: Bools, measured: Bools) -> Floats:
-    """Whoever reaches a relayed worker goes by the relay; what the worker itself dials, it reaches directly. The
-    client opens every stream that it reads from, so its way from a relayed worker is the relay's too."""
+def legs_s(members: Sequence[Member], rtt_ms: Floats, measured: Sequence[bool] = ()) -> Floats:
+    """`Instance.leg_s`. `measured[i]`: the client measured worker i itself.
+
+    Whoever reaches a relayed worker goes by the relay; what the worker itself dials, it reaches directly. The client
+    opens every stream that it reads from, so its way from a relayed worker is the relay's too.
+    """
+    relayed = np.array([member.advert.relayed for member in members], dtype=bool)
     legs = rtt_ms / 2000
     # What the client measured by way of the relay has the detour in it.
-    detour = np.where(measured, 1.0, RELAY_DETOUR)
+    detour = np.where(np.array(measured or [False] * len(members), dtype=bool), 1.0, RELAY_DETOUR)
     from_client = np.where(relayed, legs[-1, :-1] * detour + RELAY_S, legs[-1, :-1])
     legs[:-1, :-1] = np.where(relayed[None, :], legs[:-1, :-1] * RELAY_DETOUR + RELAY_S, legs[:-1, :-1])
     legs[-1, :-1], legs[:-1, -1] = from_client, from_client

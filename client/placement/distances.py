@@ -60,10 +60,10 @@ def _measured(members: Sequence[Member], client_rtts_ms: Mapping[PeerId, float])
 
 
 def _estimated(known: Floats, guess: Floats) -> Floats:
-    measured: Bools = np.equal(known, known)  # NaN is what was not measured
+    measured: Bools = np.equal(known, known)  # NaN is what nobody measured
     if measured.sum() == known.size - len(known):
         return known
-    placed = measured.any(axis=1)
+    placed: Bools = np.asarray(measured.any(axis=1))
     fitted = _coordinates(known, measured) if placed.any() else guess
     estimate = np.where(placed[:, None] & placed[None, :], fitted, guess)
     estimate = np.minimum(estimate, _detours(known, measured))

@@ -18,6 +18,7 @@ from client.placement.bound import lower_bound_s
 from client.placement.costs import Instance, Spans
 
 CAPS = 256  # how finely caps are tried where they are too many to try all: steps of some per cent
+TIGHTENED = 3  # rounds
 SMALLEST = 1e-12
 
 Solve = Callable[[Instance], Spans | None]
@@ -46,12 +47,19 @@ def fast(instance: Instance, concurrency: int, hops_min: int) -> Spans | None:
     tried = _halved(instance, concurrency, caps, search.quick)
     best = _best(instance, concurrency, tried)
     free = search.fast(instance, hops_min)
-    found = [] if free is None else [free]
-    if best is not None:
-        cap_s = period_s(instance, best, concurrency)
-        thorough = search.fast(instance.within(cap_s), hops_min)
-        found += [spans for spans in (best, thorough) if spans is not None and len(spans) >= hops_min]
-    return _best(instance, concurrency, found)
+    found = [spans for spans in (best, free) if spans is not None and len(spans) >= hops_min]
+    best = _best(instance, concurrency, found)
+    for _ in range(TIGHTENED):
+        if best is None:
+            break
+        # The slowest hop must become faster; or, where it is latency that bounds the rate, need not be faster than now.
+        busy_s, period = instance.busy_s(best), period_s(instance, best, concurrency)
+        under = instance.within(busy_s * (1 - 1e-6) if busy_s >= period else period)
+        better = _best(instance, concurrency, [best, *filter(None, [search.fast(under, hops_min)])])
+        if better == best:
+            break
+        best = better
+    return best
 
 
 def lower_bound_period_s(instance: Instance, concurrency: int, known_s: float, rounds: int) -> float:

@@ -107,11 +107,20 @@ def plan(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None
     rtt_ms = rtt_matrix_ms(members, options.client_rtts_ms)
     for blocks_max in dict.fromkeys((share, len(needs.block_bytes))):
         instance = _instance(members, needs, options, (rtt_ms, blocks_max))
-        spans = _solved(instance, options)
+        spans = _solved(instance, options) if _adds_up(instance) else None
         if spans is not None:
             exact = int((instance.room() > 0).sum()) <= search.EXACT_WORKERS
             return _placement(instance, spans, needs, options, exact)
     raise RouteUnavailable(_shortage(members, needs, options.concurrency))
+
+
+def could_fit(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> bool:
+    """Whether the workers' room adds up, without looking for a placement: quick enough for every advert that comes."""
+    try:
+        members = _usable(view, needs, options)
+    except RouteUnavailable:
+        return False
+    return _adds_up(_instance(members, needs, options, (_nowhere(members), len(needs.block_bytes))))
 
 
 def alone(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None) -> Placement | None:
@@ -145,6 +154,15 @@ def lower_bound_ms(view: SwarmView, needs: ModelNeeds, placement: Placement, opt
     else:
         found_s = bound.lower_bound_s(instance, known_ms / 1000, rounds)
     return found_s * 1000
+
+
+def _adds_up(instance: Instance) -> bool:
+    return int(instance.room().sum()) >= instance.blocks
+
+
+def _nowhere(members: Sequence[Member]) -> Floats:
+    """Round trips for a question in which distance plays no part."""
+    return np.zeros((len(members) + 1, len(members) + 1))
 
 
 def _usable(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> list[Member]:
