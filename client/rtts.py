@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from math import inf
 
 import trio
 
 from client.driver import run_all
 from client.ports import ClientPorts
+from client.session import CLOSE_S
 from protocol.channel import Channel
 from protocol.errors import RemoteProtocolError, TransportError
 from protocol.ids import PeerId
@@ -22,15 +24,14 @@ from protocol.swarm import Member
 PEERS_MAX = 48
 AT_ONCE = 16  # dials under way: each costs both sides a handshake
 DEADLINE_S = 3.0  # the farthest pair of PlanetLab takes 3 s for one round trip; who needs longer is not placed on
-PINGS = 2  # the first may wait for the other side's task to start; the shorter counts
+PINGS = 4  # the shortest counts: whatever else runs on either machine only ever makes one longer
 
 
-def worth_asking(members: Sequence[Member], known: Sequence[PeerId] = ()) -> list[Member]:
+def worth_asking(members: Sequence[Member]) -> list[Member]:
     """At most PEERS_MAX: half those with most room, half taken evenly from all, as landmarks for the estimates."""
-    unknown = [member for member in members if member.peer not in set(known)]
-    if len(unknown) <= PEERS_MAX:
-        return unknown
-    roomy = sorted(unknown, key=lambda member: (-member.advert.memory_free_bytes, member.peer))
+    if len(members) <= PEERS_MAX:
+        return list(members)
+    roomy = sorted(members, key=lambda member: (-member.advert.memory_free_bytes, member.peer))
     rest = roomy[PEERS_MAX // 2 :]
     step = len(rest) / (PEERS_MAX // 2)
     rest.sort(key=lambda member: member.peer)
@@ -45,7 +46,14 @@ async def measure_rtts_ms(ports: ClientPorts, members: Sequence[Member]) -> dict
     async def measure(member: Member) -> None:
         async with turns:
             try:
-                found[member.peer] = await _rtt_ms(ports, member)
+                stream = await ports.transport.open(member.peer, member.advert.addrs, CONTROL)
+                channel = Channel(stream, CONTROL)
+                try:
+                    for _ in range(PINGS):
+                        found[member.peer] = min(await _ping_ms(ports, channel), found.get(member.peer, inf))
+                finally:
+                    with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
+                        await channel.aclose()
             except TransportError:
                 return
             except RemoteProtocolError:
@@ -55,16 +63,6 @@ async def measure_rtts_ms(ports: ClientPorts, members: Sequence[Member]) -> dict
     with trio.move_on_after(DEADLINE_S):
         await run_all(*calls)
     return found
-
-
-async def _rtt_ms(ports: ClientPorts, member: Member) -> float:
-    stream = await ports.transport.open(member.peer, member.advert.addrs, CONTROL)
-    channel = Channel(stream, CONTROL)
-    try:
-        return min([await _ping_ms(ports, channel) for _ in range(PINGS)])
-    finally:
-        with trio.CancelScope(deadline=trio.current_time() + 1.0, shield=True):
-            await channel.aclose()
 
 
 async def _ping_ms(ports: ClientPorts, channel: Channel) -> float:

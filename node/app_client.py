@@ -7,7 +7,7 @@ thread; the event loop stays free for the network.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +18,7 @@ import trio
 from client.deploy import DeployedHop, deploy
 from client.deploy import Progress as UploadProgress
 from client.driver import Driver
-from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan
+from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
 from client.placement.needs import Objective
 from client.ports import ClientPorts
 from client.routing import Route, choose_route, route_of
@@ -32,6 +32,7 @@ from node.groups import ungrouped
 from node.identity import load_identity
 from node.joining import join
 from node.lifetime import only_user_of
+from node.measuring import time_ends
 from node.metrics import ClientMetrics, serve_metrics
 from node.model import DeployedModel
 from node.p2p.mesh import MeshConfig, open_mesh
@@ -40,7 +41,7 @@ from protocol import limits
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import PeerId
 from protocol.signed import Identity
-from protocol.swarm import SwarmView
+from protocol.swarm import Member, SwarmView
 
 KV_TOKENS_DEFAULT = 4096  # KV room that a placement asks for: one long chat, or several short requests
 SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
@@ -127,54 +128,53 @@ class Client:
     async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
         """Who would hold what. Raises RouteUnavailable saying what is missing."""
         view = await self.discover(lambda view: could_fit(view, needs, options))
-        options = await self.located(view, options)
+        options = replace(options, client_rtts_ms=await self.rtts_ms(view.ranked()))
         return await trio.to_thread.run_sync(plan, view, needs, options), view
 
-    async def located(self, view: SwarmView, options: PlaceOptions) -> PlaceOptions:
-        """`options` with the round trips from here to the workers of `view`, of which few change within a client's
-        life: each is measured once."""
-        asked = [member for member in worth_asking(view.ranked(), tuple(self._asked)) if member.advert.accepting]
+    async def rtts_ms(self, members: Iterable[Member]) -> dict[PeerId, float]:
+        """Round trips from here, measured now for those of `members` that were never asked; for many, for some."""
+        asked = worth_asking([member for member in members if member.peer not in self._asked])
         self._asked.update(dict.fromkeys(member.peer for member in asked))
         self._rtts_ms.update(await measure_rtts_ms(self.ports, asked))
-        return replace(options, client_rtts_ms=dict(self._rtts_ms))
+        return dict(self._rtts_ms)
 
     async def deploy(self, model: SealedModel, options: DeployOptions) -> DeployedModel:
         """Bring the model to workers, unless they hold it already, and give it back ready for prompts."""
         data, manifest = model.folder.manifest(self._identity)
         tokenizer = Tokenizer.open(model.checkpoint.tokenizer_file)
         hops: tuple[DeployedHop, ...] = ()
-        route = await self._held_route(model, options)
+        needs = ModelNeeds.of_manifest(manifest, options.kv_tokens)
+        where = PlaceOptions(options.objective, options.concurrency, options.hops_min)
+        route, view = await self._held_route(model, options)
         if route is None:
-            needs = ModelNeeds.of_manifest(manifest, options.kv_tokens)
-            where = PlaceOptions(options.objective, options.concurrency, options.hops_min)
             placement, view = await self.place(needs, where)
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
             hops = await deploy(self.ports, route, data, FolderSource(model.folder), options.on_upload)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
+        ends = sealer.ends()
+        client_s = await trio.to_thread.run_sync(time_ends, ends)
+        where = replace(where, client_rtts_ms=self._rtts_ms, client_s=client_s)
         return DeployedModel(
             ports=self.ports,
             driver=self._driver,
             route=route,
             hops=hops,
-            ends=sealer.ends(),
+            predicted=priced(view, needs, [(hop.peer, hop.start, hop.end) for hop in route.hops], where),
+            ends=ends,
             tokenizer=tokenizer,
             config=model.checkpoint.config,
         )
 
-    async def _held_route(self, model: SealedModel, options: DeployOptions) -> Route | None:
-        """A route over workers that say they hold the model; None when there is none."""
-        blocks = model.folder.info.num_blocks
-
-        def route(view: SwarmView) -> Route | None:
-            try:
-                return choose_route(view, model.folder.deployment, blocks)
-            except RouteUnavailable:
-                return None
-
-        await self.discover()
-        found = route(self.watch.view)
-        return found if found is not None and len(found.hops) >= options.hops_min else None
+    async def _held_route(self, model: SealedModel, options: DeployOptions) -> tuple[Route | None, SwarmView]:
+        """A route over workers that say they hold the model, None when there is none; and the view that it is of."""
+        view, deployment = await self.discover(), model.folder.deployment
+        rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
+        try:
+            found = choose_route(view, deployment, model.folder.info.num_blocks, client_rtts_ms=rtts_ms)
+        except RouteUnavailable:
+            return None, view
+        return (found if len(found.hops) >= options.hops_min else None), view
 
 
 @asynccontextmanager

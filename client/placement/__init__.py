@@ -6,7 +6,7 @@ deployed replicas (client/routing.py), and measuring round-trip times (client/rt
 
 from client.placement.costs import HOP_SOFTWARE_S, EngineFigures
 from client.placement.needs import ModelNeeds, PlaceOptions
-from client.placement.plan import Placement, PlannedHop, alone, could_fit, lower_bound_ms, plan
+from client.placement.plan import Placement, PlannedHop, alone, could_fit, lower_bound_ms, plan, priced
 
 __all__ = [
     "HOP_SOFTWARE_S",
@@ -19,4 +19,5 @@ __all__ = [
     "could_fit",
     "lower_bound_ms",
     "plan",
+    "priced",
 ]

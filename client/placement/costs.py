@@ -17,6 +17,7 @@ import numpy as np
 
 from client.placement.arrays import Floats, Ints
 from client.placement.needs import ModelNeeds
+from protocol.adverts import Speed
 from protocol.ids import PeerId
 from protocol.swarm import Member
 from protocol.tensors import DTYPE_BYTES
@@ -51,7 +52,7 @@ class EngineFigures:
             held = needs.block_bytes[span.start : span.end]
             if span.deployment == needs.deployment and span.block_time_us and held:
                 return cls(span.block_time_us * 1e-6 * len(held) / sum(held), 0.0, slowdown)
-        return cls(s_per_byte(member, needs.dtype), slowdown=slowdown)
+        return cls(s_per_byte(member.advert.speeds, needs.dtype), slowdown=slowdown)
 
 
 def slowdown_of(load_percent: int) -> float:
@@ -59,10 +60,9 @@ def slowdown_of(load_percent: int) -> float:
     return 1 / (1 - min(load_percent / 100, LOAD_MAX))
 
 
-def s_per_byte(member: Member, dtype: str) -> float:
+def s_per_byte(stated: Sequence[Speed], dtype: str) -> float:
     """Seconds per byte of weights in decode: memory bounds it, or arithmetic (2 operations per weight) if slower."""
-    stated = member.advert.speeds
-    speeds = [speed for speed in stated if speed.dtype == dtype] or stated
+    speeds = [speed for speed in stated if speed.dtype == dtype] or list(stated)
     read_gb_s = min((speed.read_gb_s for speed in speeds), default=READ_UNKNOWN_GB_S)
     gflop_s = min((speed.gflop_s for speed in speeds), default=inf)
     return max(1 / max(read_gb_s, SPEED_MIN), 2 / (DTYPE_BYTES[dtype] * max(gflop_s, SPEED_MIN))) / 1e9

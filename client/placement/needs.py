@@ -58,7 +58,8 @@ class PlaceOptions:
     together. Either way KV is planned for `concurrency` streams.
 
     `hops_min`: spread over at least so many workers, none with more than an even share where memory allows it.
-    `client_rtts_ms`: round trips that the client itself measured.
+    `client_rtts_ms`: round trips that the client itself measured. `client_s`: what embedding, head and sampling take
+    there, per token: the same for every placement, but part of what a user waits for.
     """
 
     objective: Objective = "latency"
@@ -66,3 +67,4 @@ class PlaceOptions:
     hops_min: int = 1
     exclude: frozenset[PeerId] = frozenset()
     client_rtts_ms: Mapping[PeerId, float] = field(default_factory=dict)
+    client_s: float = 0.0

@@ -26,6 +26,9 @@ BOUND_ROUNDS = 40
 BOUND_WORK = 2e9  # elementary steps: a few seconds
 
 
+Hop = tuple[PeerId, int, int]  # blocks [start, end) at a worker
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedHop:
     """Blocks [start, end) for one worker. Times are predicted, per token: `network_us` is the way to this worker,
@@ -54,10 +57,12 @@ class PlannedHop:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Hops in order; `return_us` is the way from the last one to the client. `exact`: no placement is better."""
+    """Hops in order; `return_us` is the way from the last one to the client, `client_us` the client's own work per
+    token. `exact`: no placement is better."""
 
     hops: tuple[PlannedHop, ...]
     return_us: int
+    client_us: int = 0
     objective: Objective = "latency"
     concurrency: int = 1
     exact: bool = False
@@ -65,7 +70,7 @@ class Placement:
     @property
     def predicted_ms_per_token(self) -> float:
         """Of one stream."""
-        return (sum(hop.predicted_us for hop in self.hops) + self.return_us) / 1000
+        return (sum(hop.predicted_us for hop in self.hops) + self.return_us + self.client_us) / 1000
 
     @property
     def compute_ms(self) -> float:
@@ -87,7 +92,8 @@ class Placement:
     @property
     def period_ms(self) -> float:
         """Time per token of all `concurrency` streams together."""
-        return max(self._slowest.busy_us / 1000, self.predicted_ms_per_token / self.concurrency)
+        busy_us = max(self._slowest.busy_us, self.client_us)
+        return max(busy_us / 1000, self.predicted_ms_per_token / self.concurrency)
 
     @property
     def predicted_tokens_per_second(self) -> float:
@@ -112,6 +118,15 @@ def plan(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None
             exact = int((instance.room() > 0).sum()) <= search.EXACT_WORKERS
             return _placement(instance, spans, needs, options, exact)
     raise RouteUnavailable(_shortage(members, needs, options.concurrency))
+
+
+def priced(view: SwarmView, needs: ModelNeeds, hops: Sequence[Hop], options: PlaceOptions) -> Placement:
+    """What is predicted for hops that were chosen elsewhere, all in `view`, whether or not they have room left."""
+    members = [view.members[peer] for peer, _, _ in hops]
+    rtt_ms = rtt_matrix_ms(members, options.client_rtts_ms)
+    instance = _instance(members, needs, options, (rtt_ms, len(needs.block_bytes)))
+    spans = tuple((worker, start, end) for worker, (_, start, end) in enumerate(hops))
+    return _placement(instance, spans, needs, options, exact=False)
 
 
 def could_fit(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> bool:
@@ -189,7 +204,9 @@ def _instance(
 ) -> Instance:
     rtt_ms, blocks_max = given
     measured = [member.peer in options.client_rtts_ms for member in members]
-    return instance_of(members, needs, Room(options.concurrency, blocks_max), rtt_ms, measured)
+    instance = instance_of(members, needs, Room(options.concurrency, blocks_max), rtt_ms, measured)
+    instance.leg_s[:-1, -1] += options.client_s
+    return instance
 
 
 def _solved(instance: Instance, options: PlaceOptions) -> Spans | None:
@@ -219,7 +236,8 @@ def _placement(instance: Instance, spans: Spans, needs: ModelNeeds, options: Pla
         )
         before = worker
     return_us = round(float(instance.leg_s[before, -1]) * 1e6)
-    return Placement(tuple(hops), return_us, options.objective, options.concurrency, exact)
+    client_us = round(options.client_s * 1e6)
+    return Placement(tuple(hops), return_us - client_us, client_us, options.objective, options.concurrency, exact)
 
 
 def _shortage(members: list[Member], needs: ModelNeeds, concurrency: int) -> str:
