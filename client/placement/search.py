@@ -37,7 +37,7 @@ def fast(instance: Instance, hops_min: int) -> Spans | None:
     if len(able) <= EXACT_WORKERS:
         return numbered(exact.fastest(instance.only(able), hops_min), able)
     pool = _pool(instance, able)
-    return numbered(_searched(instance.only(pool), hops_min), pool)
+    return numbered(searched(instance.only(pool), hops_min), pool)
 
 
 def quick(instance: Instance) -> Spans | None:
@@ -55,7 +55,7 @@ def numbered(spans: Spans | None, workers: Ints) -> Spans | None:
     return None if spans is None else tuple((int(workers[worker]), start, end) for worker, start, end in spans)
 
 
-def _searched(instance: Instance, hops_min: int) -> Spans | None:
+def searched(instance: Instance, hops_min: int) -> Spans | None:
     orders = Orders(instance)
     starts = {order: orders.of(order) for order in _starts(instance)}
     fit = [each for each in starts.values() if np.isfinite(each.seconds) and len(each.order) <= limits.HOPS_MAX]

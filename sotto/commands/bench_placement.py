@@ -19,6 +19,7 @@ def placement(
         typer.Option(help="Folder with measured round trips (planetlab_rtt_ms.txt, aws_region_rtt_ms.json)."),
     ] = None,
     objective: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
+    peers_max: Annotated[int, typer.Option(min=12, help="Peers of the largest swarm.")] = 1000,
     first_seed: Annotated[int, typer.Option(min=0, help="Number of the first swarm.")] = 0,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per swarm.")] = False,
     as_json: Json = False,
@@ -35,7 +36,7 @@ def placement(
         known = {name: name for name in OBJECTIVES}
         if objective not in known:
             raise InputError(f"unknown --objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
-        options = BenchOptions(swarms, reference_s, data, known[objective], first_seed=first_seed)
+        options = BenchOptions(swarms, reference_s, data, known[objective], (11, peers_max), first_seed)
 
         def show(line: str) -> None:
             if verbose:
