@@ -1,20 +1,22 @@
 """Routing: which hops serve a request, from the spans that workers say they hold. Pure.
 
 A hop runs its whole span, so a route is a chain of spans that meet exactly. Among all chains the one with the lowest
-predicted time per token wins; ties go to fewer hops, then to the lower peer ids. Workers that take no new work are
-passed over. It does not place spans (placement.py) and does not know who is busy.
+predicted time per token wins, by the same costs as placements (client/placement/costs.py): measured block times, load,
+legs. Ties go to fewer hops, then to the lower peer ids. It passes over paused workers, and does not place spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from client.placement import HOP_SOFTWARE_S, Placement
+from client.placement import Placement
+from client.placement.costs import legs_s, slowdown_of
+from client.placement.distances import rtt_matrix_ms
 from protocol import limits
 from protocol.errors import RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
-from protocol.swarm import SwarmView
+from protocol.swarm import Member, SwarmView
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,39 +55,60 @@ def route_of(placement: Placement, view: SwarmView, deployment: DeploymentId) ->
     return Route(deployment, tuple(Hop(hop.peer, addrs[hop.peer], hop.start, hop.end) for hop in placement.hops))
 
 
-def choose_route(view: SwarmView, deployment: DeploymentId, num_blocks: int, exclude: Collection[PeerId] = ()) -> Route:
+def choose_route(
+    view: SwarmView,
+    deployment: DeploymentId,
+    num_blocks: int,
+    exclude: Collection[PeerId] = (),
+    client_rtts_ms: Mapping[PeerId, float] | None = None,
+) -> Route:
     """The fastest chain of held spans over blocks [0, num_blocks). Raises RouteUnavailable saying what is missing."""
-    edges: dict[int, list[tuple[Hop, float]]] = {}
-    seen: set[PeerId] = set()
+    held = _held(view, deployment, num_blocks, exclude)
+    chain = _fastest(held, num_blocks, client_rtts_ms or {})
+    if chain is None:
+        raise RouteUnavailable(_gap([hop for _, hop, _ in held], num_blocks))
+    return Route(deployment, tuple(held[index][1] for index in chain))
+
+
+_Held = list[tuple[Member, Hop, float]]  # with the seconds that the span takes
+
+
+def _held(view: SwarmView, deployment: DeploymentId, num_blocks: int, exclude: Collection[PeerId]) -> _Held:
+    """The spans that may be used, in the order of their starts and then of the peer ids."""
+    held: dict[PeerId, tuple[Member, Hop, float]] = {}
     for member, span in view.holders(deployment):
         # A worker holds one span of a deployment; a second one in its advert would make it serve a route twice.
-        if not member.advert.accepting or member.peer in exclude or member.peer in seen or span.end > num_blocks:
+        if member.peer in exclude or member.peer in held or span.end > num_blocks or not member.advert.accepting:
             continue
-        seen.add(member.peer)
         hop = Hop(member.peer, member.advert.addrs, span.start, span.end)
-        cost = (span.end - span.start) * span.block_time_us / 1e6 + HOP_SOFTWARE_S
-        edges.setdefault(span.start, []).append((hop, cost))
-    best: dict[int, tuple[float, tuple[Hop, ...]]] = {0: (0.0, ())}
-    for start in range(num_blocks):
-        if start not in best:
-            continue
-        cost, hops = best[start]
-        for hop, hop_cost in edges.get(start, []):
-            after = (cost + hop_cost, (*hops, hop))
-            if len(after[1]) <= limits.HOPS_MAX and (hop.end not in best or _rank(after) < _rank(best[hop.end])):
-                best[hop.end] = after
-    if num_blocks not in best:
-        raise RouteUnavailable(_gap(edges, num_blocks))
-    return Route(deployment, best[num_blocks][1])
+        seconds = (span.end - span.start) * span.block_time_us / 1e6 * slowdown_of(member.advert.load_percent)
+        held[member.peer] = (member, hop, seconds)
+    return sorted(held.values(), key=lambda each: (each[1].start, each[1].peer))
 
 
-def _rank(chain: tuple[float, tuple[Hop, ...]]) -> tuple[float, int, tuple[PeerId, ...]]:
-    cost, hops = chain
-    return cost, len(hops), tuple(hop.peer for hop in hops)
+def _fastest(held: _Held, num_blocks: int, client_rtts_ms: Mapping[PeerId, float]) -> tuple[int, ...] | None:
+    """Best chain to each held span, in the order of starts: those before it in a chain start before it does."""
+    members = [member for member, _, _ in held]
+    legs = legs_s(members, rtt_matrix_ms(members, client_rtts_ms), [peer.peer in client_rtts_ms for peer in members])
+    best: dict[int, tuple[float, int, tuple[int, ...]]] = {}
+    for index, (_, hop, seconds) in enumerate(held):
+        options = [
+            (cost + float(legs[before, index]), count + 1, (*chain, index))
+            for before, (cost, count, chain) in best.items()
+            if held[before][1].end == hop.start and count < limits.HOPS_MAX
+        ]
+        if hop.start == 0:
+            options = [(float(legs[-1, index]), 1, (index,))]
+        if options:
+            cost, count, chain = min(options)
+            best[index] = (cost + seconds, count, chain)
+    whole = [(cost + float(legs[i, -1]), count, chain) for i, (cost, count, chain) in best.items()]
+    whole = [each for each in whole if held[each[2][-1]][1].end == num_blocks]
+    return min(whole)[2] if whole else None
 
 
-def _gap(edges: dict[int, list[tuple[Hop, float]]], num_blocks: int) -> str:
-    held = {block for hops in edges.values() for hop, _ in hops for block in range(hop.start, hop.end)}
+def _gap(hops: list[Hop], num_blocks: int) -> str:
+    held = {block for hop in hops for block in range(hop.start, hop.end)}
     missing = [block for block in range(num_blocks) if block not in held]
     if not missing:
         return f"all {num_blocks} blocks are held, but the spans do not meet end to end; deploy the model again"

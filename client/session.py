@@ -100,6 +100,7 @@ class RouteSession:
         self._failure: SottoError | None = None
         self._sending: trio.CancelScope | None = None
         self._closed = False
+        self.computed: dict[PeerId, tuple[int, int]] = {}  # steps and microseconds, as hops that answered say
 
     async def open(self, tickets: tuple[bytes, ...]) -> None:
         """Attach to every hop, then open the route with `tickets`. Raises the failure of whichever hop objects."""
@@ -222,6 +223,8 @@ class RouteSession:
         sent.waiting.discard(hop)
         self._heard_at = trio.current_time()  # only what was asked for counts as a sign of life
         self._observer.step_computed(peer, message.compute_us / 1e6)
+        steps, micros = self.computed.get(peer, (0, 0))
+        self.computed[peer] = (steps + 1, micros + message.compute_us)
         if last:
             sent.answered, sent.answer = True, payload
         elif self.terms.sink is not None:

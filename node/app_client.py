@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,38 +25,38 @@ from client.deploy import DeployedHop, deploy
 from client.deploy import Progress as UploadProgress
 from client.driver import Driver, run_all
 from client.leases import LeaseKeeper, Leasing
-from client.placement import ModelNeeds, Placement, PlaceOptions, plan
+from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
+from client.placement.needs import Objective
 from client.ports import ClientPorts, Credentials, none_needed
 from client.revoking import revoke_at
 from client.routing import Hop, Route, choose_route, route_of
+from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
 from node.clock import SystemClock
+from node.entering import in_touch, member_ports
 from node.entry import read_entry
 from node.grants import Grants, OwnCredentials, Token
 from node.groups import ungrouped
 from node.identity import load_identity
-from node.joining import Leads, join, join_found, stay_joined
-from node.lan import SWITCH, allowed, on_lan
+from node.joining import Leads, stay_joined
 from node.lifetime import only_user_of
+from node.measuring import time_ends
 from node.metrics import ClientMetrics, serve_metrics
 from node.model import DeployedModel
-from node.p2p.mesh import Mesh, MeshConfig, open_mesh
-from node.private import PrivateGossip, PrivateTransport
+from node.p2p.mesh import MeshConfig, open_mesh
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
 from protocol import limits
 from protocol.capabilities import Right
 from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
-from protocol.membership import PUBLIC_SWARM, SwarmKey
 from protocol.signed import Identity
-from protocol.swarm import SwarmView
+from protocol.swarm import Member, SwarmView
 
 KV_TOKENS_DEFAULT = 4096  # KV room that a placement asks for: one long chat, or several short requests
-LAN_SEARCH_S = 4.0  # an answer takes a tenth of a second, but the first question may be lost
 SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
 
 
@@ -84,13 +84,24 @@ class SealedModel:
 
 @dataclass(frozen=True, slots=True)
 class DeployOptions:
-    """`hops_min`: spread over at least so many workers. `kv_tokens`: room that this client's sessions share; it is
-    leased, so that nobody else can take it."""
+    """`hops_min`: spread over at least so many workers. `kv_tokens`: room of one stream, of which there are
+    `concurrency`; it is leased, so that nobody else can take it. `objective`: see PlaceOptions."""
 
     hops_min: int = 1
+    objective: Objective = "latency"
+    concurrency: int = 1
     kv_tokens: int = KV_TOKENS_DEFAULT
     on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None
     on_upload: UploadProgress = lambda _: None
+
+
+@dataclass(frozen=True, slots=True)
+class _Priced:
+    """By what a route's prediction goes."""
+
+    view: SwarmView
+    needs: ModelNeeds
+    where: PlaceOptions
 
 
 class Client:
@@ -105,6 +116,8 @@ class Client:
         self._owner = owner
         self._driver = driver
         self._started = trio.current_time()
+        self._asked: dict[PeerId, None] = {}
+        self._rtts_ms: dict[PeerId, float] = {}
 
     async def discover(self, enough: Callable[[SwarmView], bool] = lambda view: bool(view.members)) -> SwarmView:
         """The swarm as gossip tells it: as soon as it is `enough`, but not before every worker had time to speak.
@@ -141,25 +154,34 @@ class Client:
 
     async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
         """Who would hold what. Raises RouteUnavailable saying what is missing."""
-        view = await self.discover(lambda view: _fits(view, needs, options))
-        return plan(view, needs, options), view
+        view = await self.discover(lambda view: could_fit(view, needs, options))
+        options = replace(options, client_rtts_ms=await self.rtts_ms(view.ranked()))
+        return await trio.to_thread.run_sync(plan, view, needs, options), view
+
+    async def rtts_ms(self, members: Iterable[Member]) -> dict[PeerId, float]:
+        """Round trips from here, measured now for those of `members` that were never asked; for many, for some."""
+        asked = worth_asking([member for member in members if member.peer not in self._asked])
+        self._asked.update(dict.fromkeys(member.peer for member in asked))
+        self._rtts_ms.update(await measure_rtts_ms(self.ports, asked))
+        return dict(self._rtts_ms)
 
     async def deploy(self, model: SealedModel, options: DeployOptions) -> DeployedModel:
         """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts."""
         data, manifest = model.folder.manifest(self._owner)
-        source, leasing = FolderSource(model.folder), Leasing(self.leases, options.kv_tokens)
+        source = FolderSource(model.folder)
+        leasing = Leasing(self.leases, options.concurrency * options.kv_tokens)
         hops: tuple[DeployedHop, ...] = ()
-        route = await self._leased_route(model, data, options)
+        needs = ModelNeeds.of_manifest(manifest, options.kv_tokens)
+        where = PlaceOptions(options.objective, options.concurrency, options.hops_min)
+        route, view = await self._leased_route(model, data, options)
         if route is None:
-            needs = ModelNeeds.of_manifest(manifest, options.kv_tokens)
-            where = PlaceOptions(hops_min=options.hops_min)
             placement, view = await self.place(needs, where)
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
             hops = await deploy(self.ports, route, data, source, leasing, options.on_upload)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
-        return self._ready(route, hops, sealer)
+        return await self._ready(route, hops, sealer, _Priced(view, needs, where))
 
     async def attach(self, checkpoint: Checkpoint, key: RootKey | None) -> DeployedModel:
         """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,
@@ -174,11 +196,13 @@ class Client:
         deployment = token.capability.deployment
         if key is not None:
             require_key(key, deployment, bytes.fromhex(token.key_check))
-        blocks = checkpoint.config.num_blocks
-        await self.discover(lambda view: _held(view, deployment, blocks) is not None)
-        route = choose_route(self.watch.view, deployment, blocks)
+        config = checkpoint.config
+        view = await self.discover(lambda view: _held(view, deployment, config.num_blocks, {}) is not None)
+        rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
+        route = choose_route(view, deployment, config.num_blocks, client_rtts_ms=rtts_ms)
+        needs = ModelNeeds.of_configs(config.blocks, "float32", KV_TOKENS_DEFAULT)
         sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, "float32", key, deployment)
-        return self._ready(route, (), sealer)
+        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions()))
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
@@ -202,31 +226,40 @@ class Client:
         await run_all(*(partial(tell, hop) for hop in hops))
         return sorted(told), sorted(missed)
 
-    def _ready(self, route: Route, hops: tuple[DeployedHop, ...], sealer: Sealer) -> DeployedModel:
+    async def _ready(
+        self, route: Route, hops: tuple[DeployedHop, ...], sealer: Sealer, priced_as: _Priced
+    ) -> DeployedModel:
+        ends = sealer.ends()
+        client_s = await trio.to_thread.run_sync(time_ends, ends)
+        where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=client_s)
+        spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
         return DeployedModel(
             ports=self.ports,
             driver=self._driver,
             route=route,
             hops=hops,
-            ends=sealer.ends(),
+            predicted=priced(priced_as.view, priced_as.needs, spans, where),
+            ends=ends,
             tokenizer=Tokenizer.open(sealer.checkpoint.tokenizer_file),
             config=sealer.checkpoint.config,
         )
 
-    async def _leased_route(self, model: SealedModel, manifest: bytes, options: DeployOptions) -> Route | None:
-        """A route over workers that hold the model and lease it to us; None when there is none."""
-        await self.discover()
-        route = _held(self.watch.view, model.folder.deployment, model.folder.info.num_blocks)
+    async def _leased_route(
+        self, model: SealedModel, manifest: bytes, options: DeployOptions
+    ) -> tuple[Route | None, SwarmView]:
+        """A route over workers that hold the model and lease it to us, None when there is none; and the view."""
+        view, deployment = await self.discover(), model.folder.deployment
+        rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
+        route = _held(view, deployment, model.folder.info.num_blocks, rtts_ms)
         if route is None or len(route.hops) < options.hops_min:
-            return None
+            return None, view
+        leasing = Leasing(self.leases, options.concurrency * options.kv_tokens)
         try:
-            await deploy(
-                self.ports, route, manifest, FolderSource(model.folder), Leasing(self.leases, options.kv_tokens)
-            )
+            await deploy(self.ports, route, manifest, FolderSource(model.folder), leasing)
         except (Refused, RouteUnavailable):  # others may have room
-            await self.leases.release(model.folder.deployment)
-            return None
-        return route
+            await self.leases.release(deployment)
+            return None, self.watch.view
+        return route, view
 
     async def _remind_of_revoked(self, route: Route) -> None:
         """A worker that did not hold the deployment when a capability was revoked has not heard of it."""
@@ -286,13 +319,15 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
     with ungrouped():
         async with open_mesh(mesh_config) as mesh, trio.open_nursery() as nursery:
             with serve_metrics(options.metrics, metrics.registry):
-                ports = _ports(who, mesh, entry.key, metrics)
+                transport, gossip = member_ports(mesh, entry.key)
+                clock = SystemClock()
+                ports = ClientPorts(who.process, transport, gossip, clock, os.urandom, metrics, who.credentials)
                 driver = Driver(ports)
                 await nursery.start(driver.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
                 client = Client(options, who.owner, ports, driver)
                 metrics.watch(lambda: client.watch.view)
                 await client.watch.start()
-                async with _in_touch(mesh, leads):
+                async with in_touch(mesh, leads):
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
                     try:
@@ -302,54 +337,14 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
             nursery.cancel_scope.cancel()
 
 
-def _ports(who: _Who, mesh: Mesh, key: SwarmKey | None, metrics: ClientMetrics) -> ClientPorts:
-    """The world as a client of the swarm sees it: the mesh itself, or the members' part of it."""
-    if key is None:
-        return ClientPorts(who.process, mesh, mesh, SystemClock(), os.urandom, metrics, who.credentials)
-    gossip = PrivateGossip(mesh, key, mesh.peer, os.urandom)
-    transport = PrivateTransport(mesh, key)
-    return ClientPorts(who.process, transport, gossip, SystemClock(), os.urandom, metrics, who.credentials)
-
-
-@asynccontextmanager
-async def _in_touch(mesh: Mesh, leads: Leads) -> AsyncIterator[None]:
-    """Connected to one of `leads`, or, when there are none, to a peer of the local network. Raises InputError (nobody
-    there), TransportError (no lead answers)."""
-    if leads:
-        await join(mesh, leads)
-        yield
-        return
-    if not allowed():
-        raise InputError(
-            f"no swarm named, and ${SWITCH} says not to look around: give --bootstrap ADDRESS or INVITE, "
-            "or start workers with 'sotto sim up'"
-        )
-    async with on_lan(PUBLIC_SWARM, None, leads.sighted) as lan:
-        with trio.move_on_after(0 if lan.trouble else LAN_SEARCH_S):
-            await join_found(mesh, leads)
-        if not mesh.connected():
-            why = f" ({lan.trouble})" if lan.trouble else ""
-            raise InputError(
-                f"no swarm named, and none is on the local network{why}: give --bootstrap ADDRESS or INVITE "
-                "('sotto invite' prints one), or start workers with 'sotto sim up'"
-            )
-        yield
-
-
-def _held(view: SwarmView, deployment: DeploymentId, blocks: int) -> Route | None:
+def _held(
+    view: SwarmView, deployment: DeploymentId, blocks: int, client_rtts_ms: Mapping[PeerId, float]
+) -> Route | None:
     try:
-        return choose_route(view, deployment, blocks)
+        return choose_route(view, deployment, blocks, client_rtts_ms=client_rtts_ms)
     except RouteUnavailable:
         return None
 
 
 async def _told(ports: ClientPorts, hop: Hop, deployment: DeploymentId, serials: tuple[bytes, ...]) -> None:
     await revoke_at(ports, hop, deployment, serials)
-
-
-def _fits(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> bool:
-    try:
-        plan(view, needs, options)
-    except RouteUnavailable:
-        return False
-    return True

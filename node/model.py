@@ -24,6 +24,7 @@ from client.generate import (
     inline,
     kv_tokens_for,
 )
+from client.placement import Placement
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
@@ -71,6 +72,7 @@ class DeployedModel:
     driver: Driver
     route: Route
     hops: tuple[DeployedHop, ...]  # as deployed now; () when the workers held the model already
+    predicted: Placement  # what the route should take, by the adverts that it was chosen from
     ends: ClientEnds
     tokenizer: Tokenizer
     config: ModelConfig
@@ -87,7 +89,7 @@ class DeployedModel:
             stop_ids=frozenset() if ask.ignore_eos else frozenset(self.config.eos_ids),
         )
         speculation = Speculation(PromptLookup()) if ask.speculate else None
-        host = GenerationHost(self.ports.clock, self._run_sync, self.ports.observer, speculation)
+        host = GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
         async with self.session(kv_tokens) as session:
             generation = Generation(session, self.ends, ids, params, host)
             stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
@@ -108,7 +110,7 @@ class DeployedModel:
         return self.driver.session(self.route, SessionTerms(kv_tokens))
 
     @property
-    def _run_sync(self) -> RunSync:
+    def run_sync(self) -> RunSync:
         return inline if self.ends.head.in_features * self.ends.head.out_features <= INLINE_WEIGHTS_MAX else _in_thread
 
 

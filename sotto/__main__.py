@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sotto.commands import demo, doctor, generation, grant, invite, key, mesh, seal, sim, worker
+from sotto.commands import demo, doctor, generation, grant, invite, key, mesh, place, seal, sim, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,7 +22,7 @@ app.command(epilog="Example: sotto run -m ./my-llama 'The Python language'")(gen
 app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(generation.submit)
 app.command(name="seal", epilog="Example: sotto seal ./my-llama -o ./my-llama-sealed")(seal.seal)
 app.command(epilog="Example: sotto peers --json")(mesh.peers)
-app.command(epilog="Example: sotto place ./my-llama")(mesh.place)
+app.command(epilog="Example: sotto place ./my-llama")(place.place)
 app.command(name="id", epilog="Example: sotto id")(grant.identity)
 app.command(epilog="Example: sotto grant 12D3Koo… -m ./my-llama --for 7d")(grant.grant)
 app.command(epilog="Example: sotto revoke 0123456789abcdef0123456789abcdef")(grant.revoke)

@@ -87,13 +87,17 @@ def run(
         where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
         ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop)
 
-        async def work() -> GenerationResult:
+        async def work() -> tuple[GenerationResult, float]:
             async with deployed(where) as ready:
-                return await ready.generate(prompt, ask, (lambda _: None) if as_json else _stream)
+                result = await ready.generate(prompt, ask, (lambda _: None) if as_json else _stream)
+                return result, ready.predicted.predicted_ms_per_token
 
-        result = run_async(work)
+        result, predicted_ms = run_async(work)
         if as_json:
-            print_json(result_json(result))
+            measured_ms = 1000 / result.tokens_per_second if result.tokens_per_second else None
+            print_json(
+                {**result_json(result), "predicted_ms_per_token": predicted_ms, "measured_ms_per_token": measured_ms}
+            )
             return
         typer.echo()
         typer.echo(

@@ -1,15 +1,12 @@
-"""`sotto peers` and `sotto place`: who is there, and who would hold what."""
+"""`sotto peers`: who is there."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from sotto.commands.common import (
     Bootstrap,
     DataDir,
-    Dtype,
     Json,
     bootstrap_addrs,
     errors,
@@ -18,7 +15,6 @@ from sotto.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from client.placement import Placement
     from node.app_client import ClientOptions
     from protocol.swarm import Member, SwarmView
 
@@ -38,49 +34,6 @@ def peers(bootstrap: Bootstrap = None, data_dir: DataDir = None, as_json: Json =
             print_json({"peers": rows})
             return
         _table(rows)
-
-
-def place(
-    model: Annotated[str | None, typer.Argument(help="A model folder or hub id. Default: the demo model.")] = None,
-    bootstrap: Bootstrap = None,
-    dtype: Dtype = "float32",
-    workers: Annotated[int, typer.Option(min=1, help="Spread over at least so many workers.")] = 1,
-    kv_tokens: Annotated[int, typer.Option(min=1, help="KV room to plan for, in tokens.")] = 4096,
-    data_dir: DataDir = None,
-    as_json: Json = False,
-) -> None:
-    """Preview which worker would hold which blocks; nothing is sealed or sent."""
-    with errors(as_json):
-        from client.placement import ModelNeeds, PlaceOptions
-        from node.app_client import observe
-        from sotto.commands.models import check_dtype, describe_placement, open_model
-
-        checkpoint = open_model(model)
-        needs = ModelNeeds.of_configs(checkpoint.config.blocks, check_dtype(dtype), kv_tokens)
-
-        async def look() -> tuple[Placement, SwarmView]:
-            async with observe(_options(bootstrap, data_dir)) as client:
-                return await client.place(needs, PlaceOptions(hops_min=workers))
-
-        placement, view = run_async(look)
-        if as_json:
-            print_json(placement_json(placement))
-        else:
-            print(f"{checkpoint.name}: {len(needs.block_bytes)} blocks over {len(placement.hops)} of "
-                  f"{len(view.members)} workers")  # fmt: skip
-            print("\n".join(describe_placement(placement, view)))
-
-
-def placement_json(placement: Placement) -> dict[str, Any]:
-    """The placement as one object."""
-    return {
-        "hops": [
-            {"peer": hop.peer, "start": hop.start, "end": hop.end, "weight_bytes": hop.weight_bytes}
-            for hop in placement.hops
-        ],
-        "predicted_ms_per_token": placement.predicted_ms_per_token,
-        "bottleneck": placement.bottleneck,
-    }
 
 
 def _options(bootstrap: list[str] | None, data_dir: Any) -> ClientOptions:

@@ -56,11 +56,20 @@ def describe_placement(placement: Placement, view: SwarmView) -> list[str]:
         how = "first-hand" if member.received_from == hop.peer else f"by way of {short(member.received_from)}"
         lines.append(
             f"  hop {index}: {short(hop.peer)}  blocks {hop.start} to {hop.end - 1}  {show_bytes(hop.weight_bytes)}"
-            f"  (heard of {how})"
+            f" + {show_bytes(hop.kv_bytes)} KV  {hop.predicted_us / 1000:.1f} ms  (heard of {how})"
         )
+    parts = [("compute", placement.compute_ms), ("network", placement.network_ms), ("software", placement.software_ms)]
+    if placement.client_us:
+        parts.append(("client", placement.client_us / 1000))
     lines.append(
-        f"  predicted: {placement.predicted_ms_per_token:.1f} ms per token; bottleneck {short(placement.bottleneck)}"
+        f"  predicted: {placement.predicted_ms_per_token:.1f} ms per token = "
+        + " + ".join(f"{ms:.1f} {name}" for name, ms in parts)
+        + f"; bottleneck {short(placement.bottleneck)}"
     )
+    if placement.objective == "throughput":
+        lines.append(
+            f"  predicted: {placement.predicted_tokens_per_second:.1f} tokens/s of {placement.concurrency} streams"
+        )
     return lines
 
 

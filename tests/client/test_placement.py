@@ -4,61 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import permutations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.placement import EXACT_WORKERS, HOP_SOFTWARE_S, RTT_UNKNOWN_MS, ModelNeeds, Placement, PlaceOptions, plan
-from protocol.adverts import Advert, Speed
+from client.placement import ModelNeeds, Placement, PlaceOptions, alone, lower_bound_ms, plan
+from client.placement.search import EXACT_WORKERS
+from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
 from protocol.errors import InputError, RouteUnavailable
+from protocol.ids import DeploymentId, PeerId
 from protocol.swarm import SwarmView
-from tests.helpers.adverts import MIB, advert, peer, view
-
-
-def needs(*block_mib: float, kv_mib: float = 0.0) -> ModelNeeds:
-    """KV of `kv_mib` for each block, as one token."""
-    return ModelNeeds(tuple(int(size * MIB) for size in block_mib), (int(kv_mib * MIB),) * len(block_mib), 1, "float32")
+from tests.helpers.adverts import advert, peer, view
+from tests.helpers.placing import Judge, needs
 
 
 def spans(placement: Placement) -> list[tuple[int, int]]:
     return [(hop.start, hop.end) for hop in placement.hops]
-
-
-def check(placement: Placement, swarm: SwarmView, model: ModelNeeds) -> None:
-    starts = [0, *(hop.end for hop in placement.hops)]
-    assert [hop.start for hop in placement.hops] == starts[:-1]
-    assert starts[-1] == len(model.block_bytes)
-    assert len({hop.peer for hop in placement.hops}) == len(placement.hops)
-    for hop in placement.hops:
-        offer = swarm.members[hop.peer].advert
-        assert hop.end > hop.start
-        assert hop.weight_bytes == sum(model.block_bytes[hop.start : hop.end]) <= offer.memory_free_bytes
-        assert sum(model.kv_bytes[hop.start : hop.end]) <= offer.kv_free_bytes
-
-
-def brute_force_ms(swarm: SwarmView, model: ModelNeeds, hops_min: int = 1) -> float:
-    """The least predicted time over every order of every subset and every cut; inf when nothing fits."""
-    members, blocks = swarm.ranked(), len(model.block_bytes)
-    best = math.inf
-
-    def place(order: tuple[int, ...], start: int, seconds: float) -> None:
-        nonlocal best
-        if not order:
-            best = min(best, seconds) if start == blocks else best
-            return
-        offer = members[order[0]].advert
-        for end in range(start + 1, blocks + 1):
-            weights, kv = sum(model.block_bytes[start:end]), sum(model.kv_bytes[start:end])
-            if weights <= offer.memory_free_bytes and kv <= offer.kv_free_bytes:
-                hop_s = HOP_SOFTWARE_S + RTT_UNKNOWN_MS / 2000
-                place(order[1:], end, seconds + weights / (offer.speeds[0].read_gb_s * 1e9) + hop_s)
-
-    for count in range(hops_min, len(members) + 1):
-        for order in permutations(range(len(members)), count):
-            place(order, 0, 0.0)
-    return best * 1000
 
 
 offers = st.builds(
@@ -66,41 +28,113 @@ offers = st.builds(
     memory_mib=st.integers(0, 8),
     kv_mib=st.integers(0, 8),
     read_gb_s=st.sampled_from([0.1, 0.5, 1.0, 2.0, 16.0]),
+    relayed=st.booleans(),
+    accepting=st.sampled_from([True, True, True, False]),
+    load_percent=st.sampled_from([0, 0, 50, 100]),
 )
 models = st.builds(
-    needs,
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    st.integers(1, 3),
-    kv_mib=st.sampled_from([0.0, 0.5, 2.0]),
+    lambda sizes, kv_mib: needs(*sizes, kv_mib=kv_mib),
+    st.lists(st.integers(1, 3), min_size=1, max_size=8),
+    st.sampled_from([0.0, 0.5, 2.0]),
 )
+delays = st.sampled_from([0.2, 1.0, 5.0, 40.0, 300.0])
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(offers, min_size=1, max_size=4), models)
-def test_the_exact_search_agrees_with_brute_force(adverts: list[Advert], model: ModelNeeds) -> None:
-    swarm = view(*adverts)
-    expected = brute_force_ms(swarm, model)
+@st.composite
+def swarms(draw: st.DrawFn, workers: int, model: st.SearchStrategy[ModelNeeds] = models) -> Judge:
+    """A few workers of any kind, whose adverts state all round trips, each by one or both ends."""
+    adverts = draw(st.lists(offers, min_size=1, max_size=workers))
+    swarm = SwarmView()
+    for number, each in enumerate(adverts):
+        rtts = tuple(
+            Rtt(peer_tag(peer(other)), draw(delays)) for other in range(len(adverts)) if other < number
+        )  # of the second of each pair
+        rtts += tuple(
+            Rtt(peer_tag(peer(other)), 1.0) for other in range(number + 1, len(adverts)) if draw(st.booleans())
+        )
+        swarm = swarm.with_advert(peer(number), replace(each, rtts=rtts), peer(number))
+    client: dict[PeerId, float] = {}
+    if draw(st.booleans()):
+        client = {peer(number): draw(delays) for number in range(len(adverts))}
+    elif len(adverts) > 1:  # what a client that measured nothing expects is tested below
+        client = {peer(number): 1.0 for number in range(len(adverts))}
+    return Judge(swarm, draw(model), client, draw(st.sampled_from([1, 2, 4])))
+
+
+@settings(max_examples=120, deadline=None)
+@given(swarms(4))
+def test_the_exact_search_agrees_with_brute_force(judge: Judge) -> None:
+    agree(judge, "latency")
+
+
+@settings(max_examples=80, deadline=None)
+@given(swarms(4))
+def test_the_best_rate_agrees_with_brute_force(judge: Judge) -> None:
+    agree(judge, "throughput")
+
+
+@settings(max_examples=6, deadline=None)
+@given(swarms(5, st.builds(lambda sizes: needs(*sizes), st.lists(st.integers(1, 3), min_size=8, max_size=8))))
+def test_the_exact_search_agrees_with_brute_force_on_five_workers_and_eight_blocks(judge: Judge) -> None:
+    agree(judge, "latency")
+
+
+def agree(judge: Judge, objective: str) -> None:
+    options = PlaceOptions(objective, judge.concurrency, client_rtts_ms=judge.client_rtts_ms)  # type: ignore[arg-type]
+    expected = judge.best_s(objective)
     if math.isinf(expected):
         with pytest.raises(RouteUnavailable):
-            plan(swarm, model)
+            plan(judge.swarm, judge.model, options)
         return
-    placement = plan(swarm, model)
-    check(placement, swarm, model)
-    assert placement.predicted_ms_per_token == pytest.approx(expected, abs=0.001 * len(placement.hops))
+    placement = plan(judge.swarm, judge.model, options)
+    judge.check(placement)
+    chain = judge.chain(placement)
+    rounding_ms = 0.002 * (len(chain) + 1)
+    assert placement.predicted_ms_per_token == pytest.approx(judge.latency_s(chain) * 1000, abs=rounding_ms)
+    assert placement.period_ms == pytest.approx(judge.period_s(chain) * 1000, abs=rounding_ms)
+    found = judge.latency_s(chain) if objective == "latency" else judge.period_s(chain)
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert placement.exact
+    assert lower_bound_ms(judge.swarm, judge.model, placement, options) <= expected * 1000 + rounding_ms
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(offers, min_size=3, max_size=16), st.integers(1, 3), st.integers(1, 12))
-def test_any_placement_covers_exactly_within_memory(adverts: list[Advert], hops_min: int, blocks: int) -> None:
+@given(
+    st.lists(offers, min_size=3, max_size=16),
+    st.integers(1, 3),
+    st.integers(1, 12),
+    st.sampled_from(["latency", "throughput"]),
+)
+def test_any_placement_covers_exactly_within_memory(
+    adverts: list[Advert], hops_min: int, blocks: int, objective: str
+) -> None:
     swarm, model = view(*adverts), needs(*[1.0] * max(blocks, hops_min), kv_mib=0.25)
+    options = PlaceOptions(objective, concurrency=2, hops_min=hops_min)  # type: ignore[arg-type]
     try:
-        placement = plan(swarm, model, PlaceOptions(hops_min=hops_min))
+        placement = plan(swarm, model, options)
     except RouteUnavailable:
         return
-    check(placement, swarm, model)
+    Judge(swarm, model, concurrency=2).check(placement)
     assert len(placement.hops) >= hops_min
+
+
+@settings(max_examples=40, deadline=None)
+@given(swarms(4), st.integers(0, 3), st.integers(1, 8))
+def test_more_memory_never_makes_it_slower(judge: Judge, number: int, more_mib: int) -> None:
+    options = PlaceOptions(client_rtts_ms=judge.client_rtts_ms)
+    try:
+        before = plan(judge.swarm, judge.model, options)
+    except RouteUnavailable:
+        return
+    member = judge.swarm.ranked()[number % len(judge.swarm.members)]
+    more = more_mib << 20
+    richer = replace(
+        member.advert,
+        memory_bytes=member.advert.memory_bytes + more,
+        memory_free_bytes=member.advert.memory_free_bytes + more,
+    )
+    after = plan(judge.swarm.with_advert(member.peer, richer, member.peer), judge.model, options)
+    assert after.predicted_ms_per_token <= before.predicted_ms_per_token + 0.002 * (len(after.hops) + 1)
 
 
 def test_with_memory_for_all_one_fast_worker_serves_alone() -> None:
@@ -193,9 +227,14 @@ def test_memory_in_pieces_too_small_for_a_block_says_so() -> None:
 
 def test_many_workers_still_get_a_placement() -> None:
     adverts = [advert(1 + number % 3, read_gb_s=1 + number % 7) for number in range(4 * EXACT_WORKERS)]
-    swarm, model = view(*adverts), needs(*[1] * 60)
-    check(plan(swarm, model), swarm, model)
-    check(plan(swarm, needs(*[1] * 12)), swarm, needs(*[1] * 12))
+    swarm = view(*adverts)
+    for blocks in (12, 60):
+        model = needs(*[1] * blocks)
+        placement = plan(swarm, model)
+        Judge(swarm, model).check(placement)
+        assert not placement.exact
+        bound_ms = lower_bound_ms(swarm, model, placement, PlaceOptions())
+        assert 0 < bound_ms <= placement.predicted_ms_per_token
 
 
 def test_equal_inputs_give_equal_placements() -> None:
@@ -206,3 +245,80 @@ def test_equal_inputs_give_equal_placements() -> None:
     for member in reversed(forwards.ranked()):
         backwards = backwards.with_advert(member.peer, member.advert, member.peer)
     assert plan(forwards, model) == plan(backwards, model)
+
+
+def test_paused_workers_are_passed_over_and_named() -> None:
+    swarm = view(advert(read_gb_s=20, accepting=False), advert(read_gb_s=5))
+    assert [hop.peer for hop in plan(swarm, needs(1, 1)).hops] == [peer(1)]
+    with pytest.raises(RouteUnavailable, match=r"2 workers found \(1 of them paused\), 2 needed"):
+        plan(swarm, needs(1, 1), PlaceOptions(hops_min=2))
+
+
+def test_a_relayed_worker_loses_to_a_direct_one_that_is_a_little_slower() -> None:
+    swarm = view(advert(read_gb_s=10, relayed=True), advert(read_gb_s=9))
+    assert plan(swarm, needs(*[4] * 4)).hops[0].peer == peer(1)
+    far_slower = view(advert(read_gb_s=10, relayed=True), advert(read_gb_s=0.1))
+    assert plan(far_slower, needs(*[4] * 4)).hops[0].peer == peer(0)
+
+
+def test_a_busy_worker_counts_as_a_slower_one() -> None:
+    swarm = view(advert(read_gb_s=10, load_percent=80), advert(read_gb_s=5), advert(read_gb_s=9, load_percent=100))
+    assert plan(swarm, needs(*[4] * 4)).hops[0].peer == peer(1)
+
+
+def test_the_nearest_worker_wins_by_what_the_client_measured() -> None:
+    swarm = view(advert(rtts_ms=(1.0,)), advert(rtts_ms=(90.0,)))
+    client = {peer(0): 80.0, peer(1): 4.0}
+    assert plan(swarm, needs(*[4] * 4), PlaceOptions(client_rtts_ms=client)).hops[0].peer == peer(1)
+
+
+def test_measured_block_times_of_the_deployment_count_before_the_machines_speed() -> None:
+    deployment = DeploymentId(b"d" * 16)
+    model = replace(needs(*[4] * 4), deployment=deployment)
+    slow_in_truth = advert(read_gb_s=100, spans=(HeldSpan(deployment, 1, 3, 9_000),))
+    assert plan(view(slow_in_truth, advert(read_gb_s=10)), model).hops[0].peer == peer(1)
+    other = advert(read_gb_s=100, spans=(HeldSpan(DeploymentId(b"o" * 16), 1, 3, 9_000),))
+    assert plan(view(other, advert(read_gb_s=10)), model).hops[0].peer == peer(0)
+
+
+def test_order_follows_the_round_trips() -> None:
+    """Two sites far apart, two workers at each, all needed: the way goes over once and comes back once."""
+    site = {0: 0.0, 1: 80.0, 2: 0.0, 3: 80.0}
+    swarm = SwarmView()
+    for number, place in site.items():
+        rtts = tuple(Rtt(peer_tag(peer(o)), 2.0 + abs(place - at)) for o, at in site.items() if o != number)
+        swarm = swarm.with_advert(peer(number), replace(advert(4), rtts=rtts), peer(number))
+    client = {peer(number): 50.0 for number in site}
+    placement = plan(swarm, needs(*[4] * 4), PlaceOptions(client_rtts_ms=client))
+    places = [site[number] for hop in placement.hops for number in site if peer(number) == hop.peer]
+    assert places in ([0.0, 0.0, 80.0, 80.0], [80.0, 80.0, 0.0, 0.0])
+    assert placement.network_ms == pytest.approx((50 + 2 + 82 + 2 + 50) / 2, abs=0.01)
+
+
+def test_many_streams_spread_over_more_workers_than_one() -> None:
+    swarm, model = view(*[advert(64, read_gb_s=0.5)] * 4), needs(*[8] * 8)
+    assert len(plan(swarm, model).hops) == 1
+    rate = plan(swarm, model, PlaceOptions("throughput", concurrency=16))
+    assert len(rate.hops) == 4
+    assert rate.predicted_tokens_per_second > 3 * plan(swarm, model).predicted_tokens_per_second
+    assert len(plan(swarm, model, PlaceOptions("throughput", concurrency=1)).hops) == 1
+
+
+def test_concurrency_asks_for_room_for_every_stream() -> None:
+    swarm, model = view(advert(kv_mib=8)), needs(*[1] * 4, kv_mib=1)
+    assert plan(swarm, model, PlaceOptions(concurrency=2)).hops[0].kv_bytes == 8 << 20
+    with pytest.raises(RouteUnavailable, match="KV cache"):
+        plan(swarm, model, PlaceOptions(concurrency=3))
+
+
+def test_an_unknown_objective_names_the_known() -> None:
+    with pytest.raises(InputError, match="latency, throughput"):
+        plan(view(advert()), needs(1), PlaceOptions("speed"))  # type: ignore[arg-type]
+
+
+def test_one_worker_alone_or_none() -> None:
+    swarm = view(advert(4, read_gb_s=50), advert(16, read_gb_s=1), advert(16, read_gb_s=2))
+    single = alone(swarm, needs(*[4] * 4))
+    assert single is not None
+    assert [hop.peer for hop in single.hops] == [peer(2)]
+    assert alone(swarm, needs(*[4] * 5)) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.placement import HOP_SOFTWARE_S, Placement, PlannedHop
+from client.placement.distances import RTT_UNKNOWN_MS
 from client.routing import Hop, Route, choose_route, route_of
-from protocol.adverts import HeldSpan
+from protocol.adverts import HeldSpan, Rtt, peer_tag
 from protocol.errors import RouteUnavailable
 from protocol.ids import DeploymentId
 from protocol.limits import HOPS_MAX
@@ -19,11 +21,16 @@ from tests.helpers.adverts import advert, peer, view
 
 DEPLOYMENT, OTHER = DeploymentId(b"d" * 16), DeploymentId(b"o" * 16)
 BLOCKS = 6
+PER_HOP_S = HOP_SOFTWARE_S + RTT_UNKNOWN_MS / 2000
 
 
 def holding(*spans: tuple[int, int, int]) -> SwarmView:
     """Worker i holds blocks [start, end) at so many microseconds each."""
     return view(*[advert(spans=(HeldSpan(DEPLOYMENT, start, end, us),)) for start, end, us in spans])
+
+
+def planned(number: int, start: int, end: int) -> PlannedHop:
+    return PlannedHop(peer(number), start, end, 1, 1, 1, 1, 1, 1)
 
 
 def spans(route: Route) -> list[tuple[int, int]]:
@@ -56,6 +63,32 @@ def test_blocks_that_nobody_holds_are_named() -> None:
         choose_route(holding((0, 6, 1)), OTHER, BLOCKS)
 
 
+def test_a_near_replica_wins_over_a_slightly_faster_far_one() -> None:
+    swarm = holding((0, 6, 100), (0, 6, 90))
+    client = {peer(0): 2.0, peer(1): 30.0}
+    assert choose_route(swarm, DEPLOYMENT, BLOCKS, client_rtts_ms=client).hops[0].peer == peer(0)
+
+
+def test_paused_and_busy_replicas_are_passed_over() -> None:
+    span = (HeldSpan(DEPLOYMENT, 0, BLOCKS, 1000),)
+    swarm = view(advert(spans=span, accepting=False), advert(spans=span, load_percent=80), advert(spans=span))
+    assert choose_route(swarm, DEPLOYMENT, BLOCKS).hops[0].peer == peer(2)
+    assert choose_route(swarm, DEPLOYMENT, BLOCKS, exclude=[peer(2)]).hops[0].peer == peer(1)
+    with pytest.raises(RouteUnavailable, match="blocks 0 to 5"):
+        choose_route(swarm, DEPLOYMENT, BLOCKS, exclude=[peer(1), peer(2)])
+
+
+def test_legs_between_replicas_count() -> None:
+    """Two replicas of the second half: the one near the worker of the first half serves, by what both say."""
+    first = HeldSpan(DEPLOYMENT, 0, 3, 100)
+    second = HeldSpan(DEPLOYMENT, 3, 6, 100)
+    said = tuple(Rtt(peer_tag(peer(number)), rtt_ms) for number, rtt_ms in ((1, 90.0), (2, 3.0)))
+    swarm = view(replace(advert(spans=(first,)), rtts=said), advert(spans=(second,)), advert(spans=(second,)))
+    client = {peer(number): 10.0 for number in range(3)}
+    route = choose_route(swarm, DEPLOYMENT, BLOCKS, client_rtts_ms=client)
+    assert [hop.peer for hop in route.hops] == [peer(0), peer(2)]
+
+
 def test_spans_that_overlap_without_meeting_are_no_route() -> None:
     with pytest.raises(RouteUnavailable, match="do not meet"):
         choose_route(holding((0, 4, 1), (2, 6, 1)), DEPLOYMENT, BLOCKS)
@@ -83,7 +116,7 @@ def test_the_route_is_the_fastest_chain(held_spans: list[tuple[int, int, int]]) 
         for chain in permutations(held_spans, count):
             starts = [0, *(end for _, end, _ in chain)]
             if [start for start, _, _ in chain] == starts[:-1] and starts[-1] == BLOCKS:
-                cost = sum((end - start) * us / 1e6 + HOP_SOFTWARE_S for start, end, us in chain)
+                cost = sum((end - start) * us / 1e6 + PER_HOP_S for start, end, us in chain)
                 best = cost if best is None else min(best, cost)
     swarm = holding(*held_spans)
     if best is None:
@@ -92,12 +125,12 @@ def test_the_route_is_the_fastest_chain(held_spans: list[tuple[int, int, int]]) 
         return
     route = choose_route(swarm, DEPLOYMENT, BLOCKS)
     us = {peer(index): span[2] for index, span in enumerate(held_spans)}
-    assert sum((h.end - h.start) * us[h.peer] / 1e6 + HOP_SOFTWARE_S for h in route.hops) == pytest.approx(best)
+    assert sum((h.end - h.start) * us[h.peer] / 1e6 + PER_HOP_S for h in route.hops) == pytest.approx(best)
 
 
 def test_a_fresh_placement_is_a_route() -> None:
     swarm = view(advert(), advert())
-    placement = Placement((PlannedHop(peer(1), 0, 4, 1, 1), PlannedHop(peer(0), 4, 6, 1, 1)), 1.0, peer(1))
+    placement = Placement((planned(1, 0, 4), planned(0, 4, 6)), 0)
     route = route_of(placement, swarm, DEPLOYMENT)
     assert [(hop.peer, hop.start, hop.end) for hop in route.hops] == [(peer(1), 0, 4), (peer(0), 4, 6)]
     with pytest.raises(RouteUnavailable, match="1 of the placed workers left"):

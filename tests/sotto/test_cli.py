@@ -149,6 +149,43 @@ def test_peers_and_place(swarm: Cluster, model: Path) -> None:
     assert sotto("peers", "-b", swarm.bootstrap).exit_code == 0
 
 
+def test_place_says_whether_the_swarm_helps(swarm: Cluster, model: Path) -> None:
+    """A tiny model on workers of this very machine: honestly, it does not."""
+    words = ["place", str(model), "-b", swarm.bootstrap, "--workers", "3", "--kv-tokens", "64"]
+    found = one_object(sotto(*words, "--json"))
+    assert found["swarm_helps"] is False
+    assert str(found["why"]).startswith("no: this machine alone would be ")
+    parts = found["parts_ms"]
+    assert isinstance(parts, dict)
+    assert sum(parts.values()) == pytest.approx(found["predicted_ms_per_token"])
+    assert found["lower_bound_ms"] <= found["predicted_ms_per_token"]  # type: ignore[operator]
+    assert isinstance(found["one_worker"], dict)
+    assert found["measured"] is None
+    shown = sotto(*words)
+    assert shown.exit_code == 0, shown.output
+    for words_shown in ("blocks 0 to 0", "bottleneck", "one worker alone: ", "this machine alone: ", "swarm help? no"):
+        assert words_shown in shown.stdout
+    rate = one_object(sotto(*words, "--json", "--objective", "throughput"))
+    assert (rate["objective"], rate["concurrency"]) == ("throughput", 16)
+    assert rate["predicted_tokens_per_second"] > 1000 / rate["predicted_ms_per_token"]  # type: ignore[operator]
+
+
+def test_place_measures_what_it_predicts(swarm: Cluster, model: Path) -> None:
+    words = ["place", str(model), "-b", swarm.bootstrap, "--workers", "3", "--kv-tokens", "64", "--measure"]
+    measured = one_object(sotto(*words, "--json"))["measured"]
+    assert isinstance(measured, dict)
+    assert measured["ms_per_token"] > 0
+    assert measured["predicted_ms_per_token"] > 0
+    assert [hop["compute_ms"] > 0 for hop in measured["hops"]] == [True] * 3
+    again = sotto(*words)
+    assert again.exit_code == 0, again.output
+    assert "measured: " in again.stdout
+    assert "hop 2: " in again.stdout
+    answer = one_object(sotto("run", "-m", str(model), "-b", swarm.bootstrap, "-n", "4", "--json", PROMPT))
+    assert answer["predicted_ms_per_token"] > 0  # type: ignore[operator]
+    assert answer["measured_ms_per_token"] > 0  # type: ignore[operator]
+
+
 def test_keys(tmp_path: Path) -> None:
     made = one_object(sotto("key", "new", "work", "--json"))
     secret = Path(str(made["file"])).read_bytes()
@@ -180,6 +217,7 @@ def test_keys(tmp_path: Path) -> None:
         (["run", "hello", "-b", "x", "--key", "none"], "sotto key new"),
         (["submit", "/nowhere.jsonl", "-o", "out"], "/nowhere.jsonl"),
         (["peers", "-b", "/ip4/127.0.0.1/tcp/9"], "/p2p/"),
+        (["place", "-b", "x", "--objective", "speed"], "latency, throughput"),
         (["key", "show", "nobody"], "sotto key new nobody"),
         (["key", "new", "../../etc"], "no key name"),
         (["sim", "status"], "sotto sim up"),

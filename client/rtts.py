@@ -1,0 +1,74 @@
+"""How far the workers are from here: round trips measured by Ping, a few workers at a time, all within one deadline.
+
+What was not measured in time is left out, whatever the reason; placement estimates it. Nobody is dialled but for a
+placement, and at most PEERS_MAX workers, so that a large swarm is not woken by every client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from math import inf
+
+import trio
+
+from client.driver import run_all
+from client.ports import ClientPorts
+from client.session import CLOSE_S
+from protocol.channel import Channel
+from protocol.errors import RemoteProtocolError, TransportError
+from protocol.ids import PeerId
+from protocol.messages import CONTROL, Ping, Pong
+from protocol.swarm import Member
+
+PEERS_MAX = 48
+AT_ONCE = 16  # dials under way: each costs both sides a handshake
+DEADLINE_S = 3.0  # the farthest pair of PlanetLab takes 3 s for one round trip; who needs longer is not placed on
+PINGS = 4  # the shortest counts: whatever else runs on either machine only ever makes one longer
+
+
+def worth_asking(members: Sequence[Member]) -> list[Member]:
+    """At most PEERS_MAX: half those with most room, half taken evenly from all, as landmarks for the estimates."""
+    if len(members) <= PEERS_MAX:
+        return list(members)
+    roomy = sorted(members, key=lambda member: (-member.advert.memory_free_bytes, member.peer))
+    rest = roomy[PEERS_MAX // 2 :]
+    step = len(rest) / (PEERS_MAX // 2)
+    rest.sort(key=lambda member: member.peer)
+    return roomy[: PEERS_MAX // 2] + [rest[int(index * step)] for index in range(PEERS_MAX // 2)]
+
+
+async def measure_rtts_ms(ports: ClientPorts, members: Sequence[Member]) -> dict[PeerId, float]:
+    """Milliseconds to each of `members` that answered in time."""
+    found: dict[PeerId, float] = {}
+    turns = trio.Semaphore(AT_ONCE)
+
+    async def measure(member: Member) -> None:
+        async with turns:
+            try:
+                stream = await ports.transport.open(member.peer, member.advert.addrs, CONTROL)
+                channel = Channel(stream, CONTROL)
+                try:
+                    for _ in range(PINGS):
+                        found[member.peer] = min(await _ping_ms(ports, channel), found.get(member.peer, inf))
+                finally:
+                    with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
+                        await channel.aclose()
+            except TransportError:
+                return
+            except RemoteProtocolError:
+                ports.observer.violation(member.peer)
+
+    calls: list[Callable[[], Awaitable[None]]] = [partial(measure, member) for member in members]
+    with trio.move_on_after(DEADLINE_S):
+        await run_all(*calls)
+    return found
+
+
+async def _ping_ms(ports: ClientPorts, channel: Channel) -> float:
+    ping = Ping(ports.entropy(8))
+    started = ports.clock.monotonic()
+    reply = await channel.call(ping)
+    if reply != Pong(ping.nonce):
+        raise RemoteProtocolError("a ping was not answered by its pong")
+    return 1000 * (ports.clock.monotonic() - started)

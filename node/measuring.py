@@ -1,0 +1,82 @@
+"""A deployed model timed for real: per token at the client, and per token at each hop, by what hops say of a step.
+
+Two short generations: one as any request, for the time per token; one whose hops all return their outputs, since only
+then does each of them say how long it computed. Greedy; an end of sequence does not stop it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
+from statistics import median
+
+import torch
+
+from client.generate import Generation, GenerationHost, GenerationParams
+from client.outputs import HopOutput
+from client.session import SessionTerms
+from equivariant.ends import ClientEnds
+from node.model import DeployedModel
+from protocol.ids import PeerId
+
+TOKENS = 32
+ENDS_RUNS = 3
+PROMPT = "The"
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredHop:
+    peer: PeerId
+    compute_ms: float  # a token, on average
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`ms_per_token`: the median time between one token and the next."""
+
+    ms_per_token: float
+    hops: tuple[MeasuredHop, ...]
+
+
+class _Unkept:
+    """Wants outputs returned, not their contents."""
+
+    def take(self, output: HopOutput) -> None: ...
+
+
+async def measure(model: DeployedModel, tokens: int = TOKENS) -> Measured:
+    """Time `tokens` tokens, two at least. Raises what a generation raises."""
+    tokens = max(2, min(tokens, model.config.max_position - 8))
+    times, _ = await _generate(model, tokens, "none")
+    gaps = [later - earlier for earlier, later in pairwise(times)]
+    _, computes = await _generate(model, tokens, "bfloat16")
+    hops = zip(model.route.hops, computes, strict=True)
+    return Measured(median(gaps) * 1000, tuple(MeasuredHop(hop.peer, compute_ms) for hop, compute_ms in hops))
+
+
+def time_ends(ends: ClientEnds) -> float:
+    """Seconds that the client itself takes per token: its embedding, norm and head; the best of a few."""
+    hidden = torch.zeros(1, ends.embedding.shape[1])
+    best = inf
+    for _ in range(ENDS_RUNS):
+        started = time.perf_counter()
+        ends.embed([0])
+        ends.logits(hidden)
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+async def _generate(model: DeployedModel, tokens: int, returns: str) -> tuple[list[float], list[float]]:
+    """Times of the tokens, and each hop's mean milliseconds over the decoding steps that it told of."""
+    ids = model.tokenizer.encode(PROMPT)[:4]
+    terms = SessionTerms(len(ids) + tokens, returns, _Unkept())
+    async with model.driver.session(model.route, terms) as session:
+        host = GenerationHost(model.ports.clock, model.run_sync)
+        generation = Generation(session, model.ends, ids, GenerationParams(max_new_tokens=tokens), host)
+        async for _ in generation.tokens():
+            if len(generation.ids) == 1:  # what was computed up to here is the prompt
+                session.computed.clear()
+        computed = [session.computed.get(hop.peer, (1, 0)) for hop in model.route.hops]
+        return generation.token_times_s, [micros / steps / 1000 for steps, micros in computed]

@@ -1,0 +1,53 @@
+"""`sotto bench placement`: how good the placements are, measured here."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sotto.commands.common import Json, errors, print_json, progress_bar
+
+
+def placement(
+    swarms: Annotated[int, typer.Option(min=1, help="How many random swarms.")] = 200,
+    reference_s: Annotated[float, typer.Option(min=0.0, help="Seconds of reference search for each.")] = 60.0,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with measured round trips (planetlab_rtt_ms.txt, aws_region_rtt_ms.json)."),
+    ] = None,
+    objective: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
+    peers_max: Annotated[int, typer.Option(min=12, help="Peers of the largest swarm.")] = 1000,
+    first_seed: Annotated[int, typer.Option(min=0, help="Number of the first swarm.")] = 0,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per swarm.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the planner with a long reference search and a lower bound, on random swarms.
+
+    Round trips come from measured matrices when --data names a folder that holds them, else from a built-in generator.
+    """
+    with errors(as_json):
+        from client.placement.needs import OBJECTIVES
+        from protocol.errors import InputError
+        from simnet.bench.placement import BenchOptions, run
+
+        known = {name: name for name in OBJECTIVES}
+        if objective not in known:
+            raise InputError(f"unknown --objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
+        options = BenchOptions(swarms, reference_s, data, known[objective], (11, peers_max), first_seed)
+
+        def show(line: str) -> None:
+            if verbose:
+                print(line, file=sys.stderr)
+
+        with progress_bar("swarms", bytes_=False, quiet=as_json or verbose) as update:
+            summary = run(options, update, show).summary()
+        if as_json:
+            print_json(summary)
+            return
+        for name, value in summary.items():
+            if isinstance(value, dict):
+                value = "  ".join(f"{key} {figure:.3f}" for key, figure in value.items())
+            print(f"{name.replace('_', ' ')}: {value}")
