@@ -54,6 +54,7 @@ class WorkerOptions:
     device: str
     metrics: tuple[str, int] | None
     lifeline: int | None
+    dial_from: str | None = None  # a local address, by which a cluster for experiments tells its workers apart
 
     def __post_init__(self) -> None:
         if self.kv_memory_bytes >= self.memory_bytes:
@@ -76,7 +77,7 @@ async def run_worker(options: WorkerOptions) -> None:
         identity = load_identity(options.data_dir)
         async with (
             until_told(options.lifeline),
-            open_mesh(MeshConfig(identity.seed, options.listen, options.announce)) as mesh,
+            open_mesh(MeshConfig(identity.seed, options.listen, options.announce, options.dial_from)) as mesh,
         ):
             await _serve(options, identity, mesh)
 
@@ -113,16 +114,17 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None
             service = WorkerService(ports, config)
             await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
             nursery.start_soon(stay_joined, mesh, options.bootstrap)
-            with _announced(options.data_dir, mesh.peer, mesh.addrs, metrics_url):
+            with _announced(options.data_dir, mesh, metrics_url):
                 log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs})
                 await trio.sleep_forever()
 
 
 @contextmanager
-def _announced(folder: Path, peer: str, addrs: tuple[str, ...], metrics: str) -> Iterator[None]:
+def _announced(folder: Path, mesh: Mesh, metrics: str) -> Iterator[None]:
     """`worker.json` while the worker serves: how its maker, and its owner, find it."""
     file = folder / "worker.json"
-    state = {"pid": os.getpid(), "peer": peer, "addrs": addrs, "metrics": metrics}
+    state = {"pid": os.getpid(), "peer": mesh.peer, "addrs": mesh.addrs, "listening": mesh.listening}
+    state["metrics"] = metrics
     write_atomic(file, json.dumps(state).encode())
     try:
         yield

@@ -43,11 +43,13 @@ SEED_BYTES = 32
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
     """`seed`: 32-byte Ed25519 identity. `listen`: multiaddrs, () for none (a client behind NAT dials only).
-    `announce`: what peers are told to dial instead of the listening addresses (port forwarding)."""
+    `announce`: what peers are told to dial instead of the listening addresses (port forwarding). `dial_from`: the local
+    IPv4 address that dials come from; None leaves it to the system."""
 
     seed: bytes = field(repr=False)
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce: tuple[str, ...] = ()
+    dial_from: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.seed) != SEED_BYTES:
@@ -75,7 +77,12 @@ class Mesh:
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        return self._announce or tuple(str(addr) for addr in self._host.get_transport_addrs())
+        return self._announce or self.listening
+
+    @property
+    def listening(self) -> tuple[str, ...]:
+        """Where this node's own sockets listen, whatever it announces."""
+        return tuple(str(addr) for addr in self._host.get_transport_addrs())
 
     def connected(self) -> tuple[PeerId, ...]:
         return tuple(sorted(PeerId(peer.to_base58()) for peer in self._host.live_peers()))
@@ -208,7 +215,7 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
                 bound[str(maddr)] = await bind(maddr)
         async with trio.open_nursery() as nursery:
             router = new_router()
-            host = new_host(config.seed, nursery, bound, announce)
+            host = new_host(config.seed, nursery, bound, announce, config.dial_from)
             pubsub = GuardedPubsub(host, router)
             async with (
                 host.run([Multiaddr(addr) for addr in bound]),

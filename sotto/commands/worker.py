@@ -38,6 +38,7 @@ def worker(
     ] = "127.0.0.1:9517",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
+    dial_from: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run a worker: it advertises what it gives, holds sealed blocks, and computes on them.
 
@@ -65,5 +66,6 @@ def worker(
             device=device,
             metrics=parse_metrics_address(metrics),
             lifeline=lifeline,
+            dial_from=dial_from,
         )
         trio.run(run_worker, options)
