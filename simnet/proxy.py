@@ -27,7 +27,8 @@ from simnet.shape import CLIENT, Wiring
 READ_BYTES = 64 * 1024
 CHUNK_S = 0.002  # of a slow link's time one read may fill: others get their turn
 QUEUE_S = 0.05  # of waiting bytes a link holds, as a router's buffer; senders wait for the rest
-HELD_BYTES_MAX = 16 << 20  # of one connection and direction, on a link without a rate: a large TCP window
+WINDOW_BYTES = 256 * 1024  # of one connection and direction that wait for a slow reader, beside what is under way
+HELD_BYTES_MAX = 16 << 20  # of one connection and direction in all, as on a link without a rate: a large TCP window
 RECEIVE_BUFFER_BYTES = 128 * 1024  # the kernel's, where the rate is bounded: bytes should wait at their sender
 SLACK_S = 0.0005
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset
@@ -119,12 +120,17 @@ class Lane:
 
     async def _room(self) -> None:
         while True:
-            if self._held_bytes >= HELD_BYTES_MAX:
+            if self._held_bytes >= self._held_bytes_max():
                 await self._changed.park()
-            elif (over := self._link.queued_s - QUEUE_S) > 0:
+            elif (over := self._link.queued_s - QUEUE_S) > SLACK_S:
                 await trio.sleep(over)
             else:
                 return
+
+    def _held_bytes_max(self) -> float:
+        options = self._link.options
+        under_way = options.bytes_per_s * (options.delay_s + options.jitter_s + QUEUE_S)
+        return min(HELD_BYTES_MAX, WINDOW_BYTES + under_way)
 
     def _read_bytes(self) -> int:
         rate = self._link.options.bytes_per_s
