@@ -1,11 +1,13 @@
 # make demo   three workers, a sealed model, one answer
 # make test   what CI runs
 # make check  style, types and rings alone
+# make fuzz   all parsers of untrusted bytes, FUZZ_SECONDS in all (600)
 # Each makes .venv first; afterwards .venv/bin/sotto is there.
 PYTHON ?= python3
+FUZZ_SECONDS ?= 600
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-.PHONY: demo test check wheel clean prerequisites
+.PHONY: demo test check fuzz wheel clean prerequisites
 
 demo: .venv/runs
 	$(BIN)/sotto demo
@@ -18,6 +20,10 @@ check: .venv/tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Guided by coverage where atheris is installed: .venv/bin/pip install -e '.[fuzz]'
+fuzz: .venv/tests
+	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 wheel: .venv/tests
 	$(BIN)/python -m build --wheel
