@@ -2,11 +2,13 @@
 # make test   what CI runs
 # make check  style, types and rings alone
 # make interop  js-libp2p as a foreign client; needs node and npm
+# make fuzz   all parsers of untrusted bytes, FUZZ_SECONDS in all (600)
 # Each makes .venv first; afterwards .venv/bin/sotto is there.
 PYTHON ?= python3
+FUZZ_SECONDS ?= 600
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-.PHONY: demo test check interop wheel clean prerequisites
+.PHONY: demo test check fuzz interop wheel clean prerequisites
 
 demo: .venv/runs
 	$(BIN)/sotto demo
@@ -19,6 +21,10 @@ check: .venv/tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# Guided by coverage where atheris is installed: .venv/bin/pip install -e '.[fuzz]'
+fuzz: .venv/tests
+	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 # Beside the tests, not below them: what npm installs is nobody's to lint.
 interop: .venv/tests

@@ -77,6 +77,7 @@ class WorkerOptions:
     quotas: Quotas = QUOTAS_DEFAULT
     schedule: Schedule | None = None
     yields: bool = False
+    dial_from: str | None = None  # a local address, by which a cluster for experiments tells its workers apart
 
     @property
     def queue_memory_bytes(self) -> int:
@@ -106,7 +107,7 @@ async def run_worker(options: WorkerOptions) -> None:
         identity = load_identity(options.data_dir)
         async with (
             until_told(options.lifeline),
-            open_mesh(MeshConfig(identity.seed, options.listen, options.announce)) as mesh,
+            open_mesh(MeshConfig(identity.seed, options.listen, options.announce, options.dial_from)) as mesh,
         ):
             await _serve(options, identity, mesh, (key, Leads(entry.addrs)))
 
@@ -196,7 +197,8 @@ def _announced(folder: Path, mesh: Mesh, facts: Mapping[str, str]) -> Iterator[C
     file = folder / STATE_FILE
 
     def announce() -> None:
-        state = {"pid": os.getpid(), "peer": mesh.peer, "addrs": mesh.addrs, "reach": mesh.reach.state.value}
+        state = {"pid": os.getpid(), "peer": mesh.peer, "addrs": mesh.addrs, "listening": mesh.listening}
+        state["reach"] = mesh.reach.state.value
         write_atomic(file, json.dumps({**state, **facts}).encode())
 
     announce()

@@ -1,8 +1,9 @@
-"""Local clusters of real daemons: N `sotto worker` processes on loopback, each with its own identity, data and limits.
+"""Local clusters of real daemons: `sotto worker` processes on loopback, each with its own identity, data and limits,
+and where links are shaped, a proxy that carries all that they say to each other and to the client.
 
-A cluster is a folder: `cluster.json` with the processes, `worker-0/`, ... with what they keep and log. A process is
-recorded with its start time, so that a recycled process id is never taken, or killed, for a worker. Clusters that must
-not outlive their maker (demo, tests) hold a pipe whose end of file makes the workers stop, even after SIGKILL.
+A cluster is a folder: `cluster.json` with the processes, one folder for each worker with what it keeps and logs. Every
+process is on record as soon as it exists, also while a cluster is still starting. Clusters that must not outlive their
+maker (demo, tests) hold a pipe whose end of file makes all their processes stop, even after SIGKILL.
 """
 
 from __future__ import annotations
@@ -13,79 +14,100 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-
-import psutil
 
 from node.files import write_atomic
 from node.paths import state_dir
 from protocol.errors import InputError
+from simnet.processes import Process, identify, interrupts_held, spawn, stop, stop_children, wait_ready
+from simnet.proxy import dialling_host
+from simnet.shape import Shape, Wiring, load_wiring
 
-READY_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 10.0
-_POLL_S = 0.05
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+_RECORD = "cluster.json"
+_ANY_PORT = "/ip4/127.0.0.1/tcp/0"
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """Limits of one worker, as its command line takes them."""
+    """Limits of one worker, as its command line takes them. Without a name it is worker-0, worker-1, ... `options` are
+    further words of its command line."""
 
     memory: str = "2GiB"
     kv_memory: str = "512MiB"
     threads: int = 1
+    name: str = ""
+    options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerProcess:
-    """A running worker. `started` is when the process was created, Unix seconds."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerProcess(Process):
+    """A running worker; `addrs` is empty as long as it does not serve. `command` starts it again."""
 
+    name: str
     folder: str
-    pid: int
-    started: float
-    peer: str
-    addrs: tuple[str, ...]
-    metrics: str
-
-    @property
-    def alive(self) -> bool:
-        return _start_time(self.pid) == self.started
+    command: tuple[str, ...]
+    peer: str = ""
+    addrs: tuple[str, ...] = ()
+    metrics: str = ""
 
     @property
     def bootstrap(self) -> str:
-        """The address to give to `--bootstrap`."""
+        """The address to give to `--bootstrap`. Raises InputError."""
+        if not self.addrs:
+            raise InputError(f"{self.name} does not serve yet: wait until the network is up, or 'sotto sim down'")
         return f"{self.addrs[0]}/p2p/{self.peer}"
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
+    """A cluster as it was when it was read. `lifeline` is known to its maker only."""
+
     folder: Path
-    workers: tuple[WorkerProcess, ...]
+    workers: tuple[WorkerProcess, ...] = ()
+    proxy: Process | None = None
+    lifeline: int | None = None
 
     @property
     def bootstrap(self) -> str:
-        return self.workers[0].bootstrap
+        """Any worker that runs, the first one first. Raises InputError."""
+        running = [worker for worker in self.workers if worker.alive] or self.workers
+        return running[0].bootstrap
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        return (*self.workers, self.proxy) if self.proxy else self.workers
+
+    @property
+    def wiring(self) -> Wiring | None:
+        """The links, where they are shaped."""
+        return load_wiring(self.folder)
+
+    def worker(self, name: str) -> WorkerProcess:
+        """Raises InputError."""
+        for worker in self.workers:
+            if worker.name == name:
+                return worker
+        raise InputError(f"there is no worker {name!r}: name one of {', '.join(each.name for each in self.workers)}")
+
+    def reshape(self, a: str, b: str, shape: Shape) -> None:
+        """Change a link under the connections that run over it. Raises InputError."""
+        wiring = self.wiring
+        if wiring is None or self.proxy is None:
+            raise InputError("the links of this network are not shaped: start it with --profile or a file")
+        wiring.with_link(a, b, shape).save(self.folder)
+        if not self.proxy.send(signal.SIGHUP):
+            raise InputError("the proxy of this network is gone: run 'sotto sim down', then 'sotto sim up'")
 
     def save(self) -> None:
-        record = {"workers": [asdict(worker) for worker in self.workers]}
-        write_atomic(self.folder / "cluster.json", json.dumps(record, indent=1).encode())
+        record = {"workers": [asdict(worker) for worker in self.workers], "proxy": self.proxy and asdict(self.proxy)}
+        write_atomic(self.folder / _RECORD, json.dumps(record, indent=1).encode())
 
     def stop(self) -> None:
-        """End every worker: SIGTERM, and SIGKILL for those that do not follow. Returns when all are gone."""
-        for sign, wait_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, STOP_TIMEOUT_S)):
-            for worker in self.workers:
-                if worker.alive:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(worker.pid, sign)
-            deadline = time.monotonic() + wait_s
-            while any(worker.alive for worker in self.workers) and time.monotonic() < deadline:
-                time.sleep(_POLL_S)
-        (self.folder / "cluster.json").unlink(missing_ok=True)
+        """End every process. Returns when all are gone."""
+        stop(self.processes)
+        (self.folder / _RECORD).unlink(missing_ok=True)
 
 
 def default_folder() -> Path:
@@ -96,133 +118,169 @@ def default_folder() -> Path:
 def load(folder: Path) -> Cluster:
     """The cluster recorded in `folder`. Raises InputError."""
     try:
-        record = json.loads((folder / "cluster.json").read_text())
-        workers = tuple(WorkerProcess(**{**item, "addrs": tuple(item["addrs"])}) for item in record["workers"])
+        record = json.loads((folder / _RECORD).read_text())
+        workers = tuple(
+            WorkerProcess(**{**item, "addrs": tuple(item["addrs"]), "command": tuple(item["command"])})
+            for item in record["workers"]
+        )
+        proxy = Process(**record["proxy"]) if record["proxy"] else None
     except FileNotFoundError:
         raise InputError("no simulation network is up: start one with 'sotto sim up --workers 3'") from None
     except (ValueError, TypeError, KeyError):
-        raise InputError(f"{folder / 'cluster.json'} is damaged: stop the workers by hand and delete it") from None
-    return Cluster(folder, workers)
+        raise InputError(f"{folder / _RECORD} is damaged: stop the workers by hand and delete it") from None
+    return Cluster(folder, workers, proxy)
 
 
 def start(
-    folder: Path, specs: Sequence[WorkerSpec], *, lifeline: int | None = None, notify: Callable[[str], None]
+    folder: Path,
+    specs: Sequence[WorkerSpec],
+    *,
+    wiring: Wiring | None = None,
+    lifeline: int | None = None,
+    notify: Callable[[str], None],
 ) -> Cluster:
     """Start one worker for each spec; the first is the bootstrap of the others. All are stopped if one fails.
 
-    `lifeline` is a file descriptor to inherit: its end of file ends the workers. Raises InputError with the worker's
-    own last words.
+    `wiring` shapes the links between workers of these names. `lifeline` is a file descriptor to inherit: its end of
+    file ends the processes. Raises InputError with the last words of what did not start.
     """
-    if (folder / "cluster.json").exists() and any(worker.alive for worker in load(folder).workers):
+    if (folder / _RECORD).exists() and any(process.alive for process in load(folder).processes):
         raise InputError("a simulation network is up already: stop it with 'sotto sim down'")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    children: list[subprocess.Popen[bytes]] = []
-    ready: list[WorkerProcess] = []
+    specs = [replace(spec, name=spec.name or f"worker-{index}") for index, spec in enumerate(specs)]
+    launch = _Launch(Cluster(folder, lifeline=lifeline))
     try:
+        ports = launch.proxy(wiring) if wiring else {}
         for index, spec in enumerate(specs):
-            bootstrap = ready[0].bootstrap if ready else None
-            with _interrupts_held():  # between a process and our knowing it there is no moment for an interrupt
-                children.append(_spawn(folder / f"worker-{index}", spec, bootstrap, lifeline))
+            bootstrap = launch.cluster.workers[0].bootstrap if index else None
+            launch.worker(spec, _worker_command(folder, index, spec, ports.get(spec.name), bootstrap))
             if index == 0:  # the others need its address; they start side by side
-                ready.append(_wait_ready(folder / "worker-0", children[0]))
-        ready += [_wait_ready(folder / f"worker-{i}", child) for i, child in enumerate(children) if i > 0]
-        for index, worker in enumerate(ready):
-            notify(f"worker {index}: process {worker.pid}, peer {worker.peer}")
-        cluster = Cluster(folder, tuple(ready))
-        cluster.save()
+                launch.wait(0)
+        for index in range(1, len(specs)):
+            launch.wait(index)
     except BaseException:
-        _stop_children(children)
+        stop_children(launch.children)
+        (folder / _RECORD).unlink(missing_ok=True)
         raise
-    return cluster
+    for worker in launch.cluster.workers:
+        notify(f"{worker.name}: process {worker.pid}, peer {worker.peer}")
+    return launch.cluster
 
 
 @contextlib.contextmanager
 def running(
-    folder: Path, specs: Sequence[WorkerSpec], notify: Callable[[str], None] = lambda _: None
+    folder: Path,
+    specs: Sequence[WorkerSpec],
+    notify: Callable[[str], None] = lambda _: None,
+    wiring: Wiring | None = None,
 ) -> Iterator[Cluster]:
     """A cluster for the length of a `with` block, and not a moment longer, however this process ends."""
     read_end, write_end = os.pipe()
     try:
-        cluster = start(folder, specs, lifeline=read_end, notify=notify)
+        cluster = start(folder, specs, wiring=wiring, lifeline=read_end, notify=notify)
         try:
             yield cluster
         finally:
-            cluster.stop()
+            _now(cluster).stop()
     finally:
         os.close(read_end)
         os.close(write_end)
 
 
-def _spawn(folder: Path, spec: WorkerSpec, bootstrap: str | None, lifeline: int | None) -> subprocess.Popen[bytes]:
-    folder.mkdir()
-    command = [sys.executable, "-m", "sotto", "worker", "--data-dir", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0"]
+def restart(cluster: Cluster, name: str) -> Cluster:
+    """Start a worker that ended again, with its identity, data and address. Raises InputError."""
+    cluster = _now(cluster)
+    worker = cluster.worker(name)
+    if worker.alive:
+        raise InputError(f"{name} runs already, as process {worker.pid}")
+    launch = _Launch(cluster)
+    try:
+        launch.again(worker)
+    except BaseException:
+        stop_children(launch.children)
+        raise
+    return launch.cluster
+
+
+def _now(cluster: Cluster) -> Cluster:
+    """The cluster with the workers that were restarted since."""
+    try:
+        return replace(load(cluster.folder), lifeline=cluster.lifeline)
+    except InputError:
+        return cluster
+
+
+@dataclass(slots=True)
+class _Launch:
+    """Processes coming up, each on record as soon as it exists."""
+
+    cluster: Cluster
+    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def proxy(self, wiring: Wiring) -> dict[str, int]:
+        """The port that stands for each worker."""
+        folder = self.cluster.folder
+        wiring.save(folder)
+        with interrupts_held():
+            child = self._spawn(("sim", "proxy", str(folder)), folder / "proxy.log")
+            self._record(replace(self.cluster, proxy=identify(child)))
+        ports: dict[str, int] = wait_ready("the proxy", child, folder / "proxy.json", folder / "proxy.log")["ports"]
+        return ports
+
+    def worker(self, spec: WorkerSpec, command: tuple[str, ...]) -> None:
+        folder = self.cluster.folder / spec.name
+        folder.mkdir()
+        with interrupts_held():  # between a process and our knowing it there is no moment for an interrupt
+            known = identify(self._spawn(command, folder / "worker.log"))
+            process = WorkerProcess(
+                pid=known.pid, started=known.started, name=spec.name, folder=str(folder), command=command
+            )
+            self._record(replace(self.cluster, workers=(*self.cluster.workers, process)))
+
+    def again(self, worker: WorkerProcess) -> None:
+        folder, index = Path(worker.folder), self.cluster.workers.index(worker)
+        (folder / "worker.json").unlink(missing_ok=True)  # it was killed, and could not
+        shaped = "--announce" in worker.command
+        command = worker.command if shaped else tuple(
+            worker.addrs[0] if word == _ANY_PORT and worker.addrs else word for word in worker.command
+        )  # fmt: skip
+        with interrupts_held():
+            known = identify(self._spawn(command, folder / "worker.log"))
+            self._replace(index, replace(worker, pid=known.pid, started=known.started))
+        self.wait(index)
+
+    def wait(self, index: int) -> None:
+        """Until worker `index` serves; its address goes on record."""
+        worker = self.cluster.workers[index]
+        child = next(each for each in self.children if each.pid == worker.pid)
+        folder = Path(worker.folder)
+        state = wait_ready(worker.name, child, folder / "worker.json", folder / "worker.log")
+        self._replace(index, replace(worker, peer=state["peer"], addrs=tuple(state["addrs"]), metrics=state["metrics"]))
+
+    def _spawn(self, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        child = spawn(command, log, self.cluster.lifeline)
+        self.children.append(child)
+        return child
+
+    def _replace(self, index: int, worker: WorkerProcess) -> None:
+        workers = list(self.cluster.workers)
+        workers[index] = worker
+        self._record(replace(self.cluster, workers=tuple(workers)))
+
+    def _record(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        cluster.save()
+
+
+def _worker_command(
+    folder: Path, index: int, spec: WorkerSpec, port: int | None, bootstrap: str | None
+) -> tuple[str, ...]:
+    command = ["worker", "--data-dir", str(folder / spec.name), "--listen", _ANY_PORT]
     command += ["--memory", spec.memory, "--kv-memory", spec.kv_memory, "--threads", str(spec.threads)]
     command += ["--metrics", "127.0.0.1:0", "--no-lan"]
+    if port is not None:
+        command += ["--announce", f"/ip4/127.0.0.1/tcp/{port}", "--dial-from", dialling_host(index)]
     if bootstrap is not None:
         command += ["--bootstrap", bootstrap]
-    if lifeline is not None:
-        command += ["--lifeline", str(lifeline)]
-    with (folder / "worker.log").open("wb") as log:
-        # Its own session: an interrupt at the terminal reaches the parent alone, which then stops the workers in order.
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            pass_fds=() if lifeline is None else (lifeline,),
-            start_new_session=True,
-        )
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """SIGINT and SIGTERM that come within the block are delivered at its end."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are handled in the main thread only
-        return
-    held: list[int] = []
-    before = {sign: signal.signal(sign, lambda number, _: held.append(number)) for sign in _INTERRUPTS}
-    try:
-        yield
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
-        for number in held:
-            signal.raise_signal(number)
-
-
-def _wait_ready(folder: Path, child: subprocess.Popen[bytes]) -> WorkerProcess:
-    """The worker's own statement, written once it listens. Raises InputError with its last words."""
-    file, deadline = folder / "worker.json", time.monotonic() + READY_TIMEOUT_S
-    while child.poll() is None and time.monotonic() < deadline:
-        if file.exists():
-            state = json.loads(file.read_text())
-            started = _start_time(child.pid)
-            if started is not None:
-                return WorkerProcess(
-                    str(folder), child.pid, started, state["peer"], tuple(state["addrs"]), state["metrics"]
-                )
-        time.sleep(_POLL_S)
-    words = (folder / "worker.log").read_text(errors="replace").strip().splitlines()
-    raise InputError(f"a worker did not start ({folder.name}): {words[-1] if words else 'it said nothing'}")
-
-
-def _stop_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    for child in children:
-        child.terminate()
-    for child in children:
-        try:
-            child.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
-
-
-def _start_time(pid: int) -> float | None:
-    """When the process started, Unix seconds; None when it is gone or a zombie."""
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return None
+    return (*command, *spec.options)

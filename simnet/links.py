@@ -47,6 +47,11 @@ class Link:
         self._free_at = max(self._free_at, trio.current_time()) + size / self.options.bytes_per_s
         return self._free_at + self.options.delay_s + self._random.random() * self.options.jitter_s
 
+    @property
+    def queued_s(self) -> float:
+        """How long what is sent now waits for what was sent before."""
+        return max(0.0, self._free_at - trio.current_time())
+
     def set_blocked(self, blocked: bool) -> None:
         self.blocked = blocked
         self.changed.unpark_all()

@@ -129,6 +129,7 @@ def new_host(
     nursery: trio.Nursery,
     bound: Mapping[str, list[trio.SocketListener]],
     announce: tuple[str, ...],
+    dial_from: str | None = None,
 ) -> Host:
     """A host with the identity of `seed` (32 bytes) that will listen on the sockets in `bound`; not yet running."""
     _silence()
@@ -144,7 +145,7 @@ def new_host(
         peer,
         peerstore,
         upgrader,
-        [TcpTransport(nursery, bound)],
+        [TcpTransport(nursery, bound, dial_from)],
         retry_config=RetryConfig(max_retries=0),  # callers retry
         connection_config=_limits(),
     )

@@ -46,11 +46,13 @@ SEED_BYTES = 32
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
     """`seed`: 32-byte Ed25519 identity. `listen`: multiaddrs, () for none (a client behind NAT dials only).
-    `announce`: what peers are told to dial instead of the listening addresses (port forwarding)."""
+    `announce`: what peers are told to dial instead of the listening addresses (port forwarding). `dial_from`: the local
+    IPv4 address that dials come from; None leaves it to the system."""
 
     seed: bytes = field(repr=False)
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce: tuple[str, ...] = ()
+    dial_from: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.seed) != SEED_BYTES:
@@ -240,7 +242,7 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
                 bound[str(maddr)] = await bind(maddr)
         async with trio.open_nursery() as nursery:
             router = new_router()
-            host = new_host(config.seed, nursery, bound, announce)
+            host = new_host(config.seed, nursery, bound, announce, config.dial_from)
             pubsub = GuardedPubsub(host, router)
             mesh = Mesh(host, pubsub, router, nursery, announce)
             host.tell_addrs(lambda: mesh.addrs)

@@ -123,17 +123,21 @@ class TcpListener(IListener):
 
 
 class TcpTransport(TCP):
-    """The library's TCP transport with our streams and listeners. `bound` maps multiaddrs to their sockets."""
+    """The library's TCP transport with our streams and listeners. `bound` maps multiaddrs to their sockets; dials come
+    from the IPv4 address `dial_from` where one is given."""
 
-    def __init__(self, nursery: trio.Nursery, bound: Mapping[str, list[trio.SocketListener]]) -> None:
+    def __init__(
+        self, nursery: trio.Nursery, bound: Mapping[str, list[trio.SocketListener]], dial_from: str | None = None
+    ) -> None:
         super().__init__()
         self._nursery = nursery
         self._bound = bound
+        self._dial_from = dial_from
 
     async def _dial_resolved(self, maddr: Multiaddr, source: tuple[str, int] | None = None) -> IRawConnection:
         try:
             host, port = tcp_endpoint(maddr)
-            return RawConnection(TcpStream(await trio.open_tcp_stream(host, port)), True)
+            return RawConnection(TcpStream(await trio.open_tcp_stream(host, port, local_address=self._dial_from)), True)
         except (OSError, InputError) as error:
             raise OpenConnectionError(f"cannot reach {maddr}: {error}") from error
 

@@ -91,6 +91,7 @@ def worker(
         bool, typer.Option(help="Ask the router to forward the port when nobody can dial this worker.")
     ] = True,
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
+    dial_from: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Run a worker: it advertises what it gives, holds sealed blocks, and computes on them.
 
@@ -128,6 +129,7 @@ def worker(
             quotas=parse_quotas(quota or ()),
             schedule=parse_schedule(schedule) if schedule else None,
             yields=yields,
+            dial_from=dial_from,
         )
         trio.run(run_worker, options)
 

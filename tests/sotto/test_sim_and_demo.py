@@ -72,6 +72,58 @@ def test_up_status_down(env: dict[str, str], tmp_path: Path) -> None:
     assert "sotto sim up" in sotto(env, "sim", "status").stderr
 
 
+def test_a_file_with_links(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "two.toml").write_text(
+        'link_default = { rtt_ms = 30 }\n[defaults]\nmemory = "100MiB"\nkv_memory = "20MiB"\n'
+        '[[worker]]\nname = "near"\n[[worker]]\nname = "far"\n'
+    )
+    assert "give one of them" in sotto(env, "sim", "up", str(tmp_path / "two.toml"), "--workers", "2").stderr
+    up = sotto(env, "sim", "up", str(tmp_path / "two.toml"), "--json")
+    try:
+        assert up.returncode == 0, up.stderr
+        assert sotto(env, "sim", "link", "near", "client", "--mbit-s", "5", "--cut").returncode == 0
+        assert "no machine 'moon'" in sotto(env, "sim", "link", "near", "moon").stderr
+        assert sotto(env, "sim", "kill", "far").returncode == 0
+        assert "sotto sim restart far" in sotto(env, "sim", "freeze", "far").stderr
+        status = json.loads(sotto(env, "sim", "status", "--no-measure", "--json").stdout)
+        assert [(row["name"], row["state"]) for row in status["workers"]] == [("near", "up"), ("far", "down")]
+        assert status["proxy"] == "up"
+        none = [None, None]
+        assert status["links"] == [
+            {
+                "between": ["client", "near"],
+                "rtt_ms": 30,
+                "jitter_ms": 0,
+                "mbit_s": 5,
+                "cut": True,
+                "measured_ms": none,
+            },
+            {
+                "between": ["client", "far"],
+                "rtt_ms": 30,
+                "jitter_ms": 0,
+                "mbit_s": None,
+                "cut": False,
+                "measured_ms": none,
+            },
+            {
+                "between": ["near", "far"],
+                "rtt_ms": 30,
+                "jitter_ms": 0,
+                "mbit_s": None,
+                "cut": False,
+                "measured_ms": none,
+            },
+        ]
+        shown = sotto(env, "sim", "status", "--no-measure")
+        assert shown.returncode == 1
+        assert "far: DOWN" in shown.stdout
+        assert "CUT" in shown.stdout
+    finally:
+        sotto(env, "sim", "down")
+    wait_until_gone(tmp_path)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_up_leaves_nothing(how: signal.Signals, env: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sotto", "sim", "up", "--workers", "2"]

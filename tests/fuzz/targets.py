@@ -1,0 +1,290 @@
+"""One fuzz target for each parser of untrusted bytes.
+
+A target takes any bytes and returns, or raises one of the errors that it declares; anything else is a finding. To add
+one, write a function and put `@target(name, corpus, errors...)` above it: the tests and `make fuzz` find it. Parsers
+that need libp2p have theirs in tests/node/p2p/fuzz_targets.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import zeros
+
+from node.p2p.addresses import dialable, parse_bootstrap, parse_listen
+from node.p2p.yamux_wire import Flag, Frame, Kind, Parser, Violation
+from protocol.adverts import _DOMAIN as ADVERT_DOMAIN
+from protocol.adverts import AdvertGate, sign_advert
+from protocol.capabilities import _DOMAIN as CAPABILITY_DOMAIN
+from protocol.capabilities import CapabilityGate, Claim, Right, issue_capability
+from protocol.codec import decode, decode_message, encode, encode_message
+from protocol.errors import InputError, Refused, RemoteProtocolError
+from protocol.framing import FrameDecoder, encode_frame
+from protocol.manifest import _DOMAIN as MANIFEST_DOMAIN
+from protocol.manifest import BlockEntry, ConfigPair, TensorEntry
+from protocol.messages import FRAME_BYTES_MAX
+from protocol.sealedbox import seal, unseal
+from protocol.signed import Signed
+from protocol.tensors import TensorHeader
+from protocol.tickets import _DOMAIN as TICKET_DOMAIN
+from protocol.tickets import TicketGate, issue_ticket
+from tests.helpers.protocol_samples import (
+    ADVERT,
+    CAPABILITY,
+    CLIENT,
+    DEPLOYMENT,
+    DIGEST,
+    MANIFEST,
+    NEXT,
+    NOW_MS,
+    SAMPLES,
+    TICKET,
+    WORKER,
+    body_of,
+)
+from tests.helpers.workers import make_manifest
+from worker.shards import read_shard
+from worker.spans import read_span
+
+VECTORS = Path(__file__).parents[1] / "vectors"
+
+
+@dataclass(frozen=True)
+class Target:
+    run: Callable[[bytes], None]
+    corpus: tuple[bytes, ...]
+    errors: tuple[type[Exception], ...]
+
+    def __call__(self, data: bytes) -> bool:
+        """True when the bytes were taken, False when they were refused as they should be."""
+        try:
+            self.run(data)
+        except self.errors:
+            return False
+        return True
+
+
+TARGETS: dict[str, Target] = {}
+
+
+def target(
+    name: str, corpus: Sequence[bytes], *errors: type[Exception]
+) -> Callable[[Callable[[bytes], None]], Callable[[bytes], None]]:
+    """Register a function as the target `name`."""
+
+    def register(run: Callable[[bytes], None]) -> Callable[[bytes], None]:
+        assert name not in TARGETS
+        TARGETS[name] = Target(run, tuple(corpus), errors)
+        return run
+
+    return register
+
+
+def vectors(name: str, key: str) -> list[bytes]:
+    """The bytes under `key` in one of the golden files."""
+    return [bytes.fromhex(item["bytes"]) for item in json.loads((VECTORS / name).read_text())[key]]
+
+
+# messages, alone and in frames
+
+MESSAGES = [encode_message(sample) for sample in SAMPLES] + vectors("malformed.json", "headers")
+FRAMES = [encode_frame(sample, body_of(sample)) for sample in SAMPLES] + vectors("malformed.json", "streams")
+STREAM = b"".join(FRAMES[: len(SAMPLES)])
+
+
+@target("message", MESSAGES, RemoteProtocolError)
+def message(data: bytes) -> None:
+    assert encode_message(decode_message(data)) == data
+
+
+def _frames(protocol: str) -> Callable[[bytes], None]:
+    bound = FRAME_BYTES_MAX[protocol]
+
+    def outcome(parts: list[bytes]) -> tuple[list[bytes], bool]:
+        decoder, frames = FrameDecoder(bound), []
+        try:
+            for part in parts:
+                for frame in decoder.feed(part):
+                    frames.append(encode_frame(*frame))
+        except RemoteProtocolError:
+            return frames, False
+        return frames, True
+
+    def run(data: bytes) -> None:
+        whole = outcome([data])
+        step = 1 + sum(data[:4]) % 7
+        assert outcome([data[at : at + step] for at in range(0, len(data), step)]) == whole
+        assert data.startswith(b"".join(whole[0]))
+
+    return run
+
+
+for _protocol in FRAME_BYTES_MAX:
+    target(f"frames {_protocol}", [*FRAMES, STREAM])(_frames(_protocol))
+
+
+# signed statements: as they come, and with good signatures over whatever they say
+
+
+@target("signed", [encode(CLIENT.sign("x", b"payload"))], RemoteProtocolError)
+def signed(data: bytes) -> None:
+    assert decode(Signed, data).verify("x") == b"payload", "a signature that the key's owner did not make"
+
+
+ADVERTS = [sign_advert(ADVERT, WORKER)]
+
+
+@target("advert", ADVERTS, RemoteProtocolError)
+def advert(data: bytes) -> None:
+    assert AdvertGate().admit(data, WORKER.peer, NOW_MS) == ADVERT, "an advert that the worker did not sign"
+
+
+@target("advert payload", [encode(ADVERT)], RemoteProtocolError)
+def advert_payload(data: bytes) -> None:
+    said = AdvertGate().admit(encode(WORKER.sign(ADVERT_DOMAIN, data)), WORKER.peer, NOW_MS)
+    dialable(said.addrs)
+
+
+@target("ticket", [issue_ticket(TICKET, CLIENT)], RemoteProtocolError)
+def ticket(data: bytes) -> None:
+    assert TicketGate(WORKER).admit(data, CLIENT.peer, NOW_MS) == TICKET, "a ticket that the client did not sign"
+
+
+@target("ticket payload", [encode(TICKET)], RemoteProtocolError)
+def ticket_payload(data: bytes) -> None:
+    box = seal(encode(CLIENT.sign(TICKET_DOMAIN, data)), WORKER.peer, bytes(32))
+    said = TicketGate(WORKER).admit(box, CLIENT.peer, NOW_MS)
+    dialable(said.successor_addrs)
+
+
+CLAIM = Claim(NEXT.peer, Right.USE, DEPLOYMENT, CLIENT.peer)
+
+
+@target("capability", [issue_capability(CAPABILITY, CLIENT)], RemoteProtocolError)
+def capability(data: bytes) -> None:
+    CapabilityGate().admit(CLAIM, data, NOW_MS)
+    assert data == issue_capability(CAPABILITY, CLIENT), "a capability that the owner did not sign"
+
+
+@target("capability payload", [encode(CAPABILITY)], RemoteProtocolError)
+def capability_payload(data: bytes) -> None:
+    CapabilityGate().admit(CLAIM, encode(CLIENT.sign(CAPABILITY_DOMAIN, data)), NOW_MS)
+
+
+@target("sealed box", [seal(b"sotto", WORKER.peer, bytes(32)), issue_ticket(TICKET, CLIENT)], RemoteProtocolError)
+def sealed_box(data: bytes) -> None:
+    unseal(data, WORKER)
+
+
+SPAN, _MANIFEST, _ = make_manifest(CLIENT, 2)
+
+
+@target("manifest", [SPAN], Refused)
+def manifest(data: bytes) -> None:
+    read_span(data, 0, 2)
+    assert data == SPAN, "a manifest that its owner did not sign"
+
+
+@target("manifest payload", [encode(_MANIFEST), encode(MANIFEST)], Refused)
+def manifest_payload(data: bytes) -> None:
+    request = read_span(encode(CLIENT.sign(MANIFEST_DOMAIN, data)), 0, 2)
+    assert request.weight_bytes > 0
+    assert request.kv_token_bytes > 0
+    assert len(request.shards) <= 2
+
+
+# files
+
+_TENSORS = {"down": zeros(2, 4), "up": zeros(4, 2)}
+_SHARD = save(_TENSORS)
+_ENTRY = BlockEntry(
+    digest=DIGEST,
+    shard_bytes=len(_SHARD),
+    config=(ConfigPair("family", "llama"),),
+    tensors=tuple(TensorEntry(name, TensorHeader("float32", tuple(t.shape))) for name, t in _TENSORS.items()),
+)
+_FOLDER = tempfile.TemporaryDirectory(prefix="sotto-fuzz-")
+
+
+@target("shard file", [_SHARD, save({**_TENSORS, "more": zeros(1)})], Refused)
+def shard_file(data: bytes) -> None:
+    data = data.ljust(_ENTRY.weight_bytes, b"\0")
+    file = Path(_FOLDER.name) / "shard"
+    file.write_bytes(data)
+    tensors = read_shard(file, dataclasses.replace(_ENTRY, shard_bytes=len(data)))
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {"down": (2, 4), "up": (4, 2)}
+
+
+# the muxer's wire, and addresses
+
+
+class _Notes:
+    """Frames and their bodies, however they were cut."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[object, bytes]] = []
+
+    def on_frame(self, frame: Frame) -> None:
+        self.events.append((frame, b""))
+
+    def on_body(self, frame: Frame, part: memoryview) -> None:
+        kind, body = self.events.pop()
+        self.events.append((kind, body + part))
+
+    def on_body_end(self, frame: Frame) -> None:
+        self.events.append(("end", b""))
+
+
+YAMUX = [
+    Frame(Kind.DATA, Flag.SYN, 1, 5).header() + b"hello" + Frame(Kind.WINDOW, Flag.FIN, 1, 0).header(),
+    Frame(Kind.PING, Flag.SYN, 0, 7).header() + Frame(Kind.GO_AWAY, Flag.NONE, 0, 0).header(),
+    Frame(Kind.WINDOW, Flag.SYN, 3, 262144).header() + Frame(Kind.DATA, Flag.FIN | Flag.RST, 3, 2).header() + b"xy",
+]
+
+
+@target("yamux wire", YAMUX)
+def yamux_wire(data: bytes) -> None:
+    def outcome(step: int) -> tuple[list[tuple[object, bytes]], bool]:
+        notes = _Notes()
+        parser = Parser(notes)
+        try:
+            for at in range(0, len(data), step):
+                parser.feed(data[at : at + step])
+        except Violation:
+            return notes.events, False
+        return notes.events, True
+
+    assert outcome(max(1, len(data))) == outcome(1 + sum(data[:3]) % 5)
+
+
+ADDRESSES = [
+    b"/ip4/192.0.2.7/tcp/4001",
+    b"/ip6/2001:db8::1/tcp/4001",
+    b"/dns4/example.org/tcp/443",
+    b"/ip4/192.0.2.7/tcp/4001/p2p/" + WORKER.peer.encode(),
+    b"/ip4/192.0.2.7/udp/4001/quic-v1/webtransport",
+    b"/ip6zone/x/ip6/fe80::1/tcp/1",
+    b"/unix/a/b",
+    b"/ip4/192.0.2.7/tcp/4001/p2p-circuit",
+]
+
+
+@target("addresses of peers", ADDRESSES)
+def peers_addresses(data: bytes) -> None:
+    dialable(data.decode(errors="replace").split("\n"))
+
+
+@target("bootstrap address", ADDRESSES, InputError)
+def bootstrap_address(data: bytes) -> None:
+    parse_bootstrap(data.decode(errors="replace"))
+
+
+@target("listening address", ADDRESSES, InputError)
+def listening_address(data: bytes) -> None:
+    parse_listen(data.decode(errors="replace"))
