@@ -60,6 +60,17 @@ def dialable(addrs: Iterable[str]) -> list[Multiaddr]:
     return list(found.values())
 
 
+def is_relayed(maddr: Multiaddr) -> bool:
+    """Does it lead through another peer?"""
+    return "p2p-circuit" in str(maddr).split("/")
+
+
+def host_and_port(maddr: Multiaddr) -> tuple[str, int]:
+    """Host (name or IP address) and port of an address that `parse` accepts."""
+    parts = str(maddr).split("/")
+    return parts[2], int(parts[4])
+
+
 def tcp_endpoint(maddr: Multiaddr) -> tuple[str, int]:
     """IP address and port of a multiaddr (what follows the port is ignored). Raises InputError."""
     parts = str(maddr).split("/")

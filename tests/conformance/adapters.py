@@ -1,4 +1,5 @@
-"""The two adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network or on libp2p.
+"""The adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network, on libp2p's streams, or
+on the data plane's direct connections.
 
 The body is the same for both. `World` adds what the ports do not have: an address where the wrong peer answers, waiting
 until gossip has formed, ending a peer.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -45,9 +46,16 @@ class Virtual:
 @dataclass
 class Libp2p:
     name: str = "libp2p"
+    direct: tuple[str, ...] = ()
 
     def join(self, name: str, listen: bool = True) -> Any:
-        return open_mesh(MeshConfig(seed_of(name)) if listen else MeshConfig(seed_of(name), ()))
+        listening = MeshConfig(seed_of(name), direct=self.direct)
+        return open_mesh(listening if listen else replace(listening, listen=()))
+
+
+ECHO = "/test/echo/1"
+RAW = "/test/raw/1"
+UNKNOWN = "/test/nothing"
 
 
 Body = Callable[..., Awaitable[None]]
@@ -74,7 +82,7 @@ def run_with(adapter: str, body: Body, *names: str) -> None:
             await guarded(Virtual(network))
 
     async def libp2p() -> None:
-        await guarded(Libp2p())
+        await guarded(Libp2p() if adapter == "libp2p" else Libp2p("direct", (ECHO, RAW, UNKNOWN)))
 
     if adapter == "virtual":
         runtime.run(virtual, seed=1)
@@ -85,6 +93,12 @@ def run_with(adapter: str, body: Body, *names: str) -> None:
 
 def full_addr(endpoint: Endpoint) -> str:
     return f"{endpoint.addrs[0]}/p2p/{endpoint.peer}"
+
+
+def peers_of(endpoint: Endpoint) -> tuple[PeerId, ...]:
+    """Whom it has a connection with, of any kind."""
+    direct = [stream.remote for stream in endpoint._plane.streams] if isinstance(endpoint, Mesh) else []
+    return tuple(sorted({*endpoint.connected(), *direct}))
 
 
 async def until(condition: Callable[[], bool]) -> None:
