@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sotto.commands import demo, generation, key, mesh, seal, sim, worker
+from sotto.commands import bench, demo, generation, key, mesh, seal, sim, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,7 @@ app.command(epilog="Example: sotto peers --json")(mesh.peers)
 app.command(epilog="Example: sotto place ./my-llama")(mesh.place)
 app.add_typer(key.app, name="key")
 app.add_typer(sim.app, name="sim")
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -15,10 +15,11 @@ from __future__ import annotations
 import logging
 import socket
 import struct
+from contextlib import suppress
 
 import trio
 
-from node.p2p.records import Cipher, Inbox, Kind, Violation, seal, seal_data
+from node.p2p.records import RECORD_BYTES, UNREAD_BYTES_MAX, Cipher, Inbox, Kind, Violation, seal, seal_data
 from protocol.errors import LocalProtocolError, TransportError
 from protocol.ids import PeerId
 
@@ -27,8 +28,10 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 HEARTBEAT_TICKS = 2  # of silence, then this side says that it is alive
 DEAD_TICKS = 6  # of silence, then the peer is dead: noticed within one tick more
+PULL_TURNS_MAX = 16  # of reading for nobody in a row: 4,096 tiny records take about 10 ms
 LINGER_S = 10.0  # for the peer to read our last words after it was closed here
-SLICE_BYTES = 64 * 1024 - 18  # one record: encrypted, written and given way for, before the next
+MESSAGE_BYTES = 2 * RECORD_BYTES  # up to this size, one write
+SLICE_BYTES = RECORD_BYTES  # of what is longer: encrypted, written, and others have their turn before the next
 _ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing drops what is queued and resets
 
 
@@ -66,17 +69,18 @@ class DirectStream:
         if self._sending:
             raise LocalProtocolError("two tasks send on one stream")
         await trio.lowlevel.checkpoint_if_cancelled()
-        if not self._receiving and len(data) > SLICE_BYTES:
+        if not self._receiving and len(data) > MESSAGE_BYTES:
             self._pull()  # the peer may have said STOP
         self._check_sendable()
         self._sending = True
         view = memoryview(data)
+        step = MESSAGE_BYTES if len(data) <= MESSAGE_BYTES else SLICE_BYTES
         try:
-            for start in range(0, len(view), SLICE_BYTES):
+            for start in range(0, len(view), step):
                 if start:
                     await trio.lowlevel.checkpoint()  # others wait for one slice at most
                     self._check_sendable()
-                await self._write(seal_data(self._cipher, view[start : start + SLICE_BYTES]))
+                await self._write(seal_data(self._cipher, view[start : start + step]))
         except BaseException:
             self._torn = True
             raise
@@ -278,13 +282,11 @@ class DirectStream:
 
     def _pull(self) -> None:
         """Read what has come though nobody receives, as far as there is room; beyond it TCP holds the peer back."""
-        while True:
-            while self._inbox.has_room and self._decrypt(self._inbox.unread_bytes + 1):
-                pass
+        for _ in range(PULL_TURNS_MAX):
             if not self._inbox.has_room:
                 self._heard = True  # whom we do not read we cannot call silent
                 return
-            if self._ended or not self.is_open or not self._fill():
+            if not self._decrypt(UNREAD_BYTES_MAX) and (self._ended or not self.is_open or not self._fill()):
                 return
 
     def _decrypt(self, wanted: int) -> bool:
@@ -341,7 +343,8 @@ class DirectStream:
 
     def _reset_socket(self) -> None:
         if self.is_open:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+            with suppress(OSError):  # the peer has done it already
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
 
     def _close(self) -> None:
         if self.is_open:

@@ -1,5 +1,5 @@
-"""The adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network, on libp2p's streams, or
-on the data plane's direct connections.
+"""The adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network, on libp2p's streams,
+or on the data plane's direct connections.
 
 The body is the same for both. `World` adds what the ports do not have: an address where the wrong peer answers, waiting
 until gossip has formed, ending a peer.
