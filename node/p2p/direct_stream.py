@@ -170,7 +170,7 @@ class DirectStream:
         with trio.move_on_after(TICK_S):
             while self.is_open and not self._closed:
                 self._flush()
-                if self._words and self._finished:
+                if self._words and self._finished and not self._unsendable:
                     await self._await_writable()
                 else:
                     await self._changed.park()
@@ -217,7 +217,7 @@ class DirectStream:
             rest = rest[self._put([rest]) :]
 
     def _say(self, kind: Kind, body: bytes = b"") -> None:
-        if self.is_open and not self._unsendable:
+        if self.is_open and not self._unsendable and not self._torn:  # torn: in the middle of a record
             self._words += seal(self._cipher, kind, body)
             if not self._sending:
                 self._flush()

@@ -22,8 +22,9 @@ from typing import Any
 import trio
 
 from node.p2p.baseline import noise_outbound
+from node.p2p.direct_stream import DirectStream
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
-from protocol.errors import InputError
+from protocol.errors import InputError, TransportError
 from protocol.ids import PeerId
 from simnet.bench.pipes import CHUNK_BYTES, CLIENT_SEED, DIRECT, STREAM, Pipe, TcpPipe, bulk, echo, echo_message
 
@@ -137,6 +138,8 @@ async def _planes(mesh: Mesh, far: dict[str, Any]) -> AsyncIterator[list[Plane]]
         "noise": [await noise_outbound(tcp, CLIENT_SEED, peer) for tcp in sockets[2:]],
         "libp2p": [await mesh.open(peer, addrs, STREAM) for _ in range(2)],
     }
+    if not all(isinstance(pipe, DirectStream) for pipe in pipes["direct"]):
+        raise TransportError("no direct connection came about, so there is nothing to measure")
     yield [Plane(name, hops, bulk) for name, (hops, bulk) in pipes.items()]
     for tcp in sockets:
         await tcp.aclose()

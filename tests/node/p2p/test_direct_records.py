@@ -238,3 +238,44 @@ def test_a_peer_that_never_lets_go_is_left_after_the_deadline(monkeypatch):
             hostile.discard()
 
     run(body)
+
+
+def test_after_a_send_that_was_cut_short_nothing_more_is_said(monkeypatch):
+    monkeypatch.setattr(direct_stream, "TICK_S", 0.02)
+
+    async def body(a, b):
+        async with serving(b, RAW) as streams:
+            near = await a.open(b.peer, b.addrs, RAW)
+            far = await streams.receive()
+            with trio.move_on_after(0.1):
+                await near.send(b"x" * (32 << 20))
+            await trio.sleep(0.1)  # 5 ticks
+            assert not near._words
+            with pytest.raises(TransportError):
+                await near.send(b"x")
+            await near.aclose()
+            with pytest.raises(TransportError):
+                await receive_on(far)
+
+    run(body)
+
+
+def test_the_end_reaches_a_reader_that_was_slow():
+    """FIN waits for room without a task of the application's."""
+
+    async def body(a, b):
+        async with serving(b, RAW) as streams, trio.open_nursery() as nursery:
+            near = await a.open(b.peer, b.addrs, RAW)
+            far = await streams.receive()
+
+            async def say_and_go():
+                await near.send(bytes(2 << 20))
+                await near.aclose()
+
+            nursery.start_soon(say_and_go)
+            await trio.sleep(0.3)
+            assert await receive_exactly(far, 2 << 20) == bytes(2 << 20)
+            assert await far.receive(1) == b""
+        await until(lambda: not near.is_open)
+
+    run(body)
