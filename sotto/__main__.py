@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sotto.commands import demo, doctor, generation, grant, invite, key, mesh, place, seal, sim, worker
+from sotto.commands import bench, demo, doctor, generation, grant, invite, key, mesh, place, seal, sim, worker
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +28,7 @@ app.command(epilog="Example: sotto grant 12D3Koo… -m ./my-llama --for 7d")(gra
 app.command(epilog="Example: sotto revoke 0123456789abcdef0123456789abcdef")(grant.revoke)
 app.add_typer(key.app, name="key")
 app.add_typer(sim.app, name="sim")
+app.add_typer(bench.app, name="bench")
 
 
 def _print_version(wanted: bool) -> None:

@@ -25,8 +25,8 @@ SUPERVISORS = {
     # The edge: libp2p raises anything, and one peer's failure must stay that peer's.
     "node/p2p/gossip.py": 2,
     "node/p2p/host.py": 1,
-    "node/p2p/mesh.py": 2,
-    "node/p2p/streams.py": 2,
+    "node/p2p/mesh.py": 1,
+    "node/p2p/streams.py": 3,
     "node/p2p/tcp.py": 1,
     "node/p2p/upnp.py": 1,
     "node/p2p/yamux.py": 2,

@@ -4,17 +4,18 @@ yamux.
 What this room relies on in py-libp2p 0.8.1 beyond its documented interface is touched here and in tcp.py and gossip.py
 alone, and tests/node/p2p/test_pins.py fails when it changes: TransportUpgrader.muxer_multistream is replaced (the
 library builds its own yamux by name), Swarm.auto_connector is replaced (it dials whoever it has heard of),
-Swarm.common_stream_handler is wrapped (what escapes from it ends the node), Swarm.connections is read and closed at
+Swarm.common_stream_handler is wrapped (what escapes from it ends the node), Swarm.upgrade_inbound_raw_conn is followed
+(a connection whose upgrade is done no longer waits at the door), Swarm.connections is read and closed at
 once (the library closes one by one, 0.1 s each).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import trio
-from libp2p.abc import IMuxedConn, INetStream, ISecureConn
+from libp2p.abc import IMuxedConn, INetStream, IRawConnection, ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import StreamHandlerFn, TMuxerOptions, TProtocol
@@ -33,7 +34,7 @@ from multiaddr import Multiaddr
 
 from node.p2p.addresses import dialable, tcp_endpoint
 from node.p2p.streams import logged
-from node.p2p.tcp import TcpStream, TcpTransport
+from node.p2p.tcp import Entrance, TcpStream, TcpTransport
 from node.p2p.yamux import Yamux
 from protocol.limits import ADDR_CHARS_MAX, ADDRS_MAX
 
@@ -117,6 +118,16 @@ class _Muxers(MuxerMultistream):
         return muxer(conn, peer_id)
 
 
+class _Swarm(Swarm):
+    async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
+        """Also tells the doorway that the peer has proven who it is."""
+        conn = await super().upgrade_inbound_raw_conn(raw_conn, maddr)
+        stream = getattr(raw_conn, "stream", None)
+        if isinstance(stream, TcpStream):
+            stream.on_admitted()
+        return conn
+
+
 class _NoAutoConnector(AutoConnector):
     """Whom to dial is the caller's decision; the library would dial up to half its connection limit by itself."""
 
@@ -124,14 +135,8 @@ class _NoAutoConnector(AutoConnector):
         await trio.lowlevel.checkpoint()
 
 
-def new_host(
-    seed: bytes,
-    nursery: trio.Nursery,
-    bound: Mapping[str, list[trio.SocketListener]],
-    announce: tuple[str, ...],
-    dial_from: str | None = None,
-) -> Host:
-    """A host with the identity of `seed` (32 bytes) that will listen on the sockets in `bound`; not yet running."""
+def new_host(seed: bytes, entrance: Entrance, announce: tuple[str, ...]) -> Host:
+    """A host with the identity of `seed` (32 bytes) that will listen on the sockets of `entrance`; not yet running."""
     _silence()
     keys = create_new_key_pair(seed)
     peer = ID.from_pubkey(keys.public_key)
@@ -141,11 +146,11 @@ def new_host(
     noise = Noise(keys, noise_privkey=create_new_x25519_key_pair().private_key)
     upgrader = TransportUpgrader({NOISE: noise}, muxers)
     upgrader.muxer_multistream = _Muxers(muxers, int(UPGRADE_S))
-    swarm = Swarm(
+    swarm = _Swarm(
         peer,
         peerstore,
         upgrader,
-        [TcpTransport(nursery, bound, dial_from)],
+        [TcpTransport(entrance)],
         retry_config=RetryConfig(max_retries=0),  # callers retry
         connection_config=_limits(),
     )

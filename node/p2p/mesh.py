@@ -1,8 +1,9 @@
 """The mesh over libp2p: `open_mesh` gives the ports Transport and Gossip (protocol/ports.py) on one host.
 
-Noise and yamux over TCP, gossipsub 1.1; circuits through relays where an address names one. One connection serves all
-streams to a peer; concurrent opens share one dial. Every foreign exception becomes a TransportError here; a handler
-that raises costs its stream. It does not discover peers, retry or back off: callers do.
+Noise and yamux over TCP, gossipsub 1.1, circuits through relays where an address names one, and the data plane
+(direct.py). One libp2p connection serves all its streams to a peer; concurrent opens share one dial. Streams of the
+protocols in `MeshConfig.direct` have connections of their own where that is possible. Every foreign exception becomes a
+TransportError here; a handler that raises costs its stream. It does not discover peers, retry or back off: callers do.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import trio
 from libp2p.abc import INetStream, ISubscriptionAPI
@@ -24,20 +26,23 @@ from multiaddr import Multiaddr
 from node.p2p import addresses
 from node.p2p.circuit import Circuits
 from node.p2p.dht import Kademlia
+from node.p2p.direct import DirectPlane
+from node.p2p.doorway import Doorway
 from node.p2p.gossip import GuardedPubsub, TopicSubscription, new_router
 from node.p2p.host import Host, new_host, stated_addrs
+from node.p2p.racing import race
 from node.p2p.reach import Reach, ReachState
-from node.p2p.streams import MeshStream, foreign, logged
-from node.p2p.tcp import bind
+from node.p2p.streams import MeshStream, foreign, logged, serve
+from node.p2p.tcp import Entrance, bind
 from protocol import limits
 from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError, SottoError, TransportError
 from protocol.ids import PeerId, public_key_of
+from protocol.messages import LINK, SESSION, SHARD
 from protocol.ports import Stream, StreamHandler, Subscription, Validator
 
 log = logging.getLogger(__name__)
 
 DIAL_S = 5.0  # TCP, Noise and muxer with a live peer take 6 round trips: 2 s on the slowest links
-HEAD_START_S = 0.25  # each address before the next is tried beside it (RFC 8305 recommends 250 ms)
 OPEN_S = 5.0  # negotiating a protocol takes 3 round trips
 SHUTDOWN_S = 3.0
 SEED_BYTES = 32
@@ -47,12 +52,14 @@ SEED_BYTES = 32
 class MeshConfig:
     """`seed`: 32-byte Ed25519 identity. `listen`: multiaddrs, () for none (a client behind NAT dials only).
     `announce`: what peers are told to dial instead of the listening addresses (port forwarding). `dial_from`: the local
-    IPv4 address that dials come from; None leaves it to the system."""
+    IPv4 address that dials come from; None leaves it to the system. `direct`: protocols whose streams get a connection
+    of their own when they are opened here."""
 
     seed: bytes = field(repr=False)
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
     announce: tuple[str, ...] = ()
     dial_from: str | None = None
+    direct: tuple[str, ...] = (SESSION, LINK, SHARD)
 
     def __post_init__(self) -> None:
         if len(self.seed) != SEED_BYTES:
@@ -63,14 +70,21 @@ class Mesh:
     """Made by `open_mesh`. Satisfies protocol.ports.Transport and protocol.ports.Gossip."""
 
     def __init__(
-        self, host: Host, pubsub: GuardedPubsub, router: GossipSub, nursery: trio.Nursery, announce: tuple[str, ...]
+        self,
+        host: Host,
+        plane: DirectPlane,
+        pubsub: GuardedPubsub,
+        router: GossipSub,
+        nursery: trio.Nursery,
+        config: MeshConfig,
     ) -> None:
         self._host = host
-        self._peer = PeerId(host.get_id().to_base58())
+        self._plane = plane
         self._router = router
         self._pubsub = pubsub
         self._nursery = nursery
-        self._announce = announce
+        self._config = config
+        self._peer = PeerId(host.get_id().to_base58())
         self._circuits = Circuits(self, host)
         self.reach = Reach()
         self.directory = Kademlia(self)
@@ -98,7 +112,7 @@ class Mesh:
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        return self.reach.addrs(self._announce or self.listening, limits.ADDRS_MAX)
+        return self.reach.addrs(self._config.announce or self.listening, limits.ADDRS_MAX)
 
     @property
     def relayed(self) -> bool:
@@ -114,15 +128,23 @@ class Mesh:
     # Transport
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
-        async def serve(net: INetStream) -> None:
-            await _serve(net, handler)
+        async def serve_net(net: INetStream) -> None:
+            await serve(MeshStream(_net_stream(net)), protocol, handler)
 
-        self._host.set_stream_handler(TProtocol(protocol), serve)
+        self._host.set_stream_handler(TProtocol(protocol), serve_net)
+        self._plane.handle(protocol, handler)
 
     async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream:
         if peer == self._peer:
             raise LocalProtocolError("a node opens no streams to itself")
-        await self._ensure_connected(peer, addresses.dialable(addrs))
+        maddrs = addresses.dialable(addrs)
+        by_libp2p = partial(self._open_by_libp2p, peer, maddrs, protocol)
+        if protocol in self._config.direct:
+            return await self._plane.open(peer, maddrs, protocol, by_libp2p)
+        return await by_libp2p()
+
+    async def _open_by_libp2p(self, peer: PeerId, maddrs: list[Multiaddr], protocol: str) -> Stream:
+        await self._ensure_connected(peer, maddrs)
         # In a task of its own: the library leaks a stream whose opening is cancelled.
         send, receive = trio.open_memory_channel[MeshStream | SottoError](0)
         self._nursery.start_soon(self._open, peer, protocol, send)
@@ -192,38 +214,18 @@ class Mesh:
     async def _dial(self, peer: PeerId, maddrs: list[Multiaddr]) -> None:
         if not maddrs:
             raise TransportError(f"no usable address of {peer} is known")
-        failures: list[TransportError] = []
         with trio.move_on_after(DIAL_S) as limit:
-            async with trio.open_nursery() as nursery:
-                for maddr in maddrs:
-                    failed = trio.Event()
-                    nursery.start_soon(self._dial_one, peer, maddr, failures, failed, nursery.cancel_scope)
-                    with trio.move_on_after(HEAD_START_S):
-                        await failed.wait()
+            await race(maddrs, partial(self._dial_one, peer), lambda _: None)
         if not self._host.is_live(_id_of(peer)):
             silent = f"{peer} did not answer within {DIAL_S:g} s"
-            closed = f"{peer} closed the connection at once"
-            raise failures[0] if failures else TransportError(silent if limit.cancelled_caught else closed)
+            raise TransportError(silent if limit.cancelled_caught else f"{peer} closed the connection at once")
 
-    async def _dial_one(
-        self,
-        peer: PeerId,
-        maddr: Multiaddr,
-        failures: list[TransportError],
-        failed: trio.Event,
-        won: trio.CancelScope,
-    ) -> None:
-        try:
-            if addresses.is_circuit(str(maddr)):
-                await self._circuits.dial(str(maddr), peer)
-            else:
-                with foreign(f"cannot connect to {peer} at {maddr}"):
-                    await self._host.dial(maddr, _id_of(peer))
-        except TransportError as error:
-            failures.append(error)
-            failed.set()
-        else:
-            won.cancel()
+    async def _dial_one(self, peer: PeerId, maddr: Multiaddr) -> None:
+        if addresses.is_circuit(str(maddr)):
+            await self._circuits.dial(str(maddr), peer)
+            return
+        with foreign(f"cannot connect to {peer} at {maddr}"):
+            await self._host.dial(maddr, _id_of(peer))
 
 
 @asynccontextmanager
@@ -232,7 +234,7 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
 
     Raises InputError: a malformed address, a port that is in use.
     """
-    announce = addresses.parse_announced(config.announce)
+    config = replace(config, announce=addresses.parse_announced(config.announce))
     bound: dict[str, list[trio.SocketListener]] = {}
     failure: BaseException | None = None
     try:
@@ -242,9 +244,11 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
                 bound[str(maddr)] = await bind(maddr)
         async with trio.open_nursery() as nursery:
             router = new_router()
-            host = new_host(config.seed, nursery, bound, announce, config.dial_from)
+            plane = DirectPlane(config.seed, nursery, config.dial_from)
+            entrance = Entrance(nursery, bound, Doorway(), plane.serve, config.dial_from)
+            host = new_host(config.seed, entrance, config.announce)
             pubsub = GuardedPubsub(host, router)
-            mesh = Mesh(host, pubsub, router, nursery, announce)
+            mesh = Mesh(host, plane, pubsub, router, nursery, config)
             host.tell_addrs(lambda: mesh.addrs)
             async with (
                 host.run([Multiaddr(addr) for addr in bound]),
@@ -266,19 +270,6 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
                 listener.socket.close()
     if failure is not None:
         raise failure
-
-
-async def _serve(net: INetStream, handler: StreamHandler) -> None:
-    stream = MeshStream(_net_stream(net))
-    try:
-        await handler(stream)
-        await stream.aclose()
-    except TransportError as error:
-        log.debug("%s with %s ended: %s", net.get_protocol(), stream.remote, error)
-    except Exception as error:  # the port's contract: it costs this stream, never the node
-        log.warning("the handler of %s failed for %s: %r", net.get_protocol(), stream.remote, error)
-    finally:
-        await stream.reset()  # unless it is closed: a handler that was cut short must not look finished
 
 
 async def _drain(unused: ISubscriptionAPI) -> None:

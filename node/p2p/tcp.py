@@ -1,10 +1,12 @@
 """TCP for libp2p: listening sockets that own their port, buffered reads, and connections that end when their socket
 does.
 
-It replaces py-libp2p's TCP transport in three points. Its listeners set SO_REUSEPORT, so that two processes share a
+It replaces py-libp2p's TCP transport in four points. Its listeners set SO_REUSEPORT, so that two processes share a
 port silently: here `bind` fails with an InputError. Its accepted connections hold a slot of the node until the node
-stops, also when they closed long ago: here the accepting task ends with the socket. It reads two bytes, then a record:
-here one system call fetches what there is.
+stops, also when they closed long ago: here the accepting task ends with the socket. Silent connections keep others out:
+here they pass a doorway (doorway.py). It reads two bytes, then a record: here one system call fetches what there is.
+
+The first bytes of a connection say whether it is libp2p's or the data plane's (direct.py); both share the port.
 
 It does not resolve, dial or negotiate differently: those stay the library's.
 """
@@ -14,7 +16,8 @@ from __future__ import annotations
 import errno
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 
 import trio
 from libp2p.abc import IListener, IRawConnection
@@ -27,11 +30,14 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
 from node.p2p.addresses import tcp_endpoint
+from node.p2p.doorway import Doorway
+from node.p2p.records import MAGIC
 from protocol.errors import InputError
 
 log = logging.getLogger(__name__)
 
 READ_BYTES = 256 * 1024  # four Noise records for one system call
+FIRST_BYTES_S = 3.0  # a connection that says nothing holds its place no longer
 
 
 class TcpStream(ReadWriteCloser):
@@ -39,24 +45,47 @@ class TcpStream(ReadWriteCloser):
 
     def __init__(self, accepted: trio.SocketStream) -> None:
         self.closed = trio.Event()
+        self.on_admitted: Callable[[], None] = lambda: None  # the peer has proven who it is
         self._socket = accepted
         self._unread = bytearray()
         self._remote = _remote_of(accepted)
 
+    async def begins_with(self, magic: bytes) -> bool:
+        """Are these the first bytes? Reads no further than needed to tell, and leaves all of them unread."""
+        while magic.startswith(self._unread):
+            if len(self._unread) == len(magic) or not await self._fill():
+                break
+        return self._unread.startswith(magic)
+
     async def read(self, n: int | None = None) -> bytes:
         """At most `n` bytes; b"" at the end. One task reads at a time."""
-        if n == 0:
+        if n == 0 or not (self._unread or await self._fill()):
             return b""
-        if not self._unread:
-            try:
-                self._unread += await self._socket.receive_some(READ_BYTES)
-            except trio.BrokenResourceError as error:
-                raise ConnectionClosedError("connection lost", transport="tcp") from error
-            except trio.ClosedResourceError:
-                return b""
         data = bytes(memoryview(self._unread)[:n])
         del self._unread[: len(data)]
         return data
+
+    async def _fill(self) -> bool:
+        """Read what there is; False at the end."""
+        try:
+            data = await self._socket.receive_some(READ_BYTES)
+        except trio.BrokenResourceError as error:
+            raise ConnectionClosedError("connection lost", transport="tcp") from error
+        except trio.ClosedResourceError:
+            return False
+        self._unread += data
+        return bool(data)
+
+    def detach(self) -> tuple[socket.socket, bytes]:
+        """The socket itself, not blocking, and what was read from it and not yet used. This object is done then."""
+        plain = socket.socket(fileno=self._socket.socket.detach())
+        plain.setblocking(False)
+        return plain, bytes(self._unread)
+
+    def abandon(self) -> None:
+        """Close at once; for those that cannot wait. Idempotent."""
+        self.closed.set()
+        self._socket.socket.close()
 
     async def write(self, data: bytes) -> None:
         try:
@@ -72,14 +101,25 @@ class TcpStream(ReadWriteCloser):
         return self._remote
 
 
+@dataclass(frozen=True, slots=True)
+class Entrance:
+    """Where connections come in. `bound` maps multiaddrs to their sockets; `serve_direct` gets those of the data
+    plane, and returns when they have ended; tasks live in `nursery`. Dials go out from the IPv4 address `dial_from`."""
+
+    nursery: trio.Nursery
+    bound: Mapping[str, list[trio.SocketListener]]
+    doorway: Doorway
+    serve_direct: Callable[[TcpStream], Awaitable[None]]
+    dial_from: str | None = None
+
+
 class TcpListener(IListener):
     """Serves sockets that were bound before; its tasks live in the nursery of the mesh."""
 
-    def __init__(
-        self, nursery: trio.Nursery, bound: Mapping[str, list[trio.SocketListener]], handler: THandler
-    ) -> None:
-        self._nursery = nursery
-        self._bound = bound
+    def __init__(self, entrance: Entrance, handler: THandler) -> None:
+        self._nursery = entrance.nursery
+        self._bound = entrance.bound
+        self._entrance = entrance
         self._handler = handler
         self._sockets: list[trio.SocketListener] = []
         self._scope = trio.CancelScope()
@@ -106,43 +146,47 @@ class TcpListener(IListener):
 
     async def _accept(self, accepted: trio.SocketStream) -> None:
         stream = TcpStream(accepted)
+        doorway = self._entrance.doorway
+        visit = doorway.enter((stream.get_remote_address() or ("", 0))[0])
+        stream.on_admitted = lambda: doorway.leave(visit)
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._handle, stream)
-                await stream.closed.wait()
-                nursery.cancel_scope.cancel()
+            with visit.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._handle, stream)
+                    await stream.closed.wait()
+                    nursery.cancel_scope.cancel()
         finally:
+            doorway.leave(visit)
             await trio.aclose_forcefully(accepted)
 
     async def _handle(self, stream: TcpStream) -> None:
         try:
-            await self._handler(stream)
+            with trio.fail_after(FIRST_BYTES_S):
+                direct = await stream.begins_with(MAGIC)
+            await (self._entrance.serve_direct(stream) if direct else self._handler(stream))
         except Exception as error:  # a connection that fails is that connection's end, never the listener's
             log.debug("connection from %s failed: %r", stream.get_remote_address(), error)
         stream.closed.set()
 
 
 class TcpTransport(TCP):
-    """The library's TCP transport with our streams and listeners. `bound` maps multiaddrs to their sockets; dials come
-    from the IPv4 address `dial_from` where one is given."""
+    """The library's TCP transport with our streams and listeners."""
 
-    def __init__(
-        self, nursery: trio.Nursery, bound: Mapping[str, list[trio.SocketListener]], dial_from: str | None = None
-    ) -> None:
+    def __init__(self, entrance: Entrance) -> None:
         super().__init__()
-        self._nursery = nursery
-        self._bound = bound
-        self._dial_from = dial_from
+        self._entrance = entrance
 
     async def _dial_resolved(self, maddr: Multiaddr, source: tuple[str, int] | None = None) -> IRawConnection:
         try:
             host, port = tcp_endpoint(maddr)
-            return RawConnection(TcpStream(await trio.open_tcp_stream(host, port, local_address=self._dial_from)), True)
+            return RawConnection(
+                TcpStream(await trio.open_tcp_stream(host, port, local_address=self._entrance.dial_from)), True
+            )
         except (OSError, InputError) as error:
             raise OpenConnectionError(f"cannot reach {maddr}: {error}") from error
 
     def create_listener(self, handler_function: THandler) -> TcpListener:  # type: ignore[override]
-        return TcpListener(self._nursery, self._bound, handler_function)
+        return TcpListener(self._entrance, handler_function)
 
 
 async def bind(maddr: Multiaddr) -> list[trio.SocketListener]:

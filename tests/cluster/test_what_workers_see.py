@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from node.app_client import Client
 from node.model import DeployedModel
+from node.p2p.direct_stream import DirectStream
 from node.p2p.streams import MeshStream
 from node.sealing import SealedFolder
 from protocol import limits
@@ -37,6 +40,7 @@ from sotto.demo import DEMO_PROMPTS, demo_checkpoint
 from tests.helpers.swarm import deploy, with_client
 
 TEXT = " ".join(DEMO_PROMPTS)
+AnyStream = MeshStream | DirectStream
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Tap:
     """Every byte that this process hands to the transport, by stream."""
 
     bytes_sent: dict[int, bytearray] = field(default_factory=lambda: defaultdict(bytearray))
-    streams: list[MeshStream] = field(default_factory=list)  # kept alive, so that an id names one stream
+    streams: list[AnyStream] = field(default_factory=list)  # kept alive, so that an id names one stream
 
     def messages(self) -> list[tuple[PeerId, Message, bytes]]:
         found = []
@@ -132,14 +136,9 @@ def _no_ids_or_text(tap: Tap, ids: list[int]) -> None:
 
 
 def _tap(monkeypatch: pytest.MonkeyPatch) -> Tap:
-    tap, send = Tap(), MeshStream.send
-
-    async def recorded(self: MeshStream, data: bytes) -> None:
-        tap.streams.append(self)
-        tap.bytes_sent[id(self)] += data
-        await send(self, data)
-
-    monkeypatch.setattr(MeshStream, "send", recorded)
+    tap = Tap()
+    for kind in (MeshStream, DirectStream):
+        monkeypatch.setattr(kind, "send", _recording(tap, kind.send))
     return tap
 
 
@@ -155,3 +154,12 @@ def _hidden(checkpoint: Checkpoint, ids: list[int], blocks: int) -> Tensor:
     for block, cache in zip(model.blocks[:blocks], caches, strict=False):
         rows = block.forward(rows, cache, 0)
     return rows
+
+
+def _recording(tap: Tap, send: Callable[[Any, bytes], Awaitable[None]]) -> Callable[[Any, bytes], Awaitable[None]]:
+    async def recorded(self: AnyStream, data: bytes) -> None:
+        tap.streams.append(self)
+        tap.bytes_sent[id(self)] += data
+        await send(self, data)
+
+    return recorded

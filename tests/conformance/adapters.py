@@ -1,5 +1,5 @@
-"""The adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network or on libp2p, each also
-as members of a private swarm.
+"""The adapters under one roof: `run_with` gives a test body N endpoints, on the virtual network, on libp2p's streams,
+or on the data plane's direct connections, each also as members of a private swarm.
 
 The body is the same for both. `World` adds what the ports do not have: an address where the wrong peer answers, waiting
 until gossip has formed, ending a peer.
@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -50,9 +50,16 @@ class Virtual:
 @dataclass
 class Libp2p:
     name: str = "libp2p"
+    direct: tuple[str, ...] = ()
 
     def join(self, name: str, listen: bool = True) -> Any:
-        return open_mesh(MeshConfig(seed_of(name)) if listen else MeshConfig(seed_of(name), ()))
+        listening = MeshConfig(seed_of(name), direct=self.direct)
+        return open_mesh(listening if listen else replace(listening, listen=()))
+
+
+ECHO = "/test/echo/1"
+RAW = "/test/raw/1"
+UNKNOWN = "/test/nothing"
 
 
 class Member:
@@ -112,7 +119,7 @@ def run_with(adapter: str, body: Body, *names: str) -> None:
             await guarded(Virtual(network))
 
     async def libp2p() -> None:
-        await guarded(Libp2p())
+        await guarded(Libp2p() if adapter.endswith("libp2p") else Libp2p("direct", (ECHO, RAW, UNKNOWN)))
 
     if adapter.endswith("virtual"):
         runtime.run(virtual, seed=1)
@@ -123,6 +130,12 @@ def run_with(adapter: str, body: Body, *names: str) -> None:
 
 def full_addr(endpoint: Endpoint) -> str:
     return f"{endpoint.addrs[0]}/p2p/{endpoint.peer}"
+
+
+def peers_of(endpoint: Endpoint) -> tuple[PeerId, ...]:
+    """Whom it has a connection with, of any kind."""
+    direct = [stream.remote for stream in endpoint._plane.streams] if isinstance(endpoint, Mesh) else []
+    return tuple(sorted({*endpoint.connected(), *direct}))
 
 
 async def until(condition: Callable[[], bool]) -> None:

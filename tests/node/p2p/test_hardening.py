@@ -14,6 +14,7 @@ from libp2p.network.stream.exceptions import StreamError
 from libp2p.pubsub.pb import rpc_pb2
 
 import node.p2p.host
+import node.p2p.tcp
 import node.p2p.yamux
 from node.p2p.mesh import MeshConfig, open_mesh
 from node.p2p.tcp import TcpStream
@@ -240,6 +241,7 @@ def test_a_connection_that_ended_gives_its_slot_back():
 
 def test_noise_on_the_port_disturbs_nobody(monkeypatch):
     monkeypatch.setattr(node.p2p.host, "UPGRADE_S", 1.0)
+    monkeypatch.setattr(node.p2p.tcp, "FIRST_BYTES_S", 1.0)
 
     async def body(a, b):
         host, port = a.addrs[0].split("/")[2], int(a.addrs[0].split("/")[4])

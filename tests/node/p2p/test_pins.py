@@ -17,9 +17,13 @@ from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.security.noise.io import BaseNoiseMsgReadWriter
+from libp2p.security.noise.patterns import BasePattern, PatternXX
+from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from libp2p.transport.tcp.tcp import TCP
 from libp2p.transport.upgrader import TransportUpgrader
+from noise.connection import NoiseConnection
 
 from node.p2p.host import _Muxers, _NoAutoConnector
 from node.p2p.mesh import MeshConfig, open_mesh
@@ -66,6 +70,16 @@ def test_what_is_overridden_or_called_exists(owner, method):
         (GossipSub.__init__, "self.mesh = {}"),
         (BasicHost._schedule_identify, "self._identify_tasks.add("),
         (TCP.dial, "self._dial_resolved("),
+        (Swarm._do_handle_inbound_connection, "self.upgrade_inbound_raw_conn(raw_conn"),
+        (PatternXX.__init__, "self.prologue = prologue"),
+        (PatternXX.handshake_inbound, "self.create_noise_state(prologue=self.prologue)"),
+        (PatternXX.handshake_outbound, "self.create_noise_state(prologue=self.prologue)"),
+        (PatternXX.handshake_outbound, "raise PeerIDMismatchesPubkey("),
+        (BasePattern.create_noise_state, "noise_state.noise_protocol.prologue = prologue"),
+        (SecureSession.__init__, "self.conn = conn"),
+        (BaseNoiseMsgReadWriter.__init__, "self.noise_state = noise_state"),
+        (NoiseConnection.encrypt, "self.noise_protocol.cipher_state_encrypt.encrypt_with_ad(None, data)"),
+        (NoiseConnection.decrypt, "self.noise_protocol.cipher_state_decrypt.decrypt_with_ad(None, data)"),
     ],
 )
 def test_the_library_still_goes_through_what_is_replaced(function, uses):

@@ -1,0 +1,45 @@
+"""`sotto bench`: what parts of the product cost on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from sotto.commands.common import Json, errors, print_json
+
+app = typer.Typer(no_args_is_help=True, help="Measure parts of sotto on this machine.")
+
+
+@app.callback()
+def options() -> None:
+    """What stands before the benchmark's name."""
+
+
+@app.command(epilog="Example: sotto bench dataplane --json")
+def dataplane(
+    seconds: Annotated[float, typer.Option(min=0.1, max=600, help="How long to measure, about.")] = 30.0,
+    as_json: Json = False,
+) -> None:
+    """Hops and bulk between two processes: the data plane beside bare TCP, bare Noise records and libp2p streams."""
+    from simnet.bench import dataplane as bench
+
+    with errors(as_json):
+        result = bench.run(seconds)
+    if as_json:
+        print_json(result)
+    else:
+        _print(result)
+
+
+def _print(result: dict[str, Any]) -> None:
+    cells = ["hop_8k", "hop_64k", "hop_1m", "hop_8k_under_bulk"]
+    print(f"{'p50 / p99, us':<10}" + "".join(f"{cell:>20}" for cell in cells) + f"{'bulk, MB/s':>14}")
+    for plane, row in result["figures"].items():
+        hops = "".join(f"{row[cell]['p50_us']:>11.0f} /{row[cell]['p99_us']:>7.0f}" for cell in cells)
+        print(f"{plane:<13}{hops}{row['bulk_mb_s']:>14.0f}")
+    print(
+        f"direct against tcp: {result['hop_8k_ratio']}x at 8 KiB, {result['hop_64k_ratio']}x at 64 KiB, "
+        f"{result['hop_1m_ratio']}x at 1 MiB; bulk {result['bulk_ratio_to_noise']}x bare Noise; "
+        f"8 KiB under bulk {result['hop_8k_under_bulk_ratio']}x idle"
+    )
