@@ -15,6 +15,7 @@ from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
+from libp2p.peer.peerstore import PeerStore
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
@@ -70,6 +71,9 @@ def test_what_is_overridden_or_called_exists(owner, method):
         (Pubsub.push_msg, "self.validate_msg(msg_forwarder, msg)"),
         (GossipSub.__init__, "self.mesh = {}"),
         (BasicHost._schedule_identify, "self._identify_tasks.add("),
+        (BasicHost._identify_task_entry, "await self._identify_peer(peer_id, reason=reason)"),
+        (PeerStore.add_addrs, "self._enforce_peer_limit()"),
+        (PeerStore.add_addr, "self.add_addrs("),
         (TCP.dial, "self._dial_resolved("),
     ],
 )
