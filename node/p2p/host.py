@@ -35,6 +35,7 @@ from node.p2p.peerbook import PeerBook, learn, push_handler
 from node.p2p.streams import logged
 from node.p2p.tcp import TcpTransport
 from node.p2p.yamux import Yamux
+from node.p2p.yamux_limits import Memory
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +85,15 @@ class Host(BasicHost):
 
 
 class _Muxers(MuxerMultistream):
-    """Negotiates as the library does, then builds what was registered."""
+    """Negotiates as the library does, then builds our yamux."""
+
+    def __init__(self, muxers: TMuxerOptions, negotiate_timeout: int) -> None:
+        super().__init__(muxers, negotiate_timeout)
+        self._memory = Memory[Yamux]()
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
-        _, muxer = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        return muxer(conn, peer_id)
+        await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        return Yamux(conn, peer_id, self._memory)
 
 
 class _NoAutoConnector(AutoConnector):
