@@ -36,6 +36,7 @@ from protocol.messages import (
 from protocol.ports import Stream, StreamHandler
 from protocol.tickets import TicketGate
 from worker.admission import SpanLedger
+from worker.arrivals import Arrivals
 from worker.cleanup import STOP_S, shielded
 from worker.config import TaskStatus, WorkerConfig, WorkerPorts
 from worker.control import Control
@@ -66,6 +67,7 @@ class WorkerService:
         self._streams: Counter[PeerId] = Counter()
         self._outboxes: dict[Outbox, None] = {}
         self._meter = Meter(ports.observer)
+        self._arrivals = Arrivals(ports.clock.monotonic)
         self.spans = SpanLedger(config.weight_memory_bytes)
         self.pool = KvPool(config.kv_memory_bytes)
         gate = TicketGate(config.identity)
@@ -104,14 +106,19 @@ class WorkerService:
 
     def _handler(self, protocol: str, serve: Serve) -> StreamHandler:
         async def handle(stream: Stream) -> None:
-            peer, channel = stream.remote, Channel(stream, protocol)
+            peer, scope = stream.remote, trio.CancelScope()
             if self.sessions.stopping or self._streams[peer] >= STREAMS_PER_PEER_MAX:
                 await stream.aclose()
                 return
             self._streams[peer] += 1
             try:
-                with self._meter.on(channel, protocol):
-                    await serve(channel)
+                with scope, self._arrivals.of(peer, scope.cancel) as arriving:
+                    channel = Channel(stream, protocol, arriving)
+                    with self._meter.on(channel, protocol):
+                        await serve(channel)
+            except Refused as refusal:  # too much of its peer is arriving
+                self._ports.observer.request_refused(refusal.reason)
+                log.info("refused", extra={"peer": peer, "reason": refusal.reason})
             except RemoteProtocolError as error:
                 self._ports.observer.violation(peer, protocol)
                 log.warning("violation", extra={"peer": peer, "protocol": protocol, "error": str(error)})
@@ -226,7 +233,7 @@ class WorkerService:
         try:
             with trio.fail_after(OPEN_S):
                 stream = await self._ports.transport.open(link.peer, link.addrs, LINK)
-            channel = Channel(stream, LINK)
+            channel = Channel(stream, LINK, _hear_no_byte)
             self.links.opened(link)
             try:
                 with self._meter.on(channel, LINK):
@@ -255,6 +262,7 @@ class WorkerService:
         while True:
             await trio.sleep(SWEEP_S)
             self._meter.report()
+            self._arrivals.sweep()
             self.sessions.sweep()
             await self._supervised(self._control.sweep)
 
@@ -280,6 +288,11 @@ async def _race(*tasks: Callable[[], Awaitable[None]]) -> None:
             nursery.start_soon(run, task)
     if errors:
         raise errors[0]
+
+
+def _hear_no_byte(size: int) -> None:
+    if size:
+        raise RemoteProtocolError("the next hop spoke on a link")
 
 
 async def _hear_nothing(channel: Channel) -> None:

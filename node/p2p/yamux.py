@@ -55,6 +55,7 @@ class Yamux(IMuxedConn):
         self._initiator = bool(conn.is_initiator)
         self._next_id = 1 if self._initiator else 2
         self._streams: dict[int, YamuxStream] = {}
+        self._inbound = 0  # of `_streams`, those that the peer opened
         self._windows = 0
         self._memory = memory
         self._toll = Toll()
@@ -176,6 +177,7 @@ class Yamux(IMuxedConn):
         if self._streams.get(stream.stream_id) is stream:
             del self._streams[stream.stream_id]
             self._windows -= stream.window
+            self._inbound -= stream.stream_id % 2 != self._next_id % 2
 
     # tasks
 
@@ -284,7 +286,8 @@ class Yamux(IMuxedConn):
         if self._closed:
             return
         if Flag.SYN in frame.flags and frame.kind is not Kind.PING:
-            self._toll.pay(OPEN_PRICE)
+            if not self._toll.pay(OPEN_PRICE):
+                raise Violation("a flood of streams")
         elif frame.kind is not Kind.DATA or frame.length < SMALL_BYTES:
             self._toll.pay(1)
         match frame.kind:
@@ -319,11 +322,11 @@ class Yamux(IMuxedConn):
             return self._streams.get(frame.stream_id)
         if frame.stream_id in self._streams or frame.stream_id % 2 == self._next_id % 2:
             raise Violation(f"stream {frame.stream_id} opened twice, or by the wrong side")
-        inbound = sum(stream_id % 2 == frame.stream_id % 2 for stream_id in self._streams)
-        if inbound >= INBOUND_STREAMS_MAX:
+        if self._inbound >= INBOUND_STREAMS_MAX:
             self.send_reset(frame.stream_id)
             return None
         stream = self._add(frame.stream_id)
+        self._inbound += 1
         self._send(Kind.WINDOW, Flag.ACK, stream.stream_id)
         try:
             self._accept_send.send_nowait(stream)

@@ -26,8 +26,10 @@ class Toll:
         self._left = FRAMES_BURST
         self._at = 0.0
 
-    def pay(self, price: float) -> None:
+    def pay(self, price: float) -> bool:
+        """False when the debt is more than one record of an honest peer can make."""
         self._left -= price
+        return self._left > -FRAMES_BURST
 
     def wait_s(self, now: float) -> float:
         """Seconds to wait before the next record; 0 for most."""

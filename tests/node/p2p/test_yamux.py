@@ -379,6 +379,18 @@ def test_a_flood_of_headers_is_read_slowly(flood):
     run_raw(body)
 
 
+def test_a_flood_of_streams_closes_the_connection():
+    async def body(muxer, peer):
+        for start in range(0, 1000, 200):
+            await peer._send.send(frames(*((Kind.WINDOW, Flag.SYN, 2 * (start + i) + 2, 0) for i in range(200))))
+            await peer._send.send(frames(*((Kind.WINDOW, Flag.RST, 2 * (start + i) + 2, 0) for i in range(200))))
+        await peer._send.send(frames(*((Kind.WINDOW, Flag.SYN, i, 0) for i in range(4002, 10002, 2))))
+        await trio.sleep(10)
+        assert muxer.is_closed
+
+    run_raw(body)
+
+
 def test_large_frames_pay_for_themselves():
     toll = Toll()
     assert toll.wait_s(0.0) == 0
