@@ -1,8 +1,8 @@
 """The worker: protocol handlers on one side, the engine behind its port on the other, and the tasks between them.
 
-Invariant: a stream's reader waits for nothing but its stream (and, in control, for the request it is serving), so no
-peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in a handler
-costs that stream, in a session that session. It decides nothing: control.py, uploads.py and sessions.py do.
+Invariant: a stream's reader waits for nothing but its stream, its peer's pace (and, in control, for the request it is
+serving), so no peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in
+a handler costs that stream, in a session that session. It decides nothing: control.py, uploads.py and sessions.py do.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from worker.kv_pool import KvPool
 from worker.links import OPEN_S, Link, LinkPool
 from worker.meter import Meter
 from worker.outbox import Outbox
+from worker.pace import Pace
 from worker.session import Session
 from worker.sessions import SessionTable
 from worker.uploads import Uploads
@@ -68,6 +69,7 @@ class WorkerService:
         self._outboxes: dict[Outbox, None] = {}
         self._meter = Meter(ports.observer)
         self._arrivals = Arrivals(ports.clock.monotonic)
+        self._pace = Pace(ports.clock.monotonic)
         self.spans = SpanLedger(config.weight_memory_bytes)
         self.pool = KvPool(config.kv_memory_bytes)
         gate = TicketGate(config.identity)
@@ -169,6 +171,7 @@ class WorkerService:
     async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
+            await self._pace.take(channel.remote)
             if isinstance(message, Attach):
                 self.sessions.attach(message, channel.remote, outbox)
             elif not self._route(message, body, channel.remote):
@@ -177,6 +180,7 @@ class WorkerService:
     async def _serve_link(self, channel: Channel) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
+            await self._pace.take(channel.remote)
             try:
                 self._route(message, body, channel.remote)
             except RemoteProtocolError as error:
