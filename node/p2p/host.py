@@ -28,6 +28,7 @@ from libp2p.peer.id import ID
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
+from libp2p.transport.exceptions import MuxerUpgradeFailure
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
@@ -36,6 +37,8 @@ from node.p2p.streams import logged
 from node.p2p.tcp import TcpTransport
 from node.p2p.yamux import Yamux
 from node.p2p.yamux_limits import Memory
+from protocol.errors import RemoteProtocolError
+from protocol.ids import public_key_of
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +88,17 @@ class Host(BasicHost):
 
 
 class _Muxers(MuxerMultistream):
-    """Negotiates as the library does, then builds our yamux."""
+    """Negotiates as the library does, then builds our yamux. Only peers that protocol/ids.py knows how to name pass."""
 
     def __init__(self, muxers: TMuxerOptions, negotiate_timeout: int) -> None:
         super().__init__(muxers, negotiate_timeout)
         self._memory = Memory[Yamux]()
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        try:
+            public_key_of(peer_id.to_base58())
+        except RemoteProtocolError as error:
+            raise MuxerUpgradeFailure(f"a peer whose id is no Ed25519 key: {peer_id}") from error
         await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
         return Yamux(conn, peer_id, self._memory)
 

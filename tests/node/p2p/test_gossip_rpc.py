@@ -16,13 +16,14 @@ from protocol.errors import TransportError
 from tests.conformance.adapters import full_addr, until
 from tests.node.p2p.test_hardening import TOPIC, run, still_works
 
+AUTHOR = b"\x00\x24\x08\x01\x12\x20" + bytes(32)
 GOSSIPSUB = "/meshsub/1.1.0"
 
 
 def test_an_honest_rpc_passes_whole():
     rpc = rpc_pb2.RPC(
         subscriptions=[rpc_pb2.RPC.SubOpts(subscribe=True, topicid="another")],
-        publish=[rpc_pb2.Message(data=b"x", topicIDs=[TOPIC])],
+        publish=[rpc_pb2.Message(data=b"x", topicIDs=[TOPIC], from_id=AUTHOR)],
     )
     rpc.control.graft.add(topicID=TOPIC)
     rpc.control.prune.add(topicID=TOPIC, backoff=60)
@@ -35,7 +36,8 @@ def test_an_honest_rpc_passes_whole():
 
 def test_what_nobody_needs_is_left_out():
     rpc = rpc_pb2.RPC(senderRecord=b"signed", publish=[rpc_pb2.Message(topicIDs=topics) for topics in ([], ["x"])])
-    rpc.publish.add(topicIDs=[TOPIC, TOPIC])
+    rpc.publish.add(topicIDs=[TOPIC, TOPIC], from_id=AUTHOR)
+    rpc.publish.add(topicIDs=[TOPIC], from_id=b"\x12\x20" + bytes(32), key=b"of a kind that is slow")
     rpc.subscriptions.add(subscribe=True, topicid="t" * (TOPIC_CHARS_MAX + 1))
     for topic in (TOPIC, TOPIC, "x"):
         rpc.control.graft.add(topicID=topic)

@@ -10,6 +10,9 @@ from contextlib import suppress
 
 import pytest
 import trio
+from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1_key_pair
+from libp2p.host.exceptions import StreamFailure
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.pubsub.pb import rpc_pb2
 
@@ -161,6 +164,19 @@ def test_stock_libp2p_interoperates():
             await back.send(data)
             assert await receive_exactly(back, 7) == b"2097152"
             assert await back.receive(1) == b""
+
+    run(body)
+
+
+def test_a_peer_that_is_no_ed25519_key_is_not_let_in():
+    async def body(a, b):
+        async with stock_host(create_secp256k1_key_pair()) as other:
+            with suppress(SwarmException, StreamError, StreamFailure):
+                await dial(other, a)
+                await stream_to(other, a, ECHO)
+                pytest.fail("it was let in")
+            await until(lambda: a.connected() == ())
+        await still_works(a, b)
 
     run(body)
 
