@@ -28,6 +28,7 @@ from protocol.tickets import Ticket, issue_ticket
 
 DIAL_S = 10.0
 OUTBOX_FRAMES = 4
+UNWANTED_MAX = 1000  # outputs in a row that nobody waits for; a closed session leaves a few behind
 TICKET_LIFE_MS = 120_000  # used within seconds; clocks may differ by limits.CLOCK_SKEW_MAX_S
 
 
@@ -81,13 +82,17 @@ class _Link:
 
     async def read(self, dropped: Callable[[PeerId], None]) -> None:
         """Give messages to their sessions until the stream ends. Raises TransportError, RemoteProtocolError."""
+        unwanted = 0
         while (frame := await self._channel.receive()) is not None:
             message, body = frame
             session = self.sessions.get(_session_of(message))
-            if session is not None:
-                session.take(self.peer, message, body)
-            else:  # of a session that was closed here while this was on its way
-                dropped(self.peer)
+            if session is not None and session.take(self.peer, message, body):
+                unwanted = 0
+                continue
+            dropped(self.peer)  # of a session that was closed here while this was on its way, or a repetition
+            unwanted += 1
+            if unwanted > UNWANTED_MAX:
+                raise RemoteProtocolError("it sends what nobody asked for")
         raise TransportError("it closed the stream")
 
     async def close(self, error: SottoError) -> None:

@@ -26,7 +26,7 @@ from client.speculation import Speculation
 from client.tensors import WIRE_DTYPES, to_payload, to_tensor
 from models.sampling import SamplingParams, sample
 from protocol import limits
-from protocol.errors import InputError, SottoError
+from protocol.errors import InputError, RemoteProtocolError, SottoError
 from protocol.ports import Clock
 from protocol.tensors import Payload
 
@@ -236,6 +236,8 @@ class Generation:
     def _choose(self, answer: Payload, drafts: tuple[int, ...], position: int) -> list[int]:
         """The tokens for `position` and what follows, as far as `drafts` hold: one at least."""
         rows, chosen = self._ends.logits(to_tensor(answer)[-1 - len(drafts) :]), list[int]()
+        if not bool(rows.isfinite().all()):  # finite numbers can be so large that their sums are not
+            raise RemoteProtocolError("the route's answer is so large that no token follows from it: a worker lies")
         room = self._params.max_new_tokens - len(self.ids)
         for row, guess in zip(rows, (*drafts, None), strict=True):
             token = sample(row, self._params.sampling, position + len(chosen))

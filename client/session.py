@@ -179,9 +179,10 @@ class RouteSession:
         """`submit` and `result` in one."""
         return await self.result(await self.submit(payload, position, tail))
 
-    def take(self, peer: PeerId, message: Message, body: bytes) -> None:
-        """The driver's: a message of this session came from `peer`. Raises RemoteProtocolError when it does not fit."""
-        hop = self._hop_of[peer]
+    def take(self, peer: PeerId, message: Message, body: bytes) -> bool:
+        """The driver's: a message of this session came from `peer`. False when nobody waits for it. Raises
+        RemoteProtocolError when it does not fit."""
+        hop, wanted = self._hop_of[peer], True
         self._machines[hop].received(type(message))
         match message:
             case Attached():
@@ -191,12 +192,13 @@ class RouteSession:
                     raise RemoteProtocolError("the session was opened on other terms than the ticket's")
                 self._heard_at = trio.current_time()
             case StepOutput():
-                self._take_output(hop, message, body)
+                wanted = self._take_output(hop, message, body)
             case SessionFailed():
                 self.fail(self._failure_of(hop, message))
             case _:  # no other type passes the table
                 raise RemoteProtocolError(f"{type(message).__name__} came on a session stream")
         self._wake()
+        return wanted
 
     def fail(self, error: SottoError) -> None:
         """The driver's: end the session with `error`, unless it has ended."""
@@ -210,15 +212,14 @@ class RouteSession:
         """What to say of a worker that is lost now."""
         return "was lost in mid-generation" if self._steps.next else "was lost while the session was opened"
 
-    def _take_output(self, hop: int, message: StepOutput, body: bytes) -> None:
+    def _take_output(self, hop: int, message: StepOutput, body: bytes) -> bool:
         if message.epoch != 0 or message.step >= self._steps.next:
             raise RemoteProtocolError(f"an output of step {message.step}, which was not asked for")
         payload = Payload(message.tensor, body)
         peer, last = self.route.hops[hop].peer, hop == len(self._links) - 1
         sent = self._steps.waits_for(message.step, hop)
         if sent is None:
-            self._observer.output_dropped(peer)
-            return
+            return False
         _check_output(payload, (sent.tail if last else sent.rows, sent.width), first=hop == 0)
         sent.waiting.discard(hop)
         self._heard_at = trio.current_time()  # only what was asked for counts as a sign of life
@@ -229,6 +230,7 @@ class RouteSession:
             sent.answered, sent.answer = True, payload
         elif self.terms.sink is not None:
             self.terms.sink.take(HopOutput(hop, message.step, sent.position, payload))
+        return True
 
     def _failure_of(self, hop: int, message: SessionFailed) -> SottoError:
         peer = self.route.hops[hop].peer

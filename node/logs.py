@@ -1,6 +1,7 @@
 """Structured logs on stderr: one JSON object a line, ids, counts and durations, never tokens, prompts or activations.
 
-Only fields that a call site passes through `extra=` are added, so nothing slips in by formatting.
+Only fields that a call site passes through `extra=` are added, so nothing slips in by formatting. What peers can cause
+they can cause without end, so of one event few lines are written in a time, and the rest is counted.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import sys
 import traceback
 
 FRAMES_KEPT = 6
+LINES_MAX = 20  # of one event in WINDOW_S
+WINDOW_S = 10.0
+EVENTS_MAX = 1000  # remembered; libraries format their texts before they log them
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -31,10 +35,31 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class Repeats(logging.Filter):
+    """Lets LINES_MAX lines of one event pass in WINDOW_S; the first of the next window says how many were left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: dict[tuple[str, str], tuple[float, int]] = {}  # logger and text: since, lines
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        event = (record.name, str(record.msg)[:100])
+        if event not in self._events and len(self._events) >= EVENTS_MAX:
+            self._events.clear()
+        since, lines = self._events.get(event, (record.created, 0))
+        if record.created - since >= WINDOW_S:
+            if lines > LINES_MAX:
+                record.left_out = lines - LINES_MAX
+            since, lines = record.created, 0
+        self._events[event] = (since, lines + 1)
+        return lines < LINES_MAX
+
+
 def configure(level: str = "info") -> None:
     """Send the `sotto` loggers, and other libraries' warnings, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
+    handler.addFilter(Repeats())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

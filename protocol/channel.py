@@ -7,6 +7,7 @@ protocol violation.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
@@ -17,12 +18,14 @@ from protocol.ports import Stream
 
 
 class Channel:
-    """A stream of one of our protocols."""
+    """A stream of one of our protocols. `arriving` is told the bytes of the unfinished frame each time that some come;
+    what it raises comes out of `receive`."""
 
-    __slots__ = ("_decoder", "_frame_bytes_max", "_ready", "_stream", "received_bytes", "sent_bytes")
+    __slots__ = ("_arriving", "_decoder", "_frame_bytes_max", "_ready", "_stream", "received_bytes", "sent_bytes")
 
-    def __init__(self, stream: Stream, protocol: str) -> None:
+    def __init__(self, stream: Stream, protocol: str, arriving: Callable[[int], None] = lambda _: None) -> None:
         self._stream = stream
+        self._arriving = arriving
         self._frame_bytes_max = FRAME_BYTES_MAX[protocol]
         self._decoder = FrameDecoder(self._frame_bytes_max)
         self._ready: deque[tuple[Message, bytes]] = deque()
@@ -52,6 +55,7 @@ class Channel:
                 raise TransportError("the stream ended inside a frame")
             self.received_bytes += len(data)
             self._ready.extend(self._decoder.feed(data))
+            self._arriving(self._decoder.unfinished)
         return self._ready.popleft()
 
     async def call(self, request: Message) -> Message:

@@ -50,6 +50,11 @@ class FrameDecoder:
         return not self._buffer
 
     @property
+    def unfinished(self) -> int:
+        """Bytes here of the frame that is arriving."""
+        return len(self._buffer)
+
+    @property
     def wanted(self) -> int:
         """How many more bytes complete what is being read: a good size for the next receive."""
         have = len(self._buffer)

@@ -205,7 +205,11 @@ class Engine:
             step.compute_s += took_s
             start += count
             if not step.rows_left:
-                self._finish(step)
+                try:
+                    with self._refusals(RefusalReason.BAD_STEP):
+                        self._finish(step)
+                except Exception as error:  # an answer takes memory too
+                    self._fail(step, error)
 
     def _forward(self, taken: list[tuple[_Step, int]]) -> Tensor:
         first = taken[0][0]

@@ -1,8 +1,8 @@
 """The worker: protocol handlers on one side, the engine behind its port on the other, and the tasks between them.
 
-Invariant: a stream's reader waits for nothing but its stream (and, in control, for the request it is serving), so no
-peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in a handler
-costs that stream, in a session that session. It decides nothing: control.py, uploads.py and sessions.py do.
+Invariant: a stream's reader waits for nothing but its stream, its peer's pace (and, in control, for the request it is
+serving), so no peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in
+a handler costs that stream, in a session that session. It decides nothing: control.py, uploads.py and sessions.py do.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from protocol.messages import (
 from protocol.ports import Stream, StreamHandler
 from protocol.tickets import TicketGate
 from worker.admission import SessionQuota, SpanLedger
+from worker.arrivals import Arrivals
 from worker.cleanup import STOP_S, shielded
 from worker.config import TaskStatus, WorkerConfig, WorkerPorts
 from worker.control import Control
@@ -52,6 +53,7 @@ from worker.leases import LeaseBook
 from worker.links import OPEN_S, Link, LinkPool
 from worker.meter import Meter
 from worker.outbox import Outbox
+from worker.pace import Pace
 from worker.providing import Providing
 from worker.quotas import QueueBook, Rates, RequestGate, Room
 from worker.rights import Rights
@@ -92,6 +94,8 @@ class WorkerService:
         self._requests = RequestGate(Rates(quotas.peer_requests, quotas.requests))
         self._bytes = Rates(quotas.peer_bandwidth, quotas.bandwidth)
         self._throttled = min(quotas.peer_bandwidth, quotas.bandwidth) < inf
+        self._arrivals = Arrivals(ports.clock.monotonic)
+        self._pace = Pace(ports.clock.monotonic)
         self.sessions = SessionTable(self.house, ports.clock, ports.observer, self._spawn_session)
         self.links = LinkPool(self._spawn_link, self._link_lost, self.house.queues, self._reach)
         self.herald = Herald(ports, config, self.house)
@@ -158,14 +162,19 @@ class WorkerService:
 
     def _handler(self, protocol: str, serve: Serve) -> StreamHandler:
         async def handle(stream: Stream) -> None:
-            peer, channel = stream.remote, Channel(self._slowed(stream), protocol)
+            peer, scope = stream.remote, trio.CancelScope()
             if self.sessions.stopping or self._streams[peer] >= STREAMS_PER_PEER_MAX:
                 await stream.aclose()
                 return
             self._streams[peer] += 1
             try:
-                with self._meter.on(channel, protocol):
-                    await serve(channel)
+                with scope, self._arrivals.of(peer, scope.cancel) as arriving:
+                    channel = Channel(self._slowed(stream), protocol, arriving)
+                    with self._meter.on(channel, protocol):
+                        await serve(channel)
+            except Refused as refusal:  # too much of its peer is arriving
+                self._ports.observer.request_refused(refusal.reason)
+                log.info("refused", extra={"peer": peer, "reason": refusal.reason})
             except RemoteProtocolError as error:
                 self._ports.observer.violation(peer, protocol)
                 log.warning("violation", extra={"peer": peer, "protocol": protocol, "error": str(error)})
@@ -226,6 +235,7 @@ class WorkerService:
     async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
+            await self._pace.take(channel.remote)
             if isinstance(message, Attach):
                 try:
                     await self._admit(message, channel.remote)
@@ -240,6 +250,7 @@ class WorkerService:
     async def _serve_link(self, channel: Channel) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
+            await self._pace.take(channel.remote)
             try:
                 self._route(message, body, channel.remote)
             except RemoteProtocolError as error:
@@ -296,7 +307,7 @@ class WorkerService:
         try:
             with trio.fail_after(OPEN_S):
                 stream = await self._ports.transport.open(link.peer, link.addrs, LINK)
-            channel = Channel(self._slowed(stream), LINK)
+            channel = Channel(self._slowed(stream), LINK, _hear_no_byte)
             self.links.opened(link)
             try:
                 with self._meter.on(channel, LINK):
@@ -336,6 +347,7 @@ class WorkerService:
         while True:
             await trio.sleep(SWEEP_S)
             self._meter.report()
+            self._arrivals.sweep()
             self.sessions.sweep()
             connected = frozenset(self._ports.transport.connected())
             present = partial(self._is_present, connected)
@@ -366,6 +378,11 @@ async def _race(*tasks: Callable[[], Awaitable[None]]) -> None:
             nursery.start_soon(run, task)
     if errors:
         raise errors[0]
+
+
+def _hear_no_byte(size: int) -> None:
+    if size:
+        raise RemoteProtocolError("the next hop spoke on a link")
 
 
 async def _hear_nothing(channel: Channel) -> None:

@@ -1,8 +1,9 @@
 """Gossip over libp2p's gossipsub 1.1, with the edges taken off.
 
 Invariants: an exception while a message is handled costs that message; each neighbour may forward FORWARDED_PER_S
-messages a second (the library's own limit throttles honest relays and is off); a message names one topic; a validator
-runs once per new message and what it lets pass is delivered and forwarded.
+messages a second (the library's own limit throttles honest relays and is off), and who asks for more work than
+PRICE_PER_S (gossip_rpc.py) is read more slowly; nothing that a neighbour named outlives it; a message names one topic;
+a validator runs once per new message and what it lets pass is delivered and forwarded.
 
 Low rate only: one message costs a node 10 to 16 ms of CPU. Not for anything that must arrive.
 """
@@ -11,17 +12,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 
 import trio
-from libp2p.abc import IHost
+from google.protobuf.message import DecodeError
+from libp2p.abc import IHost, INetStream
 from libp2p.custom_types import TProtocol
+from libp2p.exceptions import ParseError
+from libp2p.io.exceptions import IOException
+from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
+from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
+from node.p2p.gossip_rpc import PRICE_BURST, PRICE_PER_S, trim
 from protocol.errors import RemoteProtocolError
 from protocol.ids import PeerId, public_key_of
 from protocol.limits import GOSSIP_BYTES_MAX
@@ -35,6 +42,9 @@ HEARTBEAT_S = 1
 FORWARDED_PER_S = 20.0  # four times what a node should receive in all; a burst of ten seconds' worth passes
 FORWARDED_BURST = 200.0
 NEIGHBOURS_REMEMBERED = 4096  # rate limits kept; the connection limit is below it
+TOPICS_PER_NEIGHBOUR = 64  # that it says it follows; foreign nodes may follow topics of their own
+STREAMS_PER_NEIGHBOUR = 4  # it needs one, and one more for a moment when it connects anew
+RPC_BYTES_MAX = 256 * 1024  # IDS_MAX adverts, asked for at once; a stream holds one RPC while it arrives
 SUBSCRIPTION_MESSAGES = 256  # unread messages of a topic before the oldest is dropped
 
 
@@ -82,34 +92,101 @@ class TopicSubscription:
         return valid
 
 
+@dataclass(slots=True)
+class _Allowance:
+    """What a neighbour may still spend, `rate` a second up to `burst`."""
+
+    rate: float
+    burst: float
+    left: float
+    at: float
+
+    def refill(self, now: float) -> float:
+        self.left, self.at = min(self.burst, self.left + (now - self.at) * self.rate), now
+        return self.left
+
+
 class GuardedPubsub(Pubsub):
-    """The library's pubsub, with an admission check and a floor under `push_msg`."""
+    """The library's pubsub, with limits on what it reads and a floor under `push_msg`."""
+
+    router: GossipSub
 
     def __init__(self, host: IHost, router: GossipSub) -> None:
-        super().__init__(host, router, strict_signing=True)
+        super().__init__(
+            host,
+            router,
+            strict_signing=True,
+            max_subscriptions_per_peer=TOPICS_PER_NEIGHBOUR,
+            max_inbound_rpc_size=RPC_BYTES_MAX,
+        )
         # The library counts from the time in seconds: a node that restarts would repeat numbers, and be taken as seen.
         self.counter = time.time_ns()
-        self._budgets: OrderedDict[ID, tuple[float, float]] = OrderedDict()  # (tokens, at)
+        self._forwarding: OrderedDict[ID, _Allowance] = OrderedDict()  # messages
+        self._asking: OrderedDict[ID, _Allowance] = OrderedDict()  # units of gossip_rpc.trim
+        self._reading: Counter[ID] = Counter()  # streams
+
+    async def continuously_read_stream(self, stream: INetStream) -> None:
+        """In the library's place: it does all that an RPC asks for at once. Raises ParseError; its caller resets."""
+        peer = stream.muxed_conn.peer_id
+        if self._reading[peer] >= STREAMS_PER_NEIGHBOUR:
+            raise ParseError("a neighbour with more streams than it needs")
+        self._reading[peer] += 1
+        try:
+            await self._read(stream, peer)
+        finally:
+            self._reading -= Counter([peer])
+
+    async def _read(self, stream: INetStream, peer: ID) -> None:
+        while self.manager.is_running:
+            try:
+                rpc = rpc_pb2.RPC.FromString(await read_varint_prefixed_bytes_limited(stream, RPC_BYTES_MAX))
+            except StreamEOF:
+                return
+            except (IOException, DecodeError) as error:
+                raise ParseError(str(error)) from error
+            allowance = _of(self._asking, peer, PRICE_PER_S, PRICE_BURST)
+            allowance.left -= trim(rpc, self.topic_ids)
+            while allowance.refill(trio.current_time()) < 0:
+                await trio.sleep(-allowance.left / PRICE_PER_S)
+            await self._take(peer, rpc)
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        if msg_forwarder != self.my_id and not self._admit(msg_forwarder, msg):
-            return
         try:
             await super().push_msg(msg_forwarder, msg)
         except Exception as error:  # runs in a task of the service: what escapes here ends the node
             log.warning("a gossip message from %s failed: %r", msg_forwarder, error)
 
+    def _handle_dead_peer(self, peer_id: ID) -> None:
+        super()._handle_dead_peer(peer_id)
+        for peers in self.router.back_off.values():  # the library keeps them for ever
+            peers.pop(peer_id, None)
+
+    async def _take(self, peer: ID, rpc: rpc_pb2.RPC) -> None:
+        for message in rpc.publish:
+            if self._admit(peer, message):
+                self.manager.run_task(self.push_msg, peer, message)
+        for subscription in rpc.subscriptions:
+            self.handle_subscription(peer, subscription)
+        if rpc.HasField("control"):
+            await self.router.handle_rpc(rpc, peer)
+
     def _admit(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
-        if len(message.topicIDs) != 1 or len(message.data) > GOSSIP_BYTES_MAX:
+        if len(message.data) > GOSSIP_BYTES_MAX:
             return False
-        now = trio.current_time()
-        tokens, at = self._budgets.pop(forwarder, (FORWARDED_BURST, now))
-        tokens = min(FORWARDED_BURST, tokens + (now - at) * FORWARDED_PER_S)
-        admitted = tokens >= 1
-        self._budgets[forwarder] = (tokens - admitted, now)
-        if len(self._budgets) > NEIGHBOURS_REMEMBERED:
-            self._budgets.popitem(last=False)
-        return admitted
+        allowance = _of(self._forwarding, forwarder, FORWARDED_PER_S, FORWARDED_BURST)
+        if allowance.refill(trio.current_time()) < 1:
+            return False
+        allowance.left -= 1
+        return True
+
+
+def _of(allowances: OrderedDict[ID, _Allowance], peer: ID, rate: float, burst: float) -> _Allowance:
+    """The allowance of `peer`; those that were used least recently are forgotten."""
+    allowance = allowances.setdefault(peer, _Allowance(rate, burst, burst, trio.current_time()))
+    allowances.move_to_end(peer)
+    if len(allowances) > NEIGHBOURS_REMEMBERED:
+        allowances.popitem(last=False)
+    return allowance
 
 
 def new_router() -> GossipSub:

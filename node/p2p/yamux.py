@@ -5,8 +5,9 @@ after five seconds without credit, polls for credit, and may leave half a frame 
 Here one task per connection writes and one reads, so that cancelling a caller never tears a frame.
 
 Invariants: a peer holds at most CONNECTION_WINDOW_BYTES of our memory plus the first window of each stream that is
-open; a frame beyond the granted window, an unknown frame or a misnumbered stream closes the connection; a writer waits
-for credit as long as it takes; a peer that stays silent through KEEPALIVE_MISSES pings is dead.
+open, and all peers together what yamux_limits.py says, as for the time that frames take; a frame beyond the granted
+window, an unknown frame or a misnumbered stream closes the connection; a writer waits for credit as long as it takes; a
+peer that stays silent through KEEPALIVE_MISSES pings is dead.
 
 It does not negotiate, encrypt or name protocols, and it never raises out of `start`.
 """
@@ -25,6 +26,7 @@ from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from multiaddr import Multiaddr
 
+from node.p2p.yamux_limits import OPEN_PRICE, SMALL_BYTES, Memory, Toll
 from node.p2p.yamux_stream import YamuxStream
 from node.p2p.yamux_wire import HEADER_BYTES, Flag, Frame, Kind, Parser, Violation
 
@@ -42,9 +44,10 @@ CLOSE_S = 1.0  # deadline of the shielded close of the socket
 
 
 class Yamux(IMuxedConn):
-    """One connection. `start` runs it until either side ends it; afterwards every stream is dead."""
+    """One connection. `start` runs it until either side ends it; afterwards every stream is dead. `memory` is shared by
+    all connections of the node."""
 
-    def __init__(self, conn: ISecureConn, peer_id: ID) -> None:
+    def __init__(self, conn: ISecureConn, peer_id: ID, memory: Memory[Yamux]) -> None:
         self.peer_id = peer_id
         self.event_started = trio.Event()
         self.negotiated_muxer_protocol = "/yamux/1.0.0"
@@ -52,7 +55,10 @@ class Yamux(IMuxedConn):
         self._initiator = bool(conn.is_initiator)
         self._next_id = 1 if self._initiator else 2
         self._streams: dict[int, YamuxStream] = {}
+        self._inbound = 0  # of `_streams`, those that the peer opened
         self._windows = 0
+        self._memory = memory
+        self._toll = Toll()
         self._accept_send, self._accept_receive = trio.open_memory_channel[YamuxStream](INBOUND_STREAMS_MAX)
         self._control: dict[tuple[Kind, Flag, int], int] = {}  # (kind, flags, stream id or ping value) -> credit
         self._data: deque[tuple[YamuxStream | None, bytes]] = deque()  # None: goes out in any case
@@ -155,11 +161,23 @@ class Yamux(IMuxedConn):
         self._windows += growth
         return growth
 
+    def hold(self, size: int) -> None:
+        """`size` bytes wait to be read; when it is too much for the node, a connection has to go."""
+        hog = self._memory.add(self, size, trio.current_time())
+        if hog is not None:
+            log.warning("closing the connection to %s: too much that it sent is not read", hog.peer_id)
+            hog._end()
+
+    def let_go(self, size: int) -> None:
+        """`size` bytes were read, or dropped."""
+        self._memory.remove(self, size, trio.current_time())
+
     def forget(self, stream: YamuxStream) -> None:
         """Nothing more of this stream is expected. Idempotent."""
         if self._streams.get(stream.stream_id) is stream:
             del self._streams[stream.stream_id]
             self._windows -= stream.window
+            self._inbound -= stream.stream_id % 2 != self._next_id % 2
 
     # tasks
 
@@ -179,6 +197,8 @@ class Yamux(IMuxedConn):
         while data := await self._secured.read():
             self._heard = True
             parser.feed(data)
+            if wait_s := self._toll.wait_s(trio.current_time()):
+                await trio.sleep(wait_s)
 
     async def _transmit(self) -> None:
         while True:
@@ -210,6 +230,7 @@ class Yamux(IMuxedConn):
         self._control.clear()
         self._data.clear()
         self._late_resets.clear()
+        self._memory.forget(self)
         self._room.unpark_all()
 
     # sending
@@ -264,6 +285,11 @@ class Yamux(IMuxedConn):
     def on_frame(self, frame: Frame) -> None:
         if self._closed:
             return
+        if Flag.SYN in frame.flags and frame.kind is not Kind.PING:
+            if not self._toll.pay(OPEN_PRICE):
+                raise Violation("a flood of streams")
+        elif frame.kind is not Kind.DATA or frame.length < SMALL_BYTES:
+            self._toll.pay(1)
         match frame.kind:
             case Kind.PING:
                 if Flag.SYN in frame.flags:
@@ -296,15 +322,15 @@ class Yamux(IMuxedConn):
             return self._streams.get(frame.stream_id)
         if frame.stream_id in self._streams or frame.stream_id % 2 == self._next_id % 2:
             raise Violation(f"stream {frame.stream_id} opened twice, or by the wrong side")
-        inbound = sum(stream_id % 2 == frame.stream_id % 2 for stream_id in self._streams)
-        if inbound >= INBOUND_STREAMS_MAX:
+        if self._inbound >= INBOUND_STREAMS_MAX:
             self.send_reset(frame.stream_id)
             return None
         stream = self._add(frame.stream_id)
+        self._inbound += 1
         self._send(Kind.WINDOW, Flag.ACK, stream.stream_id)
         try:
             self._accept_send.send_nowait(stream)
-        except trio.WouldBlock:
+        except (trio.WouldBlock, trio.ClosedResourceError):  # closed by the very answer: a flood
             stream.abort()
             return None
         return stream

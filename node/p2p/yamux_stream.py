@@ -69,6 +69,7 @@ class YamuxStream(IMuxedStream):
         size = len(self._unread) if n is None or n < 0 else min(n, len(self._unread))
         data = bytes(memoryview(self._unread)[:size])
         del self._unread[:size]
+        self._conn.let_go(size)
         self._grant(size)
         return data
 
@@ -131,6 +132,7 @@ class YamuxStream(IMuxedStream):
     def feed(self, data: memoryview) -> None:
         self._unread += data
         self._readable.unpark_all()
+        self._conn.hold(len(data))
 
     def add_credit(self, size: int) -> None:
         self.credit += size
@@ -146,14 +148,18 @@ class YamuxStream(IMuxedStream):
         """The peer reset the stream, or the connection ended."""
         self._dead = self.severed = True
         if not self._remote_finished:
-            self._unread.clear()
+            self._forget_unread()
         self._wake()
 
     def _drop(self) -> None:
         self._dead, self._remote_finished = True, False
-        self._unread.clear()
+        self._forget_unread()
         self._wake()
         self._conn.forget(self)
+
+    def _forget_unread(self) -> None:
+        self._conn.let_go(len(self._unread))
+        self._unread.clear()
 
     def _wake(self) -> None:
         self._readable.unpark_all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import trio
 
-from client.driver import Driver
+from client.driver import UNWANTED_MAX, Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.session import SessionTerms
 from protocol.errors import RouteUnavailable
@@ -256,3 +256,21 @@ def test_what_a_hop_says_cannot_write_to_the_terminal() -> None:
     assert "\x1b" not in str(refused)
     assert "\n" not in str(refused)
     assert "none??[31mleft?" in str(refused)
+
+
+def test_a_hop_that_repeats_itself_without_end_is_a_violation() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        def repeat(_step: Step, _payload: Payload, replies: list[Reply]) -> list[Reply]:
+            return replies * (UNWANTED_MAX + 2)
+
+        async with driver.session(swarm.route, TERMS) as session:
+            swarm.hops[1].conduct.outputs = lambda _step, _payload, replies: replies * UNWANTED_MAX
+            await session.step(activations(1), position=0)
+            await trio.sleep(1)
+            swarm.hops[1].conduct.outputs = repeat
+            await session.step(activations(1), position=1)
+            await trio.sleep(1)
+            with pytest.raises(HopViolation, match="nobody asked for"):
+                await session.step(activations(1), position=2)
+
+    with_swarm(2, body)

@@ -18,7 +18,7 @@ from client.session import STEP_DATA_BYTES_MAX
 from client.tensors import to_payload, to_tensor
 from client.text import TextStream
 from models.sampling import SamplingParams, sample
-from protocol.errors import InputError, RouteUnavailable
+from protocol.errors import InputError, RemoteProtocolError, RouteUnavailable
 from protocol.tensors import Payload
 from simnet.runtime import VirtualClock, run
 
@@ -307,3 +307,27 @@ def test_what_looked_like_a_stop_string_comes_out_in_the_end() -> None:
         assert stream.result().text == "cdefg"
 
     virtual(main)
+
+
+@dataclass
+class HugeSession(EchoSession):
+    """Answers with the largest finite numbers."""
+
+    async def result(self, step: int) -> Payload:
+        return to_payload(torch.full((1, 2), torch.finfo(torch.float32).max), torch.float32)
+
+
+class SummingEnds(CountingEnds):
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+
+
+def test_an_answer_too_large_for_any_token_is_a_violation() -> None:
+    async def body() -> None:
+        params = GenerationParams(4, sampling=SamplingParams(temperature=1.0))
+        generation = Generation(HugeSession(), SummingEnds(), [1, 2], params, GenerationHost(VirtualClock()))
+        async with aclosing(generation.tokens()) as tokens:
+            with pytest.raises(RemoteProtocolError, match="a worker lies"):
+                await anext(tokens)
+
+    run(body, 1)

@@ -168,7 +168,7 @@ def test_a_reader_that_lags_loses_the_oldest(adapter):
 
 
 def refill(mesh):
-    mesh._pubsub._budgets.clear()
+    mesh._pubsub._forwarding.clear()
 
 
 async def nothing_more(*subscriptions):

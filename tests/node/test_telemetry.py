@@ -12,7 +12,7 @@ import pytest
 from prometheus_client import generate_latest
 
 from client.observer import ClientObserver
-from node.logs import JsonFormatter
+from node.logs import EVENTS_MAX, LINES_MAX, JsonFormatter, Repeats
 from node.metrics import ClientMetrics, WorkerMetrics, parse_metrics_address, serve_metrics
 from protocol.errors import InputError
 from protocol.ids import PeerId
@@ -136,3 +136,21 @@ def test_a_log_line_has_ids_and_places_but_nothing_that_was_said() -> None:
     assert line["exception"] == "ValueError"
     assert "test_telemetry.py" in line["traceback"][-1]
     assert secret not in stream.getvalue()
+
+
+def test_a_flood_of_one_event_is_counted_not_written() -> None:
+    repeats, written = Repeats(), []
+
+    def log(event: str, at: float) -> None:
+        record = logging.makeLogRecord({"name": "sotto.test", "msg": event, "created": at})
+        if repeats.filter(record):
+            written.append((event, at, getattr(record, "left_out", 0)))
+
+    for hundredth in range(0, 2500):
+        log("violation", hundredth / 100)
+    log("another", 12.0)
+    assert len(written) == 3 * LINES_MAX + 1
+    assert [left_out for _, _, left_out in written if left_out] == [1000 - LINES_MAX] * 2
+    for number in range(10_000):
+        log(f"text of a library {number}", 13.0)
+    assert len(repeats._events) <= EVENTS_MAX

@@ -379,6 +379,24 @@ def test_one_step_that_fails_in_a_batch_fails_alone(shop: Shop, monkeypatch: pyt
     assert shop.engine.idle
 
 
+def test_an_answer_that_finds_no_memory_fails_its_step_and_not_the_engine(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What escaped from `advance` would end the engine's thread, and every step would wait for ever."""
+    shop.load()
+
+    def short_of_memory(_: torch.Tensor) -> Payload:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("worker.engine.to_payload", short_of_memory)
+        with pytest.raises(Refused) as refused:
+            shop.engine.step(work(inputs(1), 0))
+    assert refused.value.reason == RefusalReason.MEMORY
+    assert shop.engine.idle
+    assert isinstance(shop.engine.step(work(inputs(1), 0)), StepResult)
+
+
 def test_closing_a_session_drops_the_rest_of_its_step(shop: Shop) -> None:
     shop.load()
     shop.engine._scheduler.rows_per_forward = 8

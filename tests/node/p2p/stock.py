@@ -8,6 +8,7 @@ from typing import Any
 
 from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.peer.peerinfo import info_from_p2p_addr
@@ -19,8 +20,8 @@ from node.p2p.mesh import Mesh
 
 
 @asynccontextmanager
-async def stock_host() -> AsyncIterator[Any]:
-    keys = create_new_key_pair(b"s" * 32)
+async def stock_host(keys: KeyPair | None = None) -> AsyncIterator[Any]:
+    keys = keys or create_new_key_pair(b"s" * 32)
     noise = Noise(keys, noise_privkey=create_new_x25519_key_pair().private_key)
     host = new_host(key_pair=keys, muxer_preference="YAMUX", sec_opt={NOISE: noise})
     async with host.run(listen_addrs=[Multiaddr("/ip4/127.0.0.1/tcp/0")]):

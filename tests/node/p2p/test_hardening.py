@@ -10,9 +10,13 @@ from contextlib import suppress
 
 import pytest
 import trio
+from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1_key_pair
+from libp2p.host.exceptions import StreamFailure
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamError
 from libp2p.pubsub.pb import rpc_pb2
 
+import node.p2p.gossip
 import node.p2p.host
 import node.p2p.tcp
 import node.p2p.yamux
@@ -165,6 +169,19 @@ def test_stock_libp2p_interoperates():
     run(body)
 
 
+def test_a_peer_that_is_no_ed25519_key_is_not_let_in():
+    async def body(a, b):
+        async with stock_host(create_secp256k1_key_pair()) as other:
+            with suppress(SwarmException, StreamError, StreamFailure):
+                await dial(other, a)
+                await stream_to(other, a, ECHO)
+                pytest.fail("it was let in")
+            await until(lambda: a.connected() == ())
+        await still_works(a, b)
+
+    run(body)
+
+
 def test_a_port_in_use_is_an_input_error_that_names_it():
     async def body(a, b):
         port = a.addrs[0].rpartition("/")[2]
@@ -297,12 +314,13 @@ def test_a_dead_or_frozen_process_ends_its_streams(how, monkeypatch):
             child.kill()
 
 
-def test_one_neighbour_cannot_flood():
+def test_one_neighbour_cannot_flood(monkeypatch):
     async def body(a, b):
         messages = await a.subscribe(TOPIC, lambda message: True)
         await b.subscribe(TOPIC, lambda message: True)
         await gossip_line(TOPIC, b, a)
-        a._pubsub._budgets[next(iter(a._pubsub.peers))] = (3.0, trio.current_time())
+        a._pubsub._forwarding.clear()
+        monkeypatch.setattr(node.p2p.gossip, "FORWARDED_BURST", 3.0)
         with trio.move_on_after(0.5):
             for i in range(25):
                 await b.publish(TOPIC, bytes([i]))

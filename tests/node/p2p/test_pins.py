@@ -15,6 +15,7 @@ from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.network.swarm import Swarm
+from libp2p.peer.peerstore import PeerStore
 from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.security.noise.io import BaseNoiseMsgReadWriter
@@ -47,6 +48,7 @@ def test_the_version_is_the_one_that_was_measured():
         (SwarmConn, "close"),
         (NetStream, "remove"),
         (Pubsub, "push_msg"),
+        (Pubsub, "_handle_dead_peer"),
         (BasicHost, "new_stream"),
     ],
 )
@@ -65,10 +67,17 @@ def test_what_is_overridden_or_called_exists(owner, method):
         (Swarm.set_stream_handler, "self.common_stream_handler = stream_handler"),
         (SwarmConn._handle_muxed_stream, "self.swarm.common_stream_handler("),
         (Swarm.run, "self.auto_connector.run_background_task("),
-        (Pubsub.continuously_read_stream, "self.manager.run_task(self.push_msg, peer_id, msg)"),
+        (Pubsub.stream_handler, "await self.continuously_read_stream(stream)"),
+        (Pubsub.stream_handler, "except (StreamError, ParseError, IncompleteReadError)"),
+        (Pubsub.continuously_read_stream, "self.handle_subscription(peer_id, message)"),
+        (Pubsub.continuously_read_stream, "await self.router.handle_rpc(rpc_incoming, peer_id)"),
+        (GossipSub._add_back_off, "self.back_off[topic][peer] = "),
         (Pubsub.push_msg, "self.validate_msg(msg_forwarder, msg)"),
         (GossipSub.__init__, "self.mesh = {}"),
         (BasicHost._schedule_identify, "self._identify_tasks.add("),
+        (BasicHost._identify_task_entry, "await self._identify_peer(peer_id, reason=reason)"),
+        (PeerStore.add_addrs, "self._enforce_peer_limit()"),
+        (PeerStore.add_addr, "self.add_addrs("),
         (TCP.dial, "self._dial_resolved("),
         (Swarm._do_handle_inbound_connection, "self.upgrade_inbound_raw_conn(raw_conn"),
         (PatternXX.__init__, "self.prologue = prologue"),

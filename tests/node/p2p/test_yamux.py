@@ -14,6 +14,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamEOF,
 
 import node.p2p.yamux as yamux
 from node.p2p.yamux import Yamux
+from node.p2p.yamux_limits import Memory, Toll
 from node.p2p.yamux_stream import FIRST_WINDOW_BYTES
 from node.p2p.yamux_wire import Flag, Frame, Kind, Parser, Violation
 from simnet import runtime
@@ -56,7 +57,7 @@ def run(body):
 
     async def main():
         left, right = secured_pair()
-        near, far = Yamux(left, "far"), Yamux(right, "near")
+        near, far = Yamux(left, "far", Memory()), Yamux(right, "near", Memory())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(near.start)
             nursery.start_soon(far.start)
@@ -72,7 +73,7 @@ def run_raw(body):
 
     async def main():
         left, right = secured_pair(records=10_000)
-        muxer = Yamux(left, "peer")
+        muxer = Yamux(left, "peer", Memory())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(muxer.start)
             await body(muxer, right)
@@ -274,7 +275,7 @@ def test_a_peer_that_never_reads_our_answers_is_dropped(monkeypatch):
 
     async def main():
         left, right = secured_pair(records=1)
-        muxer = Yamux(left, "peer")
+        muxer = Yamux(left, "peer", Memory())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(muxer.start)
             for i in range(2000):
@@ -342,3 +343,109 @@ well_formed = st.lists(
 @given(st.one_of(well_formed, st.binary(max_size=60), st.builds(bytes.__add__, well_formed, st.binary(max_size=20))))
 def test_any_slicing_parses_alike_and_any_bytes_parse_or_violate(data):
     assert parse([data]) == parse([data[i : i + 1] for i in range(len(data))])
+
+
+def frames(*kinds):
+    return b"".join(Frame(*kind).header() for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        [(Kind.WINDOW, Flag.NONE, 99, 1)] * 5000,
+        [(Kind.PING, Flag.SYN, 0, 7)] * 5000,
+        [(Kind.DATA, Flag.NONE, 99, 0)] * 5000,
+        [(Kind.WINDOW, flag, 2, 0) for _ in range(50) for flag in (Flag.SYN, Flag.RST)],
+    ],
+    ids=["window", "ping", "empty", "open and reset"],
+)
+def test_a_flood_of_headers_is_read_slowly(flood):
+    async def body(muxer, peer):
+        async def drain():
+            while await peer.read():
+                pass
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(drain)
+            record = frames(*flood)
+            for _ in range(100):
+                await peer._send.send(record)
+            await trio.sleep(1)
+            left = peer._send.statistics().current_buffer_used
+            assert 70 < left < 99  # the burst and one second's worth were read
+            assert not muxer.is_closed
+            nursery.cancel_scope.cancel()
+
+    run_raw(body)
+
+
+def test_a_flood_of_streams_closes_the_connection():
+    async def body(muxer, peer):
+        for start in range(0, 1000, 200):
+            await peer._send.send(frames(*((Kind.WINDOW, Flag.SYN, 2 * (start + i) + 2, 0) for i in range(200))))
+            await peer._send.send(frames(*((Kind.WINDOW, Flag.RST, 2 * (start + i) + 2, 0) for i in range(200))))
+        await peer._send.send(frames(*((Kind.WINDOW, Flag.SYN, i, 0) for i in range(4002, 10002, 2))))
+        await trio.sleep(10)
+        assert muxer.is_closed
+
+    run_raw(body)
+
+
+def test_large_frames_pay_for_themselves():
+    toll = Toll()
+    assert toll.wait_s(0.0) == 0
+    muxed = bytearray()
+
+    async def body(near, far):
+        here, there = await stream_pair(near, far)
+
+        async def write():
+            await here.write(bytes(64 << 20))
+            here.finish()
+
+        before = far._toll._left
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            muxed.extend(await read_all(there))
+        assert before - far._toll._left < 100
+
+    run(body)
+    assert len(muxed) == 64 << 20
+
+
+def test_of_all_connections_the_idlest_hog_goes(monkeypatch):
+    monkeypatch.setattr("node.p2p.yamux_limits.UNREAD_BYTES_MAX", 1_000_000)
+
+    async def main():
+        memory, ends = Memory(), []
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                left, right = secured_pair()
+                ends.append((Yamux(left, "near", Memory()), Yamux(right, "far", memory)))
+                for end in ends[-1]:
+                    nursery.start_soon(end.start)
+            honest, *hogs = ends
+            here, there = await stream_pair(*honest)
+            for near, far in hogs:
+                stream, _ = await stream_pair(near, far)
+                nursery.start_soon(lost_write, stream, bytes(FIRST_WINDOW_BYTES))
+                await trio.sleep(1)
+            for _ in range(100):
+                await here.write(bytes(100_000))
+                await trio.sleep(0.1)
+                while there._unread:
+                    await there.read(50_000)
+            assert not honest[1].is_closed
+            assert [far.is_closed for _, far in hogs] == [True, False, False, False]
+            assert memory.total == 3 * FIRST_WINDOW_BYTES
+            for pair in ends:
+                for end in pair:
+                    await end.close()
+            assert memory.total == 0
+            assert not memory._held
+
+    async def lost_write(stream, data):
+        with suppress(MuxedStreamReset):
+            await stream.write(data)
+
+    runtime.run(main, seed=2)

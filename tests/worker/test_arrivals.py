@@ -1,0 +1,110 @@
+"""Frames that never end: what strangers can make a worker hold, and for how long."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from protocol.errors import Refused, TransportError
+from protocol.framing import encode_frame
+from protocol.ids import PeerId, SessionId
+from protocol.messages import LINK, SESSION, Operation, Step
+from protocol.tensors import TensorHeader
+from tests.helpers.workers import Swarm, in_swarm, some_rows
+from tests.worker.test_service_hostile import attached
+from worker.arrivals import ARRIVING_BYTES_MAX, FRAME_S, PEER_BYTES_MAX, SMALL_BYTES, Arrivals
+
+MIB = 1 << 20
+BODY_BYTES = 32 * MIB
+STRANGER, OTHER = PeerId("stranger"), PeerId("other")
+
+
+def test_each_peer_and_all_have_a_bound():
+    arrivals = Arrivals(lambda: 0.0)
+    with arrivals.of(STRANGER, list) as first, arrivals.of(STRANGER, list) as second:
+        first(PEER_BYTES_MAX)
+        second(SMALL_BYTES)  # small ones are free
+        with pytest.raises(Refused):
+            second(SMALL_BYTES + 1)
+        first(0)
+        second(PEER_BYTES_MAX)
+        with arrivals.of(OTHER, list) as other:
+            other(ARRIVING_BYTES_MAX // 8)
+    assert arrivals.total == 0
+    assert not arrivals._peers
+
+
+def test_a_crowd_has_a_bound():
+    arrivals = Arrivals(lambda: 0.0)
+    crowd = [arrivals.of(PeerId(str(i)), list) for i in range(5)]
+    weigh = [each.__enter__() for each in crowd]
+    for each in weigh[:4]:
+        each(ARRIVING_BYTES_MAX // 4)
+    with pytest.raises(Refused):
+        weigh[4](SMALL_BYTES + 1)
+    weigh[0](0)
+    weigh[4](SMALL_BYTES + 1)
+
+
+def test_a_frame_that_takes_too_long_cuts_its_stream():
+    now, cut = [0.0], []
+    arrivals = Arrivals(lambda: now[0])
+    with (
+        arrivals.of(STRANGER, lambda: cut.append("slow")) as slow,
+        arrivals.of(STRANGER, lambda: cut.append("steady")) as steady,
+        arrivals.of(STRANGER, lambda: cut.append("idle")),
+    ):
+        for second in range(int(FRAME_S) + 1):
+            now[0] = float(second)
+            slow(SMALL_BYTES + 1 + second)
+            steady(MIB)
+            arrivals.sweep()
+            steady(0)
+            assert not cut or second == FRAME_S
+    assert cut == ["slow"]
+
+
+def unfinished_step() -> bytes:
+    """A well-formed step of a session that nobody knows, without its last byte."""
+    step = Step(
+        session=SessionId(b"x" * 16), epoch=0, step=0, position=0, acked=0, tail=1, operation=Operation.SPAN, block=0,
+        matrix="", tensor=TensorHeader("float32", (1024, BODY_BYTES // 4096)),
+    )  # fmt: skip
+    return encode_frame(step, bytes(BODY_BYTES))[:-1]
+
+
+@pytest.mark.parametrize("protocol", [SESSION, LINK])
+def test_strangers_cannot_fill_a_worker_with_unfinished_frames(protocol):
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        data, lost, streams = unfinished_step(), [], []
+
+        async def fill(name: str) -> None:
+            mallory = await swarm.another(name)
+            for _ in range(4):
+                stream = await mallory.endpoint.open(worker.peer, worker.endpoint.addrs, protocol)
+                streams.append(stream)
+                try:
+                    await stream.send(data)
+                    await stream.receive(1)
+                except TransportError:
+                    lost.append(name)
+
+        async with trio.open_nursery() as nursery:
+            for i in range(6):
+                nursery.start_soon(fill, f"mallory {i}")
+            await trio.sleep(FRAME_S / 2)
+            assert 0 < worker.service._arrivals.total <= ARRIVING_BYTES_MAX
+            # meanwhile an honest client decodes
+            route = await attached(swarm)
+            await route.open()
+            await route.next()
+            await route.do(0, 0, some_rows(3))
+            await trio.sleep(FRAME_S)
+            nursery.cancel_scope.cancel()
+        for stream in streams:
+            await stream.aclose()
+        await trio.sleep(10)
+        assert worker.service._arrivals.total == 0
+
+    in_swarm(1, test)

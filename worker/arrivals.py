@@ -1,0 +1,79 @@
+"""Frames that have begun to arrive, over all streams: what strangers make this worker hold before it knows what for.
+
+A frame has up to 33 MiB, and a peer up to 64 streams. Invariant: unfinished frames take at most PEER_BYTES_MAX of one
+peer and ARRIVING_BYTES_MAX of all, and none stays unfinished for longer than FRAME_S. Frames below SMALL_BYTES are not
+counted: a crowd of strangers with large frames does not keep anybody's decoding waiting. No clock, no task.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from protocol import limits
+from protocol.errors import Refused
+from protocol.ids import PeerId
+from protocol.messages import RefusalReason
+
+SMALL_BYTES = 64 << 10  # a step of one position and its header, at any width
+PEER_BYTES_MAX = 2 * limits.STEP_FRAME_BYTES_MAX  # one as a client, one as the hop before this one
+ARRIVING_BYTES_MAX = 8 * limits.STEP_FRAME_BYTES_MAX
+FRAME_S = 120.0  # for the largest frame, 280 KB/s; clients wait for half as long
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """One stream's unfinished frame."""
+
+    peer: PeerId
+    size: int = 0
+    since: float = 0.0
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """`now` gives monotonic seconds."""
+
+    now: Callable[[], float]
+    total: int = 0
+    _peers: Counter[PeerId] = field(default_factory=Counter)
+    _open: dict[Arrival, Callable[[], None]] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, peer: PeerId, cut: Callable[[], None]) -> Iterator[Callable[[int], None]]:
+        """Count a stream of `peer` until the block ends, with what it gives: called with the bytes of its unfinished
+        frame whenever they change, it raises Refused(MEMORY). `cut` ends the stream, when a frame takes too long."""
+        arrival = Arrival(peer)
+        self._open[arrival] = cut
+        try:
+            yield lambda size: self._weigh(arrival, size)
+        finally:
+            self._change(arrival, 0)
+            del self._open[arrival]
+
+    def sweep(self) -> None:
+        """Cut the streams whose frames have taken too long."""
+        late = self.now() - FRAME_S
+        for arrival, cut in list(self._open.items()):
+            if arrival.size and arrival.since <= late:
+                cut()
+
+    def _weigh(self, arrival: Arrival, size: int) -> None:
+        size = size if size > SMALL_BYTES else 0
+        if size and not arrival.size:
+            arrival.since = self.now()
+        grown = size - arrival.size
+        if grown > 0 and (
+            self.total + grown > ARRIVING_BYTES_MAX or self._peers[arrival.peer] + grown > PEER_BYTES_MAX
+        ):
+            raise Refused(RefusalReason.MEMORY, "more large messages at a time than this worker takes in")
+        self._change(arrival, size)
+
+    def _change(self, arrival: Arrival, size: int) -> None:
+        grown, arrival.size = size - arrival.size, size
+        self.total += grown
+        self._peers[arrival.peer] += grown
+        if not self._peers[arrival.peer]:
+            del self._peers[arrival.peer]
