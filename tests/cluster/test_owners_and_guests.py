@@ -1,0 +1,141 @@
+"""Real daemons: a paused worker drains and comes back, two clients share a folder, a guest uses what was granted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from client.errors import HopRefused
+from models.checkpoint import Checkpoint
+from node.app_client import Client, ClientOptions, open_client
+from node.grants import read_token
+from node.groups import ungrouped
+from node.identity import load_identity
+from node.keys import default_key
+from node.model import Ask
+from node.worker_socket import ask_worker
+from protocol.errors import InputError, Refused, RouteUnavailable
+from protocol.messages import RefusalReason
+from simnet import cluster
+from simnet.cluster import Cluster
+from tests.helpers.swarm import DEADLINE_S, deploy, with_client
+from tests.helpers.tiny_models import make_checkpoint
+
+PROMPT = "the quiet brook"
+SHORT = Ask(6, ignore_eos=True)
+
+
+def sotto(*words: str) -> dict[str, Any]:
+    """A command with --json, in a process of its own."""
+    command = [sys.executable, "-m", "sotto", *words, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.stdout, done.stderr
+    answer = json.loads(done.stdout)
+    assert isinstance(answer, dict)
+    return answer
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(30):
+        while not condition():
+            await trio.sleep(0.05)
+
+
+def test_a_paused_worker_finishes_what_is_open_and_comes_back(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", max_position_embeddings=4096))
+    with cluster.running(tmp_path / "cluster", [cluster.WorkerSpec("300MiB", "50MiB")] * 2) as net:
+        folder = Path(net.workers[1].folder)
+        peer = net.workers[1].peer
+
+        async def work(client: Client) -> None:
+            ready = await deploy(client, checkpoint, workers=2)
+            pieces = 0
+
+            def pause(_: str) -> None:
+                nonlocal pieces
+                pieces += 1
+                if pieces == 3:
+                    assert ask_worker(folder, {"do": "pause"})["state"] == "draining"
+
+            result = await ready.generate(PROMPT, Ask(40, ignore_eos=True), pause)
+            assert len(result.ids) == 40, "the open session went on"
+            with pytest.raises(HopRefused, match="its owner paused it") as refused:
+                await ready.generate(PROMPT, SHORT)
+            assert refused.value.reason == RefusalReason.PAUSED
+            await until(lambda: not client.watch.view.members[peer].advert.accepting)
+            with pytest.raises((RouteUnavailable, Refused)):
+                await deploy(client, checkpoint, workers=2)
+            status = sotto("worker", "status", "--data-dir", str(folder))
+            assert (status["state"], status["causes"], status["sessions"]) == ("draining", ["paused"], 0)
+            assert status["peer"] == peer
+            assert sotto("worker", "resume", "--data-dir", str(folder))["state"] == "serving"
+            await until(lambda: client.watch.view.members[peer].advert.accepting)
+            again = await deploy(client, checkpoint, workers=2)
+            assert (await again.generate(PROMPT, SHORT)).ids == result.ids[:6]
+            assert ask_worker(folder, {"do": "status"})["leases"] == 1
+
+        with_client(net, tmp_path / "data", work)
+        assert ask_worker(folder, {"do": "status"})["leases"] == 0, "given up at the end"
+        assert ask_worker(folder, {"do": "status"})["spans"] == 1, "and kept as a cache"
+    assert not (folder / "worker.sock").exists()
+
+
+def test_two_clients_start_at_once_on_one_new_data_folder(swarm: Cluster, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", seed=41)
+    command = [
+        sys.executable, "-m", "sotto", "run", PROMPT, "-m", str(model), "-b", swarm.bootstrap, "-n", "6",
+        "--workers", "3", "--data-dir", str(tmp_path / "data"), "--json",
+    ]  # fmt: skip
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [process.communicate(timeout=DEADLINE_S) for process in both]
+    answers = [json.loads(out) for out, _ in ends]
+    assert answers[0].get("ids") == answers[1].get("ids") is not None, (answers, ends)
+    assert len(list((tmp_path / "data" / "sealed").iterdir())) == 1
+
+
+def test_a_guest_uses_a_granted_model_until_it_is_revoked(swarm: Cluster, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", seed=42)
+    checkpoint, home, guest = Checkpoint.open(model), tmp_path / "home", tmp_path / "guest"
+    key, name = default_key(home), load_identity(guest / "client").peer
+
+    async def owner(client: Client) -> tuple[int, ...]:
+        return (await (await deploy(client, checkpoint)).generate(PROMPT, SHORT)).ids
+
+    expected = with_client(swarm, home, owner)
+    granted = sotto("grant", name, "-m", str(model), "--for", "1h", "--data-dir", str(home))
+
+    async def use(revoke: bool) -> tuple[int, ...]:
+        options = ClientOptions(guest, (swarm.bootstrap,), discover_s=5.0, capability=read_token(granted["token"]))
+        async with open_client(options) as client:
+            with pytest.raises(InputError):
+                await client.attach(checkpoint, default_key(guest))
+            ready = await client.attach(checkpoint, key)
+            ids = (await ready.generate(PROMPT, SHORT)).ids
+            if revoke:
+                async with ready.session(32):
+                    revoked = await trio.to_thread.run_sync(
+                        lambda: sotto("revoke", granted["serial"], "-b", swarm.bootstrap, "--data-dir", str(home))
+                    )
+                    assert set(revoked["told"]) == {worker.peer for worker in swarm.workers}
+                with pytest.raises(HopRefused, match="revoked"):
+                    await ready.generate(PROMPT, SHORT)
+            return ids
+
+    with ungrouped():
+        assert trio.run(use, False) == trio.run(use, True) == expected
+    assert with_client(swarm, home, owner) == expected, "the owner's own use goes on"
+    other = ClientOptions(home, (swarm.bootstrap,), capability=read_token(granted["token"]))
+    with pytest.raises(InputError, match="for another peer"), ungrouped():
+        trio.run(_open, other)
+
+
+async def _open(options: ClientOptions) -> None:
+    async with open_client(options):
+        pass
