@@ -14,8 +14,9 @@ class LoadMeter:
     _busy: deque[tuple[float, float]] = field(default_factory=deque)  # (end, seconds) of each computation
 
     def computed(self, seconds: float, now: float) -> None:
-        """The engine computed for `seconds` until `now`."""
-        self._busy.append((now, seconds))
+        """The engine computed for `seconds` until `now`. Steps that were computed together count once."""
+        since_s = now - self._busy[-1][0] if self._busy else seconds
+        self._busy.append((now, min(seconds, max(0.0, since_s))))
         self._forget(now)
 
     def percent(self, now: float) -> int:

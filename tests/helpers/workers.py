@@ -341,7 +341,7 @@ class HandRoute:
             ticket = Ticket(
                 session=self.session,
                 epoch=0,
-                nonce=self.client.nonces.to_bytes(16, "big"),
+                nonce=sha256(f"{self.client.peer} {self.client.nonces}".encode()).digest()[:16],
                 expires_ms=int(VirtualClock().time() * 1000) + 60_000,
                 client=self.client.peer,
                 worker=worker.peer,

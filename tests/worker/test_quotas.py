@@ -109,6 +109,10 @@ def test_load_is_coarse_and_forgets() -> None:
     assert meter.percent(99.0) == 30
     assert meter.percent(104.0) == 20
     assert meter.percent(200.0) == 0
+    for _ in range(3):
+        meter.computed(3.0, 250.0)
+    assert meter.percent(250.0) == 30, "one forward over three sessions"
+    assert meter.percent(300.0) == 0
     meter.computed(60.0, 300.0)
     assert meter.percent(300.0) == 100
     assert len(meter._busy) == 1

@@ -31,8 +31,9 @@ from protocol.messages import (
 )
 from protocol.tickets import issue_ticket
 from simnet.compute import CostModel, ToyCompute, toy_answer
-from tests.helpers.workers import HandRoute, Swarm, in_swarm, some_rows
+from tests.helpers.workers import HandRoute, Swarm, in_swarm, make_manifest, some_rows
 from worker import sessions
+from worker.config import Quotas
 
 ROWS = some_rows(3)
 
@@ -417,3 +418,48 @@ def test_a_bug_in_the_engine_costs_one_session() -> None:
         await route.attach()
 
     in_swarm(1, test, compute=lambda _: Broken())
+
+
+def test_what_waits_is_bounded_for_each_client_and_comes_back() -> None:
+    """Many sessions of one client fill its part of the queues; another client's steps still pass."""
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy(worker, 2, 0, 2)
+        bob = await swarm.another("bob")
+        theirs = await bob.deploy(worker, 2, 0, 2)
+        routes = [await swarm.client.route([worker], f"session {number}") for number in range(3)]
+        honest = await bob.route([worker], "honest", deployment=theirs)
+        for route in routes:
+            await route.send(*route.step(0, 0, some_rows(48)))
+        await trio.sleep(0.5)
+        book = worker.service.house.queues
+        assert book.used_bytes == 2 * 48 * 8 * 4
+        message, _ = await routes[2].next()
+        assert isinstance(message, SessionFailed)
+        assert message.reason == RefusalReason.MEMORY
+        await honest.do(0, 0, some_rows(2))
+        for route in [*routes, honest]:
+            await route.aclose()
+        await trio.sleep(20)
+        worker.assert_idle()
+
+    in_swarm(1, test, queue_memory_bytes=8192, compute=lambda _: ToyCompute(CostModel(step_s=3.0)))
+
+
+def test_bytes_are_slowed_down_and_nothing_is_lost() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        started = trio.current_time()
+        await swarm.client.deploy(worker, 2, 0, 2)
+        route = await swarm.client.route([worker])
+        for number in range(4):
+            await route.do(number, number * 8, some_rows(8), acked=number)
+        took = trio.current_time() - started
+        _, _, shards = make_manifest(swarm.client.identity, 2)
+        assert took > (sum(map(len, shards)) - 4 * 500) / 500
+        await route.aclose()
+        await trio.sleep(30)
+        worker.assert_idle()
+
+    in_swarm(1, test, quotas=Quotas(peer_bandwidth=500))
