@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
@@ -26,7 +25,8 @@ from multiaddr import Multiaddr
 from node.p2p import addresses
 from node.p2p.addresses import peer_of_bytes
 from node.p2p.delimited import Delimited
-from node.p2p.kad_table import BUCKET_PEERS_MAX, Contact, ProviderRecords, RoutingTable, nearest, place_of
+from node.p2p.kad_search import Search
+from node.p2p.kad_table import BUCKET_PEERS_MAX, Contact, ProviderRecords, RoutingTable, place_of
 from protocol import limits
 from protocol.directory import KEY_BYTES
 from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
@@ -44,7 +44,6 @@ MEET_S = 2.0  # who connected is asked within this time whether it speaks this..
 STRANGER_S = 30.0  # ...and who did not answer, again after this time
 REQUEST_BYTES_MAX = 16 * 1024  # a provider with four addresses and a signed record of a foreign library
 ANSWER_BYTES_MAX = 64 * 1024  # forty peers with their addresses
-CONTACTS_PER_LOOKUP_MAX = 256  # beyond it, what peers name is not looked at
 STREAMS_PER_PEER_MAX, STREAMS_MAX = 4, 64
 REQUESTS_PER_S, REQUESTS_BURST = 10.0, 200.0
 KEY_ON_WIRE_BYTES_MAX = 80
@@ -129,11 +128,11 @@ class Kademlia:
 
     # asking
 
-    async def _look_up(self, request: Message, enough: Callable[[Message], bool] = lambda _: False) -> _Search:
+    async def _look_up(self, request: Message, enough: Callable[[Message], bool] = lambda _: False) -> Search:
         """Ask ever nearer peers until the nearest have answered, or `enough` says so of an answer."""
         await self._meet()
         target = place_of(request.key)
-        search = _Search(target, self._node.peer)
+        search = Search(target, self._node.peer)
         search.add(self.table.closest(target))
         with trio.move_on_after(LOOKUP_S):
             async with trio.open_nursery() as nursery:
@@ -252,48 +251,6 @@ class Kademlia:
         if len(self._budgets) > _STRANGERS_MAX:
             self._budgets.popitem(last=False)
         return tokens >= 1
-
-
-@dataclass(slots=True)
-class _Search:
-    """One lookup: whom we heard of, asked, and got answers from."""
-
-    target: int
-    own: PeerId
-    heard: dict[PeerId, Contact] = field(default_factory=dict)
-    asked: dict[PeerId, bool] = field(default_factory=dict)  # True: answered, or waiting for it
-    waiting: int = 0
-    _changed: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
-
-    def add(self, contacts: list[Contact]) -> None:
-        for contact in contacts:
-            if contact.peer != self.own and len(self.heard) < CONTACTS_PER_LOOKUP_MAX:
-                self.heard.setdefault(contact.peer, contact)
-        self._changed.unpark_all()
-
-    async def take(self) -> Contact | None:
-        """The nearest that was not asked among the BUCKET_PEERS_MAX nearest that may still answer; None at the end."""
-        await trio.lowlevel.checkpoint()
-        while True:
-            hopeful = [contact for contact in self.heard.values() if self.asked.get(contact.peer, True)]
-            for contact in nearest(hopeful, self.target, BUCKET_PEERS_MAX):
-                if contact.peer not in self.asked:
-                    self.asked[contact.peer] = True
-                    self.waiting += 1
-                    return contact
-            if not self.waiting:
-                return None
-            await self._changed.park()
-
-    def done(self, contact: Contact, answered: bool) -> None:
-        self.waiting -= 1
-        self.asked[contact.peer] = answered
-        self._changed.unpark_all()
-
-    def found(self) -> list[Contact]:
-        """The nearest that answered."""
-        answered = [contact for contact in self.heard.values() if self.asked.get(contact.peer, False)]
-        return nearest(answered, self.target, BUCKET_PEERS_MAX)
 
 
 def _wire_key(key: bytes) -> bytes:

@@ -21,7 +21,11 @@ from tests.helpers.tiny_models import make_checkpoint
 READY_S = 60.0
 PORT = 4517
 
-pytestmark = pytest.mark.skipif(not permitted(), reason="needs root, ip and nf_tables")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(not permitted(), reason="needs root, ip and nf_tables"),
+]
 SOTTO = (sys.executable, "-m", "sotto")
 
 
