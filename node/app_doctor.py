@@ -28,6 +28,7 @@ from node.lifetime import running_worker
 from node.p2p import upnp
 from node.p2p.addresses import is_circuit, parse_listen, tcp_endpoint
 from node.p2p.autonat import AutoNat
+from node.p2p.identify import seen_at
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.version import VERSION
 from protocol.adverts import TOPIC, read_advert
@@ -115,7 +116,7 @@ class _Found:
                 self.bootstrap.append((addr, str(error)))
         autonat = AutoNat(mesh)
         for peer in mesh.connected()[:PEERS_ASKED_MAX]:
-            self.seen_at = await autonat.seen_at(peer) or self.seen_at
+            self.seen_at = await seen_at(mesh, peer) or self.seen_at
             with suppress(TransportError):
                 await mesh.circuits.reserve(peer, mesh.known_addrs(peer))
                 self.relays += 1

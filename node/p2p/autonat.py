@@ -12,10 +12,8 @@ from collections import OrderedDict
 
 import trio
 from libp2p.host.autonat.pb.autonat_pb2 import Message
-from libp2p.identity.identify.pb.identify_pb2 import Identify
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
 from node.p2p.addresses import is_circuit, stated, tcp_endpoint
 from node.p2p.delimited import Delimited
@@ -28,9 +26,7 @@ from protocol.ports import Stream
 log = logging.getLogger(__name__)
 
 AUTONAT = "/libp2p/autonat/1.0.0"
-IDENTIFY = "/ipfs/id/1.0.0"
 MESSAGE_BYTES_MAX = 4096
-IDENTIFY_BYTES_MAX = 16 * 1024
 DIAL_BACK_S = 4.0
 ASK_S = 12.0  # the other side dials up to four addresses
 ADDRS_DIALLED_MAX = 4
@@ -77,27 +73,6 @@ class AutoNat:
         if answer.status == Message.E_DIAL_ERROR:
             return None
         raise TransportError(f"{peer} does not dial back (status {answer.status})")
-
-    async def seen_at(self, peer: PeerId) -> str | None:
-        """The IP address from which `peer`, who is connected, sees this node come (identify); None if it won't say."""
-        try:
-            with trio.fail_after(DIAL_BACK_S):
-                stream = await self._mesh.open(peer, (), IDENTIFY)
-                try:
-                    said = await Delimited(stream, IDENTIFY_BYTES_MAX).receive(Identify)
-                finally:
-                    await stream.aclose()
-            return tcp_endpoint(Multiaddr(said.observed_addr))[0]
-        except (
-            trio.TooSlowError,
-            RemoteProtocolError,
-            TransportError,
-            InputError,
-            MultiaddrError,
-            ValueError,
-        ) as error:
-            log.debug("%s does not say where it sees this node: %s", peer, error)
-            return None
 
     async def _serve(self, stream: Stream) -> None:
         messages = Delimited(stream, MESSAGE_BYTES_MAX)

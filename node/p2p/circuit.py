@@ -24,6 +24,7 @@ from multiaddr import Multiaddr
 from node.p2p import addresses
 from node.p2p.addresses import CIRCUIT
 from node.p2p.delimited import Delimited
+from node.p2p.holepunch import HolePunching
 from node.p2p.host import Host
 from node.p2p.relay import HOP, MESSAGE_BYTES_MAX, RESERVATION_S, STOP, TALK_S, Node
 from node.p2p.streams import foreign
@@ -86,11 +87,16 @@ class Circuits:
         self._node = node
         self._host = host
         self._wall = wall
+        self._punching = HolePunching(node, host)
         self._reserved: dict[PeerId, float] = {}  # relays, and until when (trio's clock)
 
     def serve(self) -> None:
         """Accept circuits from relays where this node reserved."""
         self._node.handle(STOP, self._accept)
+
+    def serve_punching(self) -> None:
+        """Accept attempts to get from a relay to a direct connection."""
+        self._punching.serve()
 
     async def reserve(self, relay: PeerId, addrs: tuple[str, ...]) -> Reservation:
         """Ask `relay`, who is dialled at `addrs` unless connected. Raises TransportError (also when it declines)."""
@@ -167,8 +173,12 @@ class Circuits:
             raise TransportError(f"the relay {relay} broke its protocol: {error}") from error
         raw = _raw(stream, messages, False, f"/p2p/{relay}{CIRCUIT}/p2p/{peer}")
         with foreign(f"no connection with {peer} through {relay}"):
-            await self._host.swarm.upgrade_inbound_raw_conn(raw, raw.get_transport_addresses()[0])
+            muxed = await self._host.swarm.upgrade_inbound_raw_conn(raw, raw.get_transport_addresses()[0])
         assert isinstance(raw.stream, CircuitStream)
+        try:
+            await self._punching.start(PeerId(muxed.peer_id.to_base58()))  # proven, whatever the relay said
+        except TransportError as error:
+            log.debug("still through %s: %s", relay, error)
         await raw.stream.closed.wait()  # the stream is closed when this handler returns
 
 

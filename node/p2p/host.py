@@ -41,7 +41,7 @@ from node.p2p.streams import logged
 from node.p2p.tcp import Entrance, TcpStream, TcpTransport
 from node.p2p.yamux import Yamux
 from node.p2p.yamux_limits import Memory
-from protocol.errors import RemoteProtocolError
+from protocol.errors import RemoteProtocolError, TransportError
 from protocol.ids import public_key_of
 from protocol.limits import ADDR_CHARS_MAX, ADDRS_MAX
 
@@ -108,6 +108,16 @@ class Host(BasicHost):
                 self._identified_peers[peer_id] = ""  # a time in the library; nobody reads it
             finally:
                 await stream.reset()
+
+    async def take_connection(self, raw: RawConnection, peer: ID, maddr: Multiaddr) -> None:
+        """Make `raw` a connection to `peer`, in the role that it says; else it is closed. Raises what libp2p raises."""
+        if raw.is_initiator:
+            await self.swarm.upgrade_outbound_raw_conn(raw, peer)
+            return
+        muxed = await self.swarm.upgrade_inbound_raw_conn(raw, maddr)
+        if muxed.peer_id != peer:
+            await muxed.close()
+            raise TransportError(f"{muxed.peer_id} answers at {maddr}")
 
     async def shut_down(self) -> None:
         """Stop identifying peers and close all connections at once."""

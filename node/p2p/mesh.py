@@ -250,6 +250,7 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
             pubsub = GuardedPubsub(host, router)
             mesh = Mesh(host, plane, pubsub, router, nursery, config)
             host.tell_addrs(lambda: mesh.addrs)
+            mesh.circuits.serve_punching()
             async with (
                 host.run([Multiaddr(addr) for addr in bound]),
                 background_trio_service(pubsub),

@@ -193,9 +193,31 @@ async def bind(maddr: Multiaddr) -> list[trio.SocketListener]:
     """Sockets that listen at `maddr`. Raises InputError that names the port, also when another process has it."""
     host, port = tcp_endpoint(maddr)
     try:
-        return list(await trio.open_tcp_listeners(port, host=host))
+        listeners = list(await trio.open_tcp_listeners(port, host=host))
     except OSError as error:
         raise InputError(_why(host, port, error)) from error
+    for listener in listeners:  # after binding: it lets `connect_from` share the port, and no second listener
+        listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return listeners
+
+
+async def connect_from(port: int, maddr: Multiaddr, initiator: bool) -> RawConnection:
+    """Dial `maddr` from a port of this machine, which may be a listening one. Raises OSError, InputError.
+
+    When both ends do so at once there is one connection with two diallers: `initiator` says which of them speaks first.
+    """
+    host, target = tcp_endpoint(maddr)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    dialling = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            dialling.setsockopt(socket.SOL_SOCKET, option, 1)
+        await dialling.bind(("", port))
+        await dialling.connect((host, target))
+        return RawConnection(TcpStream(trio.SocketStream(dialling)), initiator)
+    except BaseException:
+        dialling.close()
+        raise
 
 
 def _why(host: str, port: int, error: OSError) -> str:

@@ -88,6 +88,7 @@ def _home(core: str, router: str, host: str, index: int) -> None:
     _ip("-n", host, "route", "add", "default", "via", "192.168.1.1")
     subprocess.run(inside(router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward"), check=True)
     _rule(router, "masquerade")
+    _rule(router, "drop")
 
 
 def _ip(*words: str) -> None:
@@ -104,8 +105,8 @@ def _rule(namespace: str, *words: str) -> None:
 _SUBSYSTEM = 10 << 8
 _NEW_TABLE, _NEW_CHAIN, _NEW_RULE = (_SUBSYSTEM | kind for kind in (0, 3, 6))
 _REQUEST, _ACK, _CREATE_APPEND = 1, 4, 0xC00
-_PREROUTING, _POSTROUTING = (0, -100), (4, 100)  # (hook, priority)
-_VERDICT_REG, _REG_ADDR, _REG_PORT = 1, 2, 3
+_PREROUTING, _INPUT, _POSTROUTING = (0, -100), (1, 0), (4, 100)  # (hook, priority)
+_REG_ADDR = 2
 
 
 def _attr(kind: int, *parts: bytes) -> bytes:
@@ -146,14 +147,14 @@ def _load(register: int, value: bytes) -> bytes:
     return _expression("immediate", _attr(1, _number(register)), _nested(2, _attr(1, value)))
 
 
-def _table_with(name: str, where: tuple[int, int], *rule: bytes) -> bytes:
+def _table_with(name: str, where: tuple[int, int], *rule: bytes, kind: str = "nat") -> bytes:
     hook = _nested(4, _attr(1, _number(where[0])), _attr(2, _number(where[1])))
     flags = _REQUEST | _ACK | _CREATE_APPEND
     return b"".join(
         (
             _message(16, _REQUEST, resource=10),  # batch begin
             _message(_NEW_TABLE, flags, _attr(1, _text(name))),
-            _message(_NEW_CHAIN, flags, _attr(1, _text(name)) + _attr(3, _text("c")) + hook + _attr(7, _text("nat"))),
+            _message(_NEW_CHAIN, flags, _attr(1, _text(name)) + _attr(3, _text("c")) + hook + _attr(7, _text(kind))),
             _message(_NEW_RULE, flags, _attr(1, _text(name)) + _attr(2, _text("c")) + _nested(4, *rule)),
             _message(17, _REQUEST, resource=10),  # batch end
         )
@@ -163,6 +164,13 @@ def _table_with(name: str, where: tuple[int, int], *rule: bytes) -> bytes:
 def _masquerade() -> bytes:
     """What leaves by `wan` comes from the router's address."""
     return _table_with("out", _POSTROUTING, _from_meta(7), _compare(b"wan".ljust(16, b"\0")), _expression("masq"))
+
+
+def _drop() -> bytes:
+    """What comes in by `wan` for the router itself gets no answer, as at most homes."""
+    verdict = _nested(2, _nested(2, _attr(1, _number(0))))
+    rule = (_from_meta(6), _compare(b"wan".ljust(16, b"\0")), _expression("immediate", _attr(1, _number(0)), verdict))
+    return _table_with("closed", _INPUT, *rule, kind="filter")
 
 
 def _forward(port: int) -> bytes:
@@ -207,5 +215,7 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["masquerade"]:
             _apply(_masquerade())
+        case ["drop"]:
+            _apply(_drop())
         case ["forward", port]:
             _apply(_forward(int(port)))

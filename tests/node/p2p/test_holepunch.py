@@ -1,0 +1,100 @@
+"""Two nodes that nobody can dial get from their relay to a direct connection; behind real NAT where it may be built."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+
+import pytest
+from libp2p.peer.id import ID
+from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
+
+from node.p2p.delimited import Delimited
+from node.p2p.holepunch import DCUTR
+from node.p2p.mesh import MeshConfig, open_mesh
+from protocol.errors import TransportError
+from tests.conformance.adapters import echo, full_addr, receive_exactly, seed_of, until
+from tests.helpers.home_networks import CORE_IP, homes, inside, permitted, router_ip
+from tests.node.p2p.test_relay import ECHO, run
+
+NODE = (sys.executable, "-m", "tests.node.p2p.punch_node")
+
+
+def test_once_there_is_a_hole_streams_leave_the_relay():
+    async def body(there):
+        hidden = await there.stack.enter_async_context(open_mesh(MeshConfig(seed_of("listens"))))
+        hidden.circuits.serve()
+        hidden.handle(ECHO, echo)
+        await hidden.connect(full_addr(there.middle))
+        circuits = (await hidden.circuits.reserve(there.middle.peer, ())).circuits
+        await (await there.near.open(hidden.peer, circuits, ECHO)).aclose()
+        for mesh, other in ((there.near, hidden), (hidden, there.near)):
+            await until(lambda m=mesh, o=other: m.host.observed_ip(ID.from_base58(o.peer)) == "127.0.0.1")
+        there.relay._free_at = float("inf")  # the relay passes nothing any more
+        stream = await there.near.open(hidden.peer, (), ECHO)
+        await stream.send(b"direct")
+        assert await receive_exactly(stream, 6) == b"direct"
+
+    run(body)
+
+
+def test_without_a_hole_the_relay_goes_on(monkeypatch):
+    async def body(there):
+        async def fails(*_):
+            raise OSError("no way out")
+
+        monkeypatch.setattr("node.p2p.holepunch.connect_from", fails)
+        stream = await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        with pytest.raises(TransportError, match="no hole"):
+            await there.hidden.circuits._punching.start(there.near.peer)
+        await stream.send(b"relayed")
+        assert await receive_exactly(stream, 7) == b"relayed"
+
+    monkeypatch.setattr("node.p2p.holepunch.PUNCH_S", 0.3)
+    run(body)
+
+
+@pytest.mark.parametrize("addrs", [[], [b"\xff\xff"], [b"\x04\x7f\0\0\1\x06\0\1"] * 99])
+def test_nonsense_costs_its_stream_only(addrs, monkeypatch):
+    async def body(there):
+        """`near` says nonsense when `hidden` wants a hole."""
+
+        async def lie(stream):
+            messages = Delimited(stream, 4096)
+            await messages.receive(HolePunch)
+            await messages.send(HolePunch(type=HolePunch.CONNECT, ObsAddrs=addrs))
+            await messages.receive(HolePunch)
+
+        there.near.handle(DCUTR, lie)
+        there.near.handle(ECHO, echo)
+        stream = await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        with pytest.raises(TransportError):
+            await there.hidden.circuits._punching.start(there.near.peer)
+        await stream.send(b"alive")
+        assert await receive_exactly(stream, 5) == b"alive"
+
+    monkeypatch.setattr("node.p2p.holepunch.PUNCH_S", 0.3)
+    run(body)
+
+
+@contextmanager
+def started(namespace, *command):
+    child = subprocess.Popen(inside(namespace, *command), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    try:
+        yield child.stdout
+    finally:
+        child.terminate()
+        child.wait(20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not permitted(), reason="needs root, ip and nf_tables")
+def test_behind_two_real_nats():
+    with ExitStack() as stack:
+        core, _, hosts = stack.enter_context(homes(2))
+        relay = json.loads(stack.enter_context(started(core, *NODE, "relay", CORE_IP)).readline())["addr"]
+        hidden = json.loads(stack.enter_context(started(hosts[0], *NODE, "hidden", relay)).readline())
+        dialler = stack.enter_context(started(hosts[1], *NODE, "dialler", relay, hidden["peer"], hidden["circuit"]))
+        assert json.loads(dialler.readline()) == {"direct": router_ip(0)}
