@@ -53,6 +53,7 @@ class Reaching:
         self.autonat = AutoNat(mesh)
         self.mapping: upnp.Mapping | None = None
         self._asked: dict[PeerId, float] = {}  # when to ask again
+        self._pauses_s: dict[PeerId, float] = {}  # of those who do not answer: clients never do
         self._no_relay: dict[PeerId, float] = {}  # when to ask again
         self._reserved: dict[PeerId, tuple[Reservation, float]] = {}  # (reservation, when to renew)
 
@@ -89,6 +90,7 @@ class Reaching:
         now = trio.current_time()
         connected = self.mesh.connected()
         self._asked = {peer: again for peer, again in self._asked.items() if again > now}
+        self._pauses_s = {peer: pause_s for peer, pause_s in self._pauses_s.items() if peer in connected}
         due = [peer for peer in connected if peer not in self._asked][:ASKED_MAX]
         if self.mesh.reach.verdicts >= ASKED_MAX and len(due) < min(ASKED_MAX, len(connected)):
             return  # enough was heard; the next round of questions comes when all are due
@@ -97,7 +99,9 @@ class Reaching:
                 nursery.start_soon(self._ask, peer)
 
     async def _ask(self, peer: PeerId) -> None:
-        self._asked[peer] = trio.current_time() + PROBE_FIRST_S
+        pause_s = self._pauses_s.get(peer, PROBE_FIRST_S)
+        self._asked[peer] = trio.current_time() + pause_s
+        self._pauses_s[peer] = min(2 * pause_s, PROBE_S)
         try:
             addr = await self.autonat.ask(peer, self.mesh.addrs)
         except TransportError as error:
@@ -105,6 +109,7 @@ class Reaching:
             return
         now = trio.current_time()
         self._asked[peer] = now + PROBE_S
+        self._pauses_s.pop(peer, None)
         before = self.mesh.reach.state
         ip = self.mesh.host.observed_ip(ID.from_base58(peer))
         self.mesh.reach.heard(peer, addr, ip is not None and ipaddress.ip_address(ip).is_global, now)

@@ -50,6 +50,11 @@ def test_the_version_is_the_one_that_was_measured():
         (Pubsub, "push_msg"),
         (Pubsub, "_handle_dead_peer"),
         (BasicHost, "new_stream"),
+        (BasicHost, "get_addrs"),
+        (BasicHost, "get_transport_addrs"),
+        (Swarm, "upgrade_outbound_raw_conn"),
+        (Swarm, "upgrade_inbound_raw_conn"),
+        (TransportUpgrader, "upgrade_security"),
     ],
 )
 def test_what_is_overridden_or_called_exists(owner, method):
@@ -64,6 +69,7 @@ def test_what_is_overridden_or_called_exists(owner, method):
         (MuxerMultistream.__init__, "self._selector ="),
         (MuxerMultistream.new_conn, "self._selector.select("),
         (Swarm.__init__, "self.upgrader = upgrader"),
+        (Swarm._best_connection, "ConnectionType.DIRECT"),  # new streams leave the relay once there is a direct one
         (Swarm.set_stream_handler, "self.common_stream_handler = stream_handler"),
         (SwarmConn._handle_muxed_stream, "self.swarm.common_stream_handler("),
         (Swarm.run, "self.auto_connector.run_background_task("),
