@@ -95,8 +95,7 @@ class Instance:
 
     def room(self) -> Ints:
         """[N]: most blocks that each can hold in one span."""
-        widest: Ints = (np.arange(self.blocks + 1) - self.first).max(axis=1)
-        return widest
+        return widest(self.first)
 
     def only(self, workers: Ints) -> Instance:
         """The same with these workers alone, numbered anew."""
@@ -155,13 +154,20 @@ def instance_of(
     return Instance(
         tuple(member.peer for member in members),
         per_byte[:, None] * weights[None, :] + per_block[:, None] * blocks[None, :],
-        _firsts(members, needs, room),
+        firsts(members, needs, room),
         legs_s(members, rtt_ms, measured),
         np.where(relayed, HOP_SOFTWARE_S / RELAY_SHARE, HOP_SOFTWARE_S),
     )
 
 
-def _firsts(members: Sequence[Member], needs: ModelNeeds, room: Room) -> Ints:
+def widest(first: Ints) -> Ints:
+    """[N]: most blocks of any span that fits, by `Instance.first`."""
+    blocks: Ints = (np.arange(first.shape[1]) - first).max(axis=1)
+    return blocks
+
+
+def firsts(members: Sequence[Member], needs: ModelNeeds, room: Room) -> Ints:
+    """`Instance.first`, by memory alone."""
     weights, kv = _prefix(needs.block_bytes), _prefix(needs.kv_bytes(room.concurrency))
     ends = np.arange(len(weights))
     rows = []

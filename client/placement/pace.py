@@ -18,7 +18,7 @@ from client.placement.bound import lower_bound_s
 from client.placement.costs import Instance, Spans
 
 CAPS = 256  # how finely caps are tried where they are too many to try all: steps of some per cent
-TIGHTENED = 3  # rounds
+TIGHTENED = 2  # rounds
 SMALLEST = 1e-12
 
 Solve = Callable[[Instance], Spans | None]

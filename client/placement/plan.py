@@ -14,7 +14,7 @@ import numpy as np
 
 from client.placement import bound, pace, search
 from client.placement.arrays import Floats
-from client.placement.costs import HOP_SOFTWARE_S, Instance, Room, Spans, instance_of, offer
+from client.placement.costs import HOP_SOFTWARE_S, Instance, Room, Spans, firsts, instance_of, offer, widest
 from client.placement.distances import rtt_matrix_ms
 from client.placement.needs import OBJECTIVES, ModelNeeds, Objective, PlaceOptions
 from protocol.errors import InputError, RouteUnavailable
@@ -113,7 +113,8 @@ def plan(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None
     rtt_ms = rtt_matrix_ms(members, options.client_rtts_ms)
     for blocks_max in dict.fromkeys((share, len(needs.block_bytes))):
         instance = _instance(members, needs, options, (rtt_ms, blocks_max))
-        spans = _solved(instance, options) if _adds_up(instance) else None
+        adds_up = int(instance.room().sum()) >= instance.blocks
+        spans = _solved(instance, options) if adds_up else None
         if spans is not None:
             exact = int((instance.room() > 0).sum()) <= search.EXACT_WORKERS
             return _placement(instance, spans, needs, options, exact)
@@ -135,7 +136,8 @@ def could_fit(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> bool
         members = _usable(view, needs, options)
     except RouteUnavailable:
         return False
-    return _adds_up(_instance(members, needs, options, (_nowhere(members), len(needs.block_bytes))))
+    blocks = len(needs.block_bytes)
+    return int(widest(firsts(members, needs, Room(options.concurrency, blocks))).sum()) >= blocks
 
 
 def alone(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None) -> Placement | None:
@@ -169,15 +171,6 @@ def lower_bound_ms(view: SwarmView, needs: ModelNeeds, placement: Placement, opt
     else:
         found_s = bound.lower_bound_s(instance, known_ms / 1000, rounds)
     return found_s * 1000
-
-
-def _adds_up(instance: Instance) -> bool:
-    return int(instance.room().sum()) >= instance.blocks
-
-
-def _nowhere(members: Sequence[Member]) -> Floats:
-    """Round trips for a question in which distance plays no part."""
-    return np.zeros((len(members) + 1, len(members) + 1))
 
 
 def _usable(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> list[Member]:
