@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from sotto.commands import bench, demo, doctor, generation, grant, invite, key, mesh, place, seal, sim, worker
+from sotto.commands import (
+    bench,
+    bench_placement,
+    demo,
+    doctor,
+    generation,
+    grant,
+    invite,
+    key,
+    mesh,
+    place,
+    seal,
+    sim,
+    worker,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +42,7 @@ app.command(epilog="Example: sotto grant 12D3Koo… -m ./my-llama --for 7d")(gra
 app.command(epilog="Example: sotto revoke 0123456789abcdef0123456789abcdef")(grant.revoke)
 app.add_typer(key.app, name="key")
 app.add_typer(sim.app, name="sim")
+bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
 app.add_typer(bench.app, name="bench")
 
 

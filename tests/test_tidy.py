@@ -19,7 +19,7 @@ FILE_LINES_MAX, FUNCTION_LINES_MAX, PARAMETERS_MAX = 500, 70, 6
 SUPERVISORS = {
     "worker/service.py": 1,  # the service's one supervisor
     "client/driver.py": 1,  # the service's one supervisor
-    "worker/engine.py": 1,  # whatever goes wrong in a forward is its steps' failure, and their waiters hear of it
+    "worker/engine.py": 2,  # whatever goes wrong in a forward or an answer is its steps' failure, and their waiters hear of it
     "node/engine_thread.py": 1,  # a thread's boundary: what a call raises is raised again in its caller's
     "models/tokenizer.py": 1,  # the tokenizers library raises bare Exception, and anything else goes on
     # The edge: libp2p raises anything, and one peer's failure must stay that peer's.
@@ -88,6 +88,14 @@ def long_functions(tree: ast.AST) -> Problems:
                 yield node.lineno, f"{node.name} has {lines} lines"
 
 
+def long_bodies(tree: ast.AST) -> Problems:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.body[0].lineno + 1
+            if lines > FUNCTION_LINES_MAX:
+                yield node.lineno, f"the body of {node.name} has {lines} lines"
+
+
 def many_parameters(tree: ast.AST) -> Problems:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -136,7 +144,10 @@ def test_nothing_executes_what_it_was_sent() -> None:
 
 
 def test_functions_are_short() -> None:
-    assert found(long_functions, sources(*FOLDERS)) == []
+    """Of commands only the body counts: each of their parameters is an option of the command line, with its help."""
+    commands = [path for path in sources(*FOLDERS) if path.is_relative_to(ROOT / "sotto" / "commands")]
+    others = [path for path in sources(*FOLDERS) if path not in commands]
+    assert found(long_functions, others) + found(long_bodies, commands) == []
 
 
 def test_parameters_are_few() -> None:
