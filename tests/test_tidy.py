@@ -19,7 +19,7 @@ FILE_LINES_MAX, FUNCTION_LINES_MAX, PARAMETERS_MAX = 500, 70, 6
 SUPERVISORS = {
     "worker/service.py": 1,  # the service's one supervisor
     "client/driver.py": 1,  # the service's one supervisor
-    "worker/engine.py": 2,  # whatever goes wrong in a forward or an answer is its steps' failure, and their waiters hear of it
+    "worker/engine.py": 2,  # whatever goes wrong in a forward or an answer is its steps' failure
     "node/engine_thread.py": 1,  # a thread's boundary: what a call raises is raised again in its caller's
     "models/tokenizer.py": 1,  # the tokenizers library raises bare Exception, and anything else goes on
     # The edge: libp2p raises anything, and one peer's failure must stay that peer's.
