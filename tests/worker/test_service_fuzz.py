@@ -16,7 +16,7 @@ import trio
 from protocol.channel import Channel
 from protocol.errors import SottoError
 from protocol.framing import encode_frame
-from protocol.ids import DeploymentId, SessionId
+from protocol.ids import SessionId
 from protocol.messages import (
     FRAME_BYTES_MAX,
     LINK,
@@ -165,8 +165,7 @@ def test_disorder_costs_nothing_that_lasts(seed: int) -> None:
 
 async def _serves(swarm: Swarm, worker: Worker) -> None:
     """An honest client gets its answer."""
-    fresh = DeploymentId(b"after the storms")
-    await swarm.client.deploy(worker, 2, 0, 2, fresh)
+    fresh = await swarm.client.deploy(worker, 2, 0, 2, b"after the storms")
     route = HandRoute(swarm.client, [worker], SessionId(b"s" * 16))
     await route.dial()
     await route.attach()
