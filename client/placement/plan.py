@@ -26,7 +26,7 @@ BOUND_ROUNDS = 40
 BOUND_WORK = 2e9  # elementary steps: a few seconds
 
 
-Hop = tuple[PeerId, int, int]  # blocks [start, end) at a worker
+HopSpan = tuple[PeerId, int, int]  # blocks [start, end) at a worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ def plan(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None
     raise RouteUnavailable(_shortage(members, needs, options.concurrency))
 
 
-def priced(view: SwarmView, needs: ModelNeeds, hops: Sequence[Hop], options: PlaceOptions) -> Placement:
+def priced(view: SwarmView, needs: ModelNeeds, hops: Sequence[HopSpan], options: PlaceOptions) -> Placement:
     """What is predicted for hops that were chosen elsewhere, all in `view`, whether or not they have room left."""
     members = [view.members[peer] for peer, _, _ in hops]
     rtt_ms = rtt_matrix_ms(members, options.client_rtts_ms)

@@ -1,10 +1,9 @@
 """Placements among more workers than can be searched exactly. Deterministic; no clock.
 
-1. A pool: the workers that the best walk through each of them makes look useful, and those with most room.
+1. A pool: by cost per block among near neighbours, by cost per block from the client, and by room.
 2. Guided walks under prices that rise for workers which everybody wants (bound.py): many good, different starts.
 3. Local search on the best of them: put a worker in, take some out, replace up to three by one, reverse, move and swap,
-   each with the boundaries chosen anew; then parts of the order are planned again from scratch.
-4. The exact programme over the workers of the result and the nearest runners-up.
+   each with the boundaries chosen anew.
 """
 
 from __future__ import annotations
