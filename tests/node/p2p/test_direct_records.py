@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import socket
 import subprocess
 import sys
 
@@ -52,7 +53,7 @@ async def receive_on(stream):
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("receiving", [True, False])
 def test_a_record_out_of_place_ends_its_connection_alone(name, receiving, monkeypatch):
-    monkeypatch.setattr(direct_stream, "TICK_S", 0.05)
+    monkeypatch.setattr(direct_stream, "TICK_S", 0.1)
 
     async def body(a, b):
         good = await b.open(a.peer, a.addrs, ECHO)
@@ -64,6 +65,7 @@ def test_a_record_out_of_place_ends_its_connection_alone(name, receiving, monkey
                 await until(lambda: not victim.is_open)
             with pytest.raises(TransportError):
                 await receive_on(victim)
+            assert victim._ended != "silent"
             hostile.discard()
         await good.send(b"still")
         assert await receive_exactly(good, 5) == b"still"
@@ -277,5 +279,24 @@ def test_the_end_reaches_a_reader_that_was_slow():
             assert await receive_exactly(far, 2 << 20) == bytes(2 << 20)
             assert await far.receive(1) == b""
         await until(lambda: not near.is_open)
+
+    run(body)
+
+
+def test_the_last_words_to_a_slow_peer_that_still_sends_are_not_taken_back():
+    words = bytes(range(256)) * 240  # more than the peer's kernel takes, less than ours keeps for it
+
+    async def body(a, b):
+        async with serving(a, RAW) as streams:
+            slow = await rogue(a)
+            slow._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 10)
+            victim = await streams.receive()
+            slow._sock.send(seal(slow._cipher, Kind.DATA, b"x" * 1000))
+            await victim.send(words)
+            await victim.aclose()
+            await trio.sleep(0.1)
+            assert await receive_exactly(slow, len(words)) == words
+            assert await slow.receive(1) == b""
+            slow.discard()
 
     run(body)
