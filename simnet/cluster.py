@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -144,6 +145,8 @@ def start(
     `wiring` shapes the links between workers of these names. `lifeline` is a file descriptor to inherit: its end of
     file ends the processes. Raises InputError with the last words of what did not start.
     """
+    if wiring is not None and sys.platform != "linux":
+        raise InputError("links can be shaped on Linux only, where each worker can dial from an address of its own")
     if (folder / _RECORD).exists() and any(process.alive for process in load(folder).processes):
         raise InputError("a simulation network is up already: stop it with 'sotto sim down'")
     shutil.rmtree(folder, ignore_errors=True)

@@ -15,6 +15,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import tests.node.p2p.fuzz_targets  # noqa: F401 - registers its targets
@@ -53,30 +55,41 @@ def _in_process(name: str, seconds: float, seed: int, guided: bool) -> dict[str,
     module = ["tests.fuzz.guided", name, str(seconds), str(seed)]
     if not guided:
         module = ["tests.fuzz", str(seconds), "--only", name, "--seed", str(seed)]
-    try:
-        command = [sys.executable, "-m", *module]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + STOP_S)
-    except subprocess.TimeoutExpired:
-        return {"target": name, "seed": seed, "failure": f"it did not stop {STOP_S:g} s after its time"}
-    if guided:
-        return _guided_report(name, seed, done)
+    with tempfile.TemporaryDirectory(prefix="sotto-fuzz-") as folder:  # libFuzzer leaves what its process made
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", *module],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT if guided else None,
+                env={**os.environ, "TMPDIR": folder},
+                text=True,
+                timeout=seconds + STOP_S,
+            )
+        except subprocess.TimeoutExpired:
+            return {"target": name, "seed": seed, "failure": f"it did not stop {STOP_S:g} s after its time"}
+        if guided:
+            return _guided_report(name, seed, done, Path(folder))
     try:
         row: dict[str, Any] = json.loads(done.stdout)
     except ValueError:
-        return {"target": name, "seed": seed, "failure": f"it ended with {done.returncode}: {done.stderr[-400:]}"}
+        return {"target": name, "seed": seed, "failure": f"its process ended with {done.returncode}"}
     return row
 
 
-def _guided_report(name: str, seed: int, done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    stats = dict(re.findall(r"^stat::(\w+):\s+(\d+)", done.stderr, re.MULTILINE))
-    coverage = re.findall(r"cov: (\d+)", done.stderr)
+def _guided_report(name: str, seed: int, done: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
+    stats = dict(re.findall(r"^stat::(\w+):\s+(\d+)", done.stdout, re.MULTILINE))
+    branches = re.findall(r"cov: (\d+)", done.stdout)
+    found = [path.read_bytes().hex() for path in sorted(folder.glob("*-*")) if path.is_file()]
+    said = re.search(r"=== Uncaught Python exception: ===\n(.*)|ERROR: libFuzzer: (.*)", done.stdout)
+    failure = (said.group(1) or said.group(2) if said else done.stdout[-400:]) if done.returncode else ""
     return {
         "target": name,
         "seed": seed,
         "inputs": int(stats.get("number_of_executed_units", 0)),
-        "branches": int(coverage[-1]) if coverage else 0,
+        "branches": int(branches[-1]) if branches else 0,
         "rss_peak_bytes": int(stats.get("peak_rss_mb", 0)) << 20,
-        "failure": "" if done.returncode == 0 else done.stderr[-2000:],
+        "failure": failure,
+        "failing_input": found[0] if found else "",
     }
 
 

@@ -1,11 +1,13 @@
 """One target under atheris, guided by the coverage of our parsers: `python -m tests.fuzz.guided TARGET SECONDS SEED`.
 
-libFuzzer ends the process itself, at the end of its time or at what it found.
+libFuzzer ends the process itself, at the end of its time or at what it found, and cleans up nothing: whoever starts it
+gives it a $TMPDIR of its own, where the input that failed is found.
 """
 
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -35,13 +37,21 @@ def main() -> None:
         edits = [random_edit(source) for _ in range(1 + source.randrange(3))]
         return apply(data, edits, target.corpus)[:size_max]
 
-    with tempfile.TemporaryDirectory(prefix="sotto-fuzz-") as folder:
-        for number, data in enumerate(target.corpus):
-            (Path(folder) / str(number)).write_bytes(data)
-        words = [f"-max_total_time={max(1, round(seconds))}", f"-seed={seed}", "-print_final_stats=1"]
-        words += [f"-timeout={round(loop.INPUT_S_MAX)}", f"-rss_limit_mb={RSS_MIB_MAX}", f"-max_len={BYTES_MAX}"]
-        atheris.Setup([sys.argv[0], *words, f"-artifact_prefix={folder}/", folder], target, custom_mutator=mutate)
-        atheris.Fuzz()
+    def run(data: bytes) -> None:
+        try:
+            target(data)
+        except Exception:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # libFuzzer's own: it would end the process before it has reported
+            raise
+
+    corpus = Path(tempfile.mkdtemp())
+    for number, data in enumerate(target.corpus):
+        (corpus / str(number)).write_bytes(data)
+    words = [f"-max_total_time={max(1, round(seconds))}", f"-seed={seed}", "-print_final_stats=1"]
+    words += [f"-timeout={round(loop.INPUT_S_MAX)}", f"-rss_limit_mb={RSS_MIB_MAX}", f"-max_len={BYTES_MAX}"]
+    words.append(f"-artifact_prefix={tempfile.gettempdir()}/")
+    atheris.Setup([sys.argv[0], *words, str(corpus)], run, custom_mutator=mutate)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
+import simnet.topology
 from protocol.errors import InputError
 from simnet.cluster import WorkerSpec
 from simnet.shape import CLIENT, Shape, Wiring, load_wiring
 from simnet.topology import PROFILES, parse_topology, profile, read_topology
 
+USING = (Path(__file__).parents[2] / "docs" / "USING.md").read_text(encoding="utf-8")
 GOOD = """
 seed = 7
 link_default = { rtt_ms = 40, mbit_s = 100 }
@@ -95,6 +99,14 @@ def test_a_mistake_is_named(text: str, complaint: str) -> None:
     with pytest.raises(InputError, match=complaint) as found:
         parse_topology(text.encode(), "x.toml")
     assert str(found.value).startswith("x.toml")
+
+
+@pytest.mark.parametrize("text", [*re.findall(r"```toml\n(.*?)```", USING, re.DOTALL), simnet.topology.__doc__])
+def test_the_examples_in_the_documents_hold(text: str) -> None:
+    example = "\n".join(line for line in text.splitlines() if line.startswith("    ") or text in USING)
+    topology = parse_topology(textwrap.dedent(example).encode(), "example")
+    assert [worker.name for worker in topology.workers] == ["near", "far"]
+    assert topology.wiring.shape(CLIENT, "far").rtt_ms == 120
 
 
 @pytest.mark.parametrize("name", PROFILES)

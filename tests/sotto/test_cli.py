@@ -36,7 +36,7 @@ COMMANDS = [
     ["revoke"],
     *(["worker", name] for name in ("pause", "resume", "status")),
     *(["key", name] for name in ("new", "show", "export", "import")),
-    *(["sim", name] for name in ("up", "status", "down")),
+    *(["sim", name] for name in ("up", "status", "link", "kill", "freeze", "thaw", "restart", "down")),
 ]
 PROMPT = "the quiet brook"
 
