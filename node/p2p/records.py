@@ -16,8 +16,8 @@ from typing import Protocol
 from cryptography.exceptions import InvalidTag
 from noise.exceptions import NoiseMaxNonceError
 
-# The length in front is that of a multistream message of 2^63 - 1 bytes, which every libp2p refuses at once: a peer
-# without this plane costs a round trip, not a timeout.
+# The length in front is that of a multistream message of 2^63 - 1 bytes, beyond any bound: py-libp2p hangs up at once,
+# so a peer without this plane costs a round trip; one that does not hang up costs the dial's deadline, once.
 MAGIC = b"\xff\xff\xff\xff\xff\xff\xff\xff\x7fsotto/1"
 
 LENGTH_BYTES = 2
