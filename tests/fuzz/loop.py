@@ -10,7 +10,7 @@ import gc
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,12 +42,12 @@ class Report:
     failing_input: str = ""  # in hexadecimal
 
 
-def run(name: str, target: Target, seconds: float, seed: int) -> Report:
+def run(name: str, target: Target, seconds: float, seed: int, clock: Callable[[], float] = time.monotonic) -> Report:
     """Feed `target` until the time is over or something is found."""
     report, source = Report(name, seed), random.Random(f"{seed}/{name}")
-    process, started = psutil.Process(), time.monotonic()
+    process, started = psutil.Process(), clock()
     with _alarms():
-        while (now := time.monotonic()) - started < seconds and not report.failure:
+        while (now := clock()) - started < seconds and not report.failure:
             if not report.rss_warm_bytes and now - started > seconds / 4:
                 gc.collect()
                 report.rss_warm_bytes = process.memory_info().rss
@@ -56,7 +56,7 @@ def run(name: str, target: Target, seconds: float, seed: int) -> Report:
             _feed(target, apply(start, edits, target.corpus), report)
     gc.collect()
     report.rss_end_bytes = process.memory_info().rss
-    report.seconds = time.monotonic() - started
+    report.seconds = clock() - started
     grown = report.rss_end_bytes - report.rss_warm_bytes
     if not report.failure and report.rss_warm_bytes and grown > GROWTH_BYTES_MAX:
         report.failure = f"memory grew by {grown} bytes after a quarter of the time"
