@@ -173,15 +173,6 @@ def test_a_worker_survives_malformed_frames(protocol: str, poison: bytes, swarm:
     assert with_client(swarm, tmp_path, work)
 
 
-def test_a_second_client_of_the_same_identity_is_told(swarm: Cluster, tmp_path: Path) -> None:
-    async def work(client: Client) -> None:
-        async with open_client(client.options):
-            pass
-
-    with pytest.raises(InputError, match="another sotto client"):
-        with_client(swarm, tmp_path, work)
-
-
 def test_port_in_use_names_the_port(swarm: Cluster, tmp_path: Path) -> None:
     taken = swarm.workers[0].addrs[0]
     with pytest.raises(InputError, match=taken.rsplit("/", 1)[1]):

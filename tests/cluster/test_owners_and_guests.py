@@ -116,6 +116,8 @@ def test_a_guest_uses_a_granted_model_until_it_is_revoked(swarm: Cluster, tmp_pa
         async with open_client(options) as client:
             with pytest.raises(InputError):
                 await client.attach(checkpoint, default_key(guest))
+            with pytest.raises(InputError, match="another sotto client"):  # a guest's identity is its own
+                await _open(options)
             ready = await client.attach(checkpoint, key)
             ids = (await ready.generate(PROMPT, SHORT)).ids
             if revoke:

@@ -235,7 +235,7 @@ def test_keys(tmp_path: Path) -> None:
         (["worker", "pause", "--for", "ever"], "30m"),
         (["grant", "bob"], "seal"),
         (["revoke", "0" * 32], "give the whole token"),
-        (["run", "x", "--capability", "rubbish"], "copy the whole token"),
+        (["run", "hello", "-b", "x", "--capability", "rubbish"], "copy the whole token"),
         (["worker", "--listen", "4001"], "/ip4/"),
         (["worker", "--announce", "/ip4/0.0.0.0/tcp/4517"], "nobody can dial"),
         (["worker", "--announce", f"/dns4/{'x' * 128}/tcp/4517"], "at most 128"),
