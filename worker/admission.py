@@ -24,7 +24,7 @@ from worker.spans import SpanRequest
 if TYPE_CHECKING:
     from worker.leases import Holding
 
-UPLOAD_SILENCE_S = 600.0  # an upload that broke off may be resumed within this time, unless memory is needed before
+UPLOAD_SILENCE_S = 600.0  # memory that is leased but not filled is given away after this time, whoever renews the lease
 LEASES_MAX = limits.ADVERT_SPANS_MAX  # a span that no advert has room for could not be found
 
 
@@ -84,7 +84,8 @@ class SpanLedger:
         before = self.leases.get(request.deployment)
         if before is not None:
             if before.request == request:
-                before.touched = now
+                if before.state is SpanState.LOADED:  # else only bytes count as use
+                    before.touched = now
                 return ()
             if before.state is SpanState.LOADING or before.sessions or before.holders.keys() - {peer}:
                 raise Refused(RefusalReason.SESSIONS, "the deployment's other span here is in use")
@@ -114,11 +115,11 @@ class SpanLedger:
             del self.leases[lease.request.deployment]
 
     def silent(self, now: float) -> tuple[SpanLease, ...]:
-        """Removes, and gives, the prepared spans whose upload stopped UPLOAD_SILENCE_S ago."""
+        """Removes, and gives, the spans whose upload stopped UPLOAD_SILENCE_S ago, leased or not."""
         gone = [
             lease
             for lease in self.leases.values()
-            if lease.state is SpanState.PREPARED and lease.idle and now - lease.touched >= UPLOAD_SILENCE_S
+            if lease.state is SpanState.PREPARED and not lease.sessions and now - lease.touched >= UPLOAD_SILENCE_S
         ]
         for lease in gone:
             self.remove(lease)

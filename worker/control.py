@@ -76,11 +76,14 @@ class Control:
                 raise RemoteProtocolError(f"{type(request).__name__} is no request of the control protocol")
 
     async def sweep(self, present: Callable[[PeerId], bool]) -> None:
-        """End leases that are over, those of peers that are gone among them; forget spans whose upload fell silent."""
+        """End leases that are over, those of peers that are gone among them; forget spans whose upload fell silent,
+        leased or not."""
         now = self.ports.clock.monotonic()
         if self.leases.sweep(now, present):
             self._report()
         gone = self.house.spans.silent(now)
+        for span in gone:
+            self.leases.end_all(span)
         if gone:
             await self._forget(gone)
 

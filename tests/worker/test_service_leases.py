@@ -43,6 +43,7 @@ from tests.helpers.workers import (
     make_manifest,
     some_rows,
 )
+from worker.admission import UPLOAD_SILENCE_S
 from worker.config import Blank
 from worker.leases import GRACE_S
 from worker.rights import Rights
@@ -361,5 +362,22 @@ def test_an_open_session_tells_nothing_of_a_full_ticket_memory(monkeypatch: pyte
         message, _ = await route.next()
         assert reason(message) == RefusalReason.SESSIONS
         assert not worker.counts.violations
+
+    in_swarm(1, test)
+
+
+def test_nobody_holds_memory_that_it_does_not_fill() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        stream = await swarm.client.dial(worker, CONTROL)
+        started = trio.current_time()
+        await lease(swarm.client, worker, kv_tokens=KV_TOKENS)
+        while isinstance(await stream.call(RenewLease(DEPLOYMENT, 3600, b"")), LeaseRenewed):
+            await lease(swarm.client, worker, kv_tokens=KV_TOKENS)
+            await trio.sleep(20)
+        assert UPLOAD_SILENCE_S <= trio.current_time() - started <= UPLOAD_SILENCE_S + 60
+        assert leases(worker) == 0
+        assert worker.service.house.spans.used_bytes == 0
+        worker.assert_idle()
 
     in_swarm(1, test)
