@@ -7,6 +7,7 @@ import typer
 from sotto.commands import (
     bench,
     bench_placement,
+    check,
     demo,
     doctor,
     generation,
@@ -41,6 +42,7 @@ app.command(name="id", epilog="Example: sotto id")(grant.identity)
 app.command(epilog="Example: sotto grant 12D3Koo… -m ./my-llama --for 7d")(grant.grant)
 app.command(epilog="Example: sotto revoke 0123456789abcdef0123456789abcdef")(grant.revoke)
 app.add_typer(key.app, name="key")
+sim.app.add_typer(check.app, name="check")
 app.add_typer(sim.app, name="sim")
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
 app.add_typer(bench.app, name="bench")

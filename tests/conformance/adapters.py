@@ -134,7 +134,8 @@ def full_addr(endpoint: Endpoint) -> str:
 
 def peers_of(endpoint: Endpoint) -> tuple[PeerId, ...]:
     """Whom it has a connection with, of any kind."""
-    direct = [stream.remote for stream in endpoint._plane.streams] if isinstance(endpoint, Mesh) else []
+    inner = endpoint._inner if isinstance(endpoint, Member) else endpoint
+    direct = [stream.remote for stream in inner._plane.streams] if isinstance(inner, Mesh) else []
     return tuple(sorted({*endpoint.connected(), *direct}))
 
 
