@@ -34,7 +34,7 @@ async function newNode () {
     connectionGater: { denyDialMultiaddr: () => false },
     services: {
       identify: identify(),
-      ping: ping(),
+      ping: ping({ maxOutboundStreams: 8 }), // its Kademlia pings too, and by default there may be one at a time
       pubsub: gossipsub({ fallbackToFloodsub: false }),
       dht: kadDHT({ protocol: '/sotto/kad/1.0.0', clientMode: true, peerInfoMapper: passthroughMapper })
     }
