@@ -102,7 +102,7 @@ def run(options: BenchOptions, update: Callable[[int, int], None], show: Callabl
             f"(ratio {row.ratio:.3f}), bound {row.bound_ms:.1f} ms, by adverts alone {row.from_adverts_ms:.1f} ms"
         )
     update(options.swarms, options.swarms)
-    report.large_s = [_large_s(matrices, options.peers[1], seed) for seed in range(LARGE_RUNS)]
+    report.large_s = [_large_s(matrices, options, seed) for seed in range(LARGE_RUNS)]
     return report
 
 
@@ -141,12 +141,13 @@ def _spans(instance: Instance, placement: Placement) -> Spans:
     return tuple((at[hop.peer], hop.start, hop.end) for hop in placement.hops)
 
 
-def _large_s(matrices: Matrices, peers: int, seed: int) -> float:
+def _large_s(matrices: Matrices, options: BenchOptions, seed: int) -> float:
     """From adverts to a placement in the largest swarm, everything included."""
-    drawn = matrices.draw(seed, (peers, peers), LARGE_BLOCKS)
-    view, options = heard(drawn, seed), PlaceOptions(client_rtts_ms=client_rtts_ms(drawn))
+    drawn = matrices.draw(seed, (options.peers[1],) * 2, LARGE_BLOCKS)
+    view, streams = heard(drawn, seed), 1 if options.objective == "latency" else STREAMS
+    where = PlaceOptions(options.objective, streams, client_rtts_ms=client_rtts_ms(drawn))
     started = time.process_time()
-    plan(view, drawn.needs, options)
+    plan(view, drawn.needs, where)
     return time.process_time() - started
 
 
