@@ -1,7 +1,8 @@
 """Deploying: bring a sealed model to the workers of a route, all hops at once.
 
 Per hop: PrepareSpan, upload of the shards that the worker lacks (upload.py), LoadSpan. Calling it again is how an
-interrupted deployment goes on. It chooses no workers and seals nothing.
+interrupted deployment goes on. A worker that finds a shard of its own damaged when it loads gets that one again. This
+file chooses no workers and seals nothing.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 
 from client.asking import ANSWER_S, ask, channel_to
 from client.driver import run_all
-from client.errors import HopLost, HopViolation
+from client.errors import HopLost, HopRefused, HopViolation
 from client.ports import ClientPorts
 from client.routing import Hop, Route
-from client.upload import ShardSource, ShardUpload
+from client.upload import Holders, ShardSource, ShardUpload, nobody
+from protocol.channel import Channel
 from protocol.errors import InputError, RemoteProtocolError
 from protocol.ids import DeploymentId, PeerId
 from protocol.manifest import BlockEntry, Manifest, open_manifest
@@ -22,24 +24,26 @@ from protocol.messages import (
     CONTROL,
     LoadSpan,
     PrepareSpan,
+    RefusalReason,
     ReleaseSpan,
     SpanLoaded,
     SpanPrepared,
     SpanReleased,
 )
 
-PIECE_S = 60.0  # one piece of a shard, 1 MiB: slower than 17 KiB/s is as good as lost
-CHECK_S = 300.0  # the worker hashes a whole shard, at worst 8 GiB from a disk
-LOAD_S = 900.0  # the worker reads its span from disk and measures it
+LOAD_S = 900.0  # the worker reads its span from disk, twice after a restart, and measures it
 
 
 @dataclass(frozen=True, slots=True)
 class DeployProgress:
-    """How far one hop is. `stage`: prepare, upload, load, ready."""
+    """How far one hop is. `stage`: prepare, upload, load, ready.
+
+    `present_bytes` of the `total_bytes` that it lacked when it was asked are with it now, whoever gave them to it.
+    """
 
     peer: PeerId
     stage: str
-    sent_bytes: int
+    present_bytes: int
     total_bytes: int
 
 
@@ -58,9 +62,14 @@ Progress = Callable[[DeployProgress], None]
 
 
 async def deploy(
-    ports: ClientPorts, route: Route, manifest: bytes, source: ShardSource, progress: Progress = lambda _: None
+    ports: ClientPorts,
+    route: Route,
+    manifest: bytes,
+    source: ShardSource,
+    progress: Progress = lambda _: None,
+    holders: Holders = nobody,
 ) -> tuple[DeployedHop, ...]:
-    """Bring the deployment of the signed `manifest` to the workers of `route`.
+    """Bring the deployment of the signed `manifest` to the workers of `route`, with the help of `holders`.
 
     Raises HopRefused, HopLost or HopViolation, naming the worker, or InputError when a shard on this side is missing or
     was changed; the other hops are cancelled then and what they have stays with them, for the next try.
@@ -73,9 +82,12 @@ async def deploy(
         raise InputError("the route is not one of this manifest's deployment; place the model again")
     done: dict[PeerId, DeployedHop] = {}
 
+    def upload(hop: Hop) -> ShardUpload:
+        return ShardUpload(ports, hop, route.deployment, source, holders)
+
     def task(hop: Hop) -> Callable[[], Awaitable[None]]:
         async def run() -> None:
-            done[hop.peer] = await _HopDeployment(ports, hop, opened, source, progress).run(manifest)
+            done[hop.peer] = await _HopDeployment(ports, hop, opened, progress, upload(hop)).run(manifest)
 
         return run
 
@@ -110,30 +122,37 @@ class _HopDeployment:
     """One hop's way from nothing to a loaded span."""
 
     def __init__(
-        self, ports: ClientPorts, hop: Hop, manifest: Manifest, source: ShardSource, progress: Progress
+        self, ports: ClientPorts, hop: Hop, manifest: Manifest, progress: Progress, upload: ShardUpload
     ) -> None:
         self._ports = ports
         self._hop = hop
         self._manifest = manifest
-        self._source = source
         self._progress = progress
-        self._sent = 0
+        self._upload = upload
+        self._present = 0
         self._total = 0
 
     async def run(self, signed: bytes) -> DeployedHop:
         hop, peer = self._hop, self._hop.peer
         async with channel_to(self._ports, hop, CONTROL) as control:
-            self._report("prepare")
-            request = PrepareSpan(signed, hop.start, hop.end)
-            prepared = await ask(peer, control, request, SpanPrepared, ANSWER_S)
-            missing = self._missing(prepared)
-            self._total = sum(block.shard_bytes for block in missing.values())
-            self._report("upload")
-            await ShardUpload(self._ports, hop, self._source, self._add).run(missing)
-            self._report("load")
-            loaded = await ask(peer, control, LoadSpan(self._manifest.deployment), SpanLoaded, LOAD_S)
+            loaded = await self._bring(control, signed, again=True)
         self._report("ready")
         return DeployedHop(peer, hop.start, hop.end, loaded.weight_bytes, loaded.block_time_us)
+
+    async def _bring(self, control: Channel, signed: bytes, again: bool) -> SpanLoaded:
+        self._report("prepare")
+        request = PrepareSpan(signed, self._hop.start, self._hop.end)
+        missing = self._missing(await ask(self._hop.peer, control, request, SpanPrepared, ANSWER_S))
+        self._present, self._total = 0, sum(block.shard_bytes for block in missing.values())
+        self._report("upload")
+        await self._upload.run(missing, self._add)
+        self._report("load")
+        try:
+            return await ask(self._hop.peer, control, LoadSpan(self._manifest.deployment), SpanLoaded, LOAD_S)
+        except HopRefused as refused:
+            if refused.reason != RefusalReason.MISSING_SHARDS or not again:
+                raise
+        return await self._bring(control, signed, again=False)  # a shard from its disk turned out to be damaged
 
     def _missing(self, prepared: SpanPrepared) -> dict[int, BlockEntry]:
         """The shards that the worker asks for, each once, by the index of a block."""
@@ -144,8 +163,8 @@ class _HopDeployment:
         return dict(entry for digest, entry in own.items() if digest in prepared.missing)
 
     def _add(self, nbytes: int) -> None:
-        self._sent += nbytes
+        self._present += nbytes
         self._report("upload")
 
     def _report(self, stage: str) -> None:
-        self._progress(DeployProgress(self._hop.peer, stage, self._sent, self._total))
+        self._progress(DeployProgress(self._hop.peer, stage, self._present, self._total))

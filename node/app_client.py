@@ -22,6 +22,7 @@ from client.placement import ModelNeeds, Placement, PlaceOptions, plan
 from client.ports import ClientPorts
 from client.routing import Route, choose_route, route_of
 from client.swarm import SwarmWatch
+from client.upload import holders_in
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
@@ -133,7 +134,8 @@ class Client:
             placement, view = await self.place(needs, where)
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
-            hops = await deploy(self.ports, route, data, FolderSource(model.folder), options.on_upload)
+            others = holders_in(view, manifest.deployment)
+            hops = await deploy(self.ports, route, data, FolderSource(model.folder), options.on_upload, others)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
         return DeployedModel(
             ports=self.ports,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ _DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """What the owner decides. `memory_bytes` is for weights and KV together."""
+    """What the owner decides. `memory_bytes` is for weights and KV together, `disk_bytes` for shards."""
 
     data_dir: Path
     listen: tuple[str, ...]
@@ -50,6 +51,7 @@ class WorkerOptions:
     bootstrap: tuple[str, ...]
     memory_bytes: int
     kv_memory_bytes: int
+    disk_bytes: int
     threads: int
     device: str
     metrics: tuple[str, int] | None
@@ -69,6 +71,14 @@ def default_memory_bytes() -> int:
     return int(psutil.virtual_memory().available // 2)
 
 
+def default_disk_bytes(data_dir: Path, memory_bytes: int) -> int:
+    """Four times the memory, so that what made room can come back without an upload; never over half of the disk's
+    room, what is held already counted as room."""
+    folder = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    held = sum(path.stat().st_blocks * 512 for name in ("shards", "partial") for path in (data_dir / name).glob("*"))
+    return min(4 * memory_bytes, (shutil.disk_usage(folder).free + held) // 2)
+
+
 async def run_worker(options: WorkerOptions) -> None:
     """Serve until told to stop. Raises InputError for what the owner must change (port in use, bad address...)."""
     torch.set_num_threads(options.threads)
@@ -83,9 +93,8 @@ async def run_worker(options: WorkerOptions) -> None:
 
 async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh) -> None:
     """Everything behind the mesh. The engine's thread is the last to go: closing sessions still needs it."""
-    store, metrics = DiskStore(options.data_dir), WorkerMetrics()
+    store, metrics = DiskStore(options.data_dir, options.disk_bytes), WorkerMetrics()
     metrics.kv_total(options.kv_memory_bytes)
-    store.trim(options.memory_bytes)
     engine = Engine(store.path, options.device)
     config = WorkerConfig(
         identity=identity,

@@ -2,7 +2,7 @@
 
   deployment.json      what was sealed, how, and a check value of the key (never the key)
   entries/0007.entry   the manifest's line for block 7, written after its shard: the journal
-  shards/<digest>.safetensors
+  shards/<digest>.safetensors, and <digest>.pieces: its piece list, which can be made anew
   manifest.bin         signed by the owner, written last
 
 Invariant: an entry exists only for a shard that is whole and synced, so an interrupted seal goes on at the first block
@@ -26,15 +26,16 @@ from safetensors.torch import save_file
 from client.sealing import Sealer, block_entry, manifest_of
 from equivariant.keys import RootKey, key_check, require_key
 from models.checkpoint import Checkpoint
-from node.files import sync_folder, write_atomic
-from node.store import digest_of
+from node.files import write_atomic
+from node.store import list_file, piece_list_of, read_piece_list
 from protocol.codec import decode, encode
 from protocol.errors import InputError, RemoteProtocolError
 from protocol.ids import ID_BYTES, DeploymentId, ShardDigest
 from protocol.manifest import BlockEntry, Manifest, open_manifest, sign_manifest
+from protocol.pieces import PieceList
 from protocol.signed import Identity
 
-FORMAT = 1
+FORMAT = 2
 Progress = Callable[[int, int], None]
 """`progress(done, total)` in blocks."""
 
@@ -144,10 +145,11 @@ class SealedFolder:
         save_file(tensors, part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        digest, size = digest_of(part), part.stat().st_size
-        os.replace(part, self.shard(digest))
-        sync_folder(folder)
-        write_atomic(self._entry_file(index), encode(block_entry(tensors, config, digest, size)))
+        pieces = piece_list_of(part)
+        os.replace(part, self.shard(pieces.digest))
+        write_atomic(list_file(self.shard(pieces.digest)), pieces.hashes)
+        entry = block_entry(tensors, config, pieces.digest, pieces.shard_bytes)
+        write_atomic(self._entry_file(index), encode(entry))
 
     def sealer(self, checkpoint: Checkpoint, key: RootKey | None) -> Sealer:
         """What sealed this folder: the client's ends come from it. Raises InputError for a wrong key or model."""
@@ -190,6 +192,9 @@ class FolderSource:
     """Implements client.deploy.ShardSource over a sealed folder."""
 
     folder: SealedFolder
+
+    async def pieces(self, digest: ShardDigest) -> PieceList | None:
+        return await trio.to_thread.run_sync(read_piece_list, self.folder.shard(digest), digest)
 
     async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
         def work() -> bytes:

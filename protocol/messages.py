@@ -2,7 +2,7 @@
 
 Four protocols share the frame. Each lists which way its messages go; session.py says in which order.
   control  request/response: prepare, load and release spans, ping
-  shard    the client uploads sealed shards
+  shard    one side gives a sealed shard in pieces, the other says which: client -> worker, worker -> worker
   session  client <-> each hop: attach, open, step (to the first hop), outputs and failures (from all)
   link     hop -> next hop: open, step, close
 """
@@ -14,7 +14,18 @@ from enum import StrEnum
 from typing import Annotated, ClassVar
 
 from protocol import limits
-from protocol.ids import DIGEST_BYTES, ID_BYTES, DeploymentId, SessionId, ShardDigest
+from protocol.errors import RemoteProtocolError
+from protocol.ids import (
+    DIGEST_BYTES,
+    ID_BYTES,
+    PEER_ID_CHARS,
+    DeploymentId,
+    PeerId,
+    SessionId,
+    ShardDigest,
+    public_key_of,
+)
+from protocol.pieces import list_bytes
 from protocol.schema import Between, Record, Size
 from protocol.tensors import TensorHeader
 
@@ -36,6 +47,7 @@ class RefusalReason(StrEnum):
     """Why a peer declined; the caller may try another."""
 
     MEMORY = "memory"  # not enough for the span's weights
+    DISK = "disk"  # not enough for the span's shards
     KV_MEMORY = "kv_memory"  # not enough for the session's tokens
     SESSIONS = "sessions"  # too many sessions, of this peer or in all
     UNKNOWN_DEPLOYMENT = "unknown_deployment"
@@ -144,36 +156,80 @@ class SpanReleased(Message):
 # --- shard ------------------------------------------------------------------------------------------------------------
 
 
+Capability = Annotated[bytes, Size(0, limits.CAPABILITY_BYTES_MAX)]
+PieceIndex = Annotated[int, Between(0, limits.PIECES_MAX - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Source(Record):
+    """A worker that holds a shard, and where to dial it."""
+
+    peer: Annotated[PeerId, Size(PEER_ID_CHARS, PEER_ID_CHARS)]
+    addrs: Annotated[tuple[Annotated[str, Size(1, limits.ADDR_CHARS_MAX)], ...], Size(1, limits.ADDRS_MAX)]
+
+    def check(self) -> None:
+        try:
+            public_key_of(self.peer)
+        except RemoteProtocolError as error:
+            raise ValueError(str(error)) from None
+
+
 @dataclass(frozen=True, slots=True)
 class ShardOffer(Message):
-    """The client is about to send a shard that a prepared span needs."""
+    """Giver -> fetcher: you may ask me for pieces of this shard. The body is its piece list.
+
+    From a client: `sources` have it too, and `capability` lets the worker read it there.
+    """
 
     TAG: ClassVar[int] = 20
     digest: Digest
     shard_bytes: Annotated[int, Between(1, limits.SHARD_BYTES_MAX)]
+    sources: Annotated[tuple[Source, ...], Size(0, limits.SHARD_SOURCES_MAX)]
+    capability: Capability
 
 
 @dataclass(frozen=True, slots=True)
-class ShardWanted(Message):
-    """Send from `offset`; equal to the size when the worker has it all."""
+class ShardAsk(Message):
+    """Worker -> worker: offer me this shard; `capability` says that its owner allows it."""
 
     TAG: ClassVar[int] = 21
-    offset: Count
+    digest: Digest
+    capability: Capability
+
+
+@dataclass(frozen=True, slots=True)
+class PiecesWanted(Message):
+    """Fetcher -> giver: send `count` pieces from `first` on. Answered in order, whatever else was asked."""
+
+    TAG: ClassVar[int] = 22
+    digest: Digest
+    first: PieceIndex
+    count: Annotated[int, Between(1, limits.PIECES_WANTED_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPiece(Message):
-    """The body is the next bytes of the shard, at most limits.PIECE_BYTES."""
+    """The body is the piece."""
 
-    TAG: ClassVar[int] = 22
-    offset: Count
+    TAG: ClassVar[int] = 23
+    digest: Digest
+    index: PieceIndex
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress(Message):
+    """Worker -> client: so much of the shard is here and checked, whoever gave it. Also a sign of life."""
+
+    TAG: ClassVar[int] = 24
+    digest: Digest
+    present_bytes: Annotated[int, Between(0, limits.SHARD_BYTES_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardStored(Message):
-    """Complete, its digest checked."""
+    """Worker -> client: the shard is whole; the end of its offer."""
 
-    TAG: ClassVar[int] = 23
+    TAG: ClassVar[int] = 25
     digest: Digest
 
 
@@ -287,7 +343,7 @@ class CloseSession(Message):
 
 MESSAGES: tuple[type[Message], ...] = (
     Refusal, Ping, Pong, PrepareSpan, SpanPrepared, LoadSpan, SpanLoaded, ReleaseSpan, SpanReleased,
-    ShardOffer, ShardWanted, ShardPiece, ShardStored,
+    ShardOffer, ShardAsk, PiecesWanted, ShardPiece, ShardProgress, ShardStored,
     Attach, Attached, OpenSession, SessionOpened, Step, StepOutput, SessionFailed, CloseSession,
 )  # fmt: skip
 FRAME_BYTES_MAX = {
@@ -299,10 +355,12 @@ FRAME_BYTES_MAX = {
 
 
 def body_fits(message: Message, body_bytes: int) -> bool:
-    """Whether a body of `body_bytes` may follow `message`: exactly its tensor, a piece of a shard, or nothing."""
+    """Whether a body of `body_bytes` may follow `message`: exactly its tensor, its piece list, a piece, or nothing."""
     match message:
         case Step() | StepOutput():
             return body_bytes == message.tensor.nbytes
+        case ShardOffer():
+            return body_bytes == list_bytes(message.shard_bytes)
         case ShardPiece():
             return 1 <= body_bytes <= limits.PIECE_BYTES
         case _:

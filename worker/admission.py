@@ -86,6 +86,10 @@ class SpanLedger:
         self.leases[request.deployment] = SpanLease(request, now)
         return tuple(gone)
 
+    def fits(self, request: SpanRequest) -> bool:
+        """Is there room for it without evicting anything?"""
+        return request.weight_bytes <= self.free_bytes and len(self.leases) < LEASES_MAX
+
     def owned(self, deployment: DeploymentId, peer: PeerId) -> SpanLease:
         """The lease on `deployment`. Raises Refused (UNKNOWN_DEPLOYMENT, FORBIDDEN)."""
         lease = self.leases.get(deployment)
@@ -95,15 +99,11 @@ class SpanLedger:
             raise Refused(RefusalReason.FORBIDDEN, "the deployment belongs to another client")
         return lease
 
-    def holds(self, lease: SpanLease) -> bool:
-        """False once `lease` was released, evicted or replaced."""
-        return self.leases.get(lease.request.deployment) is lease
-
     def remove(self, lease: SpanLease) -> None:
         """Free the lease's memory. Idempotent. Raises LocalProtocolError while a session is open."""
         if lease.sessions:
             raise LocalProtocolError("a deployment with open sessions cannot be removed")
-        if self.holds(lease):
+        if self.leases.get(lease.request.deployment) is lease:
             del self.leases[lease.request.deployment]
 
     def silent(self, now: float) -> tuple[SpanLease, ...]:

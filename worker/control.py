@@ -5,6 +5,7 @@ Only the owner who signed a deployment's manifest may prepare, load or release i
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from functools import partial
 
 import trio
 
+from protocol.codec import encode
 from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import DeploymentId, PeerId
 from protocol.messages import (
@@ -29,9 +31,12 @@ from protocol.messages import (
 from worker.admission import SpanLease, SpanLedger, SpanState
 from worker.cleanup import finish
 from worker.config import WorkerPorts
+from worker.fetches import Fetches
+from worker.saved import SavedSpan, read_saved
 from worker.sessions import SessionTable
-from worker.spans import read_span
-from worker.uploads import Uploads
+from worker.spans import SpanRequest, read_span
+
+log = logging.getLogger("sotto.worker")
 
 
 @dataclass(slots=True)
@@ -41,7 +46,7 @@ class Control:
     ports: WorkerPorts
     spans: SpanLedger
     sessions: SessionTable
-    uploads: Uploads
+    fetches: Fetches
     changed: Callable[[], None]
     _locks: dict[DeploymentId, trio.Lock] = field(default_factory=dict)
 
@@ -86,19 +91,51 @@ class Control:
     async def _load(self, deployment: DeploymentId, peer: PeerId) -> SpanLoaded:
         lease = self.spans.owned(deployment, peer)
         if lease.state is not SpanState.LOADED or lease.loaded is None:
-            missing = [digest for digest in lease.request.shards if await self.ports.store.size(digest) is None]
-            if missing:
-                raise Refused(RefusalReason.MISSING_SHARDS, f"{len(missing)} shards have not been uploaded")
-            lease.state = SpanState.LOADING
+            loaded = await self._load_lease(lease)
             try:
-                lease.loaded = await self.ports.compute.load(lease.request.spec)
-                lease.state = SpanState.LOADED
-            finally:
-                if lease.state is SpanState.LOADING:
-                    lease.state = SpanState.PREPARED
-            lease.touched = self.ports.clock.monotonic()
-            self._report()
+                await self.ports.store.save_span(deployment, encode(SavedSpan.of(lease.request)))
+            except Refused as refused:  # it serves all the same, but not after a restart
+                log.warning("a span cannot be remembered", extra={"error": str(refused)})
+            return loaded
         return SpanLoaded(lease.loaded.weight_bytes, lease.loaded.block_time_us)
+
+    async def _load_lease(self, lease: SpanLease) -> SpanLoaded:
+        """Load from shards that are whole, and read to the end once in the life of this process. Raises Refused."""
+        missing = [digest for digest in lease.request.shards if not await self.ports.store.verify(digest)]
+        if missing:
+            raise Refused(RefusalReason.MISSING_SHARDS, f"{len(missing)} shards are not here")
+        lease.state = SpanState.LOADING
+        try:
+            loaded = lease.loaded = await self.ports.compute.load(lease.request.spec)
+            lease.state = SpanState.LOADED
+        finally:
+            if lease.state is SpanState.LOADING:
+                lease.state = SpanState.PREPARED
+        lease.touched = self.ports.clock.monotonic()
+        self._report()
+        return SpanLoaded(loaded.weight_bytes, loaded.block_time_us)
+
+    async def restore(self) -> None:
+        """Load again what an earlier run had loaded, the newest first, as far as it fits; forget what does not hold."""
+        for deployment, saved in await self.ports.store.saved_spans():
+            try:
+                request = await self.ports.run_sync(partial(read_saved, deployment, saved))
+                async with self._alone(deployment):
+                    await self._restore(request)
+            except (Refused, RemoteProtocolError) as error:
+                log.warning("a span of an earlier run is forgotten", extra={"error": str(error)})
+                await self.ports.store.forget_span(deployment)
+
+    async def _restore(self, request: SpanRequest) -> None:
+        if request.deployment in self.spans.leases or not self.spans.fits(request):
+            return
+        self.spans.prepare(request, self.ports.clock.monotonic())
+        lease = self.spans.leases[request.deployment]
+        try:
+            await self._load_lease(lease)
+        except Refused:
+            self.spans.remove(lease)
+            raise
 
     async def _release(self, deployment: DeploymentId, peer: PeerId) -> None:
         if deployment not in self.spans.leases:
@@ -123,7 +160,8 @@ class Control:
             needed = self.spans.needed()
             for digest in lease.request.shards:
                 if digest not in needed:
-                    await self.uploads.discard(digest)
+                    self.fetches.stop(digest)
+            await self.ports.store.forget_span(lease.request.deployment)
 
     @asynccontextmanager
     async def _alone(self, deployment: DeploymentId) -> AsyncIterator[None]:

@@ -2,7 +2,7 @@
 
 Invariant: a stream's reader waits for nothing but its stream (and, in control, for the request it is serving), so no
 peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in a handler
-costs that stream, in a session that session. It decides nothing: control.py, uploads.py and sessions.py do.
+costs that stream, in a session that session. It decides nothing: control.py, fetches.py and sessions.py do.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from functools import partial
 
 import trio
 
 from protocol import limits
+from protocol.capabilities import CapabilityGate
 from protocol.channel import Channel
 from protocol.errors import LocalProtocolError, Refused, RemoteProtocolError, SottoError, TransportError
 from protocol.ids import PeerId, SessionId
@@ -27,27 +29,33 @@ from protocol.messages import (
     CloseSession,
     Message,
     OpenSession,
+    PiecesWanted,
     Refusal,
     RefusalReason,
     SessionFailed,
+    ShardAsk,
     ShardOffer,
     Step,
 )
+from protocol.pieces import PieceList
 from protocol.ports import Stream, StreamHandler
 from protocol.tickets import TicketGate
 from worker.admission import SpanLedger
 from worker.cleanup import STOP_S, shielded
 from worker.config import TaskStatus, WorkerConfig, WorkerPorts
 from worker.control import Control
+from worker.fetches import Fetches
+from worker.giving import Giving
 from worker.herald import Herald
 from worker.hop import Hop
 from worker.kv_pool import KvPool
 from worker.links import OPEN_S, Link, LinkPool
 from worker.meter import Meter
 from worker.outbox import Outbox
+from worker.piece_plan import Giver
 from worker.session import Session
 from worker.sessions import SessionTable
-from worker.uploads import Uploads
+from worker.suppliers import Supplier, Suppliers
 
 log = logging.getLogger("sotto.worker")
 STREAMS_PER_PEER_MAX = 64  # our own client needs four
@@ -72,8 +80,10 @@ class WorkerService:
         self.sessions = SessionTable(gate, self.spans, self.pool, ports.clock, ports.observer, self._spawn_session)
         self.links = LinkPool(self._spawn_link, self._link_lost)
         self.herald = Herald(ports, config, self.spans, self.pool)
-        self._uploads = Uploads(ports.store, self.spans, ports.clock)
-        self._control = Control(ports, self.spans, self.sessions, self._uploads, self.herald.changed)
+        self._suppliers = Suppliers(ports, self._meter, self._spawn_supplier)
+        self._fetches = Fetches(ports.store, ports.clock, self.spans, self._suppliers, _together)
+        self._giving = Giving(ports.store, self.spans, CapabilityGate(), ports.clock)
+        self._control = Control(ports, self.spans, self.sessions, self._fetches, self.herald.changed)
 
     async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then sessions are failed with STOPPING, told so, and streams closed."""
@@ -91,6 +101,7 @@ class WorkerService:
                 nursery.start_soon(self.herald.publish)
                 nursery.start_soon(self.herald.measure)
                 nursery.start_soon(self._sweep)
+                nursery.start_soon(self._supervised, self._control.restore)
                 task_status.started()
                 await trio.sleep_forever()
             finally:
@@ -126,24 +137,33 @@ class WorkerService:
         return handle
 
     async def _serve_control(self, channel: Channel) -> None:
-        async def answer(request: Message) -> None:
+        async def answer(request: Message, _: bytes) -> None:
             await channel.send(await self._control.answer(request, channel.remote))
 
         await self._serve_requests(channel, answer)
 
     async def _serve_shards(self, channel: Channel) -> None:
-        async def take(request: Message) -> None:
-            if not isinstance(request, ShardOffer):
-                raise RemoteProtocolError(f"{type(request).__name__} where a shard is offered")
-            await self._uploads.receive(channel, request)
+        giver = Giver(channel.remote)
+        offered: PieceList | None = None
 
-        await self._serve_requests(channel, take)
+        async def answer(request: Message, body: bytes) -> None:
+            nonlocal offered
+            match request:
+                case ShardOffer():
+                    await self._fetches.take(channel, giver, request, body)
+                case ShardAsk():
+                    offered = await self._giving.offer(channel, request)
+                case PiecesWanted():
+                    await self._giving.send(channel, offered, request)
+                case _:
+                    raise RemoteProtocolError(f"{type(request).__name__} is no request of the shard protocol")
 
-    async def _serve_requests(self, channel: Channel, answer: Callable[[Message], Awaitable[None]]) -> None:
+        await self._serve_requests(channel, answer)
+
+    async def _serve_requests(self, channel: Channel, answer: Callable[[Message, bytes], Awaitable[None]]) -> None:
         while (received := await channel.receive()) is not None:
-            message, _ = received
             try:
-                await answer(message)
+                await answer(*received)
             except Refused as refusal:
                 self._ports.observer.request_refused(refusal.reason)
                 log.info("refused", extra={"peer": channel.remote, "reason": refusal.reason})
@@ -199,6 +219,9 @@ class WorkerService:
 
     def _spawn_link(self, link: Link) -> None:
         self._tasks.start_soon(self._run_link, link)
+
+    def _spawn_supplier(self, supplier: Supplier) -> None:
+        self._tasks.start_soon(self._supervised, partial(self._suppliers.run, supplier))
 
     @property
     def _tasks(self) -> trio.Nursery:
@@ -266,6 +289,21 @@ class WorkerService:
 
 async def _race(*tasks: Callable[[], Awaitable[None]]) -> None:
     """Run all; when the first ends, the others are cancelled. Raises its SottoError, if it ended so."""
+
+    async def run(task: Callable[[], Awaitable[None]]) -> None:
+        await task()
+        raise _Ended
+
+    with suppress(_Ended):
+        await _together(*(partial(run, task) for task in tasks))
+
+
+class _Ended(SottoError):
+    """A task of a race came to its end."""
+
+
+async def _together(*tasks: Callable[[], Awaitable[None]]) -> None:
+    """Run all to their ends; the first SottoError cancels the others and is raised."""
     errors: list[SottoError] = []
 
     async def run(task: Callable[[], Awaitable[None]]) -> None:
@@ -273,7 +311,7 @@ async def _race(*tasks: Callable[[], Awaitable[None]]) -> None:
             await task()
         except SottoError as error:
             errors.append(error)
-        nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
         for task in tasks:

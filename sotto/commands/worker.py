@@ -30,6 +30,10 @@ def worker(
     kv_memory: Annotated[
         str | None, typer.Option(help="The part of --memory that is for KV cache. Default: a quarter.")
     ] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(help="Disk for shards. Default: four times the memory, but at most half of what is free."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all cores.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
     data_dir: DataDir = None,
@@ -46,7 +50,7 @@ def worker(
     with errors():
         import trio
 
-        from node.app_worker import WorkerOptions, default_memory_bytes, run_worker
+        from node.app_worker import WorkerOptions, default_disk_bytes, default_memory_bytes, run_worker
         from node.files import parse_bytes
         from node.logs import configure
         from node.metrics import parse_metrics_address
@@ -54,13 +58,15 @@ def worker(
 
         configure(log_level)
         memory_bytes = parse_bytes(memory) if memory else default_memory_bytes()
+        folder = data_dir or default_data_dir() / "worker"
         options = WorkerOptions(
-            data_dir=data_dir or default_data_dir() / "worker",
+            data_dir=folder,
             listen=tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
             announce=tuple(announce or ()),
             bootstrap=tuple(bootstrap or ()),
             memory_bytes=memory_bytes,
             kv_memory_bytes=parse_bytes(kv_memory) if kv_memory else memory_bytes // 4,
+            disk_bytes=parse_bytes(disk) if disk else default_disk_bytes(folder, memory_bytes),
             threads=threads or os.cpu_count() or 1,
             device=device,
             metrics=parse_metrics_address(metrics),

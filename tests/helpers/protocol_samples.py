@@ -26,6 +26,7 @@ from protocol.messages import (
     Message,
     OpenSession,
     Operation,
+    PiecesWanted,
     Ping,
     Pong,
     PrepareSpan,
@@ -34,16 +35,19 @@ from protocol.messages import (
     ReleaseSpan,
     SessionFailed,
     SessionOpened,
+    ShardAsk,
     ShardOffer,
     ShardPiece,
+    ShardProgress,
     ShardStored,
-    ShardWanted,
+    Source,
     SpanLoaded,
     SpanPrepared,
     SpanReleased,
     Step,
     StepOutput,
 )
+from protocol.pieces import piece_count
 from protocol.schema import Between, Record, Scalar, Size
 from protocol.signed import Identity, Signed
 from protocol.tensors import DTYPE_BYTES, TensorHeader
@@ -113,9 +117,11 @@ SAMPLES: tuple[Message, ...] = (
     SpanLoaded(1 << 20, 812),
     ReleaseSpan(DEPLOYMENT),
     SpanReleased(),
-    ShardOffer(DIGEST, 400),
-    ShardWanted(0),
-    ShardPiece(0),
+    ShardOffer(DIGEST, 400, (Source(NEXT.peer, ("/ip4/192.0.2.8/tcp/4001",)),), bytes(3)),
+    ShardAsk(DIGEST, bytes(3)),
+    PiecesWanted(DIGEST, 0, 1),
+    ShardPiece(DIGEST, 0),
+    ShardProgress(DIGEST, 400),
     ShardStored(DIGEST),
     Attach(SESSION),
     Attached(SESSION),
@@ -134,6 +140,8 @@ def body_of(message: Message) -> bytes:
     match message:
         case Step() | StepOutput():
             return bytes(range(256)) * (message.tensor.nbytes // 256) + bytes(message.tensor.nbytes % 256)
+        case ShardOffer():
+            return bytes(range(32)) * piece_count(message.shard_bytes)
         case ShardPiece():
             return b"piece"
         case _:
@@ -242,6 +250,7 @@ def _amend(**fix: Callable[[Any], Any]) -> Callable[[Values], st.SearchStrategy[
 _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] = {
     Refusal: _choose(reason=tuple(reason.value for reason in RefusalReason)),
     SessionFailed: _choose(reason=tuple(reason.value for reason in RefusalReason)),
+    Source: _choose(peer=(CLIENT.peer, WORKER.peer, NEXT.peer)),
     PrepareSpan: _span,
     HeldSpan: _span,
     Capability: _capability,

@@ -35,6 +35,8 @@ STR_ALLOWED = {
     "Ticket.successor": "a peer id, or nothing",
     "Ticket.successor_addrs": "where the next worker can be dialled",
     "Ticket.returns": "one of RETURNS",
+    "Source.peer": "a peer id",
+    "Source.addrs": "where a worker can be dialled",
     "Capability.holder": "a peer id",
     "Capability.rights": "of Right",
     "Manifest.tier": "one of TIERS",
@@ -47,6 +49,8 @@ STR_ALLOWED = {
 BYTES_ALLOWED = {
     "PrepareSpan.manifest": "a signed Manifest, checked by the worker",
     "OpenSession.tickets": "sealed Tickets",
+    "ShardOffer.capability": "a signed Capability, or nothing",
+    "ShardAsk.capability": "a signed Capability",
     "Signed.payload": "an Advert, Ticket, Capability or Manifest, checked by who verifies it",
 }
 # Series of integers could be token ids.
