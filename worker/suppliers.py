@@ -34,7 +34,8 @@ SUPPLIERS_PER_CLIENT_MAX = limits.SHARD_SOURCES_MAX
 SUPPLIERS_MAX = 64
 REST_S = 60.0
 SHUNNED_MAX = 256
-K, V = TypeVar("K"), TypeVar("V")
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,6 +251,6 @@ def test_whenever_it_ends_nothing_is_left(end: str) -> None:
             await trio.sleep(1)
             assert_no_fetch(worker)
             assert not worker.service._fetches.suppliers._live
-            assert not [(channel.remote, moment) for channel in worker.service._meter.channels]
+            assert not [moment for protocol, *_ in worker.service._meter._open.values() if protocol == SHARD]
 
         in_big_swarm(2, test)
