@@ -220,8 +220,8 @@ def test_a_shard_that_goes_in_the_middle_is_refused() -> None:
 
 @pytest.mark.parametrize("end", ["client crashes", "client leaves", "worker stops", "source stops"])
 def test_whenever_it_ends_nothing_is_left(end: str) -> None:
-    """At forty moments of a fetch from two sources."""
-    for moment in range(40):
+    """At many moments of a fetch from two sources."""
+    for moment in range(0, 40, 3):
 
         async def test(swarm: Swarm, moment: int = moment) -> None:
             holder, worker = swarm.workers
