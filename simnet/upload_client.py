@@ -42,9 +42,7 @@ class LoggedSource:
     async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
         piece = await self.source.read(digest, offset, max_bytes)
         await trio.sleep(PIECE_S)
-        os.write(
-            self.log, f"{digest.hex()} {offset // PIECE_BYTES}\n".encode()
-        )
+        os.write(self.log, f"{digest.hex()} {offset // PIECE_BYTES}\n".encode())
         return piece
 
 

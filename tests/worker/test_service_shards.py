@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Set
 from contextlib import suppress
 
 import pytest
@@ -27,8 +28,10 @@ from protocol.messages import (
     SpanReleased,
 )
 from protocol.pieces import PieceList
+from protocol.ports import Keep
 from simnet.links import LinkOptions
-from tests.helpers.shards import (
+from simnet.store import MemoryStore
+from tests.helpers.shards import deployed, (
     BIG,
     assert_no_fetch,
     in_big_swarm,
@@ -285,5 +288,25 @@ def test_a_full_disk_is_refused_and_costs_nothing_else(call: str, monkeypatch: p
         assert_no_fetch(worker)
         await swarm.client.give(channel, shard)
         assert worker.store.whole
+
+    in_big_swarm(1, test)
+
+
+def test_what_spans_and_fetches_need_is_kept_when_room_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        held = await deployed(swarm.client, worker)
+        bob = await swarm.another("bob")
+        shards = await prepared(bob, worker, 2, DeploymentId(b"B" * 16))
+        kept: list[Collection[ShardDigest]] = []
+        begin = type(worker.store).begin
+
+        async def spy(store: MemoryStore, pieces: PieceList, keep: Keep) -> Set[int]:
+            kept.append(keep())
+            return await begin(store, pieces, keep)
+
+        monkeypatch.setattr(type(worker.store), "begin", spy)
+        await bob.upload(worker, shards[:1])
+        assert set(kept[0]) == {PieceList.of_bytes(shard).digest for shard in (*held, *shards)}
 
     in_big_swarm(1, test)
