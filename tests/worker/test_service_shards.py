@@ -31,9 +31,10 @@ from protocol.pieces import PieceList
 from protocol.ports import Keep
 from simnet.links import LinkOptions
 from simnet.store import MemoryStore
-from tests.helpers.shards import deployed, (
+from tests.helpers.shards import (
     BIG,
     assert_no_fetch,
+    deployed,
     in_big_swarm,
     lines,
     next_of,
