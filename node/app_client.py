@@ -26,11 +26,12 @@ from client.deploy import Progress as UploadProgress
 from client.driver import Driver, run_all
 from client.leases import LeaseKeeper, Leasing
 from client.placement import ModelNeeds, Placement, PlaceOptions, plan
-from client.ports import ClientPorts, Credentials, none_needed
+from client.ports import ClientPorts, Credentials, Introduce, none_needed, to_nobody
 from client.revoking import revoke_at
 from client.routing import Hop, Route, choose_route, route_of
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
+from client.upload import Supply, holders_in
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ from protocol.capabilities import Right
 from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.membership import PUBLIC_SWARM, SwarmKey
+from protocol.ports import Gossip, Transport
 from protocol.signed import Identity
 from protocol.swarm import SwarmView
 
@@ -147,7 +149,7 @@ class Client:
     async def deploy(self, model: SealedModel, options: DeployOptions) -> DeployedModel:
         """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts."""
         data, manifest = model.folder.manifest(self._owner)
-        source, leasing = FolderSource(model.folder), Leasing(self.leases, options.kv_tokens)
+        leasing = Leasing(self.leases, options.kv_tokens)
         hops: tuple[DeployedHop, ...] = ()
         route = await self._leased_route(model, data, options)
         if route is None:
@@ -156,7 +158,8 @@ class Client:
             placement, view = await self.place(needs, where)
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
-            hops = await deploy(self.ports, route, data, source, leasing, options.on_upload)
+            supply = Supply(FolderSource(model.folder), holders_in(view, manifest.deployment))
+            hops = await deploy(self.ports, route, data, supply, leasing, options.on_upload)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
         return self._ready(route, hops, sealer)
@@ -220,9 +223,8 @@ class Client:
         if route is None or len(route.hops) < options.hops_min:
             return None
         try:
-            await deploy(
-                self.ports, route, manifest, FolderSource(model.folder), Leasing(self.leases, options.kv_tokens)
-            )
+            supply = Supply(FolderSource(model.folder), holders_in(self.watch.view, model.folder.deployment))
+            await deploy(self.ports, route, manifest, supply, Leasing(self.leases, options.kv_tokens))
         except (Refused, RouteUnavailable):  # others may have room
             await self.leases.release(model.folder.deployment)
             return None
@@ -245,7 +247,7 @@ async def open_client(options: ClientOptions) -> AsyncIterator[Client]:
     if token is None:
         process = Identity(os.urandom(32))
         credentials = OwnCredentials(owner, process.peer, lambda: int(time.time() * 1000))
-        async with _joined(options, _Who(owner, process, credentials)) as client:
+        async with _joined(options, _Who(owner, process, credentials, credentials.introduce)) as client:
             yield client
         return
     if token.capability.holder != owner.peer:
@@ -271,11 +273,13 @@ async def observe(options: ClientOptions) -> AsyncIterator[Client]:
 
 @dataclass(frozen=True, slots=True)
 class _Who:
-    """`owner` signs manifests, `process` is what others see; `credentials` tie the two together."""
+    """`owner` signs manifests, `process` is what others see; `credentials` tie the two together, and `introduce` ties
+    workers to the owner."""
 
     owner: Identity
     process: Identity
     credentials: Credentials
+    introduce: Introduce = to_nobody
 
 
 @asynccontextmanager
@@ -304,11 +308,20 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
 
 def _ports(who: _Who, mesh: Mesh, key: SwarmKey | None, metrics: ClientMetrics) -> ClientPorts:
     """The world as a client of the swarm sees it: the mesh itself, or the members' part of it."""
-    if key is None:
-        return ClientPorts(who.process, mesh, mesh, SystemClock(), os.urandom, metrics, who.credentials)
-    gossip = PrivateGossip(mesh, key, mesh.peer, os.urandom)
-    transport = PrivateTransport(mesh, key)
-    return ClientPorts(who.process, transport, gossip, SystemClock(), os.urandom, metrics, who.credentials)
+    transport: Transport = mesh
+    gossip: Gossip = mesh
+    if key is not None:
+        transport, gossip = PrivateTransport(mesh, key), PrivateGossip(mesh, key, mesh.peer, os.urandom)
+    return ClientPorts(
+        identity=who.process,
+        transport=transport,
+        gossip=gossip,
+        clock=SystemClock(),
+        entropy=os.urandom,
+        observer=metrics,
+        credentials=who.credentials,
+        introduce=who.introduce,
+    )
 
 
 @asynccontextmanager

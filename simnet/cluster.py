@@ -137,6 +137,18 @@ def start(
     return cluster
 
 
+def restart(worker: WorkerProcess, spec: WorkerSpec, bootstrap: str | None = None) -> WorkerProcess:
+    """Start a worker that has ended again, with what its folder holds. The caller stops it. Raises InputError."""
+    folder = Path(worker.folder)
+    (folder / "worker.json").unlink(missing_ok=True)  # SIGKILL left it
+    child = _spawn(folder, spec, bootstrap, None)
+    try:
+        return _wait_ready(folder, child)
+    except BaseException:
+        _stop_children([child])
+        raise
+
+
 @contextlib.contextmanager
 def running(
     folder: Path, specs: Sequence[WorkerSpec], notify: Callable[[str], None] = lambda _: None
@@ -155,7 +167,7 @@ def running(
 
 
 def _spawn(folder: Path, spec: WorkerSpec, bootstrap: str | None, lifeline: int | None) -> subprocess.Popen[bytes]:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "sotto", "worker", "--data-dir", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0"]
     command += ["--memory", spec.memory, "--kv-memory", spec.kv_memory, "--threads", str(spec.threads)]
     command += ["--metrics", "127.0.0.1:0", "--no-lan"]
