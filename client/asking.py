@@ -58,13 +58,18 @@ async def ask(peer: PeerId, channel: Channel, request: Message, answer: type[M],
 
 async def receive(peer: PeerId, channel: Channel, answer: type[M], seconds: float) -> M:
     """The peer's answer, of the expected type. Raises HopRefused, HopViolation, HopLost."""
+    message, body = await hear(peer, channel, seconds)
+    if not isinstance(message, answer) or body:
+        raise HopViolation(peer, f"{type(message).__name__} came where {answer.__name__} was due")
+    return message
+
+
+async def hear(peer: PeerId, channel: Channel, seconds: float) -> tuple[Message, bytes]:
+    """Whatever the peer says next, but for a refusal. Raises HopRefused, HopLost."""
     with within(peer, seconds):
         reply = await channel.receive()
     if reply is None:
         raise HopLost(peer, "closed the stream instead of answering")
-    message, body = reply
-    if isinstance(message, Refusal):
-        raise HopRefused(peer, message.reason, message.detail)
-    if not isinstance(message, answer) or body:
-        raise HopViolation(peer, f"{type(message).__name__} came where {answer.__name__} was due")
-    return message
+    if isinstance(reply[0], Refusal):
+        raise HopRefused(peer, reply[0].reason, reply[0].detail)
+    return reply

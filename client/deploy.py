@@ -2,7 +2,8 @@
 
 Per hop: LeaseSpan, upload of the shards that the worker lacks (upload.py), LoadSpan; the lease is kept alive meanwhile
 and afterwards (leases.py). Calling it again is how an interrupted deployment goes on, and how a client takes a share in
-one that stands: there is nothing to upload then. It chooses no workers and seals nothing.
+one that stands: there is nothing to upload then. A worker that finds a shard of its own damaged when it loads gets that
+one again. This file chooses no workers and seals nothing.
 """
 
 from __future__ import annotations
@@ -12,35 +13,38 @@ from dataclasses import dataclass
 
 from client.asking import ANSWER_S, ask, channel_to
 from client.driver import run_all
-from client.errors import HopLost, HopViolation
+from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import Leasing
 from client.ports import ClientPorts
 from client.routing import Hop, Route
-from client.upload import ShardSource, ShardUpload
+from client.upload import ShardUpload, Supply
+from protocol.channel import Channel
 from protocol.errors import InputError, RemoteProtocolError
 from protocol.ids import DeploymentId, PeerId
 from protocol.manifest import BlockEntry, Manifest, open_manifest
 from protocol.messages import (
     CONTROL,
     LoadSpan,
+    RefusalReason,
     ReleaseSpan,
     SpanLeased,
     SpanLoaded,
     SpanReleased,
 )
 
-PIECE_S = 60.0  # one piece of a shard, 1 MiB: slower than 17 KiB/s is as good as lost
-CHECK_S = 300.0  # the worker hashes a whole shard, at worst 8 GiB from a disk
-LOAD_S = 900.0  # the worker reads its span from disk and measures it
+LOAD_S = 900.0  # the worker reads its span from disk, twice after a restart, and measures it
 
 
 @dataclass(frozen=True, slots=True)
 class DeployProgress:
-    """How far one hop is. `stage`: lease, upload, load, ready."""
+    """How far one hop is. `stage`: lease, upload, load, ready.
+
+    `present_bytes` of the `total_bytes` that it lacked when it was asked are with it now, whoever gave them to it.
+    """
 
     peer: PeerId
     stage: str
-    sent_bytes: int
+    present_bytes: int
     total_bytes: int
 
 
@@ -62,7 +66,7 @@ async def deploy(
     ports: ClientPorts,
     route: Route,
     manifest: bytes,
-    source: ShardSource,
+    supply: Supply,
     leasing: Leasing,
     progress: Progress = lambda _: None,
 ) -> tuple[DeployedHop, ...]:
@@ -81,7 +85,8 @@ async def deploy(
 
     def task(hop: Hop) -> Callable[[], Awaitable[None]]:
         async def run() -> None:
-            done[hop.peer] = await _HopDeployment(ports, hop, source, leasing, progress).run(manifest, opened)
+            bringing = _HopDeployment(ports, hop, opened, progress)
+            done[hop.peer] = await bringing.run(manifest, leasing, ShardUpload(ports, hop, opened.deployment, supply))
 
         return run
 
@@ -116,40 +121,47 @@ async def _delete_from(ports: ClientPorts, hop: Hop, deployment: DeploymentId) -
 class _HopDeployment:
     """One hop's way from nothing to a loaded span."""
 
-    def __init__(self, ports: ClientPorts, hop: Hop, source: ShardSource, leasing: Leasing, progress: Progress) -> None:
+    def __init__(self, ports: ClientPorts, hop: Hop, manifest: Manifest, progress: Progress) -> None:
         self._ports = ports
         self._hop = hop
-        self._source = source
-        self._leasing = leasing
+        self._manifest = manifest
         self._progress = progress
-        self._sent = 0
+        self._present = 0
         self._total = 0
 
-    async def run(self, signed: bytes, manifest: Manifest) -> DeployedHop:
-        hop, peer = self._hop, self._hop.peer
+    async def run(self, signed: bytes, leasing: Leasing, upload: ShardUpload) -> DeployedHop:
+        hop = self._hop
         async with channel_to(self._ports, hop, CONTROL) as control:
-            self._report("lease")
-            leased = await self._leasing.lease(control, hop, signed, manifest.deployment)
-            missing = self._missing(leased, manifest)
-            self._total = sum(block.shard_bytes for block in missing.values())
-            self._report("upload")
-            await ShardUpload(self._ports, hop, self._source, self._add).run(missing)
-            self._report("load")
-            loaded = await ask(peer, control, LoadSpan(manifest.deployment), SpanLoaded, LOAD_S)
+            try:
+                loaded = await self._bring(control, signed, leasing, upload)
+            except HopRefused as refused:
+                if refused.reason != RefusalReason.MISSING_SHARDS:
+                    raise
+                loaded = await self._bring(control, signed, leasing, upload)  # a shard on its disk was damaged
         self._report("ready")
-        return DeployedHop(peer, hop.start, hop.end, loaded.weight_bytes, loaded.block_time_us)
+        return DeployedHop(hop.peer, hop.start, hop.end, loaded.weight_bytes, loaded.block_time_us)
 
-    def _missing(self, leased: SpanLeased, manifest: Manifest) -> dict[int, BlockEntry]:
+    async def _bring(self, control: Channel, signed: bytes, leasing: Leasing, upload: ShardUpload) -> SpanLoaded:
+        self._report("lease")
+        leased = await leasing.lease(control, self._hop, signed, self._manifest.deployment)
+        missing = self._missing(leased)
+        self._present, self._total = 0, sum(block.shard_bytes for block in missing.values())
+        self._report("upload")
+        await upload.run(missing, self._add)
+        self._report("load")
+        return await ask(self._hop.peer, control, LoadSpan(self._manifest.deployment), SpanLoaded, LOAD_S)
+
+    def _missing(self, leased: SpanLeased) -> dict[int, BlockEntry]:
         """The shards that the worker asks for, each once, by the index of a block."""
-        blocks = enumerate(manifest.blocks[self._hop.start : self._hop.end], self._hop.start)
+        blocks = enumerate(self._manifest.blocks[self._hop.start : self._hop.end], self._hop.start)
         own = {block.digest: (index, block) for index, block in blocks}
         if not own.keys() >= set(leased.missing):
             raise HopViolation(self._hop.peer, "it asks for shards that are not of its span")
         return dict(entry for digest, entry in own.items() if digest in leased.missing)
 
     def _add(self, nbytes: int) -> None:
-        self._sent += nbytes
+        self._present += nbytes
         self._report("upload")
 
     def _report(self, stage: str) -> None:
-        self._progress(DeployProgress(self._hop.peer, stage, self._sent, self._total))
+        self._progress(DeployProgress(self._hop.peer, stage, self._present, self._total))

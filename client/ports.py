@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from client.observer import ClientObserver, NullObserver
-from protocol.ids import DeploymentId
+from protocol.ids import DeploymentId, PeerId
 from protocol.ports import Clock, Entropy, Gossip, Transport
 from protocol.signed import Identity
 
 Credentials = Callable[[DeploymentId], bytes]
+Introduce = Callable[[DeploymentId, PeerId], bytes]
 
 
 def none_needed(_: DeploymentId) -> bytes:
@@ -18,10 +19,16 @@ def none_needed(_: DeploymentId) -> bytes:
     return b""
 
 
+def to_nobody(_: DeploymentId, __: PeerId) -> bytes:
+    """Of a client that cannot sign for the owner: workers fetch shards from it alone."""
+    return b""
+
+
 @dataclass(frozen=True, slots=True)
 class ClientPorts:
     """`identity` is the one that the transport proves to others: tickets are signed with it. `credentials` gives the
-    capability to show for a deployment, b"" for one that `identity` owns."""
+    capability to show for a deployment, b"" for one that `identity` owns. `introduce` gives a worker's capability to
+    fetch a deployment's shards from other workers, signed by the owner; b"" when that cannot be had."""
 
     identity: Identity
     transport: Transport
@@ -30,3 +37,4 @@ class ClientPorts:
     entropy: Entropy
     observer: ClientObserver = field(default_factory=NullObserver)
     credentials: Credentials = none_needed
+    introduce: Introduce = to_nobody

@@ -1,113 +1,151 @@
-"""Uploading: the shards that a worker lacks, from where an earlier upload broke off.
+"""Uploading: the client offers the shards that a worker lacks, and gives the pieces that it asks for.
 
-The manifest decides what is true: a worker that calls a shard bad is believed only if our own copy does not match its
-digest. It decides nothing about who gets what.
+The worker decides what it needs and from whom; this side says who else has a shard, and lets the worker read it there.
+Every piece is checked before it leaves: what this side sends is what the manifest names. One stream for each hop.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
-import trio
-
-from client.asking import ANSWER_S, ask, channel_to, receive, within
-from client.errors import HopRefused, HopViolation
+from client.asking import channel_to, hear, within
+from client.errors import HopViolation
 from client.ports import ClientPorts
 from client.routing import Hop
 from protocol import limits
 from protocol.channel import Channel
 from protocol.errors import InputError
-from protocol.ids import ShardDigest
+from protocol.ids import DeploymentId, ShardDigest
 from protocol.manifest import BlockEntry
-from protocol.messages import SHARD, RefusalReason, ShardOffer, ShardPiece, ShardStored, ShardWanted
+from protocol.messages import SHARD, PiecesWanted, ShardOffer, ShardPiece, ShardProgress, ShardStored, Source
+from protocol.pieces import PieceList
+from protocol.swarm import SwarmView
 
-BUSY_RETRY_S = 0.5  # another client uploads the same shard: two processes of one owner may start together
 PIECE_S = 60.0  # one piece of a shard, 1 MiB: slower than 17 KiB/s is as good as lost
-CHECK_S = 300.0  # the worker hashes a whole shard, at worst 8 GiB from a disk
+SILENCE_S = 60.0  # the worker tells its progress every second, whatever it waits for
+PIECE_ASKED_MAX = 3  # a piece that was lost with another source's stream may be asked for again, but not for ever
 
 
 class ShardSource(Protocol):
-    """Where the sealed shards are: node/directory.py, or memory in tests."""
+    """Where the sealed shards are: node/sealing.py, or memory in tests."""
+
+    async def pieces(self, digest: ShardDigest) -> PieceList | None:
+        """The piece list of a shard; None when what is here is not the shard of that digest. Raises InputError."""
 
     async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
         """At least one byte from `offset` on. Raises InputError when the shard is missing or ends too soon."""
 
 
-class ShardUpload:
-    """Shards to one worker. `moved` hears of every change in the bytes that are there (negative: they were bad)."""
+Holders = Callable[[int], Awaitable[tuple[Source, ...]]]
+"""`await holders(block)`: workers that hold the block of the deployment that is brought out."""
 
-    def __init__(self, ports: ClientPorts, hop: Hop, source: ShardSource, moved: Callable[[int], None]) -> None:
+
+async def nobody(_: int) -> tuple[Source, ...]:
+    return ()
+
+
+def holders_in(view: SwarmView, deployment: DeploymentId) -> Holders:
+    """Those who say in their adverts that they hold a block, in the order of their ids."""
+
+    async def holders(block: int) -> tuple[Source, ...]:
+        found = view.holders(deployment)
+        members = {member.peer: member for member, span in found if span.start <= block < span.end}
+        return tuple(Source(peer, member.advert.addrs) for peer, member in members.items() if member.advert.addrs)
+
+    return holders
+
+
+@dataclass(frozen=True, slots=True)
+class Supply:
+    """Where the shards of a deployment come from: this side's `source`, and the workers that `holders` names."""
+
+    source: ShardSource
+    holders: Holders = nobody
+
+
+class ShardUpload:
+    """Shards of one deployment to one worker."""
+
+    def __init__(self, ports: ClientPorts, hop: Hop, deployment: DeploymentId, supply: Supply) -> None:
         self._ports = ports
         self._hop = hop
-        self._source = source
-        self._moved = moved
-        self._there = 0
+        self._deployment = deployment
+        self._supply = supply
 
-    async def run(self, blocks: Mapping[int, BlockEntry]) -> None:
-        """Raises HopRefused, HopLost, HopViolation, or InputError when a shard on this side is missing or changed."""
-        for index, block in blocks.items():
-            before = self._there
-            try:
-                await self._upload_when_free(block)
-            except HopRefused as refused:
-                if refused.reason != RefusalReason.BAD_SHARD:
-                    raise
-                self._add(before - self._there)
-                await self._upload_again(index, block)
+    async def run(self, blocks: Mapping[int, BlockEntry], moved: Callable[[int], None]) -> None:
+        """Bring `blocks`, by index, to the worker. `moved` hears of the bytes that are there since the last time.
 
-    async def _upload_when_free(self, block: BlockEntry) -> None:
-        while True:
-            try:
-                return await self._upload_shard(block)
-            except HopRefused as refused:
-                if refused.reason != RefusalReason.BUSY:
-                    raise
-            await trio.sleep(BUSY_RETRY_S)
-
-    async def _upload_again(self, index: int, block: BlockEntry) -> None:
-        """The worker called the shard bad. What it kept of an earlier upload may have been: it has deleted that."""
-        await self._check_own(index, block)
-        try:
-            await self._upload_shard(block)
-        except HopRefused as refused:
-            if refused.reason != RefusalReason.BAD_SHARD:
-                raise
-            raise HopViolation(self._hop.peer, "it calls a shard bad whose digest is right") from refused
-
-    async def _upload_shard(self, block: BlockEntry) -> None:
-        peer = self._hop.peer
+        Raises HopRefused, HopLost, HopViolation, or InputError when a shard on this side is missing or changed.
+        """
+        if not blocks:
+            return
         async with channel_to(self._ports, self._hop, SHARD) as channel:
-            wanted = await ask(peer, channel, ShardOffer(block.digest, block.shard_bytes), ShardWanted, ANSWER_S)
-            if wanted.offset > block.shard_bytes:
-                raise HopViolation(peer, "it wants a shard from beyond its end")
-            self._add(wanted.offset)
-            await self._send_pieces(channel, block, wanted.offset)
-            stored = await receive(peer, channel, ShardStored, CHECK_S)
-        if stored.digest != block.digest:
-            raise HopViolation(peer, "it stored another shard than the one that was sent")
+            for index, block in blocks.items():
+                pieces = await self._pieces(index, block)
+                offer = _Offer(self._ports, self._hop, channel, self._supply.source, pieces)
+                await offer.run(index, await self._others(index), moved)
 
-    async def _send_pieces(self, channel: Channel, block: BlockEntry, offset: int) -> None:
-        while offset < block.shard_bytes:
-            size = min(limits.PIECE_BYTES, block.shard_bytes - offset)
-            piece = await self._source.read(block.digest, offset, size)
-            with within(self._hop.peer, PIECE_S):
-                await channel.send(ShardPiece(offset), piece)
-            offset += len(piece)
-            self._add(len(piece))
-            self._ports.observer.uploaded(self._hop.peer, len(piece))
+    async def _pieces(self, index: int, block: BlockEntry) -> PieceList:
+        pieces = await self._supply.source.pieces(block.digest)
+        if pieces is None or pieces.shard_bytes != block.shard_bytes:
+            raise _changed(index)
+        return pieces
 
-    async def _check_own(self, index: int, block: BlockEntry) -> None:
-        """Raises InputError when the shard on this side is not the one that the manifest names."""
-        digest, offset = hashlib.sha256(), 0
-        while offset < block.shard_bytes:
-            piece = await self._source.read(block.digest, offset, min(limits.PIECE_BYTES, block.shard_bytes - offset))
-            digest.update(piece)
-            offset += len(piece)
-        if digest.digest() != block.digest:
-            raise InputError(f"the sealed shard of block {index} was changed since it was sealed; seal the model again")
+    async def _others(self, index: int) -> tuple[tuple[Source, ...], bytes]:
+        """Who else has the block, and the right to read it there, or from whom the worker finds by itself."""
+        right = self._ports.introduce(self._deployment, self._hop.peer)
+        if not right:
+            return (), b""
+        found = await self._supply.holders(index)
+        return tuple(source for source in found if source.peer != self._hop.peer)[: limits.SHARD_SOURCES_MAX], right
 
-    def _add(self, nbytes: int) -> None:
-        self._there += nbytes
-        self._moved(nbytes)
+
+class _Offer:
+    """One shard, from its offer until the worker has stored it."""
+
+    def __init__(self, ports: ClientPorts, hop: Hop, channel: Channel, source: ShardSource, pieces: PieceList) -> None:
+        self._ports = ports
+        self._peer = hop.peer
+        self._channel = channel
+        self._source = source
+        self._pieces = pieces
+        self._asked: Counter[int] = Counter()
+
+    async def run(self, index: int, others: tuple[tuple[Source, ...], bytes], moved: Callable[[int], None]) -> None:
+        digest, size = self._pieces.digest, self._pieces.shard_bytes
+        told = 0
+        with within(self._peer, PIECE_S):
+            await self._channel.send(ShardOffer(digest, size, *others), self._pieces.hashes)
+        while True:
+            message, _ = await hear(self._peer, self._channel, SILENCE_S)
+            match message:
+                case PiecesWanted() if message.digest == digest:
+                    await self._send(index, message)
+                case ShardProgress() if message.digest == digest and message.present_bytes <= size:
+                    moved(message.present_bytes - told)
+                    told = message.present_bytes
+                case ShardStored() if message.digest == digest:
+                    moved(size - told)
+                    return
+                case _:
+                    raise HopViolation(self._peer, f"{type(message).__name__} came, which fits no offered shard")
+
+    async def _send(self, block: int, wanted: PiecesWanted) -> None:
+        for index in range(wanted.first, wanted.first + wanted.count):
+            self._asked[index] += 1
+            if index >= self._pieces.count or self._asked[index] > PIECE_ASKED_MAX:
+                raise HopViolation(self._peer, f"it wants piece {index} of {self._pieces.count} once too often")
+            offset, size = self._pieces.place(index)
+            piece = await self._source.read(self._pieces.digest, offset, size)
+            if not self._pieces.holds(index, piece):
+                raise _changed(block)
+            with within(self._peer, PIECE_S):
+                await self._channel.send(ShardPiece(self._pieces.digest, index), piece)
+            self._ports.observer.uploaded(self._peer, len(piece))
+
+
+def _changed(index: int) -> InputError:
+    return InputError(f"the sealed shard of block {index} was changed since it was sealed; seal the model again")

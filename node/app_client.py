@@ -27,12 +27,13 @@ from client.driver import Driver, run_all
 from client.leases import LeaseKeeper, Leasing
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
 from client.placement.needs import Objective
-from client.ports import ClientPorts, Credentials, none_needed
+from client.ports import ClientPorts, Credentials, Introduce, none_needed, to_nobody
 from client.revoking import revoke_at
 from client.routing import Hop, Route, choose_route, route_of
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
+from client.upload import Supply, holders_in
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
@@ -168,7 +169,6 @@ class Client:
     async def deploy(self, model: SealedModel, options: DeployOptions) -> DeployedModel:
         """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts."""
         data, manifest = model.folder.manifest(self._owner)
-        source = FolderSource(model.folder)
         leasing = Leasing(self.leases, options.concurrency * options.kv_tokens)
         hops: tuple[DeployedHop, ...] = ()
         needs = ModelNeeds.of_manifest(manifest, options.kv_tokens)
@@ -178,7 +178,8 @@ class Client:
             placement, view = await self.place(needs, where)
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
-            hops = await deploy(self.ports, route, data, source, leasing, options.on_upload)
+            supply = Supply(FolderSource(model.folder), holders_in(view, manifest.deployment))
+            hops = await deploy(self.ports, route, data, supply, leasing, options.on_upload)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
         return await self._ready(route, hops, sealer, _Priced(view, needs, where))
@@ -255,7 +256,8 @@ class Client:
             return None, view
         leasing = Leasing(self.leases, options.concurrency * options.kv_tokens)
         try:
-            await deploy(self.ports, route, manifest, FolderSource(model.folder), leasing)
+            supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
+            await deploy(self.ports, route, manifest, supply, leasing)
         except (Refused, RouteUnavailable):  # others may have room
             await self.leases.release(deployment)
             return None, self.watch.view
@@ -278,7 +280,7 @@ async def open_client(options: ClientOptions) -> AsyncIterator[Client]:
     if token is None:
         process = Identity(os.urandom(32))
         credentials = OwnCredentials(owner, process.peer, lambda: int(time.time() * 1000))
-        async with _joined(options, _Who(owner, process, credentials)) as client:
+        async with _joined(options, _Who(owner, process, credentials, credentials.introduce)) as client:
             yield client
         return
     if token.capability.holder != owner.peer:
@@ -304,11 +306,13 @@ async def observe(options: ClientOptions) -> AsyncIterator[Client]:
 
 @dataclass(frozen=True, slots=True)
 class _Who:
-    """`owner` signs manifests, `process` is what others see; `credentials` tie the two together."""
+    """`owner` signs manifests, `process` is what others see; `credentials` tie the two together, and `introduce` ties
+    workers to the owner."""
 
     owner: Identity
     process: Identity
     credentials: Credentials
+    introduce: Introduce = to_nobody
 
 
 @asynccontextmanager
@@ -320,8 +324,16 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
         async with open_mesh(mesh_config) as mesh, trio.open_nursery() as nursery:
             with serve_metrics(options.metrics, metrics.registry):
                 transport, gossip = member_ports(mesh, entry.key)
-                clock = SystemClock()
-                ports = ClientPorts(who.process, transport, gossip, clock, os.urandom, metrics, who.credentials)
+                ports = ClientPorts(
+                    identity=who.process,
+                    transport=transport,
+                    gossip=gossip,
+                    clock=SystemClock(),
+                    entropy=os.urandom,
+                    observer=metrics,
+                    credentials=who.credentials,
+                    introduce=who.introduce,
+                )
                 driver = Driver(ports)
                 await nursery.start(driver.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
                 client = Client(options, who.owner, ports, driver)

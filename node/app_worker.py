@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,7 +56,8 @@ _DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class WorkerOptions:
-    """What the owner decides. `memory_bytes` is for weights and KV together; `bootstrap` holds addresses and invites.
+    """What the owner decides. `memory_bytes` is for weights and KV together, `disk_bytes` for shards; `bootstrap` holds
+    addresses and invites.
 
     `private`: True makes the worker's swarm a private one, False keeps it public, None is as its folder or invite says.
     `lan`: find peers on the local network; None: only without `bootstrap`.
@@ -67,6 +69,7 @@ class WorkerOptions:
     bootstrap: tuple[str, ...]
     memory_bytes: int
     kv_memory_bytes: int
+    disk_bytes: int
     threads: int
     device: str
     metrics: tuple[str, int] | None
@@ -98,6 +101,14 @@ def default_memory_bytes() -> int:
     return int(psutil.virtual_memory().available // 2)
 
 
+def default_disk_bytes(data_dir: Path, memory_bytes: int) -> int:
+    """Four times the memory, so that what made room can come back without an upload; never over half of the disk's
+    room, what is held already counted as room."""
+    folder = next(path for path in (data_dir, *data_dir.parents) if path.exists())
+    held = sum(path.stat().st_blocks * 512 for name in ("shards", "partial") for path in (data_dir / name).glob("*"))
+    return min(4 * memory_bytes, (shutil.disk_usage(folder).free + held) // 2)
+
+
 async def run_worker(options: WorkerOptions) -> None:
     """Serve until told to stop. Raises InputError for what the owner must change (port in use, bad address...)."""
     torch.set_num_threads(options.threads)
@@ -115,9 +126,8 @@ async def run_worker(options: WorkerOptions) -> None:
 async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: tuple[SwarmKey | None, Leads]) -> None:
     """Everything behind the mesh. The engine's thread is the last to go: closing sessions still needs it."""
     key, leads = swarm
-    store, metrics = DiskStore(options.data_dir), WorkerMetrics()
+    store, metrics = DiskStore(options.data_dir, options.disk_bytes), WorkerMetrics()
     metrics.kv_total(options.kv_memory_bytes)
-    store.trim(options.memory_bytes)
     engine = Engine(store.path, options.device)
     config = WorkerConfig(
         identity=identity,

@@ -26,7 +26,7 @@ from protocol.errors import InputError, RemoteProtocolError
 from protocol.ids import ID_BYTES, DeploymentId, PeerId, deployment_id, public_key_of
 from protocol.signed import Identity
 
-OWN_LIFE_MS = 86_400_000  # what a process of the owner's shows; renewed at half-time
+OWN_LIFE_MS = 86_400_000  # what a process of the owner's shows, renewed at half-time, or a worker that fetches shards
 _PREFIX = "sotto-use-"
 
 
@@ -130,12 +130,18 @@ class OwnCredentials:
     _issued: dict[DeploymentId, tuple[int, bytes]] = field(default_factory=dict)
 
     def __call__(self, deployment: DeploymentId) -> bytes:
+        """All rights, for the process."""
         now_ms = self.now_ms()
         due_ms, signed = self._issued.get(deployment, (0, b""))
         if now_ms >= due_ms:
-            capability = Capability(
-                os.urandom(ID_BYTES), deployment, self.holder, rights_of(Right), now_ms + OWN_LIFE_MS
-            )
-            signed = issue_capability(capability, self.owner)
+            signed = self._issue(deployment, self.holder, rights_of(Right))
             self._issued[deployment] = (now_ms + OWN_LIFE_MS // 2, signed)
         return signed
+
+    def introduce(self, deployment: DeploymentId, worker: PeerId) -> bytes:
+        """The right to fetch the deployment's shards from other workers, for a worker that they are brought to."""
+        return self._issue(deployment, worker, rights_of([Right.FETCH]))
+
+    def _issue(self, deployment: DeploymentId, holder: PeerId, rights: tuple[str, ...]) -> bytes:
+        expires_ms = self.now_ms() + OWN_LIFE_MS
+        return issue_capability(Capability(os.urandom(ID_BYTES), deployment, holder, rights, expires_ms), self.owner)

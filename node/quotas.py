@@ -9,13 +9,13 @@ from node.files import parse_bytes
 from protocol.errors import InputError, LocalProtocolError
 from worker.config import Quotas
 
-_SIZES = ("disk_bytes", "bandwidth", "peer_bandwidth")
+_SIZES = ("bandwidth", "peer_bandwidth")
 _COUNTS = ("sessions", "peer_sessions")
 
 
 def parse_quotas(given: Sequence[str]) -> Quotas:
     """Each of `given` is NAME=VALUE. Raises InputError."""
-    known = {each.name.removesuffix("_bytes").replace("_", "-"): each.name for each in fields(Quotas)}
+    known = {each.name.replace("_", "-"): each.name for each in fields(Quotas)}
     values: dict[str, float] = {}
     for text in given:
         name, separator, value = text.partition("=")

@@ -2,7 +2,7 @@
 
   deployment.json      what was sealed, how, and a check value of the key (never the key)
   entries/0007.entry   the manifest's line for block 7, written after its shard: the journal
-  shards/<digest>.safetensors
+  shards/<digest>.safetensors, and <digest>.pieces: its piece list, which can be made anew
   manifest.bin         signed by the owner, written last
 
 Invariant: an entry exists only for a shard that is whole and synced, so an interrupted seal goes on at the first block
@@ -26,13 +26,14 @@ from safetensors.torch import save_file
 from client.sealing import Sealer, block_entry, manifest_of
 from equivariant.keys import RootKey, key_check, require_key
 from models.checkpoint import Checkpoint
-from node.files import sync_folder, write_atomic
+from node.files import write_atomic
 from node.lifetime import one_at_a_time
-from node.store import digest_of
+from node.store import list_file, piece_list_of, read_piece_list
 from protocol.codec import decode, encode
 from protocol.errors import InputError, RemoteProtocolError
 from protocol.ids import ID_BYTES, DeploymentId, PeerId, ShardDigest, deployment_id
 from protocol.manifest import BlockEntry, Manifest, open_manifest, sign_manifest
+from protocol.pieces import PieceList
 from protocol.signed import Identity
 
 FORMAT = 2
@@ -159,10 +160,11 @@ class SealedFolder:
         save_file(tensors, part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        digest, size = digest_of(part), part.stat().st_size
-        os.replace(part, self.shard(digest))
-        sync_folder(folder)
-        write_atomic(self._entry_file(index), encode(block_entry(tensors, config, digest, size)))
+        pieces = piece_list_of(part)
+        os.replace(part, self.shard(pieces.digest))
+        write_atomic(list_file(self.shard(pieces.digest)), pieces.hashes)
+        entry = block_entry(tensors, config, pieces.digest, pieces.shard_bytes)
+        write_atomic(self._entry_file(index), encode(entry))
 
     def sealer(self, checkpoint: Checkpoint, key: RootKey | None) -> Sealer:
         """What sealed this folder: the client's ends come from it. Raises InputError for a wrong key or model."""
@@ -214,6 +216,9 @@ class FolderSource:
     """Implements client.deploy.ShardSource over a sealed folder."""
 
     folder: SealedFolder
+
+    async def pieces(self, digest: ShardDigest) -> PieceList | None:
+        return await trio.to_thread.run_sync(read_piece_list, self.folder.shard(digest), digest)
 
     async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
         def work() -> bytes:

@@ -14,7 +14,7 @@ from protocol.errors import RemoteProtocolError
 PeerId = NewType("PeerId", str)
 DeploymentId = NewType("DeploymentId", bytes)  # 16 bytes that follow from owner and salt
 SessionId = NewType("SessionId", bytes)  # 16 random bytes
-ShardDigest = NewType("ShardDigest", bytes)  # SHA-256 of the shard file, 32 bytes
+ShardDigest = NewType("ShardDigest", bytes)  # of a shard in pieces, 32 bytes: see pieces.py
 
 ID_BYTES = 16
 DIGEST_BYTES = 32

@@ -2,7 +2,7 @@
 
 Four protocols share the frame. Each lists which way its messages go; session.py says in which order.
   control  request/response: lease, load, renew and release spans, revoke capabilities, ping
-  shard    the client uploads sealed shards
+  shard    one side gives a sealed shard in pieces, the other says which: client -> worker, worker -> worker
   session  client <-> each hop: attach, open, step (to the first hop), outputs and failures (from all)
   link     hop -> next hop: open, step, close
 """
@@ -14,7 +14,18 @@ from enum import StrEnum
 from typing import Annotated, ClassVar
 
 from protocol import limits
-from protocol.ids import DIGEST_BYTES, ID_BYTES, DeploymentId, SessionId, ShardDigest
+from protocol.errors import RemoteProtocolError
+from protocol.ids import (
+    DIGEST_BYTES,
+    ID_BYTES,
+    PEER_ID_CHARS,
+    DeploymentId,
+    PeerId,
+    SessionId,
+    ShardDigest,
+    public_key_of,
+)
+from protocol.pieces import list_bytes
 from protocol.schema import Between, Record, Size
 from protocol.tensors import TensorHeader
 
@@ -52,7 +63,6 @@ class RefusalReason(StrEnum):
     UNSUPPORTED = "unsupported"
     HOP_LOST = "hop_lost"  # the next hop cannot be reached
     FORBIDDEN = "forbidden"
-    BUSY = "busy"  # another client is about the same thing: come again in a moment
     RATE = "rate"  # more requests than a peer may make in the time; the detail says when to come again
     PAUSED = "paused"  # the machine's owner wants no work now; the detail says until when, if that is known
     UNKNOWN_LEASE = "unknown_lease"  # it ended, or never was: lease the span again
@@ -190,36 +200,79 @@ class CapabilityRevoked(Message):
 # --- shard ------------------------------------------------------------------------------------------------------------
 
 
+PieceIndex = Annotated[int, Between(0, limits.PIECES_MAX - 1)]
+
+
+@dataclass(frozen=True, slots=True)
+class Source(Record):
+    """A worker that holds a shard, and where to dial it."""
+
+    peer: Annotated[PeerId, Size(PEER_ID_CHARS, PEER_ID_CHARS)]
+    addrs: Annotated[tuple[Annotated[str, Size(1, limits.ADDR_CHARS_MAX)], ...], Size(1, limits.ADDRS_MAX)]
+
+    def check(self) -> None:
+        try:
+            public_key_of(self.peer)
+        except RemoteProtocolError as error:
+            raise ValueError(str(error)) from None
+
+
 @dataclass(frozen=True, slots=True)
 class ShardOffer(Message):
-    """The client is about to send a shard that a span it leased needs."""
+    """Giver -> fetcher: you may ask me for pieces of this shard. The body is its piece list.
+
+    From a client: `sources` have it too, and `capability` lets the worker read it there and wherever else it finds it.
+    """
 
     TAG: ClassVar[int] = 20
     digest: Digest
     shard_bytes: Annotated[int, Between(1, limits.SHARD_BYTES_MAX)]
+    sources: Annotated[tuple[Source, ...], Size(0, limits.SHARD_SOURCES_MAX)]
+    capability: Shown
 
 
 @dataclass(frozen=True, slots=True)
-class ShardWanted(Message):
-    """Send from `offset`; equal to the size when the worker has it all."""
+class ShardAsk(Message):
+    """Worker -> worker: offer me this shard; `capability` says that its owner allows it."""
 
     TAG: ClassVar[int] = 21
-    offset: Count
+    digest: Digest
+    capability: Shown
+
+
+@dataclass(frozen=True, slots=True)
+class PiecesWanted(Message):
+    """Fetcher -> giver: send `count` pieces from `first` on. Answered in order, whatever else was asked."""
+
+    TAG: ClassVar[int] = 22
+    digest: Digest
+    first: PieceIndex
+    count: Annotated[int, Between(1, limits.PIECES_WANTED_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPiece(Message):
-    """The body is the next bytes of the shard, at most limits.PIECE_BYTES."""
+    """The body is the piece."""
 
-    TAG: ClassVar[int] = 22
-    offset: Count
+    TAG: ClassVar[int] = 23
+    digest: Digest
+    index: PieceIndex
+
+
+@dataclass(frozen=True, slots=True)
+class ShardProgress(Message):
+    """Worker -> client: so much of the shard is here and checked, whoever gave it. Also a sign of life."""
+
+    TAG: ClassVar[int] = 24
+    digest: Digest
+    present_bytes: Annotated[int, Between(0, limits.SHARD_BYTES_MAX)]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardStored(Message):
-    """Complete, its digest checked."""
+    """Worker -> client: the shard is whole; the end of its offer."""
 
-    TAG: ClassVar[int] = 23
+    TAG: ClassVar[int] = 25
     digest: Digest
 
 
@@ -334,7 +387,7 @@ class CloseSession(Message):
 MESSAGES: tuple[type[Message], ...] = (
     Refusal, Ping, Pong, LeaseSpan, SpanLeased, LoadSpan, SpanLoaded, ReleaseSpan, SpanReleased,
     RenewLease, LeaseRenewed, RevokeCapability, CapabilityRevoked,
-    ShardOffer, ShardWanted, ShardPiece, ShardStored,
+    ShardOffer, ShardAsk, PiecesWanted, ShardPiece, ShardProgress, ShardStored,
     Attach, Attached, OpenSession, SessionOpened, Step, StepOutput, SessionFailed, CloseSession,
 )  # fmt: skip
 FRAME_BYTES_MAX = {
@@ -346,10 +399,12 @@ FRAME_BYTES_MAX = {
 
 
 def body_fits(message: Message, body_bytes: int) -> bool:
-    """Whether a body of `body_bytes` may follow `message`: exactly its tensor, a piece of a shard, or nothing."""
+    """Whether a body of `body_bytes` may follow `message`: exactly its tensor, its piece list, a piece, or nothing."""
     match message:
         case Step() | StepOutput():
             return body_bytes == message.tensor.nbytes
+        case ShardOffer():
+            return body_bytes == list_bytes(message.shard_bytes)
         case ShardPiece():
             return 1 <= body_bytes <= limits.PIECE_BYTES
         case _:

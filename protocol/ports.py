@@ -10,13 +10,14 @@ Cancellation (trio) passes through every call; callers own timeouts.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.manifest import Manifest
 from protocol.messages import Operation
+from protocol.pieces import PieceList
 from protocol.tensors import Payload
 
 
@@ -218,21 +219,51 @@ class Compute(Protocol):
         """Free the session's KV when its running step commits. Idempotent."""
 
 
+Keep = Callable[[], Collection[ShardDigest]]
+"""`keep()` names the shards that are needed now; called on the event loop."""
+
+
 class ShardStore(Protocol):
-    """Sealed shards on disk by digest. A shard that it lists is whole and its digest was checked when it came in."""
+    """Sealed shards by digest, within a budget, and the spans that were loaded from them.
+
+    A shard is whole or partial. Only pieces that are in the shard's list get in, and a shard becomes whole at once, so
+    that a crash at any moment loses at most what was not yet whole. Raises Refused(DISK) when there is no room.
+    """
+
+    @property
+    def bytes_max(self) -> int:
+        """The budget: all shards here, whole or partial, take no more."""
 
     async def size(self, digest: ShardDigest) -> int | None:
         """Bytes of a whole shard; None when it is not here."""
 
-    async def partial(self, digest: ShardDigest) -> int:
-        """Bytes already here of a shard that is not whole: where an upload goes on."""
+    async def begin(self, pieces: PieceList, keep: Keep) -> Set[int]:
+        """Make room for a shard and say which of its pieces are here already, each checked now.
 
-    async def append(self, digest: ShardDigest, offset: int, piece: bytes) -> None:
-        """Add the next piece. Raises LocalProtocolError when `offset` is not where the partial file ends."""
+        What was used least recently goes first; nothing that `keep` names goes.
+        """
 
-    async def commit(self, digest: ShardDigest) -> None:
-        """Check the digest and make the shard whole, atomically. Raises Refused(BAD_SHARD) and deletes the partial
-        file when the bytes are not those of the digest."""
+    async def write(self, pieces: PieceList, index: int, piece: bytes) -> bool:
+        """Check a piece of a begun shard and put it into its place. False, and nothing written, when it is wrong."""
 
-    async def discard(self, digest: ShardDigest) -> None:
-        """Delete the shard or what is there of it. Idempotent."""
+    async def commit(self, pieces: PieceList) -> None:
+        """All pieces were written or found: make the shard whole, durably. Idempotent."""
+
+    async def verify(self, digest: ShardDigest) -> bool:
+        """Is the whole shard here, to the last byte? Read only once in the life of a process; a damaged one is partial
+        from now on. Counts as a use."""
+
+    async def pieces(self, digest: ShardDigest) -> PieceList | None:
+        """The list of a whole shard; None when it is not here."""
+
+    async def read(self, pieces: PieceList, index: int) -> bytes:
+        """One piece of a whole shard. Raises Refused(MISSING_SHARDS) when it has gone."""
+
+    async def save_span(self, deployment: DeploymentId, span: bytes) -> None:
+        """Remember a span that was loaded, over restarts."""
+
+    async def forget_span(self, deployment: DeploymentId) -> None:
+        """Idempotent."""
+
+    async def saved_spans(self) -> tuple[tuple[DeploymentId, bytes], ...]:
+        """What was remembered, the newest first: bytes from a disk, to be read as if a stranger had sent them."""

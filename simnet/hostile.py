@@ -39,7 +39,7 @@ _VALID: tuple[tuple[Message, bytes], ...] = (
     (Ping(bytes(8)), b""),
     (Attach(bytes(16)), b""),  # type: ignore[arg-type]  # NewTypes are bytes
     (CloseSession(bytes(16)), b""),  # type: ignore[arg-type]
-    (ShardPiece(0), b"piece"),
+    (ShardPiece(bytes(32), 0), b"piece"),  # type: ignore[arg-type]
 )
 
 

@@ -48,13 +48,18 @@ class SpanLease:
     @property
     def idle(self) -> bool:
         """True when it may be evicted: nobody leases or uses it."""
-        return self.state is not SpanState.LOADING and not self.sessions and not self.holders
+        return not self.pinned and not self.sessions
+
+    @property
+    def pinned(self) -> bool:
+        """True when its shards must stay on disk. Sessions alone do not need them: they compute in memory."""
+        return bool(self.holders) or self.state is SpanState.LOADING
 
 
 @dataclass(slots=True)
 class SpanLedger:
-    """All spans of a worker, one per deployment, within `memory_bytes` for weights and `disk_bytes` for shards. The
-    spans that one owner has leased take at most `owner_share` of the memory."""
+    """All spans of a worker, one per deployment, within `memory_bytes` for weights. The shards of those that are leased
+    fit into `disk_bytes`, the store's budget; what one owner has leased takes at most `owner_share` of the memory."""
 
     memory_bytes: int
     disk_bytes: float = inf
@@ -84,6 +89,7 @@ class SpanLedger:
         before = self.leases.get(request.deployment)
         if before is not None:
             if before.request == request:
+                self._require_quotas(request, before)
                 if before.state is SpanState.LOADED:  # else only bytes count as use
                     before.touched = now
                 return ()
@@ -95,6 +101,10 @@ class SpanLedger:
             del self.leases[lease.request.deployment]
         self.leases[request.deployment] = SpanLease(request, now)
         return tuple(gone)
+
+    def fits(self, request: SpanRequest) -> bool:
+        """Is there room for it without evicting anything?"""
+        return request.weight_bytes <= self.free_bytes and len(self.leases) < LEASES_MAX
 
     def known(self, deployment: DeploymentId) -> SpanLease:
         """The span of `deployment`, whoever asks. Raises Refused(UNKNOWN_DEPLOYMENT)."""
@@ -132,9 +142,13 @@ class SpanLedger:
                 return lease
         raise Refused(RefusalReason.FORBIDDEN, "no span that you lease here needs this shard")
 
-    def needed(self) -> frozenset[ShardDigest]:
-        """Digests that some lease needs."""
-        return frozenset(digest for lease in self.leases.values() for digest in lease.request.shards)
+    def leased(self) -> frozenset[ShardDigest]:
+        """Digests of the shards of spans that somebody leases."""
+        return frozenset(digest for lease in self.leases.values() if lease.holders for digest in lease.request.shards)
+
+    def pinned(self) -> frozenset[ShardDigest]:
+        """Digests of the shards that must stay on disk."""
+        return frozenset(digest for lease in self.leases.values() if lease.pinned for digest in lease.request.shards)
 
     def held(self) -> frozenset[ShardDigest]:
         """Digests of the shards that are loaded, hence whole."""
@@ -151,10 +165,13 @@ class SpanLedger:
         if leased + request.weight_bytes > share:
             detail = f"one owner may lease {share} bytes here: {leased + request.weight_bytes - share} bytes too many"
             raise Refused(RefusalReason.MEMORY, detail)
-        kept = sum(sum(lease.request.shards.values()) for lease in others if not lease.idle)
-        missing = kept + sum(request.shards.values()) - self.disk_bytes
+        shards = dict(request.shards)
+        for lease in others:
+            if lease.pinned:
+                shards.update(lease.request.shards)
+        missing = sum(shards.values()) - self.disk_bytes
         if missing > 0:
-            raise Refused(RefusalReason.DISK, f"the span's shards need {missing:.0f} bytes more than the disk's share")
+            raise Refused(RefusalReason.DISK, f"with the span's shards, {missing:.0f} bytes of disk are missing here")
 
     def _evicted_for(self, request: SpanRequest, replaced: SpanLease | None) -> list[SpanLease]:
         """The idle leases, least recently used first, that must go for `request` to fit."""

@@ -75,7 +75,6 @@ class Quotas:
     connection's other end, "owner" whoever signed a deployment's manifest."""
 
     owner_memory_share: float = 1.0  # of the weight memory that one owner may lease
-    disk_bytes: float = inf  # shards of the spans held
     bandwidth: float = inf
     peer_bandwidth: float = inf
     requests: float = 1000.0  # control and shard requests, and session openings

@@ -6,6 +6,7 @@ holds the owner's capability. Whoever leases a span may have it loaded.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from functools import partial
 import trio
 
 from protocol.capabilities import Capability, Claim, Right
+from protocol.codec import encode
 from protocol.errors import Refused, RemoteProtocolError
-from protocol.ids import DeploymentId, PeerId
+from protocol.ids import DeploymentId, PeerId, ShardDigest
 from protocol.messages import (
     CapabilityRevoked,
     LeaseRenewed,
@@ -32,13 +34,17 @@ from protocol.messages import (
     SpanLoaded,
     SpanReleased,
 )
+from protocol.ports import LoadedSpan
 from worker.admission import SpanLease, SpanState
 from worker.cleanup import finish
 from worker.config import WorkerPorts
+from worker.fetches import Fetches
 from worker.leases import LeaseBook, Terms
+from worker.saved import SavedSpan, read_saved
 from worker.sessions import House, SessionTable
-from worker.spans import read_span
-from worker.uploads import Uploads
+from worker.spans import SpanRequest, read_span
+
+log = logging.getLogger("sotto.worker")
 
 
 @dataclass(slots=True)
@@ -49,7 +55,7 @@ class Control:
     house: House
     leases: LeaseBook
     sessions: SessionTable
-    uploads: Uploads
+    fetches: Fetches
     changed: Callable[[], None]
     _locks: dict[DeploymentId, trio.Lock] = field(default_factory=dict)
 
@@ -106,8 +112,13 @@ class Control:
             if replaced:
                 await finish(partial(self._unload, replaced))
             self._report()
-            missing = [digest for digest in request.shards if await self.ports.store.size(digest) is None]
-        return SpanLeased(signed, tuple(missing))
+            return SpanLeased(signed, await self._missing(span))
+
+    async def _missing(self, span: SpanLease) -> tuple[ShardDigest, ...]:
+        """What has to come before the span can be loaded. Nothing when it is: as a cache it may outlive its shards."""
+        if span.state is SpanState.LOADED:
+            return ()
+        return tuple([digest for digest in span.request.shards if await self.ports.store.size(digest) is None])
 
     def _renew(self, message: RenewLease, peer: PeerId) -> LeaseRenewed:
         self.house.duty.require()
@@ -118,22 +129,55 @@ class Control:
     async def _load(self, deployment: DeploymentId, peer: PeerId) -> SpanLoaded:
         span = self.house.spans.known(deployment)
         self.leases.held(span, peer)
-        if span.state is not SpanState.LOADED or span.loaded is None:
-            missing = [digest for digest in span.request.shards if await self.ports.store.size(digest) is None]
-            if missing:
-                raise Refused(RefusalReason.MISSING_SHARDS, f"{len(missing)} shards have not been uploaded")
-            if not self.house.spans.holds(span):  # the lease ended while the disk was asked
-                raise Refused(RefusalReason.UNKNOWN_LEASE, "the lease ended before the span was loaded")
-            span.state = SpanState.LOADING
+        loaded = span.loaded if span.state is SpanState.LOADED else None
+        if loaded is None:
+            loaded = await self._load_span(span)
             try:
-                span.loaded = await self.ports.compute.load(span.request.spec)
-                span.state = SpanState.LOADED
-            finally:
-                if span.state is SpanState.LOADING:
-                    span.state = SpanState.PREPARED
-            span.touched = self.ports.clock.monotonic()
-            self._report()
-        return SpanLoaded(span.loaded.weight_bytes, span.loaded.block_time_us)
+                await self.ports.store.save_span(deployment, encode(SavedSpan.of(span.request)))
+            except Refused as refused:  # it serves all the same, but not after a restart
+                log.warning("a span cannot be remembered", extra={"error": str(refused)})
+        return SpanLoaded(loaded.weight_bytes, loaded.block_time_us)
+
+    async def _load_span(self, span: SpanLease) -> LoadedSpan:
+        """Load from shards that are whole, and read to the end once in the life of this process. Raises Refused."""
+        span.state = SpanState.LOADING  # nobody evicts it now, whether or not it is leased all the while
+        try:
+            missing = [digest for digest in span.request.shards if not await self.ports.store.verify(digest)]
+            if missing:
+                raise Refused(RefusalReason.MISSING_SHARDS, f"{len(missing)} shards are not here")
+            loaded = span.loaded = await self.ports.compute.load(span.request.spec)
+            span.state = SpanState.LOADED
+        finally:
+            if span.state is SpanState.LOADING:
+                span.state = SpanState.PREPARED
+        span.touched = self.ports.clock.monotonic()
+        self._report()
+        return loaded
+
+    async def restore(self) -> None:
+        """Load again what an earlier run had loaded, the newest first, as far as it fits; forget what does not hold.
+
+        What is restored is leased by nobody: a cache, which the next client with the right finds in the advert.
+        """
+        for deployment, saved in await self.ports.store.saved_spans():
+            try:
+                request = await self.ports.run_sync(partial(read_saved, deployment, saved))
+                async with self._alone(deployment):
+                    await self._restore(request)
+            except (Refused, RemoteProtocolError) as error:
+                log.warning("a span of an earlier run is forgotten", extra={"error": str(error)})
+                await self.ports.store.forget_span(deployment)
+
+    async def _restore(self, request: SpanRequest) -> None:
+        if request.deployment in self.house.spans.leases or not self.house.spans.fits(request):
+            return
+        self.house.spans.prepare(request, self.ports.clock.monotonic(), request.owner)
+        span = self.house.spans.known(request.deployment)
+        try:
+            await self._load_span(span)
+        except Refused:
+            self.house.spans.remove(span)
+            raise
 
     async def _release(self, message: ReleaseSpan, peer: PeerId) -> None:
         span = self.house.spans.leases.get(message.deployment)
@@ -178,10 +222,7 @@ class Control:
     async def _unload(self, gone: Sequence[SpanLease]) -> None:
         for span in gone:
             await self.ports.compute.unload(span.request.deployment)
-            needed = self.house.spans.needed()
-            for digest in span.request.shards:
-                if digest not in needed:
-                    await self.uploads.discard(digest)
+            await self.ports.store.forget_span(span.request.deployment)
 
     @asynccontextmanager
     async def _alone(self, deployment: DeploymentId) -> AsyncIterator[None]:
@@ -194,5 +235,7 @@ class Control:
                 self._locks.pop(deployment, None)
 
     def _report(self) -> None:
+        """Leases, spans or memory have changed."""
+        self.fetches.prune()
         self.sessions.report_memory()
         self.changed()

@@ -2,7 +2,7 @@
 
 Invariant: a stream's reader waits for nothing but its stream, its peer's pace (and, in control, for the request it is
 serving), so no peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in
-a handler costs that stream, in a session that session. It decides nothing: control.py, uploads.py and sessions.py do.
+a handler costs that stream, in a session that session. It decides nothing: control.py, fetches.py and sessions.py do.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import Any
@@ -30,13 +31,16 @@ from protocol.messages import (
     LeaseSpan,
     Message,
     OpenSession,
+    PiecesWanted,
     Ping,
     Refusal,
     RefusalReason,
     SessionFailed,
+    ShardAsk,
     ShardOffer,
     Step,
 )
+from protocol.pieces import PieceList
 from protocol.ports import Stream, StreamHandler
 from protocol.tickets import TicketGate
 from worker.admission import SessionQuota, SpanLedger
@@ -46,6 +50,8 @@ from worker.config import TaskStatus, WorkerConfig, WorkerPorts
 from worker.control import Control
 from worker.dialling import dialable
 from worker.duty import Cause, Duty
+from worker.fetches import Fetches
+from worker.giving import Giving
 from worker.herald import Herald
 from worker.hop import Hop
 from worker.kv_pool import KvPool
@@ -54,13 +60,14 @@ from worker.links import OPEN_S, Link, LinkPool
 from worker.meter import Meter
 from worker.outbox import Outbox
 from worker.pace import Pace
+from worker.piece_plan import Giver
 from worker.providing import Providing
 from worker.quotas import QueueBook, Rates, RequestGate, Room
 from worker.rights import Rights
 from worker.session import Session
 from worker.sessions import House, SessionTable
+from worker.suppliers import Suppliers, Way
 from worker.throttle import ThrottledStream
-from worker.uploads import Uploads
 
 log = logging.getLogger("sotto.worker")
 STREAMS_PER_PEER_MAX = 64  # our own client needs four
@@ -85,7 +92,7 @@ class WorkerService:
         self.house = House(
             gate=TicketGate(config.identity),
             rights=Rights(ports.clock, ports.revoked),
-            spans=SpanLedger(config.weight_memory_bytes, quotas.disk_bytes, quotas.owner_memory_share),
+            spans=SpanLedger(config.weight_memory_bytes, ports.store.bytes_max, quotas.owner_memory_share),
             pool=KvPool(config.kv_memory_bytes),
             queues=QueueBook(config.queue_memory_bytes, quotas.peer_queue_share),
             duty=Duty(),
@@ -99,9 +106,11 @@ class WorkerService:
         self.sessions = SessionTable(self.house, ports.clock, ports.observer, self._spawn_session)
         self.links = LinkPool(self._spawn_link, self._link_lost, self.house.queues, self._reach)
         self.herald = Herald(ports, config, self.house)
-        self._uploads = Uploads(ports.store, self.house.spans, ports.clock)
+        suppliers = Suppliers(ports, self._meter, Way(self._reach, self._slowed), self._spawn)
+        self._fetches = Fetches(ports.store, ports.clock, self.house, suppliers, _together)
+        self._giving = Giving(ports.store, self.house, ports.clock)
         leases = LeaseBook(config.identity, self.house.spans, self.house.pool, ports.entropy)
-        self._control = Control(ports, self.house, leases, self.sessions, self._uploads, self.herald.changed)
+        self._control = Control(ports, self.house, leases, self.sessions, self._fetches, self.herald.changed)
 
     async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then sessions are failed with STOPPING, told so, and streams closed."""
@@ -122,6 +131,7 @@ class WorkerService:
                 if self._ports.directory is not None:
                     nursery.start_soon(Providing(self._ports.directory, self._ports.clock, self.house.spans.held).run)
                 nursery.start_soon(self._sweep)
+                nursery.start_soon(self._supervised, self._control.restore)
                 task_status.started()
                 await trio.sleep_forever()
             finally:
@@ -190,37 +200,52 @@ class WorkerService:
         return handle
 
     async def _serve_control(self, channel: Channel) -> None:
-        async def answer(request: Message) -> None:
+        async def answer(request: Message, _: bytes) -> None:
             await channel.send(await self._control.answer(request, channel.remote))
 
         await self._serve_requests(channel, answer)
 
     async def _serve_shards(self, channel: Channel) -> None:
-        async def take(request: Message) -> None:
-            if not isinstance(request, ShardOffer):
-                raise RemoteProtocolError(f"{type(request).__name__} where a shard is offered")
-            await self._uploads.receive(channel, request)
+        giver = Giver(channel.remote)
+        offered: PieceList | None = None
 
-        await self._serve_requests(channel, take)
+        async def answer(request: Message, body: bytes) -> None:
+            nonlocal offered
+            match request:
+                case ShardOffer():
+                    await self._fetches.take(channel, giver, request, body)
+                case ShardAsk():
+                    offered = await self._giving.offer(channel, request)
+                case PiecesWanted():
+                    await self._giving.send(channel, offered, request)
+                case _:
+                    raise RemoteProtocolError(f"{type(request).__name__} is no request of the shard protocol")
 
-    async def _serve_requests(self, channel: Channel, answer: Callable[[Message], Awaitable[None]]) -> None:
+        await self._serve_requests(channel, answer)
+
+    async def _serve_requests(self, channel: Channel, answer: Callable[[Message, bytes], Awaitable[None]]) -> None:
         while (received := await channel.receive()) is not None:
-            message, _ = received
             try:
-                await self._admit(message, channel.remote)
-                await answer(message)
+                await self._admit(received[0], channel.remote)
+                await answer(*received)
             except Refused as refusal:
                 self._ports.observer.request_refused(refusal.reason)
                 log.info("refused", extra={"peer": channel.remote, "reason": refusal.reason})
                 await channel.send(Refusal(refusal.reason, refusal.detail[: limits.DETAIL_CHARS_MAX]))
 
     async def _admit(self, message: Message, peer: PeerId) -> None:
-        """Count a request. Raises Refused(RATE); but a ping, which nothing can refuse, waits."""
+        """Count a request. Raises Refused(RATE); but a ping, which nothing can refuse, waits.
+
+        Pieces are not counted: their offer was, and whoever asks for them waits for each.
+        """
         now = self._ports.clock.monotonic()
-        if isinstance(message, Ping):
-            await trio.sleep(self._requests.rates.take(peer, COSTS[Ping], now))
-        else:
-            self._requests.admit(peer, COSTS.get(type(message), 1.0), now)
+        match message:
+            case PiecesWanted():
+                return
+            case Ping():
+                await trio.sleep(self._requests.rates.take(peer, COSTS[Ping], now))
+            case _:
+                self._requests.admit(peer, COSTS.get(type(message), 1.0), now)
 
     async def _serve_sessions(self, channel: Channel) -> None:
         outbox = Outbox(Room(self.house.queues, channel.remote))
@@ -281,6 +306,9 @@ class WorkerService:
     def _spawn_link(self, link: Link) -> None:
         self._tasks.start_soon(self._run_link, link)
 
+    def _spawn(self, task: Callable[[], Awaitable[None]]) -> None:
+        self._tasks.start_soon(self._supervised, task)
+
     @property
     def _tasks(self) -> trio.Nursery:
         if self._nursery is None:
@@ -333,11 +361,11 @@ class WorkerService:
         return ThrottledStream(stream, self._bytes, self._ports.clock) if self._throttled else stream
 
     def _reach(self, peer: PeerId, stated: tuple[str, ...]) -> tuple[str, ...]:
-        """Where to dial a next hop that a ticket names. Raises TransportError."""
+        """Where to dial a worker that a client names: a next hop, a source of shards. Raises TransportError."""
         transport = self._ports.transport
         addrs = dialable(self.herald.view, peer, stated, transport.addrs)
         if not addrs and peer not in transport.connected():
-            raise TransportError("the next hop has no address that this worker dials")
+            raise TransportError("the peer has no address that this worker dials")
         return addrs
 
     def _link_lost(self, sessions: Iterable[SessionId], error: str) -> None:
@@ -364,6 +392,21 @@ class WorkerService:
 
 async def _race(*tasks: Callable[[], Awaitable[None]]) -> None:
     """Run all; when the first ends, the others are cancelled. Raises its SottoError, if it ended so."""
+
+    async def run(task: Callable[[], Awaitable[None]]) -> None:
+        await task()
+        raise _Ended
+
+    with suppress(_Ended):
+        await _together(*(partial(run, task) for task in tasks))
+
+
+class _Ended(SottoError):
+    """A task of a race came to its end."""
+
+
+async def _together(*tasks: Callable[[], Awaitable[None]]) -> None:
+    """Run all to their ends; the first SottoError cancels the others and is raised."""
     errors: list[SottoError] = []
 
     async def run(task: Callable[[], Awaitable[None]]) -> None:
@@ -371,7 +414,7 @@ async def _race(*tasks: Callable[[], Awaitable[None]]) -> None:
             await task()
         except SottoError as error:
             errors.append(error)
-        nursery.cancel_scope.cancel()
+            nursery.cancel_scope.cancel()
 
     async with trio.open_nursery() as nursery:
         for task in tasks:

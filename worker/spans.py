@@ -7,7 +7,7 @@ weights; torch is not needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from models.config import BlockConfig
 from models.errors import ModelError, UnsupportedModel
@@ -29,6 +29,7 @@ class SpanRequest:
 
     owner: PeerId
     spec: SpanSpec
+    signed: bytes = field(repr=False, compare=False)  # the manifest as it came: what a restarted worker reads again
     weight_bytes: int  # in the deployment's dtype
     kv_token_bytes: int  # one token in all blocks of the span
     context_tokens: int
@@ -64,6 +65,7 @@ def read_span(data: bytes, start: int, end: int) -> SpanRequest:
     return SpanRequest(
         owner=owner,
         spec=SpanSpec(manifest, start, end),
+        signed=data,
         weight_bytes=size * sum(config.num_parameters for config in configs),
         kv_token_bytes=size * sum(config.kv_values_per_token for config in configs),
         context_tokens=min(config.max_position for config in configs),

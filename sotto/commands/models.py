@@ -80,6 +80,6 @@ class UploadTotal:
         self._hops: dict[PeerId, DeployProgress] = {}
 
     def add(self, progress: DeployProgress) -> tuple[int, int]:
-        """(bytes sent, bytes in all) over the hops heard of so far."""
+        """(bytes at the workers, bytes in all) over the hops heard of so far."""
         self._hops[progress.peer] = progress
-        return sum(p.sent_bytes for p in self._hops.values()), sum(p.total_bytes for p in self._hops.values())
+        return sum(p.present_bytes for p in self._hops.values()), sum(p.total_bytes for p in self._hops.values())

@@ -34,62 +34,70 @@ Lan = Annotated[
 ]
 
 
+Disk = Annotated[
+    str | None,
+    typer.Option(
+        help="Disk that you give for shards: no lease goes beyond it. Default: four times the memory, "
+        "but at most half of what is free."
+    ),
+]
 Quota = Annotated[
     list[str] | None,
     typer.Option(help="NAME=VALUE, what peers may take: bandwidth=20MB a second, … (docs/USING.md); repeatable."),
 ]
 Hours = Annotated[str | None, typer.Option(help="When to serve, local time: 22:00-07:00,sat,sun. Default: always.")]
 Yields = Annotated[bool, typer.Option("--yield/--no-yield", help="Take no work while other programs need the machine.")]
+Listen = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Multiaddr to listen on; may be repeated. Default: /ip4/0.0.0.0/tcp/4517. "
+        "'none': open no port, and be reached through relays only."
+    ),
+]
+Announce = Annotated[
+    list[str] | None,
+    typer.Option(help="Multiaddr that others should dial instead (port forwarding); may be repeated."),
+]
+Bootstrap = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bootstrap",
+        "-b",
+        help="Any node of the swarm to join, or an invite; may be repeated. "
+        "None: join a swarm of the local network, or start one.",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Memory that you give, weights and KV cache together. Default: half of what is free."),
+]
+KvMemory = Annotated[str | None, typer.Option(help="The part of --memory that is for KV cache. Default: a quarter.")]
+Relay = Annotated[bool, typer.Option(help="Pass on the encrypted connections of workers that nobody can dial.")]
+Upnp = Annotated[bool, typer.Option(help="Ask the router to forward the port when nobody can dial this worker.")]
+Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus (port 0: any free one); 'off' for none.")]
 
 
 @app.callback(invoke_without_command=True)
 def worker(
     context: typer.Context,
-    listen: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Multiaddr to listen on; may be repeated. Default: /ip4/0.0.0.0/tcp/4517. "
-            "'none': open no port, and be reached through relays only."
-        ),
-    ] = None,
-    announce: Annotated[
-        list[str] | None,
-        typer.Option(help="Multiaddr that others should dial instead (port forwarding); may be repeated."),
-    ] = None,
-    bootstrap: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--bootstrap",
-            "-b",
-            help="Any node of the swarm to join, or an invite; may be repeated. "
-            "None: join a swarm of the local network, or start one.",
-        ),
-    ] = None,
+    listen: Listen = None,
+    announce: Announce = None,
+    bootstrap: Bootstrap = None,
     private: Private = None,
     lan: Lan = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Memory that you give, weights and KV cache together. Default: half of what is free."),
-    ] = None,
-    kv_memory: Annotated[
-        str | None, typer.Option(help="The part of --memory that is for KV cache. Default: a quarter.")
-    ] = None,
+    memory: Memory = None,
+    kv_memory: KvMemory = None,
+    disk: Disk = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all cores.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
     quota: Quota = None,
     schedule: Hours = None,
     yields: Yields = False,
     data_dir: DataDir = None,
-    metrics: Annotated[
-        str, typer.Option(help="HOST:PORT for Prometheus (port 0: any free one); 'off' for none.")
-    ] = "127.0.0.1:9517",
+    metrics: Metrics = "127.0.0.1:9517",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
-    relay: Annotated[
-        bool, typer.Option(help="Pass on the encrypted connections of workers that nobody can dial.")
-    ] = True,
-    upnp: Annotated[
-        bool, typer.Option(help="Ask the router to forward the port when nobody can dial this worker.")
-    ] = True,
+    relay: Relay = True,
+    upnp: Upnp = True,
     lifeline: Annotated[int | None, typer.Option(hidden=True)] = None,
     dial_from: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -102,7 +110,7 @@ def worker(
     with errors():
         import trio
 
-        from node.app_worker import WorkerOptions, default_memory_bytes, run_worker
+        from node.app_worker import WorkerOptions, default_disk_bytes, default_memory_bytes, run_worker
         from node.files import parse_bytes
         from node.logs import configure
         from node.metrics import parse_metrics_address
@@ -112,13 +120,15 @@ def worker(
 
         configure(log_level)
         memory_bytes = parse_bytes(memory) if memory else default_memory_bytes()
+        folder = _folder(data_dir)
         options = WorkerOptions(
-            data_dir=_folder(data_dir),
+            data_dir=folder,
             listen=() if listen == ["none"] else tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
             announce=tuple(announce or ()),
             bootstrap=tuple(bootstrap or ()),
             memory_bytes=memory_bytes,
             kv_memory_bytes=parse_bytes(kv_memory) if kv_memory else memory_bytes // 4,
+            disk_bytes=parse_bytes(disk) if disk else default_disk_bytes(folder, memory_bytes),
             threads=threads or os.cpu_count() or 1,
             device=device,
             metrics=parse_metrics_address(metrics),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,24 +14,34 @@ from client.deploy import DeployProgress, delete, deploy
 from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
 from client.routing import Hop, Route
-from protocol.errors import InputError
+from client.upload import PIECE_ASKED_MAX, Holders, Supply, holders_in, nobody
+from node.grants import OwnCredentials
+from protocol.adverts import HeldSpan
+from protocol.capabilities import CapabilityGate, Claim, Right
+from protocol.errors import InputError, RemoteProtocolError
 from protocol.ids import DeploymentId, ShardDigest
 from protocol.leases import open_lease, sign_lease
 from protocol.limits import PIECE_BYTES
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry, sign_manifest
 from protocol.messages import (
     Message,
+    PiecesWanted,
     Pong,
     Refusal,
     RefusalReason,
+    ShardProgress,
     ShardStored,
-    ShardWanted,
+    Source,
     SpanLeased,
     SpanLoaded,
 )
+from protocol.pieces import PieceList
 from protocol.signed import Identity
+from protocol.swarm import SwarmView
 from protocol.tensors import TensorHeader
 from simnet.runtime import run
+from tests.helpers.adverts import advert
+from tests.helpers.adverts import peer as peer_of
 from tests.helpers.fake_depot import FakeDepot
 from tests.helpers.fake_hop import CLIENT, DEPLOYMENT, SALT, FakeSwarm, fake_swarm
 
@@ -42,8 +51,7 @@ SHARDS = [bytes([number]) * (PIECE_BYTES + 1000 * (number + 1)) for number in ra
 
 def block(shard: bytes) -> BlockEntry:
     tensors = (TensorEntry("down", TensorHeader("float32", (4, 4))),)
-    digest = ShardDigest(hashlib.sha256(shard).digest())
-    return BlockEntry(digest, len(shard), (ConfigPair("family", "llama"),), tensors)
+    return BlockEntry(PieceList.of_bytes(shard).digest, len(shard), (ConfigPair("family", "llama"),), tensors)
 
 
 MANIFEST = Manifest(DEPLOYMENT, SALT, "ee", "float32", tuple(block(shard) for shard in SHARDS))
@@ -57,6 +65,11 @@ class Shards:
         default_factory=lambda: {entry.digest: shard for entry, shard in zip(MANIFEST.blocks, SHARDS, strict=True)}
     )
     reads: list[tuple[ShardDigest, int]] = field(default_factory=list)
+
+    async def pieces(self, digest: ShardDigest) -> PieceList | None:
+        """As they were when the model was sealed."""
+        original = dict(zip([entry.digest for entry in MANIFEST.blocks], SHARDS, strict=True))
+        return PieceList.of_bytes(original[digest]) if self.shards[digest] else None
 
     async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
         self.reads.append((digest, offset))
@@ -81,9 +94,10 @@ class Case:
         ]
         return Route(DEPLOYMENT, tuple(hops))
 
-    async def deploy(self) -> list[tuple[int, int]]:
+    async def deploy(self, holders: Holders = nobody) -> list[tuple[int, int]]:
         signed = sign_manifest(MANIFEST, self.swarm.ports.identity)
-        hops = await deploy(self.swarm.ports, self.route, signed, self.source, self.leasing, self.progress.append)
+        supply = Supply(self.source, holders)
+        hops = await deploy(self.swarm.ports, self.route, signed, supply, self.leasing, self.progress.append)
         return [(hop.start, hop.end) for hop in hops]
 
 
@@ -118,6 +132,7 @@ def test_each_worker_gets_its_shards_and_loads_them() -> None:
         for index, depot in enumerate(case.depots):
             assert list(depot.store.values()) == SHARDS[2 * index : 2 * index + 2]
             assert depot.loaded
+            assert depot.streams == 1
         for peer, shards in zip([depot.endpoint.peer for depot in case.depots], (SHARDS[:2], SHARDS[2:]), strict=True):
             told = [progress for progress in case.progress if progress.peer == peer]
             assert [progress.stage for progress in told][:2] == ["lease", "upload"]
@@ -164,43 +179,130 @@ def test_a_refusal_names_the_worker_and_its_reason() -> None:
     with_depots(body)
 
 
-def test_a_shard_that_was_changed_here_is_our_users_problem() -> None:
+@pytest.mark.parametrize("content", [b"x", b""], ids=["garbled", "not the shard"])
+def test_a_shard_that_was_changed_here_is_our_users_problem(content: bytes) -> None:
     async def body(case: Case) -> None:
         digest = MANIFEST.blocks[2].digest
-        case.source.shards[digest] = b"x" + case.source.shards[digest][1:]
+        case.source.shards[digest] = content and content + case.source.shards[digest][1:]
         with pytest.raises(InputError, match="block 2 was changed"):
             await case.deploy()
 
     with_depots(body)
 
 
-def test_a_worker_that_calls_a_good_shard_bad_is_a_liar() -> None:
+def test_progress_counts_what_is_there_whoever_brought_it() -> None:
     async def body(case: Case) -> None:
-        case.depots[0].replace = replacing(ShardStored, Refusal(RefusalReason.BAD_SHARD, "bad"))
-        with pytest.raises(HopViolation, match="digest is right") as caught:
-            await case.deploy()
-        assert caught.value.peer == case.depots[0].endpoint.peer
-
-    with_depots(body)
-
-
-def test_a_worker_whose_partial_shard_was_bad_gets_it_whole() -> None:
-    async def body(case: Case) -> None:
-        case.depots[0].partial[MANIFEST.blocks[0].digest] = b"rubbish"
+        case.depots[0].partial[MANIFEST.blocks[0].digest] = {0: SHARDS[0][:PIECE_BYTES]}
         await case.deploy()
         assert list(case.depots[0].store.values()) == SHARDS[:2]
-        assert case.progress[-1].sent_bytes == case.progress[-1].total_bytes
+        told = [each for each in case.progress if each.peer == case.depots[0].endpoint.peer and each.stage == "upload"]
+        assert [each.present_bytes for each in told][:2] == [0, PIECE_BYTES]
+        assert told[-1].present_bytes == told[-1].total_bytes
 
     with_depots(body)
+
+
+def test_a_worker_that_wants_a_piece_for_ever_is_given_up() -> None:
+    async def body(case: Case) -> None:
+        case.depots[0].greedy = True
+        with pytest.raises(HopViolation, match="once too often"):
+            await case.deploy()
+        assert case.depots[0].pieces == PIECE_ASKED_MAX
+
+    with_depots(body)
+
+
+def test_a_worker_that_finds_a_shard_of_its_own_damaged_gets_it_again() -> None:
+    async def body(case: Case) -> None:
+        await case.deploy()
+        digest = MANIFEST.blocks[1].digest
+        case.source.reads.clear()
+
+        def damaged(answer: Message) -> Message:
+            if isinstance(answer, SpanLoaded):
+                case.depots[0].replace = lambda other: other
+                del case.depots[0].store[digest]
+                case.depots[0].partial[digest] = {1: SHARDS[1][PIECE_BYTES:]}
+                return Refusal(RefusalReason.MISSING_SHARDS, "1 shards are not here")
+            return answer
+
+        case.depots[0].replace = damaged
+        await case.deploy()
+        assert case.source.reads == [(digest, 0)]
+
+    with_depots(body)
+
+
+def test_a_worker_that_never_finds_its_shards_is_not_asked_for_ever() -> None:
+    async def body(case: Case) -> None:
+        case.depots[0].replace = replacing(SpanLoaded, Refusal(RefusalReason.MISSING_SHARDS, "gone again"))
+        with pytest.raises(HopRefused, match="gone again"):
+            await case.deploy()
+
+    with_depots(body)
+
+
+def test_a_worker_hears_who_else_has_a_shard_and_may_read_it_there() -> None:
+    async def body(case: Case) -> None:
+        others = [peer_of(number) for number in range(1, 12)]
+        first = case.depots[0].endpoint.peer
+
+        async def holders(block: int) -> tuple[Source, ...]:
+            peers = [first, *others] if block == 1 else ()
+            return tuple(Source(peer, ("/ip4/192.0.2.8/tcp/4001",)) for peer in peers)
+
+        now_ms = int(case.swarm.ports.clock.time() * 1000)
+        introduce = OwnCredentials(CLIENT, peer_of(0), lambda: now_ms).introduce
+        case.swarm.ports = replace(case.swarm.ports, introduce=introduce)
+        await case.deploy(holders)
+        without, with_others = case.depots[0].offers
+        assert without.sources == ()
+        assert [source.peer for source in with_others.sources] == others[:8], "not itself, and no more than a few"
+        claim = Claim(first, Right.FETCH, DEPLOYMENT, CLIENT.peer)
+        for offer in (without, with_others):  # the worker may know of others itself
+            CapabilityGate().admit(claim, offer.capability, now_ms)
+            with pytest.raises(RemoteProtocolError):
+                CapabilityGate().admit(replace(claim, right=Right.USE), offer.capability, now_ms)
+
+    with_depots(body)
+
+
+def test_a_client_that_cannot_sign_for_the_owner_names_nobody() -> None:
+    async def body(case: Case) -> None:
+        async def holders(_: int) -> tuple[Source, ...]:
+            return (Source(peer_of(1), ("/ip4/192.0.2.8/tcp/4001",)),)
+
+        await case.deploy(holders)
+        assert {(offer.sources, offer.capability) for offer in case.depots[0].offers} == {((), b"")}
+
+    with_depots(body)
+
+
+def test_holders_are_those_whose_spans_have_the_block() -> None:
+    peers = [peer_of(number) for number in range(1, 4)]
+    view = SwarmView()
+    for each, (start, end) in zip(peers, ((0, 2), (1, 3), (0, 3)), strict=True):
+        addrs = ("/ip4/192.0.2.8/tcp/4001",) if each != peers[2] else ()
+        held = replace(advert(spans=(HeldSpan(DEPLOYMENT, start, end, 1),)), addrs=addrs)
+        view = view.with_advert(each, held, each)
+
+    async def body() -> list[set[str]]:
+        holders = holders_in(view, DEPLOYMENT)
+        return [{source.peer for source in await holders(block)} for block in range(4)]
+
+    assert run(body, seed=1) == [{peers[0]}, {peers[0], peers[1]}, {peers[1]}, set()]
 
 
 @pytest.mark.parametrize(
     ("kind", "answer", "says"),
     [
         (SpanLeased, Pong(b"12345678"), "Pong came where SpanLeased was due"),
-        (ShardWanted, ShardWanted(1 << 40), "beyond its end"),
-        (ShardStored, ShardStored(ShardDigest(b"o" * 32)), "another shard"),
-        (SpanLoaded, ShardWanted(0), "ShardWanted came where SpanLoaded was due"),
+        (PiecesWanted, PiecesWanted(MANIFEST.blocks[2].digest, 2, 1), "piece 2 of 2"),
+        (PiecesWanted, PiecesWanted(MANIFEST.blocks[0].digest, 0, 1), "fits no offered shard"),
+        (ShardProgress, ShardProgress(MANIFEST.blocks[2].digest, 1 << 30), "fits no offered shard"),
+        (ShardStored, ShardStored(ShardDigest(b"o" * 32)), "fits no offered shard"),
+        (ShardStored, Pong(b"12345678"), "fits no offered shard"),
+        (SpanLoaded, Pong(b"12345678"), "Pong came where SpanLoaded was due"),
     ],
 )
 def test_answers_that_make_no_sense_are_violations(kind: type[Message], answer: Message, says: str) -> None:
@@ -251,7 +353,7 @@ def test_leases_that_do_not_hold_are_violations(
     with_depots(body)
 
 
-@pytest.mark.parametrize("kind", [SpanLeased, ShardWanted, ShardStored, SpanLoaded])
+@pytest.mark.parametrize("kind", [SpanLeased, ShardProgress, PiecesWanted, ShardStored, SpanLoaded])
 def test_a_silent_worker_is_given_up(kind: type[Message]) -> None:
     async def body(case: Case) -> None:
         case.depots[0].replace = replacing(kind, None)

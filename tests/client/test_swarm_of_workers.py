@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from client.session import RouteSession, SessionTerms
 from client.swarm import SwarmWatch
 from client.tensors import to_payload
 from client.text import TextStream
+from client.upload import Supply
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
@@ -40,6 +40,7 @@ from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.manifest import Manifest, sign_manifest
 from protocol.messages import RefusalReason
+from protocol.pieces import PieceList
 from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
 from simnet.runtime import SeededEntropy, VirtualClock, run
 from simnet.store import MemoryStore
@@ -96,6 +97,10 @@ class Sealed:
     shards: dict[ShardDigest, bytes]
     ends: Ends
 
+    async def pieces(self, digest: ShardDigest) -> PieceList | None:
+        pieces = PieceList.of_bytes(self.shards[digest])
+        return pieces if pieces.digest == digest else None
+
     async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
         return self.shards[digest][offset : offset + max_bytes]
 
@@ -113,7 +118,7 @@ def seal(checkpoint: Checkpoint, tier: str) -> Sealed:
     for index in range(BLOCKS):
         tensors, config = sealer.block(index)
         shard = save(tensors)
-        digest = ShardDigest(sha256(shard).digest())
+        digest = PieceList.of_bytes(shard).digest
         shards[digest] = shard
         entries.append(block_entry(tensors, config, digest, len(shard)))
     return Sealed(manifest_of(identity("client").peer, SALT, tier == "ee", "float32", entries), shards, sealer.ends())
@@ -140,7 +145,7 @@ class Client:
         self.placement = plan(view, self.needs(), PlaceOptions(hops_min=len(self.swarm.workers)))
         route = route_of(self.placement, view, DEPLOYMENT)
         signed = sign_manifest(self.sealed.manifest, self.ports.identity)
-        await deploy(self.ports, route, signed, self.sealed, Leasing(self.leases))
+        await deploy(self.ports, route, signed, Supply(self.sealed), Leasing(self.leases))
         return route
 
     def generation(self, session: RouteSession, prompt: list[int], params: GenerationParams) -> Generation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -19,18 +18,20 @@ from protocol.messages import (
     LeaseSpan,
     LoadSpan,
     Message,
+    PiecesWanted,
     Refusal,
     RefusalReason,
     ReleaseSpan,
     RenewLease,
     ShardOffer,
     ShardPiece,
+    ShardProgress,
     ShardStored,
-    ShardWanted,
     SpanLeased,
     SpanLoaded,
     SpanReleased,
 )
+from protocol.pieces import PieceList
 from protocol.ports import Stream
 from protocol.signed import Identity
 from simnet.endpoint import VirtualEndpoint
@@ -46,12 +47,15 @@ class FakeDepot:
     replace: Callable[[Message], Message | None] = lambda answer: answer
     leave_after: int | None = None
     store: dict[ShardDigest, bytes] = field(default_factory=dict)
-    partial: dict[ShardDigest, bytes] = field(default_factory=dict)
+    partial: dict[ShardDigest, dict[int, bytes]] = field(default_factory=dict)
+    offers: list[ShardOffer] = field(default_factory=list)
     prepared: tuple[Manifest, int, int] | None = None
     lease: Lease | None = None
     requests: list[Message] = field(default_factory=list)
     loaded: bool = False
     pieces: int = 0
+    streams: int = 0
+    greedy: bool = False  # never has enough of the first piece
 
     def serve(self) -> None:
         self.endpoint.handle(CONTROL, self._control)
@@ -100,29 +104,34 @@ class FakeDepot:
 
     async def _shard(self, stream: Stream) -> None:
         channel = Channel(stream, SHARD)
-        frame = await channel.receive()
-        assert frame is not None
-        offer = frame[0]
-        assert isinstance(offer, ShardOffer)
-        whole = self.partial.pop(offer.digest, b"")
-        await self._answer(channel, ShardWanted(len(whole)))
-        while len(whole) < offer.shard_bytes:
-            if self.pieces == self.leave_after:
-                self.partial[offer.digest] = whole
+        self.streams += 1
+        while (frame := await channel.receive()) is not None:
+            offer, hashes = frame
+            assert isinstance(offer, ShardOffer)
+            self.offers.append(offer)
+            if not await self._take(channel, PieceList.open(offer.digest, offer.shard_bytes, hashes)):
                 return
+
+    async def _take(self, channel: Channel, pieces: PieceList) -> bool:
+        """One piece after the other. False when the client left, or this side does."""
+        parts = self.partial.setdefault(pieces.digest, {})
+        await self._answer(channel, ShardProgress(pieces.digest, sum(map(len, parts.values()))))
+        for index in [0] * 99 if self.greedy else range(pieces.count):
+            if index in parts and not self.greedy:
+                continue
+            if self.pieces == self.leave_after:
+                return False
+            await self._answer(channel, PiecesWanted(pieces.digest, index, 1))
             frame = await channel.receive()
             if frame is None:
-                return
-            piece, body = frame
-            assert isinstance(piece, ShardPiece)
-            assert piece.offset == len(whole)
-            whole += body
+                return False
+            assert isinstance(frame[0], ShardPiece)
+            assert pieces.holds(frame[0].index, frame[1])
+            parts[index] = frame[1]
             self.pieces += 1
-        if hashlib.sha256(whole).digest() == offer.digest:
-            self.store[offer.digest] = whole
-            await self._answer(channel, ShardStored(offer.digest))
-        else:
-            await self._answer(channel, Refusal(RefusalReason.BAD_SHARD, "the digest does not match"))
+        self.store[pieces.digest] = b"".join(parts[index] for index in range(pieces.count))
+        await self._answer(channel, ShardStored(pieces.digest))
+        return True
 
     async def _answer(self, channel: Channel, answer: Message) -> None:
         replaced = self.replace(answer)

@@ -32,6 +32,7 @@ from protocol.messages import (
     Message,
     OpenSession,
     Operation,
+    PiecesWanted,
     Ping,
     Pong,
     Refusal,
@@ -41,16 +42,19 @@ from protocol.messages import (
     RevokeCapability,
     SessionFailed,
     SessionOpened,
+    ShardAsk,
     ShardOffer,
     ShardPiece,
+    ShardProgress,
     ShardStored,
-    ShardWanted,
+    Source,
     SpanLeased,
     SpanLoaded,
     SpanReleased,
     Step,
     StepOutput,
 )
+from protocol.pieces import piece_count
 from protocol.schema import Between, Record, Scalar, Size
 from protocol.signed import Identity, Signed
 from protocol.tensors import DTYPE_BYTES, TensorHeader
@@ -144,9 +148,11 @@ SAMPLES: tuple[Message, ...] = (
     LeaseRenewed(sign_lease(LEASE, WORKER)),
     RevokeCapability(DEPLOYMENT, CAPABILITY.serial, b""),
     CapabilityRevoked(),
-    ShardOffer(DIGEST, 400),
-    ShardWanted(0),
-    ShardPiece(0),
+    ShardOffer(DIGEST, 400, (Source(NEXT.peer, ("/ip4/192.0.2.8/tcp/4001",)),), bytes(3)),
+    ShardAsk(DIGEST, bytes(3)),
+    PiecesWanted(DIGEST, 0, 1),
+    ShardPiece(DIGEST, 0),
+    ShardProgress(DIGEST, 400),
     ShardStored(DIGEST),
     Attach(SESSION),
     Attached(SESSION),
@@ -165,6 +171,8 @@ def body_of(message: Message) -> bytes:
     match message:
         case Step() | StepOutput():
             return bytes(range(256)) * (message.tensor.nbytes // 256) + bytes(message.tensor.nbytes % 256)
+        case ShardOffer():
+            return bytes(range(32)) * piece_count(message.shard_bytes)
         case ShardPiece():
             return b"piece"
         case _:
@@ -292,6 +300,7 @@ _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] =
     SessionFailed: _choose(reason=tuple(reason.value for reason in RefusalReason)),
     LeaseSpan: _span,
     Lease: _lease,
+    Source: _choose(peer=(CLIENT.peer, WORKER.peer, NEXT.peer)),
     HeldSpan: _span,
     Capability: _capability,
     TensorHeader: _choose(dtype=tuple(DTYPE_BYTES)),

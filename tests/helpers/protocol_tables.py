@@ -24,16 +24,19 @@ from protocol.tensors import DTYPE_BYTES, TensorHeader
 from protocol.tickets import Ticket
 
 TO_WORKER, TO_CLIENT, ON = "client → worker", "worker → client", "hop → next hop"
+TO_FETCHER, TO_GIVER = "giver → fetcher", "fetcher → giver"
 WAYS: dict[type[Message], tuple[tuple[str, str], ...]] = {
-    messages.Refusal: ((CONTROL, TO_CLIENT), (SHARD, TO_CLIENT)),
     **dict.fromkeys((messages.Ping, messages.LeaseSpan, messages.RenewLease), ((CONTROL, TO_WORKER),)),
+    messages.Refusal: ((CONTROL, TO_CLIENT), (SHARD, "either way")),
     **dict.fromkeys((messages.LoadSpan, messages.ReleaseSpan), ((CONTROL, TO_WORKER),)),
     messages.RevokeCapability: ((CONTROL, TO_WORKER),),
     **dict.fromkeys((messages.Pong, messages.SpanLeased, messages.LeaseRenewed), ((CONTROL, TO_CLIENT),)),
     **dict.fromkeys((messages.SpanLoaded, messages.SpanReleased), ((CONTROL, TO_CLIENT),)),
     messages.CapabilityRevoked: ((CONTROL, TO_CLIENT),),
-    **dict.fromkeys((messages.ShardOffer, messages.ShardPiece), ((SHARD, TO_WORKER),)),
-    **dict.fromkeys((messages.ShardWanted, messages.ShardStored), ((SHARD, TO_CLIENT),)),
+    **dict.fromkeys((messages.ShardOffer, messages.ShardPiece), ((SHARD, TO_FETCHER),)),
+    messages.PiecesWanted: ((SHARD, TO_GIVER),),
+    messages.ShardAsk: ((SHARD, "worker → worker"),),
+    **dict.fromkeys((messages.ShardProgress, messages.ShardStored), ((SHARD, TO_CLIENT),)),
     messages.Attach: ((SESSION, TO_WORKER),),
     **dict.fromkeys((messages.Attached, messages.SessionOpened), ((SESSION, TO_CLIENT),)),
     **dict.fromkeys((messages.StepOutput, messages.SessionFailed), ((SESSION, TO_CLIENT),)),
@@ -43,11 +46,12 @@ WAYS: dict[type[Message], tuple[tuple[str, str], ...]] = {
 BODIES: dict[type[Message], str] = {
     messages.Step: "the tensor",
     messages.StepOutput: "the tensor",
+    messages.ShardOffer: "the piece list",
     messages.ShardPiece: "1..PIECE_BYTES bytes",
 }
 STRUCTURES: tuple[type[Record], ...] = (
-    TensorHeader, Signed, Advert, Speed, HeldSpan, Rtt, Ticket, Capability, Lease, Manifest, BlockEntry, ConfigPair,
-    TensorEntry, Invite, InvitePeer,
+    TensorHeader, messages.Source, Signed, Advert, Speed, HeldSpan, Rtt, Ticket, Capability, Lease,
+    Manifest, BlockEntry, ConfigPair, TensorEntry, Invite, InvitePeer,
 )  # fmt: skip
 
 

@@ -27,21 +27,25 @@ from protocol.messages import (
     Message,
     OpenSession,
     Operation,
+    PiecesWanted,
     SessionOpened,
     ShardOffer,
     ShardPiece,
+    ShardProgress,
     ShardStored,
-    ShardWanted,
+    Source,
     SpanLeased,
     SpanLoaded,
     Step,
     StepOutput,
 )
+from protocol.pieces import PieceList
 from protocol.ports import Compute
 from protocol.signed import Identity
 from protocol.tensors import Payload, TensorHeader
 from protocol.tickets import Ticket, issue_ticket
 from simnet.compute import CostModel, ToyCompute
+from simnet.directory import VirtualDirectory
 from simnet.endpoint import VirtualEndpoint
 from simnet.network import VirtualNetwork, open_network
 from simnet.runtime import SeededEntropy, VirtualClock, run
@@ -153,6 +157,15 @@ class Swarm:
     workers: list[Worker]
     nursery: trio.Nursery
     client: HandClient
+    start: Callable[[str, MemoryStore], Awaitable[Worker]]
+
+    async def restart(self, index: int) -> Worker:
+        """The worker's process ends without a word, and comes back with what its store held."""
+        before = self.workers[index]
+        self.network.crash(before.peer)
+        await before.stop()
+        self.workers[index] = await self.start(f"worker {index}", before.store)
+        return self.workers[index]
 
     async def another(self, name: str) -> HandClient:
         """One more client with an identity of its own."""
@@ -199,23 +212,25 @@ async def open_swarm(
     quotas: Quotas = QUOTAS_DEFAULT,
 ) -> AsyncIterator[Swarm]:
     async with open_network(seed) as network, trio.open_nursery() as nursery:
-        workers = []
-        for index in range(count):
-            own, store, counts = identity(f"worker {index}"), MemoryStore(), Counts()
-            endpoint = await _join(network, nursery, f"worker {index}")
+        speeds, directory = (Speed("float32", 10.0, 100.0),), VirtualDirectory()
+
+        async def start(name: str, store: MemoryStore) -> Worker:
+            own, counts, endpoint = identity(name), Counts(), await _join(network, nursery, name)
             engine: Any = compute(store) if compute else ToyCompute(CostModel())
+            entropy = SeededEntropy(seed, name)
             ports = WorkerPorts(
-                endpoint, endpoint, engine, store, VirtualClock(), SeededEntropy(seed, f"worker {index}"), counts
+                endpoint, endpoint, engine, store, VirtualClock(), entropy, counts, directory=directory.of(endpoint)
             )
-            speeds = (Speed("float32", 10.0, 100.0),)
             total_bytes = memory_bytes + queue_memory_bytes
             config = WorkerConfig(own, total_bytes, kv_memory_bytes, queue_memory_bytes, speeds, "cpu", "0", quotas)
             service = WorkerService(ports, config)
             worker = Worker(own, endpoint, service, engine, store, counts)
             await nursery.start(worker.run)
-            workers.append(worker)
+            return worker
+
+        workers = [await start(f"worker {index}", MemoryStore()) for index in range(count)]
         client = HandClient(await _join(network, nursery, "client"), identity("client"))
-        yield Swarm(network, workers, nursery, client)
+        yield Swarm(network, workers, nursery, client, start)
         for worker in workers:
             await worker.stop()
         nursery.cancel_scope.cancel()
@@ -238,7 +253,7 @@ def make_manifest(
         shards = [(salt + bytes([index])) * (size // 17 + 3) for index in range(blocks)]
     entries = tuple(
         BlockEntry(
-            digest=sha256(shard).digest(),
+            digest=PieceList.of_bytes(shard).digest,
             shard_bytes=len(shard),
             config=tuple(ConfigPair(key, value) for key, value in config.to_pairs()),
             tensors=tensors,
@@ -276,15 +291,40 @@ class HandClient:
         finally:
             await channel.aclose()
 
-    async def upload(self, worker: Worker, shards: Sequence[bytes], piece_bytes: int = 1 << 20) -> None:
+    async def upload(self, worker: Worker, shards: Sequence[bytes], **offer: Any) -> list[int]:
+        """Offer `shards` and give what is asked for; gives the indexes of the pieces that were."""
         channel = await self.dial(worker, SHARD)
+        given = []
         for shard in shards:
-            wanted = await channel.call(ShardOffer(sha256(shard).digest(), len(shard)))
-            assert isinstance(wanted, ShardWanted), wanted
-            for offset in range(wanted.offset, len(shard), piece_bytes):
-                await channel.send(ShardPiece(offset), shard[offset : offset + piece_bytes])
-            assert await channel.receive() == (ShardStored(sha256(shard).digest()), b"")
+            given += await self.give(channel, shard, **offer)
         await channel.aclose()
+        return given
+
+    async def offer(
+        self, channel: Channel, shard: bytes, sources: tuple[Source, ...] = (), capability: bytes = b""
+    ) -> PieceList:
+        pieces = PieceList.of_bytes(shard)
+        await channel.send(ShardOffer(pieces.digest, len(shard), sources, capability), pieces.hashes)
+        return pieces
+
+    async def give(self, channel: Channel, shard: bytes, **offer: Any) -> list[int]:
+        pieces = await self.offer(channel, shard, **offer)
+        given = []
+        while True:
+            received = await channel.receive()
+            assert received is not None
+            match received[0]:
+                case PiecesWanted(digest, first, count):
+                    assert digest == pieces.digest
+                    for index in range(first, first + count):
+                        offset, size = pieces.place(index)
+                        await channel.send(ShardPiece(digest, index), shard[offset : offset + size])
+                        given.append(index)
+                case ShardProgress():
+                    pass
+                case other:
+                    assert other == ShardStored(pieces.digest), other
+                    return given
 
     async def deploy(self, worker: Worker, blocks: int, start: int, end: int, salt: bytes = SALT) -> DeploymentId:
         """Lease, upload, load; the lease is without KV room."""

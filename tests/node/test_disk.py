@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import pytest
-import trio
 
 from node.files import parse_bytes, read_private, show_bytes, write_atomic, write_private
 from node.identity import load_identity
 from node.keys import default_key, key_file, load_key, new_key
 from node.lifetime import only_user_of
-from node.store import DiskStore
-from protocol.errors import InputError, LocalProtocolError, Refused
-from protocol.ids import ShardDigest
-from protocol.messages import RefusalReason
-
-CONTENT = bytes(range(256)) * 40
-DIGEST = ShardDigest(hashlib.sha256(CONTENT).digest())
+from protocol.errors import InputError
 
 
 def test_an_atomic_write_leaves_the_old_content_or_the_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,48 +75,3 @@ def test_one_process_for_one_folder(tmp_path: Path) -> None:
         pass
     with only_user_of(tmp_path, "worker"):
         pass
-
-
-def test_a_shard_arrives_in_pieces_and_over_restarts(tmp_path: Path) -> None:
-    async def main() -> None:
-        for start in range(0, len(CONTENT), 1000):
-            store = DiskStore(tmp_path)  # opened anew each time: a crash between any two pieces
-            assert await store.partial(DIGEST) == start
-            assert await store.size(DIGEST) is None
-            with pytest.raises(LocalProtocolError):
-                await store.append(DIGEST, start + 1, b"x")
-            await store.append(DIGEST, start, CONTENT[start : start + 1000])
-        await store.commit(DIGEST)
-        assert await DiskStore(tmp_path).size(DIGEST) == len(CONTENT)
-        assert await store.partial(DIGEST) == 0
-        assert store.path(DIGEST).read_bytes() == CONTENT
-        await store.discard(DIGEST)
-        await store.discard(DIGEST)
-        assert await store.size(DIGEST) is None
-
-    trio.run(main)
-
-
-def test_a_shard_of_other_bytes_is_refused_and_gone(tmp_path: Path) -> None:
-    async def main() -> None:
-        store = DiskStore(tmp_path)
-        await store.append(DIGEST, 0, CONTENT[:-1] + b"?")
-        with pytest.raises(Refused) as refused:
-            await store.commit(DIGEST)
-        assert refused.value.reason == RefusalReason.BAD_SHARD
-        assert await store.size(DIGEST) is None
-        assert await store.partial(DIGEST) == 0
-
-    trio.run(main)
-
-
-def test_what_earlier_runs_left_is_trimmed_oldest_first(tmp_path: Path) -> None:
-    store = DiskStore(tmp_path)
-    for index, folder in enumerate(["shards", "partial", "shards"]):
-        file = tmp_path / folder / f"{index}"
-        file.write_bytes(bytes(100))
-        os.utime(file, ns=(index, index))
-    store.trim(200)
-    assert sorted(path.name for path in tmp_path.rglob("[0-9]")) == ["1", "2"]
-    store.trim(200)
-    assert len(list(tmp_path.rglob("[0-9]"))) == 2

@@ -18,7 +18,7 @@ from client.sealing import block_entry, manifest_of
 from client.tensors import to_payload
 from models.config import BlockConfig, RopeConfig
 from node.engine_thread import EngineThread
-from node.store import digest_of
+from node.store import piece_list_of
 from protocol.errors import Refused
 from protocol.ids import DeploymentId, PeerId, SessionId, deployment_id
 from protocol.messages import Operation, RefusalReason
@@ -211,7 +211,7 @@ def _loaded(folder: Path) -> Engine:
     }
     file = folder / "shard.safetensors"
     save_file(tensors, file)
-    entry = block_entry(tensors, CONFIG, digest_of(file), file.stat().st_size)
+    entry = block_entry(tensors, CONFIG, piece_list_of(file).digest, file.stat().st_size)
     manifest = manifest_of(OWNER.peer, SALT, False, "float32", [entry])
     engine = Engine(lambda _: file)
     engine.load(SpanSpec(manifest, 0, 1))

@@ -20,7 +20,7 @@ from models.checkpoint import Checkpoint
 from node import sealing
 from node.keys import new_key
 from node.sealing import SealedFolder, seal_into, sealed_place
-from node.store import digest_of
+from node.store import piece_list_of
 from protocol.errors import InputError
 from protocol.manifest import open_manifest
 from protocol.signed import Identity
@@ -47,7 +47,7 @@ def test_a_sealed_folder_is_what_its_manifest_says(checkpoint: Checkpoint, tmp_p
     assert manifest.tier == "ee"
     assert len(manifest.blocks) == 4
     for block in manifest.blocks:
-        assert digest_of(folder.shard(block.digest)) == block.digest
+        assert piece_list_of(folder.shard(block.digest)).digest == block.digest
     with pytest.raises(InputError, match="another identity"):
         folder.manifest(Identity(b"\1" * 32))
 

@@ -12,6 +12,7 @@ from protocol import limits
 from protocol.channel import Channel
 from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
 from protocol.framing import encode_frame
+from protocol.ids import ShardDigest
 from protocol.messages import CONTROL, FRAME_BYTES_MAX, SESSION, SHARD, Ping, Pong, ShardPiece, Step
 from protocol.tensors import TensorHeader
 from tests.helpers.protocol_samples import SAMPLES, WORKER, body_of
@@ -84,7 +85,7 @@ def test_a_call_gives_the_answer() -> None:
     with pytest.raises(TransportError, match="instead of answering"):
         done(Channel(Script(), CONTROL).call(PING))
     with pytest.raises(RemoteProtocolError, match="with a body"):
-        done(Channel(Script(encode_frame(ShardPiece(0), b"x")), SHARD).call(PING))
+        done(Channel(Script(encode_frame(ShardPiece(ShardDigest(bytes(32)), 0), b"x")), SHARD).call(PING))
 
 
 def test_reads_are_bounded_by_a_transport_chunk() -> None:

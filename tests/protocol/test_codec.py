@@ -92,7 +92,7 @@ def test_float_32_is_not_canonical() -> None:
 
 def test_a_boolean_is_not_an_integer() -> None:
     with pytest.raises(RemoteProtocolError, match="expected int"):
-        decode_message(b"\x92\x15\xc3")
+        decode_message(msgpack.packb([22, bytes(32), True, 1]))
 
 
 def test_a_reason_may_be_given_as_its_enum() -> None:

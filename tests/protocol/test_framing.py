@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameDecoder, encode_frame
-from protocol.messages import CONTROL, FRAME_BYTES_MAX, SESSION, Message, Ping, ShardPiece, Step, body_fits
+from protocol.messages import CONTROL, FRAME_BYTES_MAX, SESSION, Message, Ping, ShardOffer, ShardPiece, Step, body_fits
 from protocol.tensors import TensorHeader
 from tests.helpers.protocol_samples import SAMPLES, body_of
 from tests.helpers.protocol_samples import SESSION as SESSION_ID
@@ -95,11 +95,13 @@ def test_a_body_of_another_size_than_its_tensor_is_refused_before_it_comes() -> 
                 list(decoder.feed(part))
 
 
-def test_only_tensors_and_pieces_have_a_body() -> None:
+def test_only_tensors_pieces_and_piece_lists_have_a_body() -> None:
     for message in SAMPLES:
-        fits = {size for size in (0, 1, 16, limits.PIECE_BYTES, limits.PIECE_BYTES + 1) if body_fits(message, size)}
+        fits = {size for size in (0, 1, 16, 32, limits.PIECE_BYTES, limits.PIECE_BYTES + 1) if body_fits(message, size)}
         if isinstance(message, ShardPiece):
-            assert fits == {1, 16, limits.PIECE_BYTES}
+            assert fits == {1, 16, 32, limits.PIECE_BYTES}
+        elif isinstance(message, ShardOffer):
+            assert fits == {32}
         else:
             assert fits == ({message.tensor.nbytes} if hasattr(message, "tensor") else {0})
 

@@ -35,6 +35,8 @@ STR_ALLOWED = {
     "Ticket.successor": "a peer id, or nothing",
     "Ticket.successor_addrs": "where the next worker can be dialled",
     "Ticket.returns": "one of RETURNS",
+    "Source.peer": "a peer id",
+    "Source.addrs": "where a worker can be dialled",
     "Capability.holder": "a peer id",
     "Lease.worker": "a peer id",
     "Lease.holder": "a peer id",
@@ -60,6 +62,8 @@ BYTES_ALLOWED = {
     "LeaseRenewed.lease": "a signed Lease, checked by the client",
     "OpenSession.tickets": "sealed Tickets",
     "Signed.payload": "an Advert, Ticket, Capability, Lease or Manifest, checked by who verifies it",
+    "ShardOffer.capability": "a signed Capability, or nothing",
+    "ShardAsk.capability": "a signed Capability",
 }
 # Series of integers could be token ids.
 INTS_ALLOWED = {"TensorHeader.shape": "at most four sizes, that agree with the body"}

@@ -8,7 +8,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import pytest
 
 from protocol import limits
-from protocol.messages import Attach, LeaseSpan, Operation, SessionFailed, ShardOffer, Step
+from protocol.ids import PeerId
+from protocol.messages import Attach, LeaseSpan, Operation, SessionFailed, ShardOffer, Source, Step
 from protocol.schema import Between, Record, Scalar, Size, fields_of, from_plain, to_plain
 from protocol.tensors import TensorHeader
 from tests.helpers.protocol_samples import DIGEST, RECORDS, SESSION
@@ -131,7 +132,8 @@ def test_other_rules_across_fields() -> None:
         lambda: LeaseSpan(b"m", 3, 3, 0, 1, b""),
         lambda: LeaseSpan(b"", 0, 3, 0, 1, b""),
         lambda: SessionFailed(SESSION, "tired", ""),
-        lambda: ShardOffer(DIGEST, 0),
+        lambda: ShardOffer(DIGEST, 0, (), b""),
+        lambda: Source(PeerId("1" * 52), ("/ip4/192.0.2.8/tcp/4001",)),
         lambda: Attach(SESSION + b"\0"),
     ):
         with pytest.raises(ValueError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from models.config import BlockConfig, RopeConfig
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.messages import Operation, RefusalReason
+from protocol.pieces import PieceList
 from protocol.ports import SpanSpec, StepResult, StepWork
 from protocol.signed import Identity
 from protocol.tensors import Payload, TensorHeader
@@ -53,7 +53,7 @@ class Shop:
         shards = [save(tensors) for tensors in blocks]
         self.data, self.manifest, _ = make_manifest(OWNER, len(blocks), shards=shards, config=CONFIG, dtype=dtype)
         for shard in shards:
-            self.path(sha256(shard).digest()).write_bytes(shard)
+            self.path(PieceList.of_bytes(shard).digest).write_bytes(shard)
         self.engine = Engine(self.path)
 
     def path(self, digest: bytes) -> Path:

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from hashlib import sha256
-
 import pytest
 import trio
 
 from protocol.ids import ShardDigest
 from protocol.messages import (
-    SHARD,
     LeaseSpan,
     LoadSpan,
     Message,
     Refusal,
     RefusalReason,
     ReleaseSpan,
-    ShardOffer,
-    ShardPiece,
-    ShardStored,
-    ShardWanted,
     SpanLeased,
     SpanLoaded,
     SpanReleased,
 )
 from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, HandClient, Swarm, Worker, in_swarm, lease_of, make_manifest
-from worker.admission import UPLOAD_SILENCE_S
 
 
 def reason(message: Message) -> str:
@@ -58,8 +50,9 @@ def test_only_missing_shards_are_asked_for() -> None:
         assert worker.counts.weight_bytes == 3 * BLOCK_BYTES
         for _ in range(2):
             assert await swarm.client.ask(worker, ReleaseSpan(DEPLOYMENT, True, b"")) == SpanReleased()
-        assert not worker.store.whole
         assert worker.counts.weight_bytes == 0
+        assert not worker.store.spans
+        assert await missing(swarm.client, worker, prepare) == (), "shards stay when their span goes"
 
     in_swarm(1, test)
 
@@ -88,7 +81,7 @@ def test_refusals_of_control() -> None:
     in_swarm(1, test, memory_bytes=4 * BLOCK_BYTES + 1, kv_memory_bytes=1)
 
 
-def test_an_idle_deployment_makes_room_and_leaves_nothing() -> None:
+def test_an_idle_deployment_makes_room() -> None:
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
         await swarm.client.deploy(worker, 2, 0, 2)
@@ -97,7 +90,7 @@ def test_an_idle_deployment_makes_room_and_leaves_nothing() -> None:
         await swarm.client.ask(worker, ReleaseSpan(DEPLOYMENT, False, b""))
         assert list(worker.compute.spans) == [DEPLOYMENT], "it stays as a cache"
         assert list(worker.compute.spans) != [await bob.deploy(worker, 2, 0, 2)] == list(worker.compute.spans)
-        assert len(worker.store.whole) == 2
+        assert list(worker.store.spans) == list(worker.compute.spans)
         assert reason(await swarm.client.ask(worker, LoadSpan(DEPLOYMENT))) == RefusalReason.UNKNOWN_DEPLOYMENT
 
     in_swarm(1, test, memory_bytes=3 * BLOCK_BYTES + 1, kv_memory_bytes=1)
@@ -108,8 +101,6 @@ def test_another_range_of_the_same_deployment_replaces_the_first() -> None:
         (worker,) = swarm.workers
         await swarm.client.deploy(worker, 3, 0, 2)
         await swarm.client.deploy(worker, 3, 1, 3)
-        _, manifest, _ = make_manifest(swarm.client.identity, 3)
-        assert set(worker.store.whole) == {block.digest for block in manifest.blocks[1:]}
         assert worker.compute.spans[DEPLOYMENT].start == 1
 
     in_swarm(1, test)
@@ -133,136 +124,3 @@ def test_loading_is_not_lost_with_its_asker(gone: bool) -> None:
         assert not worker.compute.spans
 
     in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=5.0)))
-
-
-def test_an_upload_goes_on_where_it_broke_off() -> None:
-    async def test(swarm: Swarm) -> None:
-        (worker,) = swarm.workers
-        data, _, (shard,) = make_manifest(swarm.client.identity, 1)
-        await swarm.client.ask(worker, lease_of(data, 0, 1))
-        offer = ShardOffer(sha256(shard).digest(), len(shard))
-        broken = await swarm.client.dial(worker, SHARD)
-        assert await broken.call(offer) == ShardWanted(0)
-        await broken.send(ShardPiece(0), shard[:100])
-        await trio.sleep(1)
-        # the old stream still looks alive to the worker: the newer one takes over
-        newer = await swarm.client.dial(worker, SHARD)
-        assert await newer.call(offer) == ShardWanted(100)
-        assert await broken.receive() is None
-        await newer.send(ShardPiece(100), shard[100:])
-        assert await newer.receive() == (ShardStored(offer.digest), b"")
-        assert await newer.call(offer) == ShardWanted(len(shard))
-        assert await newer.receive() == (ShardStored(offer.digest), b"")
-        assert worker.store.whole[offer.digest] == shard
-
-    in_swarm(1, test)
-
-
-def test_bytes_that_are_not_the_digests_are_refused_and_deleted() -> None:
-    async def test(swarm: Swarm) -> None:
-        (worker,) = swarm.workers
-        data, _, (shard,) = make_manifest(swarm.client.identity, 1)
-        await swarm.client.ask(worker, lease_of(data, 0, 1))
-        channel = await swarm.client.dial(worker, SHARD)
-        offer = ShardOffer(sha256(shard).digest(), len(shard))
-        await channel.call(offer)
-        await channel.send(ShardPiece(0), shard[:-1] + b"\xff")
-        received = await channel.receive()
-        assert received is not None
-        assert reason(received[0]) == RefusalReason.BAD_SHARD
-        assert await channel.call(offer) == ShardWanted(0), "from the start, over the same stream"
-        await channel.send(ShardPiece(0), shard)
-        assert await channel.receive() == (ShardStored(offer.digest), b"")
-
-    in_swarm(1, test)
-
-
-def test_only_what_a_prepared_span_needs_is_taken() -> None:
-    async def test(swarm: Swarm) -> None:
-        (worker,) = swarm.workers
-        data, _, shards = make_manifest(swarm.client.identity, 2)
-        await swarm.client.ask(worker, lease_of(data, 0, 1))
-        mallory = await swarm.another("mallory")
-        own, theirs = [await client.dial(worker, SHARD) for client in (swarm.client, mallory)]
-        first, second = (sha256(shard).digest() for shard in shards)
-        assert reason(await own.call(ShardOffer(second, len(shards[1])))) == RefusalReason.FORBIDDEN
-        assert reason(await own.call(ShardOffer(first, len(shards[0]) + 1))) == RefusalReason.BAD_SHARD
-        assert reason(await theirs.call(ShardOffer(first, len(shards[0])))) == RefusalReason.FORBIDDEN
-        assert not worker.store.parts
-
-    in_swarm(1, test)
-
-
-@pytest.mark.parametrize("offset", [1, 50], ids=["a gap", "too many bytes"])
-def test_pieces_out_of_place_close_the_stream(offset: int) -> None:
-    async def test(swarm: Swarm) -> None:
-        (worker,) = swarm.workers
-        data, _, (shard,) = make_manifest(swarm.client.identity, 1)
-        await swarm.client.ask(worker, lease_of(data, 0, 1))
-        channel = await swarm.client.dial(worker, SHARD)
-        await channel.call(ShardOffer(sha256(shard).digest(), len(shard)))
-        if offset == 50:
-            await channel.send(ShardPiece(0), shard + b"x")
-        else:
-            await channel.send(ShardPiece(1), shard[1:])
-        assert await channel.receive() is None
-        assert worker.counts.violations == [(swarm.client.peer, SHARD)]
-        assert not worker.store.parts
-
-    in_swarm(1, test)
-
-
-def test_releasing_a_span_ends_its_uploads() -> None:
-    async def test(swarm: Swarm) -> None:
-        (worker,) = swarm.workers
-        data, _, (shard,) = make_manifest(swarm.client.identity, 1)
-        await swarm.client.ask(worker, lease_of(data, 0, 1))
-        channel = await swarm.client.dial(worker, SHARD)
-        await channel.call(ShardOffer(sha256(shard).digest(), len(shard)))
-        await channel.send(ShardPiece(0), shard[:100])
-        await trio.sleep(1)
-        assert await swarm.client.ask(worker, ReleaseSpan(DEPLOYMENT, True, b"")) == SpanReleased()
-        assert await channel.receive() is None
-        assert not worker.store.parts
-
-    in_swarm(1, test)
-
-
-def test_an_upload_for_a_range_that_was_replaced_is_cut_off() -> None:
-    async def test(swarm: Swarm) -> None:
-        (worker,) = swarm.workers
-        data, _, shards = make_manifest(swarm.client.identity, 3)
-        await swarm.client.ask(worker, lease_of(data, 0, 2))
-        channel = await swarm.client.dial(worker, SHARD)
-        await channel.call(ShardOffer(sha256(shards[1]).digest(), len(shards[1])))
-        await channel.send(ShardPiece(0), shards[1][:100])
-        await swarm.client.ask(worker, lease_of(data, 1, 3))
-        await channel.send(ShardPiece(100), shards[1][100:])
-        received = await channel.receive()
-        assert received is not None
-        assert reason(received[0]) == RefusalReason.UNKNOWN_DEPLOYMENT
-        assert await channel.receive() is None
-        await swarm.client.upload(worker, shards[1:])  # and goes on from where it was
-        assert isinstance(await swarm.client.ask(worker, LoadSpan(DEPLOYMENT)), SpanLoaded)
-
-    in_swarm(1, test)
-
-
-def test_a_span_whose_upload_fell_silent_is_forgotten() -> None:
-    async def test(swarm: Swarm) -> None:
-        (worker,) = swarm.workers
-        data, _, (shard,) = make_manifest(swarm.client.identity, 1)
-        await swarm.client.ask(worker, lease_of(data, 0, 1))
-        channel = await swarm.client.dial(worker, SHARD)
-        await channel.call(ShardOffer(sha256(shard).digest(), len(shard)))
-        await trio.sleep(UPLOAD_SILENCE_S / 2)
-        await channel.send(ShardPiece(0), shard[:100])
-        await swarm.client.ask(worker, ReleaseSpan(DEPLOYMENT, False, b""))
-        await trio.sleep(UPLOAD_SILENCE_S - 10)
-        assert worker.service.house.spans.leases
-        assert worker.store.parts
-        await trio.sleep(20)
-        assert not worker.service.house.spans.leases
-        assert not worker.store.parts
-
-    in_swarm(1, test)

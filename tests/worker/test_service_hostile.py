@@ -11,7 +11,7 @@ import trio
 
 from protocol import limits
 from protocol.channel import Channel
-from protocol.ids import SessionId
+from protocol.ids import SessionId, ShardDigest
 from protocol.messages import (
     CONTROL,
     LINK,
@@ -330,10 +330,10 @@ def test_messages_of_unknown_sessions_are_answered_to_clients_and_dropped_on_lin
 WRONG: list[tuple[str, Message, bytes]] = [
     (CONTROL, Attach(SessionId(b"s" * 16)), b""),
     (CONTROL, Pong(bytes(8)), b""),
-    (SHARD, ShardPiece(0), b"piece"),
+    (SHARD, ShardPiece(ShardDigest(bytes(32)), 0), b"piece"),
     (SHARD, Ping(bytes(8)), b""),
     (SESSION, Ping(bytes(8)), b""),
-    (SESSION, ShardPiece(0), b"piece"),
+    (SESSION, ShardPiece(ShardDigest(bytes(32)), 0), b"piece"),
     (SESSION, Attached(SessionId(b"s" * 16)), b""),
 ]
 

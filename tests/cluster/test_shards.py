@@ -1,0 +1,126 @@
+"""Shards between real processes: killed uploads, several sources, and workers that come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import trio
+
+from client.deploy import DeployProgress, deploy
+from client.routing import Hop, Route
+from client.upload import holders_in
+from models.checkpoint import Checkpoint
+from node.app_client import Client, DeployOptions, SealedModel
+from node.model import Ask
+from node.sealing import FolderSource
+from protocol.ids import ShardDigest
+from protocol.pieces import PieceList
+from simnet import cluster
+from simnet.cluster import WorkerProcess, WorkerSpec
+from simnet.upload_trials import run_trial
+from tests.helpers.swarm import with_client
+from tests.helpers.tiny_models import make_checkpoint
+
+SIZES = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 6}  # 6 shards of 7 pieces
+SPEC = WorkerSpec(memory="600MiB", kv_memory="150MiB")
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_an_upload_killed_on_either_side_goes_on_and_sends_nothing_again(seed: int, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", **SIZES)
+    report = run_trial(tmp_path / "trial", model, seed, kills=3)
+    assert report.passed, report
+    assert {attempt.victim for attempt in report.attempts} == {"worker", "client", ""}
+    assert any(0 < attempt.before < report.pieces for attempt in report.attempts), "no kill was in the middle"
+    assert report.attempts[-1].before + report.attempts[-1].sent == report.pieces
+
+
+@dataclass
+class SlowSource:
+    """A client with a slow line: four pieces a second, all shards together."""
+
+    source: FolderSource
+    reads: Counter[ShardDigest] = field(default_factory=Counter)
+
+    async def pieces(self, digest: ShardDigest) -> PieceList | None:
+        return await self.source.pieces(digest)
+
+    async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
+        await trio.sleep(0.25)
+        self.reads[digest] += 1
+        return await self.source.read(digest, offset, max_bytes)
+
+
+async def sealed(client: Client, model: Path) -> SealedModel:
+    return await client.seal(Checkpoint.open(model), "float32", None, lambda *_: None)
+
+
+async def bring(client: Client, model: SealedModel, worker: WorkerProcess, source: SlowSource | FolderSource) -> int:
+    """The whole model to one worker; gives the most bytes that progress told of."""
+    data, manifest = model.folder.manifest(client.ports.identity)
+    route = Route(manifest.deployment, (Hop(worker.peer, worker.addrs, 0, len(manifest.blocks)),))
+    told: list[DeployProgress] = []
+    view = client.watch.view
+    await deploy(client.ports, route, data, source, told.append, holders_in(view, manifest.deployment))
+    assert told[-1].total_bytes == sum(block.shard_bytes for block in manifest.blocks)
+    return told[-1].present_bytes
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["to the end", "a source is killed"])
+def test_another_worker_helps_a_slow_client(killed: bool, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", **SIZES)
+    with cluster.running(tmp_path / "cluster", [SPEC] * 2) as net:
+        first, second = net.workers
+
+        async def work(client: Client) -> tuple[int, int]:
+            ready = await sealed(client, model)
+            await bring(client, ready, first, FolderSource(ready.folder))
+            await client.watch.wait_for(lambda view: bool(view.holders(ready.folder.deployment)))
+            slow = SlowSource(FolderSource(ready.folder))
+            async with trio.open_nursery() as nursery:
+                if killed:
+                    nursery.start_soon(_kill_in_the_middle, first, second)
+                present = await bring(client, ready, second, slow)
+            return present, slow.reads.total()
+
+        present, reads = with_client(net, tmp_path / "data", work)
+        shards = sorted((Path(second.folder) / "shards").glob("*.safetensors"))
+        assert sum(path.stat().st_size for path in shards) == present
+        assert reads < (42 if killed else 12), "of 42 pieces"
+
+
+async def _kill_in_the_middle(source: WorkerProcess, fetcher: WorkerProcess) -> None:
+    while len(list((Path(fetcher.folder) / "shards").glob("*.safetensors"))) < 1:
+        await trio.sleep(0.001)
+    os.kill(source.pid, signal.SIGKILL)
+
+
+def test_a_worker_that_was_killed_serves_again_without_an_upload(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    with cluster.running(tmp_path / "cluster", [SPEC] * 2) as net:
+
+        async def first(client: Client) -> tuple[str, str]:
+            ready = await client.deploy(await sealed(client, model), DeployOptions())
+            assert len(ready.hops) == 1
+            return ready.hops[0].peer, (await ready.generate("the quiet brook", Ask(8))).text
+
+        peer, text = with_client(net, tmp_path / "data", first)
+        victim = next(worker for worker in net.workers if worker.peer == peer)
+        other = next(worker for worker in net.workers if worker.peer != peer)
+        os.kill(victim.pid, signal.SIGKILL)
+        cluster.restart(net, victim.name)
+
+        async def second(client: Client) -> str:
+            model_at_client = await sealed(client, model)
+            await client.watch.wait_for(lambda view: bool(view.holders(model_at_client.folder.deployment)))
+            ready = await client.deploy(model_at_client, DeployOptions())
+            assert ready.hops == (), "nothing was brought: the worker said that it holds the model"
+            assert ready.route.hops[0].peer == peer
+            return (await ready.generate("the quiet brook", Ask(8))).text
+
+        assert with_client(net, tmp_path / "data", second, bootstrap=other.bootstrap) == text

@@ -1,0 +1,92 @@
+"""A worker that comes back serves what its store holds, and forgets what does not hold."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from protocol.errors import Refused
+from protocol.messages import LoadSpan, RefusalReason, ReleaseSpan, SpanLeased, SpanLoaded
+from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, in_swarm, lease_of, make_manifest
+
+
+def test_a_worker_that_restarts_serves_from_its_store() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        (held,) = worker.service.herald._held()
+        assert (held.deployment, held.start, held.end) == (DEPLOYMENT, 0, 2)
+        route = await swarm.client.route(swarm.workers)
+        await route.aclose()
+        await trio.sleep(5)
+        worker.assert_idle()
+        data, _, _ = make_manifest(swarm.client.identity, 2)
+        assert not worker.service.house.spans.leased(), "a cache, until somebody leases it"
+        leased = await swarm.client.ask(worker, lease_of(data, 0, 2))
+        assert isinstance(leased, SpanLeased)
+        assert leased.missing == ()
+        assert isinstance(await swarm.client.ask(worker, LoadSpan(DEPLOYMENT)), SpanLoaded)
+
+    in_swarm(1, test)
+
+
+def test_what_was_released_or_replaced_does_not_come_back() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy(swarm.workers[0], 3, 0, 2)
+        await swarm.client.deploy(swarm.workers[0], 3, 1, 3)
+        released = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"R" * 16)
+        await swarm.client.ask(swarm.workers[0], ReleaseSpan(released, True, b""))
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        assert [(held.deployment, held.start) for held in worker.service.herald._held()] == [(DEPLOYMENT, 1)]
+
+    in_swarm(1, test)
+
+
+def test_the_newest_spans_come_back_as_far_as_they_fit() -> None:
+    async def test(swarm: Swarm) -> None:
+        deployments = []
+        for letter in b"ABC":
+            deployments.append(await swarm.client.deploy(swarm.workers[0], 2, 0, 2, bytes([letter]) * 16))
+            await swarm.client.ask(swarm.workers[0], ReleaseSpan(deployments[-1], False, b""))
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        assert {held.deployment for held in worker.service.herald._held()} == set(deployments[1:])
+
+    in_swarm(1, test, memory_bytes=4 * BLOCK_BYTES + 1, kv_memory_bytes=1)
+
+
+@pytest.mark.parametrize("damage", ["record", "wrong name", "shard garbled", "shard gone", "engine refuses"])
+def test_what_does_not_hold_is_forgotten_and_the_rest_comes_back(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(swarm: Swarm) -> None:
+        good = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        bad = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
+        store = swarm.workers[0].store
+        _, manifest, _ = make_manifest(swarm.client.identity, 2, b"X" * 16)
+        match damage:
+            case "record":
+                store.spans[bad] = store.spans[bad][:-1]
+            case "wrong name":
+                store.spans[bad] = store.spans[good]
+            case "shard garbled":
+                digest = manifest.blocks[1].digest
+                store.whole[digest] = b"?" + store.whole[digest][1:]
+            case "shard gone":
+                del store.whole[manifest.blocks[0].digest]
+            case _:
+                load = type(swarm.workers[0].compute).load
+
+                async def refuse(self: object, span: object) -> object:
+                    if span.manifest.deployment == bad:  # type: ignore[attr-defined]
+                        raise Refused(RefusalReason.BAD_SHARD, "not the manifest's")
+                    return await load(self, span)
+
+                monkeypatch.setattr(type(swarm.workers[0].compute), "load", refuse)
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        assert [held.deployment for held in worker.service.herald._held()] == [good]
+        assert list(store.spans) == [good]
+        assert list(worker.service.house.spans.leases) == [good]
+
+    in_swarm(1, test)
