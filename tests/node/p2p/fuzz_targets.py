@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import trio
 from google.protobuf.message import DecodeError
+from libp2p.exceptions import ParseError
 from libp2p.peer.id import ID
 from libp2p.pubsub.pb import rpc_pb2
 
 from node.p2p.gossip import GuardedPubsub, TopicSubscription
+from node.p2p.gossip_rpc import trim
 from node.p2p.yamux import Yamux
+from node.p2p.yamux_limits import Memory
 from protocol.adverts import TOPIC, AdvertGate, sign_advert
 from protocol.errors import RemoteProtocolError
 from protocol.ids import PeerId
@@ -39,13 +43,14 @@ class _Admission(GuardedPubsub):
     """The guard without the service."""
 
     def __init__(self) -> None:
-        self._budgets = {}
+        self._forwarding = OrderedDict()
 
 
 @target(
     "gossip rpc",
     [_rpc(), _rpc(topicIDs=[]), _rpc(from_id=b""), _rpc(key=b"k", signature=b"s"), _control()],
     DecodeError,
+    ParseError,
 )
 def gossip_rpc(data: bytes) -> None:
     """What a neighbour's RPC publishes, through the guard, the validator's wrapper and the advert gate."""
@@ -60,6 +65,7 @@ def gossip_rpc(data: bytes) -> None:
 
     rpc = rpc_pb2.RPC()
     rpc.ParseFromString(data)
+    trim(rpc, {TOPIC})
     guard, subscription = _Admission(), TopicSubscription(PeerId(CLIENT.peer), valid)
 
     async def admit() -> None:
@@ -95,7 +101,7 @@ def yamux_connection(data: bytes) -> None:
     """A whole connection, with streams that somebody accepts and reads."""
 
     async def main() -> None:
-        muxer = Yamux(_Script(data), _NEIGHBOUR)  # type: ignore[arg-type]
+        muxer = Yamux(_Script(data), _NEIGHBOUR, Memory())  # type: ignore[arg-type]
         with trio.fail_after(5):
             await muxer.start()
         assert muxer.is_closed
