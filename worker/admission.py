@@ -99,11 +99,15 @@ class SpanLedger:
             raise Refused(RefusalReason.FORBIDDEN, "the deployment belongs to another client")
         return lease
 
+    def holds(self, lease: SpanLease) -> bool:
+        """False once `lease` was released, evicted or replaced."""
+        return self.leases.get(lease.request.deployment) is lease
+
     def remove(self, lease: SpanLease) -> None:
         """Free the lease's memory. Idempotent. Raises LocalProtocolError while a session is open."""
         if lease.sessions:
             raise LocalProtocolError("a deployment with open sessions cannot be removed")
-        if self.leases.get(lease.request.deployment) is lease:
+        if self.holds(lease):
             del self.leases[lease.request.deployment]
 
     def silent(self, now: float) -> tuple[SpanLease, ...]:

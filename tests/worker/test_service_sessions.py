@@ -330,7 +330,7 @@ def test_releasing_a_deployment_ends_its_sessions_first() -> None:
         assert message.reason == RefusalReason.UNKNOWN_DEPLOYMENT
         worker.assert_idle()
         assert not worker.compute.spans
-        assert not worker.store.whole
+        assert not worker.store.spans
         assert worker.service.spans.free_bytes == worker.service.spans.memory_bytes
 
     in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(step_s=3.0)))
