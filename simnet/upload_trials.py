@@ -76,9 +76,8 @@ def run_trial(
     attempts: list[Attempt] = []
     with _trial(folder, model) as trial:
         for kills_left in range(kills, 0, -1):
-            share = (
-                2 * (trial.pieces - len(trial.on_disk())) // (kills_left + 1)
-            )  # so that the last one finds some left
+            missing = trial.pieces - len(trial.on_disk())
+            share = 2 * missing // (kills_left + 1)  # on average half of it is sent, so the last kill finds some left
             attempts.append(trial.attempt(chance.choice(("worker", "client")), chance.randint(1, max(1, share))))
             notify(attempts[-1])
         attempts.append(trial.attempt())
