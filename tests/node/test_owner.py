@@ -182,7 +182,13 @@ def test_what_is_no_grant_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="another identity"):
         grant_to(HOLDER.peer, tmp_path, sealed_by(HOLDER), "use", "7d")
     token = grant_to(HOLDER.peer, tmp_path, sealed_by(owner), "use", "7d").text
-    for wrong in ("", "rubbish", token[:-3], token[:40] + ("B" if token[40] == "A" else "A") + token[41:], "sotto-use-e30"):
+    for wrong in (
+        "",
+        "rubbish",
+        token[:-3],
+        token[:40] + ("B" if token[40] == "A" else "A") + token[41:],
+        "sotto-use-e30",
+    ):
         with pytest.raises(InputError, match="copy the whole token"):
             read_token(wrong)
 
