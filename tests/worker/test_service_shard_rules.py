@@ -127,6 +127,7 @@ def test_a_worker_finds_in_the_directory_who_else_has_a_shard(right: bool) -> No
         given = await swarm.client.upload(worker, [shard], capability=shown)
         assert list(worker.store.whole.values()) == [shard]
         assert len(given) <= WINDOW_START + 1 if right else len(given) == 9
+        assert not holder.counts.refused, "nobody is asked in vain"
         await trio.sleep(60)
         assert_no_fetch(worker)
         assert not worker.service._fetches.suppliers._searched
@@ -190,6 +191,7 @@ def test_a_worker_dials_no_address_that_it_would_not_dial_for_a_ticket(monkeypat
 def test_pieces_from_other_workers_count_towards_the_bandwidth() -> None:
     async def test(swarm: Swarm) -> None:
         holder, worker = swarm.workers
+        holder.service._throttled = False
         shards = await deployed(swarm.client, holder, 2)
         lines(swarm, SLOW, swarm.client.peer, worker.peer)
         await leased(swarm.client, worker, 2)
