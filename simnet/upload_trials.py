@@ -57,6 +57,11 @@ class TrialReport:
         return sum(attempt.sent_again for attempt in self.attempts)
 
     @property
+    def kills_midway(self) -> int:
+        """Kills after which pieces were still missing."""
+        return sum(attempt.before < self.pieces for attempt in self.attempts[1:])
+
+    @property
     def passed(self) -> bool:
         return self.whole and not self.sent_again and not self.sent_after_restart
 
@@ -71,9 +76,10 @@ def run_trial(
     chance = random.Random(f"{seed}/upload")
     attempts: list[Attempt] = []
     with _trial(folder, model) as trial:
-        for _ in range(kills):
-            left = max(1, trial.pieces - len(trial.on_disk()))
-            attempts.append(trial.attempt(chance.choice(("worker", "client")), chance.randint(1, left)))
+        for kills_left in range(kills, 0, -1):
+            missing = trial.pieces - len(trial.on_disk())
+            share = 2 * missing // (kills_left + 1)  # on average half of it is sent, so the last kill finds some left
+            attempts.append(trial.attempt(chance.choice(("worker", "client")), chance.randint(1, max(1, share))))
             notify(attempts[-1])
         attempts.append(trial.attempt())
         whole = len(trial.on_disk()) == trial.pieces

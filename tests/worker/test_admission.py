@@ -131,6 +131,36 @@ def test_the_disk_is_bounded_before_a_byte_is_uploaded() -> None:
     ledger.prepare(request(3), 1.0, ANN.peer)
 
 
+def test_sessions_need_no_disk_and_a_cache_that_is_leased_again_is_counted_again() -> None:
+    size = sum(request(1).shards.values())
+    ledger = SpanLedger(1 << 30, disk_bytes=2 * size, owner_share=0.75)
+    first, second = loaded(ledger, request(1), 0.0), loaded(ledger, request(2), 0.0)
+    first.sessions = second.sessions = 1
+    assert not ledger.pinned()
+    for name in (3, 4):
+        prepared(ledger, request(name), 1.0)
+    assert ledger.pinned() == ledger.leased() == request(3).shards.keys() | request(4).shards.keys()
+    assert reason_of(lambda: ledger.prepare(request(1), 2.0, ANN.peer)) == RefusalReason.DISK
+    first.state = SpanState.LOADING
+    assert ledger.pinned() - ledger.leased() == request(1).shards.keys()
+
+
+def test_an_owner_cannot_lease_caches_beyond_its_share() -> None:
+    ledger = SpanLedger(4 * BLOCK_BYTES, owner_share=0.5)
+    loaded(ledger, request(1), 0.0)
+    for name in (2, 3):
+        prepared(ledger, request(name), 1.0)
+    assert reason_of(lambda: ledger.prepare(request(1), 2.0, ANN.peer)) == RefusalReason.MEMORY
+
+
+def test_a_shard_of_two_spans_is_on_disk_once() -> None:
+    data, _, (shard,) = make_manifest(ANN, 1)
+    again, _, _ = make_manifest(BOB, 1, shards=[shard])
+    ledger = SpanLedger(1 << 30, disk_bytes=len(shard))
+    prepared(ledger, read_span(data, 0, 1), 0.0)
+    prepared(ledger, read_span(again, 0, 1), 0.0, BOB.peer)
+
+
 def test_preparing_again_keeps_the_span_and_another_range_replaces_it() -> None:
     ledger = SpanLedger(2 * BLOCK_BYTES)
     data, _, _ = make_manifest(ANN, 3)
