@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from node import app_client, joining
+from node import entering, joining
 from node.app_client import ClientOptions, observe
 from node.groups import ungrouped
 from node.lan import Lan, OnSighting, Presence
@@ -41,8 +41,8 @@ def network(sightings: Sightings = (), trouble: str = "") -> Callable[..., objec
 @pytest.fixture
 def looking(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], None]:
     monkeypatch.setenv("SOTTO_LAN", "1")
-    monkeypatch.setattr(app_client, "LAN_SEARCH_S", 0.3)
-    return lambda on_lan: monkeypatch.setattr(app_client, "on_lan", on_lan)
+    monkeypatch.setattr(entering, "LAN_SEARCH_S", 0.3)
+    return lambda on_lan: monkeypatch.setattr(entering, "on_lan", on_lan)
 
 
 def members(folder: Path) -> set[PeerId]:
