@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 import trio
 
@@ -115,6 +116,7 @@ def test_a_worker_that_was_killed_serves_again_without_an_upload(tmp_path: Path)
         victim = next(worker for worker in net.workers if worker.peer == peer)
         other = next(worker for worker in net.workers if worker.peer != peer)
         os.kill(victim.pid, signal.SIGKILL)
+        psutil.wait_procs([psutil.Process(victim.pid)], timeout=10)
         cluster.restart(net, victim.name)
 
         async def second(client: Client) -> str:
