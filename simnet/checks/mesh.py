@@ -142,7 +142,7 @@ def restart_serves_from_disk(scene: Scene) -> Figures:
 
 def quotas_refuse(scene: Scene) -> Figures:
     """Requests, sessions, disk and memory beyond an owner's quotas are refused with the reason, and others go on."""
-    quotas = [f"--quota={text}" for text in ("peer-requests=5", "peer-sessions=3", "disk=64KiB")]
+    quotas = ["--quota=peer-requests=5", "--quota=peer-sessions=3", "--disk=64KiB"]
     with daemon(scene.folder / "a", "worker", *quotas) as worker:
         figures = {
             "rate": trio.run(_requests_refused, worker),
