@@ -12,17 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from math import inf
-from typing import TYPE_CHECKING
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, ShardDigest
+from protocol.leases import Lease
 from protocol.messages import RefusalReason
 from protocol.ports import LoadedSpan
 from worker.spans import SpanRequest
-
-if TYPE_CHECKING:
-    from worker.leases import Holding
 
 UPLOAD_SILENCE_S = 600.0  # memory that is leased but not filled is given away after this time, whoever renews the lease
 LEASES_MAX = limits.ADVERT_SPANS_MAX  # a span that no advert has room for could not be found
@@ -32,6 +29,16 @@ class SpanState(Enum):
     PREPARED = "prepared"  # memory is booked, shards are coming
     LOADING = "loading"
     LOADED = "loaded"
+
+
+@dataclass(slots=True)
+class Holding:
+    """One live lease. `until` is in monotonic seconds: clocks that are set neither lengthen nor shorten it."""
+
+    lease: Lease
+    until: float
+    serial: bytes
+    absent_since: float | None = None
 
 
 @dataclass(slots=True)

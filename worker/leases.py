@@ -19,7 +19,7 @@ from protocol.leases import Lease, sign_lease
 from protocol.messages import RefusalReason
 from protocol.ports import Entropy
 from protocol.signed import Identity
-from worker.admission import SpanLease, SpanLedger
+from worker.admission import Holding, SpanLease, SpanLedger
 from worker.kv_pool import KvPool
 
 GRACE_S = 30.0  # a client that reconnects within this time finds its lease; twice what a dead connection takes to show
@@ -44,16 +44,6 @@ class Terms:
         """As long as asked for, and not longer than the right to ask."""
         asked = min(self.lease_s, limits.LEASE_S_MAX) * 1000
         return asked if self.expires_ms is None else max(1, min(asked, self.expires_ms - self.now_ms))
-
-
-@dataclass(slots=True)
-class Holding:
-    """One live lease. `until` is in monotonic seconds: clocks that are set neither lengthen nor shorten it."""
-
-    lease: Lease
-    until: float
-    serial: bytes
-    absent_since: float | None = None
 
 
 @dataclass(slots=True)
