@@ -41,6 +41,10 @@ TopK = Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps a
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")]
 Workers = Annotated[int, typer.Option(min=1, help="Spread the model over at least so many workers.")]
+Speculate = Annotated[
+    bool,
+    typer.Option("--speculate/--no-speculate", help="Guess at tokens from the text so far; the answer is the same."),
+]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
 
 
@@ -74,6 +78,7 @@ def run(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
+    speculate: Speculate = False,
     capability: Capability = None,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
@@ -85,7 +90,7 @@ def run(
     """
     with errors(as_json):
         where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop)
+        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculate)
 
         async def work() -> tuple[GenerationResult, float]:
             async with deployed(where) as ready:
@@ -122,6 +127,7 @@ def submit(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
+    speculate: Speculate = False,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
     data_dir: DataDir = None,
@@ -138,7 +144,7 @@ def submit(
 
         lines = read_prompts(prompts)
         where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop)
+        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculate)
 
         async def work() -> list[dict[str, Any]]:
             async with deployed(where) as ready:
@@ -196,6 +202,8 @@ def result_json(result: GenerationResult) -> dict[str, Any]:
         "prompt_tokens": result.prompt_tokens,
         "time_to_first_token_s": result.time_to_first_token_s,
         "tokens_per_second": result.tokens_per_second,
+        "drafted": result.drafted,
+        "accepted": result.accepted,
     }
 
 
@@ -226,7 +234,7 @@ def _where(
     )
 
 
-def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None) -> Ask:
+def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, speculate: bool) -> Ask:
     from models.sampling import SamplingParams
     from node.model import Ask
     from protocol.errors import InputError
@@ -236,7 +244,7 @@ def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: lis
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()))
+    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()), speculate=speculate)
 
 
 def _stream(piece: str) -> None:

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from client.generate import GenerationResult
 from client.tensors import to_payload, to_tensor
 from models.agreement import allowed_difference, compare, max_difference
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
+from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from node.app_client import Client
 from node.model import Ask, DeployedModel
 from simnet.cluster import Cluster
+from sotto.demo import demo_checkpoint
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
 
@@ -86,3 +89,19 @@ def _check(checkpoint: Checkpoint, swarm: Cluster, data_dir: Path, new_tokens: i
     assert hops == 3
     assert compare(want, got, logits[len(ids) - 1 :], delta)
     assert max_difference(sealed_logits, logits) <= delta
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_speculation_changes_the_steps_and_not_the_answer(temperature: float, swarm: Cluster, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(demo_checkpoint())
+    prompt, sampling = "If the file is closed, it is closed. If the file", SamplingParams(temperature, seed=3)
+
+    async def work(client: Client) -> tuple[GenerationResult, GenerationResult]:
+        model = await deploy(client, checkpoint)
+        plain = await model.generate(prompt, Ask(96, sampling, ignore_eos=True))
+        return plain, await model.generate(prompt, Ask(96, sampling, ignore_eos=True, speculate=True))
+
+    plain, speculated = with_client(swarm, tmp_path, work)
+    assert speculated.ids == plain.ids
+    assert plain.drafted == 0
+    assert 0 < speculated.accepted <= speculated.drafted
