@@ -1,7 +1,8 @@
 """Telling the directory which shards this worker gives, so that others can fetch them here.
 
-Invariant: what is told is what would be given at that moment: whole on disk, and needed by a span here. What merely lies
-on disk is not told: nobody here could say who may have it (giving.py). Nor is a loaded span whose shards were evicted.
+Invariant: what is told is what would be given at that moment: whole on disk, and needed by a span here. What merely
+lies on disk is not told, since nobody here could say who may have it (giving.py), nor are shards that were evicted from
+under a loaded span.
 
 New shards within PERIOD_S, all of them again every limits.PROVIDE_AGAIN_S, never more than limits.PROVIDES_PER_S.
 What is no longer given is not taken back: its record expires, and who asks for the shard before is refused.
