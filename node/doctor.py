@@ -115,7 +115,8 @@ def _bootstrap(facts: Facts) -> Iterator[Finding]:
             "swarm",
             Level.FAIL,
             f"no bootstrap address answers ({silent[0][1]})",
-            "check the address and that its node is up, and that outgoing TCP connections are allowed here",
+            "check the address (nodes move: a newer invite has newer ones), that its node is up, and that outgoing TCP "
+            "connections are allowed here",
         )
     elif silent:
         yield Finding(

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +60,11 @@ class Net:
 
 
 @contextmanager
-def daemon(folder: Path, *words: str) -> Iterator[Daemon]:
+def daemon(folder: Path, *words: str, listen: Sequence[str] = LISTEN) -> Iterator[Daemon]:
     """`sotto WORDS` as a worker until the block is left, however this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     read_end, write_end = os.pipe()
-    command = [sys.executable, "-m", "sotto", *words, "--data-dir", str(folder), *LISTEN, *LIMITS]
+    command = [sys.executable, "-m", "sotto", *words, "--data-dir", str(folder), *listen, *LIMITS]
     with (folder / "log").open("wb") as log:
         child = subprocess.Popen(
             [*command, "--lifeline", str(read_end)], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
