@@ -30,7 +30,7 @@ fuzz: .venv/tests
 interop: .venv/tests
 	@command -v node >/dev/null && command -v npm >/dev/null || { echo "skipped: node and npm are not here"; exit 0; }; \
 	  mkdir -p .venv/interop && cp tests/interop/*.json tests/interop/*.mjs .venv/interop/ && \
-	  npm ci --prefix .venv/interop --ignore-scripts --no-audit --no-fund --loglevel=error && \
+	  (cd .venv/interop && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error) && \
 	  $(BIN)/pytest -n 0 -m interop tests/interop
 
 wheel: .venv/tests

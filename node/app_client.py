@@ -339,7 +339,7 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                 client = Client(options, who.owner, ports, driver)
                 metrics.watch(lambda: client.watch.view)
                 await client.watch.start()
-                async with in_touch(mesh, leads):
+                async with in_touch(mesh, leads, entry):
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
                     try:

@@ -1,7 +1,8 @@
 """The doctor's composition root: a node of the moment that looks around, and the facts that it gathers.
 
 It listens where a worker would and asks peers to dial back, so that the verdict is about this machine's real port; a
-worker that runs already is asked through the file that it keeps. Nothing lasts: no lease, no file, no identity.
+worker that runs already is asked through the file that it keeps. With the key of a private swarm, from an invite or the
+worker's folder, it looks as a member does. Nothing lasts: no lease, no file, no identity.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import shutil
 import socket
 import struct
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import trio
@@ -23,6 +26,8 @@ from multiaddr import Multiaddr
 
 from node.clock import SystemClock
 from node.doctor import Facts
+from node.entering import member_ports
+from node.entry import Entry, known_key, read_entry
 from node.groups import ungrouped
 from node.lifetime import running_worker
 from node.p2p import upnp
@@ -32,10 +37,14 @@ from node.p2p.identify import seen_at
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.version import VERSION
 from protocol.adverts import TOPIC, read_advert
+from protocol.channel import Channel
 from protocol.errors import InputError, RemoteProtocolError, TransportError
 from protocol.ids import PeerId
-from protocol.ports import GossipMessage
+from protocol.membership import PUBLIC_SWARM, SwarmKey
+from protocol.messages import CONTROL, Ping
+from protocol.ports import GossipMessage, Transport
 
+GREET_S = 5.0
 LISTEN_S = 2.5  # a worker of a small swarm advertises every two seconds
 PEERS_ASKED_MAX = 5
 MULTICAST = ("224.0.0.251", 5353)  # the group of mDNS
@@ -45,7 +54,7 @@ _SOFTWARE = ("libp2p", "torch", "trio")
 
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
-    """What a worker would be started with."""
+    """What a worker would be started with; `bootstrap` holds addresses and invites."""
 
     data_dir: Path
     listen: tuple[str, ...]
@@ -53,23 +62,27 @@ class DoctorOptions:
     memory_bytes: int
 
 
-async def examine(options: DoctorOptions) -> Facts:
-    """Look around for a few seconds. Raises InputError for a malformed address."""
+async def examine(options: DoctorOptions, tell: Callable[[str], None] = lambda _: None) -> Facts:
+    """Look around for a few seconds, and `tell` what is being done. Raises InputError: a malformed address or invite,
+    an invite to another private swarm than the folder's."""
+    entry = read_entry(options.bootstrap)
     running = running_worker(options.data_dir)
+    key = _key(options.data_dir, entry, running)
     listen, error = ((), "") if running is not None else await _bindable(options.listen)
-    found = _Found()
-    config = MeshConfig(os.urandom(32), listen)
+    found = _Found(tell)
     with ungrouped():
-        async with open_mesh(config) as mesh, trio.open_nursery() as nursery:
+        async with open_mesh(MeshConfig(os.urandom(32), listen)) as mesh, trio.open_nursery() as nursery:
             nursery.start_soon(found.look_for_router)
             nursery.start_soon(found.look_for_multicast)
-            await found.look_at_swarm(mesh, options.bootstrap)
+            await found.look_at_swarm(mesh, key, entry.addrs)
     return Facts(
         port=_port(options.listen if running is None else tuple(running.get("addrs", ()))),
         port_error=error,
         running=str(running.get("reach", "unknown")) if running is not None else "",
         local_ip=_address_towards("192.0.2.1"),
-        bootstrap=tuple(found.bootstrap),
+        bootstrap=tuple(found.bootstrap.items()),
+        swarm=key.swarm.hex() if key is not None else "",
+        greeted=tuple(found.greeted.values()),
         verdicts=tuple(found.verdicts),
         seen_at=found.seen_at,
         gateway=found.gateway,
@@ -90,8 +103,10 @@ async def examine(options: DoctorOptions) -> Facts:
 class _Found:
     """What the tasks of one examination write down."""
 
-    def __init__(self) -> None:
-        self.bootstrap: list[tuple[str, str]] = []
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+        self.bootstrap: dict[str, str] = {}
+        self.greeted: dict[PeerId, bool] = {}
         self.verdicts: list[str | None] = []
         self.seen_at: str | None = None
         self.relays = 0
@@ -101,29 +116,57 @@ class _Found:
         self.versions: dict[PeerId, str] = {}
 
     async def look_for_router(self) -> None:
+        self.tell("looking for a router that speaks UPnP")
         self.gateway = await upnp.find_gateway()
 
     async def look_for_multicast(self) -> None:
         self.multicast = await _multicast_works()
 
-    async def look_at_swarm(self, mesh: Mesh, bootstrap: tuple[str, ...]) -> None:
-        await mesh.subscribe(TOPIC, self._hear)
-        for addr in bootstrap:
-            try:
-                await mesh.connect(addr)
-                self.bootstrap.append((addr, ""))
-            except TransportError as error:
-                self.bootstrap.append((addr, str(error)))
+    async def look_at_swarm(self, mesh: Mesh, key: SwarmKey | None, addrs: tuple[str, ...]) -> None:
+        transport, gossip = member_ports(mesh, key)
+        await gossip.subscribe(TOPIC, self._hear)
+        self.bootstrap = dict.fromkeys(addrs, "")
+        if addrs:
+            self.tell(f"dialling nodes of the swarm: {len(addrs)}")
+        async with trio.open_nursery() as nursery:
+            for addr in addrs:
+                nursery.start_soon(self._dial, mesh, addr)
+        peers = mesh.connected()[:PEERS_ASKED_MAX]
+        if not peers:
+            return
+        self.tell(f"listening to the swarm, and having peers dial this machine: {len(peers)}")
         autonat = AutoNat(mesh)
-        for peer in mesh.connected()[:PEERS_ASKED_MAX]:
-            self.seen_at = await seen_at(mesh, peer) or self.seen_at
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep, LISTEN_S)
+            for peer in peers:
+                nursery.start_soon(self._greet, transport, peer)
+                nursery.start_soon(self._ask, mesh, autonat, peer)
+
+    async def _dial(self, mesh: Mesh, addr: str) -> None:
+        try:
+            await mesh.connect(addr)
+        except TransportError as error:
+            self.bootstrap[addr] = str(error)
+
+    async def _greet(self, transport: Transport, peer: PeerId) -> None:
+        """Does `peer` talk to this machine? Workers of a private swarm talk to nobody without their key."""
+        self.greeted[peer] = False
+        with suppress(TransportError, RemoteProtocolError), trio.move_on_after(GREET_S):
+            stream = await transport.open(peer, (), CONTROL)
+            try:
+                await Channel(stream, CONTROL).call(Ping(os.urandom(8)))
+                self.greeted[peer] = True
+            finally:
+                await stream.aclose()
+
+    async def _ask(self, mesh: Mesh, autonat: AutoNat, peer: PeerId) -> None:
+        self.seen_at = await seen_at(mesh, peer) or self.seen_at
+        with suppress(TransportError):
+            await mesh.circuits.reserve(peer, mesh.known_addrs(peer))
+            self.relays += 1
+        if mesh.listening:
             with suppress(TransportError):
-                await mesh.circuits.reserve(peer, mesh.known_addrs(peer))
-                self.relays += 1
-            with suppress(TransportError):
-                self.verdicts += [await autonat.ask(peer, mesh.listening)] if mesh.listening else []
-        if mesh.connected():
-            await trio.sleep(LISTEN_S)
+                self.verdicts.append(await autonat.ask(peer, mesh.listening))
 
     def _hear(self, message: GossipMessage) -> bool:
         try:
@@ -134,6 +177,13 @@ class _Found:
         self.skews_s[message.author] = min(skew_s, self.skews_s.get(message.author, skew_s), key=abs)
         self.versions[message.author] = advert.version
         return True
+
+
+def _key(folder: Path, entry: Entry, running: dict[str, Any] | None) -> SwarmKey | None:
+    """The key of the swarm to look at: the running worker's, else the one that a worker would serve."""
+    public = running is not None and running.get("swarm") == PUBLIC_SWARM.hex()
+    invited_to_public = entry.invited and entry.key is None
+    return known_key(folder, entry, False if invited_to_public or (public and entry.key is None) else None)
 
 
 def _port(addrs: tuple[str, ...]) -> int | None:

@@ -42,6 +42,8 @@ class Facts:
     running: str  # the reachability that a worker running here states, "" when none runs
     local_ip: str | None  # this machine's address towards others
     bootstrap: tuple[tuple[str, str], ...]  # (address, why it does not answer or "")
+    swarm: str  # the private swarm's name, "" for the public one
+    greeted: tuple[bool, ...]  # per peer that was connected: does it talk to this machine?
     verdicts: tuple[str | None, ...]  # per peer that dialled back: where it succeeded, or None
     seen_at: str | None  # the address from which peers see this machine come
     gateway: str | None  # the external address of a router that speaks UPnP
@@ -60,7 +62,7 @@ class Facts:
 
 def diagnose(facts: Facts) -> tuple[Finding, ...]:
     """All findings, in the order in which a reader should mend them."""
-    checks = (_folder, _memory, _port, _bootstrap, _reachable, _gateway, _relay, _clock, _multicast, _version)
+    checks = (_folder, _memory, _port, _bootstrap, _member, _reachable, _gateway, _relay, _clock, _multicast, _version)
     return tuple(finding for check in checks for finding in check(facts))
 
 
@@ -113,7 +115,8 @@ def _bootstrap(facts: Facts) -> Iterator[Finding]:
             "swarm",
             Level.FAIL,
             f"no bootstrap address answers ({silent[0][1]})",
-            "check the address and that its node is up, and that outgoing TCP connections are allowed here",
+            "check the address (nodes move: a newer invite has newer ones), that its node is up, and that outgoing TCP "
+            "connections are allowed here",
         )
     elif silent:
         yield Finding(
@@ -124,6 +127,20 @@ def _bootstrap(facts: Facts) -> Iterator[Finding]:
         )
     else:
         yield Finding("swarm", Level.OK, f"bootstrap addresses that answer: {len(facts.bootstrap)}, all")
+
+
+def _member(facts: Facts) -> Iterator[Finding]:
+    silent = len(facts.greeted) - sum(facts.greeted)
+    level = Level.FAIL if silent == len(facts.greeted) else Level.WARN
+    of = f"{silent} of {len(facts.greeted)} peers"
+    if silent and facts.swarm:
+        text = f"{of} do not take the key of the private swarm {facts.swarm}"
+        yield Finding("member", level, text, "ask a member for a new invite: theirs may be another swarm")
+    elif silent:
+        remedy = "ask one of its members for an invite ('sotto invite' prints it), and give it with --bootstrap"
+        yield Finding("member", level, f"{of} do not talk to this machine: most likely their swarm is private", remedy)
+    elif facts.swarm and facts.greeted:
+        yield Finding("member", Level.OK, f"of the private swarm {facts.swarm}")
 
 
 def _reachable(facts: Facts) -> Iterator[Finding]:

@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from node.entry import Entry
 from node.joining import Leads, join, join_found
 from node.lan import SWITCH, allowed, on_lan
 from node.p2p.mesh import Mesh
 from node.private import PrivateGossip, PrivateTransport
-from protocol.errors import InputError
+from protocol.errors import InputError, TransportError
 from protocol.membership import PUBLIC_SWARM, SwarmKey
 from protocol.ports import Gossip, Transport
 
@@ -27,11 +28,19 @@ def member_ports(mesh: Mesh, key: SwarmKey | None) -> tuple[Transport, Gossip]:
 
 
 @asynccontextmanager
-async def in_touch(mesh: Mesh, leads: Leads) -> AsyncIterator[None]:
-    """Connected to one of `leads`, or, when there are none, to a peer of the local network. Raises InputError (nobody
-    there), TransportError (no lead answers)."""
+async def in_touch(mesh: Mesh, leads: Leads, entry: Entry) -> AsyncIterator[None]:
+    """Connected to one of `leads`, which are those of `entry`, or, when there are none, to a peer of the local network.
+    Raises InputError (nobody there), TransportError (no lead answers)."""
     if leads:
-        await join(mesh, leads)
+        try:
+            await join(mesh, leads)
+        except TransportError as error:
+            if not entry.invited:
+                raise
+            raise TransportError(
+                f"{error}, so the invite's nodes are down, or have moved and a member must print a new one with "
+                "'sotto invite'"
+            ) from error
         yield
         return
     if not allowed():

@@ -55,11 +55,21 @@ def read_entry(given: Iterable[str]) -> Entry:
 
 
 def key_of_worker(folder: Path, entry: Entry, private: bool | None, entropy: Entropy) -> SwarmKey | None:
-    """The key of the swarm that the worker in `folder` serves; None for the public swarm.
+    """The key of the swarm that the worker in `folder` serves, written there; None for the public swarm.
 
     `private`: True makes a key when there is none; False serves the public swarm though there may be one; None is what
     the folder, or the invite, says. Raises InputError where these disagree.
     """
+    key = known_key(folder, entry, private)
+    if key is None and private:
+        key = SwarmKey(entropy(SECRET_BYTES))
+    if key is not None and not (folder / KEY_FILE).exists():
+        write_private(folder / KEY_FILE, key.secret)
+    return key
+
+
+def known_key(folder: Path, entry: Entry, private: bool | None = None) -> SwarmKey | None:
+    """The key that a worker in `folder` would serve under, as key_of_worker; nothing is made or written."""
     if private is False:
         if entry.key is not None:
             raise InputError("this invite is to a private swarm: leave --public away, or use another invite")
@@ -67,18 +77,14 @@ def key_of_worker(folder: Path, entry: Entry, private: bool | None, entropy: Ent
     stored = _stored(folder)
     if entry.invited and entry.key is None and (private or stored is not None):
         raise InputError("this invite is to the public swarm: give --public, or an invite to the private one")
-    if stored is not None:
-        if entry.key is not None and entry.key.swarm != stored.swarm:
-            raise InputError(
-                f"{folder} belongs to another private swarm ({stored.swarm.hex()}): give --data-dir for this one, "
-                f"or move its {KEY_FILE} away"
-            )
-        return stored
-    if entry.key is None and not private:
-        return None
-    key = entry.key or SwarmKey(entropy(SECRET_BYTES))
-    write_private(folder / KEY_FILE, key.secret)
-    return key
+    if stored is None:
+        return entry.key
+    if entry.key is not None and entry.key.swarm != stored.swarm:
+        raise InputError(
+            f"{folder} belongs to another private swarm ({stored.swarm.hex()}): give --data-dir for this one, "
+            f"or move its {KEY_FILE} away"
+        )
+    return stored
 
 
 def invite_of_worker(folder: Path) -> Invite:

@@ -29,6 +29,7 @@ CHECK_S = 5.0  # how soon a lost neighbour is noticed
 NEIGHBOURS_ENOUGH = 6  # gossip's degree: more connections carry no advert further
 FOUND_MAX = 32  # peers of the local network that are remembered; anybody there can invent some
 FOUND_DIAL_S = 1.0  # for all addresses of one: a network this near answers in milliseconds, an invented peer never
+BESIDE_DIAL_S = 2.0  # for all addresses of a given one, when another has answered and a client waits to begin
 ADDRS_PER_PEER_MAX = 8
 Jitter = Callable[[], float]
 """Uniform in [0, 1)."""
@@ -105,8 +106,11 @@ async def join(transport: Transport, leads: Leads) -> None:
         if not lead.given and leads.enough(transport.connected()):
             break
         try:
-            await _dial(transport, lead)
+            with trio.fail_after(BESIDE_DIAL_S if answered else math.inf):
+                await _dial(transport, lead)
             answered = True
+        except trio.TooSlowError:
+            continue
         except TransportError as error:
             failures.append(error)
     if failures and not answered:

@@ -157,9 +157,9 @@ class SpanLedger:
         """Digests of the shards that must stay on disk."""
         return frozenset(digest for lease in self.leases.values() if lease.pinned for digest in lease.request.shards)
 
-    def held(self) -> frozenset[ShardDigest]:
-        """Digests of the shards that are loaded, hence whole."""
-        return frozenset(digest for lease in self.loaded() for digest in lease.request.shards)
+    def needed(self) -> frozenset[ShardDigest]:
+        """Digests of the shards of all spans, leased or not. They need not be here: yet, or any more."""
+        return frozenset(digest for lease in self.leases.values() for digest in lease.request.shards)
 
     def loaded(self) -> Iterable[SpanLease]:
         return (lease for lease in self.leases.values() if lease.state is SpanState.LOADED)

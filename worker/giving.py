@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from protocol.capabilities import Claim, Right
 from protocol.channel import Channel
 from protocol.errors import Refused, RemoteProtocolError
+from protocol.ids import ShardDigest
 from protocol.messages import PiecesWanted, RefusalReason, ShardAsk, ShardOffer, ShardPiece
 from protocol.pieces import PieceList
 from protocol.ports import Clock, ShardStore
@@ -38,6 +39,12 @@ class Giving:
             raise Refused(RefusalReason.MISSING_SHARDS, "the shard is not here")
         await channel.send(ShardOffer(pieces.digest, pieces.shard_bytes, (), b""), pieces.hashes)
         return pieces
+
+    async def gives(self, digest: ShardDigest) -> bool:
+        """Would the shard be given now, to whoever has the right to it?"""
+        drained = self.house.duty.state(self.clock.monotonic()) is State.DRAINED
+        needed = digest in self.house.spans.needed()
+        return needed and not drained and await self.store.size(digest) is not None
 
     async def send(self, channel: Channel, pieces: PieceList | None, wanted: PiecesWanted) -> None:
         """Raises RemoteProtocolError for pieces that were not offered; Refused when the shard has gone."""

@@ -1,13 +1,17 @@
-"""Telling the directory which shards this worker holds, so that others can fetch them here.
+"""Telling the directory which shards this worker gives, so that others can fetch them here.
+
+Invariant: what is told is what would be given at that moment: whole on disk, and needed by a span here. What merely
+lies on disk is not told, since nobody here could say who may have it (giving.py), nor are shards that were evicted from
+under a loaded span.
 
 New shards within PERIOD_S, all of them again every limits.PROVIDE_AGAIN_S, never more than limits.PROVIDES_PER_S.
-What is no longer held is not taken back: its record expires, and who asks for the shard before is refused.
+What is no longer given is not taken back: its record expires, and who asks for the shard before is refused.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -23,13 +27,19 @@ PERIOD_S = 5.0
 RETRY_S = 30.0  # a lone node has nobody to tell
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The shards that spans here need, and whether one of them would be given now."""
+
+    needed: Callable[[], Iterable[ShardDigest]]
+    gives: Callable[[ShardDigest], Awaitable[bool]]
+
+
 @dataclass(slots=True)
 class Providing:
-    """`held` gives the digests of the shards that are whole here now."""
-
     directory: Directory
     clock: Clock
-    held: Callable[[], Iterable[ShardDigest]]
+    held: Held
     _due: dict[ShardDigest, float] = field(default_factory=dict)  # when to provide again, monotonic
 
     async def run(self) -> None:
@@ -40,10 +50,10 @@ class Providing:
 
     async def provide_due(self) -> None:
         """One round."""
-        held = sorted(self.held())
-        self._due = {digest: self._due.get(digest, 0.0) for digest in held}
-        for digest in held:
-            if self._due[digest] > self.clock.monotonic():
+        needed = sorted(self.held.needed())
+        self._due = {digest: self._due.get(digest, 0.0) for digest in needed}
+        for digest in needed:
+            if self._due[digest] > self.clock.monotonic() or not await self.held.gives(digest):
                 continue
             again_s = limits.PROVIDE_AGAIN_S
             try:

@@ -61,7 +61,7 @@ from worker.meter import Meter
 from worker.outbox import Outbox
 from worker.pace import Pace
 from worker.piece_plan import Giver
-from worker.providing import Providing
+from worker.providing import Held, Providing
 from worker.quotas import QueueBook, Rates, RequestGate, Room
 from worker.rights import Rights
 from worker.session import Session
@@ -129,7 +129,8 @@ class WorkerService:
                 nursery.start_soon(self.herald.publish)
                 nursery.start_soon(self.herald.measure)
                 if self._ports.directory is not None:
-                    nursery.start_soon(Providing(self._ports.directory, self._ports.clock, self.house.spans.held).run)
+                    which = Held(self.house.spans.needed, self._giving.gives)
+                    nursery.start_soon(Providing(self._ports.directory, self._ports.clock, which).run)
                 nursery.start_soon(self._sweep)
                 nursery.start_soon(self._supervised, self._control.restore)
                 task_status.started()

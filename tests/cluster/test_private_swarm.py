@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from node.app_client import ClientOptions, observe
 from node.groups import ungrouped
+from node.p2p import upnp
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from protocol.adverts import TOPIC
 from protocol.channel import Channel
@@ -59,11 +60,11 @@ class Net:
 
 
 @contextmanager
-def daemon(folder: Path, *words: str) -> Iterator[Daemon]:
+def daemon(folder: Path, *words: str, listen: Sequence[str] = LISTEN) -> Iterator[Daemon]:
     """`sotto WORDS` as a worker until the block is left, however this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     read_end, write_end = os.pipe()
-    command = [sys.executable, "-m", "sotto", *words, "--data-dir", str(folder), *LISTEN, *LIMITS]
+    command = [sys.executable, "-m", "sotto", *words, "--data-dir", str(folder), *listen, *LIMITS]
     with (folder / "log").open("wb") as log:
         child = subprocess.Popen(
             [*command, "--lifeline", str(read_end)], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -219,6 +220,32 @@ def test_a_member_that_dials_a_public_worker_is_told(net: Net, tmp_path: Path) -
     joined = sotto(tmp_path, "join", net.invite, "--data-dir", str(folder), *LISTEN, *LIMITS)
     assert joined.exit_code == 1
     assert "another private swarm" in joined.stderr
+
+
+def test_the_doctor_looks_as_a_member_with_an_invite_or_the_key_of_its_folder(
+    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def none() -> None:
+        return None
+
+    def checks(*words: str) -> dict[str, str]:
+        done = sotto(tmp_path, "doctor", *LISTEN, "--memory", "1MiB", "--json", *words)
+        return {each["check"]: f"{each['level']} {each['text']}" for each in json.loads(done.stdout)["checks"]}
+
+    monkeypatch.setattr(upnp, "find_gateway", none)
+    swarm = parse_invite(net.invite).swarm.hex()
+    words = {
+        "the invite": ("-b", net.invite),
+        "the folder's key": ("-b", net.first.address, "--data-dir", str(net.second.folder)),
+    }
+    for way, given in words.items():
+        seen = checks(*given)
+        assert seen["member"] == f"ok of the private swarm {swarm}", way
+        assert seen["clock"].startswith("ok"), f"adverts were opened: {way}"
+    stranger = checks("-b", net.first.address)
+    assert stranger["member"].startswith("fail 1 of 1 peers do not talk to this machine")
+    assert "clock" not in stranger
+    assert not (tmp_path / "data" / "sotto" / "worker").exists(), "the key was written nowhere"
 
 
 @needs_multicast

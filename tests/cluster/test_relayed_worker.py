@@ -1,4 +1,6 @@
-"""A real worker that nobody can dial serves a prompt through a relay, and says of itself that it is relayed."""
+"""A real worker that nobody can dial serves a prompt through a relay, and says of itself that it is relayed. So too in
+a private swarm, where megabytes of shards reach it through the circuit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +27,10 @@ from node.model import Ask
 from node.p2p.mesh import Mesh
 from protocol.directory import shard_key
 from protocol.ids import PeerId
+from protocol.messages import SHARD
 from protocol.swarm import SwarmView
 from simnet.cluster import Cluster, WorkerSpec, running
+from tests.cluster.test_private_swarm import daemon, sotto
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
 
@@ -50,9 +55,9 @@ def hidden_worker(folder: Path, net: Cluster) -> Iterator[PeerId]:
         child.wait(20)
 
 
-def _relayed(file: Path, child: subprocess.Popen[bytes]) -> PeerId:
+def _relayed(file: Path, child: subprocess.Popen[bytes] | None = None) -> PeerId:
     deadline = time.monotonic() + READY_S
-    while child.poll() is None and time.monotonic() < deadline:
+    while (child is None or child.poll() is None) and time.monotonic() < deadline:
         if file.exists() and (state := json.loads(file.read_text()))["reach"] == "relayed":
             return PeerId(state["peer"])
         os.sched_yield()
@@ -86,6 +91,35 @@ def test_a_prompt_runs_through_a_worker_that_nobody_can_dial(net: Cluster, tmp_p
     prompt = Tokenizer.open(checkpoint.tokenizer_file).encode(PROMPT)
     assert list(ids) == LocalModel(checkpoint).generate(prompt, 12)
     assert sorted(peer for found in holders for peer in found) == sorted(view.members), "each holds one part"
+
+
+def test_shards_reach_a_hidden_member_of_a_private_swarm_through_a_circuit(tmp_path: Path) -> None:
+    """Each worker takes one of the two blocks, of 8 MB, and only the relay can dial the hidden one."""
+    sizes = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 2, "head_dim": 64}
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", seed=5, **sizes))
+    block_bytes = 4 * 256 * (2 * 256 + 2 * 128 + 3 * 2048)
+    with daemon(tmp_path / "open", "worker", "--private", "--no-lan", "--relay") as first:
+        invite = sotto(tmp_path, "invite", "--data-dir", str(first.folder)).stdout.strip()
+        with daemon(tmp_path / "hidden", "join", invite, "--no-upnp", listen=["--listen", "none"]) as second:
+            assert _relayed(second.folder / "worker.json") == second.peer
+            addrs = json.loads((second.folder / "worker.json").read_text())["addrs"]
+            words = ["run", "-b", invite, "-m", str(tmp_path / "model"), "--workers", "2", "-n", "5", "--json", PROMPT]
+            done = sotto(tmp_path, *words)
+            assert done.exit_code == 0, done.stdout + done.stderr
+            came = _shard_bytes(second.metrics)
+    assert addrs
+    assert all(addr.startswith(first.address) and addr.endswith("/p2p-circuit") for addr in addrs)
+    assert came > block_bytes
+    prompt = Tokenizer.open(checkpoint.tokenizer_file).encode(PROMPT)
+    ids = json.loads(done.stdout)["ids"]
+    assert ids == LocalModel(checkpoint).generate(prompt, 5)[: len(ids)]
+
+
+def _shard_bytes(metrics: str) -> float:
+    with urllib.request.urlopen(metrics, timeout=5) as reply:
+        lines = reply.read().decode().splitlines()
+    name = f'sotto_network_bytes_total{{direction="received",protocol="{SHARD}"}}'
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
 async def _holders(client: Client, checkpoint: Checkpoint, block: int) -> set[PeerId]:

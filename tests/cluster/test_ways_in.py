@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from node.app_client import ClientOptions, observe
 from node.groups import ungrouped
 from node.lan import Lan, OnSighting, Presence
 from node.p2p.mesh import MeshConfig, open_mesh
-from protocol.errors import InputError
-from protocol.ids import PeerId
-from protocol.membership import PUBLIC_SWARM
+from protocol.errors import InputError, TransportError
+from protocol.ids import PeerId, public_key_of
+from protocol.invites import InvitePeer, make_invite, print_invite
+from protocol.membership import PUBLIC_SWARM, SwarmKey
+from protocol.signed import Identity
 from simnet.cluster import Cluster
 
 Sightings = tuple[tuple[PeerId, tuple[str, ...]], ...]
@@ -75,6 +78,22 @@ def test_told_not_to_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setenv("SOTTO_LAN", "0")
     with pytest.raises(InputError, match="SOTTO_LAN"):
         members(tmp_path)
+
+
+@pytest.mark.parametrize("there", ["nobody", "another node"])
+def test_an_invite_that_is_out_of_date_says_so(there: str, tmp_path: Path) -> None:
+    gone = InvitePeer(public_key_of(Identity(b"\x31" * 32).peer), ("/ip4/127.0.0.1/tcp/9",))
+
+    async def main() -> None:
+        async with open_mesh(MeshConfig(bytes(32))) as node:
+            peer = gone if there == "nobody" else replace(gone, addrs=(node.addrs[0],))
+            invite = print_invite(make_invite(SwarmKey(bytes(32)), (peer,)))
+            with pytest.raises(TransportError, match="a member must print a new one with 'sotto invite'"):
+                async with observe(ClientOptions(tmp_path, (invite,))):
+                    pass
+
+    with ungrouped():
+        trio.run(_guarded, main)
 
 
 def test_a_client_that_lost_its_way_in_finds_it_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

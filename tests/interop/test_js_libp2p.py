@@ -141,6 +141,7 @@ def test_we_open_a_large_stream_to_it() -> None:
             async with trio.open_nursery() as nursery:
                 process = await nursery.start(run)
                 peer = PeerId(json.loads(await process.stdout.receive_some())["serving"])
+                await until(lambda: peer in near.connected())  # it may know of the connection a moment before we do
                 stream = await near.open(peer, (), ECHO)
                 data = seed_of("data") * (BYTES // 32)
 

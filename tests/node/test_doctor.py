@@ -14,6 +14,8 @@ WELL = Facts(
     running="",
     local_ip="192.168.1.5",
     bootstrap=(("/ip4/11.0.0.9/tcp/1/p2p/x", ""),),
+    swarm="",
+    greeted=(True,),
     verdicts=("/ip4/11.0.0.1/tcp/4517",),
     seen_at="11.0.0.1",
     gateway=None,
@@ -68,6 +70,10 @@ def test_a_machine_that_is_well_has_nothing_to_mend():
         ("swarm", {"bootstrap": ()}, Level.WARN, "--bootstrap"),
         ("swarm", {"bootstrap": (("a", "refused"),)}, Level.FAIL, "refused"),
         ("swarm", {"bootstrap": (("a", "refused"), ("b", ""))}, Level.WARN, "leave it out"),
+        ("member", {"greeted": (False, True)}, Level.WARN, "sotto invite"),
+        ("member", {"greeted": (False, False)}, Level.FAIL, "2 of 2"),
+        ("member", {"greeted": (False,), "swarm": "ab12"}, Level.FAIL, "key of the private swarm ab12"),
+        ("member", {"swarm": "ab12"}, Level.OK, "ab12"),
         ("relay", {"relays": 0}, Level.WARN, "no peer"),
         ("clock", {"skews_s": (-40.0, -39.0, 3.0)}, Level.FAIL, "behind"),
         ("clock", {"skews_s": (5.0,)}, Level.WARN, "ahead"),
@@ -85,4 +91,4 @@ def test_each_ailment_is_named_with_its_remedy(check, facts, level, says):
 
 def test_what_nobody_knows_is_not_stated():
     checks = {each.check for each in diagnose(replace(WELL, skews_s=(), bootstrap=(), relays=0))}
-    assert not checks & {"clock", "relay"}
+    assert not checks & {"clock", "relay", "member"}

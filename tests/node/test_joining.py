@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from node.joining import (
+    BESIDE_DIAL_S,
     CHECK_S,
     FOUND_DIAL_S,
     FOUND_MAX,
@@ -227,6 +228,24 @@ def test_joining_once_tries_all_and_complains_when_none_answers():
         with pytest.raises(TransportError, match="no bootstrap address answers"):
             await join(FakeTransport(), Leads([at(1), at(2)]))
         await join(FakeTransport(), Leads())
+
+    runtime.run(main, seed=1)
+
+
+def test_given_leads_that_swallow_dials_hold_up_nobody_who_is_in():
+    async def main():
+        some = FakeTransport(peer(1))
+        answer = some.connect
+
+        async def connect(addr):
+            some.dial_s = 0.0 if addr == at(1) else 60.0
+            return await answer(addr)
+
+        some.connect = connect
+        started = trio.current_time()
+        await join(some, Leads([at(1), at(2), at(3)]))
+        assert some.connected() == (peer(1),)
+        assert trio.current_time() - started == 2 * BESIDE_DIAL_S
 
     runtime.run(main, seed=1)
 

@@ -14,7 +14,7 @@ from protocol.limits import PROVIDE_AGAIN_S, PROVIDER_LIFE_S, PROVIDES_PER_S
 from protocol.ports import Provider
 from simnet import runtime
 from simnet.runtime import VirtualClock
-from worker.providing import PERIOD_S, RETRY_S, Providing
+from worker.providing import PERIOD_S, RETRY_S, Held, Providing
 
 DIGESTS = [ShardDigest(bytes([number]) * 32) for number in range(40)]
 
@@ -35,14 +35,19 @@ class Told:
         return ()
 
 
-def provided(held: list[ShardDigest], seconds: float, alone: bool = False) -> list[tuple[float, bytes]]:
-    """What the directory was told; `held` is empty at first."""
+def provided(
+    held: list[ShardDigest], seconds: float, alone: bool = False, given: list[ShardDigest] = DIGESTS
+) -> list[tuple[float, bytes]]:
+    """What the directory was told; `held` is empty at first, and of it only what is `given` would be given."""
+
+    async def gives(digest: ShardDigest) -> bool:
+        return digest in given
 
     async def main() -> list[tuple[float, bytes]]:
         directory, now = Told(alone), list[ShardDigest]()
         with trio.move_on_after(seconds):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(Providing(directory, VirtualClock(), lambda: now).run)
+                nursery.start_soon(Providing(directory, VirtualClock(), Held(lambda: now, gives)).run)
                 await trio.sleep(1)
                 now += held
         start = trio.current_time() - seconds
@@ -55,6 +60,11 @@ def test_new_shards_are_told_soon_and_under_keys_that_do_not_name_them() -> None
     told = provided(DIGESTS[:2], 20)
     assert [key for _, key in told] == [shard_key(digest) for digest in DIGESTS[:2]]
     assert told[0][0] <= 1 + PERIOD_S
+
+
+def test_what_would_be_refused_is_not_told() -> None:
+    told = provided(DIGESTS[:3], 20, given=DIGESTS[1:2])
+    assert [key for _, key in told] == [shard_key(DIGESTS[1])]
 
 
 def test_all_are_told_again_before_their_records_expire() -> None:

@@ -135,6 +135,33 @@ def test_a_worker_finds_in_the_directory_who_else_has_a_shard(right: bool) -> No
     in_big_swarm(2, test)
 
 
+def test_what_is_told_to_the_directory_is_what_would_be_given() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        giving, spans = worker.service._giving, worker.service.house.spans
+        first, second = await leased(swarm.client, worker, 2)
+        here, other = (PieceList.of_bytes(shard).digest for shard in (first, second))
+        assert not await giving.gives(here), "it is still to come"
+        await swarm.client.upload(worker, [first])
+        assert await giving.gives(here), "whole, though the span is not loaded"
+        assert not await giving.gives(other)
+        kept = worker.store.whole.pop(here)
+        assert not await giving.gives(here), "evicted"
+        worker.store.whole[here] = kept
+        worker.service.stand_down(Cause.YIELDING)
+        assert await giving.gives(here), "while it drains"
+        await trio.sleep(DRAIN_S[Cause.YIELDING])
+        assert here in spans.needed()
+        assert not await giving.gives(here)
+        worker.service.stand_up(Cause.YIELDING)
+        assert await giving.gives(here)
+        await swarm.client.ask(worker, ReleaseSpan(DEPLOYMENT, True, b""))
+        assert here not in spans.needed()
+        assert not await giving.gives(here), "on disk, but nobody could say whose it is"
+
+    in_big_swarm(1, test)
+
+
 def test_a_directory_that_lies_or_never_answers_costs_an_upload_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
