@@ -23,7 +23,11 @@ from multiaddr import Multiaddr
 
 from node.clock import SystemClock
 from node.doctor import Facts
+from node.entering import LAN_SEARCH_S, member_ports
+from node.entry import Entry, read_entry
 from node.groups import ungrouped
+from node.joining import Leads, join_found
+from node.lan import allowed, on_lan
 from node.lifetime import running_worker
 from node.p2p import upnp
 from node.p2p.addresses import is_circuit, parse_listen, tcp_endpoint
@@ -34,6 +38,7 @@ from node.version import VERSION
 from protocol.adverts import TOPIC, read_advert
 from protocol.errors import InputError, RemoteProtocolError, TransportError
 from protocol.ids import PeerId
+from protocol.membership import PUBLIC_SWARM
 from protocol.ports import GossipMessage
 
 LISTEN_S = 2.5  # a worker of a small swarm advertises every two seconds
@@ -45,7 +50,7 @@ _SOFTWARE = ("libp2p", "torch", "trio")
 
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
-    """What a worker would be started with."""
+    """What a worker would be started with. `bootstrap`: addresses and invites; none: the local network."""
 
     data_dir: Path
     listen: tuple[str, ...]
@@ -54,7 +59,8 @@ class DoctorOptions:
 
 
 async def examine(options: DoctorOptions) -> Facts:
-    """Look around for a few seconds. Raises InputError for a malformed address."""
+    """Look around for a few seconds. Raises InputError for a malformed address or invite."""
+    entry = read_entry(options.bootstrap)
     running = running_worker(options.data_dir)
     listen, error = ((), "") if running is not None else await _bindable(options.listen)
     found = _Found()
@@ -63,13 +69,14 @@ async def examine(options: DoctorOptions) -> Facts:
         async with open_mesh(config) as mesh, trio.open_nursery() as nursery:
             nursery.start_soon(found.look_for_router)
             nursery.start_soon(found.look_for_multicast)
-            await found.look_at_swarm(mesh, options.bootstrap)
+            await found.look_at_swarm(mesh, entry)
     return Facts(
         port=_port(options.listen if running is None else tuple(running.get("addrs", ()))),
         port_error=error,
         running=str(running.get("reach", "unknown")) if running is not None else "",
         local_ip=_address_towards("192.0.2.1"),
         bootstrap=tuple(found.bootstrap),
+        neighbour=found.neighbour,
         verdicts=tuple(found.verdicts),
         seen_at=found.seen_at,
         gateway=found.gateway,
@@ -92,6 +99,7 @@ class _Found:
 
     def __init__(self) -> None:
         self.bootstrap: list[tuple[str, str]] = []
+        self.neighbour = False
         self.verdicts: list[str | None] = []
         self.seen_at: str | None = None
         self.relays = 0
@@ -106,14 +114,16 @@ class _Found:
     async def look_for_multicast(self) -> None:
         self.multicast = await _multicast_works()
 
-    async def look_at_swarm(self, mesh: Mesh, bootstrap: tuple[str, ...]) -> None:
-        await mesh.subscribe(TOPIC, self._hear)
-        for addr in bootstrap:
+    async def look_at_swarm(self, mesh: Mesh, entry: Entry) -> None:
+        await member_ports(mesh, entry.key)[1].subscribe(TOPIC, self._hear)
+        for addr in entry.addrs:
             try:
                 await mesh.connect(addr)
                 self.bootstrap.append((addr, ""))
             except TransportError as error:
                 self.bootstrap.append((addr, str(error)))
+        if not entry.addrs and allowed():
+            await self._look_for_neighbour(mesh)
         autonat = AutoNat(mesh)
         for peer in mesh.connected()[:PEERS_ASKED_MAX]:
             self.seen_at = await seen_at(mesh, peer) or self.seen_at
@@ -124,6 +134,14 @@ class _Found:
                 self.verdicts += [await autonat.ask(peer, mesh.listening)] if mesh.listening else []
         if mesh.connected():
             await trio.sleep(LISTEN_S)
+
+    async def _look_for_neighbour(self, mesh: Mesh) -> None:
+        """Connected to a worker of the public swarm on the local network, as a client would be, if there is one."""
+        leads = Leads(())
+        async with on_lan(PUBLIC_SWARM, None, leads.sighted) as lan:
+            with trio.move_on_after(0 if lan.trouble else LAN_SEARCH_S):
+                await join_found(mesh, leads)
+        self.neighbour = bool(mesh.connected())
 
     def _hear(self, message: GossipMessage) -> bool:
         try:
