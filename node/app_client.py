@@ -10,6 +10,7 @@ thread; the event loop stays free for the network.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -24,6 +25,7 @@ import trio
 from client.deploy import DeployedHop, deploy
 from client.deploy import Progress as UploadProgress
 from client.driver import Driver, run_all
+from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
 from client.placement.needs import Objective
@@ -57,7 +59,10 @@ from protocol.ids import DeploymentId, PeerId
 from protocol.signed import Identity
 from protocol.swarm import Member, SwarmView
 
+log = logging.getLogger("sotto.client")
+
 KV_TOKENS_DEFAULT = 4096  # KV room that a placement asks for: one long chat, or several short requests
+LEFT_OUT_MAX = 8  # workers that one deployment does without: more that decline, and the reason lies on this side
 SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
 
 
@@ -86,7 +91,8 @@ class SealedModel:
 @dataclass(frozen=True, slots=True)
 class DeployOptions:
     """`hops_min`: spread over at least so many workers. `kv_tokens`: room of one stream, of which there are
-    `concurrency`; it is leased, so that nobody else can take it. `objective`: see PlaceOptions."""
+    `concurrency`; it is leased, so that nobody else can take it. `objective`: see PlaceOptions. `on_placement` is
+    called again when a worker declines, or is lost, and the model is placed without it."""
 
     hops_min: int = 1
     objective: Objective = "latency"
@@ -156,8 +162,11 @@ class Client:
     async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
         """Who would hold what. Raises RouteUnavailable saying what is missing."""
         view = await self.discover(lambda view: could_fit(view, needs, options))
+        return await self._planned(view, needs, options), view
+
+    async def _planned(self, view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> Placement:
         options = replace(options, client_rtts_ms=await self.rtts_ms(view.ranked()))
-        return await trio.to_thread.run_sync(plan, view, needs, options), view
+        return await trio.to_thread.run_sync(plan, view, needs, options)
 
     async def rtts_ms(self, members: Iterable[Member]) -> dict[PeerId, float]:
         """Round trips from here, measured now for those of `members` that were never asked; for many, for some."""
@@ -167,22 +176,45 @@ class Client:
         return dict(self._rtts_ms)
 
     async def deploy(self, model: SealedModel, options: DeployOptions) -> DeployedModel:
-        """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts."""
+        """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts.
+
+        Workers that decline or are lost meanwhile are left out. Raises what the last one said when no others are left.
+        """
         data, manifest = model.folder.manifest(self._owner)
-        leasing = Leasing(self.leases, options.concurrency * options.kv_tokens)
-        hops: tuple[DeployedHop, ...] = ()
         needs = ModelNeeds.of_manifest(manifest, options.kv_tokens)
         where = PlaceOptions(options.objective, options.concurrency, options.hops_min)
+        hops: tuple[DeployedHop, ...] = ()
         route, view = await self._leased_route(model, data, options)
         if route is None:
-            placement, view = await self.place(needs, where)
-            options.on_placement(placement, view)
-            route = route_of(placement, view, manifest.deployment)
-            supply = Supply(FolderSource(model.folder), holders_in(view, manifest.deployment))
-            hops = await deploy(self.ports, route, data, supply, leasing, options.on_upload)
+            route, view, hops = await self._brought(model, needs, where, options)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
         return await self._ready(route, hops, sealer, _Priced(view, needs, where))
+
+    async def _brought(
+        self, model: SealedModel, needs: ModelNeeds, where: PlaceOptions, options: DeployOptions
+    ) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
+        """Place the model and bring it there, again without whoever declines, as long as there are others."""
+        data, manifest = model.folder.manifest(self._owner)
+        leasing = Leasing(self.leases, options.concurrency * options.kv_tokens)
+        placement, view = await self.place(needs, where)
+        while True:
+            options.on_placement(placement, view)
+            route = route_of(placement, view, manifest.deployment)
+            supply = Supply(FolderSource(model.folder), holders_in(view, manifest.deployment))
+            try:
+                return route, view, await deploy(self.ports, route, data, supply, leasing, options.on_upload)
+            except (HopRefused, HopLost, HopViolation) as failure:
+                await self.leases.release(manifest.deployment)
+                where = replace(where, exclude=where.exclude | {failure.peer})
+                log.info("left out", extra={"peer": failure.peer, "why": str(failure)})
+                if len(where.exclude) > LEFT_OUT_MAX:
+                    raise
+                view = self.watch.view
+                try:
+                    placement = await self._planned(view, needs, where)
+                except RouteUnavailable:
+                    raise failure from None
 
     async def attach(self, checkpoint: Checkpoint, key: RootKey | None) -> DeployedModel:
         """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,
@@ -258,7 +290,7 @@ class Client:
         try:
             supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
             await deploy(self.ports, route, manifest, supply, leasing)
-        except (Refused, RouteUnavailable):  # others may have room
+        except (HopRefused, HopLost, HopViolation):  # others may have room
             await self.leases.release(deployment)
             return None, self.watch.view
         return route, view

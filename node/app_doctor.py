@@ -26,9 +26,11 @@ from multiaddr import Multiaddr
 
 from node.clock import SystemClock
 from node.doctor import Facts
-from node.entering import member_ports
+from node.entering import LAN_SEARCH_S, member_ports
 from node.entry import Entry, known_key, read_entry
 from node.groups import ungrouped
+from node.joining import Leads, join_found
+from node.lan import allowed, on_lan
 from node.lifetime import running_worker
 from node.p2p import upnp
 from node.p2p.addresses import is_circuit, parse_listen, tcp_endpoint
@@ -54,7 +56,7 @@ _SOFTWARE = ("libp2p", "torch", "trio")
 
 @dataclass(frozen=True, slots=True)
 class DoctorOptions:
-    """What a worker would be started with; `bootstrap` holds addresses and invites."""
+    """What a worker would be started with. `bootstrap`: addresses and invites; none: the local network."""
 
     data_dir: Path
     listen: tuple[str, ...]
@@ -81,6 +83,7 @@ async def examine(options: DoctorOptions, tell: Callable[[str], None] = lambda _
         running=str(running.get("reach", "unknown")) if running is not None else "",
         local_ip=_address_towards("192.0.2.1"),
         bootstrap=tuple(found.bootstrap.items()),
+        neighbour=found.neighbour,
         swarm=key.swarm.hex() if key is not None else "",
         greeted=tuple(found.greeted.values()),
         verdicts=tuple(found.verdicts),
@@ -106,6 +109,7 @@ class _Found:
     def __init__(self, tell: Callable[[str], None]) -> None:
         self.tell = tell
         self.bootstrap: dict[str, str] = {}
+        self.neighbour = False
         self.greeted: dict[PeerId, bool] = {}
         self.verdicts: list[str | None] = []
         self.seen_at: str | None = None
@@ -131,6 +135,8 @@ class _Found:
         async with trio.open_nursery() as nursery:
             for addr in addrs:
                 nursery.start_soon(self._dial, mesh, addr)
+        if not addrs and key is None and allowed():
+            await self._look_for_neighbour(mesh)
         peers = mesh.connected()[:PEERS_ASKED_MAX]
         if not peers:
             return
@@ -167,6 +173,14 @@ class _Found:
         if mesh.listening:
             with suppress(TransportError):
                 self.verdicts.append(await autonat.ask(peer, mesh.listening))
+
+    async def _look_for_neighbour(self, mesh: Mesh) -> None:
+        """Connected to a worker of the public swarm on the local network, as a client would be, if there is one."""
+        leads = Leads(())
+        async with on_lan(PUBLIC_SWARM, None, leads.sighted) as lan:
+            with trio.move_on_after(0 if lan.trouble else LAN_SEARCH_S):
+                await join_found(mesh, leads)
+        self.neighbour = bool(mesh.connected())
 
     def _hear(self, message: GossipMessage) -> bool:
         try:

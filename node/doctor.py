@@ -44,6 +44,7 @@ class Facts:
     bootstrap: tuple[tuple[str, str], ...]  # (address, why it does not answer or "")
     swarm: str  # the private swarm's name, "" for the public one
     greeted: tuple[bool, ...]  # per peer that was connected: does it talk to this machine?
+    neighbour: bool  # a peer of the local network answered; looked for only when no address was named
     verdicts: tuple[str | None, ...]  # per peer that dialled back: where it succeeded, or None
     seen_at: str | None  # the address from which peers see this machine come
     gateway: str | None  # the external address of a router that speaks UPnP
@@ -106,9 +107,14 @@ def _port(facts: Facts) -> Iterator[Finding]:
 
 def _bootstrap(facts: Facts) -> Iterator[Finding]:
     silent = [(addr, why) for addr, why in facts.bootstrap if why]
-    if not facts.bootstrap:
+    if not facts.bootstrap and facts.neighbour:
+        yield Finding("swarm", Level.OK, "found one on the local network")
+    elif not facts.bootstrap:
         yield Finding(
-            "swarm", Level.WARN, "no node of a swarm was named, so nobody was asked", "give --bootstrap ADDRESS"
+            "swarm",
+            Level.WARN,
+            "no node of a swarm was named, and none is on the local network: nobody was asked",
+            "give --bootstrap ADDRESS or INVITE",
         )
     elif len(silent) == len(facts.bootstrap):
         yield Finding(
@@ -212,7 +218,7 @@ def _gateway(facts: Facts) -> Iterator[Finding]:
 def _relay(facts: Facts) -> Iterator[Finding]:
     if facts.relays:
         yield Finding("relay", Level.OK, f"peers that would relay for this machine: {facts.relays}")
-    elif any(not why for _, why in facts.bootstrap):
+    elif facts.neighbour or any(not why for _, why in facts.bootstrap):
         yield Finding("relay", Level.WARN, "no peer that was asked relays", "only needed while nobody can dial you")
 
 

@@ -146,7 +146,7 @@ def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:
 
 @contextmanager
 def progress_bar(label: str, *, bytes_: bool, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error that `update(done, total)` moves."""
+    """A bar on standard error that `update(done, total)` moves; none is drawn as long as there is nothing to do."""
     from rich import progress
     from rich.console import Console
 
@@ -164,5 +164,5 @@ def progress_bar(label: str, *, bytes_: bool, quiet: bool) -> Iterator[Callable[
         disable=quiet,
     )
     with bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        task = bar.add_task(label, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=total > 0)

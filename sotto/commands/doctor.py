@@ -32,16 +32,11 @@ def doctor(
         from node.doctor import Level, diagnose
         from node.files import parse_bytes
         from node.paths import data_dir as default_data_dir
-        from protocol.errors import InputError
 
-        try:
-            named = bootstrap_addrs(bootstrap)
-        except InputError:
-            named = ()
         options = DoctorOptions(
             data_dir=data_dir or default_data_dir() / "worker",
             listen=() if listen == ["none"] else tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
-            bootstrap=named,
+            bootstrap=bootstrap_addrs(bootstrap),
             memory_bytes=parse_bytes(memory) if memory else default_memory_bytes(),
         )
 

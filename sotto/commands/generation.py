@@ -172,7 +172,10 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     checkpoint = open_model(where.model)
     key = root_key(where.privacy, where.key, where.data_dir)
 
+    total = UploadTotal()
+
     def show(placement: Placement, view: SwarmView) -> None:
+        total.restart()
         if not where.quiet:
             typer.echo(f"placing {checkpoint.name} on {len(placement.hops)} of {len(view.members)} workers", err=True)
             typer.echo("\n".join(describe_placement(placement, view)), err=True)
@@ -184,7 +187,6 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
             return
         with progress_bar("sealing", bytes_=False, quiet=where.quiet) as update:
             sealed = await client.seal(checkpoint, where.dtype, key, update)
-        total = UploadTotal()
         with progress_bar("uploading", bytes_=True, quiet=where.quiet) as upload:
             options = DeployOptions(
                 hops_min=where.workers, on_placement=show, on_upload=lambda progress: upload(*total.add(progress))

@@ -79,6 +79,10 @@ class UploadTotal:
     def __init__(self) -> None:
         self._hops: dict[PeerId, DeployProgress] = {}
 
+    def restart(self) -> None:
+        """The model was placed anew."""
+        self._hops.clear()
+
     def add(self, progress: DeployProgress) -> tuple[int, int]:
         """(bytes at the workers, bytes in all) over the hops heard of so far."""
         self._hops[progress.peer] = progress

@@ -142,6 +142,12 @@ def test_the_key_lies_closed_and_is_not_told(net: Net) -> None:
             assert net.invite not in content
 
 
+def test_the_doctor_looks_at_it_as_a_member(net: Net, tmp_path: Path) -> None:
+    done = sotto(tmp_path, "doctor", "-b", net.invite, "--listen", "none", "--memory", "1MiB", "--json")
+    levels = {each["check"]: each["level"] for each in json.loads(done.stdout)["checks"]}
+    assert (levels["swarm"], levels["clock"]) == ("ok", "ok"), "no advert was read"
+
+
 def test_a_stranger_sees_no_workers(net: Net, tmp_path: Path) -> None:
     async def main() -> tuple[set[str], dict[str, int]]:
         async with observe(ClientOptions(tmp_path, (net.first.address,), discover_s=4)) as client:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from node.entry import invite_by, read_entry
 from node.p2p import upnp
+from protocol.invites import print_invite
 from simnet.cluster import Cluster
 from sotto.__main__ import app
 
@@ -41,6 +43,12 @@ def test_a_machine_that_others_can_dial(swarm: Cluster, tmp_path: Path) -> None:
     assert not (tmp_path / "data").exists()
 
 
+def test_an_invite_leads_to_the_swarm_as_an_address_does(swarm: Cluster, tmp_path: Path) -> None:
+    invite = print_invite(invite_by(read_entry([swarm.bootstrap])))
+    _, levels, texts = doctor(tmp_path, "-b", invite, "--listen", "none", "--memory", "1MiB")
+    assert (levels["swarm"], levels["clock"]) == ("ok", "ok"), texts
+
+
 def test_a_machine_where_a_worker_runs(swarm: Cluster) -> None:
     status, levels, texts = doctor(Path(swarm.workers[1].folder), "-b", swarm.bootstrap, "--memory", "1MiB")
     assert (status, levels["port"]) == (0, "ok")
@@ -64,4 +72,4 @@ def test_people_read_a_line_per_check_and_an_arrow_per_remedy(tmp_path: Path) ->
     result = CliRunner().invoke(app, ["doctor", "--listen", "/ip4/127.0.0.1/tcp/0", "--data-dir", str(tmp_path)])
     lines = result.stdout.splitlines()
     assert any(line.startswith("warn  swarm") for line in lines)
-    assert any(line.strip() == "-> give --bootstrap ADDRESS" for line in lines)
+    assert any(line.strip() == "-> give --bootstrap ADDRESS or INVITE" for line in lines)
