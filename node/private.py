@@ -60,6 +60,9 @@ class PrivateTransport:
     def connected(self) -> tuple[PeerId, ...]:
         return self.inner.connected()
 
+    def shun(self, peer: PeerId, seconds: float) -> None:
+        self.inner.shun(peer, seconds)
+
     async def connect(self, addr: str) -> PeerId:
         """Connecting proves nothing yet: a stranger that answers is found out at its first stream."""
         return await self.inner.connect(addr)

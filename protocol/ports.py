@@ -81,6 +81,10 @@ class Transport(Protocol):
     def connected(self) -> tuple[PeerId, ...]:
         """Peers with a live connection now, sorted."""
 
+    def shun(self, peer: PeerId, seconds: float) -> None:
+        """End all connections to `peer` at once, and have none for some seconds, whoever dials: `open` and `connect`
+        raise TransportError. Best effort: adapters remember a bounded number of peers."""
+
 
 class GossipMessage(Protocol):
     """One validated message of a topic."""

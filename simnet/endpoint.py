@@ -43,6 +43,7 @@ class VirtualEndpoint:
         self._dials: dict[PeerId, trio.Lock] = {}
         self._topics: dict[str, TopicSubscription] = {}
         self._seen: OrderedDict[tuple[PeerId, int], None] = OrderedDict()
+        self._shunned: dict[PeerId, float] = {}  # until when
         self._stopped = False
 
     @property
@@ -59,6 +60,13 @@ class VirtualEndpoint:
 
     def connected(self) -> tuple[PeerId, ...]:
         return tuple(self._network.neighbours(self._peer))
+
+    def shun(self, peer: PeerId, seconds: float) -> None:
+        self._shunned[peer] = trio.current_time() + seconds
+        self._network.disconnect(self._peer, peer, f"{self._peer} shuns {peer}")
+
+    def shuns(self, peer: PeerId) -> bool:
+        return self._shunned.get(peer, 0.0) > trio.current_time()
 
     def stop(self) -> None:
         self._stopped = True
@@ -122,6 +130,8 @@ class VirtualEndpoint:
         async with self._dials.setdefault(peer, trio.Lock()):
             if self._stopped:
                 raise TransportError("this node has stopped")
+            if self.shuns(peer):
+                raise TransportError(f"{peer} is shunned: it broke the protocol too often")
             if self._network.connection(self._peer, peer) is not None:
                 return
             failure: TransportError | None = None

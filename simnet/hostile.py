@@ -1,12 +1,14 @@
 """A hostile peer against a real node, and an honest one that measures what that costs it.
 
 `measure` probes a worker first alone, then while an attacker in a process of its own keeps silent connections, sends
-malformed frames over real libp2p streams, and asks without ever reading. The attacker is niced, since it runs on this
-machine and its own work is not the worker's burden. It shows only what it tries; it is no proof.
+malformed frames over real libp2p streams, and asks without ever reading. Turned away, it comes again, at will as
+somebody else. The attacker is niced, since it runs on this machine and its own work is not the worker's burden. It
+shows only what it tries; it is no proof.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -45,13 +47,13 @@ _VALID: tuple[tuple[Message, bytes], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the attacker does. `malformed` is for each protocol; it goes on, in rounds, for `seconds` at least."""
+    """What the attacker does, for `seconds`: as much as it can, and as often as it is let."""
 
-    silent: int = 400
-    malformed: int = 1000
+    silent: int = 400  # connections that say nothing
+    malformed: int = 16  # streams at a time that end by a malformed frame, over all protocols
     deaf: int = 16  # streams on which it asks and never reads
     seconds: float = 20.0
-    streams: int = 16  # open at a time
+    renamed: bool = True  # who is turned away comes again as somebody else
     seed: int = 1
 
 
@@ -150,25 +152,29 @@ async def attack(addr: str, plan: Plan, begun: Callable[[], None]) -> dict[str, 
     victim = _Victim.at(addr)
     counts: Counter[str] = Counter()
     async with AsyncExitStack() as held, open_mesh(MeshConfig(os.urandom(32), listen=())) as mesh:
-        source, stop_at = random.Random(plan.seed), trio.current_time() + plan.seconds
+        stop_at = trio.current_time() + plan.seconds
         await _silent(held, victim, plan.silent, counts)
         begun()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_silent_again, held, victim, plan, stop_at, counts)
             for _ in range(plan.deaf):
                 nursery.start_soon(_deaf, mesh, victim, stop_at, counts)
-            while plan.malformed and (trio.current_time() < stop_at or _least(counts)[0] < plan.malformed):
-                async with trio.open_nursery() as batch:
-                    for _ in range(plan.streams):
-                        _, protocol = _least(counts)
-                        counts[f"malformed {protocol}"] += 1
-                        batch.start_soon(_one, mesh, victim, protocol, malformed(source), counts)
+            if plan.malformed:
+                nursery.start_soon(_malformed, victim, plan, stop_at, counts)
     return dict(counts)
 
 
-def _least(counts: Counter[str]) -> tuple[int, str]:
-    """The protocol that has had the fewest malformed frames."""
-    return min((counts[f"malformed {protocol}"], protocol) for protocol in FRAME_BYTES_MAX)
+async def _malformed(victim: _Victim, plan: Plan, stop_at: float, counts: Counter[str]) -> None:
+    source, protocols = random.Random(plan.seed), itertools.cycle(FRAME_BYTES_MAX)
+    while trio.current_time() < stop_at:
+        async with open_mesh(MeshConfig(os.urandom(32), listen=())) as mesh:
+            counts["identities"] += 1
+            taken = -1
+            while trio.current_time() < stop_at and (taken != counts["malformed"] or not plan.renamed):
+                taken = counts["malformed"]
+                async with trio.open_nursery() as batch:
+                    for protocol in itertools.islice(protocols, plan.malformed):
+                        batch.start_soon(_one, mesh, victim, protocol, malformed(source), counts)
 
 
 async def _silent(held: AsyncExitStack, victim: _Victim, count: int, counts: Counter[str]) -> None:
@@ -191,22 +197,25 @@ async def _silent_again(
 
 
 async def _one(mesh: Mesh, victim: _Victim, protocol: str, frame: bytes, counts: Counter[str]) -> None:
-    """A stream of its own, since a frame that is refused ends its stream."""
+    """A stream of its own, since a frame that is refused ends its stream. Counted once the worker had the stream."""
+    had = f"refused {protocol}"
     try:
         with trio.fail_after(REQUEST_S):
             stream = await mesh.open(victim.peer, victim.addrs, protocol)
             try:
                 await stream.send(frame)
                 await stream.finish()
+                had = f"malformed {protocol}"
+                counts["malformed"] += 1
                 while await stream.receive(1 << 14):
                     pass
-                counts["ended"] += 1
             finally:
                 await stream.aclose()
     except TransportError:
-        counts["reset or refused"] += 1
+        pass
     except trio.TooSlowError:
         counts["silence"] += 1
+    counts[had] += 1
 
 
 async def _deaf(mesh: Mesh, victim: _Victim, stop_at: float, counts: Counter[str]) -> None:
@@ -220,7 +229,7 @@ async def _deaf(mesh: Mesh, victim: _Victim, stop_at: float, counts: Counter[str
                     counts["unread pings"] += 100
             await stream.aclose()
         except TransportError:
-            counts["reset or refused"] += 1
+            counts["deaf refused"] += 1
             await trio.sleep(0.1)
 
 

@@ -138,6 +138,11 @@ class VirtualNetwork:
     def connection(self, a: PeerId, b: PeerId) -> Connection | None:
         return self._connections.get((min(a, b), max(a, b)))
 
+    def disconnect(self, a: PeerId, b: PeerId, why: str) -> None:
+        connection = self.connection(a, b)
+        if connection is not None:
+            self._end(connection, why)
+
     def neighbours(self, peer: PeerId) -> list[PeerId]:
         return sorted(a if b == peer else b for a, b in self._connections if peer in (a, b))
 
@@ -167,6 +172,8 @@ class VirtualNetwork:
                 raise TransportError(f"cannot connect to {target} at {addr}: {found} answers there")
             if target not in self._endpoints:
                 raise TransportError(f"cannot connect to {target} at {addr}: it is gone")
+            if self._endpoints[target].shuns(source):
+                raise TransportError(f"cannot connect to {target} at {addr}: it closed the connection")
             pair = (min(source, target), max(source, target))
             self._connections.setdefault(pair, Connection((source, target)))
             self.record("connect", source, target, 0)

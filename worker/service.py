@@ -72,8 +72,10 @@ from worker.throttle import ThrottledStream
 log = logging.getLogger("sotto.worker")
 STREAMS_PER_PEER_MAX = 64  # our own client needs four
 SWEEP_S = 5.0
-# What a request costs of a peer's rate. A large manifest takes as long as many other requests; a ping takes nothing.
-COSTS: dict[type[Message], float] = {LeaseSpan: 5.0, Ping: 0.05}
+VIOLATIONS_PER_S = 2.0  # of one peer, eight at once; an honest one has none. Each costs us some milliseconds
+SHUN_S = 60.0
+# What a request costs of a peer's rate. A large manifest takes as long as many other requests, a ping less than any.
+COSTS: dict[type[Message], float] = {LeaseSpan: 5.0, Ping: 0.2}
 Serve = Callable[[Channel], Awaitable[None]]
 
 __all__ = ["WorkerConfig", "WorkerPorts", "WorkerService"]
@@ -100,6 +102,7 @@ class WorkerService:
         )
         self._requests = RequestGate(Rates(quotas.peer_requests, quotas.requests))
         self._bytes = Rates(quotas.peer_bandwidth, quotas.bandwidth)
+        self._violations = Rates(VIOLATIONS_PER_S, inf)
         self._throttled = min(quotas.peer_bandwidth, quotas.bandwidth) < inf
         self._arrivals = Arrivals(ports.clock.monotonic)
         self._pace = Pace(ports.clock.monotonic)
@@ -187,8 +190,8 @@ class WorkerService:
                 self._ports.observer.request_refused(refusal.reason)
                 log.info("refused", extra={"peer": peer, "reason": refusal.reason})
             except RemoteProtocolError as error:
-                self._ports.observer.violation(peer, protocol)
                 log.warning("violation", extra={"peer": peer, "protocol": protocol, "error": str(error)})
+                self._penalise(peer, protocol)
             except TransportError as error:
                 log.debug("stream lost", extra={"peer": peer, "protocol": protocol, "error": str(error)})
             finally:
@@ -199,6 +202,13 @@ class WorkerService:
                 await stream.aclose()
 
         return handle
+
+    def _penalise(self, peer: PeerId, protocol: str) -> None:
+        """A stream was lost to what the peer itself sent. What it forwards for others is dropped elsewhere."""
+        self._ports.observer.violation(peer, protocol)
+        if self._violations.take(peer, 1.0, self._ports.clock.monotonic()) > 0:
+            log.warning("shunned", extra={"peer": peer, "seconds": SHUN_S})
+            self._ports.transport.shun(peer, SHUN_S)
 
     async def _serve_control(self, channel: Channel) -> None:
         async def answer(request: Message, _: bytes) -> None:

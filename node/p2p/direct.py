@@ -33,6 +33,7 @@ from node.p2p.direct_stream import DirectStream
 from node.p2p.doorway import source_of
 from node.p2p.racing import race
 from node.p2p.records import MAGIC, PROTOCOL_BYTES_MAX, Kind
+from node.p2p.shunned import Shunned
 from node.p2p.streams import foreign, serve
 from node.p2p.tcp import TcpStream
 from protocol.errors import Refused, RemoteProtocolError, SottoError, TransportError
@@ -55,11 +56,12 @@ Way = tuple[PeerId, tuple[str, ...]]
 class DirectPlane:
     """`nursery` outlives every connection that is dialled from here; dials go out from the IPv4 address `dial_from`."""
 
-    def __init__(self, seed: bytes, nursery: trio.Nursery, dial_from: str | None = None) -> None:
+    def __init__(self, seed: bytes, nursery: trio.Nursery, shunned: Shunned, dial_from: str | None = None) -> None:
         self.streams: dict[DirectStream, None] = {}  # those that hold a socket
         self._keys = create_new_key_pair(seed)
         self._static = create_new_x25519_key_pair().private_key
         self._nursery = nursery
+        self._shunned = shunned
         self._dial_from = dial_from
         self._handlers: dict[str, StreamHandler] = {}
         self._inbound: Counter[str] = Counter()  # by peer, and by address
@@ -119,6 +121,11 @@ class DirectPlane:
         if len(self._avoided) > AVOIDED_MAX:
             self._avoided.popitem(last=False)
 
+    def drop(self, peer: PeerId) -> None:
+        """End all connections to `peer` at once."""
+        for stream in [stream for stream in self.streams if stream.remote == peer]:
+            stream.discard()
+
     # serving
 
     async def serve(self, tcp: TcpStream) -> None:
@@ -129,6 +136,7 @@ class DirectPlane:
             secured = await self._pattern().handshake_inbound(RawConnection(tcp, False))
             stream = _stream_over(tcp, secured)
             try:
+                self._shunned.check(stream.remote, address)
                 protocol = await _be_asked(stream)
             except BaseException:
                 stream.discard()

@@ -37,12 +37,13 @@ from multiaddr import Multiaddr
 
 from node.p2p.addresses import dialable, tcp_endpoint
 from node.p2p.peerbook import PeerBook, learn, push_handler
+from node.p2p.shunned import Shunned
 from node.p2p.streams import logged
 from node.p2p.tcp import Entrance, TcpStream, TcpTransport
 from node.p2p.yamux import Yamux
 from node.p2p.yamux_limits import Memory
 from protocol.errors import RemoteProtocolError, TransportError
-from protocol.ids import public_key_of
+from protocol.ids import PeerId, public_key_of
 from protocol.limits import ADDR_CHARS_MAX, ADDRS_MAX
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Host(BasicHost):
     """libp2p's host, with the few questions the mesh asks."""
 
     swarm: Swarm
+    shunned: Shunned
     _own_addrs: Callable[[], tuple[str, ...]] | None = None
 
     def tell_addrs(self, addrs: Callable[[], tuple[str, ...]]) -> None:
@@ -119,6 +121,12 @@ class Host(BasicHost):
             await muxed.close()
             raise TransportError(f"{muxed.peer_id} answers at {maddr}")
 
+    def drop(self, peer: ID) -> None:
+        """End all connections to `peer` at once."""
+        for conn in self.swarm.get_connections(peer):
+            if isinstance(conn.muxed_conn, Yamux):
+                conn.muxed_conn.end()
+
     async def shut_down(self) -> None:
         """Stop identifying peers and close all connections at once."""
         for scope in list(self._identify_tasks):
@@ -140,17 +148,22 @@ def stated_addrs(host: Host, peer: ID) -> tuple[str, ...]:
 
 
 class _Muxers(MuxerMultistream):
-    """Negotiates as the library does, then builds our yamux. Only peers that protocol/ids.py knows how to name pass."""
+    """Negotiates as the library does, then builds our yamux. Only peers that protocol/ids.py knows how to name pass,
+    and no shunned ones."""
 
-    def __init__(self, muxers: TMuxerOptions, negotiate_timeout: int) -> None:
+    def __init__(self, muxers: TMuxerOptions, negotiate_timeout: int, shunned: Shunned) -> None:
         super().__init__(muxers, negotiate_timeout)
         self._memory = Memory[Yamux]()
+        self._shunned = shunned
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         try:
             public_key_of(peer_id.to_base58())
+            self._shunned.check(PeerId(peer_id.to_base58()), (conn.get_remote_address() or ("", 0))[0])
         except RemoteProtocolError as error:
             raise MuxerUpgradeFailure(f"a peer whose id is no Ed25519 key: {peer_id}") from error
+        except TransportError as error:
+            raise MuxerUpgradeFailure(str(error)) from error
         await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
         return Yamux(conn, peer_id, self._memory)
 
@@ -172,7 +185,7 @@ class _NoAutoConnector(AutoConnector):
         await trio.lowlevel.checkpoint()
 
 
-def new_host(seed: bytes, entrance: Entrance, announce: tuple[str, ...]) -> Host:
+def new_host(seed: bytes, entrance: Entrance, announce: tuple[str, ...], shunned: Shunned) -> Host:
     """A host with the identity of `seed` (32 bytes) that will listen on the sockets of `entrance`; not yet running."""
     _silence()
     keys = create_new_key_pair(seed)
@@ -181,7 +194,7 @@ def new_host(seed: bytes, entrance: Entrance, announce: tuple[str, ...]) -> Host
     muxers: TMuxerOptions = {YAMUX: Yamux}
     noise = Noise(keys, noise_privkey=create_new_x25519_key_pair().private_key)
     upgrader = TransportUpgrader({NOISE: noise}, muxers)
-    upgrader.muxer_multistream = _Muxers(muxers, int(UPGRADE_S))
+    upgrader.muxer_multistream = _Muxers(muxers, int(UPGRADE_S), shunned)
     swarm = _Swarm(
         peer,
         peerstore,
@@ -198,6 +211,7 @@ def new_host(seed: bytes, entrance: Entrance, announce: tuple[str, ...]) -> Host
         disable_identify_address_discovery=True,
     )
     host.swarm = swarm
+    host.shunned = shunned
     host.set_stream_handler(ID_PUSH, push_handler(peerstore))
     swarm.set_stream_handler(_guarded(swarm))
     return host

@@ -32,6 +32,7 @@ from node.p2p.gossip import GuardedPubsub, TopicSubscription, new_router
 from node.p2p.host import Host, new_host, stated_addrs
 from node.p2p.racing import race
 from node.p2p.reach import Reach, ReachState
+from node.p2p.shunned import Shunned
 from node.p2p.streams import MeshStream, foreign, logged, serve
 from node.p2p.tcp import Entrance, bind
 from protocol import limits
@@ -137,6 +138,7 @@ class Mesh:
     async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream:
         if peer == self._peer:
             raise LocalProtocolError("a node opens no streams to itself")
+        self._host.shunned.check(peer)
         maddrs = addresses.dialable(addrs)
         by_libp2p = partial(self._open_by_libp2p, peer, maddrs, protocol)
         if protocol in self._config.direct:
@@ -175,6 +177,11 @@ class Mesh:
             raise InputError(f"{addr} is this node itself: give the address of another one")
         await self._ensure_connected(peer, [maddr])
         return peer
+
+    def shun(self, peer: PeerId, seconds: float) -> None:
+        self._host.shunned.add(peer, seconds)
+        self._host.drop(_id_of(peer))
+        self._plane.drop(peer)
 
     # Gossip
 
@@ -244,9 +251,11 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
                 bound[str(maddr)] = await bind(maddr)
         async with trio.open_nursery() as nursery:
             router = new_router()
-            plane = DirectPlane(config.seed, nursery, config.dial_from)
-            entrance = Entrance(nursery, bound, Doorway(), plane.serve, config.dial_from)
-            host = new_host(config.seed, entrance, config.announce)
+            doorway = Doorway()
+            shunned = Shunned(doorway)
+            plane = DirectPlane(config.seed, nursery, shunned, config.dial_from)
+            entrance = Entrance(nursery, bound, doorway, plane.serve, config.dial_from)
+            host = new_host(config.seed, entrance, config.announce, shunned)
             pubsub = GuardedPubsub(host, router)
             mesh = Mesh(host, plane, pubsub, router, nursery, config)
             host.tell_addrs(lambda: mesh.addrs)

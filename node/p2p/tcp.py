@@ -30,7 +30,7 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
 from node.p2p.addresses import tcp_endpoint
-from node.p2p.doorway import Doorway
+from node.p2p.doorway import Doorway, Visit
 from node.p2p.records import MAGIC
 from protocol.errors import InputError
 
@@ -152,17 +152,18 @@ class TcpListener(IListener):
         try:
             with visit.scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._handle, stream)
+                    nursery.start_soon(self._handle, stream, visit)
                     await stream.closed.wait()
                     nursery.cancel_scope.cancel()
         finally:
             doorway.leave(visit)
             await trio.aclose_forcefully(accepted)
 
-    async def _handle(self, stream: TcpStream) -> None:
+    async def _handle(self, stream: TcpStream, visit: Visit) -> None:
         try:
             with trio.fail_after(FIRST_BYTES_S):
                 direct = await stream.begins_with(MAGIC)
+            await self._entrance.doorway.turn(visit)
             await (self._entrance.serve_direct(stream) if direct else self._handler(stream))
         except Exception as error:  # a connection that fails is that connection's end, never the listener's
             log.debug("connection from %s failed: %r", stream.get_remote_address(), error)

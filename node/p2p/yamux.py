@@ -103,7 +103,7 @@ class Yamux(IMuxedConn):
         await self.close()
 
     async def close(self) -> None:
-        self._end()
+        self.end()
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
             try:
                 await self._secured.close()
@@ -166,7 +166,7 @@ class Yamux(IMuxedConn):
         hog = self._memory.add(self, size, trio.current_time())
         if hog is not None:
             log.warning("closing the connection to %s: too much that it sent is not read", hog.peer_id)
-            hog._end()
+            hog.end()
 
     def let_go(self, size: int) -> None:
         """`size` bytes were read, or dropped."""
@@ -190,7 +190,7 @@ class Yamux(IMuxedConn):
             log.debug("connection to %s ended: %r", self.peer_id, error)
         except Exception:  # whatever the layers below raise, this connection ends and nothing else does
             log.exception("connection to %s failed", self.peer_id)
-        self._end()
+        self.end()
 
     async def _receive(self) -> None:
         parser = Parser(self)
@@ -218,7 +218,8 @@ class Yamux(IMuxedConn):
             self._send(Kind.PING, Flag.SYN, value)
         log.info("peer %s is silent", self.peer_id)
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """At once; `start` closes the socket. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -260,7 +261,7 @@ class Yamux(IMuxedConn):
     def _check_flood(self, answers: int) -> None:
         if answers > CONTROL_FRAMES_MAX:
             log.warning("closing the connection to %s: it does not read what it makes us answer", self.peer_id)
-            self._end()
+            self.end()
 
     def _next_batch(self) -> bytes:
         """Control frames in their order, then data; one Noise record at most, b"" when there is nothing to send."""

@@ -190,7 +190,7 @@ def pause_drains(scene: Scene) -> Figures:
 
 
 def hostile_peer_is_borne(scene: Scene) -> Figures:
-    """400 silent connections and 1,000 malformed frames on each protocol at most double an honest request's p99."""
+    """400 silent connections, and malformed frames as often as they are let in, at most double a request's p99."""
     with daemon(scene.folder / "a", "worker") as worker:
         figures: dict[str, Any] = trio.run(
             hostile.measure, worker.address, hostile.Plan(seed=scene.random.randrange(99))

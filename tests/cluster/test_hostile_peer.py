@@ -30,7 +30,7 @@ def test_no_malformed_frame_is_a_frame() -> None:
 
 
 def test_honest_requests_go_on_under_attack(tmp_path: Path) -> None:
-    plan = Plan(silent=60, malformed=15, deaf=2, seconds=2.0)
+    plan = Plan(silent=60, malformed=16, deaf=2, seconds=2.0)
     with cluster.running(tmp_path / "c", [cluster.WorkerSpec("100MiB", "20MiB")]) as net:
         (worker,) = net.workers
         report = trio.run(measure, worker.bootstrap, plan)
@@ -38,7 +38,8 @@ def test_honest_requests_go_on_under_attack(tmp_path: Path) -> None:
         assert psutil.Process(worker.pid).memory_info().rss < 1 << 30
     attack = report["attack"]
     assert attack["silent"] >= 60
-    assert all(attack[f"malformed {protocol}"] >= 15 for protocol in FRAME_BYTES_MAX)
+    assert attack["malformed"] >= 8, "an attacker is let in before it shows what it is"
+    assert sum(attack.get(f"refused {protocol}", 0) for protocol in FRAME_BYTES_MAX) > 0, "and not for ever"
     assert attack["unread pings"] > 0
     for when in ("before", "during", "after"):
         for kind in ("ping", "fresh", "newcomer"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import trio
 
 from protocol import limits
 from protocol.channel import Channel
+from protocol.errors import TransportError
 from protocol.ids import SessionId, ShardDigest
 from protocol.messages import (
     CONTROL,
@@ -32,7 +34,7 @@ from protocol.messages import (
 from protocol.tickets import issue_ticket
 from simnet.compute import CostModel, ToyCompute, toy_answer
 from tests.helpers.workers import HandRoute, Swarm, in_swarm, make_manifest, some_rows
-from worker import sessions
+from worker import service, sessions
 from worker.config import Quotas
 
 ROWS = some_rows(3)
@@ -365,6 +367,34 @@ def test_rubbish_closes_the_stream_and_is_counted(protocol: str, data: bytes) ->
         assert await Channel(stream, protocol).receive() is None
         assert worker.counts.violations == [(swarm.client.peer, protocol)]
         assert await swarm.client.ask(worker, Ping(bytes(8))) == Pong(bytes(8)), "the node lives"
+
+    in_swarm(1, test)
+
+
+def test_who_breaks_the_protocol_again_and_again_is_shunned_for_a_while() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        mallory = await swarm.another("mallory")
+
+        async def violate() -> None:
+            stream = await mallory.endpoint.open(worker.peer, worker.endpoint.addrs, CONTROL)
+            await stream.send(b"\xff" * 8)
+            with suppress(TransportError):
+                await stream.receive(1)
+            await stream.aclose()
+
+        link = await swarm.client.dial(worker, LINK)
+        for _ in range(20):  # which a hop may forward for a client that is no better
+            await link.send(OpenSession(SessionId(b"s" * 16), (b"rubbish",)))
+        for _ in range(20):
+            with suppress(TransportError):
+                await violate()
+        assert 8 <= worker.counts.violations.count((mallory.peer, CONTROL)) <= 12
+        assert worker.endpoint.shuns(mallory.peer)
+        assert not worker.endpoint.shuns(swarm.client.peer)
+        assert await swarm.client.ask(worker, Ping(bytes(8))) == Pong(bytes(8)), "others are served"
+        await trio.sleep(service.SHUN_S)
+        assert await mallory.ask(worker, Ping(bytes(8))) == Pong(bytes(8)), "and so is it, later"
 
     in_swarm(1, test)
 

@@ -10,8 +10,10 @@ from libp2p.security.noise.patterns import PatternXX
 
 import node.p2p.direct as direct
 from node.p2p.direct_stream import DirectStream
+from node.p2p.doorway import Doorway
 from node.p2p.mesh import MeshConfig, open_mesh
 from node.p2p.records import MAGIC
+from node.p2p.shunned import Shunned
 from node.p2p.tcp import TcpStream
 from protocol.errors import TransportError
 from tests.conformance.adapters import echo, receive_exactly, seed_of
@@ -54,7 +56,7 @@ async def connect(mesh):
 
 async def rogue(mesh, protocol=RAW, prologue=MAGIC, seed="rogue"):
     """A dialler that has come as far as an honest one, and will say anything."""
-    plane = direct.DirectPlane(seed_of(seed), None)
+    plane = direct.DirectPlane(seed_of(seed), None, Shunned(Doorway()))
     stream = TcpStream(await connect(mesh))
     await stream.write(MAGIC)
     local = ID.from_pubkey(plane._keys.public_key)
