@@ -20,6 +20,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ class PeerBook(PeerStore):
         self.add_key_pair(own, keys)
 
     def add_addrs(self, peer_id: ID, addrs: Sequence[Multiaddr], ttl: int = 0) -> None:
-        """At most ADDRS_MAX in all; later ones are not believed until the library clears them."""
+        """At most ADDRS_MAX in all; later ones are not believed until the library clears them. Bytes that are no
+        address are left out: the library parses them when somebody asks for text, far from here."""
         known = self.peer_data_map[peer_id].addrs if peer_id in self.peer_data_map else []
-        new = [addr for addr in addrs if addr not in known]
+        new = [addr for addr in addrs if addr not in known and _is_whole(addr)]
         super().add_addrs(peer_id, new[: max(0, ADDRS_MAX - len(known))], ttl)
 
     def _enforce_peer_limit(self) -> None:
@@ -55,6 +57,13 @@ class PeerBook(PeerStore):
         away = [peer for peer in self.peer_data_map if peer != self._own and not self._is_live(peer)]
         for peer in away[: max(PEERS_FORGOTTEN, len(self.peer_data_map) - self.max_peers)]:
             self.clear_peerdata(peer)
+
+
+def _is_whole(addr: Multiaddr) -> bool:
+    try:
+        return bool(str(addr))
+    except (MultiaddrError, ValueError):
+        return False
 
 
 async def learn(book: IPeerStore, stream: INetStream) -> None:
