@@ -19,9 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import tests.node.p2p.fuzz_targets  # noqa: F401 - registers its targets
 from tests.fuzz import loop
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.every import TARGETS
 
 STOP_S = 60.0  # beyond its time, before a process counts as hung
 

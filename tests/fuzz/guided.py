@@ -14,13 +14,10 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(
-    include=["protocol", "worker", "node.p2p", "models.config"], enable_loader_override=False
-):
-    import tests.node.p2p.fuzz_targets  # noqa: F401 - registers its targets
+with atheris.instrument_imports(include=["protocol", "worker", "node", "models.config"], enable_loader_override=False):
+    from tests.fuzz.every import TARGETS
 from tests.fuzz import loop
 from tests.fuzz.edits import apply, random_edit
-from tests.fuzz.targets import TARGETS
 
 RSS_MIB_MAX = 2048
 BYTES_MAX = 1 << 16
