@@ -71,7 +71,8 @@ async def learn(book: IPeerStore, stream: INetStream) -> None:
     with trio.fail_after(IDENTIFY_S):
         message = Identify.FromString(await read_varint_prefixed_bytes_limited(stream, IDENTIFY_BYTES_MAX))
     del message.listen_addrs[ADDRS_MAX:]
-    protocols = [name for name in message.protocols if len(name) <= PROTOCOL_CHARS_MAX]
+    named = [name for name in message.protocols if isinstance(name, str)]  # others come as bytes
+    protocols = [name for name in named if len(name) <= PROTOCOL_CHARS_MAX]
     del message.protocols[:]
     message.protocols.extend(protocols[:PROTOCOLS_MAX])
     if len(message.signedPeerRecord) > RECORD_BYTES_MAX:

@@ -86,6 +86,7 @@ def gossip_rpc(data: bytes) -> None:
     rpc = rpc_pb2.RPC()
     rpc.ParseFromString(data)
     price = trim(rpc, {TOPIC})
+    assert all(isinstance(each.topicid, str) for each in rpc.subscriptions)
     kept = rpc.SerializeToString()
     assert (trim(rpc, {TOPIC}), rpc.SerializeToString()) == (price, kept)
     guard, subscription = _Admission(), TopicSubscription(PeerId(CLIENT.peer), valid)
