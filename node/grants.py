@@ -8,7 +8,6 @@ by their serial; a revoked one keeps its name there, and every worker that takes
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import re
@@ -57,7 +56,7 @@ def read_token(text: str) -> Token:
         signed = base64.b64decode(fields["capability"], validate=True)
         capability, owner = open_capability(signed)
         return Token(signed, str(fields["key_check"]), capability, owner)
-    except (ValueError, KeyError, TypeError, binascii.Error, RemoteProtocolError):
+    except (ValueError, KeyError, TypeError, RecursionError, RemoteProtocolError):
         raise InputError(
             "this is no capability, or it was changed: copy the whole token that 'sotto grant' printed"
         ) from None

@@ -115,7 +115,9 @@ class _Seeker:
     asked: set[str] = field(default_factory=set)
 
     def __call__(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        named = name.partition(".")[0]
+        named, _, kind = name.partition(".")
+        if kind != service_type:  # a pointer may lead anywhere, and what is raised here ends the browser's thread
+            return
         try:
             public_key_of(named)
         except RemoteProtocolError:

@@ -131,7 +131,7 @@ def ask_worker(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
             raise InputError(
                 f"no worker runs on {folder}: start it with 'sotto worker', or give its --data-dir"
             ) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"the worker on {folder} does not answer ({error}): see its log") from None
     if not isinstance(answer, dict) or "error" in answer:
         said = answer.get("error") if isinstance(answer, dict) else answer

@@ -61,7 +61,7 @@ class Rights:
 def _read(data: bytes) -> dict[tuple[PeerId, bytes], int]:
     revoked = {}
     for owner, text, until in json.loads(data):
-        public_key_of(owner)
+        public_key_of(str(owner))
         serial = bytes.fromhex(text)
         if len(serial) != ID_BYTES or not isinstance(until, int):
             raise ValueError("no serial, or no time")

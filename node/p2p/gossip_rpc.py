@@ -38,10 +38,15 @@ def trim(rpc: rpc_pb2.RPC, topics: Collection[str]) -> float:
         raise ParseError(f"an RPC of more than {ENTRIES_MAX} entries")
     # A signed address record: verified each time, and read by nobody here.
     rpc.ClearField("senderRecord")
-    _keep(rpc.subscriptions, [each for each in rpc.subscriptions if len(each.topicid) <= TOPIC_CHARS_MAX])
+    _keep(rpc.subscriptions, [each for each in rpc.subscriptions if _is_name(each.topicid)])
     _keep(rpc.publish, [each for each in rpc.publish if _is_ours(each, topics)])
     ids = _trim_control(control, topics) if rpc.HasField("control") else 0
     return 1 + sum(map(len, entries)) + ids / IDS_PER_UNIT
+
+
+def _is_name(topic: object) -> bool:
+    """What is not UTF-8 comes as bytes."""
+    return isinstance(topic, str) and len(topic) <= TOPIC_CHARS_MAX
 
 
 def _is_ours(message: rpc_pb2.Message, topics: Collection[str]) -> bool:

@@ -20,6 +20,7 @@ from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +45,10 @@ class PeerBook(PeerStore):
         self.add_key_pair(own, keys)
 
     def add_addrs(self, peer_id: ID, addrs: Sequence[Multiaddr], ttl: int = 0) -> None:
-        """At most ADDRS_MAX in all; later ones are not believed until the library clears them."""
+        """At most ADDRS_MAX in all; later ones are not believed until the library clears them. Bytes that are no
+        address are left out: the library parses them when somebody asks for text, far from here."""
         known = self.peer_data_map[peer_id].addrs if peer_id in self.peer_data_map else []
-        new = [addr for addr in addrs if addr not in known]
+        new = [addr for addr in addrs if addr not in known and _is_whole(addr)]
         super().add_addrs(peer_id, new[: max(0, ADDRS_MAX - len(known))], ttl)
 
     def _enforce_peer_limit(self) -> None:
@@ -57,12 +59,20 @@ class PeerBook(PeerStore):
             self.clear_peerdata(peer)
 
 
+def _is_whole(addr: Multiaddr) -> bool:
+    try:
+        return bool(str(addr))
+    except (MultiaddrError, ValueError):
+        return False
+
+
 async def learn(book: IPeerStore, stream: INetStream) -> None:
     """Read one identify message and note what it says of its sender. Raises what libp2p raises."""
     with trio.fail_after(IDENTIFY_S):
         message = Identify.FromString(await read_varint_prefixed_bytes_limited(stream, IDENTIFY_BYTES_MAX))
     del message.listen_addrs[ADDRS_MAX:]
-    protocols = [name for name in message.protocols if len(name) <= PROTOCOL_CHARS_MAX]
+    named = [name for name in message.protocols if isinstance(name, str)]  # others come as bytes
+    protocols = [name for name in named if len(name) <= PROTOCOL_CHARS_MAX]
     del message.protocols[:]
     message.protocols.extend(protocols[:PROTOCOLS_MAX])
     if len(message.signedPeerRecord) > RECORD_BYTES_MAX:

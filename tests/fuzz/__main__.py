@@ -2,7 +2,8 @@
 for each, exit status 1 when anything was found. `make fuzz` runs it.
 
 With atheris (pip install 'sotto[fuzz]') coverage guides the inputs; without it they come from the same edits by chance.
-What is found goes into tests/fuzz/found.json, as a test, once it is mended.
+The processes are forks of this one, which has read the program once. What is found goes into tests/fuzz/found.json, as
+a test, once it is mended.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import tests.node.p2p.fuzz_targets  # noqa: F401 - registers its targets
-from tests.fuzz import loop
-from tests.fuzz.targets import TARGETS
+if TYPE_CHECKING:
+    from tests.fuzz.loop import Report
 
 STOP_S = 60.0  # beyond its time, before a process counts as hung
 
@@ -29,62 +31,67 @@ STOP_S = 60.0  # beyond its time, before a process counts as hung
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
     parser.add_argument("seconds", nargs="?", type=float, default=600.0, help="for all targets together")
-    parser.add_argument("--only", metavar="TARGET", help="one target, in this process")
+    parser.add_argument("--only", metavar="TARGET", help="one target")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--guided", action=argparse.BooleanOptionalAction, default=None, help="by coverage")
     given = parser.parse_args()
-    if given.only is not None:
-        report = loop.run(given.only, TARGETS[given.only], given.seconds, given.seed)
-        print(json.dumps(dataclasses.asdict(report)))
-        return 1 if report.failure else 0
     guided = importlib.util.find_spec("atheris") is not None if given.guided is None else given.guided
-    if not guided:
+    os.nice(10)
+    if guided:
+        from tests.fuzz.guided import run  # first: it counts what is run of all that is imported from here on
+    else:
+        from tests.fuzz.loop import run
+
         print(
             "atheris is not installed: inputs are not guided by coverage (pip install 'sotto[fuzz]')", file=sys.stderr
         )
-    os.nice(10)
-    share_s, failed = given.seconds / len(TARGETS), 0
-    for name in TARGETS:
-        row = _in_process(name, share_s, given.seed, guided)
-        print(json.dumps(row), flush=True)
+    from tests.fuzz.every import TARGETS
+
+    names = list(TARGETS) if given.only is None else [given.only]
+    seconds, failed = given.seconds / len(names), 0
+    for name in names:
+        row = _in_process(partial(run, name, TARGETS[name], seconds, given.seed), seconds, guided)
+        print(json.dumps({"target": name, "seed": given.seed, **row}), flush=True)
         failed += bool(row["failure"])
     return 1 if failed else 0
 
 
-def _in_process(name: str, seconds: float, seed: int, guided: bool) -> dict[str, Any]:
-    module = ["tests.fuzz.guided", name, str(seconds), str(seed)]
-    if not guided:
-        module = ["tests.fuzz", str(seconds), "--only", name, "--seed", str(seed)]
-    with tempfile.TemporaryDirectory(prefix="sotto-fuzz-") as folder:  # libFuzzer leaves what its process made
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", *module],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT if guided else None,
-                env={**os.environ, "TMPDIR": folder},
-                text=True,
-                timeout=seconds + STOP_S,
-            )
-        except subprocess.TimeoutExpired:
-            return {"target": name, "seed": seed, "failure": f"it did not stop {STOP_S:g} s after its time"}
+def _in_process(run: Callable[[], Report], seconds: float, guided: bool) -> dict[str, Any]:
+    """What came of `run`, which ends within `seconds` and a little. Its temporary files go with it."""
+    with tempfile.TemporaryDirectory(prefix="sotto-fuzz-") as name:
+        folder = Path(name)
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(run, folder))
+        process.start()
+        process.join(seconds + STOP_S)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return {"failure": f"it did not stop {STOP_S:g} s after its time"}
+        said = (folder / "said").read_text(errors="replace")
         if guided:
-            return _guided_report(name, seed, done, Path(folder))
+            return _guided_report(said, process.exitcode, folder)
     try:
-        row: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        return {"target": name, "seed": seed, "failure": f"its process ended with {done.returncode}"}
+        row: dict[str, Any] = json.loads(said.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"failure": f"its process ended with {process.exitcode}: {said[-400:]}"}
     return row
 
 
-def _guided_report(name: str, seed: int, done: subprocess.CompletedProcess[str], folder: Path) -> dict[str, Any]:
-    stats = dict(re.findall(r"^stat::(\w+):\s+(\d+)", done.stdout, re.MULTILINE))
-    branches = re.findall(r"cov: (\d+)", done.stdout)
+def _child(run: Callable[[], Report], folder: Path) -> None:
+    tempfile.tempdir = str(folder)
+    with (folder / "said").open("wb") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    print(json.dumps(dataclasses.asdict(run())))
+
+
+def _guided_report(said: str, status: int | None, folder: Path) -> dict[str, Any]:
+    stats = dict(re.findall(r"^stat::(\w+):\s+(\d+)", said, re.MULTILINE))
+    branches = re.findall(r"cov: (\d+)", said)
     found = [path.read_bytes().hex() for path in sorted(folder.glob("*-*")) if path.is_file()]
-    said = re.search(r"=== Uncaught Python exception: ===\n(.*)|ERROR: libFuzzer: (.*)", done.stdout)
-    failure = (said.group(1) or said.group(2) if said else done.stdout[-400:]) if done.returncode else ""
+    why = re.search(r"=== Uncaught Python exception: ===\n(.*)|ERROR: libFuzzer: (.*)", said)
+    failure = (why.group(1) or why.group(2) if why else said[-400:]) if status or not stats else ""
     return {
-        "target": name,
-        "seed": seed,
         "inputs": int(stats.get("number_of_executed_units", 0)),
         "branches": int(branches[-1]) if branches else 0,
         "rss_peak_bytes": int(stats.get("peak_rss_mb", 0)) << 20,

@@ -2,11 +2,12 @@
 
 A target takes any bytes and returns, or raises one of the errors that it declares; anything else is a finding. To add
 one, write a function and put `@target(name, corpus, errors...)` above it: the tests and `make fuzz` find it. Parsers
-that need libp2p have theirs in tests/node/p2p/fuzz_targets.py.
+of a room that needs more than bytes have theirs beside its tests; tests/fuzz/every.py names all.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import zeros
 
+from node.joining import Leads
 from node.p2p.addresses import dialable, parse_bootstrap, parse_listen
 from node.p2p.yamux_wire import Flag, Frame, Kind, Parser, Violation
 from protocol.adverts import _DOMAIN as ADVERT_DOMAIN
@@ -26,9 +28,17 @@ from protocol.capabilities import CapabilityGate, Claim, Right, issue_capability
 from protocol.codec import decode, decode_message, encode, encode_message
 from protocol.errors import InputError, Refused, RemoteProtocolError
 from protocol.framing import FrameDecoder, encode_frame
+from protocol.invites import PREFIX as INVITE_PREFIX
+from protocol.invites import _checksum, make_invite, parse_invite, print_invite
+from protocol.leases import _DOMAIN as LEASE_DOMAIN
+from protocol.leases import open_lease, sign_lease
+from protocol.limits import LEASE_S_MAX
 from protocol.manifest import _DOMAIN as MANIFEST_DOMAIN
 from protocol.manifest import BlockEntry, ConfigPair, TensorEntry
-from protocol.messages import FRAME_BYTES_MAX
+from protocol.membership import NONCE_BYTES, SwarmKey, swarm_of
+from protocol.messages import FRAME_BYTES_MAX, SHARD, ShardAsk, ShardOffer, ShardPiece
+from protocol.pieces import PieceList
+from protocol.pieces import _digest as digest_of
 from protocol.sealedbox import seal, unseal
 from protocol.signed import Signed
 from protocol.tensors import TensorHeader
@@ -40,6 +50,8 @@ from tests.helpers.protocol_samples import (
     CLIENT,
     DEPLOYMENT,
     DIGEST,
+    INVITE,
+    LEASE,
     MANIFEST,
     NEXT,
     NOW_MS,
@@ -197,6 +209,83 @@ def manifest_payload(data: bytes) -> None:
     assert request.weight_bytes > 0
     assert request.kv_token_bytes > 0
     assert len(request.shards) <= 2
+
+
+@target("lease", [sign_lease(LEASE, WORKER)], RemoteProtocolError)
+def lease(data: bytes) -> None:
+    assert open_lease(data, WORKER.peer) == LEASE, "a lease that the worker did not sign"
+
+
+@target("lease payload", [encode(LEASE)], RemoteProtocolError)
+def lease_payload(data: bytes) -> None:
+    said = open_lease(encode(WORKER.sign(LEASE_DOMAIN, data)), WORKER.peer)
+    assert 0 <= said.start < said.end
+    assert 0 < said.expires_ms - said.granted_ms <= 1000 * LEASE_S_MAX
+
+
+# membership of private swarms
+
+SECRET = SwarmKey(b"\7" * 32)
+INVITES = [print_invite(INVITE).encode(), print_invite(make_invite(SECRET, INVITE.peers)).encode()]
+
+
+@target("invite", INVITES, InputError)
+def invite(data: bytes) -> None:
+    text = data.decode(errors="replace")
+    read = parse_invite(text)
+    assert print_invite(read) == "".join(text.split())
+    assert read in (INVITE, make_invite(SECRET, INVITE.peers)), "the checksum found no slip"
+
+
+@target("invite's record", [encode(INVITE), encode(make_invite(SECRET, INVITE.peers))], InputError)
+def invite_record(data: bytes) -> None:
+    body = len(data).to_bytes(2, "big") + data if len(data) < 1 << 16 else b""
+    word = INVITE_PREFIX + base64.urlsafe_b64encode(body + _checksum(body)).decode().rstrip("=")
+    read = parse_invite(word)
+    assert swarm_of(read.key) == read.swarm
+    Leads(read.addrs)
+
+
+_SEALED = SECRET.seal(ADVERTS[0], "adverts", WORKER.peer, bytes(NONCE_BYTES))
+
+
+@target("sealed gossip", [_SEALED], RemoteProtocolError)
+def sealed_gossip(data: bytes) -> None:
+    assert SECRET.unseal(data, "adverts", WORKER.peer) == ADVERTS[0], "what no member sealed"
+    assert data == _SEALED
+
+
+# shards in pieces
+
+_BYTES = bytes(range(256)) * 2
+PIECES = PieceList.of_bytes(_BYTES)
+SHARD_STREAMS = [
+    encode_frame(ShardOffer(PIECES.digest, len(_BYTES), (), b""), PIECES.hashes)
+    + encode_frame(ShardPiece(PIECES.digest, 0), _BYTES),
+    encode_frame(ShardAsk(PIECES.digest, b"")) + encode_frame(ShardPiece(PIECES.digest, 0), b"short"),
+]
+
+
+@target("shard stream", SHARD_STREAMS, RemoteProtocolError)
+def shard_stream(data: bytes) -> None:
+    """Offers whose list is read, and pieces that are held against the last list."""
+    pieces = PIECES
+    for message, body in FrameDecoder(FRAME_BYTES_MAX[SHARD]).feed(data):
+        match message:
+            case ShardOffer(digest, shard_bytes):
+                pieces = PieceList.open(digest, shard_bytes, body)
+            case ShardPiece(_, index):
+                assert not pieces.holds(index, body) or body == _BYTES
+
+
+@target("piece list", [(2 << 20).to_bytes(8, "big") + 2 * PIECES.hashes], RemoteProtocolError)
+def piece_list(data: bytes) -> None:
+    """Any size and any list, under the digest that fits them."""
+    shard_bytes, hashes = int.from_bytes(data[:8], "big"), data[8:]
+    pieces = PieceList.open(digest_of(shard_bytes, hashes), shard_bytes, hashes)
+    assert sum(pieces.place(index)[1] for index in range(pieces.count)) == shard_bytes
+    assert not pieces.holds(pieces.count, b"")
+    assert not pieces.holds(pieces.count - 1, data)
 
 
 # files

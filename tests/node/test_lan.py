@@ -131,6 +131,16 @@ def test_a_service_speaks_for_the_peer_of_its_name_only_and_never_for_us(seeker)
     assert seen == []
 
 
+@pytest.mark.parametrize("suffix", ["_other._tcp.local.", "local.", f"x.{SERVICE}", ""])
+def test_a_pointer_to_something_else_is_nothing_to_us(suffix):
+    """What is raised here ends the thread that looks around."""
+    seen = []
+    seek = _Seeker(SWARM, peer(99), lambda who, addrs: seen.append((who, addrs)))
+    for change in (ServiceStateChange.Added, ServiceStateChange.Removed):
+        seek(Cache(), SERVICE, f"{peer(1)}.{suffix}", change)
+    assert seen == []
+
+
 def test_a_flood_of_names_is_asked_about_a_bounded_number_of_times(seeker):
     seek, cache, seen = seeker
     for number in range(3 * ASKED_MAX):

@@ -85,6 +85,22 @@ def test_what_a_peer_pushes_about_itself_is_cut_to_size():
     run(body)
 
 
+def test_bytes_that_are_no_address_are_not_noted():
+    """The library would raise later, to whoever asks where the peer can be dialled."""
+    message = Identify(listen_addrs=[b"\x04\x7f", b"\xff", addresses(1)[0].to_bytes()], protocols=["/p/new"])
+
+    async def body(a, b):
+        await b.connect(full_addr(a))
+        known = a._host.get_peerstore().peer_data_map
+        await until(lambda: b._host.get_id() in known and known[b._host.get_id()].protocols)
+        stream = await b.open(a.peer, (), PUSH)
+        await stream.send(encode_varint_prefixed(message.SerializeToString()))
+        await until(lambda: "/p/new" in known[b._host.get_id()].protocols)
+        assert a.known_addrs(b.peer) == ("/ip4/192.0.2.1/tcp/1",)
+
+    run(body)
+
+
 def test_a_push_that_is_too_long_costs_its_stream():
     async def body(a, b):
         await b.connect(full_addr(a))
