@@ -30,6 +30,7 @@ from node.p2p.gossip_rpc import trim
 from node.p2p.host import stated_addrs
 from node.p2p.peerbook import ADDRS_MAX, PROTOCOLS_MAX, PeerBook, push_handler
 from node.p2p.records import MAGIC, PROTOCOL_BYTES_MAX, RECEIVE_BYTES_MAX, RECORD_BYTES, Inbox, Kind, Violation, seal
+from node.p2p.shunned import Shunned
 from node.p2p.tcp import Entrance, TcpListener, TcpStream
 from node.p2p.yamux import Yamux
 from node.p2p.yamux_limits import Memory
@@ -174,7 +175,7 @@ def first_bytes(data: bytes) -> None:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            plane = DirectPlane(bytes(32), nursery)
+            plane = DirectPlane(bytes(32), nursery, Shunned(Doorway()))
 
             async def serve(stream: TcpStream) -> None:
                 direct.append(True)
