@@ -37,11 +37,6 @@ class KvCache:
         self.capacity = capacity_tokens
         self._length = 0
 
-    @staticmethod
-    def bytes_needed(config: BlockConfig, capacity_tokens: int, dtype: torch.dtype) -> int:
-        """Bytes that such a cache will take."""
-        return config.kv_values_per_token * capacity_tokens * dtype.itemsize
-
     @property
     def length(self) -> int:
         """Tokens that are valid, from position 0."""

@@ -297,7 +297,8 @@ def test_what_loading_reports(shop: Shop) -> None:
     loaded = shop.engine.load(SpanSpec(shop.manifest, 0, 2))
     request = read_span(shop.data, 0, 2)
     assert loaded.weight_bytes == request.weight_bytes == 2 * 4 * CONFIG.num_parameters
-    assert request.kv_token_bytes == 2 * KvCache.bytes_needed(CONFIG, 1, torch.float32)
+    cache = KvCache(CONFIG, 1, torch.float32)
+    assert request.kv_token_bytes == 2 * sum(each.nbytes for each in (cache._keys, cache._values))
     assert loaded.block_time_us > 0
 
 

@@ -13,7 +13,7 @@ import trio
 
 import node.p2p.direct_stream as direct_stream
 from node.p2p.direct_stream import DirectStream
-from node.p2p.records import RECEIVE_BYTES_MAX, UNREAD_BYTES_MAX, Kind, seal
+from node.p2p.records import RECEIVE_BYTES_MAX, RECORDS_PER_TURN, UNREAD_BYTES_MAX, Inbox, Kind, seal
 from protocol.errors import TransportError
 from protocol.ids import PeerId
 from tests.conformance.adapters import receive_exactly, serving, until
@@ -108,18 +108,30 @@ def test_an_end_without_a_word_is_an_error(before):
     run(body)
 
 
-def test_a_flood_of_empty_words_holds_up_no_other_task():
+def test_a_flood_of_empty_words_holds_up_no_other_task(monkeypatch):
+    """Counted, not timed: between two turns of another task, one turn's worth of records and no more is decrypted."""
+    taken = [0, 0]  # by the victim since the other task's last turn, and in all
+    take = Inbox._take
+
+    def counted(inbox, plain):
+        taken[0] += 1
+        taken[1] += 1
+        take(inbox, plain)
+
     async def body(a, b):
         async with serving(a, RAW) as streams, trio.open_nursery() as nursery:
             hostile = await rogue(a)
             victim = await streams.receive()
             nursery.start_soon(receive_until_error, victim)
             words = b"".join(seal(hostile._cipher, Kind.HEARTBEAT) for _ in range(20_000))
+            monkeypatch.setattr(Inbox, "_take", counted)
             nursery.start_soon(send_raw, hostile, words)
-            longest, last = 0.0, trio.current_time()
-            for _ in range(200):
+            most = 0
+            while taken[1] < 20_000:
+                taken[0] = 0
                 await trio.lowlevel.checkpoint()
-                longest, last = max(longest, trio.current_time() - last), trio.current_time()
+                most = max(most, taken[0])
+            assert 0 < most <= 2 * RECORDS_PER_TURN  # one turn may stand before ours and one behind it
             await works(a, b)
             hostile.discard()
 
