@@ -193,6 +193,8 @@ class Engine:
                 rows = self._forward(taken)
         except Exception as error:  # it is the steps' failure, whatever it is: the engine serves the others on
             if len(taken) > 1:  # one of them may have been too much for the memory: each by itself
+                if not isinstance(error, Refused):  # a bug of ours, which costs nobody's step but must not go unseen
+                    log.exception("a batch of %d steps failed", len(taken))
                 for each in taken:
                     self._compute([each])
             else:

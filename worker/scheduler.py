@@ -79,7 +79,7 @@ class Scheduler(Generic[J]):
 
     def _short(self, queue: deque[J]) -> list[tuple[J, int]]:
         taken: list[tuple[J, int]] = []
-        short = [job for job in queue if job.rows_left <= min(SHORT_ROWS, job.rows_at_once)]
+        short = [job for job in queue if _is_short(job)]
         # Decodes alone could fill every forward: some rows of each are for prompts, where there are any.
         room = self.rows_per_forward - (self.rows_per_forward // PROMPT_SHARE if len(short) < len(queue) else 0)
         for job in short:
@@ -90,7 +90,8 @@ class Scheduler(Generic[J]):
 
     def _long(self, jobs: list[J], room: int) -> list[tuple[J, int]]:
         taken: list[tuple[J, int]] = []
-        for job in sorted(jobs, key=lambda job: self._served[job.tenant]):  # stable: first come, first served
+        # Stable, so first come, first served. Short steps that found no room come last: the share is for prompts.
+        for job in sorted(jobs, key=lambda job: (_is_short(job), self._served[job.tenant])):
             rows = min(room, job.rows_left, job.rows_at_once)
             if rows < 1:
                 break
@@ -100,3 +101,7 @@ class Scheduler(Generic[J]):
         if len(self._served) > TENANTS_REMEMBERED:
             self._served.clear()  # a fresh start for all is fair too
         return taken
+
+
+def _is_short(job: Job) -> bool:
+    return job.rows_left <= min(SHORT_ROWS, job.rows_at_once)

@@ -3,16 +3,19 @@ what the conformance suite says."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import trio
 
-from node.private import PROOF_S, PrivateGossip, PrivateTransport
+from node.private import PROOF_S, PrivateDirectory, PrivateGossip, PrivateTransport
 from protocol.channel import Channel
 from protocol.errors import LocalProtocolError, TransportError
 from protocol.limits import GOSSIP_BYTES_MAX
 from protocol.membership import SEAL_BYTES, Side, SwarmKey
 from protocol.messages import CONTROL, Ping
 from simnet import runtime
+from simnet.directory import VirtualDirectory
 from simnet.links import LinkOptions
 from simnet.network import NetworkOptions, open_network
 from simnet.runtime import SeededEntropy
@@ -221,3 +224,28 @@ def test_what_would_not_fit_sealed_is_our_own_bug():
             await gossip.publish(TOPIC, bytes(GOSSIP_BYTES_MAX - SEAL_BYTES + 1))
 
     run(body)
+
+
+def test_provider_records_of_members_lie_where_strangers_do_not_look():
+    async def body():
+        directory, shard = VirtualDirectory(), b"\1" * 32
+        holder, member, stranger = (directory.of(Dialler(name)) for name in "hms")
+        await PrivateDirectory(holder, KEY).provide(shard)
+        found = await PrivateDirectory(member, KEY).providers(shard)
+        assert [provider.peer for provider in found] == ["h"]
+        assert await stranger.providers(shard) == ()
+        assert await PrivateDirectory(stranger, OTHER).providers(shard) == ()
+        assert shard not in directory.records
+
+    runtime.run(body, 1)
+
+
+@dataclass
+class Dialler:
+    """As much of a transport as the directory asks for."""
+
+    peer: str
+    addrs: tuple[str, ...] = ("/ip4/192.0.2.1/tcp/1",)
+
+    def connected(self):
+        return ("somebody",)

@@ -313,7 +313,7 @@ def test_payloads_round_trip(dtype: str, shape: tuple[int, ...]) -> None:
         assert to_tensor(to_payload(tensor.T)).equal(tensor.T), "any stride travels in C order"
 
 
-def test_a_batch_of_sessions_computes_what_each_would_alone(shop: Shop) -> None:
+def test_a_batch_of_sessions_computes_what_each_would_alone(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
     """Decodes of several sessions and chunks of their prompts in one forward, at different positions."""
     shop.load()
     sessions = [SessionId(bytes([number]) * 16) for number in range(5)]
@@ -335,6 +335,7 @@ def test_a_batch_of_sessions_computes_what_each_would_alone(shop: Shop) -> None:
             shop.engine.advance()
     for number in range(5):
         torch.testing.assert_close(torch.cat(got[number]), expected[number], rtol=1e-5, atol=1e-5)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "no batch was taken apart"
 
 
 def _keep(rows: list[torch.Tensor], result: StepResult | Exception) -> None:
@@ -396,6 +397,28 @@ def test_an_answer_that_finds_no_memory_fails_its_step_and_not_the_engine(
     assert refused.value.reason == RefusalReason.MEMORY
     assert shop.engine.idle
     assert isinstance(shop.engine.step(work(inputs(1), 0)), StepResult)
+
+
+def test_a_bug_in_batches_costs_no_step_and_is_seen(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop.load()
+    other = SessionId(b"o" * 16)
+    shop.engine.open(other, shop.manifest.deployment, 10)
+    forward = Block.forward_batch
+
+    def broken(self: Block, x: torch.Tensor, segments: Any, *rest: Any) -> torch.Tensor:
+        if len(segments) > 1:
+            raise TypeError("a bug")
+        return forward(self, x, segments, *rest)
+
+    monkeypatch.setattr(Block, "forward_batch", broken)
+    ended: list[StepResult | Exception] = []
+    for step in (work(inputs(2), 0), work(inputs(1), 0, session=other)):
+        shop.engine.submit(step, ended.append)
+    shop.engine.advance()
+    assert [type(end) for end in ended] == [StepResult, StepResult]
+    assert "a batch of 2 steps failed" in caplog.text
 
 
 def test_closing_a_session_drops_the_rest_of_its_step(shop: Shop) -> None:

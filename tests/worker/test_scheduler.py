@@ -67,6 +67,17 @@ def test_decodes_go_first_and_a_prompt_takes_what_is_left() -> None:
     assert run(scheduler) == [(prompt, 64)]
 
 
+def test_decodes_without_end_do_not_keep_a_prompt_waiting() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(64)
+    prompt = FakeJob(b"a", "x", 100)
+    scheduler.add(prompt)
+    for _ in range(10):
+        for _ in range(64):
+            scheduler.add(FakeJob(b"a", "y", 1))
+        run(scheduler)
+    assert prompt.rows_left == 0
+
+
 def test_the_tenant_who_was_served_least_goes_on() -> None:
     scheduler: Scheduler[FakeJob] = Scheduler(100)
     greedy, modest = [FakeJob(b"a", "x", 300) for _ in range(3)], FakeJob(b"a", "y", 150)
