@@ -21,6 +21,9 @@ def placement(
     objective: Annotated[str, typer.Option(help="latency or throughput.")] = "latency",
     peers_max: Annotated[int, typer.Option(min=12, help="Peers of the largest swarm.")] = 1000,
     first_seed: Annotated[int, typer.Option(min=0, help="Number of the first swarm.")] = 0,
+    unproven_only: Annotated[
+        bool, typer.Option("--unproven-only", help="No reference search where the lower bound proves the 5 % alone.")
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="One line per swarm.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -36,7 +39,7 @@ def placement(
         known = {name: name for name in OBJECTIVES}
         if objective not in known:
             raise InputError(f"unknown --objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
-        options = BenchOptions(swarms, reference_s, data, known[objective], (11, peers_max), first_seed)
+        options = BenchOptions(swarms, reference_s, data, known[objective], (11, peers_max), first_seed, unproven_only)
 
         def show(line: str) -> None:
             if verbose:

@@ -61,6 +61,7 @@ def test_figures_add_up(objective: str) -> None:
     report = run(options, lambda *_: None, lines.append)
     assert len(lines) == len(report.rows) == 3
     for row in report.rows:
+        assert row.reference_ms is not None
         assert 0 < row.bound_ms <= min(row.found_ms, row.reference_ms) * (1 + 1e-9)
         assert row.from_adverts_ms > 0
         assert row.ratio == pytest.approx(row.found_ms / row.reference_ms)
@@ -80,3 +81,13 @@ def test_the_command_prints_one_object() -> None:
     wrong = CliRunner().invoke(app, ["--objective", "speed"])
     assert wrong.exit_code == 1
     assert "latency, throughput" in wrong.stderr
+
+
+def test_a_plan_that_the_lower_bound_proves_needs_no_reference() -> None:
+    options = BenchOptions(4, 0.2, None, peers=(11, 30), unproven_only=True)
+    report = run(options, lambda done, total: None, lambda line: None)
+    for row in report.rows:
+        assert (row.reference_ms is None) == row.proven
+    summary = report.summary()
+    assert summary["proven_by_lower_bound"] + summary["searched_by_reference"] == 4
+    assert summary["proven_by_lower_bound"] > 0
