@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-DRAFTS_MAX = 16  # more would need an acceptance above 0.95 to pay anywhere
+from protocol import limits
+
 NGRAMS = (4, 3, 2)  # longest first: a longer match is a better guess
 GAIN_MIN = 1.02  # below this predicted gain the noise of the measurements decides
 MEMORY = 0.85  # weight of the past in a running mean
@@ -88,7 +89,7 @@ class Pace:
     A step of 1 + k rows is taken to cost `step_s` + k `row_s`; both are running means of what was measured.
     """
 
-    drafts_max: int = DRAFTS_MAX
+    drafts_max: int = limits.DRAFTS_MAX
     _kinds: dict[int, _Kind] = field(default_factory=dict)
     _step_s: float | None = None
     _row_s: float | None = None
