@@ -6,6 +6,7 @@ import typer
 
 from sotto.commands import (
     bench,
+    bench_engine,
     bench_placement,
     check,
     demo,
@@ -44,6 +45,7 @@ app.command(epilog="Example: sotto revoke 0123456789abcdef0123456789abcdef")(gra
 app.add_typer(key.app, name="key")
 sim.app.add_typer(check.app, name="check")
 app.add_typer(sim.app, name="sim")
+bench.app.command(epilog="Example: sotto bench engine --model 120m --only decode,throughput")(bench_engine.engine)
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
 app.add_typer(bench.app, name="bench")
 

@@ -1,6 +1,7 @@
 """Paired measurements: all contestants take a turn in each round, and what counts is their ratio within a round.
 
-A machine that is busy for a while is busy for all of them; a ratio's interval says how far the rounds agree.
+A machine that is busy for a while is busy for all of them; a ratio's interval says how far the rounds agree. Rounds go
+forth and back, so that what drifts within a round favours nobody. Intervals are Student's: few rounds give wide ones.
 """
 
 from __future__ import annotations
@@ -8,11 +9,20 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+Contestant = Callable[[], Awaitable[float]]
+"""Takes a turn and gives its rate: more is better."""
+Pair = tuple[str, str]
 ROUNDS_MIN = 4
 NORMAL_95 = 1.96
+# 97.5 % quantiles of Student's distribution for 1, 2, ... degrees of freedom; beyond them the normal one is within 2 %.
+STUDENT_95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +33,14 @@ class Ratio:
     half_width: float
     rounds: int
 
+    def figures(self) -> dict[str, float]:
+        """As reports print it: the mean with the ends of its 95 % interval."""
+        ends = {"low": self.mean / (1 + self.half_width), "high": self.mean * (1 + self.half_width)}
+        return {
+            **{name: float(f"{value:.4g}") for name, value in {"ratio": self.mean, **ends}.items()},
+            "rounds": self.rounds,
+        }
+
 
 @dataclass(slots=True)
 class Rounds:
@@ -30,33 +48,58 @@ class Rounds:
 
     rates: dict[str, list[float]] = field(default_factory=dict)
 
-    def ratio(self, name: str, base: str) -> Ratio:
-        """`name` over `base`. Raises ValueError before there are two rounds."""
+    def ratio(self, name: str, base: str, scale: float = 1.0) -> Ratio:
+        """`scale` times `name` over `base`. Raises ValueError before there are two rounds."""
         logs = [math.log(mine / theirs) for mine, theirs in zip(self.rates[name], self.rates[base], strict=True)]
+        if len(logs) < 2:
+            raise ValueError("an interval takes two rounds")
         error = statistics.stdev(logs) / math.sqrt(len(logs))
-        return Ratio(math.exp(statistics.fmean(logs)), math.expm1(NORMAL_95 * error), len(logs))
+        return Ratio(scale * math.exp(statistics.fmean(logs)), math.expm1(student_95(len(logs) - 1) * error), len(logs))
 
     def median(self, name: str) -> float:
         return statistics.median(self.rates[name])
 
+    def medians(self) -> dict[str, float]:
+        """Of all contestants, rounded for reports."""
+        return {name: float(f"{self.median(name):.5g}") for name in self.rates}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a set of rounds may go on: until every pair is known to within `enough`, a share of it, or for
+    `seconds`; for `rounds_min` rounds at least."""
+
+    seconds: float
+    enough: float = 0.03
+    rounds_min: int = ROUNDS_MIN
+
 
 async def take_turns(
-    contestants: Mapping[str, Callable[[], Awaitable[float]]],
-    seconds: float,
-    enough: float,
+    contestants: Mapping[str, Contestant],
+    patience: Patience,
     notify: Callable[[str], None],
+    pairs: Sequence[Pair] = (),
 ) -> Rounds:
-    """Rounds until every contestant's ratio to the first is known to within `enough`, or `seconds` have passed; at
-    least ROUNDS_MIN. One round before them warms up and does not count."""
+    """Rounds until the ratios of `pairs` (default: everybody's to the first) are known, or patience ends. One round
+    before them warms up and does not count."""
     rounds, first = Rounds({name: [] for name in contestants}), next(iter(contestants))
+    wanted = pairs or [(name, first) for name in contestants if name != first]
     for run in contestants.values():
         await run()
-    end, done = time.monotonic() + seconds, 0
-    while done < ROUNDS_MIN or time.monotonic() < end:
-        for name, run in contestants.items():
+    end, done = time.monotonic() + patience.seconds, 0
+    while done < patience.rounds_min or time.monotonic() < end:
+        forth = list(contestants.items())
+        for name, run in forth if done % 2 == 0 else reversed(forth):
             rounds.rates[name].append(await run())
         done += 1
-        notify(f"round {done}: " + ", ".join(f"{name} {rates[-1]:.1f}" for name, rates in rounds.rates.items()))
-        if done >= ROUNDS_MIN and all(rounds.ratio(name, first).half_width < enough for name in contestants):
+        notify(f"round {done}: " + ", ".join(f"{name} {rates[-1]:.4g}" for name, rates in rounds.rates.items()))
+        if done >= max(2, patience.rounds_min) and all(
+            rounds.ratio(*pair).half_width < patience.enough for pair in wanted
+        ):
             break
     return rounds
+
+
+def student_95(freedom: int) -> float:
+    """The 97.5 % quantile of Student's distribution with `freedom` >= 1 degrees of freedom."""
+    return STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else NORMAL_95

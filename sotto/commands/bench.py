@@ -32,32 +32,6 @@ def dataplane(
         _print(result)
 
 
-@app.command(epilog="Example: sotto bench engine --size 120m --json")
-def engine(
-    size: Annotated[str, typer.Option(help="Random model: 30m, 120m or 500m.")] = "120m",
-    seconds: Annotated[
-        float, typer.Option(min=1, help="At most so long for each set of rounds; there are four.")
-    ] = 300.0,
-    as_json: Json = False,
-) -> None:
-    """Decoding through three sealed hops beside transformers in the same run, in float32 and bfloat16."""
-    import tempfile
-    from pathlib import Path
-
-    from simnet.bench import engine as bench
-
-    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
-        from protocol.errors import InputError
-        from sotto.demo import demo_checkpoint
-
-        if size not in bench.SHAPES:
-            raise InputError(f"no size {size!r}: choose one of {', '.join(bench.SHAPES)}")
-        what = bench.Bench(
-            Path(folder), Path(demo_checkpoint()), size, seconds, lambda text: typer.echo(text, err=True)
-        )
-        print_json(bench.run(what))
-
-
 def _print(result: dict[str, Any]) -> None:
     cells = ["hop_8k", "hop_64k", "hop_1m", "hop_8k_under_bulk"]
     print(f"{'p50 / p99, us':<10}" + "".join(f"{cell:>20}" for cell in cells) + f"{'bulk, MB/s':>14}")

@@ -1,0 +1,125 @@
+"""`sotto bench engine`: sealed inference over hops beside transformers, as ratios measured in one run.
+
+Real workers as processes on loopback, one compute thread each; the client and transformers in this process. Every
+figure is a ratio within a round, with its 95 % interval over rounds; a set of rounds ends when its ratios are known
+well enough, or its share of the time is over. `*_same_kernel` is transformers with our matrix kernel.
+
+Random weights measure speed alone: nothing here says anything of answers. Loopback only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import trio
+
+from models.checkpoint import Checkpoint
+from node.groups import ungrouped
+from protocol.errors import InputError
+from simnet import cluster
+from simnet.bench.engine.batches import prefill_section, throughput_section
+from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section
+from simnet.bench.engine.rig import Bench, Budget, Rig, Section, Sizes
+from simnet.bench.engine.traffic import batching_section
+from simnet.bench.machine import facts
+from simnet.random_model import RandomLlama
+
+MODELS = {
+    "30m": RandomLlama(512, 1376, 8, 8, 4, max_position_embeddings=16_384),
+    "120m": RandomLlama(768, 2048, 12, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
+    "500m": RandomLlama(1536, 4096, 20, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
+}
+SECTIONS: dict[str, Section] = {
+    "decode": decode_section,
+    "throughput": throughput_section,
+    "prefill": prefill_section,
+    "long_prefill": long_prefill_section,
+    "software": software_section,
+    "batching": batching_section,
+}
+PRECISIONS = ("float32", "bfloat16")
+# What does not depend on precision is measured in the first one alone.
+ONCE = ("software", "batching")
+Found = Callable[[dict[str, Any]], None]
+"""Gets each section's figures as soon as they are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`model`: one of MODELS, or a folder. `only`: names of SECTIONS. `minutes`: of measuring, in all."""
+
+    folder: Path
+    tokenizer_from: Path
+    model: str = "120m"
+    only: tuple[str, ...] = tuple(SECTIONS)
+    dtypes: tuple[str, ...] = PRECISIONS
+    minutes: float = 20.0
+    data: Path | None = None
+    sizes: Sizes = field(default_factory=Sizes)
+
+    def __post_init__(self) -> None:
+        for given, known, what in ((self.only, SECTIONS, "--only"), (self.dtypes, PRECISIONS, "--dtype")):
+            for name in given:
+                if name not in known:
+                    raise InputError(f"{what} {name!r} is not known: choose of {', '.join(known)}")
+
+    def plan(self) -> list[tuple[str, str]]:
+        """Precision and section, in the order in which they are measured."""
+        names = [name for name in SECTIONS if name in self.only]
+        return [(dtype, name) for dtype in self.dtypes for name in names if name not in ONCE or dtype == self.dtypes[0]]
+
+
+def run(options: Options, report: dict[str, Any], found: Found, say: Callable[[str], None]) -> None:
+    """Measure all that `options` ask for into `report`; `found` hears of each part as it is measured, and what is cut
+    short leaves what there is. Raises InputError."""
+    torch.set_num_threads(1)
+    model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
+    report |= {
+        "model": describe(options.model, model),
+        "machine": facts(),
+        "sizes": asdict(options.sizes),
+        "threads_per_process": 1,
+    }
+    specs = [cluster.WorkerSpec("6GiB", "2GiB", 1)] * options.sizes.hops
+    with cluster.running(options.folder / "cluster", specs) as net, ungrouped():
+        budget = Budget(60 * options.minutes, len(options.plan()))
+        bench = Bench(options.folder, model, net.bootstrap, options.sizes, budget, say, options.data)
+        for dtype in options.dtypes:
+            names = [name for each, name in options.plan() if each == dtype]
+            report[dtype] = {}
+            trio.run(_measure, bench, dtype, names, report[dtype], found)
+
+
+def checkpoint_of(model: str, folder: Path, tokenizer_from: Path) -> Path:
+    """A random model of this name, written into `folder`, or the checkpoint that is named. Raises InputError."""
+    if model in MODELS:
+        return MODELS[model].write(folder / "model" / model, tokenizer_from, torch.float32)
+    if not (Path(model) / "config.json").is_file():
+        raise InputError(f"there is no model {model!r}: choose {', '.join(MODELS)}, or the folder of a checkpoint")
+    return Path(model)
+
+
+def describe(name: str, model: Path) -> dict[str, Any]:
+    """What the figures are of."""
+    config = Checkpoint.open(str(model)).config
+    blocks = sum(block.num_parameters for block in config.blocks)
+    return {
+        "name": name if name in MODELS else Path(name).name,
+        "weights_per_token": blocks + config.vocab_size * config.hidden_size,
+        "blocks": config.num_blocks,
+        "width": config.hidden_size,
+        "vocabulary": config.vocab_size,
+    }
+
+
+async def _measure(bench: Bench, dtype: str, names: Sequence[str], figures: dict[str, Any], found: Found) -> None:
+    async with Rig(bench, dtype) as rig:
+        for name in names:
+            bench.say(f"{dtype}, {name}")
+            measured = await SECTIONS[name](rig)
+            figures[name] = measured
+            found({"dtype": dtype, "section": name, **measured})

@@ -1,0 +1,48 @@
+"""Many requests together: throughput and prefill beside a batch of transformers with as many threads."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from simnet.bench.engine.rig import Rig, in_thread, prefill, together
+from simnet.bench.paired import Contestant, Pair
+
+
+async def throughput_section(rig: Rig) -> dict[str, object]:
+    """New tokens per second of requests sent at once, prompts included, against one batch of as many."""
+    sizes, threads = rig.sizes, rig.library_threads
+    prompts, new = rig.prompts(sizes.batch, sizes.prompt_tokens), sizes.new_tokens
+    library, kernel = await rig.library(), await rig.library(same_kernel=True)
+    contestants: dict[str, Contestant] = {
+        "transformers": in_thread(partial(library.generate, prompts, new, threads)),
+        "transformers_same_kernel": in_thread(partial(kernel.generate, prompts, new, threads)),
+        "sealed": partial(together, await rig.deployed(), prompts, new),
+    }
+    return await _against_library(rig, "throughput", contestants)
+
+
+async def prefill_section(rig: Rig) -> dict[str, object]:
+    """Prompt tokens per second of requests sent at once, until each has its first token."""
+    sizes, threads = rig.sizes, rig.library_threads
+    prompts = rig.prompts(sizes.batch, sizes.prefill_tokens)
+    library, kernel = await rig.library(), await rig.library(same_kernel=True)
+    contestants: dict[str, Contestant] = {
+        "transformers": in_thread(partial(library.prefill, prompts, threads)),
+        "transformers_same_kernel": in_thread(partial(kernel.prefill, prompts, threads)),
+        "sealed": partial(prefill, await rig.deployed(), prompts),
+        "plain": partial(prefill, await rig.deployed("plain"), prompts),
+    }
+    return await _against_library(rig, "prefill", contestants)
+
+
+async def _against_library(rig: Rig, name: str, contestants: dict[str, Contestant]) -> dict[str, object]:
+    pairs: list[Pair] = [("sealed", rival) for rival in contestants if rival != "sealed"]
+    rounds = await rig.rounds(contestants, pairs)
+    rivals = {"transformers": "vs_transformers", "transformers_same_kernel": "vs_transformers_same_kernel"}
+    result: dict[str, object] = {
+        f"{name}_{words}": rounds.ratio("sealed", rival).figures() for rival, words in rivals.items()
+    }
+    if "plain" in contestants:
+        result[f"{name}_sealed_vs_plain"] = rounds.ratio("sealed", "plain").figures()
+    threads = {"workers": rig.sizes.hops, "client": 1, "transformers": rig.library_threads}
+    return {**result, "requests": rig.sizes.batch, "threads": threads, "medians": rounds.medians()}

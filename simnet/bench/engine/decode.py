@@ -1,0 +1,97 @@
+"""One request: decoding and prefill through sealed hops, and what hops and sealing cost."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from node.measuring import measure, time_ends
+from node.model import DeployedModel
+from simnet.bench.engine.rig import Rig, decode, in_thread, prefill
+from simnet.bench.machine import echo_us, raw_tcp
+from simnet.bench.paired import Contestant, Pair, Rounds
+
+STEP_FRAME_BYTES = 160  # a step's header and framing, beside its activations
+
+
+async def decode_section(rig: Rig) -> dict[str, object]:
+    """Tokens after the first, batch 1, one thread in every process."""
+    (prompt,), new = rig.prompts(1, rig.sizes.prompt_tokens), rig.sizes.new_tokens
+    library, kernel = await rig.library(), await rig.library(same_kernel=True)
+    contestants: dict[str, Contestant] = {
+        "transformers": in_thread(partial(library.decode, prompt, new)),
+        "transformers_same_kernel": in_thread(partial(kernel.decode, prompt, new)),
+        "sealed": partial(decode, await rig.deployed(), prompt, new),
+        "one_hop": partial(decode, await rig.deployed(hops=1), prompt, new),
+        "plain": partial(decode, await rig.deployed("plain"), prompt, new),
+        "memory_gb_per_s": rig.memory_gb_per_s,
+    }
+    rivals: list[Pair] = [("sealed", name) for name in ("transformers", "transformers_same_kernel", "one_hop", "plain")]
+    rounds = await rig.rounds(contestants, rivals)
+    per_gb = rig.bytes_per_token / 1e9
+    return {
+        "decode_vs_transformers": rounds.ratio("sealed", "transformers").figures(),
+        "decode_vs_transformers_same_kernel": rounds.ratio("sealed", "transformers_same_kernel").figures(),
+        "decode_three_hops_vs_one": rounds.ratio("sealed", "one_hop").figures(),
+        "decode_sealed_vs_plain": rounds.ratio("sealed", "plain").figures(),
+        "memory_limit_share": {
+            name: rounds.ratio(name, "memory_gb_per_s", per_gb).figures()
+            for name in ("sealed", "one_hop", "transformers", "transformers_same_kernel")
+        },
+        "gb_per_token": round(per_gb, 4),
+        "medians": rounds.medians(),
+    }
+
+
+async def long_prefill_section(rig: Rig) -> dict[str, object]:
+    """One long prompt: chunks in a pipeline over the hops, beside the same engine in one process with one thread."""
+    prompts = rig.prompts(1, rig.sizes.long_tokens)
+    contestants: dict[str, Contestant] = {
+        "one_hop": partial(prefill, await rig.deployed(hops=1), prompts),
+        "pipelined": partial(prefill, await rig.deployed(), prompts),
+    }
+    rounds = await rig.rounds(contestants, [("pipelined", "one_hop")])
+    return {
+        f"pipelined_prefill_{rig.sizes.long_tokens}": rounds.ratio("pipelined", "one_hop").figures(),
+        "medians": rounds.medians(),
+    }
+
+
+async def software_section(rig: Rig) -> dict[str, object]:
+    """What a hop costs besides computing, in a token's time: framing, encryption, queues, threads, the event loops.
+
+    The time of a token, less what the hops say they computed and less the client's own embedding and head, shared out
+    over the hops. Beside it, the same bytes over bare TCP between two processes, as many messages per hop.
+    """
+    model = await rig.deployed()
+    values: dict[str, list[float]] = {name: [] for name in ("hop", "tcp", "token", "compute", "client")}
+    message_bytes = STEP_FRAME_BYTES + 4 * rig.checkpoint.config.hidden_size
+    end = time.monotonic() + rig.bench.budget.next()
+    async with raw_tcp() as tcp:
+        await measure(model, rig.sizes.new_tokens)
+        while len(values["hop"]) < rig.sizes.rounds_min or time.monotonic() < end:
+            token_us, compute_us, client_us = await _token_us(model, rig.sizes.new_tokens)
+            hops = len(model.route.hops)
+            software_us = max(1.0, token_us - compute_us - client_us)
+            per_hop = (hops + 1) / hops  # messages: there is one more than there are hops
+            values["hop"].append(software_us / hops)
+            values["tcp"].append(per_hop * await echo_us(tcp, message_bytes))
+            for name, value in (("token", token_us), ("compute", compute_us), ("client", client_us)):
+                values[name].append(value)
+            rounds = Rounds(values)
+            if len(values["hop"]) >= rig.sizes.rounds_min and rounds.ratio("hop", "tcp").half_width < rig.sizes.enough:
+                break
+    return {
+        "software_us_per_hop": round(rounds.median("hop"), 1),
+        "tcp_us_per_hop": round(rounds.median("tcp"), 1),
+        "software_vs_tcp": rounds.ratio("hop", "tcp").figures(),
+        "token_us": {name: round(rounds.median(name), 1) for name in ("token", "compute", "client")},
+        "message_bytes": message_bytes,
+    }
+
+
+async def _token_us(model: DeployedModel, tokens: int) -> tuple[float, float, float]:
+    """A token's time, what all hops computed of it, and what the client did."""
+    measured = await measure(model, tokens)
+    compute_ms = sum(hop.compute_ms for hop in measured.hops)
+    return 1000 * measured.ms_per_token, 1000 * compute_ms, 1e6 * time_ends(model.ends)

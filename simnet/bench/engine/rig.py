@@ -1,0 +1,191 @@
+"""What the sections of `sotto bench engine` measure with: one checkpoint in one precision, deployed as they ask, and
+the opponents beside it.
+
+Everything is opened when it is first asked for and closed with the rig. A deployment has a data folder of its own: one
+client would take the route that it already holds, however many hops it was asked for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import trio
+
+from client.generate import GenerationResult
+from models.checkpoint import Checkpoint
+from node.app_client import ClientOptions, DeployOptions, open_client
+from node.keys import default_key
+from node.model import Ask, DeployedModel
+from protocol.tensors import DTYPE_BYTES
+from simnet.bench.library import Library
+from simnet.bench.machine import Memory, cores
+from simnet.bench.paired import Contestant, Pair, Patience, Rounds, take_turns
+from simnet.bench.workloads import Request, Source
+
+LIBRARY_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured. Tests take less."""
+
+    hops: int = 3
+    batch: int = 16
+    prompt_tokens: int = 64
+    new_tokens: int = 32
+    prefill_tokens: int = 256  # of each of `batch` prompts
+    long_tokens: int = 2048
+    trace_requests: int = 48
+    trace_tokens_max: int = 256
+    prefix_tokens: int = 768
+    memory_bytes: int = 256 << 20  # of the arrays that are read for the memory limit
+    rounds_min: int = 4
+    enough: float = 0.03
+
+    @property
+    def kv_tokens(self) -> int:
+        """Room for each of `batch` sessions, so that all of any section fit."""
+        long = -(-(self.long_tokens + self.new_tokens) // self.batch)
+        return max(self.prompt_tokens + self.new_tokens, self.prefill_tokens + 1, self.trace_tokens_max, long) + 16
+
+
+@dataclass(slots=True)
+class Budget:
+    """Time for so many sets of rounds; what one leaves over is the others'."""
+
+    seconds: float
+    sets: int
+    started: float = field(default_factory=time.monotonic)
+
+    def next(self) -> float:
+        """Seconds for the next set."""
+        left = max(0.0, self.seconds - (time.monotonic() - self.started))
+        self.sets = max(1, self.sets)
+        self.sets -= 1
+        return left / (self.sets + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What to measure with: the checkpoint, the swarm that serves it, and where files go."""
+
+    folder: Path
+    model: Path
+    way_in: str
+    sizes: Sizes
+    budget: Budget
+    say: Callable[[str], None]
+    data: Path | None = None
+
+
+class Rig:
+    """The checkpoint in `dtype`. Use as an async context manager."""
+
+    def __init__(self, bench: Bench, dtype: str) -> None:
+        self.bench, self.dtype, self.sizes = bench, dtype, bench.sizes
+        self.checkpoint = Checkpoint.open(str(bench.model))
+        self._deployed: dict[tuple[str, int], DeployedModel] = {}
+        self._libraries: dict[tuple[str, bool], Library] = {}
+        self._memory: Memory | None = None
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Rig:
+        await self._stack.__aenter__()
+        return self
+
+    async def __aexit__(self, *problem: object) -> None:
+        await self._stack.__aexit__(*problem)  # type: ignore[arg-type]
+
+    async def deployed(self, privacy: str = "ee", hops: int | None = None) -> DeployedModel:
+        """The model over `hops` workers. Raises what deploying raises."""
+        hops = self.sizes.hops if hops is None else hops
+        if (privacy, hops) not in self._deployed:
+            self.bench.say(f"{self.dtype}: sealing and deploying, {privacy}, {hops} hops")
+            folder = self.bench.folder / f"{self.dtype}-{privacy}-{hops}"
+            client = await self._stack.enter_async_context(open_client(ClientOptions(folder, (self.bench.way_in,))))
+            key = default_key(folder) if privacy == "ee" else None
+            sealed = await client.seal(self.checkpoint, self.dtype, key, lambda *_: None)
+            room = DeployOptions(hops_min=hops, concurrency=self.sizes.batch, kv_tokens=self.sizes.kv_tokens)
+            self._deployed[privacy, hops] = await client.deploy(sealed, room)
+        return self._deployed[privacy, hops]
+
+    async def library(self, same_kernel: bool = False) -> Library:
+        """transformers in this precision, in float32 where it has none such."""
+        dtype = self.dtype if self.dtype in LIBRARY_DTYPES else "float32"
+        if (dtype, same_kernel) not in self._libraries:
+            made = partial(Library, self.bench.model, dtype, same_kernel)
+            self._libraries[dtype, same_kernel] = await trio.to_thread.run_sync(made)
+        return self._libraries[dtype, same_kernel]
+
+    async def memory_gb_per_s(self) -> float:
+        """A contestant's turn: the memory limit of one thread."""
+        if self._memory is None:
+            self._memory = Memory(self.sizes.memory_bytes)
+        return await trio.to_thread.run_sync(self._memory.gb_per_s)
+
+    async def rounds(self, contestants: dict[str, Contestant], pairs: list[Pair]) -> Rounds:
+        """Turns until `pairs` are known, or this set's share of the time is over."""
+        torch.set_num_threads(1)
+        patience = Patience(self.bench.budget.next(), self.sizes.enough, self.sizes.rounds_min)
+        return await take_turns(contestants, patience, self.bench.say, pairs)
+
+    @property
+    def source(self) -> Source:
+        return Source(0, self.checkpoint.config.vocab_size, self.bench.data)
+
+    def prompts(self, count: int, tokens: int) -> list[list[int]]:
+        """Different prompts of one length."""
+        source = self.source
+        rng = source.rng(f"prompts {tokens}")
+        return [list(source.ids(rng, tokens)) for _ in range(count)]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Weights that a token at batch 1 reads: all blocks and the head, in this precision."""
+        config = self.checkpoint.config
+        weights = sum(block.num_parameters for block in config.blocks) + config.vocab_size * config.hidden_size
+        return weights * DTYPE_BYTES[self.dtype]
+
+    @property
+    def library_threads(self) -> int:
+        """What transformers gets against all workers together: as many as they have, but no more than there are
+        cores, since that would only slow it down."""
+        return min(self.sizes.hops, cores())
+
+
+def in_thread(work: Callable[[], float]) -> Contestant:
+    """A contestant that computes in this process, beside the event loop."""
+    return lambda: trio.to_thread.run_sync(work)
+
+
+async def answer(model: DeployedModel, request: Request) -> GenerationResult:
+    """The whole answer to a request, of the length that it asks for."""
+    return await model.generate(list(request.prompt), Ask(request.new_tokens, ignore_eos=True))
+
+
+async def decode(model: DeployedModel, prompt: list[int], new_tokens: int) -> float:
+    """Tokens per second after the first, one request."""
+    return (await model.generate(prompt, Ask(new_tokens, ignore_eos=True))).tokens_per_second
+
+
+async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: int) -> float:
+    """New tokens per second of all `prompts` at once, from the first one's start to the last one's end."""
+    started = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        for prompt in prompts:
+            nursery.start_soon(model.generate, prompt, Ask(new_tokens, ignore_eos=True))
+    return len(prompts) * new_tokens / (time.perf_counter() - started)
+
+
+async def prefill(model: DeployedModel, prompts: list[list[int]]) -> float:
+    """Prompt tokens per second of all `prompts` at once, until each has its first token."""
+    return await together(model, prompts, 1) * len(prompts[0])
+
+
+Section = Callable[[Rig], Awaitable[dict[str, object]]]

@@ -1,0 +1,76 @@
+"""transformers on the same weights, as the opponent: as it is, and with our matrix kernel in place of its own.
+
+The two tell what the kernel wins and what the rest does. Its loop is the leanest that the library allows: greedy, no
+`generate`, logits of the last position alone. Random weights measure speed; nothing here says anything of answers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.linear import Linear
+from protocol.errors import InputError
+
+
+class Library:
+    """A causal language model of transformers in `dtype`. Raises InputError without transformers."""
+
+    def __init__(self, model: Path, dtype: str, same_kernel: bool) -> None:
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            raise InputError("the comparison needs transformers: install sotto[train]") from None
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self._model: Any = loaded.eval()
+        if same_kernel:
+            for module in self._model.modules():
+                if isinstance(module, torch.nn.Linear):
+                    module.forward = _Flat(module)  # type: ignore[method-assign, assignment]
+
+    def decode(self, prompt: Sequence[int], new_tokens: int) -> float:
+        """Tokens per second after the first, batch 1, one thread."""
+        first, last = self._run([prompt], new_tokens, 1)[1:]
+        return (new_tokens - 1) / (last - first)
+
+    def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int) -> float:
+        """New tokens per second of a whole batch of prompts of one length, prompts included."""
+        start, _, last = self._run(prompts, new_tokens, threads)
+        return len(prompts) * new_tokens / (last - start)
+
+    def prefill(self, prompts: Sequence[Sequence[int]], threads: int) -> float:
+        """Prompt tokens per second until all have a first token."""
+        start, first, _ = self._run(prompts, 1, threads)
+        return sum(map(len, prompts)) / (first - start)
+
+    @torch.inference_mode()
+    def _run(self, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int) -> tuple[float, float, float]:
+        """When it began, and when the first and the last token of all were there."""
+        torch.set_num_threads(threads)
+        try:
+            start = time.perf_counter()
+            out = self._model(torch.tensor(prompts), use_cache=True, logits_to_keep=1)
+            token: Tensor = out.logits[:, -1:].argmax(-1)
+            first = time.perf_counter()
+            for _ in range(new_tokens - 1):
+                out = self._model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+                token = out.logits[:, -1:].argmax(-1)
+            return start, first, time.perf_counter()
+        finally:
+            torch.set_num_threads(1)
+
+
+class _Flat:
+    """Our layer takes rows; the library's takes any leading dimensions."""
+
+    def __init__(self, module: torch.nn.Linear) -> None:
+        bias = module.bias
+        self._layer = Linear(module.weight.detach(), None if bias is None else bias.detach())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)

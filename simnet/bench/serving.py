@@ -1,0 +1,151 @@
+"""A workload served by a deployed model, and what each request felt of it.
+
+Two ways to admit: `continuous` sends each request when it arrives, as soon as a slot is free; `static` gathers what has
+arrived into a batch, and the next batch waits until the last answer of this one is whole, as engines without
+continuous batching do. Both are the client's doing: the workers are the same.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import trio
+
+from simnet.bench.workloads import Request, Workload
+
+Admission = Literal["continuous", "static"]
+PERCENTILES = (50, 90, 95, 99)
+
+
+class Generated(Protocol):
+    """client.generate.GenerationResult, as far as it is used here. Times in seconds from the request's start."""
+
+    @property
+    def token_times_s(self) -> tuple[float, ...]: ...
+
+
+Answer = Callable[[Request], Awaitable[Generated]]
+"""Sends a request and waits for its whole answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """When a request arrived and its tokens were there, in seconds from the workload's start."""
+
+    arrival_s: float
+    token_times_s: tuple[float, ...]
+
+    @property
+    def first_token_s(self) -> float:
+        """Waiting for a slot included."""
+        return self.token_times_s[0] - self.arrival_s
+
+    @property
+    def per_token_s(self) -> float:
+        """Of the tokens after the first; 0 when there are none."""
+        count = len(self.token_times_s) - 1
+        return (self.token_times_s[-1] - self.token_times_s[0]) / count if count else 0.0
+
+    @property
+    def total_s(self) -> float:
+        return self.token_times_s[-1] - self.arrival_s
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A workload that was served to its end."""
+
+    requests: tuple[Timed, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the first arrival to the last token."""
+        return max(each.token_times_s[-1] for each in self.requests) - min(each.arrival_s for each in self.requests)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(each.token_times_s) for each in self.requests) / self.seconds
+
+    @property
+    def latency_per_token_s(self) -> float:
+        """Mean over requests of the whole latency, for each token of the answer."""
+        return statistics.fmean(each.total_s / len(each.token_times_s) for each in self.requests)
+
+    def figures(self) -> dict[str, Any]:
+        """As reports print them; percentiles in milliseconds."""
+        return {
+            "requests": len(self.requests),
+            "seconds": round(self.seconds, 3),
+            "tokens_per_s": round(self.tokens_per_s, 2),
+            "first_token_ms": percentiles_ms([each.first_token_s for each in self.requests]),
+            "per_token_ms": percentiles_ms([e.per_token_s for e in self.requests if len(e.token_times_s) > 1]),
+            "total_ms": percentiles_ms([each.total_s for each in self.requests]),
+        }
+
+
+def percentiles_ms(values_s: Sequence[float]) -> dict[str, float]:
+    """p50, p90, ... in milliseconds, each a value that occurred; empty for none."""
+    ordered = sorted(values_s)
+    if not ordered:
+        return {}
+    ranks = {f"p{percent}": -(-percent * len(ordered) // 100) - 1 for percent in PERCENTILES}
+    return {name: round(1000 * ordered[rank], 3) for name, rank in ranks.items()}
+
+
+async def serve(
+    workload: Workload,
+    answer: Answer,
+    slots: int,
+    admission: Admission = "continuous",
+    done: Callable[[], None] = lambda: None,
+) -> Served:
+    """Every request of `workload`, at most `slots` at a time. Raises what `answer` raises."""
+    start, timed = trio.current_time(), dict[int, Timed]()
+
+    async def run(number: int, request: Request) -> None:
+        sent = trio.current_time() - start
+        result = await answer(request)
+        timed[number] = Timed(request.arrival_s, tuple(sent + at for at in result.token_times_s))
+        done()
+
+    numbered = list(enumerate(workload.requests))
+    if admission == "continuous":
+        await _continuous(numbered, run, slots, start)
+    else:
+        await _static(numbered, run, slots, start)
+    return Served(tuple(timed[number] for number, _ in numbered))
+
+
+_Run = Callable[[int, Request], Awaitable[None]]
+
+
+async def _continuous(numbered: Sequence[tuple[int, Request]], run: _Run, slots: int, start: float) -> None:
+    free = trio.Semaphore(slots)
+
+    async def one(number: int, request: Request) -> None:
+        try:
+            await run(number, request)
+        finally:
+            free.release()
+
+    async with trio.open_nursery() as nursery:
+        for number, request in numbered:
+            await trio.sleep_until(start + request.arrival_s)
+            await free.acquire()
+            nursery.start_soon(one, number, request)
+
+
+async def _static(numbered: Sequence[tuple[int, Request]], run: _Run, slots: int, start: float) -> None:
+    waiting = list(numbered)
+    while waiting:
+        await trio.sleep_until(start + waiting[0][1].arrival_s)
+        now = trio.current_time() - start
+        batch = [each for each in waiting[:slots] if each[1].arrival_s <= now]
+        waiting = waiting[len(batch) :]
+        async with trio.open_nursery() as nursery:
+            for number, request in batch:
+                nursery.start_soon(partial(run, number, request))

@@ -1,0 +1,122 @@
+"""`sotto bench engine`: sealed inference beside transformers on this machine."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sotto.commands.common import Json, errors, print_json
+
+Data = Annotated[
+    Path | None,
+    typer.Option(help="Folder with traces and prompts (azure_llm_trace_conv_2023.csv, spec_bench_question.jsonl)."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        help="Append each result to this file as it is measured, one JSON object a line; it survives an interrupt."
+    ),
+]
+BenchModel = Annotated[
+    str, typer.Option("--model", "-m", help="A random model, 30m, 120m or 500m, or a folder in Hugging Face layout.")
+]
+
+
+def engine(
+    model: BenchModel = "120m",
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Of decode, throughput, prefill, long_prefill, software, batching; with commas. Default: all."
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Precisions, with commas.")] = "float32,bfloat16",
+    minutes: Annotated[
+        float, typer.Option(min=0, help="Time for measuring; each part ends earlier when its ratios are known to 3 %.")
+    ] = 20.0,
+    data: Data = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Decoding, throughput and prefill through three sealed hops beside transformers, as ratios of one run.
+
+    Real workers on loopback, one thread each. Random weights: they measure speed, and say nothing of answers.
+    """
+    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, _lines(out) as found:
+        from simnet.bench import engine as bench
+        from sotto.demo import demo_checkpoint
+
+        options = bench.Options(
+            folder=Path(folder),
+            tokenizer_from=demo_checkpoint(),
+            model=model,
+            only=tuple(_words(only)) if only else tuple(bench.SECTIONS),
+            dtypes=tuple(_words(dtype)),
+            minutes=minutes,
+            data=data,
+        )
+        report: dict[str, Any] = {}
+        with status(as_json) as say:
+            try:
+                bench.run(options, report, found if as_json else _shown(found), say)
+            except* KeyboardInterrupt:
+                report["interrupted"] = True
+    if as_json:
+        print_json(report)
+
+
+@contextmanager
+def status(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is measured now."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda text: console.print(text, markup=False, highlight=False)
+        return
+    with console.status("starting") as line:
+        yield lambda text: line.update(text)
+
+
+def _shown(found: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    def show(result: dict[str, Any]) -> None:
+        found(result)
+        print(f"{result['section']}, {result['dtype']}")
+        for name, value in result.items():
+            if name not in ("section", "dtype"):
+                print(f"  {name.replace('_', ' ')}: {_text(value)}")
+
+    return show
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, dict):
+        return str(value)
+    if "ratio" in value:
+        return f"{value['ratio']:g} ({value['low']:g} to {value['high']:g}, {value['rounds']} rounds)"
+    return "  ".join(f"{name} {_text(each)}" for name, each in value.items())
+
+
+@contextmanager
+def _lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Results go to the file line by line, each at once."""
+    if out is None:
+        yield lambda _: None
+        return
+    with out.open("a", encoding="utf-8") as file:
+
+        def write(result: dict[str, Any]) -> None:
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+
+        yield write
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
