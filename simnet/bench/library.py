@@ -24,8 +24,10 @@ class Library:
     def __init__(self, model: Path, dtype: str, same_kernel: bool) -> None:
         try:
             from transformers import AutoModelForCausalLM
+            from transformers.utils import logging
         except ImportError:
             raise InputError("the comparison needs transformers: install sotto[train]") from None
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self._model: Any = loaded.eval()
         if same_kernel:
@@ -35,8 +37,12 @@ class Library:
 
     def decode(self, prompt: Sequence[int], new_tokens: int) -> float:
         """Tokens per second after the first, batch 1, one thread."""
-        first, last = self._run([prompt], new_tokens, 1)[1:]
-        return (new_tokens - 1) / (last - first)
+        return 1 / self.one(prompt, new_tokens)[1]
+
+    def one(self, prompt: Sequence[int], new_tokens: int) -> tuple[float, float]:
+        """One request, one thread: seconds to the first token, and per token after it."""
+        start, first, last = self._run([prompt], new_tokens, 1)
+        return first - start, (last - first) / (new_tokens - 1)
 
     def generate(self, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int) -> float:
         """New tokens per second of a whole batch of prompts of one length, prompts included."""
@@ -47,6 +53,28 @@ class Library:
         """Prompt tokens per second until all have a first token."""
         start, first, _ = self._run(prompts, 1, threads)
         return sum(map(len, prompts)) / (first - start)
+
+    @torch.inference_mode()
+    def padded(self, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int) -> list[float]:
+        """A static batch of prompts of any lengths, padded on the left: when each token was there, in seconds from the
+        start, for all rows alike."""
+        torch.set_num_threads(threads)
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        start, times, cache = time.perf_counter(), list[float](), None
+        try:
+            for _ in range(new_tokens):
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+                out = self._model(
+                    ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                )
+                ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+                mask = torch.cat([mask, torch.ones(len(prompts), 1, dtype=mask.dtype)], dim=1)
+                times.append(time.perf_counter() - start)
+        finally:
+            torch.set_num_threads(1)
+        return times
 
     @torch.inference_mode()
     def _run(self, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int) -> tuple[float, float, float]:

@@ -12,12 +12,13 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import trio
 
@@ -43,6 +44,17 @@ def facts() -> dict[str, Any]:
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """Processor time that this process and those of `pids` have used, all threads."""
+    times = [psutil.Process(pid).cpu_times() for pid in (os.getpid(), *pids)]
+    return float(sum(each.user + each.system for each in times))
+
+
+def resident_bytes(pids: Sequence[int]) -> int:
+    """Memory that the processes hold."""
+    return int(sum(psutil.Process(pid).memory_info().rss for pid in pids))
 
 
 class Memory:

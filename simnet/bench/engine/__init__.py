@@ -87,7 +87,8 @@ def run(options: Options, report: dict[str, Any], found: Found, say: Callable[[s
     specs = [cluster.WorkerSpec("6GiB", "2GiB", 1)] * options.sizes.hops
     with cluster.running(options.folder / "cluster", specs) as net, ungrouped():
         budget = Budget(60 * options.minutes, len(options.plan()))
-        bench = Bench(options.folder, model, net.bootstrap, options.sizes, budget, say, options.data)
+        pids = tuple(worker.pid for worker in net.workers)
+        bench = Bench(options.folder, model, net.bootstrap, options.sizes, budget, say, options.data, pids)
         for dtype in options.dtypes:
             names = [name for each, name in options.plan() if each == dtype]
             report[dtype] = {}

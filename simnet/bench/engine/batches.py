@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from simnet.bench.engine.rig import Rig, in_thread, prefill, together
+from simnet.bench.engine.rig import Rig, cpu_figures, in_thread, prefill, together
 from simnet.bench.paired import Contestant, Pair
 
 
@@ -18,7 +18,7 @@ async def throughput_section(rig: Rig) -> dict[str, object]:
         "transformers_same_kernel": in_thread(partial(kernel.generate, prompts, new, threads)),
         "sealed": partial(together, await rig.deployed(), prompts, new),
     }
-    return await _against_library(rig, "throughput", contestants)
+    return await _against_library(rig, "throughput", contestants, sizes.batch * new)
 
 
 async def prefill_section(rig: Rig) -> dict[str, object]:
@@ -32,12 +32,12 @@ async def prefill_section(rig: Rig) -> dict[str, object]:
         "sealed": partial(prefill, await rig.deployed(), prompts),
         "plain": partial(prefill, await rig.deployed("plain"), prompts),
     }
-    return await _against_library(rig, "prefill", contestants)
+    return await _against_library(rig, "prefill", contestants, sizes.batch * sizes.prefill_tokens)
 
 
-async def _against_library(rig: Rig, name: str, contestants: dict[str, Contestant]) -> dict[str, object]:
+async def _against_library(rig: Rig, name: str, contestants: dict[str, Contestant], tokens: int) -> dict[str, object]:
     pairs: list[Pair] = [("sealed", rival) for rival in contestants if rival != "sealed"]
-    rounds = await rig.rounds(contestants, pairs)
+    rounds, cpu = await rig.metered_rounds(contestants, pairs, tokens)
     rivals = {"transformers": "vs_transformers", "transformers_same_kernel": "vs_transformers_same_kernel"}
     result: dict[str, object] = {
         f"{name}_{words}": rounds.ratio("sealed", rival).figures() for rival, words in rivals.items()
@@ -45,4 +45,5 @@ async def _against_library(rig: Rig, name: str, contestants: dict[str, Contestan
     if "plain" in contestants:
         result[f"{name}_sealed_vs_plain"] = rounds.ratio("sealed", "plain").figures()
     threads = {"workers": rig.sizes.hops, "client": 1, "transformers": rig.library_threads}
+    result |= cpu_figures(cpu, name)
     return {**result, "requests": rig.sizes.batch, "threads": threads, "medians": rounds.medians()}

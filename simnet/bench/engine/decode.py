@@ -7,7 +7,7 @@ from functools import partial
 
 from node.measuring import measure, time_ends
 from node.model import DeployedModel
-from simnet.bench.engine.rig import Rig, decode, in_thread, prefill
+from simnet.bench.engine.rig import Rig, cpu_figures, decode, in_thread, prefill
 from simnet.bench.machine import echo_us, raw_tcp
 from simnet.bench.paired import Contestant, Pair, Rounds
 
@@ -27,7 +27,7 @@ async def decode_section(rig: Rig) -> dict[str, object]:
         "memory_gb_per_s": rig.memory_gb_per_s,
     }
     rivals: list[Pair] = [("sealed", name) for name in ("transformers", "transformers_same_kernel", "one_hop", "plain")]
-    rounds = await rig.rounds(contestants, rivals)
+    rounds, cpu = await rig.metered_rounds(contestants, rivals, new)
     per_gb = rig.bytes_per_token / 1e9
     return {
         "decode_vs_transformers": rounds.ratio("sealed", "transformers").figures(),
@@ -39,6 +39,7 @@ async def decode_section(rig: Rig) -> dict[str, object]:
             for name in ("sealed", "one_hop", "transformers", "transformers_same_kernel")
         },
         "gb_per_token": round(per_gb, 4),
+        **cpu_figures(cpu, "decode"),
         "medians": rounds.medians(),
     }
 

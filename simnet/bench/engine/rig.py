@@ -24,10 +24,11 @@ from node.keys import default_key
 from node.model import Ask, DeployedModel
 from protocol.tensors import DTYPE_BYTES
 from simnet.bench.library import Library
-from simnet.bench.machine import Memory, cores
+from simnet.bench.machine import Memory, cores, cpu_seconds
 from simnet.bench.paired import Contestant, Pair, Patience, Rounds, take_turns
 from simnet.bench.workloads import Request, Source
 
+CPU_TICK_S = 0.01
 LIBRARY_DTYPES = ("float32", "bfloat16")
 
 
@@ -82,6 +83,7 @@ class Bench:
     budget: Budget
     say: Callable[[str], None]
     data: Path | None = None
+    pids: tuple[int, ...] = ()  # the workers' processes
 
 
 class Rig:
@@ -135,6 +137,26 @@ class Rig:
         patience = Patience(self.bench.budget.next(), self.sizes.enough, self.sizes.rounds_min)
         return await take_turns(contestants, patience, self.bench.say, pairs)
 
+    async def metered_rounds(
+        self, contestants: dict[str, Contestant], pairs: list[Pair], tokens: int
+    ) -> tuple[Rounds, Rounds]:
+        """`rounds`, and beside them tokens per second of processor time, of this process and all workers together:
+        what a busy machine changes least. A turn is of so many new `tokens`."""
+        costs: dict[str, list[float]] = {name: [] for name in contestants}
+
+        def metered(name: str, run: Contestant) -> Contestant:
+            async def turn() -> float:
+                before = cpu_seconds(self.bench.pids)
+                rate = await run()
+                costs[name].append(tokens / max(CPU_TICK_S, cpu_seconds(self.bench.pids) - before))
+                return rate
+
+            return turn
+
+        rounds = await self.rounds({name: metered(name, run) for name, run in contestants.items()}, pairs)
+        counted = len(next(iter(rounds.rates.values())))  # the round that warms up does not count
+        return rounds, Rounds({name: values[-counted:] for name, values in costs.items()})
+
     @property
     def source(self) -> Source:
         return Source(0, self.checkpoint.config.vocab_size, self.bench.data)
@@ -186,6 +208,14 @@ async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: i
 async def prefill(model: DeployedModel, prompts: list[list[int]]) -> float:
     """Prompt tokens per second of all `prompts` at once, until each has its first token."""
     return await together(model, prompts, 1) * len(prompts[0])
+
+
+def cpu_figures(cpu: Rounds, name: str) -> dict[str, object]:
+    """Of `metered_rounds`: processor time for each token, and the ratio to transformers (above 1: we take less)."""
+    return {
+        f"{name}_cpu_vs_transformers": cpu.ratio("sealed", "transformers").figures(),
+        "cpu_ms_per_token": {rival: round(1000 / cpu.median(rival), 3) for rival in cpu.rates if "memory" not in rival},
+    }
 
 
 Section = Callable[[Rig], Awaitable[dict[str, object]]]
