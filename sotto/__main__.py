@@ -7,6 +7,7 @@ import typer
 from sotto.commands import (
     bench,
     bench_engine,
+    bench_growth,
     bench_placement,
     check,
     demo,
@@ -46,6 +47,8 @@ app.add_typer(key.app, name="key")
 sim.app.add_typer(check.app, name="check")
 app.add_typer(sim.app, name="sim")
 bench.app.command(epilog="Example: sotto bench engine --model 120m --only decode,throughput")(bench_engine.engine)
+bench.app.command(epilog="Example: sotto bench growth --axis hops,context --plots pictures")(bench_growth.growth)
+bench.app.command(epilog="Example: sotto bench serve --workload chat --concurrency 1,4,16")(bench_growth.serve)
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
 app.add_typer(bench.app, name="bench")
 

@@ -140,12 +140,42 @@ async def _continuous(numbered: Sequence[tuple[int, Request]], run: _Run, slots:
 
 
 async def _static(numbered: Sequence[tuple[int, Request]], run: _Run, slots: int, start: float) -> None:
-    waiting = list(numbered)
-    while waiting:
-        await trio.sleep_until(start + waiting[0][1].arrival_s)
-        now = trio.current_time() - start
-        batch = [each for each in waiting[:slots] if each[1].arrival_s <= now]
-        waiting = waiting[len(batch) :]
+    async def whole(batch: Sequence[tuple[int, Request]]) -> None:
         async with trio.open_nursery() as nursery:
             for number, request in batch:
                 nursery.start_soon(partial(run, number, request))
+
+    await _batches(numbered, whole, slots, start)
+
+
+async def serve_batches(
+    workload: Workload, answer: Callable[[Sequence[Request]], Awaitable[list[float]]], slots: int
+) -> Served:
+    """Static batches of an engine that computes whole batches itself: `answer` gives when each row's tokens were there,
+    in seconds from the batch's start, for all rows alike."""
+    start, timed = trio.current_time(), dict[int, Timed]()
+
+    async def whole(batch: Sequence[tuple[int, Request]]) -> None:
+        sent = trio.current_time() - start
+        times = await answer([request for _, request in batch])
+        for number, request in batch:
+            timed[number] = Timed(request.arrival_s, tuple(sent + at for at in times[: request.new_tokens]))
+
+    numbered = list(enumerate(workload.requests))
+    await _batches(numbered, whole, slots, start)
+    return Served(tuple(timed[number] for number, _ in numbered))
+
+
+async def _batches(
+    waiting: Sequence[tuple[int, Request]],
+    whole: Callable[[Sequence[tuple[int, Request]]], Awaitable[None]],
+    slots: int,
+    start: float,
+) -> None:
+    """Batch after batch of what has arrived, `slots` at most."""
+    while waiting:
+        await trio.sleep_until(start + waiting[0][1].arrival_s)
+        now = trio.current_time() - start
+        batch = [each for each in waiting[:slots] if each[1].arrival_s <= now] or waiting[:1]
+        waiting = waiting[len(batch) :]
+        await whole(batch)

@@ -63,6 +63,15 @@ class Workload:
         """The same requests, all there at the start."""
         return replace(self, requests=tuple(replace(request, arrival_s=0.0) for request in self.requests))
 
+    def at_rate(self, per_s: float) -> Workload:
+        """The same requests and the same bursts, `per_s` of them a second on average; evenly where all came at once."""
+        times = [request.arrival_s for request in self.requests]
+        if not times[-1]:
+            times = [float(number) for number in range(len(times))]
+        speed = per_s * times[-1] / max(1, len(times) - 1) or 1.0
+        paced = (replace(each, arrival_s=at / speed) for each, at in zip(self.requests, times, strict=True))
+        return replace(self, requests=tuple(paced))
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -86,10 +95,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class ChatShape:
-    """How a trace is made to fit a machine: `per_s` requests a second on average; each length times `scale`, and no
-    request longer than `tokens_max`, of which the answer has half at most."""
+    """How a trace is made to fit a machine: each length times `scale`, and no request longer than `tokens_max`, of
+    which the answer has half at most."""
 
-    per_s: float = 2.0
     scale: float = 1.0
     tokens_max: int = 8192
 
@@ -99,12 +107,11 @@ def chat(source: Source, count: int, shape: ChatShape | None = None) -> Workload
     shape = shape or ChatShape()
     rng, path = source.rng("chat"), source.file(CHAT_TRACE)
     rows = _drawn_chats(rng, count) if path is None else _trace(path, rng, count)
-    mean_gap = (rows[-1][0] - rows[0][0]) / max(1, len(rows) - 1) or 1.0
     requests = []
     for at, prompt, answer in rows:
         new = min(max(1, round(answer * shape.scale)), shape.tokens_max // 2)
         held = min(max(1, round(prompt * shape.scale)), shape.tokens_max - new)
-        requests.append(Request((at - rows[0][0]) / mean_gap / shape.per_s, source.ids(rng, held), new))
+        requests.append(Request(at - rows[0][0], source.ids(rng, held), new))
     return Workload("chat", "built-in" if path is None else path.name, tuple(requests))
 
 

@@ -23,6 +23,7 @@ Out = Annotated[
         help="Append each result to this file as it is measured, one JSON object a line; it survives an interrupt."
     ),
 ]
+Plots = Annotated[Path | None, typer.Option(help="Draw pictures (PNG) into this folder; needs the extra 'plots'.")]
 BenchModel = Annotated[
     str, typer.Option("--model", "-m", help="A random model, 30m, 120m or 500m, or a folder in Hugging Face layout.")
 ]
@@ -41,6 +42,7 @@ def engine(
         float, typer.Option(min=0, help="Time for measuring; each part ends earlier when its ratios are known to 3 %.")
     ] = 20.0,
     data: Data = None,
+    plots: Plots = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -48,25 +50,31 @@ def engine(
 
     Real workers on loopback, one thread each. Random weights: they measure speed, and say nothing of answers.
     """
-    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, _lines(out) as found:
+    report: dict[str, Any] = {}
+    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, lines(out) as found:
         from simnet.bench import engine as bench
+        from simnet.bench import plots as pictures
         from sotto.demo import demo_checkpoint
+
+        if plots is not None:
+            pictures.require()
 
         options = bench.Options(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),
             model=model,
-            only=tuple(_words(only)) if only else tuple(bench.SECTIONS),
-            dtypes=tuple(_words(dtype)),
+            only=tuple(words(only)) if only else tuple(bench.SECTIONS),
+            dtypes=tuple(words(dtype)),
             minutes=minutes,
             data=data,
         )
-        report: dict[str, Any] = {}
         with status(as_json) as say:
             try:
                 bench.run(options, report, found if as_json else _shown(found), say)
             except* KeyboardInterrupt:
                 report["interrupted"] = True
+        if plots is not None:
+            report["plots"] = [str(path) for path in pictures.breakdown(report, plots)]
     if as_json:
         print_json(report)
 
@@ -104,7 +112,7 @@ def _text(value: Any) -> str:
 
 
 @contextmanager
-def _lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Results go to the file line by line, each at once."""
     if out is None:
         yield lambda _: None
@@ -118,5 +126,5 @@ def _lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield write
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from node.model import DeployedModel
@@ -48,7 +47,4 @@ async def _paced(rig: Rig, model: DeployedModel, trace: Workload) -> Workload:
     """The trace with its arrivals at LOAD times the rate at which it is served when all of it waits at the start."""
     rig.bench.say("how fast the trace can be served")
     served = await serve(trace.at_once(), partial(answer, model), rig.sizes.batch)
-    last = max(request.arrival_s for request in trace.requests) or 1.0
-    speed = last / (served.seconds / LOAD)
-    requests = tuple(replace(request, arrival_s=request.arrival_s / speed) for request in trace.requests)
-    return replace(trace, requests=requests)
+    return trace.at_rate(LOAD * len(trace.requests) / served.seconds)

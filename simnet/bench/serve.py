@@ -1,0 +1,149 @@
+"""`sotto bench serve`: a workload over a profile of links, at several concurrencies, with what its users feel.
+
+Real workers as processes, sealed; beside every figure transformers in this process on the same requests, in static
+batches of as many, padded to the longest. Random weights repeat themselves: speed alone is measured, and answers have
+the lengths that the workload asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import trio
+
+from models.tokenizer import Tokenizer
+from node.groups import ungrouped
+from protocol.errors import InputError
+from simnet import cluster
+from simnet.bench import workloads
+from simnet.bench.engine import checkpoint_of, describe
+from simnet.bench.engine.rig import Bench, Budget, Rig, Sizes, answer
+from simnet.bench.library import Library
+from simnet.bench.machine import facts
+from simnet.bench.serving import Served, serve, serve_batches
+from simnet.bench.workloads import ChatShape, Request, Source, Workload
+from simnet.topology import profile
+
+WORKLOADS = ("chat", "agents", "long", "editing", "single")
+HOPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`per_s`: requests a second as they arrive; 0: all wait at the start. `scale`: of the chat trace's lengths.
+    `profile`: of the links, "" for loopback."""
+
+    folder: Path
+    tokenizer_from: Path
+    model: str = "120m"
+    dtype: str = "float32"
+    workload: str = "chat"
+    requests: int = 32
+    concurrency: tuple[int, ...] = (1, 4, 16)
+    per_s: float = 0.0
+    scale: float = 0.125
+    tokens_max: int = 512
+    profile: str = ""
+    data: Path | None = None
+    library: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.workload not in WORKLOADS:
+            raise InputError(f"--workload {self.workload!r} is not known: choose of {', '.join(WORKLOADS)}")
+        if not self.concurrency or min(self.concurrency) < 1:
+            raise InputError("--concurrency takes numbers of 1 and more, with commas")
+
+
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """`found` gets each point as it is measured, `update` how many requests of all are answered."""
+
+    found: Callable[[dict[str, Any]], None]
+    update: Callable[[int, int], None]
+    say: Callable[[str], None]
+
+
+def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
+    """Measure into `report`; what is cut short leaves what there is. Raises InputError."""
+    torch.set_num_threads(1)
+    model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
+    report |= {"model": describe(options.model, model), "dtype": options.dtype, "machine": facts()}
+    report |= {"profile": options.profile or "loopback", "hops": HOPS, "points": []}
+    sizes = Sizes(batch=max(options.concurrency), trace_tokens_max=options.tokens_max, long_tokens=1, prefill_tokens=1)
+    with _cluster(options) as net, ungrouped():
+        pids = tuple(worker.pid for worker in net.workers)
+        bench = Bench(options.folder, model, net.bootstrap, sizes, Budget(0.0, 1), hear.say, options.data, pids)
+        trio.run(_measure, bench, options, report, hear)
+
+
+def _cluster(options: Options) -> AbstractContextManager[cluster.Cluster]:
+    specs = [cluster.WorkerSpec("6GiB", "2GiB", 1)] * HOPS
+    if not options.profile:
+        return cluster.running(options.folder / "cluster", specs)
+    topology = profile(options.profile)
+    specs = [cluster.WorkerSpec("6GiB", "2GiB", 1, worker.name) for worker in topology.workers]
+    return cluster.running(options.folder / "cluster", specs, wiring=topology.wiring)
+
+
+async def _measure(bench: Bench, options: Options, report: dict[str, Any], hear: Hear) -> None:
+    async with Rig(bench, options.dtype) as rig:
+        encode = Tokenizer.open(rig.checkpoint.tokenizer_file).encode
+        source = Source(options.seed, rig.checkpoint.config.vocab_size, options.data, encode)
+        work = workload_of(options, source)
+        report["workload"] = {
+            "name": work.name,
+            "origin": work.origin,
+            "requests": len(work.requests),
+            "prompt_tokens": work.prompt_tokens,
+            "new_tokens": work.new_tokens,
+        }
+        model = await rig.deployed(hops=HOPS)
+        library = await rig.library() if options.library else None
+        report["threads"] = {"workers": HOPS, "client": 1, "transformers": rig.library_threads if library else 0}
+        await answer(model, Request(0.0, work.requests[0].prompt[:8], 2))
+        done, total = 0, len(work.requests) * len(options.concurrency)
+
+        def count() -> None:
+            nonlocal done
+            done += 1
+            hear.update(done, total)
+
+        for slots in options.concurrency:
+            point: dict[str, Any] = {"concurrency": slots}
+            point["sotto"] = (await serve(work, partial(answer, model), slots, done=count)).figures()
+            if library is not None:
+                point["transformers"] = (await _library(library, work, slots, rig.library_threads)).figures()
+            report["points"].append(point)
+            hear.found(point)
+
+
+async def _library(library: Library, work: Workload, slots: int, threads: int) -> Served:
+    async def whole(batch: Sequence[Request]) -> list[float]:
+        prompts, longest = [request.prompt for request in batch], max(request.new_tokens for request in batch)
+        return await trio.to_thread.run_sync(library.padded, prompts, longest, threads)
+
+    return await serve_batches(work, whole, slots)
+
+
+def workload_of(options: Options, source: Source) -> Workload:
+    """The workload that `options` name, no request longer than `tokens_max`, its answer included."""
+    count, tokens = options.requests, options.tokens_max
+    match options.workload:
+        case "chat":
+            work = workloads.chat(source, count, ChatShape(scale=options.scale, tokens_max=tokens))
+        case "agents":
+            work = workloads.agents(source, count, 3 * tokens // 4, max(1, tokens // 8))
+        case "long":
+            work = workloads.long_prompts(source, count, max(1, tokens - 16))
+        case "editing":
+            work = workloads.editing(source, count, max(1, tokens // 2))
+        case _:
+            work = workloads.single(source, max(1, tokens // 4), max(1, tokens // 4))
+    return work.at_rate(options.per_s) if options.per_s else work.at_once()
