@@ -231,15 +231,14 @@ async def _concurrency(running: _Run, values: list[int]) -> None:
         model, library = await _warm(rig)
         for value in values:
             prompts, new = rig.prompts(value, sizes.prompt_tokens), running.options.new_tokens
-            generate = partial(library.generate, prompts, new, rig.library_threads)
+            threads = await rig.library_threads(value)
+            generate = partial(library.generate, prompts, new, threads)
             ours, theirs = await running.turns(
                 partial(_rate, partial(together, model, prompts, new)),
                 partial(_rate, partial(trio.to_thread.run_sync, generate)),
             )
-            threads = {"workers": sizes.hops, "transformers": rig.library_threads}
-            running.add(
-                "concurrency", value, ours | {f"library_{k}": v for k, v in theirs.items()} | {"threads": threads}
-            )
+            theirs = {f"library_{name}": value for name, value in theirs.items()}
+            running.add("concurrency", value, ours | theirs | {"library_threads": threads})
 
 
 async def _hops(running: _Run, values: list[int]) -> None:

@@ -106,7 +106,7 @@ async def _measure(bench: Bench, options: Options, report: dict[str, Any], hear:
         }
         model = await rig.deployed(hops=HOPS)
         library = await rig.library() if options.library else None
-        report["threads"] = {"workers": HOPS, "client": 1, "transformers": rig.library_threads if library else 0}
+        report["threads"] = {"workers": HOPS, "client": 1}
         await answer(model, Request(0.0, work.requests[0].prompt[:8], 2))
         done, total = 0, len(work.requests) * len(options.concurrency)
 
@@ -119,7 +119,9 @@ async def _measure(bench: Bench, options: Options, report: dict[str, Any], hear:
             point: dict[str, Any] = {"concurrency": slots}
             point["sotto"] = (await serve(work, partial(answer, model), slots, done=count)).figures()
             if library is not None:
-                point["transformers"] = (await _library(library, work, slots, rig.library_threads)).figures()
+                threads = await rig.library_threads(slots)
+                served = await _library(library, work, slots, threads)
+                point["transformers"] = served.figures() | {"threads": threads}
             report["points"].append(point)
             hear.found(point)
 

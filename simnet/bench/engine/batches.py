@@ -10,7 +10,8 @@ from simnet.bench.paired import Contestant, Pair
 
 async def throughput_section(rig: Rig) -> dict[str, object]:
     """New tokens per second of requests sent at once, prompts included, against one batch of as many."""
-    sizes, threads = rig.sizes, rig.library_threads
+    sizes = rig.sizes
+    threads = await rig.library_threads(sizes.batch)
     prompts, new = rig.prompts(sizes.batch, sizes.prompt_tokens), sizes.new_tokens
     library, kernel = await rig.library(), await rig.library(same_kernel=True)
     contestants: dict[str, Contestant] = {
@@ -23,7 +24,8 @@ async def throughput_section(rig: Rig) -> dict[str, object]:
 
 async def prefill_section(rig: Rig) -> dict[str, object]:
     """Prompt tokens per second of requests sent at once, until each has its first token."""
-    sizes, threads = rig.sizes, rig.library_threads
+    sizes = rig.sizes
+    threads = await rig.library_threads(sizes.batch)
     prompts = rig.prompts(sizes.batch, sizes.prefill_tokens)
     library, kernel = await rig.library(), await rig.library(same_kernel=True)
     contestants: dict[str, Contestant] = {
@@ -44,6 +46,6 @@ async def _against_library(rig: Rig, name: str, contestants: dict[str, Contestan
     }
     if "plain" in contestants:
         result[f"{name}_sealed_vs_plain"] = rounds.ratio("sealed", "plain").figures()
-    threads = {"workers": rig.sizes.hops, "client": 1, "transformers": rig.library_threads}
+    threads = {"workers": rig.sizes.hops, "client": 1, "transformers": await rig.library_threads(rig.sizes.batch)}
     result |= cpu_figures(cpu, name)
     return {**result, "requests": rig.sizes.batch, "threads": threads, "medians": rounds.medians()}

@@ -94,6 +94,7 @@ class Rig:
         self.checkpoint = Checkpoint.open(str(bench.model))
         self._deployed: dict[tuple[str, int], DeployedModel] = {}
         self._libraries: dict[tuple[str, bool], Library] = {}
+        self._threads: dict[int, int] = {}
         self._memory: Memory | None = None
         self._stack = AsyncExitStack()
 
@@ -174,11 +175,21 @@ class Rig:
         weights = sum(block.num_parameters for block in config.blocks) + config.vocab_size * config.hidden_size
         return weights * DTYPE_BYTES[self.dtype]
 
-    @property
-    def library_threads(self) -> int:
-        """What transformers gets against all workers together: as many as they have, but no more than there are
-        cores, since that would only slow it down."""
-        return min(self.sizes.hops, cores())
+    async def library_threads(self, batch: int) -> int:
+        """What transformers gets against all workers together: as many threads as they have, no more than there are
+        cores; or one, where that is faster (few rows, or a busy machine, where threads that wait for each other lose
+        much more than they win)."""
+        most = min(self.sizes.hops, cores())
+        if batch not in self._threads:
+            library, prompts = await self.library(), self.prompts(batch, 32)
+            tried = partial(_fastest_threads, library, prompts, sorted({1, most}))
+            self._threads[batch] = await trio.to_thread.run_sync(tried)
+        return self._threads[batch]
+
+
+def _fastest_threads(library: Library, prompts: list[list[int]], counts: list[int]) -> int:
+    rates = {threads: max(library.generate(prompts, 4, threads) for _ in range(3)) for threads in counts}
+    return max(counts, key=lambda threads: rates[threads])
 
 
 def in_thread(work: Callable[[], float]) -> Contestant:
