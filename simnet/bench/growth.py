@@ -76,8 +76,8 @@ AXES = {
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`axes`: names of AXES. `model`: of all axes but "model". `minutes`: of measuring, in all. `largest`: no value of
-    an axis is larger (tests)."""
+    """`axes`: names of AXES. `model`: of all axes but "model". `minutes`: of measuring, in all. `values`: other ones
+    of an axis."""
 
     folder: Path
     tokenizer_from: Path
@@ -162,17 +162,23 @@ class _Run:
 
 
 def run(options: Options, report: dict[str, Any], progress: Progress) -> None:
-    """Measure what `options` ask for into `report`. What is cut short leaves what there is. Raises InputError."""
+    """`measure` with workers of its own. Raises InputError."""
+    specs = [cluster.WorkerSpec("8GiB", "3GiB", 1)] * options.workers
+    with cluster.running(options.folder / "cluster", specs) as net:
+        measure(options, net, report, progress)
+
+
+def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], progress: Progress) -> None:
+    """All that `options` ask for, into `report`. What is cut short leaves what there is. Raises InputError."""
     torch.set_num_threads(1)
     model = _checkpoint(options.model, options.folder, options.tokenizer_from)
     report |= {"model": describe(options.model, model), "dtype": options.dtype, "machine": facts(), "axes": {}}
-    specs = [cluster.WorkerSpec("8GiB", "3GiB", 1)] * options.workers
-    with cluster.running(options.folder / "cluster", specs) as net, ungrouped():
-        running = _Run(options, net, progress)
-        try:
+    running = _Run(options, net, progress)
+    try:
+        with ungrouped():
             trio.run(_measure, running)
-        finally:
-            report["axes"] = {axis: _axis_figures(axis, points) for axis, points in running.points.items() if points}
+    finally:
+        report["axes"] = {axis: _axis_figures(axis, points) for axis, points in running.points.items() if points}
 
 
 def _axis_figures(name: str, points: Sequence[Point]) -> dict[str, Any]:

@@ -71,15 +71,21 @@ class Hear:
 
 
 def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
-    """Measure into `report`; what is cut short leaves what there is. Raises InputError."""
+    """`measure` with workers of its own. Raises InputError."""
+    with _cluster(options) as net:
+        measure(options, net, report, hear)
+
+
+def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear: Hear) -> None:
+    """All that `options` ask for, into `report`; what is cut short leaves what there is. Raises InputError."""
     torch.set_num_threads(1)
     model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
     report |= {"model": describe(options.model, model), "dtype": options.dtype, "machine": facts()}
     report |= {"profile": options.profile or "loopback", "hops": HOPS, "points": []}
     sizes = Sizes(batch=max(options.concurrency), trace_tokens_max=options.tokens_max, long_tokens=1, prefill_tokens=1)
-    with _cluster(options) as net, ungrouped():
-        pids = tuple(worker.pid for worker in net.workers)
-        bench = Bench(options.folder, model, net.bootstrap, sizes, Budget(0.0, 1), hear.say, options.data, pids)
+    pids = tuple(worker.pid for worker in net.workers)
+    bench = Bench(options.folder, model, net.bootstrap, sizes, Budget(0.0, 1), hear.say, options.data, pids)
+    with ungrouped():
         trio.run(_measure, bench, options, report, hear)
 
 

@@ -74,8 +74,17 @@ class Options:
 
 
 def run(options: Options, report: dict[str, Any], found: Found, say: Callable[[str], None]) -> None:
-    """Measure all that `options` ask for into `report`; `found` hears of each part as it is measured, and what is cut
-    short leaves what there is. Raises InputError."""
+    """`measure` with workers of its own. Raises InputError."""
+    specs = [cluster.WorkerSpec("6GiB", "2GiB", 1)] * options.sizes.hops
+    with cluster.running(options.folder / "cluster", specs) as net:
+        measure(options, net, report, found, say)
+
+
+def measure(
+    options: Options, net: cluster.Cluster, report: dict[str, Any], found: Found, say: Callable[[str], None]
+) -> None:
+    """All that `options` ask for, into `report`; `found` hears of each part as it is measured, and what is cut short
+    leaves what there is. Raises InputError."""
     torch.set_num_threads(1)
     model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
     report |= {
@@ -84,14 +93,12 @@ def run(options: Options, report: dict[str, Any], found: Found, say: Callable[[s
         "sizes": asdict(options.sizes),
         "threads_per_process": 1,
     }
-    specs = [cluster.WorkerSpec("6GiB", "2GiB", 1)] * options.sizes.hops
-    with cluster.running(options.folder / "cluster", specs) as net, ungrouped():
-        budget = Budget(60 * options.minutes, len(options.plan()))
-        pids = tuple(worker.pid for worker in net.workers)
-        bench = Bench(options.folder, model, net.bootstrap, options.sizes, budget, say, options.data, pids)
-        for dtype in options.dtypes:
-            names = [name for each, name in options.plan() if each == dtype]
-            report[dtype] = {}
+    budget, pids = Budget(60 * options.minutes, len(options.plan())), tuple(worker.pid for worker in net.workers)
+    bench = Bench(options.folder, model, net.bootstrap, options.sizes, budget, say, options.data, pids)
+    for dtype in options.dtypes:
+        names = [name for each, name in options.plan() if each == dtype]
+        report[dtype] = {}
+        with ungrouped():
             trio.run(_measure, bench, dtype, names, report[dtype], found)
 
 

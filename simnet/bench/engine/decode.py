@@ -11,6 +11,7 @@ from simnet.bench.engine.rig import Rig, cpu_figures, decode, in_thread, prefill
 from simnet.bench.machine import echo_us, raw_tcp
 from simnet.bench.paired import Contestant, Pair, Rounds
 
+TOKEN_PARTS = ("token", "compute", "client", "software")
 STEP_FRAME_BYTES = 160  # a step's header and framing, beside its activations
 
 
@@ -65,7 +66,7 @@ async def software_section(rig: Rig) -> dict[str, object]:
     over the hops. Beside it, the same bytes over bare TCP between two processes, as many messages per hop.
     """
     model = await rig.deployed()
-    values: dict[str, list[float]] = {name: [] for name in ("hop", "tcp", "token", "compute", "client")}
+    values: dict[str, list[float]] = {name: [] for name in ("hop", "tcp", *TOKEN_PARTS)}
     message_bytes = STEP_FRAME_BYTES + 4 * rig.checkpoint.config.hidden_size
     end = time.monotonic() + rig.bench.budget.next()
     async with raw_tcp() as tcp:
@@ -77,7 +78,7 @@ async def software_section(rig: Rig) -> dict[str, object]:
             per_hop = (hops + 1) / hops  # messages: there is one more than there are hops
             values["hop"].append(software_us / hops)
             values["tcp"].append(per_hop * await echo_us(tcp, message_bytes))
-            for name, value in (("token", token_us), ("compute", compute_us), ("client", client_us)):
+            for name, value in zip(TOKEN_PARTS, (token_us, compute_us, client_us, software_us), strict=True):
                 values[name].append(value)
             rounds = Rounds(values)
             if len(values["hop"]) >= rig.sizes.rounds_min and rounds.ratio("hop", "tcp").half_width < rig.sizes.enough:
@@ -86,7 +87,7 @@ async def software_section(rig: Rig) -> dict[str, object]:
         "software_us_per_hop": round(rounds.median("hop"), 1),
         "tcp_us_per_hop": round(rounds.median("tcp"), 1),
         "software_vs_tcp": rounds.ratio("hop", "tcp").figures(),
-        "token_us": {name: round(rounds.median(name), 1) for name in ("token", "compute", "client")},
+        "token_us": {name: round(rounds.median(name), 1) for name in TOKEN_PARTS},
         "message_bytes": message_bytes,
     }
 

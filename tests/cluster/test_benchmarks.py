@@ -1,0 +1,172 @@
+"""The benchmarks of the engine on real workers and a tiny model: every part runs and says what it promises. No figure
+is asserted but that it is one: machines differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from protocol.errors import InputError
+from simnet.bench import engine, growth, serve
+from simnet.bench.engine.rig import Budget, Sizes
+from simnet.bench.workloads import Source
+from simnet.cluster import Cluster
+from simnet.random_model import RandomLlama
+from sotto.demo import demo_checkpoint
+
+TINY = RandomLlama(64, 96, 3, 4, 2)
+SIZES = Sizes(
+    batch=3,
+    prompt_tokens=8,
+    new_tokens=4,
+    prefill_tokens=16,
+    long_tokens=300,
+    trace_requests=6,
+    trace_tokens_max=32,
+    memory_bytes=1 << 20,
+    rounds_min=2,
+)
+RATIOS = {
+    "decode": {
+        "decode_vs_transformers",
+        "decode_vs_transformers_same_kernel",
+        "decode_three_hops_vs_one",
+        "decode_sealed_vs_plain",
+        "decode_cpu_vs_transformers",
+    },
+    "throughput": {
+        "throughput_vs_transformers",
+        "throughput_vs_transformers_same_kernel",
+        "throughput_cpu_vs_transformers",
+    },
+    "prefill": {
+        "prefill_vs_transformers",
+        "prefill_vs_transformers_same_kernel",
+        "prefill_sealed_vs_plain",
+        "prefill_cpu_vs_transformers",
+    },
+    "long_prefill": {"pipelined_prefill_300"},
+    "software": {"software_vs_tcp"},
+    "batching": {"continuous_vs_static_batching", "continuous_vs_static_latency"},
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> str:
+    """A checkpoint of random weights as a user names it: by its folder."""
+    return str(TINY.write(tmp_path / "tiny", demo_checkpoint()))
+
+
+def silent(*_: Any) -> None: ...
+
+
+def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) -> None:
+    assert set(RATIOS) == set(engine.SECTIONS)
+    options = engine.Options(
+        folder=tmp_path, tokenizer_from=demo_checkpoint(), model=tiny, dtypes=("float32",), minutes=0, sizes=SIZES
+    )
+    found: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
+    engine.measure(options, swarm, report, found.append, silent)
+    assert [(each["dtype"], each["section"]) for each in found] == [("float32", name) for name in engine.SECTIONS]
+    assert json.loads(json.dumps(report)) == report
+    assert report["model"]["blocks"] == 3
+    for section, names in RATIOS.items():
+        figures = report["float32"][section]
+        assert {name for name, value in figures.items() if isinstance(value, dict) and "ratio" in value} == names
+        for name in names:
+            assert 0 < figures[name]["low"] <= figures[name]["ratio"] <= figures[name]["high"], name
+            assert figures[name]["rounds"] == 2
+    software = report["float32"]["software"]
+    assert min(software["software_us_per_hop"], software["tcp_us_per_hop"], *software["token_us"].values()) > 0
+    assert set(report["float32"]["decode"]["memory_limit_share"]) >= {"sealed", "transformers"}
+    assert report["float32"]["throughput"]["threads"]["workers"] == 3
+
+
+def test_growth_and_what_is_known_of_it(swarm: Cluster, tmp_path: Path, tiny: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(growth, "GROWING", {"a": TINY, "b": RandomLlama(96, 128, 4, 4, 2)})
+    values = {"context": (8, 32), "prompt": (8, 32), "concurrency": (1, 2), "hops": (1, 2), "memory": (64, 128)}
+    options = growth.Options(
+        tmp_path, demo_checkpoint(), tiny, minutes=0, new_tokens=3, values={**values, "model": (0, 1)}
+    )
+    found: list[dict[str, Any]] = []
+    updates: list[tuple[int, int]] = []
+    report: dict[str, Any] = {}
+    progress = growth.Progress({}, found.append, lambda *done: updates.append(done), silent)
+    growth.measure(options, swarm, report, progress)
+    assert list(report["axes"]) == list(growth.AXES)
+    assert updates[-1] == (12, 12)
+    for name, axis in report["axes"].items():
+        assert len(axis["points"]) == 2
+        assert all(point[axis["cost"]] > 0 for point in axis["points"])
+        assert "exponent" in axis[axis["cost"]]
+        assert (f"library_{axis['cost']}" in axis["points"][0]) == (name != "memory")
+    assert [point["x"] for point in report["axes"]["hops"]["points"]] == [1, 2]
+    again: dict[str, Any] = {}
+    known = {(point["axis"], point["value"]): point for point in found}
+    growth.measure(
+        options, swarm, again, growth.Progress(known, lambda _: pytest.fail("measured again"), silent, silent)
+    )
+    assert again["axes"] == report["axes"]
+
+
+def test_a_workload_is_served(swarm: Cluster, tmp_path: Path, tiny: str) -> None:
+    options = serve.Options(
+        folder=tmp_path,
+        tokenizer_from=demo_checkpoint(),
+        model=tiny,
+        workload="agents",
+        requests=4,
+        concurrency=(1, 3),
+        tokens_max=128,
+    )
+    report: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    serve.measure(options, swarm, report, serve.Hear(found.append, silent, silent))
+    assert found == report["points"]
+    assert [point["concurrency"] for point in found] == [1, 3]
+    assert report["workload"]["origin"] == "built-in"
+    for point in found:
+        for who in ("sotto", "transformers"):
+            assert point[who]["requests"] == 4
+            assert point[who]["tokens_per_s"] > 0
+            assert point[who]["first_token_ms"]["p99"] >= point[who]["first_token_ms"]["p50"] > 0
+
+
+@pytest.mark.parametrize("name", serve.WORKLOADS)
+@pytest.mark.parametrize("per_s", [0.0, 4.0])
+def test_every_workload_fits_into_what_was_leased(tmp_path: Path, name: str, per_s: float) -> None:
+    options = serve.Options(tmp_path, demo_checkpoint(), workload=name, requests=5, tokens_max=128, per_s=per_s)
+    work = serve.workload_of(options, Source(0, 500))
+    assert work.name == name
+    assert max(len(request.prompt) + request.new_tokens for request in work.requests) <= 128
+    assert bool(work.requests[-1].arrival_s) == (per_s > 0 and len(work.requests) > 1)
+
+
+def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
+    where = (tmp_path, demo_checkpoint())
+    with pytest.raises(InputError, match="--only 'speed'"):
+        engine.Options(*where, only=("speed",))
+    with pytest.raises(InputError, match="--dtype 'int4'"):
+        engine.Options(*where, dtypes=("int4",))
+    with pytest.raises(InputError, match="--axis 'width'"):
+        growth.Options(*where, axes=("width",))
+    with pytest.raises(InputError, match="--workload 'mail'"):
+        serve.Options(*where, workload="mail")
+    with pytest.raises(InputError, match="no model '7b'"):
+        engine.checkpoint_of("7b", *where)
+
+
+def test_time_that_one_set_leaves_is_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("simnet.bench.engine.rig.time.monotonic", lambda: now)
+    budget = Budget(90.0, 3, started=0.0)
+    assert budget.next() == 30.0
+    now = 10.0
+    assert budget.next() == 40.0
+    now = 95.0
+    assert budget.next() == 0.0
+    assert budget.next() == 0.0
