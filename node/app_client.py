@@ -104,11 +104,12 @@ class DeployOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """By what a route's prediction goes."""
+    """By what a route's prediction goes. `dtype`: of the blocks, None when it is not known."""
 
     view: SwarmView
     needs: ModelNeeds
     where: PlaceOptions
+    dtype: str | None
 
 
 class Client:
@@ -189,7 +190,7 @@ class Client:
             route, view, hops = await self._brought(model, needs, where, options)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
-        return await self._ready(route, hops, sealer, _Priced(view, needs, where))
+        return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype))
 
     async def _brought(
         self, model: SealedModel, needs: ModelNeeds, where: PlaceOptions, options: DeployOptions
@@ -235,7 +236,7 @@ class Client:
         route = choose_route(view, deployment, config.num_blocks, client_rtts_ms=rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, "float32", KV_TOKENS_DEFAULT)
         sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, "float32", key, deployment)
-        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions()))
+        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), None))
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
@@ -275,6 +276,7 @@ class Client:
             ends=ends,
             tokenizer=Tokenizer.open(sealer.checkpoint.tokenizer_file),
             config=sealer.checkpoint.config,
+            dtype=priced_as.dtype,
         )
 
     async def _leased_route(

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from client.generate import GenerationResult
     from client.placement import Placement
     from node.model import Ask, DeployedModel
+    from protocol.strategy import Strategy, Weights
     from protocol.swarm import SwarmView
 
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the answer, at most.")]
@@ -41,9 +42,12 @@ TopK = Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps a
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")]
 Workers = Annotated[int, typer.Option(min=1, help="Spread the model over at least so many workers.")]
-Speculate = Annotated[
-    bool,
-    typer.Option("--speculate/--no-speculate", help="Guess at tokens from the text so far; the answer is the same."),
+StrategyText = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help="Accelerations: 'default', or name=value with commas, such as speculation=lookup,wire=bfloat16.",
+    ),
 ]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
 
@@ -78,7 +82,7 @@ def run(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    speculate: Speculate = False,
+    strategy: StrategyText = "default",
     capability: Capability = None,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
@@ -89,8 +93,10 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculate)
+        chosen = _strategy(strategy, dtype, capability)
+        sealed = (privacy, chosen.weights, key)
+        where = _where(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability))
+        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
 
         async def work() -> tuple[GenerationResult, float]:
             async with deployed(where) as ready:
@@ -127,7 +133,7 @@ def submit(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    speculate: Speculate = False,
+    strategy: StrategyText = "default",
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
     data_dir: DataDir = None,
@@ -142,9 +148,11 @@ def submit(
         from node.files import write_atomic
         from sotto.commands.job import read_prompts, run_job
 
+        chosen = _strategy(strategy, dtype, capability)
         lines = read_prompts(prompts)
-        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculate)
+        sealed = (privacy, chosen.weights, key)
+        where = _where(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability))
+        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
 
         async def work() -> list[dict[str, Any]]:
             async with deployed(where) as ready:
@@ -236,7 +244,22 @@ def _where(
     )
 
 
-def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, speculate: bool) -> Ask:
+def _strategy(text: str, dtype: str, capability: str | None) -> Strategy:
+    """The strategy of a command line; `dtype` is its weights unless the text says another."""
+    from protocol.errors import InputError
+    from protocol.strategy import DEFAULT, Strategy, parse
+
+    chosen = parse(text, Strategy(weights=cast("Weights", dtype)))
+    if chosen.weights != dtype and dtype != DEFAULT.weights:
+        raise InputError(f"--dtype {dtype} and weights={chosen.weights} contradict each other: give one of them")
+    if chosen.weights != DEFAULT.weights and capability is not None:
+        raise InputError("the owner of a deployment chooses its weights: leave them out")
+    return chosen
+
+
+def _ask(
+    max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, strategy: Strategy
+) -> Ask:
     from models.sampling import SamplingParams
     from node.model import Ask
     from protocol.errors import InputError
@@ -246,7 +269,7 @@ def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: lis
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()), speculate=speculate)
+    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()), strategy=strategy)
 
 
 def _stream(piece: str) -> None:
