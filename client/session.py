@@ -100,6 +100,7 @@ class RouteSession:
         self._failure: SottoError | None = None
         self._sending: trio.CancelScope | None = None
         self._closed = False
+        self.bytes_out = self.bytes_in = 0  # of activations
         self.computed: dict[PeerId, tuple[int, int]] = {}  # steps and microseconds, as hops that answered say
 
     async def open(self, tickets: tuple[bytes, ...]) -> None:
@@ -163,6 +164,7 @@ class RouteSession:
             self._steps.give_up(step)
             raise
         self._held = position + rows
+        self.bytes_out += len(payload.data)
         return step
 
     async def result(self, step: int) -> Payload:
@@ -222,6 +224,7 @@ class RouteSession:
             return False
         _check_output(payload, (sent.tail if last else sent.rows, sent.width), first=hop == 0)
         sent.waiting.discard(hop)
+        self.bytes_in += len(body)
         self._heard_at = trio.current_time()  # only what was asked for counts as a sign of life
         self._observer.step_computed(peer, message.compute_us / 1e6)
         steps, micros = self.computed.get(peer, (0, 0))

@@ -51,6 +51,8 @@ from node.measuring import time_ends
 from node.metrics import ClientMetrics, serve_metrics
 from node.model import DeployedModel
 from node.p2p.mesh import MeshConfig, open_mesh
+from node.paths import history_file
+from node.recording import Journal, Origin, Recorder, Subject, wanted
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
 from protocol import limits
 from protocol.capabilities import Right
@@ -70,13 +72,15 @@ SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm h
 class ClientOptions:
     """`data_dir` holds identity, keys and sealed models. `bootstrap` holds addresses and invites; when it is empty the
     local network is searched for a public swarm. `discover_s` is how long to wait for workers. `capability`: what the
-    owner of another's deployment gave, for a client that uses that one."""
+    owner of another's deployment gave, for a client that uses that one. `origin`: what the history says that this
+    client's requests are."""
 
     data_dir: Path
     bootstrap: tuple[str, ...]
     metrics: tuple[str, int] | None = None
     discover_s: float = 10.0
     capability: Token | None = None
+    origin: Origin = "request"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,7 @@ class Client:
         self.watch = SwarmWatch(ports.gossip, ports.clock, ports.observer)
         self.leases = LeaseKeeper(ports)
         self.grants = Grants(options.data_dir / "client" / "grants")
+        self.journal = Journal(history_file(options.data_dir) if wanted() else None)
         self._owner = owner
         self._driver = driver
         self._started = trio.current_time()
@@ -267,16 +272,36 @@ class Client:
         client_s = await trio.to_thread.run_sync(time_ends, ends)
         where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=client_s)
         spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
+        predicted = priced(priced_as.view, priced_as.needs, spans, where)
+        checkpoint = sealer.checkpoint
+        subject = Subject(
+            name=checkpoint.name,
+            tier="plain" if sealer.secrets is None else "ee",
+            config=checkpoint.config,
+            dtype=priced_as.dtype,
+            needs=priced_as.needs,
+            placement=predicted,
+            view=priced_as.view,
+            client_rtts_ms=dict(self._rtts_ms),
+        )
         return DeployedModel(
             ports=self.ports,
             driver=self._driver,
             route=route,
             hops=hops,
-            predicted=priced(priced_as.view, priced_as.needs, spans, where),
+            predicted=predicted,
             ends=ends,
-            tokenizer=Tokenizer.open(sealer.checkpoint.tokenizer_file),
-            config=sealer.checkpoint.config,
+            tokenizer=Tokenizer.open(checkpoint.tokenizer_file),
+            config=checkpoint.config,
             dtype=priced_as.dtype,
+            recorder=Recorder(
+                journal=self.journal,
+                subject=subject,
+                view=lambda: self.watch.view,
+                clock=self.ports.clock,
+                entropy=self.ports.entropy,
+                origin=self.options.origin,
+            ),
         )
 
     async def _leased_route(
@@ -376,10 +401,12 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                 async with in_touch(mesh, leads, entry):
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
+                    nursery.start_soon(client.journal.run)
                     try:
                         yield client
                     finally:
                         await client.leases.aclose()
+                        await client.journal.aclose()
             nursery.cancel_scope.cancel()
 
 

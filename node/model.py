@@ -25,6 +25,7 @@ from client.generate import (
     kv_tokens_for,
 )
 from client.placement import Placement
+from client.placement.needs import Objective
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
@@ -34,6 +35,7 @@ from equivariant.ends import ClientEnds
 from models.config import ModelConfig
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
+from node.recording import Plan, Recorder
 from protocol import limits
 from protocol.errors import InputError
 from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, parse
@@ -50,7 +52,8 @@ INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, les
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
-    `strategy`: None for the deployment's default. `exact`: refuse one that loses precision."""
+    `strategy`: None for the deployment's default. `exact`: refuse one that loses precision. `objective`: the time of
+    this request, or the rate of all that run beside it."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -58,6 +61,7 @@ class Ask:
     ignore_eos: bool = False
     strategy: Strategy | None = None
     exact: bool = False
+    objective: Objective = "latency"
 
 
 class Answer:
@@ -86,6 +90,7 @@ class DeployedModel:
     tokenizer: Tokenizer
     config: ModelConfig
     dtype: str | None  # of the sealed blocks; None when another's deployment does not say
+    recorder: Recorder
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
@@ -101,12 +106,15 @@ class DeployedModel:
             prefill_chunk=strategy.prefill_chunk,
             wire_dtype=strategy.wire,
         )
-        host = GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, _speculation(strategy))
-        async with self.session(kv_tokens) as session:
-            generation = Generation(session, self.ends, ids, params, host)
-            stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
-            async with aclosing(stream.pieces()) as pieces:
-                yield Answer(stream, pieces)
+        speculation = _speculation(strategy)
+        host = GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
+        with self.recorder.request(ids, self._plan(ask, strategy)) as entry:
+            async with self.session(kv_tokens) as session:
+                generation = Generation(session, self.ends, ids, params, host)
+                entry.session, entry.generation, entry.speculation = session, generation, speculation
+                stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
+                async with aclosing(stream.pieces()) as pieces:
+                    yield Answer(stream, pieces)
 
     async def generate(
         self, prompt: str | list[int], ask: Ask | None = None, on_piece: Callable[[str], None] = lambda _: None
@@ -130,6 +138,16 @@ class DeployedModel:
         if reason is not None:
             raise InputError(reason)
         return strategy
+
+    def _plan(self, ask: Ask, strategy: Strategy) -> Plan:
+        return Plan(
+            max_new_tokens=ask.max_new_tokens,
+            temperature=ask.sampling.temperature,
+            objective=ask.objective,
+            exact=ask.exact,
+            strategy=strategy,
+            chosen_by="default" if strategy == self.default_strategy else "user",
+        )
 
     def session(self, kv_tokens: int) -> AbstractAsyncContextManager[RouteSession]:
         """A session of its own over the route, for those who do the steps themselves."""

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -152,7 +152,7 @@ def submit(
         lines = read_prompts(prompts)
         sealed = (privacy, chosen.weights, key)
         where = _where(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
+        ask = replace(_ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), objective="throughput")
 
         async def work() -> list[dict[str, Any]]:
             async with deployed(where) as ready:

@@ -1,4 +1,4 @@
-"""A record of a request, and others that differ from it."""
+"""A record of a request, others that differ from it, and the configuration of a small model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,30 @@ from typing import Any
 
 from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.learning.record import Outcome, Prediction, Record
+from models.config import BlockConfig, ModelConfig, RopeConfig
 from protocol.strategy import Strategy
+
+BLOCK = BlockConfig(
+    family="llama",
+    hidden_size=64,
+    intermediate_size=128,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    max_position=512,
+    rope=RopeConfig(10_000.0),
+)
+CONFIG = ModelConfig(
+    vocab_size=1000,
+    blocks=(BLOCK,) * 4,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-5,
+    bos_id=1,
+    eos_ids=(2,),
+    dtype="float32",
+    max_position=512,
+)
 
 RECORD = Record(
     uid="00" * 16,

@@ -28,6 +28,8 @@ COMMANDS = [
     ["doctor"],
     ["run"],
     ["submit"],
+    ["history"],
+    *(["history", name] for name in ("export", "import")),
     ["seal"],
     ["peers"],
     ["place"],
