@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -31,6 +32,7 @@ from client.routing import Route
 from client.session import RouteSession, SessionTerms
 from client.speculation import Pace, PromptLookup, Speculation
 from client.text import TextStream
+from client.tracing import StepTrace, TraceReport, report
 from equivariant.ends import ClientEnds
 from models.config import ModelConfig
 from models.sampling import SamplingParams
@@ -53,7 +55,7 @@ INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, les
 class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
     `strategy`: None for the deployment's default. `exact`: refuse one that loses precision. `objective`: the time of
-    this request, or the rate of all that run beside it."""
+    this request, or the rate of all that run beside it. `trace`: keep account of where the time goes."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -61,20 +63,29 @@ class Ask:
     ignore_eos: bool = False
     strategy: Strategy | None = None
     exact: bool = False
+    trace: bool = False
     objective: Objective = "latency"
 
 
 class Answer:
     """One request under way. Iterate `pieces` once; `result` is there afterwards."""
 
-    def __init__(self, stream: TextStream, pieces: AsyncGenerator[str, None]) -> None:
+    def __init__(
+        self, stream: TextStream, pieces: AsyncGenerator[str, None], trace: Callable[[], TraceReport] | None
+    ) -> None:
         self._stream = stream
+        self._trace = trace
         self.pieces = pieces
 
     @property
     def result(self) -> GenerationResult:
         """Raises ValueError before `pieces` has ended."""
         return self._stream.result()
+
+    @property
+    def trace(self) -> TraceReport | None:
+        """Where the time of the steps so far went, if that was asked for."""
+        return self._trace() if self._trace is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +120,13 @@ class DeployedModel:
         speculation = _speculation(strategy)
         host = GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
         with self.recorder.request(ids, self._plan(ask, strategy)) as entry:
-            async with self.session(kv_tokens) as session:
+            trace = StepTrace() if ask.trace else None
+            async with self.driver.session(self.route, SessionTerms(kv_tokens, trace=trace)) as session:
                 generation = Generation(session, self.ends, ids, params, host)
                 entry.session, entry.generation, entry.speculation = session, generation, speculation
                 stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
                 async with aclosing(stream.pieces()) as pieces:
-                    yield Answer(stream, pieces)
+                    yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
 
     async def generate(
         self, prompt: str | list[int], ask: Ask | None = None, on_piece: Callable[[str], None] = lambda _: None
@@ -138,6 +150,9 @@ class DeployedModel:
         if reason is not None:
             raise InputError(reason)
         return strategy
+
+    def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
+        return report(trace, prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
 
     def _plan(self, ask: Ask, strategy: Strategy) -> Plan:
         return Plan(

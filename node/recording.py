@@ -21,7 +21,14 @@ import torch
 import trio
 
 from client.generate import Generation
-from client.learning.features import PrefixMemory, TaskFeatures, model_features, repetition, route_features
+from client.learning.features import (
+    PrefixMemory,
+    RouteFeatures,
+    TaskFeatures,
+    model_features,
+    repetition,
+    route_features,
+)
 from client.learning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record
 from client.placement import ModelNeeds, Placement
 from client.session import RouteSession
@@ -175,9 +182,15 @@ class Recorder:
             outcome = _outcome(entry, self.clock.monotonic() - started)
             journal.add(lambda: self._record(task(repetition=repetition(ids)), plan, outcome, (view, at_ms)))
 
+    def route(self, view: SwarmView | None = None) -> RouteFeatures:
+        """The route as `view` has it, by default as it is now."""
+        subject, view = self.subject, view or self.view()
+        known = all(hop.peer in view.members for hop in subject.placement.hops)
+        where = view if known else subject.view
+        return route_features(where, subject.placement, subject.needs, subject.client_rtts_ms)
+
     def _record(self, task: TaskFeatures, plan: Plan, outcome: Outcome, when: tuple[SwarmView, int]) -> Record:
         subject, (view, at_ms) = self.subject, when
-        known = all(hop.peer in view.members for hop in subject.placement.hops)
         return Record(
             uid=self.entropy(16).hex(),
             at_ms=at_ms,
@@ -191,9 +204,7 @@ class Recorder:
             chosen_by=plan.chosen_by,
             strategy=plan.strategy,
             model_features=model_features(subject.config, subject.dtype),
-            route=route_features(
-                view if known else subject.view, subject.placement, subject.needs, subject.client_rtts_ms
-            ),
+            route=self.route(view),
             task=task,
             predicted=Prediction(token_s=subject.placement.predicted_ms_per_token / 1000),
             measured=outcome,

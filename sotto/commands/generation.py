@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -27,10 +27,12 @@ from sotto.commands.common import (
     progress_bar,
     run_async,
 )
+from sotto.commands.tracing import show_trace
 
 if TYPE_CHECKING:
     from client.generate import GenerationResult
     from client.placement import Placement
+    from client.tracing import TraceReport
     from node.model import Ask, DeployedModel
     from protocol.strategy import Strategy, Weights
     from protocol.swarm import SwarmView
@@ -83,6 +85,7 @@ def run(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "default",
+    trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, per hop.")] = False,
     capability: Capability = None,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
@@ -96,19 +99,21 @@ def run(
         chosen = _strategy(strategy, dtype, capability)
         sealed = (privacy, chosen.weights, key)
         where = _where(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
+        ask = replace(_ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), trace=trace)
 
-        async def work() -> tuple[GenerationResult, float]:
+        async def work() -> tuple[GenerationResult, float, TraceReport | None]:
             async with deployed(where) as ready:
-                result = await ready.generate(prompt, ask, (lambda _: None) if as_json else _stream)
-                return result, ready.predicted.predicted_ms_per_token
+                async with ready.ask(prompt, ask) as answer:
+                    async for piece in answer.pieces:
+                        if not as_json:
+                            _stream(piece)
+                return answer.result, ready.predicted.predicted_ms_per_token, answer.trace
 
-        result, predicted_ms = run_async(work)
+        result, predicted_ms, traced = run_async(work)
         if as_json:
             measured_ms = 1000 / result.tokens_per_second if result.tokens_per_second else None
-            print_json(
-                {**result_json(result), "predicted_ms_per_token": predicted_ms, "measured_ms_per_token": measured_ms}
-            )
+            figures = {"predicted_ms_per_token": predicted_ms, "measured_ms_per_token": measured_ms}
+            print_json({**result_json(result), **figures, **({"trace": asdict(traced)} if traced else {})})
             return
         typer.echo()
         typer.echo(
@@ -116,6 +121,8 @@ def run(
             f"first after {result.time_to_first_token_s:.2f} s, {result.finish_reason}]",
             err=True,
         )
+        if traced is not None:
+            show_trace(traced)
 
 
 def submit(

@@ -322,3 +322,23 @@ def test_run_takes_a_strategy_and_refuses_what_cannot_be_had(swarm: Cluster, mod
     assert one_object(sotto(*words, "--strategy", "speculation=lookup,prefill_chunk=2"))["ids"] == plain
     error = str(one_object(sotto(*words, "--strategy", "batching=static"))["error"])
     assert "batching=static is not supported" in error
+
+
+def test_run_shows_where_the_time_went(swarm: Cluster, model: Path) -> None:
+    words = ["run", "-m", str(model), "-b", swarm.bootstrap, "-n", "12", "--workers", "3", PROMPT, "--trace"]
+    traced = one_object(sotto(*words, "--json"))
+    trace, hops = traced["trace"], traced["trace"]["hops"]  # type: ignore[index]
+    assert trace["decode_steps"] == len(traced["ids"]) - 1  # type: ignore[arg-type,index]
+    assert [(hop["start"], hop["end"], hop["address"]) for hop in hops] == [
+        (0, 1, "direct"),
+        (1, 2, "direct"),
+        (2, 3, "direct"),
+    ]
+    parts = [hop[part]["median_us"] for hop in hops for part in ("compute", "software")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) < trace["step"]["median_us"]  # type: ignore[index]
+    assert all(0 < hop["idle_share"] < 1 and hop["prompt_us"] > 0 for hop in hops)
+    shown = sotto(*words)
+    assert "direct" in shown.stderr
+    assert "this client" in shown.stderr
+    assert "trace" not in one_object(sotto(*words[:-1], "--json"))
