@@ -218,7 +218,7 @@ class Driver:
                 successor=successor.peer if successor else PeerId(""),
                 successor_addrs=successor.addrs[: limits.ADDRS_MAX] if successor else (),
                 deployment=route.deployment, start=hop.start, end=hop.end, kv_tokens=terms.kv_tokens,
-                returns=terms.returns if successor else "none", capability=capability,
+                returns=terms.ticket_returns if successor else "none", capability=capability,
             )  # fmt: skip
             boxes.append(issue_ticket(ticket, ports.identity))
         return tuple(boxes)

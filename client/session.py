@@ -22,6 +22,7 @@ from client.observer import ClientObserver
 from client.outputs import HopOutput, OutputSink
 from client.routing import Route
 from client.tensors import WIRE_DTYPES, all_finite
+from client.tracing import HopTimes, StepTrace
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError, RouteUnavailable, SottoError
 from protocol.ids import PeerId, SessionId
@@ -37,9 +38,11 @@ from protocol.messages import (
     SessionOpened,
     Step,
     StepOutput,
+    StepTimes,
 )
 from protocol.session import Role, SessionMachine, State
 from protocol.tensors import Payload
+from protocol.tickets import TIMES
 
 STEP_DATA_BYTES_MAX = limits.STEP_BYTES_MAX - 4 * limits.KIB  # the rest is the frame's header
 CLOSE_S = 1.0  # for telling the hops that a session is over; the end of our streams tells them as well
@@ -62,13 +65,20 @@ class SessionHost:
 @dataclass(frozen=True, slots=True)
 class SessionTerms:
     """What a session is opened with. `returns`: the dtype of what hops before the last return, or "none"; it goes to
-    `sink`. The two timeouts are the longest silence of a route that has something to answer."""
+    `sink`. `trace` is told where the time of each step went. The two timeouts are the longest silence of a route that
+    has something to answer."""
 
     kv_tokens: int
     returns: str = "none"
     sink: OutputSink | None = None
+    trace: StepTrace | None = None
     open_timeout_s: float = 20.0
     step_timeout_s: float = 60.0
+
+    @property
+    def ticket_returns(self) -> str:
+        """What tickets ask of the hops before the last."""
+        return TIMES if self.returns == "none" and self.trace is not None else self.returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +110,7 @@ class RouteSession:
         self._failure: SottoError | None = None
         self._sending: trio.CancelScope | None = None
         self._closed = False
+        self.bytes_out = self.bytes_in = 0  # of activations
         self.computed: dict[PeerId, tuple[int, int]] = {}  # steps and microseconds, as hops that answered say
 
     async def open(self, tickets: tuple[bytes, ...]) -> None:
@@ -149,7 +160,7 @@ class RouteSession:
         if self._steps.idle:
             self._heard_at = trio.current_time()  # a route that had nothing to do may be silent
         last = len(self._links) - 1
-        waiting = {last} if self.terms.returns == "none" else set(range(last + 1))
+        waiting = {last} if self.terms.ticket_returns == "none" else set(range(last + 1))
         step = self._steps.add(SentStep(position, rows, width, tail, len(payload.data), waiting))
         message = Step(
             session=self.id, epoch=0, step=step, position=position, acked=self._steps.acked, tail=tail,
@@ -162,7 +173,10 @@ class RouteSession:
         except BaseException:
             self._steps.give_up(step)
             raise
+        if self.terms.trace is not None:
+            self.terms.trace.sent(step, position, trio.current_time())
         self._held = position + rows
+        self.bytes_out += len(payload.data)
         return step
 
     async def result(self, step: int) -> Payload:
@@ -193,6 +207,8 @@ class RouteSession:
                 self._heard_at = trio.current_time()
             case StepOutput():
                 wanted = self._take_output(hop, message, body)
+            case StepTimes():
+                wanted = self._take_times(hop, message)
             case SessionFailed():
                 self.fail(self._failure_of(hop, message))
             case _:  # no other type passes the table
@@ -216,21 +232,45 @@ class RouteSession:
         if message.epoch != 0 or message.step >= self._steps.next:
             raise RemoteProtocolError(f"an output of step {message.step}, which was not asked for")
         payload = Payload(message.tensor, body)
-        peer, last = self.route.hops[hop].peer, hop == len(self._links) - 1
+        last = hop == len(self._links) - 1
         sent = self._steps.waits_for(message.step, hop)
         if sent is None:
             return False
         _check_output(payload, (sent.tail if last else sent.rows, sent.width), first=hop == 0)
+        if self.terms.ticket_returns == TIMES and not last:
+            raise RemoteProtocolError("an output where times were asked for")
         sent.waiting.discard(hop)
+        self.bytes_in += len(body)
         self._heard_at = trio.current_time()  # only what was asked for counts as a sign of life
-        self._observer.step_computed(peer, message.compute_us / 1e6)
-        steps, micros = self.computed.get(peer, (0, 0))
-        self.computed[peer] = (steps + 1, micros + message.compute_us)
+        self._note_times(hop, message)
         if last:
             sent.answered, sent.answer = True, payload
         elif self.terms.sink is not None:
             self.terms.sink.take(HopOutput(hop, message.step, sent.position, payload))
         return True
+
+    def _take_times(self, hop: int, message: StepTimes) -> bool:
+        if self.terms.ticket_returns != TIMES or hop == len(self._links) - 1:
+            raise RemoteProtocolError("times that were not asked for")
+        if message.epoch != 0 or message.step >= self._steps.next:
+            raise RemoteProtocolError(f"times of step {message.step}, which was not asked for")
+        sent = self._steps.waits_for(message.step, hop)
+        if sent is None:
+            return False
+        sent.waiting.discard(hop)
+        self._note_times(hop, message)
+        return True
+
+    def _note_times(self, hop: int, message: StepOutput | StepTimes) -> None:
+        peer = self.route.hops[hop].peer
+        self._observer.step_computed(peer, message.compute_us / 1e6)
+        steps, micros = self.computed.get(peer, (0, 0))
+        self.computed[peer] = (steps + 1, micros + message.compute_us)
+        if self.terms.trace is not None:
+            times = HopTimes(message.compute_us, message.queue_us, message.total_us)
+            self.terms.trace.told(message.step, hop, times)
+            if hop == len(self._links) - 1:
+                self.terms.trace.answered(message.step, trio.current_time())
 
     def _failure_of(self, hop: int, message: SessionFailed) -> SottoError:
         peer = self.route.hops[hop].peer

@@ -51,6 +51,8 @@ from node.measuring import time_ends
 from node.metrics import ClientMetrics, serve_metrics
 from node.model import DeployedModel
 from node.p2p.mesh import MeshConfig, open_mesh
+from node.paths import history_file
+from node.recording import Journal, Origin, Recorder, Subject, wanted
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
 from protocol import limits
 from protocol.capabilities import Right
@@ -70,13 +72,15 @@ SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm h
 class ClientOptions:
     """`data_dir` holds identity, keys and sealed models. `bootstrap` holds addresses and invites; when it is empty the
     local network is searched for a public swarm. `discover_s` is how long to wait for workers. `capability`: what the
-    owner of another's deployment gave, for a client that uses that one."""
+    owner of another's deployment gave, for a client that uses that one. `origin`: what the history says that this
+    client's requests are."""
 
     data_dir: Path
     bootstrap: tuple[str, ...]
     metrics: tuple[str, int] | None = None
     discover_s: float = 10.0
     capability: Token | None = None
+    origin: Origin = "request"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +108,12 @@ class DeployOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """By what a route's prediction goes."""
+    """By what a route's prediction goes. `dtype`: of the blocks, None when it is not known."""
 
     view: SwarmView
     needs: ModelNeeds
     where: PlaceOptions
+    dtype: str | None
 
 
 class Client:
@@ -120,6 +125,7 @@ class Client:
         self.watch = SwarmWatch(ports.gossip, ports.clock, ports.observer)
         self.leases = LeaseKeeper(ports)
         self.grants = Grants(options.data_dir / "client" / "grants")
+        self.journal = Journal(history_file(options.data_dir) if wanted() else None)
         self._owner = owner
         self._driver = driver
         self._started = trio.current_time()
@@ -189,7 +195,7 @@ class Client:
             route, view, hops = await self._brought(model, needs, where, options)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
-        return await self._ready(route, hops, sealer, _Priced(view, needs, where))
+        return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype))
 
     async def _brought(
         self, model: SealedModel, needs: ModelNeeds, where: PlaceOptions, options: DeployOptions
@@ -235,7 +241,7 @@ class Client:
         route = choose_route(view, deployment, config.num_blocks, client_rtts_ms=rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, "float32", KV_TOKENS_DEFAULT)
         sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, "float32", key, deployment)
-        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions()))
+        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), None))
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
@@ -266,15 +272,36 @@ class Client:
         client_s = await trio.to_thread.run_sync(time_ends, ends)
         where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=client_s)
         spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
+        predicted = priced(priced_as.view, priced_as.needs, spans, where)
+        checkpoint = sealer.checkpoint
+        subject = Subject(
+            name=checkpoint.name,
+            tier="plain" if sealer.secrets is None else "ee",
+            config=checkpoint.config,
+            dtype=priced_as.dtype,
+            needs=priced_as.needs,
+            placement=predicted,
+            view=priced_as.view,
+            client_rtts_ms=dict(self._rtts_ms),
+        )
         return DeployedModel(
             ports=self.ports,
             driver=self._driver,
             route=route,
             hops=hops,
-            predicted=priced(priced_as.view, priced_as.needs, spans, where),
+            predicted=predicted,
             ends=ends,
-            tokenizer=Tokenizer.open(sealer.checkpoint.tokenizer_file),
-            config=sealer.checkpoint.config,
+            tokenizer=Tokenizer.open(checkpoint.tokenizer_file),
+            config=checkpoint.config,
+            dtype=priced_as.dtype,
+            recorder=Recorder(
+                journal=self.journal,
+                subject=subject,
+                view=lambda: self.watch.view,
+                clock=self.ports.clock,
+                entropy=self.ports.entropy,
+                origin=self.options.origin,
+            ),
         )
 
     async def _leased_route(
@@ -374,10 +401,12 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                 async with in_touch(mesh, leads, entry):
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
+                    nursery.start_soon(client.journal.run)
                     try:
                         yield client
                     finally:
                         await client.leases.aclose()
+                        await client.journal.aclose()
             nursery.cancel_scope.cancel()
 
 

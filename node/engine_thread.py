@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Protocol, TypeVar
@@ -29,7 +30,9 @@ class SyncEngine(Protocol):
     def load(self, span: SpanSpec) -> LoadedSpan: ...
     def unload(self, deployment: DeploymentId) -> None: ...
     def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None: ...
-    def submit(self, work: StepWork, done: Callable[[StepResult | Exception], None]) -> None: ...
+    def submit(
+        self, work: StepWork, done: Callable[[StepResult | Exception], None], asked_s: float | None = None
+    ) -> None: ...
     def advance(self) -> None: ...
     @property
     def idle(self) -> bool: ...
@@ -63,6 +66,7 @@ class EngineThread:
 
     async def step(self, work: StepWork) -> StepResult:
         future: Future[StepResult] = Future()
+        asked_s = time.perf_counter()
 
         def done(result: StepResult | Exception) -> None:
             if isinstance(result, Exception):
@@ -72,7 +76,7 @@ class EngineThread:
 
         def submit() -> None:
             with _failures_to(future):
-                self._engine.submit(work, done)
+                self._engine.submit(work, done, asked_s)
 
         return await self._wait(future, submit)
 

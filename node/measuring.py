@@ -1,7 +1,7 @@
 """A deployed model timed for real: per token at the client, and per token at each hop, by what hops say of a step.
 
-Two short generations: one as any request, for the time per token; one whose hops all return their outputs, since only
-then does each of them say how long it computed. Greedy; an end of sequence does not stop it.
+Two short generations: one as any request, for the time per token; one that is traced, since only then does each hop
+say how long it computed. Greedy; an end of sequence does not stop it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from statistics import median
 import torch
 
 from client.generate import Generation, GenerationHost, GenerationParams
-from client.outputs import HopOutput
 from client.session import SessionTerms
+from client.tracing import StepTrace
 from equivariant.ends import ClientEnds
 from node.model import DeployedModel
 from protocol.ids import PeerId
@@ -40,18 +40,12 @@ class Measured:
     hops: tuple[MeasuredHop, ...]
 
 
-class _Unkept:
-    """Wants outputs returned, not their contents."""
-
-    def take(self, output: HopOutput) -> None: ...
-
-
 async def measure(model: DeployedModel, tokens: int = TOKENS) -> Measured:
     """Time `tokens` tokens, two at least. Raises what a generation raises."""
     tokens = max(2, min(tokens, model.config.max_position - 8))
-    times, _ = await _generate(model, tokens, "none")
+    times, _ = await _generate(model, tokens, None)
     gaps = [later - earlier for earlier, later in pairwise(times)]
-    _, computes = await _generate(model, tokens, "bfloat16")
+    _, computes = await _generate(model, tokens, StepTrace())
     hops = zip(model.route.hops, computes, strict=True)
     return Measured(median(gaps) * 1000, tuple(MeasuredHop(hop.peer, compute_ms) for hop, compute_ms in hops))
 
@@ -68,10 +62,10 @@ def time_ends(ends: ClientEnds) -> float:
     return best
 
 
-async def _generate(model: DeployedModel, tokens: int, returns: str) -> tuple[list[float], list[float]]:
+async def _generate(model: DeployedModel, tokens: int, trace: StepTrace | None) -> tuple[list[float], list[float]]:
     """Times of the tokens, and each hop's mean milliseconds over the decoding steps that it told of."""
     ids = model.tokenizer.encode(PROMPT)[:4]
-    terms = SessionTerms(len(ids) + tokens, returns, _Unkept())
+    terms = SessionTerms(len(ids) + tokens, trace=trace)
     async with model.driver.session(model.route, terms) as session:
         host = GenerationHost(model.ports.clock, model.run_sync)
         generation = Generation(session, model.ends, ids, GenerationParams(max_new_tokens=tokens), host)

@@ -64,6 +64,10 @@ class WorkerMetrics:
         self._step = Histogram(
             "sotto_step_compute_seconds", "Compute per step.", ["phase"], registry=registry, buckets=_SECONDS
         )
+        self._busy = Counter("sotto_engine_busy_seconds", "Time that the engine computed.", registry=registry)
+        self._bubble = Counter(
+            "sotto_engine_bubble_seconds", "Time that it did not, though a session was open.", registry=registry
+        )
         self._repeated = Counter("sotto_steps_repeated", "Steps answered from the record.", registry=registry)
         self._dropped = Counter("sotto_outputs_dropped", "Returned copies dropped.", registry=registry)
         self._failed = Counter("sotto_sessions_failed", "Sessions failed.", ["reason"], registry=registry)
@@ -86,6 +90,10 @@ class WorkerMetrics:
     def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None:
         (self._prompt if prefill else self._generated).inc(positions)
         self._step.labels("prefill" if prefill else "decode").observe(compute_s)
+
+    def engine_used(self, busy_s: float, bubble_s: float) -> None:
+        self._busy.inc(busy_s)
+        self._bubble.inc(bubble_s)
 
     def step_repeated(self) -> None:
         self._repeated.inc()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -25,43 +26,66 @@ from client.generate import (
     kv_tokens_for,
 )
 from client.placement import Placement
+from client.placement.needs import Objective
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
-from client.speculation import PromptLookup, Speculation
+from client.speculation import Pace, PromptLookup, Speculation
 from client.text import TextStream
+from client.tracing import StepTrace, TraceReport, report
 from equivariant.ends import ClientEnds
 from models.config import ModelConfig
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
+from node.recording import Plan, Recorder
+from protocol import limits
+from protocol.errors import InputError
+from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, parse
 
 T = TypeVar("T")
+# What a Strategy can say and this version cannot do yet.
+MISSING = frozenset(
+    {"batching=static", "batching=off", "deterministic=true", "speculation=draft", "wire=int8"}
+    | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
+)
 INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, less than handing it to a thread
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
-    `speculate`: guess at tokens from what the text held before; the answer is the same."""
+    `strategy`: None for the deployment's default. `exact`: refuse one that loses precision. `objective`: the time of
+    this request, or the rate of all that run beside it. `trace`: keep account of where the time goes."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    speculate: bool = False
+    strategy: Strategy | None = None
+    exact: bool = False
+    trace: bool = False
+    objective: Objective = "latency"
 
 
 class Answer:
     """One request under way. Iterate `pieces` once; `result` is there afterwards."""
 
-    def __init__(self, stream: TextStream, pieces: AsyncGenerator[str, None]) -> None:
+    def __init__(
+        self, stream: TextStream, pieces: AsyncGenerator[str, None], trace: Callable[[], TraceReport] | None
+    ) -> None:
         self._stream = stream
+        self._trace = trace
         self.pieces = pieces
 
     @property
     def result(self) -> GenerationResult:
         """Raises ValueError before `pieces` has ended."""
         return self._stream.result()
+
+    @property
+    def trace(self) -> TraceReport | None:
+        """Where the time of the steps so far went, if that was asked for."""
+        return self._trace() if self._trace is not None else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +100,33 @@ class DeployedModel:
     ends: ClientEnds
     tokenizer: Tokenizer
     config: ModelConfig
+    dtype: str | None  # of the sealed blocks; None when another's deployment does not say
+    recorder: Recorder
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
         """A request over a session of its own. Raises InputError before anything is sent when it cannot fit."""
         ask = ask or Ask()
+        strategy = self.strategy(ask)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
         params = GenerationParams(
             max_new_tokens=ask.max_new_tokens,
             sampling=ask.sampling,
             stop_ids=frozenset() if ask.ignore_eos else frozenset(self.config.eos_ids),
+            prefill_chunk=strategy.prefill_chunk,
+            wire_dtype=strategy.wire,
         )
-        speculation = Speculation(PromptLookup()) if ask.speculate else None
+        speculation = _speculation(strategy)
         host = GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
-        async with self.session(kv_tokens) as session:
-            generation = Generation(session, self.ends, ids, params, host)
-            stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
-            async with aclosing(stream.pieces()) as pieces:
-                yield Answer(stream, pieces)
+        with self.recorder.request(ids, self._plan(ask, strategy)) as entry:
+            trace = StepTrace() if ask.trace else None
+            async with self.driver.session(self.route, SessionTerms(kv_tokens, trace=trace)) as session:
+                generation = Generation(session, self.ends, ids, params, host)
+                entry.session, entry.generation, entry.speculation = session, generation, speculation
+                stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
+                async with aclosing(stream.pieces()) as pieces:
+                    yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
 
     async def generate(
         self, prompt: str | list[int], ask: Ask | None = None, on_piece: Callable[[str], None] = lambda _: None
@@ -105,6 +137,33 @@ class DeployedModel:
                 on_piece(piece)
         return answer.result
 
+    @property
+    def default_strategy(self) -> Strategy:
+        """The default with the weights that this deployment has."""
+        return parse(f"weights={self.dtype}") if self.dtype in CHOICES["weights"] else DEFAULT
+
+    def strategy(self, ask: Ask) -> Strategy:
+        """What `ask` asks for. Raises InputError when it cannot be used here, with the reason."""
+        strategy = ask.strategy or self.default_strategy
+        facts = Facts(hops=len(self.route.hops), exact=ask.exact, deployed=self.dtype, missing=MISSING)
+        reason = infeasible(strategy, facts)
+        if reason is not None:
+            raise InputError(reason)
+        return strategy
+
+    def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
+        return report(trace, prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
+
+    def _plan(self, ask: Ask, strategy: Strategy) -> Plan:
+        return Plan(
+            max_new_tokens=ask.max_new_tokens,
+            temperature=ask.sampling.temperature,
+            objective=ask.objective,
+            exact=ask.exact,
+            strategy=strategy,
+            chosen_by="default" if strategy == self.default_strategy else "user",
+        )
+
     def session(self, kv_tokens: int) -> AbstractAsyncContextManager[RouteSession]:
         """A session of its own over the route, for those who do the steps themselves."""
         return self.driver.session(self.route, SessionTerms(kv_tokens))
@@ -112,6 +171,12 @@ class DeployedModel:
     @property
     def run_sync(self) -> RunSync:
         return inline if self.ends.head.in_features * self.ends.head.out_features <= INLINE_WEIGHTS_MAX else _in_thread
+
+
+def _speculation(strategy: Strategy) -> Speculation | None:
+    if strategy.speculation == "off":
+        return None
+    return Speculation(PromptLookup(), Pace(strategy.drafts_max))
 
 
 async def _in_thread(function: Callable[[], T], /) -> T:

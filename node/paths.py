@@ -14,6 +14,11 @@ def data_dir(given: Path | None = None) -> Path:
     return Path(base) / "sotto"
 
 
+def history_file(data: Path) -> Path:
+    """Records of this user's requests (node/history.py)."""
+    return data / "client" / "history.db"
+
+
 def state_dir() -> Path:
     """What may be lost: records of running simulation clusters."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"

@@ -54,6 +54,7 @@ SESSIONS_PER_PEER_MAX = 64
 SESSIONS_MAX = 1024
 CONTEXT_TOKENS_MAX = 1 << 22
 STEP_TOKENS_MAX = 8192  # one chunk of a prefill
+STEP_US_MAX = 3_600_000_000  # an hour: no step that a client still waits for takes longer at one hop
 DRAFTS_MAX = 16  # guesses in one step: more would need an acceptance above 0.95 to pay anywhere
 MICRO_BATCHES_MAX = 16  # parts of a batch: more than the hops that are busy at the same time gains nothing
 

@@ -39,6 +39,7 @@ Count = Annotated[int, Between(0, 1 << 53)]
 StepId = Annotated[int, Between(0, 1 << 53)]
 Epoch = Annotated[int, Between(0, 1 << 31)]
 Position = Annotated[int, Between(0, limits.CONTEXT_TOKENS_MAX)]
+Micros = Annotated[int, Between(0, limits.STEP_US_MAX)]
 Detail = Annotated[str, Size(0, limits.DETAIL_CHARS_MAX)]
 Reason = Annotated[str, Size(1, 32)]
 LeaseSeconds = Annotated[int, Between(1, limits.LEASE_S_MAX)]
@@ -353,14 +354,33 @@ class Step(Message):
 
 @dataclass(frozen=True, slots=True)
 class StepOutput(Message):
-    """Hop -> client. The body is the hop's output: the last hop's answer, or what replay and verification feed on."""
+    """Hop -> client. The body is the hop's output: the last hop's answer, or what replay and verification feed on.
+
+    `total_us` is from the step's arrival to this message; of it the forwards that computed the step took `compute_us`,
+    and for `queue_us` it waited for other work.
+    """
 
     TAG: ClassVar[int] = 35
     session: Session
     epoch: Epoch
     step: StepId
-    compute_us: Count
+    compute_us: Micros
+    queue_us: Micros
+    total_us: Micros
     tensor: TensorHeader
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes(Message):
+    """Hop -> client, from all but the last when their tickets' `returns` is "times": see StepOutput."""
+
+    TAG: ClassVar[int] = 38
+    session: Session
+    epoch: Epoch
+    step: StepId
+    compute_us: Micros
+    queue_us: Micros
+    total_us: Micros
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,7 +408,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Refusal, Ping, Pong, LeaseSpan, SpanLeased, LoadSpan, SpanLoaded, ReleaseSpan, SpanReleased,
     RenewLease, LeaseRenewed, RevokeCapability, CapabilityRevoked,
     ShardOffer, ShardAsk, PiecesWanted, ShardPiece, ShardProgress, ShardStored,
-    Attach, Attached, OpenSession, SessionOpened, Step, StepOutput, SessionFailed, CloseSession,
+    Attach, Attached, OpenSession, SessionOpened, Step, StepOutput, StepTimes, SessionFailed, CloseSession,
 )  # fmt: skip
 FRAME_BYTES_MAX = {
     CONTROL: limits.CONTROL_BYTES_MAX,

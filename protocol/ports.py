@@ -192,11 +192,13 @@ class StepWork:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`forward` goes to the next hop (to the client at the last); `returned` to the client, off the critical path."""
+    """`forward` goes to the next hop (to the client at the last); `returned` to the client, off the critical path.
+    `queue_us`: how long the step waited for other work."""
 
     forward: Payload
     returned: Payload | None
     compute_us: int
+    queue_us: int = 0
 
 
 class Compute(Protocol):

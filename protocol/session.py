@@ -12,7 +12,7 @@ to the one hop.
   ATTACHED -- OpenSession (by way of the hops before)  ATTACHED -> OPENING
   OPENING <---------------------- SessionOpened -----  OPENING -> OPEN
   OPEN ------ Step (by way of the hops before) ----->  OPEN
-       <---------------------------- StepOutput -----
+       <----------------- StepOutput, StepTimes -----
        <------------------------- SessionFailed -----  any but IDLE -> FAILED
   CLOSED ---- CloseSession ------------------------->  any but IDLE -> CLOSED
 
@@ -44,6 +44,7 @@ from protocol.messages import (
     SessionOpened,
     Step,
     StepOutput,
+    StepTimes,
 )
 
 
@@ -79,14 +80,20 @@ CLIENT_RECEIVES: Table = {
     State.ATTACHING: {Attached: State.ATTACHED, SessionFailed: State.FAILED},
     State.ATTACHED: {SessionFailed: State.FAILED},
     # Outputs of the old route may still arrive while a new one opens.
-    State.OPENING: {SessionOpened: State.OPEN, StepOutput: State.OPENING, SessionFailed: State.FAILED},
-    State.OPEN: {StepOutput: State.OPEN, SessionFailed: State.FAILED},
+    State.OPENING: {
+        SessionOpened: State.OPEN,
+        StepOutput: State.OPENING,
+        StepTimes: State.OPENING,
+        SessionFailed: State.FAILED,
+    },
+    State.OPEN: {StepOutput: State.OPEN, StepTimes: State.OPEN, SessionFailed: State.FAILED},
     State.FAILED: _DONE,  # a hop's failure is the last that it says of a session
     # What was on its way when the client closed is no violation.
     State.CLOSED: {
         Attached: State.CLOSED,
         SessionOpened: State.CLOSED,
         StepOutput: State.CLOSED,
+        StepTimes: State.CLOSED,
         SessionFailed: State.CLOSED,
     },
 }
@@ -106,8 +113,13 @@ WORKER_SENDS: Table = {
     State.ATTACHING: {Attached: State.ATTACHED, SessionFailed: State.FAILED},
     State.ATTACHED: {SessionFailed: State.FAILED},
     # Answers to steps of the old route may go out until the new one is open.
-    State.OPENING: {SessionOpened: State.OPEN, StepOutput: State.OPENING, SessionFailed: State.FAILED},
-    State.OPEN: {StepOutput: State.OPEN, SessionFailed: State.FAILED},
+    State.OPENING: {
+        SessionOpened: State.OPEN,
+        StepOutput: State.OPENING,
+        StepTimes: State.OPENING,
+        SessionFailed: State.FAILED,
+    },
+    State.OPEN: {StepOutput: State.OPEN, StepTimes: State.OPEN, SessionFailed: State.FAILED},
     State.FAILED: _DONE,
     State.CLOSED: _DONE,
 }

@@ -120,7 +120,7 @@ def infeasible(strategy: Strategy, facts: Facts) -> str | None:
     missing = next((part for part in pairs(strategy) if part in facts.missing), None)
     if missing is not None:
         return f"{missing} is not supported by this version, or by the workers of this route"
-    if facts.deployed is not None and strategy.weights != facts.deployed:
+    if facts.deployed in CHOICES["weights"] and strategy.weights != facts.deployed:
         return (
             f"weights={strategy.weights} needs the model deployed in that precision, and it is deployed in "
             f"{facts.deployed}"

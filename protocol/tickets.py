@@ -23,7 +23,13 @@ from protocol.sealedbox import seal, unseal
 from protocol.signed import Identity, Signed
 
 _DOMAIN = "ticket/1"
-RETURNS = ("none", "float32", "bfloat16")  # what a hop that is not the last sends to the client, off the critical path
+TIMES = "times"
+RETURNS = (
+    "none",
+    TIMES,
+    "float32",
+    "bfloat16",
+)  # what a hop before the last sends to the client, off the critical path
 Peer = Annotated[PeerId, Size(0, PEER_ID_CHARS)]
 Milliseconds = Annotated[int, Between(0, 1 << 53)]
 

@@ -14,6 +14,7 @@ from sotto.commands import (
     doctor,
     generation,
     grant,
+    history,
     invite,
     key,
     mesh,
@@ -43,6 +44,7 @@ app.command(epilog="Example: sotto place ./my-llama")(place.place)
 app.command(name="id", epilog="Example: sotto id")(grant.identity)
 app.command(epilog="Example: sotto grant 12D3Koo… -m ./my-llama --for 7d")(grant.grant)
 app.command(epilog="Example: sotto revoke 0123456789abcdef0123456789abcdef")(grant.revoke)
+app.add_typer(history.app, name="history")
 app.add_typer(key.app, name="key")
 sim.app.add_typer(check.app, name="check")
 app.add_typer(sim.app, name="sim")

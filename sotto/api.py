@@ -29,13 +29,14 @@ from node.model import Ask, DeployedModel
 from node.paths import data_dir as default_data_dir
 from protocol.errors import InputError
 from protocol.manifest import TIERS
+from protocol.strategy import Strategy, parse
 from sotto.portal import Portal
 
 __all__ = ["AsyncModel", "AsyncSwarm", "Model", "SamplingParams", "Swarm"]
 
 
-def _ask(max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str]) -> Ask:
-    return Ask(max_new_tokens=max_new_tokens, sampling=sampling or SamplingParams(), stop=tuple(stop))
+def _ask(max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str], strategy: Strategy) -> Ask:
+    return Ask(max_new_tokens, sampling or SamplingParams(), tuple(stop), strategy=strategy)
 
 
 class AsyncModel:
@@ -51,9 +52,13 @@ class AsyncModel:
         max_new_tokens: int = 64,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        strategy: str = "default",
     ) -> GenerationResult:
         """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
-        return await self._model.generate(prompt, _ask(max_new_tokens, sampling, stop))
+        return await self._model.generate(prompt, _ask(max_new_tokens, sampling, stop, self._chosen(strategy)))
+
+    def _chosen(self, strategy: str) -> Strategy:
+        return parse(strategy, self._model.default_strategy)
 
     async def stream(
         self,
@@ -62,9 +67,10 @@ class AsyncModel:
         max_new_tokens: int = 64,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        strategy: str = "default",
     ) -> AsyncGenerator[str, None]:
         """The answer's text in pieces as they become certain. Close it (contextlib.aclosing) to stop early."""
-        async with self._model.ask(prompt, _ask(max_new_tokens, sampling, stop)) as answer:
+        async with self._model.ask(prompt, _ask(max_new_tokens, sampling, stop, self._chosen(strategy))) as answer:
             async for piece in answer.pieces:
                 yield piece
 
@@ -140,9 +146,12 @@ class Model:
         max_new_tokens: int = 64,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        strategy: str = "default",
     ) -> GenerationResult:
         """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
-        work = partial(self._model.generate, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        work = partial(
+            self._model.generate, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, strategy=strategy
+        )
         return self._portal.call(work)
 
     def stream(
@@ -152,9 +161,12 @@ class Model:
         max_new_tokens: int = 64,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
+        strategy: str = "default",
     ) -> Iterator[str]:
         """The answer's text in pieces as they become certain. Leaving the loop early stops the request."""
-        pieces = partial(self._model.stream, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+        pieces = partial(
+            self._model.stream, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, strategy=strategy
+        )
 
         async def produce(emit: Callable[[str], None]) -> None:
             async with aclosing(pieces()) as stream:

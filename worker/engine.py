@@ -62,6 +62,7 @@ class _Step:
     rows: list[Tensor] = field(default_factory=list)
     rows_done: int = 0
     compute_s: float = 0.0
+    waits_since: float = 0.0
 
     @property
     def deployment(self) -> DeploymentId:
@@ -95,6 +96,7 @@ class Engine:
         self._spans: dict[DeploymentId, _Span] = {}
         self._sessions: dict[SessionId, _Session] = {}
         self._scheduler: Scheduler[_Step] = Scheduler()
+        self._ended_s = 0.0  # when the last forward ended
 
     def load(self, span: SpanSpec) -> LoadedSpan:
         """Read, check, build and time the span; a loaded span of the deployment is replaced.
@@ -141,8 +143,10 @@ class Engine:
             caches = Caches(span.blocks, kv_tokens) if isinstance(span.blocks, FloatBlocks) else None
         self._sessions[session] = _Session(span, caches)
 
-    def submit(self, work: StepWork, done: Done) -> None:
+    def submit(self, work: StepWork, done: Done, asked_s: float | None = None) -> None:
         """Queue one step; `done` is called with its result, or its error, in some later `advance` or `close`.
+
+        `asked_s` (time.perf_counter) is when it was asked for, if that is not now: it waited while a forward ran.
 
         Raises Refused: BAD_STEP (wrong width, unknown matrix, too large an answer), UNSUPPORTED (dtypes).
         """
@@ -151,7 +155,9 @@ class Engine:
             raise LocalProtocolError("a step of a session that is not open, or has one under way")
         with self._refusals(RefusalReason.BAD_STEP):
             x = self._linear_input(session, work) if work.operation == Operation.LINEAR else self._input(session, work)
-        session.step = _Step(work, session, x, done)
+        now = time.perf_counter()
+        waited_s = 0.0 if asked_s is None else max(0.0, self._ended_s - asked_s)
+        session.step = _Step(work, session, x, done, waits_since=now - waited_s)
         self._scheduler.add(session.step)
 
     @property
@@ -200,7 +206,8 @@ class Engine:
             else:
                 self._fail(taken[0][0], error)
             return
-        took_s, start = time.perf_counter() - started, 0
+        self._ended_s, start = time.perf_counter(), 0
+        took_s = self._ended_s - started
         for step, count in taken:
             step.rows.append(rows[start : start + count])
             step.rows_done += count
@@ -231,7 +238,8 @@ class Engine:
         tail = result[-work.forward_tail :] if work.forward_tail else result
         forward = to_payload(tail)
         returned = None if work.returns == "none" else to_payload(result.to(DTYPES[work.returns]))
-        step.done(StepResult(forward, returned, round(1e6 * step.compute_s)))
+        queue_s = max(0.0, self._ended_s - step.waits_since - step.compute_s)
+        step.done(StepResult(forward, returned, round(1e6 * step.compute_s), round(1e6 * queue_s)))
 
     def _fail(self, step: _Step, error: Exception) -> None:
         step.session.step = None

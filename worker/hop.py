@@ -6,18 +6,18 @@ hop's answers are never dropped: the session waits for its client, and only this
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import assert_never
 
 import trio
 
+from protocol import limits
 from protocol.errors import LocalProtocolError, Refused, TransportError
-from protocol.messages import OpenSession, Operation, RefusalReason, SessionOpened, Step, StepOutput
+from protocol.messages import OpenSession, Operation, RefusalReason, SessionOpened, Step, StepOutput, StepTimes
 from protocol.ports import Compute, StepResult, StepWork
 from protocol.tensors import Payload
-from protocol.tickets import Ticket
+from protocol.tickets import TIMES, Ticket
 from worker.cleanup import finish
 from worker.links import Link, LinkPool
 from worker.observer import WorkerObserver
@@ -36,6 +36,7 @@ class Hop:
     observer: WorkerObserver
     link: Link | None = None
     _ticket: Ticket | None = None
+    _free_at: float = 0.0  # when the last step had been answered
 
     async def run(self) -> None:
         """Until the session fails or closes; `free` must follow, whatever happened. Raises only what is a bug."""
@@ -64,7 +65,7 @@ class Hop:
                     case Pass():
                         await self._compute(work)
                     case Again(step, answer):
-                        await self._answer(step, answer)
+                        await self._answer(step, answer, self.table.clock.monotonic())
                     case _:
                         assert_never(work)
                 self.table.done(session, work)
@@ -99,29 +100,42 @@ class Hop:
                 matrix=step.matrix,
                 payload=work.payload,
                 forward_tail=step.tail if last and operation is Operation.SPAN else 0,
-                returns="none" if last else self.ticket.returns,
+                returns="none" if last or self.ticket.returns == TIMES else self.ticket.returns,
             )
         )
-        self.table.house.load.computed(result.compute_us / 1e6, self.table.clock.monotonic())
+        self._note_engine(result)
         positions = step.tensor.shape[0]
         self.observer.step_computed(positions, result.compute_us / 1e6, positions > 1)
         kept = len(result.forward.data) + (len(result.returned.data) if result.returned else 0)
         lease.ledger.record(step.step, result, kept)
         self.table.weigh_answers(self.session)
-        await self._answer(step, result)
+        waited_us = max(0, round(1e6 * (self._free_at - work.arrived_at)))  # for the step before it
+        await self._answer(step, replace(result, queue_us=result.queue_us + waited_us), work.arrived_at)
+        self._free_at = self.table.clock.monotonic()
 
-    async def _answer(self, step: Step, result: StepResult) -> None:
+    def _note_engine(self, result: StepResult) -> None:
+        house, now = self.table.house, self.table.clock.monotonic()
+        busy_s = house.load.computed(result.compute_us / 1e6, now)
+        self.observer.engine_used(busy_s, house.bubbles.computed(busy_s, now))
+
+    async def _answer(self, step: Step, result: StepResult, arrived_at: float) -> None:
         forward, session = result.forward, self.session
         await trio.lowlevel.checkpoint_if_cancelled()
         session.machine.sent(StepOutput)
         if self._is_last(step):
-            await session.outbox.put(self._output(step, result, forward), forward.data)
+            await session.outbox.put(self._output(step, result, forward, arrived_at), forward.data)
             return
         if self.link is None:
             raise LocalProtocolError("a session in mid-route without a link")
-        await self.link.outbox.put(dataclasses.replace(step, tensor=forward.header), forward.data)
+        await self.link.outbox.put(replace(step, tensor=forward.header), forward.data)
         copy = result.returned
-        if copy is not None and not session.outbox.offer(self._output(step, result, copy), copy.data):
+        if self.ticket.returns == TIMES:
+            sent = session.outbox.offer(StepTimes(session.id, step.epoch, step.step, *self._times(result, arrived_at)))
+        elif copy is not None:
+            sent = session.outbox.offer(self._output(step, result, copy, arrived_at), copy.data)
+        else:
+            return
+        if not sent:
             self.observer.output_dropped()
 
     @property
@@ -135,5 +149,11 @@ class Hop:
         # A linear map is no pass through the model: whoever holds the block answers the client itself.
         return not self.ticket.successor or step.operation == Operation.LINEAR
 
-    def _output(self, step: Step, result: StepResult, payload: Payload) -> StepOutput:
-        return StepOutput(self.session.id, step.epoch, step.step, result.compute_us, payload.header)
+    def _output(self, step: Step, result: StepResult, payload: Payload, arrived_at: float) -> StepOutput:
+        times = self._times(result, arrived_at)
+        return StepOutput(self.session.id, step.epoch, step.step, *times, payload.header)
+
+    def _times(self, result: StepResult, arrived_at: float) -> tuple[int, int, int]:
+        total_us = round(1e6 * (self.table.clock.monotonic() - arrived_at))
+        compute_us, queue_us, most = result.compute_us, result.queue_us, limits.STEP_US_MAX
+        return min(compute_us, most), min(queue_us, most), min(max(total_us, compute_us), most)

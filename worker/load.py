@@ -1,4 +1,5 @@
-"""How busy the engine is: the share of the last seconds that it computed. Pure: time comes in as an argument."""
+"""How busy the engine is: the share of the last seconds that it computed, and its bubbles. Pure: time comes in as an
+argument."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ STEP_PERCENT = 10  # coarse: an advert should not differ from the last one for n
 class LoadMeter:
     _busy: deque[tuple[float, float]] = field(default_factory=deque)  # (end, seconds) of each computation
 
-    def computed(self, seconds: float, now: float) -> None:
-        """The engine computed for `seconds` until `now`. Steps that were computed together count once."""
+    def computed(self, seconds: float, now: float) -> float:
+        """The engine computed for `seconds` until `now`: how many of them are new. Steps that were computed together
+        count once."""
         since_s = now - self._busy[-1][0] if self._busy else seconds
-        self._busy.append((now, min(seconds, max(0.0, since_s))))
+        new_s = min(seconds, max(0.0, since_s))
+        self._busy.append((now, new_s))
         self._forget(now)
+        return new_s
 
     def percent(self, now: float) -> int:
         """0 to 100 in steps of 10, over the last WINDOW_S."""
@@ -28,3 +32,28 @@ class LoadMeter:
     def _forget(self, now: float) -> None:
         while self._busy and self._busy[0][0] <= now - WINDOW_S:
             self._busy.popleft()
+
+
+@dataclass(slots=True)
+class Bubbles:
+    """Time in which the engine computed nothing though a session was open. A time without steps counts when it ends:
+    with the next step, or with the last session."""
+
+    _sessions: int = 0
+    _counted_to: float = 0.0
+
+    def opened(self, now: float) -> None:
+        if not self._sessions:
+            self._counted_to = now
+        self._sessions += 1
+
+    def closed(self, now: float) -> float:
+        """A session has ended. Seconds of bubbles that were not counted yet."""
+        self._sessions -= 1
+        return 0.0 if self._sessions else self.computed(0.0, now)
+
+    def computed(self, busy_s: float, now: float) -> float:
+        """The engine was busy for `busy_s` until `now`. Seconds of bubbles before that, not counted yet."""
+        idle_s = max(0.0, now - self._counted_to - busy_s)
+        self._counted_to = now
+        return idle_s

@@ -15,6 +15,9 @@ class WorkerObserver(Protocol):
     def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None:
         """A step of `positions` tokens; `prefill` when it had more than one."""
 
+    def engine_used(self, busy_s: float, bubble_s: float) -> None:
+        """More time in which the engine computed, and in which it did not though a session was open."""
+
     def step_repeated(self) -> None:
         """A step was answered from the record."""
 
@@ -50,6 +53,7 @@ class NullObserver:
     """Listens to nothing."""
 
     def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None: ...
+    def engine_used(self, busy_s: float, bubble_s: float) -> None: ...
     def step_repeated(self) -> None: ...
     def output_dropped(self) -> None: ...
     def queue_changed(self, steps: int) -> None: ...

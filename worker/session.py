@@ -36,6 +36,7 @@ class Pass:
 
     step: Step
     payload: Payload
+    arrived_at: float  # by the worker's clock, in seconds
 
 
 @dataclass(frozen=True, slots=True)

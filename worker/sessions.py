@@ -40,7 +40,7 @@ from protocol.tickets import Ticket, TicketGate
 from worker.admission import SessionQuota, SpanLease, SpanLedger, SpanState
 from worker.duty import Duty, State
 from worker.kv_pool import KvPool
-from worker.load import LoadMeter
+from worker.load import Bubbles, LoadMeter
 from worker.observer import WorkerObserver
 from worker.outbox import Outbox
 from worker.quotas import QueueBook
@@ -63,6 +63,7 @@ class House:
     duty: Duty
     quota: SessionQuota = field(default_factory=SessionQuota)
     load: LoadMeter = field(default_factory=LoadMeter)
+    bubbles: Bubbles = field(default_factory=Bubbles)
 
 
 @dataclass(slots=True)
@@ -161,7 +162,7 @@ class SessionTable:
         try:
             self.weigh_answers(session)
             if verdict is Verdict.COMPUTE:
-                self._enqueue(session, Pass(message, Payload(message.tensor, body)))
+                self._enqueue(session, Pass(message, Payload(message.tensor, body), self.clock.monotonic()))
             elif verdict is Verdict.REPEAT:
                 self.observer.step_repeated()
                 self._enqueue(session, Again(message, lease.ledger.answer(message.step)))
@@ -215,7 +216,8 @@ class SessionTable:
         self._weigh_rest(session)
         self.house.pool.release(session.id)
         session.lease.span.sessions -= 1
-        session.lease.span.touched = self.clock.monotonic()
+        session.lease.span.touched = now = self.clock.monotonic()
+        self.observer.engine_used(0.0, self.house.bubbles.closed(now))
         self.house.quota.give(session.client)
         self.observer.sessions_changed(self.house.quota.taken)
         self.report_memory()
@@ -289,6 +291,7 @@ class SessionTable:
         session.lease = Lease(span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket, capability)
         span.sessions += 1
         span.touched = self.clock.monotonic()
+        self.house.bubbles.opened(span.touched)
         self.report_memory()
         self.spawn(session)
 

@@ -6,9 +6,9 @@ import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -27,11 +27,14 @@ from sotto.commands.common import (
     progress_bar,
     run_async,
 )
+from sotto.commands.tracing import show_trace
 
 if TYPE_CHECKING:
     from client.generate import GenerationResult
     from client.placement import Placement
+    from client.tracing import TraceReport
     from node.model import Ask, DeployedModel
+    from protocol.strategy import Strategy, Weights
     from protocol.swarm import SwarmView
 
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the answer, at most.")]
@@ -41,9 +44,12 @@ TopK = Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps a
 Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")]
 Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")]
 Workers = Annotated[int, typer.Option(min=1, help="Spread the model over at least so many workers.")]
-Speculate = Annotated[
-    bool,
-    typer.Option("--speculate/--no-speculate", help="Guess at tokens from the text so far; the answer is the same."),
+StrategyText = Annotated[
+    str,
+    typer.Option(
+        "--strategy",
+        help="Accelerations: 'default', or name=value with commas, such as speculation=lookup,wire=bfloat16.",
+    ),
 ]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
 
@@ -78,7 +84,8 @@ def run(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    speculate: Speculate = False,
+    strategy: StrategyText = "default",
+    trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, per hop.")] = False,
     capability: Capability = None,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
@@ -89,20 +96,24 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculate)
+        chosen = _strategy(strategy, dtype, capability)
+        sealed = (privacy, chosen.weights, key)
+        where = _where(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability))
+        ask = replace(_ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), trace=trace)
 
-        async def work() -> tuple[GenerationResult, float]:
+        async def work() -> tuple[GenerationResult, float, TraceReport | None]:
             async with deployed(where) as ready:
-                result = await ready.generate(prompt, ask, (lambda _: None) if as_json else _stream)
-                return result, ready.predicted.predicted_ms_per_token
+                async with ready.ask(prompt, ask) as answer:
+                    async for piece in answer.pieces:
+                        if not as_json:
+                            _stream(piece)
+                return answer.result, ready.predicted.predicted_ms_per_token, answer.trace
 
-        result, predicted_ms = run_async(work)
+        result, predicted_ms, traced = run_async(work)
         if as_json:
             measured_ms = 1000 / result.tokens_per_second if result.tokens_per_second else None
-            print_json(
-                {**result_json(result), "predicted_ms_per_token": predicted_ms, "measured_ms_per_token": measured_ms}
-            )
+            figures = {"predicted_ms_per_token": predicted_ms, "measured_ms_per_token": measured_ms}
+            print_json({**result_json(result), **figures, **({"trace": asdict(traced)} if traced else {})})
             return
         typer.echo()
         typer.echo(
@@ -110,6 +121,8 @@ def run(
             f"first after {result.time_to_first_token_s:.2f} s, {result.finish_reason}]",
             err=True,
         )
+        if traced is not None:
+            show_trace(traced)
 
 
 def submit(
@@ -127,7 +140,7 @@ def submit(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    speculate: Speculate = False,
+    strategy: StrategyText = "default",
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
     data_dir: DataDir = None,
@@ -142,9 +155,11 @@ def submit(
         from node.files import write_atomic
         from sotto.commands.job import read_prompts, run_job
 
+        chosen = _strategy(strategy, dtype, capability)
         lines = read_prompts(prompts)
-        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculate)
+        sealed = (privacy, chosen.weights, key)
+        where = _where(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability))
+        ask = replace(_ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), objective="throughput")
 
         async def work() -> list[dict[str, Any]]:
             async with deployed(where) as ready:
@@ -236,7 +251,22 @@ def _where(
     )
 
 
-def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, speculate: bool) -> Ask:
+def _strategy(text: str, dtype: str, capability: str | None) -> Strategy:
+    """The strategy of a command line; `dtype` is its weights unless the text says another."""
+    from protocol.errors import InputError
+    from protocol.strategy import DEFAULT, Strategy, parse
+
+    chosen = parse(text, Strategy(weights=cast("Weights", dtype)))
+    if chosen.weights != dtype and dtype != DEFAULT.weights:
+        raise InputError(f"--dtype {dtype} and weights={chosen.weights} contradict each other: give one of them")
+    if chosen.weights != DEFAULT.weights and capability is not None:
+        raise InputError("the owner of a deployment chooses its weights: leave them out")
+    return chosen
+
+
+def _ask(
+    max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, strategy: Strategy
+) -> Ask:
     from models.sampling import SamplingParams
     from node.model import Ask
     from protocol.errors import InputError
@@ -246,7 +276,7 @@ def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: lis
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()), speculate=speculate)
+    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()), strategy=strategy)
 
 
 def _stream(piece: str) -> None:

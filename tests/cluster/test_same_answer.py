@@ -16,6 +16,7 @@ from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from node.app_client import Client
 from node.model import Ask, DeployedModel
+from protocol.strategy import parse
 from simnet.cluster import Cluster
 from sotto.demo import demo_checkpoint
 from tests.helpers.swarm import deploy, with_client
@@ -99,7 +100,9 @@ def test_speculation_changes_the_steps_and_not_the_answer(temperature: float, sw
     async def work(client: Client) -> tuple[GenerationResult, GenerationResult]:
         model = await deploy(client, checkpoint)
         plain = await model.generate(prompt, Ask(96, sampling, ignore_eos=True))
-        return plain, await model.generate(prompt, Ask(96, sampling, ignore_eos=True, speculate=True))
+        return plain, await model.generate(
+            prompt, Ask(96, sampling, ignore_eos=True, strategy=parse("speculation=lookup"))
+        )
 
     plain, speculated = with_client(swarm, tmp_path, work)
     assert speculated.ids == plain.ids

@@ -31,11 +31,12 @@ from protocol.messages import (
     SessionOpened,
     Step,
     StepOutput,
+    StepTimes,
 )
 from protocol.ports import Stream
 from protocol.signed import Identity
 from protocol.tensors import Payload, TensorHeader
-from protocol.tickets import Ticket, TicketGate
+from protocol.tickets import TIMES, Ticket, TicketGate
 from simnet.endpoint import VirtualEndpoint
 from simnet.network import VirtualNetwork, open_network
 from simnet.runtime import SeededEntropy, VirtualClock
@@ -129,6 +130,8 @@ class FakeHop:
         if ticket.successor:
             await (await self._link(ticket)).send(step, whole.data)
             replies: list[Reply] = [] if ticket.returns == "none" else [output(step, whole)]
+            if ticket.returns == TIMES:
+                replies = [(StepTimes(step.session, step.epoch, step.step, 1000, 200, 1500), b"")]
         else:
             width = step.tensor.shape[1]
             tail = Payload(TensorHeader("float32", (step.tail, width)), whole.data[-step.tail * width * 4 :])
@@ -150,7 +153,7 @@ class FakeHop:
 def output(step: Step, payload: Payload, number: int | None = None) -> Reply:
     """The output of `step`; `number` lies about which step it is."""
     which = step.step if number is None else number
-    return StepOutput(step.session, step.epoch, which, 1000, payload.header), payload.data
+    return StepOutput(step.session, step.epoch, which, 1000, 200, 1500, payload.header), payload.data
 
 
 def activations(rows: int, width: int = 4, start: float = 0.0) -> Payload:

@@ -53,6 +53,7 @@ from protocol.messages import (
     SpanReleased,
     Step,
     StepOutput,
+    StepTimes,
 )
 from protocol.pieces import piece_count
 from protocol.schema import Between, Record, Scalar, Size
@@ -159,7 +160,8 @@ SAMPLES: tuple[Message, ...] = (
     OpenSession(SESSION, (bytes(48), bytes(49))),
     SessionOpened(SESSION, 0, 512),
     Step(SESSION, 0, 7, 12, 6, 1, "span", 0, "", VECTOR),
-    StepOutput(SESSION, 0, 7, 1234, VECTOR),
+    StepOutput(SESSION, 0, 7, 1234, 300, 1700, VECTOR),
+    StepTimes(SESSION, 0, 7, 1234, 300, 1700),
     SessionFailed(SESSION, "hop_lost", ""),
     CloseSession(SESSION),
 )

@@ -39,7 +39,7 @@ WAYS: dict[type[Message], tuple[tuple[str, str], ...]] = {
     **dict.fromkeys((messages.ShardProgress, messages.ShardStored), ((SHARD, TO_CLIENT),)),
     messages.Attach: ((SESSION, TO_WORKER),),
     **dict.fromkeys((messages.Attached, messages.SessionOpened), ((SESSION, TO_CLIENT),)),
-    **dict.fromkeys((messages.StepOutput, messages.SessionFailed), ((SESSION, TO_CLIENT),)),
+    **dict.fromkeys((messages.StepOutput, messages.StepTimes, messages.SessionFailed), ((SESSION, TO_CLIENT),)),
     **dict.fromkeys((messages.OpenSession, messages.Step), ((SESSION, TO_WORKER), (LINK, ON))),
     messages.CloseSession: ((SESSION, TO_WORKER), (LINK, ON)),
 }

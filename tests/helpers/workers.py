@@ -76,9 +76,14 @@ class Counts(NullObserver):
         self.refused: list[str] = []
         self.repeated = self.dropped = self.sessions = self.queue = self.computed = self.adverts_refused = 0
         self.weight_bytes = self.kv_bytes = 0
+        self.busy_s = self.bubble_s = 0.0
 
     def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None:
         self.computed += 1
+
+    def engine_used(self, busy_s: float, bubble_s: float) -> None:
+        self.busy_s += busy_s
+        self.bubble_s += bubble_s
 
     def step_repeated(self) -> None:
         self.repeated += 1

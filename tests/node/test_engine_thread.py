@@ -70,7 +70,9 @@ class Recorder:
 
     idle = True
 
-    def submit(self, work: StepWork, done: Callable[[StepResult | Exception], None]) -> None:
+    def submit(
+        self, work: StepWork, done: Callable[[StepResult | Exception], None], asked_s: float | None = None
+    ) -> None:
         self._note("submit")
         raise Refused(RefusalReason.UNSUPPORTED, "not here")
 

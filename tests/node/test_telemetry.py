@@ -29,6 +29,7 @@ def worker_metrics() -> str:
     metrics.kv_total(1000)
     observer.step_computed(7, 0.01, True)
     observer.step_computed(1, 0.001, False)
+    observer.engine_used(1.5, 0.5)
     observer.step_repeated()
     observer.output_dropped()
     observer.queue_changed(3)
@@ -72,6 +73,8 @@ def client_metrics() -> str:
                 "vllm:kv_cache_usage_perc 0.25",
                 "vllm:prompt_tokens_total 7.0",
                 "vllm:generation_tokens_total 1.0",
+                "sotto_engine_busy_seconds_total 1.5",
+                "sotto_engine_bubble_seconds_total 0.5",
                 'sotto_sessions_failed_total{reason="hop_lost"} 1.0',
                 'sotto_requests_refused_total{reason="memory"} 1.0',
                 'sotto_network_bytes_total{direction="sent",protocol="/sotto/control/1"} 20.0',

@@ -28,6 +28,8 @@ COMMANDS = [
     ["doctor"],
     ["run"],
     ["submit"],
+    ["history"],
+    *(["history", name] for name in ("export", "import")),
     ["seal"],
     ["peers"],
     ["place"],
@@ -298,3 +300,45 @@ def test_a_worker_whose_port_is_taken(swarm: Cluster, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     assert taken.rsplit("/", 1)[1] in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--strategy", "speed=11"], "no part of a strategy"),
+        (["--strategy", "wire=int3"], "wire must be one of float32, bfloat16, int8"),
+        (["--strategy", "weights=int8", "--dtype", "bfloat16"], "contradict each other"),
+    ],
+)
+def test_a_strategy_that_cannot_be_meant_is_refused_before_anything_starts(words: list[str], why: str) -> None:
+    for command in (["run", PROMPT], ["submit", "none.jsonl", "-o", "out.jsonl"]):
+        result = sotto(*command, "-b", "/ip4/127.0.0.1/tcp/1", *words)
+        assert why in complaint(result)
+
+
+def test_run_takes_a_strategy_and_refuses_what_cannot_be_had(swarm: Cluster, model: Path) -> None:
+    words = ["run", "-m", str(model), "-b", swarm.bootstrap, "-n", "12", PROMPT, "--json"]
+    plain = one_object(sotto(*words))["ids"]
+    assert one_object(sotto(*words, "--strategy", "speculation=lookup,prefill_chunk=2"))["ids"] == plain
+    error = str(one_object(sotto(*words, "--strategy", "batching=static"))["error"])
+    assert "batching=static is not supported" in error
+
+
+def test_run_shows_where_the_time_went(swarm: Cluster, model: Path) -> None:
+    words = ["run", "-m", str(model), "-b", swarm.bootstrap, "-n", "12", "--workers", "3", PROMPT, "--trace"]
+    traced = one_object(sotto(*words, "--json"))
+    trace, hops = traced["trace"], traced["trace"]["hops"]  # type: ignore[index]
+    assert trace["decode_steps"] == len(traced["ids"]) - 1  # type: ignore[arg-type,index]
+    assert [(hop["start"], hop["end"], hop["address"]) for hop in hops] == [
+        (0, 1, "direct"),
+        (1, 2, "direct"),
+        (2, 3, "direct"),
+    ]
+    parts = [hop[part]["median_us"] for hop in hops for part in ("compute", "software")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) < trace["step"]["median_us"]  # type: ignore[index]
+    assert all(0 < hop["idle_share"] < 1 and hop["prompt_us"] > 0 for hop in hops)
+    shown = sotto(*words)
+    assert "direct" in shown.stderr
+    assert "this client" in shown.stderr
+    assert "trace" not in one_object(sotto(*words[:-1], "--json"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -379,6 +380,27 @@ def test_one_step_that_fails_in_a_batch_fails_alone(shop: Shop, monkeypatch: pyt
     assert isinstance(ended["large"], Refused)
     assert ended["large"].reason == RefusalReason.MEMORY
     assert shop.engine.idle
+
+
+def test_a_step_waits_for_other_forwards_and_not_for_its_own(shop: Shop) -> None:
+    shop.load()
+    shop.engine._scheduler.rows_per_forward = 8
+    other = SessionId(b"o" * 16)
+    shop.engine.open(other, shop.manifest.deployment, 60)
+    asked_s = time.perf_counter()
+    prompt = shop.engine.step(work(inputs(40), 0))  # five forwards of its own
+    took_us = 1e6 * (time.perf_counter() - asked_s)
+    assert prompt.queue_us < took_us - prompt.compute_us + 1
+    ended: list[StepResult | Exception] = []
+    shop.engine.submit(work(inputs(1), 0, session=other), ended.append, asked_s)
+    shop.engine.advance()
+    (late,) = ended
+    assert isinstance(late, StepResult)
+    assert late.queue_us > prompt.compute_us  # it was asked for before the prompt's forwards ran
+    shop.engine.submit(work(inputs(1), 1, session=other), ended.append, time.perf_counter())
+    shop.engine.advance()
+    assert isinstance(ended[1], StepResult)
+    assert ended[1].queue_us < prompt.compute_us
 
 
 def test_an_answer_that_finds_no_memory_fails_its_step_and_not_the_engine(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import PeerId
 from protocol.messages import RefusalReason
-from worker.load import LoadMeter
+from worker.load import Bubbles, LoadMeter
 from worker.quotas import (
     BURST_S,
     PEERS_REMEMBERED_MAX,
@@ -116,3 +116,24 @@ def test_load_is_coarse_and_forgets() -> None:
     meter.computed(60.0, 300.0)
     assert meter.percent(300.0) == 100
     assert len(meter._busy) == 1
+
+
+def test_what_was_computed_together_is_new_once() -> None:
+    meter = LoadMeter()
+    assert meter.computed(2.0, 10.0) == 2.0
+    assert meter.computed(2.0, 10.0) == 0.0
+    assert meter.computed(2.0, 11.0) == 1.0
+
+
+def test_bubbles_are_the_idle_time_between_the_first_open_session_and_the_last() -> None:
+    bubbles = Bubbles()
+    bubbles.opened(100.0)
+    assert bubbles.computed(0.5, 101.0) == 0.5
+    bubbles.opened(101.5)
+    assert bubbles.computed(1.0, 102.0) == 0.0
+    assert bubbles.computed(0.0, 102.0) == 0.0  # together with the one before
+    assert bubbles.closed(103.0) == 0.0  # the other session is open still: counted when that ends
+    assert bubbles.closed(104.0) == 2.0
+    bubbles.opened(200.0)  # nobody was there meanwhile
+    assert bubbles.computed(1.0, 201.0) == 0.0
+    assert bubbles.computed(9.0, 202.0) == 0.0  # clocks differ: never negative

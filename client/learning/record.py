@@ -1,0 +1,192 @@
+"""The record of one finished request: features, strategy, what was predicted and what was measured; and its flat form.
+
+Flat: one scalar for each of COLUMNS, by which SQLite, CSV and Parquet hold it. `from_row` trusts nothing: files are
+imported, and a database may have been edited. Invariant: `from_row(to_row(r)) == r`. No text or token of a user.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from client.learning.features import About, ModelFeatures, RouteFeatures, TaskFeatures
+from protocol.errors import InputError
+from protocol.strategy import Strategy, describe, parse
+
+Scalar = str | int | float | None
+ORIGINS, CHOOSERS = ("request", "bench"), ("default", "user", "auto")
+TEXT_CHARS_MAX = 200
+SERIES_MAX = 65  # a leg more than the longest route has hops
+INT_MAX = 1 << 53
+SERIES = "tuple"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What was expected before the request; nothing where nobody predicted it."""
+
+    token_s: Annotated[float | None, About("s", "time per output token")] = None
+    ttft_s: Annotated[float | None, About("s", "time to the first token")] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What was measured at the client. A request that failed has an `error`, and figures as far as it came."""
+
+    tokens: Annotated[int, About("tokens", "length of the answer")]
+    ttft_s: Annotated[float | None, About("s", "time to the first token")]
+    token_s: Annotated[float | None, About("s", "mean time per output token after the first")]
+    total_s: Annotated[float, About("s", "from the start to the end, opening the session included")]
+    tokens_per_s: Annotated[float | None, About("tokens/s", "tokens after the first over the time that they took")]
+    bytes_out: Annotated[int, About("bytes", "activations sent")]
+    bytes_in: Annotated[int, About("bytes", "activations received")]
+    drafted: Annotated[int, About("tokens", "guesses sent")]
+    accepted: Annotated[int, About("tokens", "guesses that held")]
+    prefix_tokens: Annotated[int, About("tokens", "of the prompt that hops still held, and did not compute")]
+    finish: Annotated[str, About("", "stop or length; empty when it failed")]
+    error: Annotated[str, About("", "class of the error; empty when it ended well")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    uid: Annotated[str, About("", "16 random bytes in hex: the same record is not imported twice")]
+    at_ms: Annotated[int, About("ms", "Unix time of the start")]
+    origin: Annotated[str, About("", "request of a user, or cell of a bench")]
+    simulated: Annotated[bool, About("", "the links or the compute were not real")]
+    version: Annotated[str, About("", "version of sotto")]
+    torch: Annotated[str, About("", "version of torch at the client")]
+    hardware: Annotated[str, About("", "the client's processor and how many of its cores it may use")]
+    model: Annotated[str, About("", "name of the checkpoint")]
+    tier: Annotated[str, About("", "privacy: ee or plain")]
+    chosen_by: Annotated[str, About("", "who chose the strategy: default, user or auto")]
+    strategy: Annotated[Strategy, About("", "what differs from the default strategy")]
+    model_features: ModelFeatures
+    route: RouteFeatures
+    task: TaskFeatures
+    predicted: Prediction
+    measured: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """`kind` is str, int, float, bool, Strategy or SERIES (numbers with ";" between them)."""
+
+    name: str
+    kind: Any
+    optional: bool
+    about: About
+
+
+PARTS: Mapping[str, tuple[str, Any]] = {
+    "model": ("model_features", ModelFeatures),
+    "route": ("route", RouteFeatures),
+    "task": ("task", TaskFeatures),
+    "predicted": ("predicted", Prediction),
+    "measured": ("measured", Outcome),
+}
+
+
+def _columns(kind: Any, prefix: str = "") -> dict[str, Column]:
+    found = dict[str, Column]()
+    for field, hint in get_type_hints(kind, include_extras=True).items():
+        if get_origin(hint) is not Annotated:
+            continue  # a part with columns of its own
+        plain, about = get_args(hint)
+        options = get_args(plain)
+        optional = type(None) in options
+        if optional:
+            plain = next(option for option in options if option is not type(None))
+        name = f"{prefix}{field}"
+        found[name] = Column(name, SERIES if options and not optional else plain, optional, about)
+    return found
+
+
+_OWN = _columns(Record)
+_INNER = {part: _columns(kind, f"{part}_") for part, (_, kind) in PARTS.items()}
+COLUMNS: Mapping[str, Column] = {**_OWN, **{name: each for part in _INNER.values() for name, each in part.items()}}
+
+
+def to_row(record: Record) -> dict[str, Scalar]:
+    """The flat form, in the order of COLUMNS."""
+    row = {name: _write(getattr(record, name)) for name in _OWN}
+    for part, (attribute, _) in PARTS.items():
+        inner = getattr(record, attribute)
+        row |= {name: _write(getattr(inner, name.removeprefix(f"{part}_"))) for name in _INNER[part]}
+    return row
+
+
+def from_row(row: Mapping[str, object]) -> Record:
+    """The record of a flat row; texts are read as numbers where those belong. Raises InputError naming the column."""
+    missing = [name for name in COLUMNS if name not in row]
+    if missing:
+        raise InputError(f"the columns {', '.join(missing[:5])} are missing: is this an export of 'sotto history'?")
+    values: dict[str, Any] = {name: _read(column, row[name]) for name, column in _OWN.items()}
+    for part, (attribute, kind) in PARTS.items():
+        columns = _INNER[part]
+        values[attribute] = kind(
+            **{name.removeprefix(f"{part}_"): _read(column, row[name]) for name, column in columns.items()}
+        )
+    record = Record(**values)
+    if not re.fullmatch("[0-9a-f]{32}", record.uid):
+        raise InputError("uid is not 16 bytes in hex")
+    if record.origin not in ORIGINS or record.chosen_by not in CHOOSERS:
+        raise InputError(f"origin must be one of {', '.join(ORIGINS)}, and chosen_by of {', '.join(CHOOSERS)}")
+    return record
+
+
+def _write(value: Any) -> Scalar:
+    match value:
+        case bool():
+            return int(value)
+        case tuple():
+            return ";".join(str(number) for number in value)
+        case Strategy():
+            return describe(value)
+        case _:
+            return value  # type: ignore[no-any-return]  # a scalar: the columns' kinds are checked by a test
+
+
+def _read(column: Column, value: object) -> Any:
+    """One value of a row, checked. Raises InputError."""
+    try:
+        if value is None or (value == "" and column.kind is not str):
+            if not column.optional:
+                raise ValueError("nothing is there")
+            return None
+        if column.kind is str:
+            return _text(value)
+        if column.kind is Strategy:
+            return parse(_text(value))
+        if column.kind == SERIES:
+            parts = _text(value).split(";")
+            if len(parts) > SERIES_MAX:
+                raise ValueError("too many numbers")
+            return tuple(_number(part) for part in parts)
+        number = _number(value)
+        if column.kind is float:
+            return number
+        if number != int(number) or (column.kind is bool and number > 1):
+            raise ValueError("not a whole number, or not 0 or 1")
+        return column.kind(int(number))
+    except (ValueError, InputError) as error:
+        raise InputError(f"{column.name}: {str(value)[:40]!r} cannot be used ({error})") from None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > TEXT_CHARS_MAX or not (value == "" or value.isprintable()):
+        raise ValueError(f"not a line of at most {TEXT_CHARS_MAX} characters")
+    return value
+
+
+def _number(value: object) -> float:
+    """Finite, not negative, below 2^53: no measured or counted quantity of ours is anything else."""
+    if not isinstance(value, int | float | str):
+        raise ValueError("not a number")
+    text = str(value).strip().lower()
+    number = float({"true": "1", "false": "0"}.get(text, text)[:TEXT_CHARS_MAX])
+    if not math.isfinite(number) or not 0 <= number <= INT_MAX:
+        raise ValueError("not a number from 0 on")
+    return number

@@ -1,0 +1,180 @@
+"""The history: one row for each finished request, in one SQLite file of the client's data folder.
+
+Invariant: rows are only ever added, and dropped when there are more than ROWS_MAX, the oldest first; a trigger refuses
+any change. Any number of processes may use the file (WAL: a writer waits for another, readers for nobody). The schema
+has a number, and MIGRATIONS leads from each to the next. What a row means is client/learning/record.py's.
+Synchronous: callers on an event loop use a thread (node/recording.py does).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.learning.record import COLUMNS, Record, Scalar, from_row, to_row
+from protocol.errors import InputError
+
+ROWS_MAX = 200_000  # about 100 MB
+BUSY_S = 5.0  # how long to wait for another writer, whose transactions take milliseconds
+OPERATORS = ("<=", ">=", "!=", "=", "<", ">")
+
+# Never edit one that was released: add the next.
+MIGRATIONS = (
+    """
+    CREATE TABLE records (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, uid TEXT NOT NULL UNIQUE, at_ms INTEGER NOT NULL,
+        origin TEXT NOT NULL, simulated INTEGER NOT NULL, version TEXT NOT NULL, torch TEXT NOT NULL,
+        hardware TEXT NOT NULL, model TEXT NOT NULL, tier TEXT NOT NULL, chosen_by TEXT NOT NULL,
+        strategy TEXT NOT NULL,
+        model_family TEXT NOT NULL, model_layers INTEGER NOT NULL, model_width INTEGER NOT NULL,
+        model_mlp_width INTEGER NOT NULL, model_heads INTEGER NOT NULL, model_kv_heads INTEGER NOT NULL,
+        model_vocabulary INTEGER NOT NULL, model_context INTEGER NOT NULL, model_parameters INTEGER NOT NULL,
+        model_weight_bytes REAL NOT NULL,
+        route_hops INTEGER NOT NULL, route_span_us TEXT NOT NULL, route_leg_rtt_ms TEXT NOT NULL,
+        route_compute_us REAL NOT NULL, route_compute_us_max REAL NOT NULL, route_rtt_ms REAL NOT NULL,
+        route_rtt_ms_max REAL NOT NULL, route_bandwidth_mbit_s REAL, route_read_gb_s_min REAL NOT NULL,
+        route_gflop_s_min REAL NOT NULL, route_gpus INTEGER NOT NULL, route_kv_free_tokens INTEGER NOT NULL,
+        route_load_percent_max INTEGER NOT NULL, route_relayed INTEGER NOT NULL,
+        task_prompt_tokens INTEGER NOT NULL, task_max_new_tokens INTEGER NOT NULL,
+        task_concurrency INTEGER NOT NULL, task_shared_prefix REAL NOT NULL, task_repetition REAL NOT NULL,
+        task_temperature REAL NOT NULL, task_objective TEXT NOT NULL, task_exact INTEGER NOT NULL,
+        predicted_token_s REAL, predicted_ttft_s REAL,
+        measured_tokens INTEGER NOT NULL, measured_ttft_s REAL, measured_token_s REAL,
+        measured_total_s REAL NOT NULL, measured_tokens_per_s REAL, measured_bytes_out INTEGER NOT NULL,
+        measured_bytes_in INTEGER NOT NULL, measured_drafted INTEGER NOT NULL, measured_accepted INTEGER NOT NULL,
+        measured_prefix_tokens INTEGER NOT NULL, measured_finish TEXT NOT NULL, measured_error TEXT NOT NULL
+    );
+    CREATE TRIGGER append_only BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'rows are never changed'); END;
+    """,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """`column` `operator` `value`, as `--where` has it."""
+
+    column: str
+    operator: str
+    value: str
+
+
+def parse_condition(text: str) -> Condition:
+    """'model=demo', 'measured_tokens_per_s>10'. A column may be named without its part where only one has that name.
+
+    Raises InputError naming the columns that there are.
+    """
+    match = re.fullmatch(r"\s*(\w+)\s*(<=|>=|!=|=|<|>)\s*(.*?)\s*", text)
+    if match is None:
+        raise InputError(f"{text!r} is no condition: write NAME=VALUE, with one of {' '.join(OPERATORS)}")
+    name = match[1]
+    found = [name] if name in COLUMNS else [each for each in COLUMNS if each.partition("_")[2] == name]
+    if len(found) != 1:
+        known = found or COLUMNS
+        raise InputError(f"{name!r} names {'several columns' if found else 'no column'}: use one of {', '.join(known)}")
+    return Condition(found[0], match[2], match[3])
+
+
+class History:
+    """An open file. Use as a context manager, or `close`. One thread at a time."""
+
+    def __init__(self, path: Path, rows_max: int = ROWS_MAX) -> None:
+        """Open or make the file, and bring its schema up to date. Raises InputError saying what to do."""
+        self.path, self._rows_max = path, rows_max
+        with _translated(path):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
+            self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        try:
+            with _translated(path):
+                self._db.row_factory = sqlite3.Row
+                self._migrate()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._db.close()
+
+    def add(self, records: Iterable[Record]) -> int:
+        """Append those that are not there yet; how many. Durable but for a power cut. Raises InputError."""
+        places = ", ".join(f":{name}" for name in COLUMNS)
+        insert = f"INSERT OR IGNORE INTO records ({', '.join(COLUMNS)}) VALUES ({places})"
+        with _translated(self.path), self._writing():
+            before = self._db.total_changes
+            self._db.executemany(insert, map(to_row, records))
+            added = self._db.total_changes - before
+            self._db.execute("DELETE FROM records WHERE id <= (SELECT MAX(id) FROM records) - ?", (self._rows_max,))
+        return added
+
+    def rows(self, where: Sequence[Condition] = (), last: int | None = None) -> list[dict[str, Scalar]]:
+        """The rows that all of `where` hold for, the oldest first; only the `last` of them. Raises InputError."""
+        tests = " AND ".join(f"{each.column} {each.operator} ?" for each in where) or "TRUE"
+        query = f"SELECT {', '.join(COLUMNS)} FROM records WHERE {tests} ORDER BY id DESC LIMIT ?"
+        with _translated(self.path):
+            found = self._db.execute(query, (*(each.value for each in where), -1 if last is None else last)).fetchall()
+        return [dict(row) for row in reversed(found)]
+
+    def records(self, where: Sequence[Condition] = (), last: int | None = None) -> list[Record]:
+        """`rows` as records. Raises InputError on a row that was tampered with."""
+        return [from_row(row) for row in self.rows(where, last)]
+
+    def __len__(self) -> int:
+        with _translated(self.path):
+            return int(self._db.execute("SELECT COUNT(*) FROM records").fetchone()[0])
+
+    def _migrate(self) -> None:
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = NORMAL")
+        with self._writing():  # two processes may open a new file at the same time
+            (done,) = self._db.execute("PRAGMA user_version").fetchone()
+            if done > len(MIGRATIONS):
+                raise InputError(
+                    f"{self.path} was written by a newer version of sotto: use that, or move the file away"
+                )
+            for script in MIGRATIONS[done:]:
+                for statement in _statements(script):
+                    self._db.execute(statement)
+            if done < len(MIGRATIONS):
+                self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _statements(script: str) -> Iterator[str]:
+    """Each statement by itself: executescript would commit between them."""
+    statement = ""
+    for part in script.split(";"):
+        statement += f"{part};"
+        if part.strip() and sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        raise InputError(f"the history {path} cannot be used ({error}): move it away, and a new one is begun") from None
+    except OSError as error:
+        raise InputError(f"cannot open the history {path}: {error.strerror}") from None

@@ -1,0 +1,248 @@
+"""From requests to the history: what a request was, gathered while it runs; written down when it is over, in a thread.
+
+Invariant: recording never holds up a request, and never fails one: what cannot be written is left out, with one line in
+the log. Nothing of a prompt outlives its request but hashes of its pages, in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import trio
+
+from client.generate import Generation
+from client.learning.features import (
+    PrefixMemory,
+    RouteFeatures,
+    TaskFeatures,
+    model_features,
+    repetition,
+    route_features,
+)
+from client.learning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record
+from client.placement import ModelNeeds, Placement
+from client.session import RouteSession
+from client.speculation import Speculation
+from models.config import ModelConfig
+from node.history import History
+from node.version import VERSION
+from protocol.errors import InputError, SottoError
+from protocol.ids import PeerId
+from protocol.ports import Clock, Entropy
+from protocol.strategy import Strategy
+from protocol.swarm import SwarmView
+
+log = logging.getLogger("sotto.client")
+
+SWITCH = "SOTTO_HISTORY"
+WAITING_MAX = 1000  # records that the disk has not taken yet; the oldest are left out
+LAST_WORDS_S = 2.0  # for writing what waits when the client ends
+Origin = Literal["request", "bench"]
+Build = Callable[[], Record]
+
+
+def wanted() -> bool:
+    """Not switched off for this user by $SOTTO_HISTORY=0."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+class Journal:
+    """The way from this process to the history in `path`; None keeps nothing. `run` while the client lives."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.prefixes = PrefixMemory()
+        self.running = 0  # requests under way
+        self._path = path
+        self._waiting: deque[Build] = deque(maxlen=WAITING_MAX)
+        self._added = trio.Event()
+        self._history: History | None = None
+        self._turn = trio.Lock()
+
+    def add(self, build: Build) -> None:
+        """Write down, soon, what `build` makes (in a thread). Never waits."""
+        if self._path is not None:
+            self._waiting.append(build)
+            self._added.set()
+
+    async def run(self) -> None:
+        """Write until cancelled."""
+        while True:
+            await self._added.wait()
+            self._added = trio.Event()
+            await self._flush()
+
+    async def aclose(self) -> None:
+        """Write what waits, within LAST_WORDS_S, and close the file."""
+        with trio.CancelScope(deadline=trio.current_time() + LAST_WORDS_S, shield=True):
+            await self._flush()
+            async with self._turn:
+                if self._history is not None:
+                    await trio.to_thread.run_sync(self._history.close)
+
+    async def _flush(self) -> None:
+        async with self._turn:
+            if self._path is None or not self._waiting:
+                return
+            builds = list(self._waiting)
+            self._waiting.clear()
+            try:
+                await trio.to_thread.run_sync(self._write, self._path, builds)
+            except InputError as error:
+                log.warning("requests are not recorded", extra={"error": str(error)})
+                self._path = None
+
+    def _write(self, path: Path, builds: Sequence[Build]) -> None:
+        if self._history is None:
+            self._history = History(path)
+        self._history.add([build() for build in builds])
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What the requests of a deployed model have in common. `view` holds all hops of `placement`."""
+
+    name: str
+    tier: str
+    config: ModelConfig
+    dtype: str | None
+    needs: ModelNeeds
+    placement: Placement
+    view: SwarmView
+    client_rtts_ms: Mapping[PeerId, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked for, beside the prompt."""
+
+    max_new_tokens: int
+    temperature: float
+    objective: str
+    exact: bool
+    strategy: Strategy
+    chosen_by: str
+
+
+@dataclass(slots=True)
+class Entry:
+    """One request under way: whoever serves it puts here what it uses, as soon as there is something."""
+
+    session: RouteSession | None = None
+    generation: Generation | None = None
+    speculation: Speculation | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorder:
+    """Records the requests of one deployed model. `view` gives the swarm as it is now."""
+
+    journal: Journal
+    subject: Subject
+    view: Callable[[], SwarmView]
+    clock: Clock
+    entropy: Entropy
+    origin: Origin = "request"
+    simulated: bool = False
+    _hardware: str = field(default_factory=lambda: hardware())
+
+    @contextmanager
+    def request(self, ids: Sequence[int], plan: Plan) -> Iterator[Entry]:
+        """The block is one request with the prompt `ids`; how it ends is how the request ended."""
+        journal, entry = self.journal, Entry()
+        journal.running += 1
+        task = partial(
+            TaskFeatures,
+            prompt_tokens=len(ids),
+            max_new_tokens=plan.max_new_tokens,
+            concurrency=journal.running,
+            shared_prefix=journal.prefixes.share(ids),
+            temperature=plan.temperature,
+            objective=plan.objective,
+            exact=plan.exact,
+        )
+        view, at_ms, started = self.view(), int(self.clock.time() * 1000), self.clock.monotonic()
+        try:
+            yield entry
+        except BaseException as error:
+            entry.error = type(error).__name__ if isinstance(error, SottoError) else "cancelled"
+            raise
+        finally:
+            journal.running -= 1
+            outcome = _outcome(entry, self.clock.monotonic() - started)
+            journal.add(lambda: self._record(task(repetition=repetition(ids)), plan, outcome, (view, at_ms)))
+
+    def route(self, view: SwarmView | None = None) -> RouteFeatures:
+        """The route as `view` has it, by default as it is now."""
+        subject, view = self.subject, view or self.view()
+        known = all(hop.peer in view.members for hop in subject.placement.hops)
+        where = view if known else subject.view
+        return route_features(where, subject.placement, subject.needs, subject.client_rtts_ms)
+
+    def _record(self, task: TaskFeatures, plan: Plan, outcome: Outcome, when: tuple[SwarmView, int]) -> Record:
+        subject, (view, at_ms) = self.subject, when
+        return Record(
+            uid=self.entropy(16).hex(),
+            at_ms=at_ms,
+            origin=self.origin,
+            simulated=self.simulated,
+            version=VERSION,
+            torch=torch.__version__,
+            hardware=self._hardware,
+            model=_line(subject.name),
+            tier=subject.tier,
+            chosen_by=plan.chosen_by,
+            strategy=plan.strategy,
+            model_features=model_features(subject.config, subject.dtype),
+            route=self.route(view),
+            task=task,
+            predicted=Prediction(token_s=subject.placement.predicted_ms_per_token / 1000),
+            measured=outcome,
+        )
+
+
+def hardware() -> str:
+    """This machine's processor, and how many of its cores this process may use."""
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            name = next((line.partition(":")[2] for line in file if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _line(f"{name.strip()}, {cores} cores")
+
+
+def _outcome(entry: Entry, total_s: float) -> Outcome:
+    generation, session, guesses = entry.generation, entry.session, entry.speculation
+    times = tuple(generation.token_times_s) if generation else ()
+    decode_s = times[-1] - times[0] if len(times) > 1 else 0.0
+    finish = (generation.finish_reason or "") if generation else ""
+    return Outcome(
+        tokens=len(times),
+        ttft_s=times[0] if times else None,
+        token_s=decode_s / (len(times) - 1) if decode_s else None,
+        total_s=total_s,
+        tokens_per_s=(len(times) - 1) / decode_s if decode_s else None,
+        bytes_out=session.bytes_out if session else 0,
+        bytes_in=session.bytes_in if session else 0,
+        drafted=guesses.drafted if guesses else 0,
+        accepted=guesses.accepted if guesses else 0,
+        prefix_tokens=0,
+        finish="" if entry.error else finish,
+        error=entry.error or ("" if finish else "cancelled"),
+    )
+
+
+def _line(text: str) -> str:
+    return "".join(character for character in text if character.isprintable())[:TEXT_CHARS_MAX]

@@ -1,0 +1,137 @@
+"""The history file: migrations, append-only, bounds, two processes, and what may be wrong with a file."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from client.learning.record import COLUMNS
+from node.history import MIGRATIONS, Condition, History, parse_condition
+from protocol.errors import InputError
+from tests.helpers.records import RECORD, numbered
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "folder" / "history.db"
+
+
+def test_what_is_added_is_there_after_the_file_was_closed(path: Path) -> None:
+    with History(path) as history:
+        assert history.add([numbered(1), numbered(2)]) == 2
+    with History(path) as history:
+        assert history.records() == [numbered(1), numbered(2)]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_the_migrations_lead_to_the_columns_of_a_record(path: Path) -> None:
+    History(path).close()
+    with sqlite3.connect(path) as db:
+        table = db.execute("PRAGMA table_info(records)").fetchall()
+        assert db.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    kinds = {str: "TEXT", int: "INTEGER", bool: "INTEGER", float: "REAL"}
+    assert {name: kind for _, name, kind, *_ in table if name != "id"} == {
+        column.name: kinds.get(column.kind, "TEXT") for column in COLUMNS.values()
+    }
+    assert {name for _, name, _, required, *_ in table if not required} - {"id"} == {
+        column.name for column in COLUMNS.values() if column.optional
+    }
+
+
+def test_a_record_is_added_once(path: Path) -> None:
+    with History(path) as history:
+        history.add([RECORD])
+        assert history.add([RECORD, numbered(7), RECORD]) == 1
+        assert len(history) == 2
+
+
+def test_rows_are_bounded_and_the_oldest_go_first(path: Path) -> None:
+    with History(path, rows_max=3) as history:
+        for number in range(5):
+            history.add([numbered(number)])
+        assert [record.uid for record in history.records()] == [f"{number:032x}" for number in (2, 3, 4)]
+
+
+def test_a_row_cannot_be_changed(path: Path) -> None:
+    with History(path) as history:
+        history.add([RECORD])
+        with sqlite3.connect(path) as db, pytest.raises(sqlite3.IntegrityError, match="never changed"):
+            db.execute("UPDATE records SET measured_ttft_s = 0.001")
+
+
+def test_filters(path: Path) -> None:
+    with History(path) as history:
+        slow = replace(RECORD.measured, tokens_per_s=9.5)
+        history.add([numbered(1), numbered(2, model="other"), numbered(3, measured=slow)])
+
+        def found(*conditions: str, last: int | None = None) -> list[int]:
+            return [int(str(row["uid"]), 16) for row in history.rows([parse_condition(c) for c in conditions], last)]
+
+        assert found() == [1, 2, 3]
+        assert found(last=2) == [2, 3]
+        assert found("model=demo") == [1, 3]
+        assert found("model != demo") == [2]
+        assert found("tokens_per_s>10") == [1, 2]  # as a number: 9.5 is more than 10 as a text
+        assert found("model=demo", "measured_tokens_per_s<=9.5") == [3]
+        assert found("model=' OR 1=1 --") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [("", "no condition"), ("model", "no condition"), ("secret=1", "no column"), ("ttft_s>1", "several columns")],
+)
+def test_conditions_that_cannot_be_meant_are_refused(text: str, why: str) -> None:
+    with pytest.raises(InputError, match=why):
+        parse_condition(text)
+
+
+def test_a_condition_names_its_column_with_or_without_the_part() -> None:
+    assert parse_condition(" hops >= 2 ") == parse_condition("route_hops>=2") == Condition("route_hops", ">=", "2")
+
+
+def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
+    History(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    with pytest.raises(InputError, match="newer version"):
+        History(path)
+
+
+def test_a_file_that_is_no_database_is_named_and_kept(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"these are my notes, not yours\n" * 200)
+    with pytest.raises(InputError, match=r"history\.db cannot be used .*move it away"):
+        History(path)
+    assert path.read_bytes().startswith(b"these are my notes")
+
+
+def test_a_row_that_was_tampered_with_is_refused(path: Path) -> None:
+    with History(path) as history:
+        history.add([RECORD])
+        with sqlite3.connect(path) as db:
+            db.execute("DROP TRIGGER append_only")
+            db.execute("UPDATE records SET measured_tokens = -5")
+        with pytest.raises(InputError, match="measured_tokens"):
+            history.records()
+
+
+def test_two_processes_write_at_the_same_time(path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from node.history import History; "
+        "from tests.helpers.records import numbered\n"
+        "first = int(sys.argv[2])\n"
+        "with History(Path(sys.argv[1])) as history:\n"
+        "    for number in range(first, first + 100): history.add([numbered(number)])"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), first]) for first in ("0", "1000")]
+    assert [writer.wait(60) for writer in writers] == [0, 0]
+    with History(path) as history:
+        assert len(history) == 200
+        assert len(set(history.records())) == 200

@@ -1,0 +1,171 @@
+"""Recording: what becomes of requests that end well, fail or are given up, and of a disk that does not take them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+
+from client.learning.record import Record, from_row, to_row
+from client.placement import ModelNeeds, PlaceOptions, priced
+from node.clock import SystemClock
+from node.history import History
+from node.recording import SWITCH, Entry, Journal, Plan, Recorder, Subject, hardware, wanted
+from protocol.errors import InputError, RouteUnavailable
+from protocol.strategy import Strategy
+from protocol.swarm import SwarmView
+from tests.helpers.adverts import advert, peer, view
+from tests.helpers.records import CONFIG, numbered
+
+PLAN = Plan(8, 0.0, "latency", False, Strategy(speculation="lookup"), "user")
+IDS = [5, 6, 7] * 20
+
+
+def recorder(journal: Journal, name: str = "demo", now: Callable[[], SwarmView] | None = None) -> Recorder:
+    """Of a model on two workers; each record has the next number as its uid."""
+    numbers = count()
+    swarm = view(advert(), advert())
+    needs = ModelNeeds.of_configs(CONFIG.blocks, "float32", 100)
+    placement = priced(swarm, needs, [(peer(0), 0, 2), (peer(1), 2, 4)], PlaceOptions())
+    subject = Subject(name, "ee", CONFIG, "float32", needs, placement, swarm, {})
+    return Recorder(
+        journal, subject, now or (lambda: swarm), SystemClock(), lambda size: next(numbers).to_bytes(size, "big")
+    )
+
+
+def serve(entry: Entry, times_s: tuple[float, ...], finish: str | None) -> None:
+    """What a generation that came so far would leave."""
+    entry.generation = cast(Any, SimpleNamespace(token_times_s=times_s, finish_reason=finish))
+    entry.session = cast(Any, SimpleNamespace(bytes_out=100, bytes_in=200))
+    entry.speculation = cast(Any, SimpleNamespace(drafted=5, accepted=3))
+
+
+def recorded(path: Path, body: Callable[[Recorder], Awaitable[None]], **options: Any) -> list[Record]:
+    async def main() -> None:
+        journal = Journal(path)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(journal.run)
+            await body(recorder(journal, **options))
+            await journal.aclose()
+            nursery.cancel_scope.cancel()
+        assert journal.running == 0
+
+    trio.run(main)
+    if not path.exists():
+        return []
+    with History(path) as history:
+        return history.records()
+
+
+def test_a_request_that_ends_well(tmp_path: Path) -> None:
+    async def body(recorder: Recorder) -> None:
+        with recorder.request(IDS, PLAN) as entry:
+            serve(entry, (0.5, 0.75, 1.0), "length")
+
+    (record,) = recorded(tmp_path / "history.db", body)
+    measured, task = record.measured, record.task
+    assert (measured.tokens, measured.ttft_s, measured.token_s, measured.tokens_per_s) == (3, 0.5, 0.25, 4.0)
+    assert (measured.bytes_out, measured.bytes_in, measured.drafted, measured.accepted) == (100, 200, 5, 3)
+    assert (measured.finish, measured.error) == ("length", "")
+    assert (task.prompt_tokens, task.concurrency, task.max_new_tokens) == (60, 1, 8)
+    assert task.repetition > 0.9
+    assert (record.strategy, record.chosen_by, record.model, record.origin) == (
+        PLAN.strategy,
+        "user",
+        "demo",
+        "request",
+    )
+    assert record.predicted.token_s
+    assert record.route.hops == 2
+    assert from_row(to_row(record)) == record
+
+
+def test_requests_that_fail_are_recorded_as_far_as_they_came(tmp_path: Path) -> None:
+    async def body(recorder: Recorder) -> None:
+        with suppress(RouteUnavailable), recorder.request(IDS, PLAN) as entry:
+            serve(entry, (0.5,), None)
+            raise RouteUnavailable("gone")
+        with trio.CancelScope() as scope, recorder.request(IDS, PLAN) as entry:
+            serve(entry, (), None)
+            scope.cancel()
+            await trio.lowlevel.checkpoint()
+        with recorder.request(IDS, PLAN):
+            pass  # given up before anything was opened
+
+    records = recorded(tmp_path / "history.db", body)
+    assert [(each.measured.error, each.measured.tokens, each.measured.ttft_s) for each in records] == [
+        ("RouteUnavailable", 1, 0.5),
+        ("cancelled", 0, None),
+        ("cancelled", 0, None),
+    ]
+
+
+def test_requests_at_the_same_time_are_counted_and_prefixes_remembered(tmp_path: Path) -> None:
+    async def body(recorder: Recorder) -> None:
+        with recorder.request(IDS, PLAN) as first, recorder.request(IDS, PLAN) as second:
+            serve(first, (0.1,), "stop")
+            serve(second, (0.1,), "stop")
+
+    records = recorded(tmp_path / "history.db", body)
+    assert sorted((each.task.concurrency, each.task.shared_prefix) for each in records) == [(1, 0.0), (2, 0.8)]
+
+
+def test_a_hop_that_left_the_swarm_since_is_recorded_as_it_was(tmp_path: Path) -> None:
+    async def body(recorder: Recorder) -> None:
+        with recorder.request(IDS, PLAN) as entry:
+            serve(entry, (0.1,), "stop")
+
+    (record,) = recorded(tmp_path / "history.db", body, now=SwarmView)
+    assert record.route.hops == 2
+
+
+def test_a_name_that_is_no_line_is_made_one(tmp_path: Path) -> None:
+    async def body(recorder: Recorder) -> None:
+        with recorder.request(IDS, PLAN) as entry:
+            serve(entry, (0.1,), "stop")
+
+    (record,) = recorded(tmp_path / "history.db", body, name="two\nlines" + "x" * 500)
+    assert record.model == "twolines" + "x" * 192
+
+
+def test_a_history_that_cannot_be_written_fails_no_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def body(recorder: Recorder) -> None:
+        for _ in range(3):
+            with recorder.request(IDS, PLAN) as entry:
+                serve(entry, (0.1,), "stop")
+            await trio.testing.wait_all_tasks_blocked()
+
+    place = tmp_path / "history.db"
+    place.mkdir()
+    with caplog.at_level(logging.WARNING), pytest.raises(InputError, match="history"):  # of the test, reading
+        recorded(place, body)
+    assert [message.message for message in caplog.records] == ["requests are not recorded"]
+
+
+def test_no_history_no_file(tmp_path: Path) -> None:
+    async def main() -> None:
+        journal = Journal(None)
+        journal.add(lambda: numbered(1))
+        await journal.aclose()
+
+    trio.run(main)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("value", "want"), [("0", False), ("1", True), ("", True)])
+def test_the_switch(value: str, want: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SWITCH, value)
+    assert wanted() is want
+
+
+def test_the_hardware_is_one_line() -> None:
+    assert "cores" in hardware()
+    assert hardware().isprintable()
