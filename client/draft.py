@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from client.kept import common
 from client.speculation import DRAFT, NO_GUESS, Guess
 from models.local import LocalModel
 from models.sampling import SamplingParams, sample
@@ -44,7 +45,7 @@ class DraftModel:
         self._ids += ids
         self._foreign |= any(token >= self._vocab_size for token in ids)
         held = self._sequence.held[start:]
-        self._sequence.truncate(start + _common(held, ids))
+        self._sequence.truncate(start + common(held, ids))
 
     def read(self, count: int) -> None:
         start = len(self._sequence.held)
@@ -63,8 +64,3 @@ class DraftModel:
             guesses.append(sample(logits, self.sampling, len(self._ids) + len(guesses)))
             new = guesses[-1:]
         return Guess(tuple(guesses), DRAFT)
-
-
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
-    """The length of the longest common beginning."""
-    return next((n for n, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

@@ -286,8 +286,8 @@ class Generation:
         return answer
 
     async def _read_ahead(self, step: int, wait_s: float | None = None) -> None:
-        """A draft model that lags reads while the route is busy with `step`, in pieces that end before the answer is due
-        in `wait_s` seconds (by default as long as a step takes)."""
+        """A draft model that lags reads while the route is busy with `step`, in pieces that end before the answer is
+        due in `wait_s` seconds (by default as long as a step takes)."""
         speculation, clock = self._host.speculation, self._host.clock
         if speculation is None:
             return

@@ -183,8 +183,8 @@ def _no_time() -> float:
 class Speculation:
     """One request's guesses: `begin` with the prompt, then `came` and `next` for each answer.
 
-    Of a lookup and a draft model the one with the higher predicted gain is sent. `now` gives monotonic seconds, by which
-    the draft model's cost is measured. `drafted` counts the guesses that were sent, `accepted` those that held.
+    Of a lookup and a draft model the one with the higher predicted gain is sent. `now` gives monotonic seconds, by
+    which the draft model's cost is measured. `drafted` counts the guesses that were sent, `accepted` those that held.
     """
 
     lookup: Proposer | None = None
@@ -199,6 +199,7 @@ class Speculation:
     _since_probe_s: float = 0.0
 
     def begin(self, prompt: Sequence[int]) -> None:
+        self._made = ()
         for proposer in self._proposers:
             proposer.begin(prompt)
 

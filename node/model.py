@@ -6,7 +6,7 @@ model's ends and the tokenizer, which never leave this process.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -28,12 +28,15 @@ from client.placement import Placement
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
-from client.speculation import PromptLookup, Speculation
 from client.text import TextStream
 from equivariant.ends import ClientEnds
+from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
+from node.draft import Draft
+from node.guessing import SPECULATION, Guessing
+from protocol.errors import InputError
 
 T = TypeVar("T")
 INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, less than handing it to a thread
@@ -42,13 +45,18 @@ INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, les
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
-    `speculate`: guess at tokens from what the text held before; the answer is the same."""
+    `speculation`: guess at tokens ("lookup": from what the text held before; "draft": by a draft model, too); the
+    answer is the same. Raises InputError."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    speculate: bool = False
+    speculation: str = "off"
+
+    def __post_init__(self) -> None:
+        if self.speculation not in SPECULATION:
+            raise InputError(f"speculation must be one of {', '.join(SPECULATION)}, not {self.speculation!r}")
 
 
 class Answer:
@@ -76,6 +84,9 @@ class DeployedModel:
     ends: ClientEnds
     tokenizer: Tokenizer
     config: ModelConfig
+    checkpoint: Checkpoint
+    draft: Draft
+    deploy_again: Callable[[], Awaitable[DeployedModel]]  # over workers that are there now
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
@@ -83,13 +94,8 @@ class DeployedModel:
         ask = ask or Ask()
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
-        params = GenerationParams(
-            max_new_tokens=ask.max_new_tokens,
-            sampling=ask.sampling,
-            stop_ids=frozenset() if ask.ignore_eos else frozenset(self.config.eos_ids),
-        )
-        speculation = Speculation(PromptLookup()) if ask.speculate else None
-        host = GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
+        params = self.params(ask)
+        host = await self.host(ask, self.guessing())
         async with self.session(kv_tokens) as session:
             generation = Generation(session, self.ends, ids, params, host)
             stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
@@ -104,6 +110,22 @@ class DeployedModel:
             async for piece in answer.pieces:
                 on_piece(piece)
         return answer.result
+
+    def params(self, ask: Ask) -> GenerationParams:
+        return GenerationParams(
+            max_new_tokens=ask.max_new_tokens,
+            sampling=ask.sampling,
+            stop_ids=frozenset() if ask.ignore_eos else frozenset(self.config.eos_ids),
+        )
+
+    def guessing(self) -> Guessing:
+        """What guesses for one request, or for one after the other."""
+        return Guessing(self.draft, self.config.vocab_size, self.ports.clock)
+
+    async def host(self, ask: Ask, guessing: Guessing) -> GenerationHost:
+        """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""
+        speculation = await guessing.of(ask.speculation, ask.sampling)
+        return GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
 
     def session(self, kv_tokens: int) -> AbstractAsyncContextManager[RouteSession]:
         """A session of its own over the route, for those who do the steps themselves."""

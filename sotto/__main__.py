@@ -7,6 +7,7 @@ import typer
 from sotto.commands import (
     bench,
     bench_placement,
+    chat,
     check,
     demo,
     doctor,
@@ -34,6 +35,7 @@ app.command(epilog="Example: sotto invite")(invite.invite)
 app.command(epilog="Example: sotto join sotto1AGyTx… --memory 8GiB")(invite.join)
 app.command(epilog="Example: sotto doctor --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…")(doctor.doctor)
 app.command(epilog="Example: sotto run -m ./my-llama 'The Python language'")(generation.run)
+app.command(epilog="Example: sotto chat --system 'Answer in one sentence.'")(chat.chat)
 app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(generation.submit)
 app.command(name="seal", epilog="Example: sotto seal ./my-llama -o ./my-llama-sealed")(seal.seal)
 app.command(epilog="Example: sotto peers --json")(mesh.peers)

@@ -45,7 +45,14 @@ Speculate = Annotated[
     bool,
     typer.Option("--speculate/--no-speculate", help="Guess at tokens from the text so far; the answer is the same."),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="Let a smaller model with the same tokenizer guess at tokens; the answer is the same."),
+]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
+
+
+KV_TOKENS = 4096  # node.app_client's default, which would load torch here
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +69,8 @@ class Where:
     metrics: tuple[str, int] | None
     quiet: bool
     capability: str | None
+    draft: str | None = None
+    kv_tokens: int = KV_TOKENS
 
 
 def run(
@@ -79,6 +88,7 @@ def run(
     seed: Seed = 0,
     stop: Stop = None,
     speculate: Speculate = False,
+    draft: Draft = None,
     capability: Capability = None,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
@@ -89,8 +99,10 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculate)
+        where = where_of(
+            model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability, draft)
+        )
+        ask = ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculation_of(speculate, draft))
 
         async def work() -> tuple[GenerationResult, float]:
             async with deployed(where) as ready:
@@ -128,6 +140,7 @@ def submit(
     seed: Seed = 0,
     stop: Stop = None,
     speculate: Speculate = False,
+    draft: Draft = None,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
     data_dir: DataDir = None,
@@ -143,8 +156,10 @@ def submit(
         from sotto.commands.job import read_prompts, run_job
 
         lines = read_prompts(prompts)
-        where = _where(model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability))
-        ask = _ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculate)
+        where = where_of(
+            model, bootstrap, (privacy, dtype, key), workers, (data_dir, metrics, as_json, capability, draft)
+        )
+        ask = ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, speculation_of(speculate, draft))
 
         async def work() -> list[dict[str, Any]]:
             async with deployed(where) as ready:
@@ -181,7 +196,8 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
             typer.echo("\n".join(describe_placement(placement, view)), err=True)
 
     token = None if where.capability is None else read_token(where.capability)
-    async with open_client(ClientOptions(where.data_dir, where.bootstrap, where.metrics, capability=token)) as client:
+    client_options = ClientOptions(where.data_dir, where.bootstrap, where.metrics, capability=token, draft=where.draft)
+    async with open_client(client_options) as client:
         if token is not None:
             yield await client.attach(checkpoint, key)
             return
@@ -189,7 +205,10 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
             sealed = await client.seal(checkpoint, where.dtype, key, update)
         with progress_bar("uploading", bytes_=True, quiet=where.quiet) as upload:
             options = DeployOptions(
-                hops_min=where.workers, on_placement=show, on_upload=lambda progress: upload(*total.add(progress))
+                hops_min=where.workers,
+                kv_tokens=where.kv_tokens,
+                on_placement=show,
+                on_upload=lambda progress: upload(*total.add(progress)),
             )
             ready = await client.deploy(sealed, options)
         yield ready
@@ -209,19 +228,20 @@ def result_json(result: GenerationResult) -> dict[str, Any]:
     }
 
 
-def _where(
+def where_of(
     model: str | None,
     bootstrap: list[str] | None,
     sealed: tuple[str, str, str | None],
     workers: int,
-    rest: tuple[Path | None, str, bool, str | None],
+    rest: tuple[Path | None, str, bool, str | None, str | None],
 ) -> Where:
+    """The options of a command line, checked. Raises InputError."""
     from node.metrics import parse_metrics_address
     from node.paths import data_dir
     from sotto.commands.models import check_dtype
 
     privacy, dtype, key = sealed
-    given, metrics, quiet, capability = rest
+    given, metrics, quiet, capability, draft = rest
     return Where(
         model=model,
         bootstrap=bootstrap_addrs(bootstrap),
@@ -233,10 +253,19 @@ def _where(
         metrics=parse_metrics_address(metrics),
         quiet=quiet,
         capability=capability,
+        draft=draft,
     )
 
 
-def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, speculate: bool) -> Ask:
+def speculation_of(speculate: bool, draft: str | None) -> str:
+    """What guesses: who names a draft model wants it to."""
+    return "draft" if draft else "lookup" if speculate else "off"
+
+
+def ask_of(
+    max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, speculation: str
+) -> Ask:
+    """What is asked for besides the prompt. Raises InputError."""
     from models.sampling import SamplingParams
     from node.model import Ask
     from protocol.errors import InputError
@@ -246,7 +275,7 @@ def _ask(max_new_tokens: int, sampling: tuple[float, float, int, int], stop: lis
         params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     except ValueError as error:
         raise InputError(str(error)) from None
-    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()), speculate=speculate)
+    return Ask(max_new_tokens=max_new_tokens, sampling=params, stop=tuple(stop or ()), speculation=speculation)
 
 
 def _stream(piece: str) -> None:

@@ -99,7 +99,7 @@ def test_speculation_changes_the_steps_and_not_the_answer(temperature: float, sw
     async def work(client: Client) -> tuple[GenerationResult, GenerationResult]:
         model = await deploy(client, checkpoint)
         plain = await model.generate(prompt, Ask(96, sampling, ignore_eos=True))
-        return plain, await model.generate(prompt, Ask(96, sampling, ignore_eos=True, speculate=True))
+        return plain, await model.generate(prompt, Ask(96, sampling, ignore_eos=True, speculation="lookup"))
 
     plain, speculated = with_client(swarm, tmp_path, work)
     assert speculated.ids == plain.ids

@@ -1,0 +1,80 @@
+"""The draft model that goes with a checkpoint: found, checked, and opened when it is first needed.
+
+It is the one that the user names, or the folder `draft` inside the checkpoint's folder or beside it. It runs in this
+process and is never sealed or sent. A model with another tokenizer is refused: its guesses would mean other words.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from models.checkpoint import Checkpoint
+from models.local import LocalModel
+from models.sampling import SamplingParams, sample
+from models.sequence import LocalSequence
+from models.tokenizer import Tokenizer
+from protocol.errors import InputError
+
+FOLDER = "draft"
+_MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDraft:
+    """`guess_s`: what one guess takes here, measured."""
+
+    model: LocalModel
+    guess_s: float
+
+
+@dataclass(slots=True)
+class Draft:
+    """`given`: a folder or a hub id, None to look beside the checkpoint."""
+
+    checkpoint: Checkpoint
+    given: str | None = None
+    _opened: OpenDraft | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def open(self) -> OpenDraft:
+        """The draft model; takes seconds the first time. Call it in a thread. Raises InputError, ModelError."""
+        with self._lock:
+            if self._opened is None:
+                place = self.given or self._beside()
+                draft = Checkpoint.open(place)
+                self._require_same_tokenizer(draft)
+                model = LocalModel(draft)
+                self._opened = OpenDraft(model, guess_s(model))
+            return self._opened
+
+    def _beside(self) -> Path:
+        path = self.checkpoint.path
+        for folder in (path / FOLDER, path.parent / FOLDER):
+            if (folder / "config.json").is_file() and folder.resolve() != path.resolve():
+                return folder
+        raise InputError(
+            f"{self.checkpoint.name} comes without a draft model: name one with --draft PATH (a smaller model with the "
+            "same tokenizer), or use speculation=lookup"
+        )
+
+    def _require_same_tokenizer(self, draft: Checkpoint) -> None:
+        ours, theirs = (Tokenizer.open(each.tokenizer_file).vocabulary() for each in (self.checkpoint, draft))
+        if ours != theirs:
+            different = len(ours.items() ^ theirs.items())
+            raise InputError(
+                f"{draft.name} cannot draft for {self.checkpoint.name}: {different} entries of their tokenizers "
+                "differ; name a model with the same tokenizer"
+            )
+
+
+def guess_s(model: LocalModel) -> float:
+    """Seconds that one guess of `model` takes here, the best of a few."""
+    sequence, times = LocalSequence(model), list[float]()
+    for _ in range(_MEASURED_STEPS):
+        started = time.perf_counter()
+        sample(sequence.read([0]), SamplingParams(), 0)
+        times.append(time.perf_counter() - started)
+    return min(times)
