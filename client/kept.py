@@ -15,6 +15,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from client.errors import short
 from client.generate import Ends, Generation, GenerationHost, GenerationParams, GenerationResult, Steps
 from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable, SottoError, TransportError
 
@@ -52,14 +53,17 @@ class KeptSession:
         return self._session
 
     async def lost(self, error: SottoError) -> None:
-        """The session failed with `error`. Raises it when that happens again and again."""
+        """The session failed with `error`, or could not be opened. Raises it when that happens again and again."""
         await self.aclose()
         self._in_a_row += 1
         if self._in_a_row > LOSSES_MAX:
             self._in_a_row = 0
             raise error
-        self.losses += 1
-        self._notice(f"the session was lost ({error}); it is opened again")
+        if self._in_a_row == 1:
+            self.losses += 1
+            peer = getattr(error, "peer", None)
+            who = f"worker {short(peer)} is" if peer else "the workers are"
+            self._notice(f"{who} lost to this session: it is opened again, and what was said is computed anew")
 
     def settle(self, ids: list[int]) -> None:
         """A request has ended, well or early: the KV holds `ids`."""
@@ -140,8 +144,7 @@ class KeptRequest:
         """What is left of the request, over `session`."""
         known, params = [*self._ask.prompt, *self.ids], self._ask.params
         held = min(common(self._kept.held, known), len(known) - 1)
-        if first:
-            self.reused_tokens = held
+        self.reused_tokens = held if first else 0
         left = replace(params, max_new_tokens=params.max_new_tokens - len(self.ids))
         return Generation(session, self._ask.ends, known, left, self._host, held)
 

@@ -35,7 +35,9 @@ TRANSCRIPT = """\
 {%- for message in messages %}
 {%- if message['role'] == 'system' %}{{ message['content'] }}
 
-{% else %}{{ 'User: ' if message['role'] == 'user' else 'Assistant: ' }}{{ message['content'] | trim }}
+{% else %}
+{{- 'User:' if message['role'] == 'user' else 'Assistant:' }}
+{{- '' if message['content'][:1].isspace() else ' ' }}{{ message['content'] }}
 {% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}Assistant:{% endif %}"""
