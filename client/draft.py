@@ -8,13 +8,20 @@ decides how many guesses are made, and client/generate.py whether they hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
 
 from client.kept import common
 from client.speculation import DRAFT, NO_GUESS, Guess
 from models.local import LocalModel
 from models.sampling import SamplingParams, sample
 from models.sequence import LocalSequence
+
+ALONE_WEIGHTS_MAX = (
+    64 << 20
+)  # below this a product is over before a second thread is awake; a busy machine makes it worse
 
 
 class DraftModel:
@@ -29,6 +36,8 @@ class DraftModel:
         self._sequence = LocalSequence(model)
         self._vocab_size = min(vocab_size, model.config.vocab_size)
         self._ids: list[int] = []
+        weights = sum(block.num_parameters for block in model.config.blocks)
+        self._threads = 1 if weights <= ALONE_WEIGHTS_MAX else torch.get_num_threads()
         self._foreign = False  # a token came that the draft does not have: it cannot go on
 
     @property
@@ -51,7 +60,8 @@ class DraftModel:
         start = len(self._sequence.held)
         ids = self._ids[start : min(start + count, self._sequence.model.config.max_position)]
         if ids and not self._foreign:
-            self._sequence.append(ids)
+            with _threads(self._threads):
+                self._sequence.append(ids)
 
     def guess(self, count: int) -> Guess:
         if self._foreign or len(self._ids) + count > self._sequence.model.config.max_position:
@@ -59,8 +69,20 @@ class DraftModel:
         # what follows the last token is asked of it anew when a guess that held has put it into the KV already
         self._sequence.truncate(len(self._ids) - 1)
         new, guesses = self._ids[len(self._sequence.held) :], list[int]()
-        while len(guesses) < count:
-            logits = self._sequence.read(new)[: self._vocab_size]
-            guesses.append(sample(logits, self.sampling, len(self._ids) + len(guesses)))
-            new = guesses[-1:]
+        with _threads(self._threads):
+            while len(guesses) < count:
+                logits = self._sequence.read(new)[: self._vocab_size]
+                guesses.append(sample(logits, self.sampling, len(self._ids) + len(guesses)))
+                new = guesses[-1:]
         return Guess(tuple(guesses), DRAFT)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, in this thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -11,10 +11,9 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from client.draft import DraftModel
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
-from models.sampling import SamplingParams, sample
-from models.sequence import LocalSequence
 from models.tokenizer import Tokenizer
 from protocol.errors import InputError
 
@@ -47,7 +46,7 @@ class Draft:
                 draft = Checkpoint.open(place)
                 self._require_same_tokenizer(draft)
                 model = LocalModel(draft)
-                self._opened = OpenDraft(model, guess_s(model))
+                self._opened = OpenDraft(model, _guess_s(model))
             return self._opened
 
     def _beside(self) -> Path:
@@ -70,11 +69,12 @@ class Draft:
             )
 
 
-def guess_s(model: LocalModel) -> float:
+def _guess_s(model: LocalModel) -> float:
     """Seconds that one guess of `model` takes here, the best of a few."""
-    sequence, times = LocalSequence(model), list[float]()
+    drafter, times = DraftModel(model, model.config.vocab_size, 0.0), list[float]()
     for _ in range(_MEASURED_STEPS):
+        drafter.begin([0])
         started = time.perf_counter()
-        sample(sequence.read([0]), SamplingParams(), 0)
+        drafter.guess(1)
         times.append(time.perf_counter() - started)
     return min(times)

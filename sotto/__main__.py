@@ -7,6 +7,7 @@ import typer
 from sotto.commands import (
     bench,
     bench_placement,
+    bench_speculation,
     chat,
     check,
     demo,
@@ -47,6 +48,7 @@ app.add_typer(key.app, name="key")
 sim.app.add_typer(check.app, name="check")
 app.add_typer(sim.app, name="sim")
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
+bench.app.command(epilog="Example: sotto bench speculation --rtt-ms 100 --json")(bench_speculation.speculation)
 app.add_typer(bench.app, name="bench")
 
 

@@ -1,4 +1,4 @@
-"""A draft model: the same tokens as without, at any temperature; its KV follows the truth; no cost where it is wrong."""
+"""A draft model: the same tokens as without; its KV follows the truth; it costs nothing where it is wrong."""
 
 from __future__ import annotations
 
