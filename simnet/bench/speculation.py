@@ -7,7 +7,8 @@ token without guesses takes two of them: four legs. Two workloads:
   stated beside the speed.
 - `writing`: the model's own text at a temperature, nothing dictated. A draft model guesses as well as it really does.
 
-The ways of guessing take turns in each round, each with a text of its own. Rates are of decoding, after the first token.
+The ways of guessing take turns in each round, which has a text of its own. Rates are of decoding, after the first
+token.
 A plain request is shorter than the others where links are slow: its rate does not depend on its length.
 """
 
@@ -18,10 +19,12 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import torch
 import trio
 from torch import Tensor
 
@@ -60,12 +63,15 @@ class SpeculationBench:
     model: Path
     draft: str | None = None
     rtts_ms: tuple[float, ...] = RTTS_MS
-    tokens: int = 160
+    tokens: int = 128
     rounds: int = 2
+    workloads: tuple[str, ...] = WORKLOADS
 
     def __post_init__(self) -> None:
         if self.rounds < 2:
             raise InputError("an interval needs two rounds or more: give --rounds 2")
+        if unknown := set(self.workloads) - set(WORKLOADS):
+            raise InputError(f"unknown --workload {min(unknown)!r}: use {' or '.join(WORKLOADS)}")
         if self.tokens < 4 * WARM_UP_TOKENS or not self.rtts_ms or min(self.rtts_ms) < 0:
             raise InputError(f"give --tokens {4 * WARM_UP_TOKENS} or more, and round trips of 0 ms or more")
 
@@ -105,6 +111,7 @@ class _Cell:
 
 def run(options: SpeculationBench, update: Update = lambda *_: None) -> dict[str, Any]:
     """The report. `update(done, total)` counts requests. Raises InputError."""
+    torch.set_num_threads(1)
     names = tuple(f"worker-{index}" for index in range(HOPS))
     wiring = Wiring(names, Shape(), {})
     with cluster.running(
@@ -116,15 +123,13 @@ def run(options: SpeculationBench, update: Update = lambda *_: None) -> dict[str
 async def _measure(options: SpeculationBench, net: cluster.Cluster, update: Update) -> dict[str, Any]:
     async with _deployed(options, net.bootstrap) as model:
         ways = ("off", "lookup", "draft") if await _has_draft(model) else ("off", "lookup")
-        total = len(options.rtts_ms) * len(WORKLOADS) * options.rounds * len(ways)
+        total = len(options.rtts_ms) * len(options.workloads) * options.rounds * len(ways)
         done, points = 0, list[dict[str, Any]]()
         for rtt_ms in options.rtts_ms:
             await _reshape(net, rtt_ms)
-            plain_s = (
-                1 / (await _answer(model, "off", _text(model, "writing", 0, options), WARM_UP_TOKENS)).tokens_per_second
-            )
-            plain_tokens = min(options.tokens, max(4 * WARM_UP_TOKENS, int(PLAIN_S / plain_s)))
-            for workload in WORKLOADS:
+            warm_up = await _answer(model, "off", _text(model, "writing", 0, options), WARM_UP_TOKENS)
+            plain_tokens = min(options.tokens, max(4 * WARM_UP_TOKENS, int(PLAIN_S * warm_up.tokens_per_second)))
+            for workload in options.workloads:
                 cell = _Cell(Rounds({way: [] for way in ways}))
                 for number in range(options.rounds):
                     text = _text(model, workload, number, options)
@@ -236,13 +241,14 @@ def prose(text: str) -> str:
 
 def plot(report: dict[str, Any], file: Path) -> None:
     """Tokens per second against round-trip time, a panel for each workload. Raises InputError without matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which keeps every figure alive
-    except ImportError:
-        raise InputError("plots need matplotlib: install it beside sotto") from None
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    panels: Sequence[Any] = figure.subplots(1, len(WORKLOADS), squeeze=False)[0]
-    for axes, workload in zip(panels, WORKLOADS, strict=True):
+    if find_spec("matplotlib") is None:
+        raise InputError("plots need matplotlib: install it beside sotto")
+    from matplotlib.figure import Figure  # type: ignore[import-not-found]  # not pyplot, which keeps every figure
+
+    workloads = sorted({point["workload"] for point in report["points"]})
+    figure = Figure(figsize=(4.5 * len(workloads), 4), layout="constrained")
+    panels: Sequence[Any] = figure.subplots(1, len(workloads), squeeze=False)[0]
+    for axes, workload in zip(panels, workloads, strict=True):
         points = [point for point in report["points"] if point["workload"] == workload]
         for way in ("off", "lookup", "draft"):
             rates = [(point["rtt_ms"], point[way]["tokens_per_s"]) for point in points if way in point]

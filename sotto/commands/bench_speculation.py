@@ -16,7 +16,8 @@ def speculation(
     rtt_ms: Annotated[
         list[float] | None, typer.Option(help="Round trip of every link; may be repeated. Default: 0 to 300.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="Of each answer.")] = 160,
+    workload: Annotated[list[str] | None, typer.Option(help="editing, writing; default: both.")] = None,
+    tokens: Annotated[int, typer.Option(min=16, help="Of each answer.")] = 128,
     rounds: Annotated[int, typer.Option(min=2, help="Texts for each round trip and workload.")] = 2,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file; needs matplotlib.")] = None,
     as_json: Json = False,
@@ -32,7 +33,13 @@ def speculation(
         from sotto.commands.models import open_model
 
         options = bench.SpeculationBench(
-            Path(folder), open_model(model).path, draft, tuple(rtt_ms or bench.RTTS_MS), tokens, rounds
+            folder=Path(folder),
+            model=open_model(model).path,
+            draft=draft,
+            rtts_ms=tuple(rtt_ms or bench.RTTS_MS),
+            tokens=tokens,
+            rounds=rounds,
+            workloads=tuple(workload or bench.WORKLOADS),
         )
         with progress_bar("requests", bytes_=False, quiet=as_json) as update:
             report = bench.run(options, update)
