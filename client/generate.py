@@ -4,7 +4,8 @@ The prompt goes out in chunks, several in flight, so that all hops work at once.
 embedding is the next step, sent before the token is given out. With speculation a step also carries guesses at what
 follows (speculation.py), and an answer gives as many tokens as guesses held, and one more. Positions are exact: the
 token chosen after P tokens is sampled for position P and computed at position P, so a run that is cut and resumed, or
-speculated, is the same run.
+speculated, is the same run. A session that holds a beginning of the prompt already, from the turn before of a chat, is
+sent the rest.
 
 Embedding, head and sampling go through `run_sync`, which the composition root points at a thread for a large model.
 No text here (client/text.py), no retrying, and the session stays open: it is the caller's.
@@ -12,6 +13,7 @@ No text here (client/text.py), no retrying, and the session stays open: it is th
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +28,7 @@ from client.speculation import Speculation
 from client.tensors import WIRE_DTYPES, to_payload, to_tensor
 from models.sampling import SamplingParams, sample
 from protocol import limits
-from protocol.errors import InputError, RemoteProtocolError, SottoError
+from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError, SottoError
 from protocol.ports import Clock
 from protocol.tensors import Payload
 
@@ -46,6 +48,13 @@ class Steps(Protocol):
 
     async def submit(self, payload: Payload, position: int, tail: int = 1) -> int: ...
     async def result(self, step: int) -> Payload: ...
+    def answered(self, step: int) -> bool: ...
+
+
+class Choose(Protocol):
+    """models.sampling.sample, or what stands in for it: benchmarks dictate the answer."""
+
+    def __call__(self, logits: Tensor, params: SamplingParams, position: int, /) -> int: ...
 
 
 class RunSync(Protocol):
@@ -89,6 +98,7 @@ class GenerationHost:
     run_sync: RunSync = inline
     observer: ClientObserver = field(default_factory=NullObserver)
     speculation: Speculation | None = None
+    choose: Choose = sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +154,25 @@ class _Turn:
 
 
 class Generation:
-    """One request. Iterate `tokens` once; `result` is complete when that has ended."""
+    """One request. Iterate `tokens` once; `result` is complete when that has ended.
+
+    The session's KV holds the first `held` tokens of the prompt. `held_tokens` says what it holds now, for certain, of
+    prompt and answer: also after an end that came early.
+    """
 
     def __init__(
-        self, session: Steps, ends: Ends, prompt_ids: Sequence[int], params: GenerationParams, host: GenerationHost
+        self,
+        session: Steps,
+        ends: Ends,
+        prompt_ids: Sequence[int],
+        params: GenerationParams,
+        host: GenerationHost,
+        held: int = 0,
     ) -> None:
         if not prompt_ids:
             raise InputError("the prompt has no tokens; give some text")
+        if not 0 <= held < len(prompt_ids):
+            raise LocalProtocolError(f"{held} of {len(prompt_ids)} tokens are held: one at least is computed")
         self._session = session
         self._ends = ends
         self._prompt = list(prompt_ids)
@@ -159,6 +181,7 @@ class Generation:
         self._started_at = host.clock.monotonic()
         self._stopped = False
         self._sent_at = 0.0
+        self._prompt_held = held
         self.ids: list[int] = []
         self.token_times_s: list[float] = []
         self.finish_reason: FinishReason | None = None
@@ -166,6 +189,11 @@ class Generation:
     def stop(self) -> None:
         """The caller has what it wanted (a stop string, say): the stream ends before the next token."""
         self._stopped = True
+
+    @property
+    def held_tokens(self) -> int:
+        # the last token is known before it is computed
+        return len(self._prompt) + len(self.ids) - 1 if self.ids else self._prompt_held
 
     def result(self, text: str = "") -> GenerationResult:
         """Raises ValueError before the stream has ended."""
@@ -205,6 +233,7 @@ class Generation:
                 if step is None or self._stopped:
                     break
                 drafts = turn.drafts
+                await self._read_ahead(step)
                 answer = await self._answer(step, 1 + len(drafts))
             stopped = self._stopped or token in self._params.stop_ids
             self.finish_reason = "stop" if stopped else "length"
@@ -240,7 +269,7 @@ class Generation:
             raise RemoteProtocolError("the route's answer is so large that no token follows from it: a worker lies")
         room = self._params.max_new_tokens - len(self.ids)
         for row, guess in zip(rows, (*drafts, None), strict=True):
-            token = sample(row, self._params.sampling, position + len(chosen))
+            token = self._host.choose(row, self._params.sampling, position + len(chosen))
             chosen.append(token)
             if token != guess or token in self._params.stop_ids or len(chosen) == room:
                 break
@@ -253,12 +282,23 @@ class Generation:
     async def _answer(self, step: int, rows: int) -> Payload:
         answer = await self._session.result(step)
         if self._host.speculation is not None:
-            self._host.speculation.pace.took(rows, self._host.clock.monotonic() - self._sent_at)
+            self._host.speculation.took(rows, self._host.clock.monotonic() - self._sent_at)
         return answer
+
+    async def _read_ahead(self, step: int, wait_s: float | None = None) -> None:
+        """A draft model that lags reads while the route is busy with `step`, in pieces that end before the answer is
+        due in `wait_s` seconds (by default as long as a step takes)."""
+        speculation, clock = self._host.speculation, self._host.clock
+        if speculation is None:
+            return
+        due = self._sent_at + (speculation.pace.step_s or 0.0) if wait_s is None else clock.monotonic() + wait_s
+        while (tokens := speculation.readable(due - clock.monotonic())) and not self._session.answered(step):
+            await self._host.run_sync(partial(speculation.read, tokens))
+            await trio.lowlevel.checkpoint()
 
     async def _prefill(self) -> Payload:
         """The answer for the prompt's last position."""
-        ids, position, steps = self._prompt, 0, list[int]()
+        ids, position, steps = self._prompt, self._prompt_held, list[int]()
         rows = self._params.prefill_chunk
         while position < len(ids):
             chunk = ids[position : position + rows]
@@ -267,7 +307,8 @@ class Generation:
                 rows = max(1, STEP_DATA_BYTES_MAX * len(chunk) // len(payload.data))
                 continue
             steps.append(await self._session.submit(payload, position))
-            position += len(chunk)
+            position = self._prompt_held = position + len(chunk)
+        await self._read_ahead(steps[-1], math.inf)
         for step in steps[:-1]:
             await self._session.result(step)
         return await self._session.result(steps[-1])

@@ -31,6 +31,7 @@ class SentStep:
     waiting: set[int]  # numbers of the hops whose outputs have not come
     answered: bool = False
     answer: Payload | None = None  # until it is fetched
+    abandoned: bool = False  # nobody will fetch it
 
 
 @dataclass(slots=True)
@@ -64,6 +65,11 @@ class InFlight:
     def give_up(self, number: int) -> None:
         """The step was not sent after all."""
         del self._steps[number]
+
+    def abandon(self) -> None:
+        """No answer to a step that was sent so far will be fetched."""
+        for step in self._steps.values():
+            step.abandoned, step.answer = True, None
 
     def waits_for(self, number: int, hop: int) -> SentStep | None:
         """The step, if an output of it may still come from `hop`."""

@@ -189,6 +189,14 @@ class RouteSession:
         await self._until(lambda: sent.answered, _Patience(self.terms.step_timeout_s, self._silent))
         return self._steps.fetch(sent)
 
+    def answered(self, step: int) -> bool:
+        """Whether `result` would return at once, or raise."""
+        return self._failure is not None or self._steps.unfetched(step).answered
+
+    def abandon(self) -> None:
+        """Nobody will ask for the answers that are under way, or here and not fetched."""
+        self._steps.abandon()
+
     async def step(self, payload: Payload, position: int, tail: int = 1) -> Payload:
         """`submit` and `result` in one."""
         return await self.result(await self.submit(payload, position, tail))
@@ -244,7 +252,7 @@ class RouteSession:
         self._heard_at = trio.current_time()  # only what was asked for counts as a sign of life
         self._note_times(hop, message)
         if last:
-            sent.answered, sent.answer = True, payload
+            sent.answered, sent.answer = True, None if sent.abandoned else payload
         elif self.terms.sink is not None:
             self.terms.sink.take(HopOutput(hop, message.step, sent.position, payload))
         return True

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
-from client.generate import Generation, GenerationResult
+from client.generate import GenerationResult
 from protocol.errors import InputError
 
 
@@ -19,6 +19,14 @@ class Detokenizer(Protocol):
 
     def push(self, token: int) -> str: ...
     def finish(self) -> str: ...
+
+
+class TokenSource(Protocol):
+    """client.generate.Generation, or client.kept.KeptRequest."""
+
+    def tokens(self) -> AsyncGenerator[int, None]: ...
+    def stop(self) -> None: ...
+    def result(self, text: str = "") -> GenerationResult: ...
 
 
 class StopStrings:
@@ -68,7 +76,7 @@ class StopStrings:
 class TextStream:
     """A generation as text. Iterate `pieces` once; then `result` has everything."""
 
-    def __init__(self, generation: Generation, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, generation: TokenSource, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
         self._generation = generation
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)

@@ -25,7 +25,8 @@ from models.families.table import EMBEDDING, FINAL_NORM, HEAD, IGNORED_SUFFIXES,
 
 _CONFIG, _GENERATION, _TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HUB_FILES = (_CONFIG, _GENERATION, _TOKENIZER, _SINGLE, _INDEX, "model-*.safetensors")
+_CHAT = ("tokenizer_config.json", "chat_template.jinja")
+_HUB_FILES = (_CONFIG, _GENERATION, _TOKENIZER, *_CHAT, _SINGLE, _INDEX, "model-*.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names
 

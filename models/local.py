@@ -66,7 +66,7 @@ class LocalModel:
 
         Raises ValueError on ids outside the vocabulary or a position that the caches do not reach, ContextExceeded.
         """
-        self._check_context(position + len(ids))
+        self.check_context(position + len(ids))
         if caches is None:
             caches = self.new_caches(position + len(ids))
         return self.head(self.run_blocks(self.embed(ids), caches, position))
@@ -84,7 +84,7 @@ class LocalModel:
         """
         if not ids or max_new_tokens < 1:
             raise ValueError("a generation needs at least one prompt token and one new token")
-        self._check_context(len(ids) + max_new_tokens)
+        self.check_context(len(ids) + max_new_tokens)
         return self._stream(ids, len(ids) + max_new_tokens, params, stop_ids)
 
     def _stream(
@@ -111,7 +111,8 @@ class LocalModel:
         """`stream`, as a list."""
         return list(self.stream(ids, max_new_tokens, params, stop_ids))
 
-    def _check_context(self, tokens: int) -> None:
+    def check_context(self, tokens: int) -> None:
+        """Raises ContextExceeded."""
         if tokens > self.config.max_position:
             raise ContextExceeded(
                 f"{tokens} tokens exceed the model's context of {self.config.max_position}; "

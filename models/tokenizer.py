@@ -1,7 +1,7 @@
 """Text to token ids and back: a thin wrapper over a checkpoint's tokenizer.json, and its streaming inverse.
 
 Invariant of streaming: what was given out never changes, is valid Unicode, and all of it together is the text that
-decoding everything at once gives. Chat templates are not applied here.
+decoding everything at once gives. Chat templates are not applied here (chat_template.py).
 """
 
 from __future__ import annotations
@@ -46,13 +46,17 @@ class Tokenizer:
         """How many tokens the file knows, added ones included; the model's vocabulary may be padded to more."""
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, with what the file's post-processor adds (a beginning-of-text token, often).
+    def vocabulary(self) -> dict[str, int]:
+        """Every token, added ones included, and its id."""
+        return dict(self._inner.get_vocab(with_added_tokens=True))
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """The ids of `text`; if `special`, with what the file's post-processor adds (a beginning-of-text token, often).
 
         Raises UnicodeEncodeError, a ValueError, on a text with lone surrogates (a command line that was not UTF-8).
         """
         text.encode()
-        return list(self._inner.encode(text).ids)
+        return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens and ids that the file does not know give nothing."""

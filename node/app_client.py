@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,6 +40,7 @@ from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
 from node.clock import SystemClock
+from node.draft import Draft
 from node.entering import in_touch, member_ports
 from node.entry import read_entry
 from node.grants import Grants, OwnCredentials, Token
@@ -73,7 +74,7 @@ class ClientOptions:
     """`data_dir` holds identity, keys and sealed models. `bootstrap` holds addresses and invites; when it is empty the
     local network is searched for a public swarm. `discover_s` is how long to wait for workers. `capability`: what the
     owner of another's deployment gave, for a client that uses that one. `origin`: what the history says that this
-    client's requests are."""
+    client's requests are. `draft`: see node.draft.Draft."""
 
     data_dir: Path
     bootstrap: tuple[str, ...]
@@ -81,6 +82,7 @@ class ClientOptions:
     discover_s: float = 10.0
     capability: Token | None = None
     origin: Origin = "request"
+    draft: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +110,14 @@ class DeployOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """By what a route's prediction goes. `dtype`: of the blocks, None when it is not known."""
+    """By what a route's prediction goes, and how another route is found. `dtype`: of the blocks, None when it is not
+    known."""
 
     view: SwarmView
     needs: ModelNeeds
     where: PlaceOptions
     dtype: str | None
+    again: Callable[[], Awaitable[DeployedModel]]
 
 
 class Client:
@@ -195,7 +199,8 @@ class Client:
             route, view, hops = await self._brought(model, needs, where, options)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
-        return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype))
+        again = partial(self.deploy, model, options)
+        return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
 
     async def _brought(
         self, model: SealedModel, needs: ModelNeeds, where: PlaceOptions, options: DeployOptions
@@ -241,7 +246,8 @@ class Client:
         route = choose_route(view, deployment, config.num_blocks, client_rtts_ms=rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, "float32", KV_TOKENS_DEFAULT)
         sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, "float32", key, deployment)
-        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), None))
+        again = partial(self.attach, checkpoint, key)
+        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), None, again))
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
@@ -293,7 +299,10 @@ class Client:
             ends=ends,
             tokenizer=Tokenizer.open(checkpoint.tokenizer_file),
             config=checkpoint.config,
+            checkpoint=checkpoint,
             dtype=priced_as.dtype,
+            draft=Draft(checkpoint, self.options.draft),
+            deploy_again=priced_as.again,
             recorder=Recorder(
                 journal=self.journal,
                 subject=subject,

@@ -6,7 +6,7 @@ model's ends and the tokenizer, which never leave this process.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,13 +30,15 @@ from client.placement.needs import Objective
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
-from client.speculation import Pace, PromptLookup, Speculation
 from client.text import TextStream
 from client.tracing import StepTrace, TraceReport, report
 from equivariant.ends import ClientEnds
+from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
+from node.draft import Draft
+from node.guessing import Guessing
 from node.recording import Plan, Recorder
 from protocol import limits
 from protocol.errors import InputError
@@ -45,7 +47,7 @@ from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, par
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
 MISSING = frozenset(
-    {"batching=static", "batching=off", "deterministic=true", "speculation=draft", "wire=int8"}
+    {"batching=static", "batching=off", "deterministic=true", "wire=int8"}
     | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
 )
 INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, less than handing it to a thread
@@ -102,6 +104,9 @@ class DeployedModel:
     config: ModelConfig
     dtype: str | None  # of the sealed blocks; None when another's deployment does not say
     recorder: Recorder
+    checkpoint: Checkpoint
+    draft: Draft
+    deploy_again: Callable[[], Awaitable[DeployedModel]]  # over workers that are there now
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
@@ -110,20 +115,13 @@ class DeployedModel:
         strategy = self.strategy(ask)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
-        params = GenerationParams(
-            max_new_tokens=ask.max_new_tokens,
-            sampling=ask.sampling,
-            stop_ids=frozenset() if ask.ignore_eos else frozenset(self.config.eos_ids),
-            prefill_chunk=strategy.prefill_chunk,
-            wire_dtype=strategy.wire,
-        )
-        speculation = _speculation(strategy)
-        host = GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
+        params = self.params(ask)
+        host = await self.host(ask, self.guessing())
         with self.recorder.request(ids, self._plan(ask, strategy)) as entry:
             trace = StepTrace() if ask.trace else None
             async with self.driver.session(self.route, SessionTerms(kv_tokens, trace=trace)) as session:
                 generation = Generation(session, self.ends, ids, params, host)
-                entry.session, entry.generation, entry.speculation = session, generation, speculation
+                entry.session, entry.generation, entry.speculation = session, generation, host.speculation
                 stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
                 async with aclosing(stream.pieces()) as pieces:
                     yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
@@ -145,11 +143,37 @@ class DeployedModel:
     def strategy(self, ask: Ask) -> Strategy:
         """What `ask` asks for. Raises InputError when it cannot be used here, with the reason."""
         strategy = ask.strategy or self.default_strategy
-        facts = Facts(hops=len(self.route.hops), exact=ask.exact, deployed=self.dtype, missing=MISSING)
+        facts = Facts(
+            hops=len(self.route.hops),
+            exact=ask.exact,
+            deployed=self.dtype,
+            draft_model=self.draft.found,
+            missing=MISSING,
+        )
         reason = infeasible(strategy, facts)
         if reason is not None:
             raise InputError(reason)
         return strategy
+
+    def params(self, ask: Ask) -> GenerationParams:
+        """Raises InputError, as `strategy` does."""
+        strategy = self.strategy(ask)
+        return GenerationParams(
+            max_new_tokens=ask.max_new_tokens,
+            sampling=ask.sampling,
+            stop_ids=frozenset() if ask.ignore_eos else frozenset(self.config.eos_ids),
+            prefill_chunk=strategy.prefill_chunk,
+            wire_dtype=strategy.wire,
+        )
+
+    def guessing(self) -> Guessing:
+        """What guesses for one request, or for one after the other."""
+        return Guessing(self.draft, self.config.vocab_size, self.ports.clock)
+
+    async def host(self, ask: Ask, guessing: Guessing) -> GenerationHost:
+        """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""
+        speculation = await guessing.of(self.strategy(ask), ask.sampling)
+        return GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
 
     def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
         return report(trace, prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
@@ -171,12 +195,6 @@ class DeployedModel:
     @property
     def run_sync(self) -> RunSync:
         return inline if self.ends.head.in_features * self.ends.head.out_features <= INLINE_WEIGHTS_MAX else _in_thread
-
-
-def _speculation(strategy: Strategy) -> Speculation | None:
-    if strategy.speculation == "off":
-        return None
-    return Speculation(PromptLookup(), Pace(strategy.drafts_max))
 
 
 async def _in_thread(function: Callable[[], T], /) -> T:

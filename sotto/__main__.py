@@ -9,6 +9,8 @@ from sotto.commands import (
     bench_engine,
     bench_growth,
     bench_placement,
+    bench_speculation,
+    chat,
     check,
     demo,
     doctor,
@@ -37,6 +39,7 @@ app.command(epilog="Example: sotto invite")(invite.invite)
 app.command(epilog="Example: sotto join sotto1AGyTx… --memory 8GiB")(invite.join)
 app.command(epilog="Example: sotto doctor --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…")(doctor.doctor)
 app.command(epilog="Example: sotto run -m ./my-llama 'The Python language'")(generation.run)
+app.command(epilog="Example: sotto chat --system 'Answer in one sentence.'")(chat.chat)
 app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(generation.submit)
 app.command(name="seal", epilog="Example: sotto seal ./my-llama -o ./my-llama-sealed")(seal.seal)
 app.command(epilog="Example: sotto peers --json")(mesh.peers)
@@ -52,6 +55,7 @@ bench.app.command(epilog="Example: sotto bench engine --model 120m --only decode
 bench.app.command(epilog="Example: sotto bench growth --axis hops,context --plots pictures")(bench_growth.growth)
 bench.app.command(epilog="Example: sotto bench serve --workload chat --concurrency 1,4,16")(bench_growth.serve)
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
+bench.app.command(epilog="Example: sotto bench speculation --rtt-ms 100 --json")(bench_speculation.speculation)
 app.add_typer(bench.app, name="bench")
 
 

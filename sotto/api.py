@@ -23,6 +23,7 @@ from client.generate import GenerationResult
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from node.app_client import Client, ClientOptions, DeployOptions, open_client
+from node.chat import CONTEXT_TOKENS_DEFAULT, ChatOptions, open_chat
 from node.grants import read_token
 from node.keys import default_key, load_key
 from node.model import Ask, DeployedModel
@@ -30,9 +31,10 @@ from node.paths import data_dir as default_data_dir
 from protocol.errors import InputError
 from protocol.manifest import TIERS
 from protocol.strategy import Strategy, parse
+from sotto.chat import AsyncChat, Chat
 from sotto.portal import Portal
 
-__all__ = ["AsyncModel", "AsyncSwarm", "Model", "SamplingParams", "Swarm"]
+__all__ = ["AsyncChat", "AsyncModel", "AsyncSwarm", "Chat", "Model", "SamplingParams", "Swarm"]
 
 
 def _ask(max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str], strategy: Strategy) -> Ask:
@@ -73,6 +75,10 @@ class AsyncModel:
         async with self._model.ask(prompt, _ask(max_new_tokens, sampling, stop, self._chosen(strategy))) as answer:
             async for piece in answer.pieces:
                 yield piece
+
+    async def chat(self, system: str | None = None, *, context_tokens: int = CONTEXT_TOKENS_DEFAULT) -> AsyncChat:
+        """A chat in the model's own template, over one session: `async with await model.chat() as chat`."""
+        return AsyncChat(await open_chat(self._model, ChatOptions(system, context_tokens)))
 
 
 class AsyncSwarm:
@@ -174,6 +180,11 @@ class Model:
                     emit(piece)
 
         return self._portal.stream(produce)
+
+    def chat(self, system: str | None = None, *, context_tokens: int = CONTEXT_TOKENS_DEFAULT) -> Chat:
+        """A chat in the model's own template, over one session: `with model.chat() as chat`."""
+        work = partial(self._model.chat, system, context_tokens=context_tokens)
+        return Chat(self._portal, self._portal.call(work))
 
 
 class Swarm:

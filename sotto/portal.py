@@ -6,9 +6,10 @@ the same one. Every call runs in a task of its own.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Generic, TypeVar
 
@@ -28,16 +29,27 @@ class Portal(Generic[R]):
         self._opened: queue.SimpleQueue[R | BaseException] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken | None = None
         self._stop: trio.Event | None = None
+        self._scope = trio.CancelScope()
         self._thread = threading.Thread(target=self._run, name="sotto", daemon=True)
 
     def open(self) -> R:
         """Start the loop and open the resource; its error is raised here."""
         self._thread.start()
-        opened = self._opened.get()
+        try:
+            opened = self._opened.get()
+        except BaseException:  # an interrupt: what was begun is undone first
+            self._abandon()
+            raise
         if isinstance(opened, BaseException):
             self._thread.join()
             raise opened
         return opened
+
+    def _abandon(self) -> None:
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
+            self._thread.join()
 
     def close(self) -> None:
         """Close the resource and end the loop. Idempotent."""
@@ -49,7 +61,7 @@ class Portal(Generic[R]):
         """Run `function` on the loop and wait for it; its error is raised here."""
         return trio.from_thread.run(function, *args, trio_token=self._token)
 
-    def stream(self, produce: Callable[[Callable[[T], None]], Awaitable[Any]]) -> Iterator[T]:
+    def stream(self, produce: Callable[[Callable[[T], None]], Awaitable[Any]]) -> Generator[T, None, None]:
         """What `produce(emit)` emits on the loop, as it comes. Closing the iterator cancels it."""
         items: queue.SimpleQueue[Any] = queue.SimpleQueue()
         scope = trio.CancelScope()
@@ -78,10 +90,12 @@ class Portal(Generic[R]):
             self._opened.put(error)
 
     async def _main(self) -> None:
-        async with self._resource() as resource:
-            self._stop, self._token = trio.Event(), trio.lowlevel.current_trio_token()
-            self._opened.put(resource)
-            await self._stop.wait()
+        self._token = trio.lowlevel.current_trio_token()
+        with self._scope:
+            async with self._resource() as resource:
+                self._stop = trio.Event()
+                self._opened.put(resource)
+                await self._stop.wait()
 
 
 class _Producer(threading.Thread):

@@ -57,12 +57,16 @@ def print_json(value: dict[str, Any]) -> None:
 
 def fail(message: str, *, as_json: bool) -> NoReturn:
     """One line that says what to do, and exit status 1."""
+    _complain(message, as_json=as_json)
+    raise typer.Exit(1)
+
+
+def _complain(message: str, *, as_json: bool) -> None:
     line = " ".join(message.split())
     if as_json:
         print_json({"error": line})
     else:
         sys.stderr.write(f"sotto: {line}\n")
-    raise typer.Exit(1)
 
 
 @contextmanager
@@ -78,6 +82,21 @@ def errors(as_json: bool = False) -> Iterator[None]:
         if line is None:
             raise
         fail(line, as_json=as_json)
+
+
+@contextmanager
+def complaint(as_json: bool) -> Iterator[None]:
+    """As `errors`, but what comes after the block goes on; an interrupt passes."""
+    from models.errors import ModelError
+    from protocol.errors import SottoError
+
+    try:
+        yield
+    except (SottoError, ModelError, OSError, BaseExceptionGroup) as error:
+        line = _remedy(_leaf(error))
+        if line is None:
+            raise
+        _complain(line, as_json=as_json)
 
 
 def _remedy(error: BaseException) -> str | None:

@@ -51,7 +51,14 @@ StrategyText = Annotated[
         help="Accelerations: 'default', or name=value with commas, such as speculation=lookup,wire=bfloat16.",
     ),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="Let a smaller model with the same tokenizer guess at tokens; the answer is the same."),
+]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
+
+
+KV_TOKENS = 4096  # node.app_client's default, which would load torch here
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,8 @@ class Where:
     metrics: tuple[str, int] | None
     quiet: bool
     capability: str | None
+    draft: str | None = None
+    kv_tokens: int = KV_TOKENS
 
 
 def run(
@@ -85,6 +94,7 @@ def run(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "default",
+    draft: Draft = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, per hop.")] = False,
     capability: Capability = None,
     data_dir: DataDir = None,
@@ -96,10 +106,10 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        chosen = _strategy(strategy, dtype, capability)
+        chosen = strategy_of(strategy, dtype, draft, capability)
         sealed = (privacy, chosen.weights, key)
-        where = _where(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability))
-        ask = replace(_ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), trace=trace)
+        where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
+        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), trace=trace)
 
         async def work() -> tuple[GenerationResult, float, TraceReport | None]:
             async with deployed(where) as ready:
@@ -141,6 +151,7 @@ def submit(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "default",
+    draft: Draft = None,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
     data_dir: DataDir = None,
@@ -155,11 +166,11 @@ def submit(
         from node.files import write_atomic
         from sotto.commands.job import read_prompts, run_job
 
-        chosen = _strategy(strategy, dtype, capability)
+        chosen = strategy_of(strategy, dtype, draft, capability)
         lines = read_prompts(prompts)
         sealed = (privacy, chosen.weights, key)
-        where = _where(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability))
-        ask = replace(_ask(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), objective="throughput")
+        where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
+        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), objective="throughput")
 
         async def work() -> list[dict[str, Any]]:
             async with deployed(where) as ready:
@@ -196,7 +207,8 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
             typer.echo("\n".join(describe_placement(placement, view)), err=True)
 
     token = None if where.capability is None else read_token(where.capability)
-    async with open_client(ClientOptions(where.data_dir, where.bootstrap, where.metrics, capability=token)) as client:
+    client_options = ClientOptions(where.data_dir, where.bootstrap, where.metrics, capability=token, draft=where.draft)
+    async with open_client(client_options) as client:
         if token is not None:
             yield await client.attach(checkpoint, key)
             return
@@ -204,7 +216,10 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
             sealed = await client.seal(checkpoint, where.dtype, key, update)
         with progress_bar("uploading", bytes_=True, quiet=where.quiet) as upload:
             options = DeployOptions(
-                hops_min=where.workers, on_placement=show, on_upload=lambda progress: upload(*total.add(progress))
+                hops_min=where.workers,
+                kv_tokens=where.kv_tokens,
+                on_placement=show,
+                on_upload=lambda progress: upload(*total.add(progress)),
             )
             ready = await client.deploy(sealed, options)
         yield ready
@@ -224,19 +239,20 @@ def result_json(result: GenerationResult) -> dict[str, Any]:
     }
 
 
-def _where(
+def where_of(
     model: str | None,
     bootstrap: list[str] | None,
     sealed: tuple[str, str, str | None],
     workers: int,
-    rest: tuple[Path | None, str, bool, str | None],
+    rest: tuple[Path | None, str, bool, str | None, str | None],
 ) -> Where:
+    """The options of a command line, checked. Raises InputError."""
     from node.metrics import parse_metrics_address
     from node.paths import data_dir
     from sotto.commands.models import check_dtype
 
     privacy, dtype, key = sealed
-    given, metrics, quiet, capability = rest
+    given, metrics, quiet, capability, draft = rest
     return Where(
         model=model,
         bootstrap=bootstrap_addrs(bootstrap),
@@ -248,15 +264,19 @@ def _where(
         metrics=parse_metrics_address(metrics),
         quiet=quiet,
         capability=capability,
+        draft=draft,
     )
 
 
-def _strategy(text: str, dtype: str, capability: str | None) -> Strategy:
-    """The strategy of a command line; `dtype` is its weights unless the text says another."""
+def strategy_of(text: str, dtype: str, draft: str | None, capability: str | None) -> Strategy:
+    """The strategy of a command line. `dtype` is its weights unless the text says others; who names a draft model wants
+    it to guess."""
     from protocol.errors import InputError
     from protocol.strategy import DEFAULT, Strategy, parse
 
-    chosen = parse(text, Strategy(weights=cast("Weights", dtype)))
+    chosen = parse(text, Strategy(weights=cast("Weights", dtype), speculation="draft" if draft else "off"))
+    if draft and chosen.speculation != "draft":
+        raise InputError(f"--draft and speculation={chosen.speculation} contradict each other: leave one out")
     if chosen.weights != dtype and dtype != DEFAULT.weights:
         raise InputError(f"--dtype {dtype} and weights={chosen.weights} contradict each other: give one of them")
     if chosen.weights != DEFAULT.weights and capability is not None:
@@ -264,9 +284,10 @@ def _strategy(text: str, dtype: str, capability: str | None) -> Strategy:
     return chosen
 
 
-def _ask(
+def ask_of(
     max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, strategy: Strategy
 ) -> Ask:
+    """What is asked for besides the prompt. Raises InputError."""
     from models.sampling import SamplingParams
     from node.model import Ask
     from protocol.errors import InputError

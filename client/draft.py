@@ -1,0 +1,88 @@
+"""A draft model: a small model of the same tokenizer that guesses, in this process, what the large one will say.
+
+It samples its guesses with the request's own parameters, seed and positions. Both models then add the same noise to
+their logits, so they agree as often as their opinions do, at any temperature. Its KV follows the accepted tokens by
+truncation, and outlives a request: the next turn of a chat reads only what is new. No network; client/speculation.py
+decides how many guesses are made, and client/generate.py whether they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from client.kept import common
+from client.speculation import DRAFT, NO_GUESS, Guess
+from models.local import LocalModel
+from models.sampling import SamplingParams, sample
+from models.sequence import LocalSequence
+
+ALONE_WEIGHTS_MAX = (
+    64 << 20
+)  # below this a product is over before a second thread is awake; a busy machine makes it worse
+
+
+class DraftModel:
+    """Guesses by `model`. Guesses are ids below `vocab_size`, the large model's. `guess_s`: what one takes here.
+
+    One request at a time; set `sampling` before each.
+    """
+
+    def __init__(self, model: LocalModel, vocab_size: int, guess_s: float) -> None:
+        self.sampling = SamplingParams()
+        self.guess_s = guess_s
+        self._sequence = LocalSequence(model)
+        self._vocab_size = min(vocab_size, model.config.vocab_size)
+        self._ids: list[int] = []
+        weights = sum(block.num_parameters for block in model.config.blocks)
+        self._threads = 1 if weights <= ALONE_WEIGHTS_MAX else torch.get_num_threads()
+        self._foreign = False  # a token came that the draft does not have: it cannot go on
+
+    @property
+    def behind(self) -> int:
+        known = min(len(self._ids), self._sequence.model.config.max_position)
+        return 0 if self._foreign else known - len(self._sequence.held)
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self._ids, self._foreign = [], False
+        self.extend(prompt)
+
+    def extend(self, ids: Sequence[int]) -> None:
+        start = len(self._ids)
+        self._ids += ids
+        self._foreign |= any(token >= self._vocab_size for token in ids)
+        held = self._sequence.held[start:]
+        self._sequence.truncate(start + common(held, ids))
+
+    def read(self, count: int) -> None:
+        start = len(self._sequence.held)
+        ids = self._ids[start : min(start + count, self._sequence.model.config.max_position)]
+        if ids and not self._foreign:
+            with _threads(self._threads):
+                self._sequence.append(ids)
+
+    def guess(self, count: int) -> Guess:
+        if self._foreign or len(self._ids) + count > self._sequence.model.config.max_position:
+            return NO_GUESS
+        # what follows the last token is asked of it anew when a guess that held has put it into the KV already
+        self._sequence.truncate(len(self._ids) - 1)
+        new, guesses = self._ids[len(self._sequence.held) :], list[int]()
+        with _threads(self._threads):
+            while len(guesses) < count:
+                logits = self._sequence.read(new)[: self._vocab_size]
+                guesses.append(sample(logits, self.sampling, len(self._ids) + len(guesses)))
+                new = guesses[-1:]
+        return Guess(tuple(guesses), DRAFT)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with so many threads, in this thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,147 @@
+"""A chat with a deployed model: one session for all turns, so that each sends only what is new.
+
+Each turn's prompt is the whole chat, as the model's template renders it; what the workers' KV holds of it is not sent
+again (client/kept.py). An answer that is stopped early stays in the chat as far as it came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+
+import trio
+
+from client.chat import ChatPrompt, Transcript
+from client.generate import GenerationResult
+from client.kept import KeptAsk, KeptRequest, KeptSession
+from client.session import RouteSession, SessionTerms
+from client.text import TextStream
+from models.chat_template import ChatMessage, ChatTemplate
+from models.tokenizer import Tokenizer
+from node.model import Ask, DeployedModel
+from protocol.errors import InputError
+
+CONTEXT_TOKENS_DEFAULT = 4096  # what a deployment leases KV room for unless told otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """`context_tokens`: KV room that the chat takes, at most the model's context. `notice` is told, in a sentence, of
+    what the user should know: a lost session, a full context."""
+
+    system: str | None = None
+    context_tokens: int = CONTEXT_TOKENS_DEFAULT
+    notice: Callable[[str], None] = lambda _: None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn that is over. `reused_tokens` of the prompt were in the workers' KV; `dropped_turns` left the context;
+    `losses`: how often the session was lost meanwhile."""
+
+    result: GenerationResult
+    reused_tokens: int
+    dropped_turns: int
+    losses: int
+
+
+class Reply:
+    """An answer under way. Iterate `pieces` once; `turn` is there afterwards."""
+
+    def __init__(self, pieces: AsyncGenerator[str, None], finished: Callable[[], Turn]) -> None:
+        self.pieces = pieces
+        self._finished = finished
+
+    @property
+    def turn(self) -> Turn:
+        """Raises ValueError before `pieces` has ended."""
+        return self._finished()
+
+
+class Chat:
+    """Made by `open_chat`. One turn at a time."""
+
+    def __init__(self, model: DeployedModel, template: ChatTemplate, options: ChatOptions) -> None:
+        self._model = model
+        self._template = template
+        self._options = options
+        self._context_tokens = min(options.context_tokens, model.config.max_position)
+        self._kept = KeptSession(self._open, options.notice)
+        self._guessing = model.guessing()
+        self.transcript = Transcript(partial(_ids, template, model.tokenizer), self._context_tokens, options.system)
+
+    @asynccontextmanager
+    async def say(self, text: str, ask: Ask | None = None) -> AsyncGenerator[Reply, None]:
+        """One turn. `ask.max_new_tokens` is cut to what the context has room for.
+
+        Raises InputError before anything is sent when the message cannot fit, and what a generation raises.
+        """
+        ask = ask or Ask()
+        prompt = self.transcript.prompt(text, ask.max_new_tokens)
+        if prompt.dropped:
+            self._options.notice(f"the context is full: the oldest {_turns(prompt.dropped)} left it")
+        request, stream = await self._request(prompt, replace(ask, max_new_tokens=prompt.room))
+        before, said = self._kept.losses, list[str]()
+
+        def finished() -> Turn:
+            return Turn(stream.result(), request.reused_tokens, prompt.dropped, self._kept.losses - before)
+
+        try:
+            async with aclosing(_noting(stream.pieces(), said)) as pieces:
+                yield Reply(pieces, finished)
+        finally:
+            if said or request.ids:
+                self.transcript.said(text, "".join(said), prompt.dropped)
+
+    def reset(self) -> None:
+        """Forget what was said, but for the system message. The KV is kept for what it is worth."""
+        self.transcript.turns.clear()
+
+    async def aclose(self) -> None:
+        await self._kept.aclose()
+
+    async def _request(self, prompt: ChatPrompt, ask: Ask) -> tuple[KeptRequest, TextStream]:
+        model, params = self._model, self._model.params(ask)
+        if not ask.ignore_eos:
+            params = replace(params, stop_ids=params.stop_ids | self._end_ids())
+        host = await model.host(ask, self._guessing)
+        request = KeptRequest(self._kept, KeptAsk(prompt.ids, params, model.ends), host)
+        return request, TextStream(request, model.tokenizer.stream(), (*ask.stop, *self._template.stops))
+
+    def _end_ids(self) -> frozenset[int]:
+        """What ends an answer by the tokenizer's word; that may be more than what ends a text by the model's."""
+        end = self._model.tokenizer.vocabulary().get(self._template.tokens.get("eos_token", ""))
+        return frozenset() if end is None else frozenset({end})
+
+    async def _open(self, anew: bool) -> RouteSession:
+        if anew:
+            self._model = await self._model.deploy_again()
+        return await self._model.driver.open_session(self._model.route, SessionTerms(self._context_tokens))
+
+
+async def open_chat(model: DeployedModel, options: ChatOptions | None = None) -> Chat:
+    """A chat with `model`; nothing is sent before the first turn. Close it with `aclose`. Raises InputError,
+    CheckpointError."""
+    options = options or ChatOptions()
+    if options.context_tokens < 2:
+        raise InputError(f"a chat needs a context of 2 tokens or more, not {options.context_tokens}")
+    template = await trio.to_thread.run_sync(ChatTemplate.open, model.checkpoint.path, datetime.now())
+    return Chat(model, template, options)
+
+
+def _ids(template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[ChatMessage]) -> list[int]:
+    return tokenizer.encode(template.render(messages), special=not template.own)
+
+
+async def _noting(pieces: AsyncGenerator[str, None], said: list[str]) -> AsyncGenerator[str, None]:
+    async with aclosing(pieces):
+        async for piece in pieces:
+            said.append(piece)
+            yield piece
+
+
+def _turns(count: int) -> str:
+    return "turn" if count == 1 else f"{count} turns"

@@ -1,0 +1,90 @@
+"""The draft model that goes with a checkpoint: found, checked, and opened when it is first needed.
+
+It is the one that the user names, or the folder `draft` inside the checkpoint's folder or beside it. It runs in this
+process and is never sealed or sent. A model with another tokenizer is refused: its guesses would mean other words.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from client.draft import DraftModel
+from models.checkpoint import Checkpoint
+from models.local import LocalModel
+from models.tokenizer import Tokenizer
+from protocol.errors import InputError
+
+FOLDER = "draft"
+_MEASURED_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDraft:
+    """`guess_s`: what one guess takes here, measured."""
+
+    model: LocalModel
+    guess_s: float
+
+
+@dataclass(slots=True)
+class Draft:
+    """`given`: a folder or a hub id, None to look beside the checkpoint."""
+
+    checkpoint: Checkpoint
+    given: str | None = None
+    _opened: OpenDraft | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def open(self) -> OpenDraft:
+        """The draft model; takes seconds the first time. Call it in a thread. Raises InputError, ModelError."""
+        with self._lock:
+            if self._opened is None:
+                draft = Checkpoint.open(self._place())
+                self._require_same_tokenizer(draft)
+                model = LocalModel(draft)
+                self._opened = OpenDraft(model, _guess_s(model))
+            return self._opened
+
+    @property
+    def found(self) -> bool:
+        """Whether there is one, by its place alone: `open` may still refuse it."""
+        return self.given is not None or self._beside() is not None
+
+    def _place(self) -> str | Path:
+        place = self.given or self._beside()
+        if place is not None:
+            return place
+        raise InputError(
+            f"{self.checkpoint.name} comes without a draft model: name one with --draft PATH (a smaller model with the "
+            "same tokenizer), or use speculation=lookup"
+        )
+
+    def _beside(self) -> Path | None:
+        path = self.checkpoint.path
+        for folder in (path / FOLDER, path.parent / FOLDER):
+            if (folder / "config.json").is_file() and folder.resolve() != path.resolve():
+                return folder
+        return None
+
+    def _require_same_tokenizer(self, draft: Checkpoint) -> None:
+        ours, theirs = (Tokenizer.open(each.tokenizer_file).vocabulary() for each in (self.checkpoint, draft))
+        if ours != theirs:
+            different = len(ours.items() ^ theirs.items())
+            raise InputError(
+                f"{draft.name} cannot draft for {self.checkpoint.name}: {different} entries of their tokenizers "
+                "differ; name a model with the same tokenizer"
+            )
+
+
+def _guess_s(model: LocalModel) -> float:
+    """Seconds that one guess of `model` takes here, the best of a few."""
+    drafter, times = DraftModel(model, model.config.vocab_size, 0.0), list[float]()
+    for _ in range(_MEASURED_STEPS):
+        drafter.begin([0])
+        started = time.perf_counter()
+        drafter.guess(1)
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,243 @@
+"""A draft model: the same tokens as without; its KV follows the truth; it costs nothing where it is wrong."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+import torch
+import trio
+from torch import Tensor
+
+from client.draft import DraftModel
+from client.generate import Generation, GenerationHost, GenerationParams, GenerationResult
+from client.speculation import DRAFT, Guess, PromptLookup, Speculation
+from client.tensors import to_payload, to_tensor
+from models.checkpoint import Checkpoint
+from models.local import LocalModel
+from models.sampling import SamplingParams, sample
+from models.sequence import LocalSequence
+from models.tokenizer import Tokenizer
+from protocol.tensors import Payload
+from simnet.runtime import VirtualClock, run
+from sotto.demo import demo_checkpoint, demo_draft
+
+STEP_S = 0.1
+
+
+@cache
+def demo() -> tuple[LocalModel, LocalModel, Tokenizer]:
+    checkpoint = Checkpoint.open(demo_checkpoint())
+    tokenizer = Tokenizer.open(checkpoint.tokenizer_file)
+    return LocalModel(checkpoint), LocalModel(Checkpoint.open(demo_draft())), tokenizer
+
+
+@dataclass
+class LocalEnds:
+    model: LocalModel
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        return self.model.embed(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.head(hidden)
+
+
+class LocalRoute:
+    """A session whose route is a model in this process; each step takes STEP_S of virtual time."""
+
+    def __init__(self, model: LocalModel) -> None:
+        self.model, self.caches = model, model.new_caches(256)
+        self.rows: list[int] = []
+        self.ready: list[tuple[float, Payload]] = []
+
+    async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
+        hidden = self.model.run_blocks(to_tensor(payload), self.caches, position)
+        self.rows.append(len(hidden))
+        self.ready.append((trio.current_time() + STEP_S, to_payload(hidden[-tail:], torch.float32)))
+        return len(self.ready) - 1
+
+    def answered(self, step: int) -> bool:
+        return trio.current_time() >= self.ready[step][0]
+
+    async def result(self, step: int) -> Payload:
+        await trio.sleep_until(self.ready[step][0])
+        return self.ready[step][1]
+
+
+def drafter(sampling: SamplingParams) -> DraftModel:
+    target, draft, _ = demo()
+    made = DraftModel(draft, target.config.vocab_size, guess_s=0.001)
+    made.sampling = sampling
+    return made
+
+
+def answer(route: LocalRoute, sampling: SamplingParams, speculation: Speculation | None) -> GenerationResult:
+    target, _, tokenizer = demo()
+
+    async def main() -> GenerationResult:
+        host = GenerationHost(VirtualClock(), speculation=speculation)
+        params, prompt = GenerationParams(80, sampling), tokenizer.encode("If the optional argument is given,")
+        generation = Generation(route, LocalEnds(target), prompt, params, host)
+        async for _ in generation.tokens():
+            pass
+        return generation.result()
+
+    return run(main, 0)
+
+
+@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(0.8, seed=5), SamplingParams(1.0, 40, 0.9, 7)])
+def test_the_answer_is_the_models_own_in_fewer_steps(sampling: SamplingParams) -> None:
+    plain, route = answer(LocalRoute(demo()[0]), sampling, None), LocalRoute(demo()[0])
+    drafted = answer(route, sampling, Speculation(draft=drafter(sampling)))
+    assert drafted.ids == plain.ids
+    assert drafted.accepted > 40, "more than half of the tokens were guessed"
+    assert len(route.rows) < 0.6 * 80
+    assert len(route.rows) == 80 - drafted.accepted
+
+
+def test_the_same_noise_makes_a_draft_that_is_the_model_always_right() -> None:
+    """The strongest statement of "the same stream": a draft with the model's own weights is never wrong."""
+    sampling = SamplingParams(1.5, seed=3)
+    target, _, _ = demo()
+    draft = DraftModel(target, target.config.vocab_size, 0.001)
+    draft.sampling = sampling
+    drafted = answer(LocalRoute(target), sampling, Speculation(draft=draft))
+    assert drafted.accepted == drafted.drafted > 60
+
+
+def test_what_was_guessed_wrong_leaves_no_trace_in_the_drafts_kv() -> None:
+    """Whatever is accepted, the next guess is that of a draft that never guessed before."""
+    generator, sampling = random.Random(0), SamplingParams(0.7, seed=1)
+    _, model, _ = demo()
+    draft, known = drafter(sampling), [0, 54, 660, 27]
+    draft.begin(known)
+    for _ in range(25):
+        count = generator.randint(1, 6)
+        guess = draft.guess(count)
+        sequence, fresh = LocalSequence(model), list[int]()
+        for token in range(count):
+            logits = sequence.read(known if not token else fresh[-1:])
+            fresh.append(sample(logits, sampling, len(known) + token))
+        assert guess == Guess(tuple(fresh), DRAFT)
+        came = [*guess.ids[: generator.randint(0, count)], generator.randrange(2048)]
+        draft.extend(came)
+        known += came
+    assert draft.behind <= 7
+
+
+def test_the_next_turn_reads_only_what_is_new() -> None:
+    draft, first = drafter(SamplingParams()), list(range(2, 60))
+    draft.begin(first)
+    assert draft.behind == 58
+    draft.read(40)
+    draft.read(40)
+    assert draft.behind == 0
+    draft.begin([*first[:50], 9, 9, 9])
+    assert draft.behind == 3
+
+
+def test_a_draft_without_a_tokens_embedding_makes_no_more_guesses() -> None:
+    draft = drafter(SamplingParams())
+    draft.begin([1, 2, 5000])
+    assert (draft.behind, draft.guess(3).ids) == (0, ())
+    draft.begin([1, 2])
+    assert len(draft.guess(3).ids) == 3
+
+
+def test_a_draft_ends_with_its_context() -> None:
+    draft = drafter(SamplingParams())
+    draft.begin([7] * 1030)
+    while draft.behind:
+        draft.read(200)
+    assert draft.guess(1).ids == ()
+
+
+@dataclass
+class Priced:
+    """A drafter that takes time for each guess, and holds as often as it is told."""
+
+    clock: SlowClock
+    truth: Sequence[int]
+    guess_s: float
+    right: float
+    generator: random.Random = field(default_factory=lambda: random.Random(0))
+    known: int = 0
+    behind: int = 0
+    guesses: int = 0
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.known = 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.known += len(ids)
+
+    def read(self, count: int) -> None:
+        raise AssertionError("it is never behind")
+
+    def guess(self, count: int) -> Guess:
+        self.clock.late_s += self.guess_s * count
+        self.guesses += count
+        truth = self.truth[self.known : self.known + count]
+        return Guess(tuple(t if self.generator.random() < self.right else 2047 for t in truth), DRAFT)
+
+
+@dataclass
+class SlowClock:
+    """Virtual time, and what was computed meanwhile."""
+
+    late_s: float = 0.0
+
+    def monotonic(self) -> float:
+        return trio.current_time() + self.late_s
+
+    def time(self) -> float:
+        return self.monotonic()
+
+
+def timed(guess_s: float, right: float, tokens: int = 200) -> tuple[float, Priced]:
+    """The time that a request takes as a share of what it takes without the drafter."""
+    target, _, tokenizer = demo()
+    clock, prompt = SlowClock(), tokenizer.encode("This module provides")
+    truth = target.generate(prompt, tokens)
+    priced = Priced(clock, truth, guess_s, right)
+
+    async def main() -> float:
+        host = GenerationHost(clock, speculation=Speculation(draft=priced, now=clock.monotonic))
+        route = LocalRoute(target)
+        generation = Generation(route, LocalEnds(target), prompt, GenerationParams(tokens), host)
+        started = clock.monotonic()
+        assert [token async for token in generation.tokens()] == truth
+        return (clock.monotonic() - started) / (STEP_S * tokens)
+
+    return run(main, 0), priced
+
+
+@pytest.mark.parametrize("guess_s", [0.001, 0.01, 0.05, 0.1, 1.0])
+def test_a_draft_that_is_wrong_or_slow_costs_less_than_five_percent(guess_s: float) -> None:
+    share, priced = timed(guess_s, right=0.02)
+    assert share < 1.05
+    assert priced.guesses > 0 or guess_s >= 0.1, "it is tried as long as that is cheap"
+
+
+def test_a_draft_that_is_right_but_slower_than_the_route_is_left_alone() -> None:
+    share, _ = timed(2 * STEP_S, right=1.0)
+    assert share < 1.05
+
+
+def test_a_draft_that_pays_is_used() -> None:
+    share, _ = timed(0.005, right=0.8)
+    assert share < 0.5
+
+
+def test_lookup_is_preferred_where_it_promises_as_much() -> None:
+    speculation = Speculation(PromptLookup(), drafter(SamplingParams()))
+    speculation.begin([5, 6, 7, 8, 9, 5, 6, 7])
+    speculation.took(1, 0.1)
+    for came in ([8], [9], [5], [6], [7], [8], [9]):
+        speculation.next(4)
+        speculation.came(came)
+    assert speculation.next(4) == (5, 6, 7, 8)
