@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
@@ -14,6 +15,7 @@ from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.learning.record import COLUMNS, SERIES, Outcome, Prediction, Record, from_row, to_row
 from protocol.errors import InputError
 from protocol.strategy import Strategy
+from tests.helpers.history_table import filled
 from tests.helpers.records import RECORD, numbered
 
 
@@ -34,6 +36,12 @@ def test_every_column_says_what_it_is() -> None:
         assert column.about.meaning, column.name
         if column.name.endswith(("_s", "_ms", "_us")):
             assert column.about.unit == column.name.rpartition("_")[2] or "/" in column.about.unit, column.name
+
+
+def test_the_document_has_the_columns_as_they_are() -> None:
+    document = (Path(__file__).parents[3] / "docs" / "HISTORY.md").read_text(encoding="utf-8")
+    assert filled(document) == document, "run: python -m tests.helpers.history_table docs/HISTORY.md"
+    assert "| `route_span_us` | series | us |" in document
 
 
 def test_no_column_could_hold_a_prompt() -> None:
