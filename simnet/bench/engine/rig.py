@@ -111,7 +111,9 @@ class Rig:
         if (privacy, hops) not in self._deployed:
             self.bench.say(f"{self.dtype}: sealing and deploying, {privacy}, {hops} hops")
             folder = self.bench.folder / f"{self.dtype}-{privacy}-{hops}"
-            client = await self._stack.enter_async_context(open_client(ClientOptions(folder, (self.bench.way_in,))))
+            client = await self._stack.enter_async_context(
+                open_client(ClientOptions(folder, (self.bench.way_in,), origin="bench"))
+            )
             key = default_key(folder) if privacy == "ee" else None
             sealed = await client.seal(self.checkpoint, self.dtype, key, lambda *_: None)
             room = DeployOptions(hops_min=hops, concurrency=self.sizes.batch, kv_tokens=self.sizes.kv_tokens)
