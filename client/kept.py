@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from client.errors import short
-from client.generate import Ends, Generation, GenerationHost, GenerationParams, GenerationResult, Steps
+from client.generate import Ends, FinishReason, Generation, GenerationHost, GenerationParams, GenerationResult, Steps
 from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable, SottoError, TransportError
 
 LOSSES_MAX = 3  # in a row, without a token between them
@@ -107,6 +107,16 @@ class KeptRequest:
         """The caller has what it wanted: the stream ends before the next token."""
         if self._generation is not None:
             self._generation.stop()
+
+    @property
+    def token_times_s(self) -> tuple[float, ...]:
+        """When each token so far was there, in seconds from the start of the request."""
+        return tuple(self._times_s)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """None before the end."""
+        return self._generation.finish_reason if self._generation is not None else None
 
     def result(self, text: str = "") -> GenerationResult:
         """Raises ValueError before the stream has ended."""

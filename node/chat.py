@@ -18,10 +18,12 @@ from client.chat import ChatPrompt, Transcript
 from client.generate import GenerationResult
 from client.kept import KeptAsk, KeptRequest, KeptSession
 from client.session import RouteSession, SessionTerms
+from client.speculation import Speculation
 from client.text import TextStream
 from models.chat_template import ChatMessage, ChatTemplate
 from models.tokenizer import Tokenizer
 from node.model import Ask, DeployedModel
+from node.recording import Progress
 from protocol.errors import InputError
 
 CONTEXT_TOKENS_DEFAULT = 4096  # what a deployment leases KV room for unless told otherwise
@@ -71,6 +73,8 @@ class Chat:
         self._context_tokens = min(options.context_tokens, model.config.max_position)
         self._kept = KeptSession(self._open, options.notice)
         self._guessing = model.guessing()
+        self._session: RouteSession | None = None  # the newest
+        self._moved_before = (0, 0)  # by those before it
         self.transcript = Transcript(partial(_ids, template, model.tokenizer), self._context_tokens, options.system)
 
     @asynccontextmanager
@@ -83,15 +87,18 @@ class Chat:
         prompt = self.transcript.prompt(text, ask.max_new_tokens)
         if prompt.dropped:
             self._options.notice(f"the context is full: the oldest {_turns(prompt.dropped)} left it")
-        request, stream = await self._request(prompt, replace(ask, max_new_tokens=prompt.room))
+        ask = replace(ask, max_new_tokens=prompt.room)
+        request, stream, guesses = await self._request(prompt, ask)
         before, said = self._kept.losses, list[str]()
 
         def finished() -> Turn:
             return Turn(stream.result(), request.reused_tokens, prompt.dropped, self._kept.losses - before)
 
         try:
-            async with aclosing(_noting(stream.pieces(), said)) as pieces:
-                yield Reply(pieces, finished)
+            with self._model.recorder.request(prompt.ids, self._model.plan(ask)) as entry:
+                entry.progress = partial(self._progress, request, guesses, self._moved())
+                async with aclosing(_noting(stream.pieces(), said)) as pieces:
+                    yield Reply(pieces, finished)
         finally:
             if said or request.ids:
                 self.transcript.said(text, "".join(said), prompt.dropped)
@@ -103,13 +110,14 @@ class Chat:
     async def aclose(self) -> None:
         await self._kept.aclose()
 
-    async def _request(self, prompt: ChatPrompt, ask: Ask) -> tuple[KeptRequest, TextStream]:
+    async def _request(self, prompt: ChatPrompt, ask: Ask) -> tuple[KeptRequest, TextStream, Speculation | None]:
         model, params = self._model, self._model.params(ask)
         if not ask.ignore_eos:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
         host = await model.host(ask, self._guessing)
         request = KeptRequest(self._kept, KeptAsk(prompt.ids, params, model.ends), host)
-        return request, TextStream(request, model.tokenizer.stream(), (*ask.stop, *self._template.stops))
+        stream = TextStream(request, model.tokenizer.stream(), (*ask.stop, *self._template.stops))
+        return request, stream, host.speculation
 
     def _end_ids(self) -> frozenset[int]:
         """What ends an answer by the tokenizer's word; that may be more than what ends a text by the model's."""
@@ -119,7 +127,27 @@ class Chat:
     async def _open(self, anew: bool) -> RouteSession:
         if anew:
             self._model = await self._model.deploy_again()
-        return await self._model.driver.open_session(self._model.route, SessionTerms(self._context_tokens))
+        self._moved_before, self._session = self._moved(), None
+        terms = SessionTerms(self._context_tokens)
+        self._session = await self._model.driver.open_session(self._model.route, terms)
+        return self._session
+
+    def _moved(self) -> tuple[int, int]:
+        """Bytes of activations so far, out and in."""
+        (out, in_), session = self._moved_before, self._session
+        return (out + session.bytes_out, in_ + session.bytes_in) if session is not None else (out, in_)
+
+    def _progress(self, request: KeptRequest, guesses: Speculation | None, before: tuple[int, int]) -> Progress:
+        out, in_ = self._moved()
+        return Progress(
+            times_s=request.token_times_s,
+            finish=request.finish_reason or "",
+            bytes_out=out - before[0],
+            bytes_in=in_ - before[1],
+            drafted=guesses.drafted if guesses else 0,
+            accepted=guesses.accepted if guesses else 0,
+            prefix_tokens=request.reused_tokens,
+        )
 
 
 async def open_chat(model: DeployedModel, options: ChatOptions | None = None) -> Chat:

@@ -30,6 +30,7 @@ from client.placement.needs import Objective
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
+from client.speculation import Speculation
 from client.text import TextStream
 from client.tracing import StepTrace, TraceReport, report
 from equivariant.ends import ClientEnds
@@ -39,7 +40,7 @@ from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from node.draft import Draft
 from node.guessing import Guessing
-from node.recording import Plan, Recorder
+from node.recording import Plan, Progress, Recorder
 from protocol import limits
 from protocol.errors import InputError
 from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, parse
@@ -112,16 +113,15 @@ class DeployedModel:
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
         """A request over a session of its own. Raises InputError before anything is sent when it cannot fit."""
         ask = ask or Ask()
-        strategy = self.strategy(ask)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
         params = self.params(ask)
         host = await self.host(ask, self.guessing())
-        with self.recorder.request(ids, self._plan(ask, strategy)) as entry:
+        with self.recorder.request(ids, self.plan(ask)) as entry:
             trace = StepTrace() if ask.trace else None
             async with self.driver.session(self.route, SessionTerms(kv_tokens, trace=trace)) as session:
                 generation = Generation(session, self.ends, ids, params, host)
-                entry.session, entry.generation, entry.speculation = session, generation, host.speculation
+                entry.progress = partial(_progress, session, generation, host.speculation)
                 stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
                 async with aclosing(stream.pieces()) as pieces:
                     yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
@@ -178,7 +178,9 @@ class DeployedModel:
     def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
         return report(trace, prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
 
-    def _plan(self, ask: Ask, strategy: Strategy) -> Plan:
+    def plan(self, ask: Ask) -> Plan:
+        """`ask` as the history has it. Raises InputError, as `strategy` does."""
+        strategy = self.strategy(ask)
         return Plan(
             max_new_tokens=ask.max_new_tokens,
             temperature=ask.sampling.temperature,
@@ -195,6 +197,17 @@ class DeployedModel:
     @property
     def run_sync(self) -> RunSync:
         return inline if self.ends.head.in_features * self.ends.head.out_features <= INLINE_WEIGHTS_MAX else _in_thread
+
+
+def _progress(session: RouteSession, generation: Generation, guesses: Speculation | None) -> Progress:
+    return Progress(
+        times_s=tuple(generation.token_times_s),
+        finish=generation.finish_reason or "",
+        bytes_out=session.bytes_out,
+        bytes_in=session.bytes_in,
+        drafted=guesses.drafted if guesses else 0,
+        accepted=guesses.accepted if guesses else 0,
+    )
 
 
 async def _in_thread(function: Callable[[], T], /) -> T:

@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 import trio
 
-from client.generate import Generation
 from client.learning.features import (
     PrefixMemory,
     RouteFeatures,
@@ -31,8 +30,6 @@ from client.learning.features import (
 )
 from client.learning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record
 from client.placement import ModelNeeds, Placement
-from client.session import RouteSession
-from client.speculation import Speculation
 from models.config import ModelConfig
 from node.history import History
 from node.version import VERSION
@@ -133,13 +130,24 @@ class Plan:
     chosen_by: str
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a request came: when each token was there, bytes of activations, guesses, prompt not computed."""
+
+    times_s: tuple[float, ...] = ()
+    finish: str = ""
+    bytes_out: int = 0
+    bytes_in: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    prefix_tokens: int = 0
+
+
 @dataclass(slots=True)
 class Entry:
-    """One request under way: whoever serves it puts here what it uses, as soon as there is something."""
+    """One request under way. Whoever serves it sets `progress`; it is asked once, at the end."""
 
-    session: RouteSession | None = None
-    generation: Generation | None = None
-    speculation: Speculation | None = None
+    progress: Callable[[], Progress] = Progress
     error: str = ""
 
 
@@ -224,21 +232,20 @@ def hardware() -> str:
 
 
 def _outcome(entry: Entry, total_s: float) -> Outcome:
-    generation, session, guesses = entry.generation, entry.session, entry.speculation
-    times = tuple(generation.token_times_s) if generation else ()
+    progress = entry.progress()
+    times, finish = progress.times_s, progress.finish
     decode_s = times[-1] - times[0] if len(times) > 1 else 0.0
-    finish = (generation.finish_reason or "") if generation else ""
     return Outcome(
         tokens=len(times),
         ttft_s=times[0] if times else None,
         token_s=decode_s / (len(times) - 1) if decode_s else None,
         total_s=total_s,
         tokens_per_s=(len(times) - 1) / decode_s if decode_s else None,
-        bytes_out=session.bytes_out if session else 0,
-        bytes_in=session.bytes_in if session else 0,
-        drafted=guesses.drafted if guesses else 0,
-        accepted=guesses.accepted if guesses else 0,
-        prefix_tokens=0,
+        bytes_out=progress.bytes_out,
+        bytes_in=progress.bytes_in,
+        drafted=progress.drafted,
+        accepted=progress.accepted,
+        prefix_tokens=progress.prefix_tokens,
         finish="" if entry.error else finish,
         error=entry.error or ("" if finish else "cancelled"),
     )

@@ -7,8 +7,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import trio
@@ -18,7 +17,7 @@ from client.learning.record import Record, from_row, to_row
 from client.placement import ModelNeeds, PlaceOptions, priced
 from node.clock import SystemClock
 from node.history import History
-from node.recording import SWITCH, Entry, Journal, Plan, Recorder, Subject, hardware, wanted
+from node.recording import SWITCH, Entry, Journal, Plan, Progress, Recorder, Subject, hardware, wanted
 from protocol.errors import InputError, RouteUnavailable
 from protocol.strategy import Strategy
 from protocol.swarm import SwarmView
@@ -41,11 +40,9 @@ def recorder(journal: Journal, name: str = "demo", now: Callable[[], SwarmView] 
     )
 
 
-def serve(entry: Entry, times_s: tuple[float, ...], finish: str | None) -> None:
-    """What a generation that came so far would leave."""
-    entry.generation = cast(Any, SimpleNamespace(token_times_s=times_s, finish_reason=finish))
-    entry.session = cast(Any, SimpleNamespace(bytes_out=100, bytes_in=200))
-    entry.speculation = cast(Any, SimpleNamespace(drafted=5, accepted=3))
+def serve(entry: Entry, times_s: tuple[float, ...], finish: str) -> None:
+    """What a request that came so far would say."""
+    entry.progress = lambda: Progress(times_s, finish, 100, 200, 5, 3, 16)
 
 
 def recorded(path: Path, body: Callable[[Recorder], Awaitable[None]], **options: Any) -> list[Record]:
@@ -74,7 +71,7 @@ def test_a_request_that_ends_well(tmp_path: Path) -> None:
     measured, task = record.measured, record.task
     assert (measured.tokens, measured.ttft_s, measured.token_s, measured.tokens_per_s) == (3, 0.5, 0.25, 4.0)
     assert (measured.bytes_out, measured.bytes_in, measured.drafted, measured.accepted) == (100, 200, 5, 3)
-    assert (measured.finish, measured.error) == ("length", "")
+    assert (measured.finish, measured.error, measured.prefix_tokens) == ("length", "", 16)
     assert (task.prompt_tokens, task.concurrency, task.max_new_tokens) == (60, 1, 8)
     assert task.repetition > 0.9
     assert (record.strategy, record.chosen_by, record.model, record.origin) == (
@@ -91,10 +88,10 @@ def test_a_request_that_ends_well(tmp_path: Path) -> None:
 def test_requests_that_fail_are_recorded_as_far_as_they_came(tmp_path: Path) -> None:
     async def body(recorder: Recorder) -> None:
         with suppress(RouteUnavailable), recorder.request(IDS, PLAN) as entry:
-            serve(entry, (0.5,), None)
+            serve(entry, (0.5,), "")
             raise RouteUnavailable("gone")
         with trio.CancelScope() as scope, recorder.request(IDS, PLAN) as entry:
-            serve(entry, (), None)
+            serve(entry, (), "")
             scope.cancel()
             await trio.lowlevel.checkpoint()
         with recorder.request(IDS, PLAN):

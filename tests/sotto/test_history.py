@@ -157,3 +157,31 @@ def test_a_plot_is_a_png_or_says_what_is_missing(folder: Path, tmp_path: Path) -
         assert "sotto[plots]" in result.stderr
     else:
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_turn_of_a_chat_leaves_a_record(swarm: Cluster, tmp_path: Path) -> None:
+    model, data = make_checkpoint(tmp_path / "model", seed=31), tmp_path / "data"
+    words = [
+        "chat",
+        "-m",
+        str(model),
+        "-b",
+        swarm.bootstrap,
+        "-n",
+        "4",
+        "--workers",
+        "3",
+        "--json",
+        "--data-dir",
+        str(data),
+    ]
+    said = CliRunner().invoke(app, words, input="the quiet brook\nand the mill\n")
+    turns = [json.loads(line) for line in said.stdout.splitlines()]
+    records = json.loads(sotto(data, "history", "--json").stdout)["records"]
+    assert len(turns) == len(records) == 2, said.output
+    for turn, record in zip(turns, records, strict=True):
+        assert record["measured_prefix_tokens"] == turn["reused_tokens"]
+        assert record["measured_tokens"] == len(turn["ids"])
+        sent = turn["prompt_tokens"] - turn["reused_tokens"] + len(turn["ids"]) - 1
+        assert record["measured_bytes_out"] == 4 * record["model_width"] * sent
+    assert records[1]["measured_prefix_tokens"] > 0

@@ -56,8 +56,10 @@ def test_a_shared_prefix_is_found_page_by_page() -> None:
 def test_what_a_middle_page_was_counts_only_after_the_same_beginning() -> None:
     memory = PrefixMemory()
     a, b, c = ([number] * PAGE_TOKENS for number in (1, 2, 3))
-    memory.share(a + b)
-    assert memory.share(c + b) == 0.0
+    memory.share(a + c)
+    memory.share(c + b)
+    assert memory.share(a + b) == 0.5  # b was seen, but never after a
+    assert memory.share(b + b) == 0.0
 
 
 def test_the_memory_is_bounded_and_the_oldest_are_forgotten() -> None:
