@@ -32,13 +32,13 @@ from simnet.bench.engine.rig import Bench, Budget, Rig, Sizes, together
 from simnet.bench.fits import growth
 from simnet.bench.library import Library
 from simnet.bench.machine import facts, resident_bytes
-from simnet.random_model import RandomLlama
+from simnet.random_model import RandomModel
 
 GROWING = {
     "30m": MODELS["30m"],
-    "60m": RandomLlama(640, 1728, 10, 10, 5, max_position_embeddings=16_384, vocab_size=16_000),
+    "60m": RandomModel(640, 1728, 10, 10, 5, max_position_embeddings=16_384, vocab_size=16_000),
     "120m": MODELS["120m"],
-    "250m": RandomLlama(1024, 2816, 18, 16, 4, max_position_embeddings=16_384, vocab_size=32_000),
+    "250m": RandomModel(1024, 2816, 18, 16, 4, max_position_embeddings=16_384, vocab_size=32_000),
     "500m": MODELS["500m"],
 }
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)

@@ -154,12 +154,12 @@ def editing(source: Source, count: int, tokens: int) -> Workload:
 
 def _drawn_chats(rng: random.Random, count: int) -> list[tuple[float, int, int]]:
     times = accumulate(rng.expovariate(1.0) for _ in range(count))
-    return [(at, _draw(rng, PROMPT_QUANTILES), _draw(rng, ANSWER_QUANTILES)) for at in times]
+    return [(at, between(PROMPT_QUANTILES, rng.random()), between(ANSWER_QUANTILES, rng.random())) for at in times]
 
 
-def _draw(rng: random.Random, quantiles: Sequence[int]) -> int:
-    """A length between two quantiles, evenly in its logarithm."""
-    chance = rng.random()
+def between(quantiles: Sequence[int], chance: float) -> int:
+    """The length that a share `chance` of those with these quantiles (at QUANTILES) does not exceed; between two of
+    them evenly in its logarithm."""
     above = min(bisect.bisect_right(QUANTILES, chance), len(QUANTILES) - 1)
     share = (chance - QUANTILES[above - 1]) / (QUANTILES[above] - QUANTILES[above - 1])
     low, high = math.log(quantiles[above - 1]), math.log(quantiles[above])

@@ -46,14 +46,14 @@ from protocol.messages import (
 from simnet import hostile
 from simnet.checks.core import Check, CheckFailed, Figures, Scene, require
 from simnet.checks.daemons import Daemon, command, daemon, with_client, with_observer
-from simnet.random_model import RandomLlama
+from simnet.random_model import RandomModel
 from simnet.upload_trials import run_trial
 
 PROMPT = "The interpreter"
 SEEN_S = 20.0
 KILLS_PER_TRIAL = 4
 P99_RATIO_MAX = 2.0
-UPLOADED = RandomLlama(256, 2048, 6, 8, 4)  # six shards of four pieces, or seven in float32
+UPLOADED = RandomModel(256, 2048, 6, 8, 4)  # six shards of four pieces, or seven in float32
 
 
 def join_by_invite(scene: Scene) -> Figures:

@@ -14,10 +14,10 @@ from simnet.bench import engine, growth, serve
 from simnet.bench.engine.rig import Budget, Sizes
 from simnet.bench.workloads import Source
 from simnet.cluster import Cluster
-from simnet.random_model import RandomLlama
+from simnet.random_model import RandomModel
 from sotto.demo import demo_checkpoint
 
-TINY = RandomLlama(64, 96, 3, 4, 2)
+TINY = RandomModel(64, 96, 3, 4, 2)
 SIZES = Sizes(
     batch=3,
     prompt_tokens=8,
@@ -87,7 +87,7 @@ def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) 
 
 
 def test_growth_and_what_is_known_of_it(swarm: Cluster, tmp_path: Path, tiny: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(growth, "GROWING", {"a": TINY, "b": RandomLlama(96, 128, 4, 4, 2)})
+    monkeypatch.setattr(growth, "GROWING", {"a": TINY, "b": RandomModel(96, 128, 4, 4, 2)})
     values = {"context": (8, 32), "prompt": (8, 32), "concurrency": (1, 2), "hops": (1, 2), "memory": (64, 128)}
     options = growth.Options(
         tmp_path, demo_checkpoint(), tiny, minutes=0, new_tokens=3, values={**values, "model": (0, 1)}

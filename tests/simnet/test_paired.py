@@ -12,9 +12,10 @@ import pytest
 import trio
 
 from models.checkpoint import Checkpoint
+from models.families.table import FAMILIES
 from models.local import LocalModel
 from simnet.bench.paired import ROUNDS_MIN, Patience, Rounds, student_95, take_turns
-from simnet.random_model import RandomLlama
+from simnet.random_model import RandomModel
 from sotto.demo import demo_checkpoint
 
 
@@ -101,10 +102,11 @@ def test_rounds_end_when_they_agree_or_time_is_up(
     assert abs(len(done.rates["first"]) - rounds) <= 3
 
 
-def test_a_random_llama_is_a_checkpoint_like_any_other(tmp_path: Path) -> None:
-    shape = RandomLlama(64, 96, 2, 4, 2, max_position_embeddings=64)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_random_model_is_a_checkpoint_like_any_other(tmp_path: Path, family: str) -> None:
+    shape = RandomModel(64, 96, 2, 4, 2, max_position_embeddings=64, family=family)
     first, again = (shape.write(tmp_path / name, Path(demo_checkpoint())) for name in ("a", "b"))
     assert (first / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     checkpoint = Checkpoint.open(str(first))
-    assert (checkpoint.config.num_blocks, checkpoint.config.hidden_size) == (2, 64)
+    assert (checkpoint.config.family, checkpoint.config.num_blocks, checkpoint.config.hidden_size) == (family, 2, 64)
     assert len(LocalModel(checkpoint).generate([2, 3, 4], 5)) == 5

@@ -26,12 +26,12 @@ from simnet.bench.engine.decode import decode_section, long_prefill_section, sof
 from simnet.bench.engine.rig import Bench, Budget, Rig, Section, Sizes
 from simnet.bench.engine.traffic import batching_section
 from simnet.bench.machine import facts
-from simnet.random_model import RandomLlama
+from simnet.random_model import RandomModel
 
 MODELS = {
-    "30m": RandomLlama(512, 1376, 8, 8, 4, max_position_embeddings=16_384),
-    "120m": RandomLlama(768, 2048, 12, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
-    "500m": RandomLlama(1536, 4096, 20, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
+    "30m": RandomModel(512, 1376, 8, 8, 4, max_position_embeddings=16_384),
+    "120m": RandomModel(768, 2048, 12, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
+    "500m": RandomModel(1536, 4096, 20, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
 }
 SECTIONS: dict[str, Section] = {
     "decode": decode_section,
