@@ -1,0 +1,3 @@
+"""provisional"""
+
+from client.metalearning.selectors.forest import Forest as Hedged
