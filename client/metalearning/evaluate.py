@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from client.metalearning import metrics
 from client.metalearning.selectors.alors import Alors
-from client.metalearning.selectors.base import Selector, choose
+from client.metalearning.selectors.base import Selector
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.forest import Forest
 from client.metalearning.selectors.hedged import Hedged
@@ -76,12 +76,11 @@ def judge(table: Table, make: Make, clock: Callable[[], float], on_fold: Callabl
             selector = make()
             selector.fit(table.of(~out))
             tested = table.of(out)
-            prediction = selector.predict(tested.tasks)
-            choices[out] = choose(prediction, tested.measured)
-            expected[out] = prediction.fractions
+            choices[out] = selector.choose(tested.tasks, tested.measured)
+            expected[out] = selector.predict(tested.tasks).fractions
             for task, measured in list(zip(tested.tasks, tested.measured, strict=True))[: TIMED_MAX // 4 + 1]:
                 start = clock()
-                choose(selector.predict((task,)), measured[None])
+                selector.choose((task,), measured[None])
                 times.append(1e3 * (clock() - start))
             on_fold()
     return Judged(choices, expected, float(np.median(times)))
@@ -90,7 +89,8 @@ def judge(table: Table, make: Make, clock: Callable[[], float], on_fold: Callabl
 def report(
     table: Table, clock: Callable[[], float], update: Update, makers: Mapping[str, Make] = SELECTORS
 ) -> dict[str, Any]:
-    """Every selector's figures, with 95 % intervals over groups and tasks, and those of the product's own as `chosen`."""
+    """Every selector's figures, with 95 % intervals over groups and tasks, and those of the product's own as
+    `chosen`."""
     total, done = len(folds(table)) * len(makers), 0
 
     def step() -> None:

@@ -100,7 +100,7 @@ class Encoder:
 
 def _number(place: int, cells: list[float | str | None]) -> _Number | None:
     values = np.array([cell for cell in cells if isinstance(cell, float)])
-    if len(values) == 0 or values.min() == values.max() and len(values) == len(cells):
+    if len(values) == 0 or (values.min() == values.max() and len(values) == len(cells)):
         return None
     log = bool(values.min() > 0 and values.max() >= 10 * values.min())
     if log:

@@ -56,7 +56,7 @@ def tolerably_right(table: Table, choices: Numbers) -> npt.NDArray[np.bool_]:
     gap = np.abs(table.performance[rows, best] - table.performance[rows, choices])
     noise = np.hypot(table.errors[rows, best], table.errors[rows, choices])
     near = reached(table, choices) >= 1.0 - TOLERANCE
-    return near | (gap <= STANDARD_ERRORS * noise)
+    return np.asarray(near | (gap <= STANDARD_ERRORS * noise))
 
 
 def macro_f1(table: Table, choices: Numbers) -> float:

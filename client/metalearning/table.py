@@ -1,8 +1,8 @@
 """Recorded performance as a long table: one row per run of one strategy on one task.
 
 A task is the values of the task columns; rows of the same task and strategy are repeats, and their median counts. A
-strategy that was not measured for a task is missing there: it can neither be chosen nor be the best. Nothing here looks at
-performance to describe a task, so a part of a table (`Table.of`) knows nothing of the rest.
+strategy that was not measured for a task is missing there: it can neither be chosen nor be the best. Nothing here looks
+at performance to describe a task, so a part of a table (`Table.of`) knows nothing of the rest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from protocol.errors import InputError
 
 Array = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is known of a task before it runs: one cell per feature; a number, a category, or None where it is unknown."""
+    """What is known of a task before it runs: one cell per feature; a number, a category, or None where it is
+    unknown."""
 
     cells: tuple[float | str | None, ...]
 
@@ -77,7 +79,7 @@ class Table:
         return values
 
     @property
-    def measured(self) -> npt.NDArray[np.bool_]:
+    def measured(self) -> Mask:
         return ~np.isnan(self.performance)
 
     @cached_property
@@ -88,7 +90,7 @@ class Table:
     @cached_property
     def fractions(self) -> Array:
         """What share of the task's best a strategy reaches, 0 to 1; NaN where not measured."""
-        return 1.0 + self.scores if self.scale.absolute else np.exp(self.scores)
+        return as_fractions(self.scores, self.scale)
 
     def of(self, chosen: npt.NDArray[Any]) -> Table:
         """The tasks at these places (numbers, or a mask), in this order."""
@@ -110,9 +112,15 @@ def scores(performance: Array, scale: Scale) -> Array:
     if scale.absolute:
         best, worst = np.nanmax(gains, axis=1, keepdims=True), np.nanmin(gains, axis=1, keepdims=True)
         spread = best - worst
-        return (gains - best) / np.where(spread > 0, spread, 1.0)
+        return np.asarray((gains - best) / np.where(spread > 0, spread, 1.0))
     logs = np.log(performance) * (-1.0 if scale.lower_is_better else 1.0)
     return np.asarray(logs - np.nanmax(logs, axis=1, keepdims=True))
+
+
+def as_fractions(given: Array, scale: Scale) -> Array:
+    """Scores, measured or predicted, as fractions of the best that the row has."""
+    below = given - np.nanmax(given, axis=1, keepdims=True)
+    return np.asarray(np.maximum(0.0, 1.0 + below) if scale.absolute else np.exp(below))
 
 
 def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:

@@ -1,6 +1,8 @@
-"""Sums of regression trees with one output per strategy, laid flat so that one task is decided in well under a millisecond.
+"""Sums of regression trees with one output per strategy, laid flat so that one task is decided in well under a
+millisecond.
 
-scikit-learn grows the trees; its own `predict` costs tens of microseconds per tree, as much for one task as for a thousand.
+scikit-learn grows the trees; its own `predict` costs tens of microseconds per tree, as much for one task as for a
+thousand.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class Trees:
         return np.concatenate(parts) if parts else np.zeros((0, len(self.base)))
 
     def _some(self, rows: Array) -> Array:
-        return self.base + self.values[self.leaves(rows)].sum(axis=1)
+        return np.asarray(self.base + self.values[self.leaves(rows)].sum(axis=1))
 
     def leaves(self, rows: Array) -> Numbers:
         """Rows x trees, the node that each row ends at."""

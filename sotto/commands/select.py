@@ -56,7 +56,7 @@ def select(
         except UnicodeDecodeError:
             raise InputError(f"{table} is not UTF-8 text") from None
         with progress_bar("folds", bytes_=False, quiet=as_json) as update:
-            result = evaluate.report(recorded, time.perf_counter, update)
+            result = evaluate.report(recorded, time.process_time, update)
     if as_json:
         print_json(result)
     else:

@@ -45,7 +45,7 @@ def crossover(random: np.random.Generator) -> Rows:
     start, slope = np.array([1e-5, 1e-3, 3e-2, 1e-2]), np.array([1e-6, 2e-7, 2e-8, 9e-8])
     for machine, speed in enumerate(np.exp(random.normal(0, 0.7, 8))):
         for size in 10.0 ** np.arange(1, 7.1, 0.5):
-            for repeat, strategy in itertools.product(range(2), range(4)):
+            for _repeat, strategy in itertools.product(range(2), range(4)):
                 cost = (start[strategy] + slope[strategy] * size) / speed * random.lognormal(0, 0.01)
                 yield f"m{machine}", size, f"s{strategy}", cost
 
@@ -138,7 +138,8 @@ def scores(random: np.random.Generator) -> Rows:
 
 
 def kernels(random: np.random.Generator) -> Rows:
-    """Throughput of tiles by the shape of a product on several devices: efficiency by how well a tile fits the shape."""
+    """Throughput of tiles by the shape of a product on several devices: efficiency by how well a tile fits the
+    shape."""
     tiles = [(a, b) for a in (16, 32, 64, 128) for b in (16, 64, 128)]
     for device, (cores, width) in enumerate(zip((4, 16, 40, 80, 108, 132), (16, 16, 64, 32, 64, 128), strict=True)):
         for m, n, k in itertools.product((1, 8, 33, 100, 512, 2048), (16, 200, 1024, 4096), (64, 1000, 4096)):

@@ -1,6 +1,6 @@
-"""ALORS: factor the matrix of performance, then find a new task's factors from its features (Misir and Sebag, "Alors: an
-algorithm recommender system", Artificial Intelligence 2017). The factors are fitted by alternating least squares over
-what was measured; a random forest maps features to them, as there."""
+"""ALORS: factor the matrix of performance, then find a new task's factors from its features (Misir and Sebag, "Alors:
+an algorithm recommender system", Artificial Intelligence 2017). The factors are fitted by alternating least squares
+over what was measured; a random forest maps features to them, as there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 
 from client.metalearning.features import Encoder
-from client.metalearning.selectors.base import Prediction, Ranking, certain
+from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
 from client.metalearning.table import Array, Table, Task
 
 RANK = 3
@@ -16,9 +16,9 @@ RIDGE = 0.1
 ROUNDS = 15
 
 
-class Alors:
+class Alors(Greedy):
     def fit(self, table: Table) -> None:
-        self._level = Ranking.of(table.fractions).means
+        self._level = ranking(table.fractions)
         tasks, self._strategies = _factors(table.fractions - self._level)
         self._encoder = Encoder(table.tasks)
         self._to_factors = RandomForestRegressor(100, min_samples_leaf=2, random_state=0)

@@ -1,5 +1,5 @@
-"""A random forest per strategy's score (Breiman, "Random forests", 2001; as in Xu et al., "SATzilla2012"): one forest with
-an output for each strategy."""
+"""A random forest per strategy's score (Breiman, "Random forests", 2001; as in Xu et al., "SATzilla2012"): one forest
+with an output for each strategy."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 
 from client.metalearning.features import Encoder
-from client.metalearning.selectors.base import Prediction, certain, filled
+from client.metalearning.selectors.base import Greedy, Prediction, certain, filled
 from client.metalearning.table import Table, Task
 
 
-class Forest:
+class Forest(Greedy):
     def fit(self, table: Table) -> None:
         self._encoder = Encoder(table.tasks)
         encoded, self._level = self._encoder.encode(table.tasks), filled(table.fractions).mean(axis=0)

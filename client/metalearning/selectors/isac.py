@@ -1,5 +1,5 @@
-"""ISAC: cluster the tasks by their features, then use the best strategy of the cluster (Kadioglu, Malitsky, Sellmann and
-Tierney, "ISAC: instance-specific algorithm configuration", ECAI 2010). The number of clusters is found as there, by
+"""ISAC: cluster the tasks by their features, then use the best strategy of the cluster (Kadioglu, Malitsky, Sellmann
+and Tierney, "ISAC: instance-specific algorithm configuration", ECAI 2010). The number of clusters is found as there, by
 g-means (Hamerly and Elkan, NIPS 2003): a cluster is split while its members are not normal along the split."""
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from scipy.stats import anderson
 from sklearn.cluster import KMeans
 
 from client.metalearning.features import Encoder
-from client.metalearning.selectors.base import Prediction, Ranking, certain
+from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
 from client.metalearning.table import Array, Numbers, Table, Task
 
 MEMBERS_MIN = 10
 CLUSTERS_MAX = 32
 
 
-class Isac:
+class Isac(Greedy):
     def fit(self, table: Table) -> None:
         self._encoder = Encoder(table.tasks)
         encoded = self._encoder.encode(table.tasks)
         self._centres, places = _clusters(encoded)
-        whole = Ranking.of(table.fractions).means
+        whole = ranking(table.fractions)
         self._rows = np.tile(whole, (len(self._centres), 1))
         for cluster in range(len(self._centres)):
             members = table.fractions[places == cluster]
@@ -33,7 +33,8 @@ class Isac:
 
 
 def _clusters(encoded: Array) -> tuple[Array, Numbers]:
-    waiting, done = [np.arange(len(encoded))], []
+    waiting: list[Numbers] = [np.arange(len(encoded))]
+    done: list[Numbers] = []
     while waiting:
         members = waiting.pop()
         halves = _split(encoded[members]) if len(waiting) + len(done) + 2 <= CLUSTERS_MAX else None
@@ -66,4 +67,4 @@ def _not_normal(values: Array) -> bool:
 
 def _nearest(points: Array, centres: Array) -> Numbers:
     distances = (points**2).sum(axis=1)[:, None] - 2 * points @ centres.T + (centres**2).sum(axis=1)
-    return np.argmin(distances, axis=1)
+    return np.asarray(np.argmin(distances, axis=1))

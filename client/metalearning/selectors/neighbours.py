@@ -4,31 +4,33 @@ selection and scheduling", CP 2011)."""
 from __future__ import annotations
 
 import numpy as np
-from sklearn.neighbors import NearestNeighbors
 
 from client.metalearning.features import Encoder
-from client.metalearning.selectors.base import Prediction, Ranking
-from client.metalearning.table import Table, Task
+from client.metalearning.selectors.base import Greedy, Prediction, ranking
+from client.metalearning.table import Array, Table, Task
 
 NEIGHBOURS = 10
+TASKS_MAX = 512  # at once: bounds memory at tasks x recorded tasks
 
 
-class Neighbours:
+class Neighbours(Greedy):
     def fit(self, table: Table) -> None:
         self._encoder = Encoder(table.tasks)
         self._fractions = table.fractions
-        self._ranking = Ranking.of(table.fractions).means
-        self._index = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(table.tasks)))
-        self._known = len(self._encoder.owners) > 0
-        if self._known:
-            self._index.fit(self._encoder.encode(table.tasks))
+        self._ranking = ranking(table.fractions)
+        self._points = self._encoder.encode(table.tasks)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
-        if not self._known:
-            return Prediction(*(np.tile(row, (len(tasks), 1)) for row in (self._ranking, 0 * self._ranking)))
-        near = self._fractions[self._index.kneighbors(self._encoder.encode(tasks), return_distance=False)]
+        parts = [self._some(tasks[start : start + TASKS_MAX]) for start in range(0, len(tasks), TASKS_MAX)]
+        return Prediction(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
+
+    def _some(self, tasks: tuple[Task, ...]) -> tuple[Array, Array]:
+        points = self._encoder.encode(tasks)
+        distances = (self._points**2).sum(axis=1) - 2 * points @ self._points.T
+        count = min(NEIGHBOURS, len(self._points))
+        near = self._fractions[np.argpartition(distances, count - 1, axis=1)[:, :count]]
         measured = ~np.isnan(near)
         # One neighbour's worth of the ranking stands in where no neighbour measured the strategy.
         mean = (np.where(measured, near, 0.0).sum(axis=1) + self._ranking) / (measured.sum(axis=1) + 1)
         around = np.where(measured, near - mean[:, None, :], 0.0)
-        return Prediction(mean, np.sqrt((around**2).sum(axis=1) / np.maximum(1, measured.sum(axis=1))))
+        return mean, np.sqrt((around**2).sum(axis=1) / np.maximum(1, measured.sum(axis=1)))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from client.metalearning.selectors.base import Prediction, Ranking, certain
+from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
 from client.metalearning.table import Table, Task
 
 
-class Random:
+class Random(Greedy):
     """Any strategy, each as likely."""
 
     def fit(self, table: Table) -> None:
@@ -19,7 +19,7 @@ class Random:
         return certain(random.random((len(tasks), self._count)))
 
 
-class Always:
+class Always(Greedy):
     """No acceleration: the strategy called `none`, or else the one that the table names first."""
 
     def fit(self, table: Table) -> None:
@@ -32,10 +32,10 @@ class Always:
         return certain(np.tile(self._row, (len(tasks), 1)))
 
 
-class SingleBest:
-    """The strategy of best mean performance over all tasks, in the table's own unit, so that big tasks decide (the single
-    best solver of Kotthoff, "Algorithm selection for combinatorial search problems: a survey", AI Magazine 2014). Where it
-    was not measured, the next one."""
+class SingleBest(Greedy):
+    """The strategy of best mean performance over all tasks, in the table's own unit, so that big tasks decide (the
+    single best solver of Kotthoff, "Algorithm selection for combinatorial search problems: a survey", AI Magazine
+    2014). Where it was not measured, the next one."""
 
     def fit(self, table: Table) -> None:
         measured = table.measured
@@ -49,11 +49,11 @@ class SingleBest:
         return certain(np.tile(self._row, (len(tasks), 1)))
 
 
-class FixedRanking:
+class FixedRanking(Greedy):
     """The strategies by their mean fraction of the oracle; of each task, the first that is possible there."""
 
     def fit(self, table: Table) -> None:
-        self._row = Ranking.of(table.fractions).means
+        self._row = ranking(table.fractions)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
         return certain(np.tile(self._row, (len(tasks), 1)))
