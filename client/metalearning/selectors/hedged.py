@@ -4,7 +4,7 @@ seen, and a fixed ranking that they must beat.
 1. The recorded tasks are split by group into folds; every model predicts each fold from the others.
 2. A model's weight falls with how far its choices were behind the best model's, in standard errors over groups.
 3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds half the models' disagreement
-   about that gain, and nowhere if the mixture gained nothing on those folds: then the ranking is used.
+   about that gain, and nowhere if the mixture gained too little on those folds: then the ranking is used.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on
@@ -28,6 +28,7 @@ from client.metalearning.trees import boosted, randomised
 
 CAUTION = 0.5  # of the disagreement; 0.25 to 1 differ by less than the noise on the tables that this was tried on
 FOLDS, FOLDS_OF_MANY, MANY_TASKS = 5, 3, 1500
+GAIN_ERRORS, ERROR_MAX = 0.5, 0.01  # a gain of half a standard error earns trust; so does half a per cent, at any error
 ERROR_MIN = 1e-3  # of a mean fraction: differences below it tell no model from another
 
 
@@ -73,7 +74,7 @@ class Hedged:
         self.weights = weights / weights.sum()
         safe, bold, gain, doubt = self._compared(each, ranked, table.measured)
         gained = np.where(gain > CAUTION * doubt, _reached(table, bold) - _reached(table, safe), 0.0)
-        self.trusted = bool(gained.mean() > 0)
+        self.trusted = bool(gained.mean() > GAIN_ERRORS * min(_error(gained, table.groups), ERROR_MAX))
 
     def _held_out(self, table: Table) -> tuple[Array, Array]:
         """Models x tasks x strategies, and the ranking of each task's fold, tasks x strategies."""
