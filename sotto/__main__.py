@@ -22,6 +22,7 @@ from sotto.commands import (
     mesh,
     place,
     seal,
+    select,
     sim,
     worker,
 )
@@ -57,6 +58,10 @@ bench.app.command(epilog="Example: sotto bench serve --workload chat --concurren
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
 bench.app.command(epilog="Example: sotto bench speculation --rtt-ms 100 --json")(bench_speculation.speculation)
 app.add_typer(bench.app, name="bench")
+app.command(
+    epilog="Example: sotto select runs.csv --task-columns model,tokens --strategy-column strategy "
+    "--performance-column seconds --lower-is-better --hold-out model"
+)(select.select)
 
 
 def _print_version(wanted: bool) -> None:

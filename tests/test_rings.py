@@ -18,12 +18,14 @@ INJECTED = {
     "client": "import libp2p\n",
     "protocol": "import trio\n",
     "models": "import protocol\n",
+    "client/metalearning": "import trio\n",
 }
 BROKEN = {
     "Rings: imports point downward only": ("worker.injected -> client", "models.injected -> protocol"),
     "The language of the mesh is pure": ("protocol.injected -> trio",),
     "Key code never reaches a worker process": ("node.app_worker -> equivariant",),
     "libp2p stays in its room": ("client.injected -> libp2p",),
+    "Selectors are pure": ("client.metalearning.injected -> trio",),
 }
 
 

@@ -1,0 +1,96 @@
+"""One choice for one task, in the unit of the records, and why: what `sotto explain` prints.
+
+Cost here is the performance itself (seconds, tokens per second): the selector's fraction of the oracle times a
+prediction of the oracle's level. The level says nothing about the choice, which is the selector's alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from client.metalearning.features import Encoder
+from client.metalearning.selectors.base import Prediction, Selector
+from client.metalearning.table import Array, Table, Task
+from client.metalearning.trees import randomised
+
+COMPARED_MAX = 32  # recorded tasks that lend their values to say what a feature did
+FRACTION_MIN = 0.01  # a strategy that is expected to be worse than a hundredth is shown as that
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What is expected of a strategy: performance in the records' unit, and its uncertainty as a share of it."""
+
+    strategy: str
+    performance: float
+    uncertainty: float
+    fraction_of_best: float
+    allowed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """`strategy` was chosen; `each` is best first; `because` has, for each feature, how much lower the expected gain
+    over the strategy that is best on the whole would be with this feature's value of other recorded tasks."""
+
+    strategy: str
+    each: tuple[Expected, ...]
+    because: tuple[tuple[str, float], ...]
+
+
+class Advisor:
+    """A fitted selector with a prediction of the level; for scales by ratio."""
+
+    def __init__(self, selector: Selector, table: Table) -> None:
+        self._selector, self._table = selector, table
+        selector.fit(table)
+        self._encoder = Encoder(table.tasks)
+        self._sign = -1.0 if table.scale.lower_is_better else 1.0
+        level = np.nanmax(self._sign * np.log(table.performance), axis=1)
+        self._level = randomised(self._rows(table.tasks), level[:, None], count=50, seed=0)
+
+    def choose(self, task: Task, allowed: frozenset[str]) -> str:
+        """Of the strategies that are possible now; at least one that the records name."""
+        mask = np.array([[name in allowed for name in self._table.strategies]])
+        return self._table.strategies[int(self._selector.choose((task,), mask)[0])]
+
+    def advise(self, task: Task, allowed: frozenset[str]) -> Advice:
+        chosen = self.choose(task, allowed)
+        expected = self._selector.predict((task,))
+        best = float(np.exp(self._sign * self._level.predict(self._rows((task,)))[0, 0]))
+        fractions = np.clip(expected.fractions[0], FRACTION_MIN, 1.0)
+        each = [
+            Expected(
+                strategy=name,
+                performance=best * float(fraction**self._sign),
+                uncertainty=float(spread / fraction),
+                fraction_of_best=float(fraction),
+                allowed=name in allowed,
+            )
+            for name, fraction, spread in zip(self._table.strategies, fractions, expected.spread[0], strict=True)
+        ]
+        each.sort(key=lambda one: -one.fraction_of_best)
+        return Advice(chosen, tuple(each), self._because(task, expected, self._table.strategies.index(chosen)))
+
+    def _because(self, task: Task, expected: Prediction, chosen: int) -> tuple[tuple[str, float], ...]:
+        usual = int(np.argmax(np.nanmean(self._table.fractions, axis=0)))
+        if usual == chosen:  # then what speaks for it is its lead over the next
+            others = expected.fractions[0].copy()
+            others[chosen] = -np.inf
+            usual = int(np.argmax(others))
+        step = max(1, len(self._table.tasks) // COMPARED_MAX)
+        lenders = self._table.tasks[::step][:COMPARED_MAX]
+        gain = expected.fractions[0, chosen] - expected.fractions[0, usual]
+        effects = []
+        for place, name in enumerate(self._table.features):
+            changed = tuple(
+                Task(cells=(*task.cells[:place], lender.cells[place], *task.cells[place + 1 :])) for lender in lenders
+            )
+            fractions = self._selector.predict(changed).fractions
+            effects.append((name, float(gain - np.mean(fractions[:, chosen] - fractions[:, usual]))))
+        return tuple(sorted(effects, key=lambda effect: -abs(effect[1])))
+
+    def _rows(self, tasks: tuple[Task, ...]) -> Array:
+        return np.column_stack([self._encoder.encode(tasks), np.zeros(len(tasks))])

@@ -1,0 +1,138 @@
+"""Selectors judged on groups of tasks that they never saw: leave one group out, then metrics over all tasks.
+
+Whatever is fitted (encoders, scales, models, the choice between models) is fitted on the other groups alone. What is
+measured of a task is looked at only to score a choice, and to know which strategies are possible there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from client.metalearning import metrics
+from client.metalearning.selectors.alors import Alors
+from client.metalearning.selectors.base import Selector
+from client.metalearning.selectors.boosting import Boosting
+from client.metalearning.selectors.forest import Forest
+from client.metalearning.selectors.hedged import Hedged
+from client.metalearning.selectors.isac import Isac
+from client.metalearning.selectors.neighbours import Neighbours
+from client.metalearning.selectors.simple import Always, FixedRanking, Random, SingleBest
+from client.metalearning.table import Array, Numbers, Table
+from protocol.errors import InputError
+
+FOLDS_MAX = 64
+TIMED_MAX = 20  # tasks of a fold whose decision is timed alone
+OURS, FIXED, NONE, ORACLE = "sotto", "fixed_ranking", "none", "oracle"
+Make = Callable[[], Selector]
+Update = Callable[[int, int], None]
+
+SELECTORS: Mapping[str, Make] = {
+    "random": Random,
+    NONE: Always,
+    "single_best": SingleBest,
+    FIXED: FixedRanking,
+    "knn": Neighbours,
+    "isac": Isac,
+    "alors": Alors,
+    "random_forest": Forest,
+    "gradient_boosting": Boosting,
+    OURS: Hedged,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What one selector chose for every task, what it expected of each strategy, and how long a choice took."""
+
+    choices: Numbers
+    expected: Array
+    decision_ms: float | None
+
+
+def folds(table: Table) -> list[Numbers]:
+    """The groups that are held out together: each alone, or, where there are more than 64, in 64 lots of them."""
+    groups = np.unique(table.groups)
+    if len(groups) < 2:
+        raise InputError(
+            "all tasks are in one group: hold out a column with two values or more, and name it among the task columns "
+            "where the same task was measured under several of its values"
+        )
+    return [lot for lot in np.array_split(groups, min(len(groups), FOLDS_MAX)) if len(lot)]
+
+
+def judge(table: Table, make: Make, clock: Callable[[], float], on_fold: Callable[[], None] = lambda: None) -> Judged:
+    """Choices of a selector that is fitted anew for each fold; `clock` in seconds."""
+    choices = np.zeros(len(table.tasks), dtype=np.int64)
+    expected = np.zeros(table.performance.shape)
+    times: list[float] = []
+    with threadpool_limits(1):  # small models: threads that wait for each other cost more than they bring
+        for held in folds(table):
+            out = np.isin(table.groups, held)
+            selector = make()
+            selector.fit(table.of(~out))
+            tested = table.of(out)
+            choices[out] = selector.choose(tested.tasks, tested.measured)
+            expected[out] = selector.predict(tested.tasks).fractions
+            for task, measured in list(zip(tested.tasks, tested.measured, strict=True))[: TIMED_MAX // 4 + 1]:
+                start = clock()
+                selector.choose((task,), measured[None])
+                times.append(1e3 * (clock() - start))
+            on_fold()
+    return Judged(choices, expected, float(np.median(times)))
+
+
+def report(
+    table: Table, clock: Callable[[], float], update: Update, makers: Mapping[str, Make] = SELECTORS
+) -> dict[str, Any]:
+    """Every selector's figures, with 95 % intervals over groups and tasks, and those of the product's own as
+    `chosen`."""
+    total, done = len(folds(table)) * len(makers), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        update(done, total)
+
+    update(0, total)
+    judged = {name: judge(table, make, clock, step) for name, make in makers.items()}
+    judged[ORACLE] = Judged(np.nanargmax(table.fractions, axis=1), table.fractions, None)
+    figures = {name: _figures(table, one, judged) for name, one in judged.items()}
+    return {
+        "tasks": len(table.tasks),
+        "strategies": len(table.strategies),
+        "features": list(table.features),
+        "groups": len(np.unique(table.groups)),
+        "folds": len(folds(table)),
+        "measured_share": float(table.measured.mean()),
+        "runs_per_cell": float(np.mean([len(runs) for runs in table.repeats.values()])),
+        "remeasured_oracle_accuracy": metrics.remeasured_oracle_accuracy(table),
+        "selectors": figures,
+        "chosen": {"name": OURS, **figures[OURS]} if OURS in figures else None,
+    }
+
+
+def _figures(table: Table, one: Judged, judged: Mapping[str, Judged]) -> dict[str, Any]:
+    reached = metrics.reached(table, one.choices)
+    found: dict[str, Any] = {
+        **asdict(metrics.quality(table, one.choices)),
+        "mean_fraction_of_oracle_interval": metrics.interval(reached, table.groups),
+        "cross_fitted_fraction_of_oracle": metrics.cross_fitted(table, one.choices),
+        "decision_ms": one.decision_ms,
+    }
+    if FIXED in judged:
+        gain = reached - metrics.reached(table, judged[FIXED].choices)
+        found["gain_over_fixed_ranking"] = float(gain.mean())
+        found["gain_over_fixed_ranking_interval"] = metrics.interval(gain, table.groups)
+    if NONE in judged:
+        found["acceleration_over_none"] = metrics.acceleration(table, one.choices, judged[NONE].choices)
+    if table.scale.absolute:
+        rows = np.arange(len(one.choices))
+        best = np.nanargmax(table.fractions, axis=1)
+        lost = np.abs(table.performance[rows, best] - table.performance[rows, one.choices])
+        found["mean_absolute_regret"] = float(lost.mean())
+    return found

@@ -1,0 +1,49 @@
+"""Gradient boosting (Friedman, "Greedy function approximation", 2001) of the score, over rows of (task, strategy); by
+histograms, as LightGBM does it (Ke et al., NIPS 2017).
+
+A strategy is two columns: its name, and its place in the fixed ranking, which is all that is left of it where it has
+too few rows to be a category.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.ensemble import HistGradientBoostingRegressor
+
+from client.metalearning.features import Encoder
+from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
+from client.metalearning.table import Array, Table, Task, as_fractions
+
+CATEGORIES_MAX = 255  # of the library's
+LOSS_MAX = 4.0  # of a score: fifty times worse is as bad as it gets
+
+
+class Boosting(Greedy):
+    """`paired`: with products and ratios of features, and smaller leaves."""
+
+    def __init__(self, paired: bool = False) -> None:
+        self._paired = paired
+
+    def fit(self, table: Table) -> None:
+        self._encoder, self._scale = Encoder(table.tasks), table.scale
+        self._ranking = ranking(table.fractions)
+        rows, measured = self._rows(table.tasks), table.measured.ravel()
+        self._trees = HistGradientBoostingRegressor(
+            categorical_features=[rows.shape[1] - 1] if len(self._ranking) <= CATEGORIES_MAX else None,
+            min_samples_leaf=5 if self._paired else 20,
+            early_stopping=False,
+            random_state=0,
+        )
+        self._trees.fit(rows[measured], np.maximum(table.scores.ravel()[measured], -LOSS_MAX))
+
+    def predict(self, tasks: tuple[Task, ...]) -> Prediction:
+        scores = self._trees.predict(self._rows(tasks)).reshape(len(tasks), -1)
+        return certain(as_fractions(scores, self._scale))
+
+    def _rows(self, tasks: tuple[Task, ...]) -> Array:
+        encoded = self._encoder.encode(tasks)
+        if self._paired:
+            encoded = self._encoder.paired(encoded)
+        count = len(self._ranking)
+        strategies = np.column_stack([self._ranking, np.arange(count)])
+        return np.column_stack([np.repeat(encoded, count, axis=0), np.tile(strategies, (len(tasks), 1))])

@@ -1,0 +1,34 @@
+"""Trees with one output per strategy, so that strategies share what the features say: boosted, or randomised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from client.metalearning.features import Encoder
+from client.metalearning.selectors.base import Greedy, Prediction, certain, filled
+from client.metalearning.table import Array, Table, Task, as_fractions
+from client.metalearning.trees import Trees
+
+LOSS_MAX = 4.0  # of a score: fifty times worse is as bad as it gets
+
+
+class Grown(Greedy):
+    """`grow(rows, wanted)` makes the trees; of the scores where `scores`, else of the fractions."""
+
+    def __init__(self, grow: Callable[[Array, Array], Trees], *, scores: bool) -> None:
+        self._grow, self._scores = grow, scores
+
+    def fit(self, table: Table) -> None:
+        self._encoder, self._scale = Encoder(table.tasks), table.scale
+        wanted = np.maximum(filled(table.scores), -LOSS_MAX) if self._scores else filled(table.fractions)
+        self._trees = self._grow(self._rows(table.tasks), wanted)
+
+    def predict(self, tasks: tuple[Task, ...]) -> Prediction:
+        found = self._trees.predict(self._rows(tasks))
+        return certain(as_fractions(found, self._scale) if self._scores else found)
+
+    def _rows(self, tasks: tuple[Task, ...]) -> Array:
+        # A column of zeros, so that there is always one.
+        return np.column_stack([self._encoder.paired(self._encoder.encode(tasks)), np.zeros(len(tasks))])

@@ -1,0 +1,224 @@
+"""Recorded performance as a long table: one row per run of one strategy on one task.
+
+A task is the values of the task columns; rows of the same task and strategy are repeats, and their median counts. A
+strategy that was not measured for a task is missing there: it can neither be chosen nor be the best. Nothing here looks
+at performance to describe a task, so a part of a table (`Table.of`) knows nothing of the rest.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.errors import InputError
+
+Array = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which columns of a long table mean what; `hold_out` may be one of `tasks`, and is then no feature."""
+
+    tasks: tuple[str, ...]
+    strategy: str
+    performance: str
+    hold_out: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How performances of one task compare: by ratio, or (`absolute`) by difference, as a share of the task's range."""
+
+    lower_is_better: bool = False
+    absolute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is known of a task before it runs: one cell per feature; a number, a category, or None where it is
+    unknown."""
+
+    cells: tuple[float | str | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Table:
+    """Tasks by strategies. `repeats` has the runs of each measured (task, strategy), in the order of the rows."""
+
+    features: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    groups: Numbers  # of each task
+    strategies: tuple[str, ...]
+    repeats: dict[tuple[int, int], tuple[float, ...]]
+    scale: Scale
+
+    @cached_property
+    def performance(self) -> Array:
+        """Tasks x strategies, the median of the repeats; NaN where not measured."""
+        values = np.full((len(self.tasks), len(self.strategies)), np.nan)
+        for place, runs in self.repeats.items():
+            values[place] = np.median(runs)
+        return values
+
+    @cached_property
+    def errors(self) -> Array:
+        """Tasks x strategies, the standard error of the repeats' mean; 0 where there was one run."""
+        values = np.zeros((len(self.tasks), len(self.strategies)))
+        for place, runs in self.repeats.items():
+            if len(runs) > 1:
+                values[place] = np.std(runs, ddof=1) / math.sqrt(len(runs))
+        return values
+
+    @property
+    def measured(self) -> Mask:
+        return ~np.isnan(self.performance)
+
+    @cached_property
+    def scores(self) -> Array:
+        """Higher is better, 0 for the best of a task: log of the ratio to it, or the loss as a share of the range."""
+        return scores(self.performance, self.scale)
+
+    @cached_property
+    def fractions(self) -> Array:
+        """What share of the task's best a strategy reaches, 0 to 1; NaN where not measured."""
+        return as_fractions(self.scores, self.scale)
+
+    def of(self, chosen: npt.NDArray[Any]) -> Table:
+        """The tasks at these places (numbers, or a mask), in this order."""
+        places = np.arange(len(self.tasks))[chosen]
+        new = {int(old): number for number, old in enumerate(places)}
+        return Table(
+            features=self.features,
+            tasks=tuple(self.tasks[place] for place in places),
+            groups=self.groups[places],
+            strategies=self.strategies,
+            repeats={(new[task], s): runs for (task, s), runs in self.repeats.items() if task in new},
+            scale=self.scale,
+        )
+
+
+def scores(performance: Array, scale: Scale) -> Array:
+    """See `Table.scores`; each row has at least one number."""
+    gains = -performance if scale.lower_is_better else performance
+    if scale.absolute:
+        best, worst = np.nanmax(gains, axis=1, keepdims=True), np.nanmin(gains, axis=1, keepdims=True)
+        spread = best - worst
+        return np.asarray((gains - best) / np.where(spread > 0, spread, 1.0))
+    logs = np.log(performance) * (-1.0 if scale.lower_is_better else 1.0)
+    return np.asarray(logs - np.nanmax(logs, axis=1, keepdims=True))
+
+
+def as_fractions(given: Array, scale: Scale) -> Array:
+    """Scores, measured or predicted, as fractions of the best that the row has."""
+    below = given - np.nanmax(given, axis=1, keepdims=True)
+    return np.asarray(np.maximum(0.0, 1.0 + below) if scale.absolute else np.exp(below))
+
+
+def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
+    """A table from the lines of a CSV file with a header. Raises InputError, with the line where one is at fault."""
+    rows = csv.DictReader(lines, strict=True)
+    wanted = (*columns.tasks, columns.strategy, columns.performance, columns.hold_out)
+    tasks: dict[tuple[float | str | None, ...], int] = {}
+    strategies: dict[str, int] = {}
+    names: list[list[str]] = []  # what each task's rows say of the group
+    runs: dict[tuple[int, int], list[float]] = {}
+    cells: list[tuple[tuple[str, ...], str, str, float]] = []
+    try:
+        _check_header(rows.fieldnames, wanted)
+        for row in rows:
+            cells.append(_row(row, columns, scale, rows.line_num))
+    except csv.Error as error:
+        raise InputError(f"line {rows.line_num} is not CSV: {error}") from None
+    if not cells:
+        raise InputError("the table has no rows below its header")
+    numeric = [all(_is_number(row[0][i]) for row in cells) for i in range(len(columns.tasks))]
+    for task, group, strategy, performance in cells:
+        key = tuple(_cell(text, number) for text, number in zip(task, numeric, strict=True))
+        place = tasks.setdefault(key, len(tasks))
+        if place == len(names):
+            names.append([])
+        if group not in names[place]:
+            names[place].append(group)
+        runs.setdefault((place, strategies.setdefault(strategy, len(strategies))), []).append(performance)
+    kept = [i for i, name in enumerate(columns.tasks) if name != columns.hold_out]
+    return Table(
+        features=tuple(columns.tasks[i] for i in kept),
+        tasks=tuple(Task(cells=tuple(key[i] for i in kept)) for key in tasks),
+        groups=_joined(names),
+        strategies=tuple(strategies),
+        repeats={place: tuple(values) for place, values in runs.items()},
+        scale=scale,
+    )
+
+
+def _check_header(header: Sequence[str] | None, wanted: Sequence[str]) -> None:
+    if not header:
+        raise InputError("the table is empty: its first line must name the columns")
+    if missing := [name for name in dict.fromkeys(wanted) if name not in header]:
+        raise InputError(f"the table has no column {', '.join(missing)}; it has {', '.join(header)}")
+    if twice := [name for name in dict.fromkeys(wanted) if list(header).count(name) > 1]:
+        raise InputError(f"the table has two columns {', '.join(twice)}: rename one")
+
+
+def _row(
+    row: dict[str, str | None], columns: Columns, scale: Scale, line: int
+) -> tuple[tuple[str, ...], str, str, float]:
+    texts = [row[name] for name in (*columns.tasks, columns.hold_out, columns.strategy, columns.performance)]
+    given = [text.strip() for text in texts if text is not None]
+    if len(given) < len(texts) or None in row:
+        raise InputError(f"line {line} has {'fewer' if len(given) < len(texts) else 'more'} cells than the header")
+    *task, group, strategy, text = given
+    try:
+        performance = float(text)
+    except ValueError:
+        performance = math.nan
+    if not math.isfinite(performance):
+        raise InputError(f"line {line}: {columns.performance} is {text!r}, not a finite number; leave out failed runs")
+    if performance <= 0 and not scale.absolute:
+        raise InputError(
+            f"line {line}: {columns.performance} is {text}: ratios need positive values; use --regret absolute"
+        )
+    if not strategy:
+        raise InputError(f"line {line}: {columns.strategy} is empty")
+    return tuple(task), group, strategy, performance
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return not text or not math.isinf(float(text))
+    except ValueError:
+        return False
+
+
+def _cell(text: str, number: bool) -> float | str | None:
+    """A number that is not one (`nan`) is as unknown as an empty cell."""
+    if not number:
+        return text or None
+    value = float(text or "nan")
+    return None if math.isnan(value) else value
+
+
+def _joined(names: list[list[str]]) -> Numbers:
+    """A group number per task. Groups that share a task are one: a task never straddles folds."""
+    parent: dict[str, str] = {}
+
+    def root(name: str) -> str:
+        while (above := parent.setdefault(name, name)) != name:
+            name = above
+        return name
+
+    for first, *others in names:
+        for other in others:
+            parent[root(other)] = root(first)
+        root(first)
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(root(of[0]), len(numbers)) for of in names], dtype=np.int64)

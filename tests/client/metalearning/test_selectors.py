@@ -1,0 +1,190 @@
+"""Selectors on tables where it is known what can be learned, and by whom."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from client.metalearning import evaluate, metrics
+from client.metalearning.advice import Advisor
+from client.metalearning.features import Encoder
+from client.metalearning.selectors.base import filled, ranking
+from client.metalearning.selectors.forest import Forest
+from client.metalearning.selectors.hedged import Hedged
+from client.metalearning.selectors.isac import Isac
+from client.metalearning.selectors.simple import FixedRanking, SingleBest
+from client.metalearning.table import Table, Task
+from client.metalearning.trees import boosted, randomised
+from protocol.errors import InputError
+from tests.helpers.selection_tables import MADE
+
+LEARN = ("knn", "alors", "random_forest", "gradient_boosting", "sotto")
+
+
+def clock() -> float:
+    return 0.0
+
+
+def fraction(table: Table, name: str) -> float:
+    judged = evaluate.judge(table, evaluate.SELECTORS[name], clock)
+    return float(metrics.reached(table, judged.choices).mean())
+
+
+def small(name: str, groups: int, every: int = 1) -> Table:
+    table = MADE[name].table()
+    places = np.flatnonzero(table.groups < groups)[::every]
+    return table.of(places)
+
+
+@pytest.mark.parametrize("name", LEARN)
+def test_learners_find_a_crossover_on_machines_that_they_never_saw(name: str) -> None:
+    table = small("crossover", 4)
+    assert fraction(table, "fixed_ranking") < 0.7
+    assert fraction(table, name) > 0.97
+
+
+@pytest.mark.parametrize("name", evaluate.SELECTORS)
+@pytest.mark.parametrize("made", ["sparse", "few", "scores"])
+def test_every_selector_chooses_what_was_measured(name: str, made: str) -> None:
+    table = small(made, 3, every=2)
+    choices = evaluate.judge(table, evaluate.SELECTORS[name], clock).choices
+    assert table.measured[np.arange(len(choices)), choices].all()
+
+
+@pytest.mark.parametrize(("made", "groups", "every"), [("inert", 4, 2), ("few", 3, 1)])
+def test_where_features_mislead_the_product_keeps_to_the_ranking(made: str, groups: int, every: int) -> None:
+    table = small(made, groups, every)
+    choices = {
+        name: evaluate.judge(table, evaluate.SELECTORS[name], clock).choices for name in ("sotto", "fixed_ranking")
+    }
+    gain = metrics.reached(table, choices["sotto"]) - metrics.reached(table, choices["fixed_ranking"])
+    assert gain.mean() >= -0.01
+
+
+def test_a_model_that_held_out_groups_contradict_is_not_trusted() -> None:
+    hedged = Hedged(lambda: [Forest()])
+    table = MADE["shifted"].table()
+    hedged.fit(table)
+    assert not hedged.trusted
+    usual = FixedRanking()
+    usual.fit(table)
+    np.testing.assert_array_equal(*(one.choose(table.tasks, table.measured) for one in (hedged, usual)))
+
+
+def test_the_product_follows_the_model_that_holds_on_held_out_groups() -> None:
+    """Of a good model and one that is wrong with confidence, the first gets the weight."""
+
+    class Wrong(Forest):
+        def fit(self, table: Table) -> None:
+            worst = {place: tuple(1 / run for run in runs) for place, runs in table.repeats.items()}
+            super().fit(replace(table, repeats=worst))
+
+    table = small("crossover", 4)
+    hedged = Hedged(lambda: [Wrong(), Forest()])
+    hedged.fit(table)
+    assert hedged.weights[1] > 0.99
+    assert hedged.trusted
+    hedged = Hedged(lambda: [Wrong()])
+    hedged.fit(table)
+    assert not hedged.trusted
+
+
+def test_nothing_of_a_held_out_task_is_seen() -> None:
+    """What was measured of a task changes nothing about what is chosen for it."""
+    table = small("crossover", 3)
+    changed = dict(table.repeats)
+    for (task, strategy), runs in table.repeats.items():
+        if table.groups[task] == 0:
+            changed[task, strategy] = tuple(run * 10.0**strategy for run in runs)
+    other = replace(table, repeats=changed)
+    for name in ("sotto", "isac", "gradient_boosting"):
+        before, after = (evaluate.judge(one, evaluate.SELECTORS[name], clock) for one in (table, other))
+        np.testing.assert_array_equal(before.choices[table.groups == 0], after.choices[table.groups == 0])
+        assert (before.expected[table.groups != 0] != after.expected[table.groups != 0]).any()
+
+
+def test_single_best_is_by_sums_and_the_ranking_by_shares() -> None:
+    """x is a little slower on one huge task, and three times as fast on two small ones."""
+    lines = ["task,how,s", "a,x,1000", "a,y,900", "b,x,1", "b,y,3", "c,x,1", "c,y,3"]
+    table = _table(lines)
+    for selector, best in ((SingleBest(), "y"), (FixedRanking(), "x")):
+        selector.fit(table)
+        assert table.strategies[int(selector.choose(table.tasks[:1], table.measured[:1])[0])] == best
+
+
+def test_gaps_are_filled_by_the_levels_of_task_and_strategy() -> None:
+    whole = np.array([[0.2, 0.4, 0.6]]).T + np.array([[0.0, 0.1, 0.2, 0.3]])
+    gaps = whole.copy()
+    gaps[1, 2] = np.nan
+    assert filled(gaps)[1, 2] == pytest.approx(whole[1, 2], abs=0.1)
+    np.testing.assert_array_equal(filled(whole), whole)
+    assert ranking(np.array([[1.0, np.nan], [1.0, 0.5]])).argmax() == 0
+
+
+def test_features_are_scaled_by_what_was_fitted() -> None:
+    fitted = tuple(Task(cells=(10.0**place, "ab"[place % 2], None)) for place in range(4))
+    encoder = Encoder(fitted)
+    new = encoder.encode((Task(cells=(1.0, "c", 3.0)), Task(cells=(None, "a", None))))
+    assert new.shape == (2, 3)  # one number that spans decades, two categories; what was never known is left out
+    np.testing.assert_allclose(new[0], [encoder.encode(fitted)[0, 0], 0, 0])
+    np.testing.assert_allclose(new[1], [0, 1, 0])
+
+
+def test_isac_splits_two_clouds() -> None:
+    lines = ["task,x,how,s"]
+    for task in range(60):
+        far = task % 2
+        lines += [f"{task},{task % 7 + 1000 * far + 1},{how},{1 + (how == 'y') * (far * 2 - 1) * 0.5}" for how in "xy"]
+    table = _table(lines, tasks=("task", "x"))
+    isac = Isac()
+    isac.fit(table)
+    assert metrics.right(table, isac.choose(table.tasks, table.measured)).all()
+
+
+def test_flat_trees_learn_and_take_any_number_of_rows() -> None:
+    rows = np.random.default_rng(1).random((300, 3))
+    wanted = np.column_stack([rows[:, 0] > 0.5, rows[:, 1]]).astype(np.float64)
+    for trees in (boosted(rows, wanted, rounds=80, rate=0.1, seed=0), randomised(rows, wanted, count=30, seed=0)):
+        found = trees.predict(rows)
+        assert np.mean((found - wanted) ** 2) < 0.03
+        np.testing.assert_allclose(trees.predict(rows[7:8]), found[7:8])
+        assert trees.predict(rows[:0]).shape == (0, 2)
+
+
+def test_advice_says_what_it_expects_and_why() -> None:
+    table = small("crossover", 4)
+    advisor = Advisor(Hedged(), table)
+    task, everything = Task(cells=(1e7,)), frozenset(table.strategies)
+    advice = advisor.advise(task, everything)
+    assert advice.strategy == advice.each[0].strategy == "s2"
+    place = next(i for i, one in enumerate(table.tasks) if one == task)
+    measured = table.performance[place, 2]
+    assert measured / 4 < advice.each[0].performance < measured * 4  # the machine's speed is not known
+    assert [one.performance for one in advice.each] == sorted(one.performance for one in advice.each)
+    assert advice.because[0][0] == "size"
+    assert advice.because[0][1] > 0.1
+    without = advisor.advise(task, everything - {"s2"})
+    assert without.strategy != "s2"
+    assert not without.each[0].allowed
+
+
+def test_one_group_cannot_be_held_out() -> None:
+    with pytest.raises(InputError, match="one group"):
+        evaluate.report(small("crossover", 1), clock, lambda done, total: None)
+
+
+def test_many_groups_are_held_out_in_lots() -> None:
+    table = _table(["task,how,s", *(f"{task},x,1" for task in range(200))])
+    lots = evaluate.folds(table)
+    assert len(lots) == evaluate.FOLDS_MAX
+    assert sorted(np.concatenate(lots)) == list(range(200))
+
+
+def _table(lines: list[str], tasks: tuple[str, ...] = ("task",)) -> Table:
+    from client.metalearning.table import Columns, Scale, read
+
+    return read(
+        lines, Columns(tasks=tasks, strategy="how", performance="s", hold_out="task"), Scale(lower_is_better=True)
+    )

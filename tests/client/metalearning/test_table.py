@@ -1,0 +1,80 @@
+"""Long tables: what is a task, a repeat, a group; and what each bad line is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from client.metalearning.table import Columns, Scale, read
+from protocol.errors import InputError
+
+COLUMNS = Columns(tasks=("model", "tokens"), strategy="how", performance="ms", hold_out="model")
+LOWER = Scale(lower_is_better=True)
+LINES = """model,tokens,how,ms
+a,1,x,10
+a,1.0,y,20
+a,1,x,30
+b,2,x,5
+b,2,z,4
+""".splitlines()
+
+
+def test_rows_become_tasks_and_repeats() -> None:
+    table = read(LINES, COLUMNS, LOWER)
+    assert table.features == ("tokens",)  # what is held out is no feature
+    assert [task.cells for task in table.tasks] == [(1.0,), (2.0,)]  # 1 and 1.0 are one number
+    assert table.strategies == ("x", "y", "z")
+    assert table.groups.tolist() == [0, 1]
+    np.testing.assert_array_equal(table.performance, [[20, 20, np.nan], [5, np.nan, 4]])
+    np.testing.assert_allclose(table.errors, [[10, 0, 0], [0, 0, 0]])
+    np.testing.assert_allclose(table.fractions, [[1, 1, np.nan], [0.8, np.nan, 1]])
+
+
+def test_higher_is_better_and_differences() -> None:
+    table = read(LINES, COLUMNS, Scale())
+    np.testing.assert_allclose(table.fractions, [[1, 1, np.nan], [1, np.nan, 0.8]])
+    shifted = [LINES[0], "a,1,x,-1", "a,1,y,0", "a,1,z,1", "b,1,x,7", "b,1,y,7"]
+    table = read(shifted, COLUMNS, Scale(absolute=True))
+    np.testing.assert_allclose(table.fractions, [[0, 0.5, 1], [1, 1, np.nan]])
+
+
+def test_a_part_knows_nothing_of_the_rest() -> None:
+    part = read(LINES, COLUMNS, LOWER).of(np.array([False, True]))
+    assert part.repeats == {(0, 0): (5.0,), (0, 2): (4.0,)}
+    assert part.groups.tolist() == [1]
+    assert len(part.strategies) == 3
+
+
+def test_numbers_categories_and_gaps() -> None:
+    lines = ["model,tokens,how,ms", "a,1,x,1", "b,,x,1", "c,nan,y,1"]
+    assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [(1.0,), (None,), (None,)]
+    lines = ["model,tokens,how,ms", "a,1,x,1", "b,,x,1", "c,many,y,1"]
+    assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [("1",), (None,), ("many",)]
+
+
+def test_groups_that_share_a_task_are_one() -> None:
+    columns = Columns(tasks=("model",), strategy="how", performance="ms", hold_out="day")
+    lines = ["model,day,how,ms", "a,1,x,1", "a,2,y,1", "b,2,x,1", "c,3,x,1"]
+    assert read(lines, columns, LOWER).groups.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([], "empty"),
+        (["model,tokens,how"], "no column ms; it has model, tokens, how"),
+        (["model,tokens,how,ms"], "no rows"),
+        (["model,tokens,how,ms,ms", "a,1,x,1,1"], "two columns ms"),
+        ([*LINES, "a,1,x"], "line 7 has fewer cells"),
+        ([*LINES, "a,1,x,1,1"], "line 7 has more cells"),
+        ([*LINES, "a,1,x,fast"], "line 7: ms is 'fast', not a finite number"),
+        ([*LINES, "a,1,x,nan"], "line 7: ms is 'nan'"),
+        ([*LINES, "a,1,x,inf"], "line 7: ms is 'inf'"),
+        ([*LINES, "a,1,,1"], "line 7: how is empty"),
+        ([*LINES, "a,1,x,0"], "line 7: ms is 0: ratios need positive values; use --regret absolute"),
+        ([*LINES, 'a,1,"x,1'], "is not CSV"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_line(lines: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        read(lines, COLUMNS, LOWER)

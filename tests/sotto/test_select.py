@@ -1,0 +1,71 @@
+"""`sotto select` on files: one object with --json, a table without, and one line for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from client.metalearning.evaluate import SELECTORS
+from sotto.__main__ import app
+from tests.helpers.selection_tables import MADE
+
+KEYS = ("accuracy", "tolerant_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
+WORDS = ("--task-columns", "group,number,a,b", "--strategy-column", "strategy", "--performance-column", "seconds")
+
+
+def select(file: Path, *words: str) -> Result:
+    return CliRunner().invoke(app, ["select", str(file), *words])
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> Path:
+    file = tmp_path / "few.csv"
+    file.write_text("\n".join(MADE["few"].lines()), encoding="utf-8")
+    return file
+
+
+def test_json_has_every_selector_and_the_products_own(few: Path) -> None:
+    done = select(few, *WORDS, "--lower-is-better", "--hold-out", "group", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert set(report["selectors"]) == {*SELECTORS, "oracle"}
+    for figures in report["selectors"].values():
+        assert all(0 <= figures[key] <= 1 for key in KEYS)
+    assert [report["selectors"]["oracle"][key] for key in KEYS] == [1.0] * 5
+    assert {key: report["chosen"][key] for key in KEYS} == {key: report["selectors"]["sotto"][key] for key in KEYS}
+    assert report["chosen"]["name"] == "sotto"
+    assert report["features"] == ["number", "a", "b"]
+
+
+def test_text_has_one_line_per_selector(few: Path) -> None:
+    done = select(few, *WORDS, "--lower-is-better", "--hold-out", "group")
+    assert done.exit_code == 0, done.output
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= {*SELECTORS, "oracle", "chosen:"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "says"),
+    [
+        ("", (), "empty"),
+        ("group,strategy,seconds\ng,x,1\n", (), "no column number, a, b"),
+        ("group,number,a,b,strategy,seconds\ng,1,1,1,x,1\n", (), "one group"),
+        ("group,number,a,b,strategy,seconds\ng,1,1,1,x,-1\n", (), "line 2: seconds is -1"),
+        ("group,number,a,b,strategy,seconds\ng,1,1,1,x,1\n", ("--regret", "none"), "ratio or absolute"),
+    ],
+)
+def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, words: tuple[str, ...], says: str) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text(text, encoding="utf-8")
+    done = select(file, *WORDS, "--hold-out", "group", *words, "--json")
+    assert done.exit_code == 1
+    assert says in json.loads(done.stdout)["error"]
+
+
+def test_a_file_that_is_not_there_or_is_no_text(tmp_path: Path) -> None:
+    assert "No such file" in select(tmp_path / "none.csv", *WORDS, "--hold-out", "group").stderr
+    (tmp_path / "bytes.csv").write_bytes(b"\xff\xfe\x00")
+    assert "not UTF-8" in select(tmp_path / "bytes.csv", *WORDS, "--hold-out", "group").stderr
