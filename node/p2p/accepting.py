@@ -4,8 +4,8 @@ Whoever connects and says nothing costs this node a file descriptor and a place 
 cryptography: one selector holds them all, and one task looks at it. A connection gets a task of its own once it has
 said which of our two greetings it brings; one that says anything else, or nothing for FIRST_BYTES_S, is reset.
 
-Invariant: no more than EVENTS_PER_TURN are dealt with before other tasks have their turn, so that a crowd that arrives
-at once is no pause for those who are inside. Nothing is read beyond READ_BYTES of one connection.
+Invariant: at most EVENTS_PER_TURN of them, and as many newcomers of each listening socket, are dealt with before other
+tasks have their turn: a crowd that arrives at once is no pause for those who are inside.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import selectors
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -28,7 +29,7 @@ from node.p2p.records import MAGIC
 log = logging.getLogger(__name__)
 
 FIRST_BYTES_S = 3.0  # a connection that says nothing holds its place no longer
-READ_BYTES = 4096
+READ_BYTES = 4096  # more than a greeting and the first message of a handshake
 EVENTS_PER_TURN = 8  # some 50 microseconds each
 CROWDED_S = 0.1  # before accepting again when the system has no room for another connection
 MULTISTREAM = b"\x13/multistream/1.0.0\n"  # how every connection of libp2p begins
@@ -95,14 +96,31 @@ class Acceptor:
                 sock, address = listening.accept()
             except BlockingIOError:
                 return
-            except OSError as error:  # a connection that was gone before it was accepted, or no room for it
-                self._crowded = error.errno in _NO_ROOM
-                return
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    self._make_room(error)
+                return  # else it was gone before it was accepted
+            self._take(sock, address[0])
+
+    def _take(self, sock: socket.socket, address: str) -> None:
+        visit = self._doorway.enter(address)
+        silent = _Silent(sock, trio.current_time() + FIRST_BYTES_S, visit)
+        try:
             sock.setblocking(False)
-            silent = _Silent(sock, trio.current_time() + FIRST_BYTES_S, self._doorway.enter(address[0]))
-            silent.visit.evict = partial(self._turn_away, silent)
-            self._silent[silent] = None
             self._selector.register(sock, selectors.EVENT_READ, silent)
+        except OSError as error:
+            self._doorway.leave(visit)
+            sock.close()
+            self._make_room(error)
+            return
+        visit.evict = partial(self._turn_away, silent)
+        self._silent[silent] = None
+
+    def _make_room(self, error: OSError) -> None:
+        log.warning("no room for another connection: %s", error)
+        self._crowded = True
+        for silent in list(islice(self._silent, 1)):
+            self._turn_away(silent)
 
     def _listen_to(self, silent: _Silent) -> None:
         try:
@@ -122,6 +140,7 @@ class Acceptor:
     def _turn_away(self, silent: _Silent) -> None:
         del self._silent[silent]
         self._selector.unregister(silent.sock)
-        silent.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        with suppress(OSError):  # some systems refuse it once the peer has reset
+            silent.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         silent.sock.close()
         self._doorway.leave(silent.visit)

@@ -140,12 +140,12 @@ class TcpListener(IListener):
     def _begin(self, sock: socket.socket, said: bytes, visit: Visit) -> None:
         scope = trio.CancelScope()
         visit.evict = scope.cancel
-        self._nursery.start_soon(self._keep, sock, said, visit, scope)
+        accepted = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        self._nursery.start_soon(self._keep, accepted, said, visit, scope)
 
-    async def _keep(self, sock: socket.socket, said: bytes, visit: Visit, scope: trio.CancelScope) -> None:
+    async def _keep(self, accepted: trio.SocketStream, said: bytes, visit: Visit, scope: trio.CancelScope) -> None:
         """From its greeting until it is closed, or has to go."""
         doorway = self._entrance.doorway
-        accepted = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
         stream = TcpStream(accepted, said)
         stream.on_admitted = lambda: doorway.leave(visit)
         try:
