@@ -25,6 +25,7 @@ from node.clock import SystemClock
 from node.engine_thread import EngineThread
 from node.entry import STATE_FILE, key_of_worker, read_entry
 from node.files import write_atomic
+from node.garbage import spare_imports
 from node.groups import ungrouped
 from node.identity import load_identity
 from node.joining import Leads, stay_joined
@@ -112,6 +113,7 @@ def default_disk_bytes(data_dir: Path, memory_bytes: int) -> int:
 async def run_worker(options: WorkerOptions) -> None:
     """Serve until told to stop. Raises InputError for what the owner must change (port in use, bad address...)."""
     torch.set_num_threads(options.threads)
+    spare_imports()
     entry = read_entry(options.bootstrap)
     with only_user_of(options.data_dir, "worker"), ungrouped():
         key = key_of_worker(options.data_dir, entry, options.private, os.urandom)

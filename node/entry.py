@@ -8,14 +8,12 @@ the public swarm unless its owner says so.
 from __future__ import annotations
 
 import ipaddress
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from node.files import read_private, write_private
+from node.lifetime import running_worker
 from node.p2p.addresses import parse_bootstrap
 from protocol import limits
 from protocol.errors import InputError
@@ -89,16 +87,13 @@ def known_key(folder: Path, entry: Entry, private: bool | None = None) -> SwarmK
 
 def invite_of_worker(folder: Path) -> Invite:
     """An invite to the swarm of the worker that runs in `folder`, by way of that worker. Raises InputError."""
-    try:
-        state = json.loads((folder / STATE_FILE).read_text())
-        pid, peer, addrs, swarm = state["pid"], state["peer"], state["addrs"], bytes.fromhex(state["swarm"])
-        running = psutil.pid_exists(pid)
-    except FileNotFoundError:
-        running = False
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / STATE_FILE} cannot be read ({error}): start the worker again") from None
-    if not running:
+    state = running_worker(folder)
+    if state is None:
         raise InputError(f"no worker runs in {folder}: start one with 'sotto worker', or give --bootstrap ADDRESS")
+    try:
+        peer, addrs, swarm = state["peer"], state["addrs"], bytes.fromhex(state["swarm"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / STATE_FILE} cannot be read ({error}): start the worker again") from None
     key = _stored(folder)
     if swarm != swarm_of(key):
         key = None

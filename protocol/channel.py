@@ -6,8 +6,7 @@ protocol violation.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
@@ -18,8 +17,8 @@ from protocol.ports import Stream
 
 
 class Channel:
-    """A stream of one of our protocols. `arriving` is told the bytes of the unfinished frame each time that some come;
-    what it raises comes out of `receive`."""
+    """A stream of one of our protocols. `arriving` is told how many bytes are here beyond the messages given out, each
+    time that this changes; what it raises comes out of `receive`."""
 
     __slots__ = ("_arriving", "_decoder", "_frame_bytes_max", "_ready", "_stream", "received_bytes", "sent_bytes")
 
@@ -28,7 +27,7 @@ class Channel:
         self._arriving = arriving
         self._frame_bytes_max = FRAME_BYTES_MAX[protocol]
         self._decoder = FrameDecoder(self._frame_bytes_max)
-        self._ready: deque[tuple[Message, bytes]] = deque()
+        self._ready: Iterator[tuple[Message, bytes]] = iter(())
         self.sent_bytes = 0
         self.received_bytes = 0
 
@@ -46,7 +45,11 @@ class Channel:
 
     async def receive(self) -> tuple[Message, bytes] | None:
         """The next message and its body; None when the peer finished. Raises TransportError, RemoteProtocolError."""
-        while not self._ready:
+        while True:
+            frame = next(self._ready, None)  # one at a time: a chunk of tiny messages is no pause for others
+            self._arriving(self._decoder.unfinished)
+            if frame is not None:
+                return frame
             wanted = min(max(self._decoder.wanted, 1 << 14), limits.STREAM_CHUNK_BYTES)
             data = await self._stream.receive(wanted)
             if not data:
@@ -54,9 +57,7 @@ class Channel:
                     return None
                 raise TransportError("the stream ended inside a frame")
             self.received_bytes += len(data)
-            self._ready.extend(self._decoder.feed(data))
-            self._arriving(self._decoder.unfinished)
-        return self._ready.popleft()
+            self._ready = self._decoder.feed(data)
 
     async def call(self, request: Message) -> Message:
         """Send a request that has no body, and give its answer. Raises TransportError, RemoteProtocolError."""

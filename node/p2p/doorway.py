@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import ipaddress
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import trio
 
@@ -31,10 +32,10 @@ BLAMED_MAX = 1024  # addresses remembered
 
 @dataclass(slots=True, eq=False)
 class Visit:
-    """One inbound connection. Its tasks run inside `scope`, which is cancelled when it has to go."""
+    """One inbound connection. `evict` is called when it has to go."""
 
     source: str
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    evict: Callable[[], None] = lambda: None
 
 
 @dataclass(slots=True)
@@ -105,7 +106,7 @@ class Doorway:
     def _evict(self, source: str) -> None:
         visit = next(iter(self._pending[source]))
         self.leave(visit)
-        visit.scope.cancel()
+        visit.evict()
 
 
 def source_of(address: str) -> str:

@@ -9,6 +9,7 @@ TransportError here; a handler that raises costs its stream. It does not discove
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -242,7 +243,7 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
     Raises InputError: a malformed address, a port that is in use.
     """
     config = replace(config, announce=addresses.parse_announced(config.announce))
-    bound: dict[str, list[trio.SocketListener]] = {}
+    bound: dict[str, list[socket.socket]] = {}
     failure: BaseException | None = None
     try:
         for addr in config.listen:
@@ -275,9 +276,9 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
                         await host.shut_down()
             nursery.cancel_scope.cancel()
     finally:
-        for listeners in bound.values():
-            for listener in listeners:
-                listener.socket.close()
+        for listening in bound.values():
+            for each in listening:
+                each.close()
     if failure is not None:
         raise failure
 

@@ -29,6 +29,7 @@ from libp2p.transport.exceptions import OpenConnectionError
 from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr
 
+from node.p2p.accepting import Acceptor
 from node.p2p.addresses import tcp_endpoint
 from node.p2p.doorway import Doorway, Visit
 from node.p2p.records import MAGIC
@@ -37,25 +38,17 @@ from protocol.errors import InputError
 log = logging.getLogger(__name__)
 
 READ_BYTES = 256 * 1024  # four Noise records for one system call
-FIRST_BYTES_S = 3.0  # a connection that says nothing holds its place no longer
 
 
 class TcpStream(ReadWriteCloser):
     """A socket as libp2p wants it. Reads are buffered; `closed` is set once the socket is closed from this side."""
 
-    def __init__(self, accepted: trio.SocketStream) -> None:
+    def __init__(self, connected: trio.SocketStream, unread: bytes = b"") -> None:
         self.closed = trio.Event()
         self.on_admitted: Callable[[], None] = lambda: None  # the peer has proven who it is
-        self._socket = accepted
-        self._unread = bytearray()
-        self._remote = _remote_of(accepted)
-
-    async def begins_with(self, magic: bytes) -> bool:
-        """Are these the first bytes? Reads no further than needed to tell, and leaves all of them unread."""
-        while magic.startswith(self._unread):
-            if len(self._unread) == len(magic) or not await self._fill():
-                break
-        return self._unread.startswith(magic)
+        self._socket = connected
+        self._unread = bytearray(unread)
+        self._remote = _remote_of(connected)
 
     async def read(self, n: int | None = None) -> bytes:
         """At most `n` bytes; b"" at the end. One task reads at a time."""
@@ -107,7 +100,7 @@ class Entrance:
     plane, and returns when they have ended; tasks live in `nursery`. Dials go out from the IPv4 address `dial_from`."""
 
     nursery: trio.Nursery
-    bound: Mapping[str, list[trio.SocketListener]]
+    bound: Mapping[str, list[socket.socket]]
     doorway: Doorway
     serve_direct: Callable[[TcpStream], Awaitable[None]]
     dial_from: str | None = None
@@ -121,7 +114,7 @@ class TcpListener(IListener):
         self._bound = entrance.bound
         self._entrance = entrance
         self._handler = handler
-        self._sockets: list[trio.SocketListener] = []
+        self._sockets: list[socket.socket] = []
         self._scope = trio.CancelScope()
 
     async def listen(self, maddr: Multiaddr) -> None:
@@ -132,37 +125,41 @@ class TcpListener(IListener):
         await trio.lowlevel.checkpoint()
 
     def get_addrs(self) -> tuple[Multiaddr, ...]:
-        return tuple(addr for listener in self._sockets for addr in _dialable_addrs(listener))
+        return tuple(addr for listening in self._sockets for addr in _dialable_addrs(listening))
 
     async def close(self) -> None:
         self._scope.cancel()
-        for listener in self._sockets:
-            listener.socket.close()
+        for listening in self._sockets:
+            listening.close()
         await trio.lowlevel.cancel_shielded_checkpoint()
 
     async def _serve(self) -> None:
         with self._scope:
-            await trio.serve_listeners(self._accept, self._sockets, handler_nursery=self._nursery)
+            await Acceptor(self._sockets, self._entrance.doorway, self._begin).run()
 
-    async def _accept(self, accepted: trio.SocketStream) -> None:
-        stream = TcpStream(accepted)
+    def _begin(self, sock: socket.socket, said: bytes, visit: Visit) -> None:
+        scope = trio.CancelScope()
+        visit.evict = scope.cancel
+        accepted = trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+        self._nursery.start_soon(self._keep, accepted, said, visit, scope)
+
+    async def _keep(self, accepted: trio.SocketStream, said: bytes, visit: Visit, scope: trio.CancelScope) -> None:
+        """From its greeting until it is closed, or has to go."""
         doorway = self._entrance.doorway
-        visit = doorway.enter((stream.get_remote_address() or ("", 0))[0])
+        stream = TcpStream(accepted, said)
         stream.on_admitted = lambda: doorway.leave(visit)
         try:
-            with visit.scope:
+            with scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._handle, stream, visit)
+                    nursery.start_soon(self._handle, stream, visit, said.startswith(MAGIC))
                     await stream.closed.wait()
                     nursery.cancel_scope.cancel()
         finally:
             doorway.leave(visit)
             await trio.aclose_forcefully(accepted)
 
-    async def _handle(self, stream: TcpStream, visit: Visit) -> None:
+    async def _handle(self, stream: TcpStream, visit: Visit, direct: bool) -> None:
         try:
-            with trio.fail_after(FIRST_BYTES_S):
-                direct = await stream.begins_with(MAGIC)
             await self._entrance.doorway.turn(visit)
             await (self._entrance.serve_direct(stream) if direct else self._handler(stream))
         except Exception as error:  # a connection that fails is that connection's end, never the listener's
@@ -190,16 +187,19 @@ class TcpTransport(TCP):
         return TcpListener(self._entrance, handler_function)
 
 
-async def bind(maddr: Multiaddr) -> list[trio.SocketListener]:
+async def bind(maddr: Multiaddr) -> list[socket.socket]:
     """Sockets that listen at `maddr`. Raises InputError that names the port, also when another process has it."""
     host, port = tcp_endpoint(maddr)
     try:
-        listeners = list(await trio.open_tcp_listeners(port, host=host))
+        listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as error:
         raise InputError(_why(host, port, error)) from error
-    for listener in listeners:  # after binding: it lets `connect_from` share the port, and no second listener
-        listener.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    return listeners
+    listening = [socket.socket(fileno=listener.socket.detach()) for listener in listeners]
+    for each in listening:
+        each.setblocking(False)
+        # after binding: it lets `connect_from` share the port, and no second listener
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return listening
 
 
 async def connect_from(port: int, maddr: Multiaddr, initiator: bool) -> RawConnection:
@@ -233,10 +233,10 @@ def _why(host: str, port: int, error: OSError) -> str:
             return f"cannot listen on {host} port {port}: {error.strerror or error}"
 
 
-def _dialable_addrs(listener: trio.SocketListener) -> list[Multiaddr]:
+def _dialable_addrs(listening: socket.socket) -> list[Multiaddr]:
     """Where a listening socket can be reached. A wildcard names no place: it becomes the machine's address towards
     others, if it has one, and loopback."""
-    host, port = listener.socket.getsockname()[:2]
+    host, port = listening.getsockname()[:2]
     match host:
         case "0.0.0.0":
             hosts = [*_address_towards(socket.AF_INET, "192.0.2.1"), "127.0.0.1"]

@@ -66,6 +66,15 @@ def test_messages_come_in_order_then_the_end(size: int) -> None:
     assert channel.received_bytes == len(data)
 
 
+def test_messages_of_one_chunk_are_decoded_one_at_a_time() -> None:
+    frame, told = encode_frame(PING), list[int]()
+    channel = Channel(Script(2 * frame + b"\xff" * 8), CONTROL, told.append)
+    assert [done(channel.receive()) for _ in range(2)] == [(PING, b"")] * 2
+    assert told == [0, len(frame) + 8, 8]
+    with pytest.raises(RemoteProtocolError):
+        done(channel.receive())
+
+
 def test_a_frame_is_one_write() -> None:
     script = Script()
     channel = Channel(script, CONTROL)

@@ -21,10 +21,11 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
 
+from node.p2p.accepting import MULTISTREAM, Acceptor
 from node.p2p.addresses import stated
 from node.p2p.direct import DirectPlane, _be_accepted, _be_asked
 from node.p2p.direct_stream import DirectStream
-from node.p2p.doorway import Doorway
+from node.p2p.doorway import Doorway, Visit
 from node.p2p.gossip import GuardedPubsub, TopicSubscription
 from node.p2p.gossip_rpc import trim
 from node.p2p.host import stated_addrs
@@ -163,11 +164,40 @@ class _Socket:
 _NOISE = MAGIC + (32).to_bytes(2, "big") + bytes(range(1, 33))
 
 
-@target("first bytes", [_NOISE, _NOISE + bytes(300), MAGIC, b"\x13/multistream/1.0.0\n"])
+@target("first bytes", [_NOISE, _NOISE + bytes(300), MAGIC, MAGIC[:5], MULTISTREAM, MULTISTREAM + b"\x07/noise\n"])
 def first_bytes(data: bytes) -> None:
-    """Through the doorway, to the data plane's handshake or to libp2p."""
+    """One connection at the door: whoever greets gets in with what it said, and leaves its place; others are gone."""
+
+    async def main() -> None:
+        doorway, inside = Doorway(), list[bytes]()
+
+        def greeted(sock: socket.socket, said: bytes, visit: Visit) -> None:
+            inside.append(said)
+            doorway.leave(visit)
+            sock.close()
+
+        acceptor = Acceptor((), doorway, greeted)
+        near, far = socket.socketpair()
+        with far:
+            acceptor._take(near, "192.0.2.9")
+            for start in range(0, len(data), 7):
+                if acceptor._silent:
+                    far.sendall(data[start : start + 7])
+                    acceptor._turn()
+            far.shutdown(socket.SHUT_WR)
+            acceptor._turn()
+        assert not acceptor._silent
+        assert not doorway._pending
+        assert bool(inside) is data.startswith((MAGIC, MULTISTREAM))
+        assert all(data.startswith(said) for said in inside)
+
+    run(main)
+
+
+@target("after the greeting", [_NOISE, _NOISE + bytes(300), MULTISTREAM])
+def after_the_greeting(data: bytes) -> None:
+    """To the data plane's handshake, or to libp2p."""
     read: list[bytes] = []
-    direct: list[bool] = []
 
     async def libp2p(stream: TcpStream) -> None:
         while part := await stream.read(1000):
@@ -175,21 +205,16 @@ def first_bytes(data: bytes) -> None:
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
-            plane = DirectPlane(bytes(32), nursery, Shunned(Doorway()))
-
-            async def serve(stream: TcpStream) -> None:
-                direct.append(True)
-                await plane.serve(stream)
-
             doorway = Doorway()
-            listener = TcpListener(Entrance(nursery, {}, doorway, serve), libp2p)  # type: ignore[arg-type]
-            await listener._accept(_Socket(data))  # type: ignore[arg-type]
+            plane = DirectPlane(bytes(32), nursery, Shunned(doorway))
+            listener = TcpListener(Entrance(nursery, {}, doorway, plane.serve), libp2p)  # type: ignore[arg-type]
+            said, rest, visit = data[:40], data[40:], doorway.enter("192.0.2.9")
+            await listener._keep(_Socket(rest), said, visit, trio.CancelScope())  # type: ignore[arg-type]
             assert not doorway._pending
             assert not plane.streams
 
     run(main)
-    assert bool(direct) is data.startswith(MAGIC)
-    assert direct or b"".join(read) == data
+    assert b"".join(read) == (b"" if data.startswith(MAGIC) else data)
 
 
 # the data plane's records, in the clear
