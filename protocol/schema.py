@@ -63,7 +63,7 @@ class Record:
     TAG: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        layout = _layout_of(type(self))
+        layout: _Layout = _layout_of(type(self))
         for index, value in enumerate(layout.values_of(self)):
             try:
                 layout.checks[index](value)
@@ -80,7 +80,7 @@ R = TypeVar("R", bound=Record)
 
 def to_plain(record: Record) -> list[Plain]:
     """The record's fields in declared order, as msgpack can hold them."""
-    layout = _layout_of(type(record))
+    layout: _Layout = _layout_of(type(record))
     plain = list(layout.values_of(record))
     for index, dump in layout.to_plain:
         plain[index] = dump(plain[index])
@@ -89,7 +89,7 @@ def to_plain(record: Record) -> list[Plain]:
 
 def from_plain(kind: type[R], plain: Plain) -> R:
     """Inverse of to_plain; hostile input raises ValueError."""
-    layout = _layout_of(kind)
+    layout: _Layout = _layout_of(kind)
     if not isinstance(plain, list) or len(plain) != len(layout.names):
         raise ValueError(f"{kind.__name__}: expected an array of {len(layout.names)}")
     values = list(plain)
@@ -111,7 +111,7 @@ def _lay_out(kind: type[Record]) -> _Layout:
     )
 
 
-_layout_of: Callable[[type[Record]], _Layout] = functools.cache(_lay_out)
+_layout_of: Any = functools.cache(_lay_out)  # classes are hashable; mypy reads their instances' __hash__
 
 
 def _values_of(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
