@@ -2,7 +2,8 @@
 
 Invariant: whatever happens to a stream (end, reset, violation) ends every session on it with an error that names the
 worker, and the next session opens a new stream. A caller that is cancelled leaves no task, no stream in mid-frame and
-no session open: frames are written by the writer task alone, and cleanup is shielded for CLOSE_S at most.
+no session open: a frame is written by the writer task, or at once and whole, and cleanup is shielded for CLOSE_S at
+most.
 
 The only nurseries of the room. Placement, routing and retrying are decided elsewhere.
 """
@@ -65,20 +66,30 @@ class _Link:
         self.lost: SottoError | None = None
         self._channel = channel
         self._outbox, self._frames = trio.open_memory_channel[tuple[Message, bytes]](OUTBOX_FRAMES)
+        self._unwritten = 0  # frames that the writer has, or is about to get
 
     async def send(self, message: Message, body: bytes = b"") -> None:
         """Hand a frame to the writer; raises the error that lost the link. Cancelled: the frame is not sent."""
         if self.lost is not None:
             raise self.lost.with_traceback(None)
+        self._unwritten += 1
         try:
             await self._outbox.send((message, body))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise (self.lost or HopLost(self.peer, "was lost")).with_traceback(None) from None
+        except BaseException:
+            self._unwritten -= 1
+            raise
+
+    def send_at_once(self, message: Message, body: bytes = b"") -> bool:
+        """`send` without the writer, when it has nothing to do and the stream takes the whole frame now."""
+        return self.lost is None and not self._unwritten and self._channel.send_at_once(message, body)
 
     async def write(self) -> None:
         """Send frames until the stream fails. Raises TransportError."""
         async for message, body in self._frames:
             await self._channel.send(message, body)
+            self._unwritten -= 1
 
     async def read(self, dropped: Callable[[PeerId], None]) -> None:
         """Give messages to their sessions until the stream ends. Raises TransportError, RemoteProtocolError."""

@@ -7,7 +7,8 @@ token chosen after P tokens is sampled for position P and computed at position P
 speculated, is the same run. A session that holds a beginning of the prompt already, from the turn before of a chat, is
 sent the rest.
 
-Embedding, head and sampling go through `run_sync`, which the composition root points at a thread for a large model.
+Head, sampling and the next embedding are one turn (turns.py), shared with the other requests of the model; a prompt's
+embedding goes through `run_sync`. The composition root points both at a thread for a large model.
 No text here (client/text.py), no retrying, and the session stays open: it is the caller's.
 """
 
@@ -17,7 +18,7 @@ import math
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 import trio
 from torch import Tensor
@@ -26,21 +27,14 @@ from client.observer import ClientObserver, NullObserver
 from client.session import STEP_DATA_BYTES_MAX
 from client.speculation import Speculation
 from client.tensors import WIRE_DTYPES, to_payload, to_tensor
+from client.turns import Ends, RunSync, Turns, inline
 from models.sampling import SamplingParams, sample
 from protocol import limits
 from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError, SottoError
 from protocol.ports import Clock
 from protocol.tensors import Payload
 
-T = TypeVar("T")
 FinishReason = Literal["stop", "length"]
-
-
-class Ends(Protocol):
-    """What stays with the client: equivariant.ends.ClientEnds."""
-
-    def embed(self, ids: Sequence[int]) -> Tensor: ...  # [T, d]
-    def logits(self, hidden: Tensor) -> Tensor: ...  # [T, d] -> [T, V]
 
 
 class Steps(Protocol):
@@ -55,17 +49,6 @@ class Choose(Protocol):
     """models.sampling.sample, or what stands in for it: benchmarks dictate the answer."""
 
     def __call__(self, logits: Tensor, params: SamplingParams, position: int, /) -> int: ...
-
-
-class RunSync(Protocol):
-    """Runs a function that may take long, without blocking the event loop."""
-
-    async def __call__(self, function: Callable[[], T], /) -> T: ...
-
-
-async def inline(function: Callable[[], T], /) -> T:
-    """RunSync for ends so small (about a million weights) that a thread would cost more than it frees; for tests."""
-    return function()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +75,15 @@ class GenerationParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationHost:
-    """What a generation needs of the world. `speculation`, when there is one, is for this generation alone."""
+    """What a generation needs of the world. `speculation`, when there is one, is for this generation alone; `turns` are
+    those of all requests of the model, None for a request that shares its products with none."""
 
     clock: Clock
     run_sync: RunSync = inline
     observer: ClientObserver = field(default_factory=NullObserver)
     speculation: Speculation | None = None
     choose: Choose = sample
+    turns: Turns | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +163,7 @@ class Generation:
         self._prompt = list(prompt_ids)
         self._params = params
         self._host = host
+        self._turns = host.turns or Turns(ends, host.run_sync)
         self._started_at = host.clock.monotonic()
         self._stopped = False
         self._sent_at = 0.0
@@ -215,13 +201,14 @@ class Generation:
         observer, self._started_at = self._host.observer, self._host.clock.monotonic()
         observer.request_started(len(self._prompt))
         failure = "internal"
+        self._turns.begin()
         try:
             if self._host.speculation is not None:
                 self._host.speculation.begin(self._prompt)
             answer, drafts = await self._prefill(), tuple[int, ...]()
             while True:
                 position = len(self._prompt) + len(self.ids)
-                turn = await self._host.run_sync(partial(self._turn, answer, drafts, position))
+                turn = await self._turn(answer, drafts, position)
                 step, known_s = None, self._elapsed_s()
                 if turn.following is not None:
                     step = await self._submit(turn.following, position + len(turn.chosen) - 1)
@@ -244,27 +231,42 @@ class Generation:
             failure = "cancelled"
             raise
         finally:
+            self._turns.end()
             if self.finish_reason is None:
                 observer.request_failed(failure)
             else:
                 observer.request_finished(self.finish_reason, len(self.ids), self._elapsed_s())
 
-    def _turn(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Turn:
-        chosen, speculation = self._choose(answer, drafts, position), self._host.speculation
+    async def _turn(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Turn:
+        chosen, following = list[int](), tuple[int, ...]()
+
+        def choose(logits: Tensor) -> tuple[int, ...]:
+            nonlocal following
+            chosen.extend(self._choose(logits, drafts, position))
+            following = self._following(chosen)
+            return following
+
+        hidden = to_tensor(answer)[-1 - len(drafts) :]
+        embedded = await self._turns.take(hidden, choose)
+        if embedded is None:
+            return _Turn(chosen, (), None)
+        return _Turn(chosen, following[1:], to_payload(embedded, WIRE_DTYPES[self._params.wire_dtype]))
+
+    def _following(self, chosen: list[int]) -> tuple[int, ...]:
+        """The next step after the tokens that were chosen now: the last one and guesses; () at the end."""
+        speculation = self._host.speculation
         if speculation is not None:
             speculation.came(chosen)
         if chosen[-1] in self._params.stop_ids or len(self.ids) + len(chosen) == self._params.max_new_tokens:
-            return _Turn(chosen, (), None)
-        guesses = tuple[int, ...]()
-        if speculation is not None:
-            # The last token is never computed: a guess at it would be in vain, and might not fit into the KV.
-            room = self._params.max_new_tokens - len(self.ids) - len(chosen) - 1
-            guesses = speculation.next(room)
-        return _Turn(chosen, guesses, _embedder(self._ends, self._params, (chosen[-1], *guesses))())
+            return ()
+        if speculation is None:
+            return (chosen[-1],)
+        # The last token is never computed: a guess at it would be in vain, and might not fit into the KV.
+        return (chosen[-1], *speculation.next(self._params.max_new_tokens - len(self.ids) - len(chosen) - 1))
 
-    def _choose(self, answer: Payload, drafts: tuple[int, ...], position: int) -> list[int]:
-        """The tokens for `position` and what follows, as far as `drafts` hold: one at least."""
-        rows, chosen = self._ends.logits(to_tensor(answer)[-1 - len(drafts) :]), list[int]()
+    def _choose(self, rows: Tensor, drafts: tuple[int, ...], position: int) -> list[int]:
+        """The tokens for `position` and what follows, from logits, as far as `drafts` hold: one at least."""
+        chosen = list[int]()
         if not bool(rows.isfinite().all()):  # finite numbers can be so large that their sums are not
             raise RemoteProtocolError("the route's answer is so large that no token follows from it: a worker lies")
         room = self._params.max_new_tokens - len(self.ids)

@@ -40,31 +40,38 @@ class InFlight:
 
     next: int = 0
     _steps: OrderedDict[int, SentStep] = field(default_factory=OrderedDict)
+    _pending: dict[int, SentStep] = field(default_factory=dict)  # those not answered, and some that were since
 
     def has_room(self, nbytes: int) -> bool:
         """Whether a step of `nbytes` may be sent now. A single one always may."""
-        pending = [step.nbytes for step in self._steps.values() if not step.answered]
+        pending = [step.nbytes for step in self._unanswered().values()]
         return not pending or (len(pending) < STEPS_IN_FLIGHT_MAX and sum(pending) + nbytes <= BYTES_IN_FLIGHT_MAX)
 
     @property
     def idle(self) -> bool:
         """Nothing waits for an answer."""
-        return all(step.answered for step in self._steps.values())
+        return not self._unanswered()
 
     @property
     def acked(self) -> int:
         """Answers of all steps below this id have arrived."""
-        return next((number for number, step in self._steps.items() if not step.answered), self.next)
+        return next(iter(self._unanswered()), self.next)
 
     def add(self, step: SentStep) -> int:
         """The id of a step that is about to be sent."""
         number, self.next = self.next, self.next + 1
-        self._steps[number] = step
+        self._steps[number] = self._pending[number] = step
         return number
 
     def give_up(self, number: int) -> None:
         """The step was not sent after all."""
         del self._steps[number]
+        self._pending.pop(number, None)
+
+    def _unanswered(self) -> dict[int, SentStep]:
+        for number in [number for number, step in self._pending.items() if step.answered]:
+            del self._pending[number]
+        return self._pending
 
     def abandon(self) -> None:
         """No answer to a step that was sent so far will be fetched."""

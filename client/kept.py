@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from client.errors import short
-from client.generate import Ends, FinishReason, Generation, GenerationHost, GenerationParams, GenerationResult, Steps
+from client.generate import FinishReason, Generation, GenerationHost, GenerationParams, GenerationResult, Steps
+from client.turns import Ends
 from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable, SottoError, TransportError
 
 LOSSES_MAX = 3  # in a row, without a token between them

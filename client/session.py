@@ -52,6 +52,7 @@ class HopLink(Protocol):
     """How messages reach one hop. Raises the error that names the hop once its stream is gone."""
 
     async def send(self, message: Message, body: bytes = b"") -> None: ...
+    def send_at_once(self, message: Message, body: bytes = b"") -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,6 +311,8 @@ class RouteSession:
 
     async def _send(self, link: HopLink, message: Message, body: bytes, patience: _Patience) -> None:
         """Hand a message to `link`; ends early, not sent, when the session fails or patience runs out."""
+        if link.send_at_once(message, body):
+            return
         with trio.move_on_after(patience.seconds) as scope:
             self._sending = scope
             try:

@@ -50,7 +50,7 @@ from node.joining import Leads, stay_joined
 from node.lifetime import only_user_of
 from node.measuring import time_ends
 from node.metrics import ClientMetrics, serve_metrics
-from node.model import DeployedModel
+from node.model import DeployedModel, turns_over
 from node.p2p.mesh import MeshConfig, open_mesh
 from node.paths import history_file
 from node.recording import Journal, Origin, Recorder, Subject, wanted
@@ -311,6 +311,7 @@ class Client:
                 entropy=self.ports.entropy,
                 origin=self.options.origin,
             ),
+            turns=turns_over(ends),
         )
 
     async def _leased_route(

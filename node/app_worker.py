@@ -6,6 +6,7 @@ machine. Everything that is started ends with the block it was started in, whate
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -102,6 +103,11 @@ def default_memory_bytes() -> int:
     return int(psutil.virtual_memory().available // 2)
 
 
+def default_threads() -> int:
+    """As many as there are cores for this process: a container or `taskset` may leave it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_disk_bytes(data_dir: Path, memory_bytes: int) -> int:
     """Four times the memory, so that what made room can come back without an upload; never over half of the disk's
     room, what is held already counted as room."""
@@ -168,6 +174,9 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             mesh.directory.serve()
             nursery.start_soon(mesh.directory.run)
             await _start_owner(nursery, service, options)
+            # What is loaded by now lives as long as the process. A full collection would look at 250,000 objects, which
+            # takes 0.1 s and holds up the loop and the engine.
+            gc.freeze()
             facts = {"swarm": swarm_of(key).hex(), "metrics": metrics_url}
             with _announced(options.data_dir, mesh, facts) as announce:
                 mesh.reach.on_change = partial(_reach_changed, service, announce)

@@ -12,9 +12,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Generator
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import trio
 
@@ -40,14 +39,18 @@ class SyncEngine(Protocol):
 
 
 class EngineThread:
-    """Implements protocol.ports.Compute. Use as a context manager: leaving it waits for the running forward."""
+    """Implements protocol.ports.Compute. Use as a context manager, on the loop that calls it: leaving it waits for the
+    running forward."""
 
     def __init__(self, engine: SyncEngine, on_start: Callable[[], None]) -> None:
         self._engine = engine
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._settled: list[_Pending[Any]] = []  # the loop has not heard of them yet
+        self._token: trio.lowlevel.TrioToken | None = None
         self._thread = threading.Thread(target=self._serve, args=(on_start,), name="engine", daemon=True)
 
     def __enter__(self) -> EngineThread:
+        self._token = trio.lowlevel.current_trio_token()
         self._thread.start()
         return self
 
@@ -64,46 +67,20 @@ class EngineThread:
     async def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
         await self._run(lambda: self._engine.open(session, deployment, kv_tokens))
 
-    async def step(self, work: StepWork) -> StepResult:
-        future: Future[StepResult] = Future()
+    def step(self, work: StepWork) -> Awaitable[StepResult]:
+        """The thread has the step when this returns."""
+        pending: _Pending[StepResult] = _Pending(self._settled)
         asked_s = time.perf_counter()
-
-        def done(result: StepResult | Exception) -> None:
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-
-        def submit() -> None:
-            with _failures_to(future):
-                self._engine.submit(work, done, asked_s)
-
-        return await self._wait(future, submit)
+        self._calls.put((pending, lambda: self._engine.submit(work, pending.settle, asked_s)))
+        return pending
 
     async def close(self, session: SessionId) -> None:
         await self._run(lambda: self._engine.close(session))
 
     async def _run(self, work: Callable[[], T]) -> T:
-        future: Future[T] = Future()
-
-        def call() -> None:
-            with _failures_to(future):
-                future.set_result(work())
-
-        return await self._wait(future, call)
-
-    async def _wait(self, future: Future[T], call: Callable[[], None]) -> T:
-        done = trio.Event()
-        token = trio.lowlevel.current_trio_token()
-
-        def wake(_: object) -> None:
-            with contextlib.suppress(trio.RunFinishedError):  # the waiter is gone with its loop
-                token.run_sync_soon(done.set)
-
-        future.add_done_callback(wake)
-        self._calls.put(call)
-        await done.wait()
-        return future.result()
+        pending: _Pending[T] = _Pending(self._settled)
+        self._calls.put((pending, lambda: pending.settle(work())))
+        return await pending
 
     def _serve(self, on_start: Callable[[], None]) -> None:
         on_start()
@@ -112,16 +89,54 @@ class EngineThread:
                 call = self._calls.get(block=self._engine.idle)
             except queue.Empty:
                 self._engine.advance()
-                continue
-            if call is None:
-                return
-            call()
+            else:
+                if call is None:
+                    return
+                _attempt(*call)
+            if self._settled:
+                self._tell()
+
+    def _tell(self) -> None:
+        """Wake the loop once for all that a forward has settled: their answers leave together."""
+        settled = self._settled[:]
+        self._settled.clear()
+        assert self._token is not None
+        with contextlib.suppress(trio.RunFinishedError):  # the waiters are gone with their loop
+            self._token.run_sync_soon(_wake, settled)
 
 
-@contextlib.contextmanager
-def _failures_to(future: Future[T]) -> Iterator[None]:
+class _Pending(Generic[T]):
+    """What a call will come to: settled in the thread, awaited on the loop, or dropped."""
+
+    __slots__ = ("_result", "_settled", "ready")
+
+    def __init__(self, settled: list[_Pending[Any]]) -> None:
+        self.ready = trio.Event()
+        self._settled = settled
+        self._result: T | Exception | None = None
+
+    def settle(self, result: T | Exception) -> None:
+        self._result = result
+        self._settled.append(self)
+
+    def __await__(self) -> Generator[Any, None, T]:
+        yield from self.ready.wait().__await__()
+        if isinstance(self._result, Exception):
+            raise self._result
+        return cast(T, self._result)
+
+
+_Call = tuple[_Pending[Any], Callable[[], None]]
+
+
+def _wake(settled: list[_Pending[Any]]) -> None:
+    for pending in settled:
+        pending.ready.set()
+
+
+def _attempt(pending: _Pending[Any], call: Callable[[], None]) -> None:
     """What the engine raises is the caller's to hear, whatever it is; the thread goes on."""
     try:
-        yield
+        call()
     except Exception as error:
-        future.set_exception(error)
+        pending.settle(error)

@@ -18,7 +18,7 @@ from client.generate import Generation, GenerationHost, GenerationParams
 from client.session import SessionTerms
 from client.tracing import StepTrace
 from equivariant.ends import ClientEnds
-from node.model import DeployedModel
+from node.model import DeployedModel, in_thread
 from protocol.ids import PeerId
 
 TOKENS = 32
@@ -67,7 +67,7 @@ async def _generate(model: DeployedModel, tokens: int, trace: StepTrace | None) 
     ids = model.tokenizer.encode(PROMPT)[:4]
     terms = SessionTerms(len(ids) + tokens, trace=trace)
     async with model.driver.session(model.route, terms) as session:
-        host = GenerationHost(model.ports.clock, model.run_sync)
+        host = GenerationHost(model.ports.clock, in_thread, turns=model.turns)
         generation = Generation(session, model.ends, ids, GenerationParams(max_new_tokens=tokens), host)
         async for _ in generation.tokens():
             if len(generation.ids) == 1:  # what was computed up to here is the prompt

@@ -64,6 +64,7 @@ class WorkerMetrics:
         self._step = Histogram(
             "sotto_step_compute_seconds", "Compute per step.", ["phase"], registry=registry, buckets=_SECONDS
         )
+        self._prefill_step, self._decode_step = self._step.labels("prefill"), self._step.labels("decode")
         self._busy = Counter("sotto_engine_busy_seconds", "Time that the engine computed.", registry=registry)
         self._bubble = Counter(
             "sotto_engine_bubble_seconds", "Time that it did not, though a session was open.", registry=registry
@@ -89,7 +90,7 @@ class WorkerMetrics:
 
     def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None:
         (self._prompt if prefill else self._generated).inc(positions)
-        self._step.labels("prefill" if prefill else "decode").observe(compute_s)
+        (self._prefill_step if prefill else self._decode_step).observe(compute_s)
 
     def engine_used(self, busy_s: float, bubble_s: float) -> None:
         self._busy.inc(busy_s)

@@ -21,8 +21,6 @@ from client.generate import (
     GenerationHost,
     GenerationParams,
     GenerationResult,
-    RunSync,
-    inline,
     kv_tokens_for,
 )
 from client.placement import Placement
@@ -33,6 +31,7 @@ from client.session import RouteSession, SessionTerms
 from client.speculation import Speculation
 from client.text import TextStream
 from client.tracing import StepTrace, TraceReport, report
+from client.turns import Turns
 from equivariant.ends import ClientEnds
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
@@ -51,7 +50,8 @@ MISSING = frozenset(
     {"batching=static", "batching=off", "deterministic=true", "wire=int8"}
     | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
 )
-INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, less than handing it to a thread
+# Products on the event loop, rows times weights: some 5 ms, for which a lone request does better without a thread.
+INLINE_PRODUCTS_MAX = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +108,7 @@ class DeployedModel:
     checkpoint: Checkpoint
     draft: Draft
     deploy_again: Callable[[], Awaitable[DeployedModel]]  # over workers that are there now
+    turns: Turns  # of all requests here
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
@@ -172,8 +173,11 @@ class DeployedModel:
 
     async def host(self, ask: Ask, guessing: Guessing) -> GenerationHost:
         """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""
-        speculation = await guessing.of(self.strategy(ask), ask.sampling)
-        return GenerationHost(self.ports.clock, self.run_sync, self.ports.observer, speculation)
+        strategy = self.strategy(ask)
+        speculation = await guessing.of(strategy, ask.sampling)
+        # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
+        turns = None if strategy.speculation == "draft" else self.turns
+        return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, turns=turns)
 
     def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
         return report(trace, prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
@@ -194,9 +198,10 @@ class DeployedModel:
         """A session of its own over the route, for those who do the steps themselves."""
         return self.driver.session(self.route, SessionTerms(kv_tokens))
 
-    @property
-    def run_sync(self) -> RunSync:
-        return inline if self.ends.head.in_features * self.ends.head.out_features <= INLINE_WEIGHTS_MAX else _in_thread
+
+def turns_over(ends: ClientEnds) -> Turns:
+    """Few rows are computed where they are, many in a thread."""
+    return Turns(ends, in_thread, INLINE_PRODUCTS_MAX // (ends.head.in_features * ends.head.out_features))
 
 
 def _progress(session: RouteSession, generation: Generation, guesses: Speculation | None) -> Progress:
@@ -210,5 +215,6 @@ def _progress(session: RouteSession, generation: Generation, guesses: Speculatio
     )
 
 
-async def _in_thread(function: Callable[[], T], /) -> T:
+async def in_thread(function: Callable[[], T], /) -> T:
+    """RunSync."""
     return await trio.to_thread.run_sync(function)

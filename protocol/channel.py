@@ -13,17 +13,27 @@ from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportEr
 from protocol.framing import FrameDecoder, encode_frame
 from protocol.ids import PeerId
 from protocol.messages import FRAME_BYTES_MAX, Message
-from protocol.ports import Stream
+from protocol.ports import PromptStream, Stream
 
 
 class Channel:
     """A stream of one of our protocols. `arriving` is told how many bytes are here beyond the messages given out, each
     time that this changes; what it raises comes out of `receive`."""
 
-    __slots__ = ("_arriving", "_decoder", "_frame_bytes_max", "_ready", "_stream", "received_bytes", "sent_bytes")
+    __slots__ = (
+        "_arriving",
+        "_decoder",
+        "_frame_bytes_max",
+        "_prompt",
+        "_ready",
+        "_stream",
+        "received_bytes",
+        "sent_bytes",
+    )
 
     def __init__(self, stream: Stream, protocol: str, arriving: Callable[[int], None] = lambda _: None) -> None:
         self._stream = stream
+        self._prompt = stream if isinstance(stream, PromptStream) else None
         self._arriving = arriving
         self._frame_bytes_max = FRAME_BYTES_MAX[protocol]
         self._decoder = FrameDecoder(self._frame_bytes_max)
@@ -37,11 +47,20 @@ class Channel:
 
     async def send(self, message: Message, body: bytes = b"") -> None:
         """One frame in one write. Raises TransportError; LocalProtocolError for what the peer would refuse."""
-        frame = encode_frame(message, body)
-        if len(frame) - 4 > self._frame_bytes_max:
-            raise LocalProtocolError(f"{type(message).__name__} of {len(frame)} bytes on a stream of smaller frames")
+        frame = self._frame(message, body)
         self.sent_bytes += len(frame)
         await self._stream.send(frame)
+
+    def send_at_once(self, message: Message, body: bytes = b"") -> bool:
+        """`send` without waiting, when the stream can do that now; False: nothing was sent. Raises LocalProtocolError
+        for what the peer would refuse."""
+        if self._prompt is None:
+            return False
+        frame = self._frame(message, body)
+        if not self._prompt.send_at_once(frame):
+            return False
+        self.sent_bytes += len(frame)
+        return True
 
     async def receive(self) -> tuple[Message, bytes] | None:
         """The next message and its body; None when the peer finished. Raises TransportError, RemoteProtocolError."""
@@ -69,6 +88,12 @@ class Channel:
         if body:
             raise RemoteProtocolError(f"{type(message).__name__} came with a body")
         return message
+
+    def _frame(self, message: Message, body: bytes) -> bytes:
+        frame = encode_frame(message, body)
+        if len(frame) - 4 > self._frame_bytes_max:
+            raise LocalProtocolError(f"{type(message).__name__} of {len(frame)} bytes on a stream of smaller frames")
+        return frame
 
     async def finish(self) -> None:
         await self._stream.finish()

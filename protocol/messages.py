@@ -318,6 +318,9 @@ class Operation(StrEnum):
     LINEAR = "linear"  # one stateless linear map of one block: y = x W^T (the masked tier)
 
 
+_OPERATIONS = frozenset(Operation)
+
+
 @dataclass(frozen=True, slots=True)
 class Step(Message):
     """One pass. The body is a tensor [positions, width]; a worker truncates its KV to `position` first.
@@ -340,7 +343,7 @@ class Step(Message):
     tensor: TensorHeader
 
     def check(self) -> None:
-        if self.operation not in tuple(Operation):
+        if self.operation not in _OPERATIONS:
             raise ValueError(f"unknown operation {self.operation!r}")
         if (self.operation == Operation.LINEAR) != bool(self.matrix):
             raise ValueError("a linear step names its matrix, and no other does")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.manifest import Manifest
@@ -43,6 +43,15 @@ class Stream(Protocol):
 
     async def aclose(self) -> None:
         """Close both directions, reset if need be. Idempotent, never raises, needs no network round trip."""
+
+
+@runtime_checkable
+class PromptStream(Stream, Protocol):
+    """A stream that can often take a small message at once: no task has to be woken to write it."""
+
+    def send_at_once(self, data: bytes) -> bool:
+        """Send all of `data` without waiting. False when that cannot be: nothing was sent then, and `send` either does
+        it or says why not. Never between two parts of what another task sends. Never raises."""
 
 
 StreamHandler = Callable[[Stream], Awaitable[None]]
@@ -218,8 +227,9 @@ class Compute(Protocol):
     async def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
         """Reserve KV for a session over the loaded span."""
 
-    async def step(self, work: StepWork) -> StepResult:
-        """Compute one step."""
+    def step(self, work: StepWork) -> Awaitable[StepResult]:
+        """Compute one step. An engine may begin when this is called, before the result is waited for; whatever is
+        wrong is raised by waiting. Dropping what this gives abandons the result."""
 
     async def close(self, session: SessionId) -> None:
         """Free the session's KV when its running step commits. Idempotent."""

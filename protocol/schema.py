@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
@@ -37,11 +38,22 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """How one annotated type is checked and brought to and from plain values."""
+    """How one annotated type is checked and brought to and from plain values. None: it is a plain value."""
 
     check: Callable[[Any], None]
-    to_plain: Callable[[Any], Plain]
-    from_plain: Callable[[Plain], Any]
+    to_plain: Callable[[Any], Plain] | None = None
+    from_plain: Callable[[Plain], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What a class's fields come to: every message is checked by it, so nothing is looked up again for each."""
+
+    names: tuple[str, ...]
+    values_of: Callable[[Any], tuple[Any, ...]]  # a record's values in declared order
+    checks: tuple[Callable[[Any], None], ...]
+    to_plain: tuple[tuple[int, Callable[[Any], Plain]], ...]  # by place, for the fields that are not plain
+    from_plain: tuple[tuple[int, Callable[[Plain], Any]], ...]
 
 
 class Record:
@@ -51,11 +63,12 @@ class Record:
     TAG: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        for name, field in fields_of(type(self)):
+        layout: _Layout = _layout_of(type(self))
+        for index, value in enumerate(layout.values_of(self)):
             try:
-                field.check(getattr(self, name))
+                layout.checks[index](value)
             except ValueError as error:
-                raise ValueError(f"{type(self).__name__}.{name}: {error}") from None
+                raise ValueError(f"{type(self).__name__}.{layout.names[index]}: {error}") from None
         self.check()
 
     def check(self) -> None:
@@ -67,28 +80,44 @@ R = TypeVar("R", bound=Record)
 
 def to_plain(record: Record) -> list[Plain]:
     """The record's fields in declared order, as msgpack can hold them."""
-    return [field.to_plain(getattr(record, name)) for name, field in fields_of(type(record))]
+    layout: _Layout = _layout_of(type(record))
+    plain = list(layout.values_of(record))
+    for index, dump in layout.to_plain:
+        plain[index] = dump(plain[index])
+    return plain
 
 
 def from_plain(kind: type[R], plain: Plain) -> R:
     """Inverse of to_plain; hostile input raises ValueError."""
-    fields = fields_of(kind)
-    if not isinstance(plain, list) or len(plain) != len(fields):
-        raise ValueError(f"{kind.__name__}: expected an array of {len(fields)}")
-    return kind(*(field.from_plain(value) for (_, field), value in zip(fields, plain, strict=True)))
+    layout: _Layout = _layout_of(kind)
+    if not isinstance(plain, list) or len(plain) != len(layout.names):
+        raise ValueError(f"{kind.__name__}: expected an array of {len(layout.names)}")
+    values = list(plain)
+    for index, load in layout.from_plain:
+        values[index] = load(values[index])
+    return kind(*values)
 
 
-def fields_of(kind: type[Record]) -> tuple[tuple[str, Field], ...]:
-    """Names and checks of a record class, in declared order."""
-    cached: Any = _fields_of  # classes are hashable; mypy reads their instances' __hash__
-    fields: tuple[tuple[str, Field], ...] = cached(kind)
-    return fields
-
-
-@functools.cache
-def _fields_of(kind: Any) -> tuple[tuple[str, Field], ...]:
+def _lay_out(kind: type[Record]) -> _Layout:
     hints = get_type_hints(kind, include_extras=True)
-    return tuple((f.name, _field(hints[f.name])) for f in dataclasses.fields(kind))
+    names = tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]  # all records are
+    fields = [_field(hints[name]) for name in names]
+    return _Layout(
+        names,
+        _values_of(names),
+        tuple(field.check for field in fields),
+        tuple((index, field.to_plain) for index, field in enumerate(fields) if field.to_plain),
+        tuple((index, field.from_plain) for index, field in enumerate(fields) if field.from_plain),
+    )
+
+
+_layout_of: Any = functools.cache(_lay_out)  # classes are hashable; mypy reads their instances' __hash__
+
+
+def _values_of(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    if len(names) > 1:
+        return operator.attrgetter(*names)
+    return lambda record: tuple(getattr(record, name) for name in names)  # attrgetter gives a lone value bare
 
 
 def _field(hint: Any) -> Field:
@@ -99,15 +128,16 @@ def _field(hint: Any) -> Field:
     if get_origin(hint) is tuple:
         return _tuple_field(_field(get_args(hint)[0]), bound)
     if hint == Scalar:
-        return Field(_check_scalar, _same, _same)
+        return Field(_check_scalar)
     if isinstance(hint, type) and issubclass(hint, Record):
         return Field(functools.partial(_check_type, hint), to_plain, functools.partial(from_plain, hint))
-    return Field(functools.partial(_check_atom, hint, bound), _same, _same)
+    return Field(_atom_check(hint, bound))
 
 
 def _tuple_field(item: Field, bound: Any) -> Field:
     if not isinstance(bound, Size):
         raise TypeError("a tuple on the wire needs a Size")
+    dump, read = item.to_plain, item.from_plain
 
     def check(value: Any) -> None:
         _check_type(tuple, value)
@@ -118,27 +148,51 @@ def _tuple_field(item: Field, bound: Any) -> Field:
     def load(plain: Plain) -> tuple[Any, ...]:
         if not isinstance(plain, list) or len(plain) > bound.high:
             raise ValueError("expected a shorter array")
-        return tuple(item.from_plain(element) for element in plain)
+        return tuple(plain) if read is None else tuple(read(element) for element in plain)
 
-    return Field(check, lambda value: [item.to_plain(element) for element in value], load)
+    return Field(check, list if dump is None else lambda value: [dump(element) for element in value], load)
 
 
-def _check_atom(kind: type, bound: Any, value: Any) -> None:
-    _check_type(kind, value)
-    if kind is str:
-        _check_utf8(value)
-    if kind is float:
-        if not math.isfinite(value):
-            raise ValueError("not a finite number")
-    elif kind is int:
+def _atom_check(kind: type, bound: Any) -> Callable[[Any], None]:
+    """The check of a field of `kind`. Raises TypeError where a bound is missing: when the class is first used."""
+    if kind is int:
         if not isinstance(bound, Between):
             raise TypeError("an int on the wire needs a Between")
-        if not bound.low <= value <= bound.high:
-            raise ValueError(f"{value} is not in {bound.low}..{bound.high}")
-    elif kind in (str, bytes):
+        return functools.partial(_check_int, bound.low, bound.high)
+    if kind in (str, bytes):
         if not isinstance(bound, Size):
             raise TypeError("str and bytes on the wire need a Size")
+        return functools.partial(_check_str if kind is str else _check_bytes, bound)
+    return _check_float if kind is float else functools.partial(_check_type, kind)
+
+
+def _check_int(low: int, high: int, value: Any) -> None:
+    if type(value) is not int:
+        _check_type(int, value)
+    if not low <= value <= high:
+        raise ValueError(f"{value} is not in {low}..{high}")
+
+
+def _check_bytes(bound: Size, value: Any) -> None:
+    if type(value) is not bytes:
+        _check_type(bytes, value)
+    if not bound.low <= len(value) <= bound.high:
         _check_size(value, bound)
+
+
+def _check_str(bound: Size, value: Any) -> None:
+    if type(value) is not str:
+        _check_type(str, value)
+    if not value.isascii():
+        _check_utf8(value)
+    if not bound.low <= len(value) <= bound.high:
+        _check_size(value, bound)
+
+
+def _check_float(value: Any) -> None:
+    _check_type(float, value)
+    if not math.isfinite(value):
+        raise ValueError("not a finite number")
 
 
 def _check_type(kind: type, value: Any) -> None:
@@ -168,7 +222,3 @@ def _check_scalar(value: Any) -> None:
     if type(value) is float and math.isfinite(value):
         return
     raise ValueError("expected a bounded scalar")
-
-
-def _same(value: Any) -> Any:
-    return value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import typer
 
 from sotto.commands import (
@@ -79,6 +81,9 @@ def options(
     ),
 ) -> None:
     """What stands before the command."""
+    # OpenMP's threads spin while they wait for the next product, and take the processor from event loops, other workers
+    # and each other. It reads this when torch is loaded, which no command does before here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def main() -> None:

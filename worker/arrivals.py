@@ -62,6 +62,8 @@ class Arrivals:
 
     def _weigh(self, arrival: Arrival, size: int) -> None:
         size = size if size > SMALL_BYTES else 0
+        if size == arrival.size:
+            return
         if size and not arrival.size:
             arrival.since = self.now()
         grown = size - arrival.size

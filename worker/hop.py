@@ -1,11 +1,13 @@
 """One open session's task: do its work in order, answer, and leave nothing behind.
 
+The engine gets a step that finds the session idle the moment it is read, and this task only waits for the result.
 Forward first, then the client's copy: the next hop waits for nothing that only replay and verification need. The last
 hop's answers are never dropped: the session waits for its client, and only this session does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import assert_never
@@ -21,7 +23,7 @@ from protocol.tickets import TIMES, Ticket
 from worker.cleanup import finish
 from worker.links import Link, LinkPool
 from worker.observer import WorkerObserver
-from worker.session import Again, Pass, Route, Session
+from worker.session import Again, Pass, Route, Session, Work
 from worker.sessions import SessionTable
 
 
@@ -37,6 +39,7 @@ class Hop:
     link: Link | None = None
     _ticket: Ticket | None = None
     _free_at: float = 0.0  # when the last step had been answered
+    _begun: Awaitable[StepResult] | None = None  # of the one pass in the inbox
 
     async def run(self) -> None:
         """Until the session fails or closes; `free` must follow, whatever happened. Raises only what is a bug."""
@@ -58,7 +61,8 @@ class Hop:
         ticket = session.lease.ticket
         try:
             await self.compute.open(session.id, ticket.deployment, ticket.kv_tokens)
-            async for work in session.receive_work:
+            while True:
+                work = await self._next()
                 match work:
                     case Route():
                         await self._take_place(work)
@@ -73,6 +77,16 @@ class Hop:
             self.table.fail(session, refusal.reason, refusal.detail)
         except TransportError as error:
             self.table.fail(session, RefusalReason.HOP_LOST, str(error))
+
+    async def _next(self) -> Work:
+        session = self.session
+        try:
+            work = session.receive_work.receive_nowait()
+        except trio.WouldBlock:
+            session.begin = self._begin
+            return await session.receive_work.receive()
+        await trio.lowlevel.checkpoint()
+        return work
 
     async def _take_place(self, work: Route) -> None:
         if self.link is not None:
@@ -89,8 +103,26 @@ class Hop:
     async def _compute(self, work: Pass) -> None:
         step, lease = work.step, self.session.lease
         assert lease is not None
+        if self._begun is None:
+            self._begin(work)
+        begun, self._begun = self._begun, None
+        assert begun is not None
+        result = await begun
+        self._note_engine(result)
+        positions = step.tensor.shape[0]
+        self.observer.step_computed(positions, result.compute_us / 1e6, positions > 1)
+        kept = len(result.forward.data) + (len(result.returned.data) if result.returned else 0)
+        lease.ledger.record(step.step, result, kept)
+        self.table.weigh_answers(self.session)
+        waited_us = max(0, round(1e6 * (self._free_at - work.arrived_at)))  # for the step before it
+        await self._answer(step, replace(result, queue_us=result.queue_us + waited_us), work.arrived_at)
+        self._free_at = self.table.clock.monotonic()
+
+    def _begin(self, work: Pass) -> None:
+        """Give the engine a pass; the session has no other under way, and none waits before it."""
+        step = work.step
         operation, last = Operation(step.operation), self._is_last(step)
-        result = await self.compute.step(
+        self._begun = self.compute.step(
             StepWork(
                 session=self.session.id,
                 tenant=self.session.client,
@@ -103,15 +135,6 @@ class Hop:
                 returns="none" if last or self.ticket.returns == TIMES else self.ticket.returns,
             )
         )
-        self._note_engine(result)
-        positions = step.tensor.shape[0]
-        self.observer.step_computed(positions, result.compute_us / 1e6, positions > 1)
-        kept = len(result.forward.data) + (len(result.returned.data) if result.returned else 0)
-        lease.ledger.record(step.step, result, kept)
-        self.table.weigh_answers(self.session)
-        waited_us = max(0, round(1e6 * (self._free_at - work.arrived_at)))  # for the step before it
-        await self._answer(step, replace(result, queue_us=result.queue_us + waited_us), work.arrived_at)
-        self._free_at = self.table.clock.monotonic()
 
     def _note_engine(self, result: StepResult) -> None:
         house, now = self.table.house, self.table.clock.monotonic()
@@ -127,7 +150,8 @@ class Hop:
             return
         if self.link is None:
             raise LocalProtocolError("a session in mid-route without a link")
-        await self.link.outbox.put(replace(step, tensor=forward.header), forward.data)
+        onward = step if forward.header == step.tensor else replace(step, tensor=forward.header)
+        await self.link.outbox.put(onward, forward.data)
         copy = result.returned
         if self.ticket.returns == TIMES:
             sent = session.outbox.offer(StepTimes(session.id, step.epoch, step.step, *self._times(result, arrived_at)))

@@ -1,8 +1,9 @@
 """Frames that wait to be written to one stream, bounded in number and bytes.
 
 Three ways in: `put` waits for room, `offer` gives up when there is none, `force` is for small control messages that
-must not wait. Invariant: frames leave in the order they came, and a reader that never reads costs bounded memory: their
-bodies are counted in the reader's `Room`, and past FORCED_MAX the outbox closes itself.
+must not wait. While nothing waits, a frame that the stream takes at once is not queued at all. Invariant: frames leave
+in the order they came, and a reader that never reads costs bounded memory: the bodies are counted in the reader's
+`Room`, and past FORCED_MAX the outbox closes itself.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ FORCED_MAX = 512  # every session of a peer may be attached, opened and failed w
 class Outbox:
     """One writer task pumps it; any task of the same event loop fills it."""
 
-    __slots__ = ("_bytes", "_changed", "_frames", "_room", "closed")
+    __slots__ = ("_bytes", "_changed", "_channel", "_frames", "_room", "closed")
 
     def __init__(self, room: Room) -> None:
         self._room = room
         self._frames: deque[tuple[Message, bytes]] = deque()
         self._bytes = 0
         self._changed = ParkingLot()
+        self._channel: Channel | None = None  # while it is pumped
         self.closed = False
 
     @property
@@ -41,7 +43,7 @@ class Outbox:
     async def put(self, message: Message, body: bytes = b"") -> None:
         """Wait for room, then add. Raises TransportError once closed, Refused(MEMORY) when there is no room though
         nothing waits here."""
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         while (self.full or (self._frames and not self._room.fits(len(body)))) and not self.closed:
             await self._changed.park()
         if self.closed:
@@ -64,7 +66,7 @@ class Outbox:
 
     def close(self) -> None:
         """No more frames; those that wait are dropped. Idempotent."""
-        self.closed = True
+        self.closed, self._channel = True, None
         self._frames.clear()
         self._room.give(self._bytes)
         self._bytes = 0
@@ -72,6 +74,7 @@ class Outbox:
 
     async def pump(self, channel: Channel) -> None:
         """Write frames until closed. Raises TransportError."""
+        self._channel = channel
         while True:
             while not self._frames and not self.closed:
                 await self._changed.park()
@@ -91,6 +94,8 @@ class Outbox:
             await self._changed.park()
 
     def _add(self, message: Message, body: bytes) -> None:
+        if not self._frames and self._channel is not None and self._channel.send_at_once(message, body):
+            return
         self._room.take(len(body))
         self._frames.append((message, body))
         self._bytes += len(body)

@@ -6,6 +6,7 @@ on to its end names everything that must be given back.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
@@ -79,6 +80,7 @@ class Session:
     waiting_steps: int = 0
     answer_bytes: int = 0
     queued_bytes: int = 0  # all that is counted of it in the worker's QueueBook
+    begin: Callable[[Pass], None] | None = None  # while its task has nothing to do: the engine can have a pass now
     lease: Lease | None = None
 
 

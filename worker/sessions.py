@@ -320,6 +320,9 @@ class SessionTable:
         except trio.WouldBlock:  # what was taken goes back with the session
             raise Refused(RefusalReason.BAD_STEP, f"more than {INBOX_MAX} steps wait") from None
         self._weigh(session, work, 1)
+        begin, session.begin = session.begin, None
+        if begin is not None and isinstance(work, Pass):
+            begin(work)
 
     def weigh_answers(self, session: Session) -> None:
         """Count what the session's recorded answers take by now. Raises Refused when there is no memory for it."""

@@ -1,8 +1,9 @@
 """A stream of the data plane: one TCP connection of its own, under the contract of `protocol.ports.Stream`.
 
 Built for latency: the task that sends encrypts and writes, the task that receives reads and decrypts; no other task and
-no lock stands between them and the socket. `keep` runs beside them: it says that this side is alive, notices a peer
-that is not, reads within bounds while nobody receives, and after `aclose` waits for the peer to let go.
+no lock stands between them and the socket, and what is small goes out at once from whatever task has it. `keep` runs
+beside them: it says that this side is alive, notices a peer that is not, reads within bounds while nobody receives, and
+after `aclose` waits for the peer to let go.
 
 Invariants: only TransportError and LocalProtocolError leave `send` and `receive`; a connection that ends without FIN is
 an error, never an end; a send that was cut short resets, so that a part is never taken for the whole; neither closing
@@ -50,6 +51,7 @@ class DirectStream:
         self._ended = ""  # why nothing more can be read from the network
         self._unsendable = ""  # why nothing more can be written
         self._sending = self._receiving = False
+        self._behind = False  # of what was sent at once the socket has not taken all yet
         self._finished = self._torn = self._closed = False
         self._heard = self._spoke = True  # since the last tick
         self._changed = trio.lowlevel.ParkingLot()  # where `keep` waits
@@ -87,6 +89,17 @@ class DirectStream:
         finally:
             self._sending = False
         await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def send_at_once(self, data: bytes) -> bool:
+        """PromptStream's. What the socket does not take now waits among the words, for `keep` or the next `send`."""
+        if self._sending or self._words or not 0 < len(data) <= RECORD_BYTES or self._why_not():
+            return False
+        pieces = seal_data(self._cipher, memoryview(data))
+        sent = self._put(pieces)
+        if sent < sum(map(len, pieces)):
+            self._words, self._behind = b"".join(pieces)[sent:], True
+            self._changed.unpark_all()
+        return True
 
     async def receive(self, max_bytes: int) -> bytes:
         if self._receiving or max_bytes < 1:
@@ -166,12 +179,16 @@ class DirectStream:
             self._close()
 
     async def _pause(self) -> None:
-        """Until the next tick or a change; meanwhile, after `finish`, what is left to say goes out."""
+        """Until the next tick or a change; meanwhile what is left to say goes out, after `finish` and in mid-record."""
         with trio.move_on_after(TICK_S):
             while self.is_open and not self._closed:
                 self._flush()
-                if self._words and self._finished and not self._unsendable:
-                    await self._await_writable()
+                self._behind = self._behind and bool(self._words)
+                if self._words and (self._finished or self._behind) and not (self._unsendable or self._sending):
+                    try:
+                        await self._await_writable()
+                    finally:
+                        self._changed.unpark_all()  # a task that sends cannot wait for the same thing
                 else:
                     await self._changed.park()
 
@@ -194,11 +211,17 @@ class DirectStream:
     # sending
 
     def _check_sendable(self) -> None:
-        if self._closed or self._torn or self._finished:
-            raise TransportError(f"the stream to {self._remote} is closed")
-        if self._inbox.stopped or self._unsendable or self._ended:
-            why = self._unsendable or self._ended or "it reads no more"
+        why = self._why_not()
+        if why:
             raise TransportError(f"the stream to {self._remote} is closed: {why}")
+
+    def _why_not(self) -> str:
+        """Why nothing can be sent; "" when it can."""
+        if self._closed or self._torn or self._finished:
+            return "here"
+        if self._inbox.stopped or self._unsendable or self._ended:
+            return self._unsendable or self._ended or "it reads no more"
+        return ""
 
     async def _write(self, pieces: list[bytes]) -> None:
         if self._words:
@@ -248,6 +271,8 @@ class DirectStream:
     async def _await_writable(self) -> None:
         try:
             await trio.lowlevel.wait_writable(self._sock.fileno())
+        except trio.BusyResourceError:
+            await self._changed.park()  # `keep` waits for it
         except (trio.ClosedResourceError, OSError, ValueError):
             await trio.lowlevel.checkpoint()  # closed meanwhile: the caller looks again
 

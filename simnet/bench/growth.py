@@ -23,7 +23,7 @@ import trio
 
 from client.generate import Generation, GenerationHost, GenerationParams
 from node.groups import ungrouped
-from node.model import Ask, DeployedModel
+from node.model import Ask, DeployedModel, in_thread
 from protocol.errors import InputError
 from protocol.tensors import DTYPE_BYTES
 from simnet import cluster
@@ -311,7 +311,7 @@ async def _held(model: DeployedModel, prompt: list[int], sessions: int) -> Async
     async with AsyncExitStack() as stack:
         for _ in range(sessions):
             session = await stack.enter_async_context(model.session(len(prompt) + 1))
-            host = GenerationHost(model.ports.clock, model.run_sync)
+            host = GenerationHost(model.ports.clock, in_thread)
             async for _ in Generation(session, model.ends, prompt, GenerationParams(max_new_tokens=1), host).tokens():
                 pass
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,7 +87,9 @@ def worker(
     memory: Memory = None,
     kv_memory: KvMemory = None,
     disk: Disk = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Compute threads. Default: all cores that it may use.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
     quota: Quota = None,
     schedule: Hours = None,
@@ -110,7 +111,13 @@ def worker(
     with errors():
         import trio
 
-        from node.app_worker import WorkerOptions, default_disk_bytes, default_memory_bytes, run_worker
+        from node.app_worker import (
+            WorkerOptions,
+            default_disk_bytes,
+            default_memory_bytes,
+            default_threads,
+            run_worker,
+        )
         from node.files import parse_bytes
         from node.logs import configure
         from node.metrics import parse_metrics_address
@@ -129,7 +136,7 @@ def worker(
             memory_bytes=memory_bytes,
             kv_memory_bytes=parse_bytes(kv_memory) if kv_memory else memory_bytes // 4,
             disk_bytes=parse_bytes(disk) if disk else default_disk_bytes(folder, memory_bytes),
-            threads=threads or os.cpu_count() or 1,
+            threads=threads or default_threads(),
             device=device,
             metrics=parse_metrics_address(metrics),
             lifeline=lifeline,

@@ -146,6 +146,34 @@ def test_steps_of_several_sessions_meet_in_one_forward(tmp_path: Path) -> None:
         torch.testing.assert_close(got[number], alone[number], rtol=1e-5, atol=1e-6)
 
 
+def test_a_step_is_under_way_before_it_is_awaited_and_may_be_dropped(tmp_path: Path) -> None:
+    """The loop hears once of all that a forward has settled."""
+    engine, busy, told = _loaded(tmp_path), threading.Event(), list[int]()
+    others = [SessionId(bytes([number]) * 16) for number in range(3)]
+    for other in others:
+        engine.open(other, DEPLOYMENT, 16)
+    tell = EngineThread._tell
+
+    def counted(thread: EngineThread) -> None:
+        told.append(len(thread._settled))
+        tell(thread)
+
+    async def main() -> None:
+        with EngineThread(engine, busy.wait) as compute:
+            work = _work(torch.zeros(1, CONFIG.hidden_size))
+            first, dropped, third = [compute.step(dataclasses.replace(work, session=other)) for other in others]
+            del dropped
+            busy.set()
+            await third
+            await first
+            await compute.close(others[1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineThread, "_tell", counted)
+        trio.run(main)
+    assert told == [3, 1]
+
+
 def test_a_cancelled_call_is_abandoned_and_the_next_one_runs_after_it() -> None:
     engine = Recorder()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from protocol import limits
 from protocol.ids import PeerId
 from protocol.messages import Attach, LeaseSpan, Operation, SessionFailed, ShardOffer, Source, Step
-from protocol.schema import Between, Record, Scalar, Size, fields_of, from_plain, to_plain
+from protocol.schema import Between, Record, Scalar, Size, from_plain, to_plain
 from protocol.tensors import TensorHeader
 from tests.helpers.protocol_samples import DIGEST, RECORDS, SESSION
 
@@ -97,7 +97,7 @@ def test_a_schema_without_bounds_is_our_bug(hint: Any) -> None:
 
 @pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
 def test_no_array_is_longer_than_the_codec_takes(kind: type[Record]) -> None:
-    assert len(fields_of(kind)) + 1 <= limits.ARRAY_ITEMS_MAX
+    assert len(fields(kind)) + 1 <= limits.ARRAY_ITEMS_MAX
     for hint in get_type_hints(kind, include_extras=True).values():
         if get_origin(hint) is Annotated and get_origin(get_args(hint)[0]) is tuple:
             assert get_args(hint)[1].high <= limits.ARRAY_ITEMS_MAX

@@ -60,6 +60,18 @@ def sotto(*words: str, stdin: str | None = None) -> Result:
     return CliRunner().invoke(app, list(words), input=stdin)
 
 
+def test_compute_threads_sleep_while_they_wait() -> None:
+    """Before torch is loaded, since OpenMP reads it then; what the user says counts more."""
+    code = (
+        "import os, sys, typer; from sotto.__main__ import app; "
+        "app.command('probe')(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)); app(['probe'])"
+    )
+    for said, expected in ({}, "passive False"), ({"OMP_WAIT_POLICY": "active"}, "active False"):
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | said
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
+
+
 def one_object(result: Result) -> dict[str, object]:
     """`--json`: one object on standard output and nothing else."""
     lines = result.stdout.splitlines()

@@ -11,6 +11,7 @@ import trio.testing
 
 from protocol.channel import Channel
 from protocol.errors import RemoteProtocolError, TransportError
+from protocol.framing import encode_frame
 from protocol.ids import PeerId
 from protocol.messages import CONTROL, Ping, Pong
 from simnet.compute import CostModel, ToyCompute
@@ -81,6 +82,32 @@ class _Deaf:
         self.sent += 1
 
 
+class _Prompt(_Deaf):
+    """Takes at once what it takes before `full`; then a task has to wait."""
+
+    remote = PeerId("reader")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full = False
+        self.taken: list[bytes] = []
+
+    def send_at_once(self, data: bytes) -> bool:
+        if not self.full:
+            self.taken.append(data)
+        return not self.full
+
+    async def send(self, data: bytes) -> None:
+        await super().send(data)
+        self.taken.append(data)
+
+    async def receive(self, max_bytes: int) -> bytes:
+        raise NotImplementedError
+
+    async def finish(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+
 def _channel(stream: _Deaf) -> Any:
     return Channel(stream, CONTROL)  # type: ignore[arg-type]
 
@@ -108,6 +135,35 @@ def test_an_outbox_waits_drops_or_forces() -> None:
             await outbox.drained()
             assert stream.sent == FRAMES_MAX + 2
             outbox.close()
+
+    trio.run(main)
+
+
+def test_an_outbox_does_not_queue_what_its_stream_takes_at_once_and_keeps_the_order() -> None:
+    async def main() -> None:
+        stream, outbox = _Prompt(), Outbox(Room(QueueBook(1 << 30), PeerId("reader")))
+        frames = [Ping(bytes([number]) * 8) for number in range(6)]
+        assert outbox.offer(frames[0])  # nobody pumps yet: it waits
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.pump, _channel(stream))
+            await trio.testing.wait_all_tasks_blocked()
+            assert outbox.offer(frames[1])  # behind the one that waits, though the stream would take it
+            stream.reading.set()
+            await outbox.drained()
+            await outbox.put(frames[2])
+            outbox.force(frames[3])
+            assert len(stream.taken) == 4, "no task had to run"
+            stream.full, stream.reading = True, trio.Event()
+            assert outbox.offer(frames[4])
+            await trio.testing.wait_all_tasks_blocked()
+            stream.full = False
+            assert outbox.offer(frames[5])
+            assert len(stream.taken) == 4
+            stream.reading.set()
+            await outbox.drained()
+            outbox.close()
+            assert not outbox.offer(frames[0])
+        assert stream.taken == [encode_frame(frame) for frame in frames]
 
     trio.run(main)
 

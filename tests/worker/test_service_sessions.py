@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from protocol.messages import (
     SessionOpened,
     StepOutput,
 )
+from protocol.ports import StepResult, StepWork
 from simnet.compute import CostModel, ToyCompute, toy_answer
 from tests.helpers.workers import DEPLOYMENT, KV_TOKEN_BYTES, HandRoute, Swarm, in_swarm, rows_of, some_rows
 
@@ -65,6 +68,52 @@ def test_a_repeated_step_is_answered_again_and_not_computed() -> None:
         assert last.service.sessions.live[route.session].waiting_steps == 0
 
     in_swarm(2, test)
+
+
+class _Noting(ToyCompute):
+    """Notes which task gives it a step."""
+
+    def __init__(self) -> None:
+        super().__init__(CostModel(step_s=1.0))
+        self.givers: list[str] = []
+
+    def step(self, work: StepWork) -> Coroutine[Any, Any, StepResult]:  # type: ignore[override]  # async def is one
+        self.givers.append(trio.lowlevel.current_task().name.rpartition(".")[2])
+        return super().step(work)
+
+
+def test_the_engine_has_a_step_as_soon_as_it_is_read_when_the_session_is_idle() -> None:
+    """Else the session's own task gives it, when those before it are done."""
+    rows = some_rows(1)
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        route = await swarm.client.route(swarm.workers)
+        await route.do(0, 0, rows)
+        await route.send(*route.step(1, 1, rows))
+        await route.send(*route.step(2, 2, rows))
+        await route.answer(1)
+        await route.answer(2)
+        assert [giver == "_run_session" for giver in worker.compute.givers] == [False, False, True]
+
+    in_swarm(1, test, compute=lambda _: _Noting())
+
+
+def test_a_step_that_was_begun_for_a_session_that_ends_is_dropped() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        route = await swarm.client.route(swarm.workers)
+        step, body = route.step(0, 0, some_rows(1))
+        sessions = worker.service.sessions
+        assert sessions.step(step, body, swarm.client.peer)
+        assert worker.compute.givers
+        sessions.close(CloseSession(route.session), swarm.client.peer)
+        await trio.sleep(5)
+        worker.assert_idle()
+
+    in_swarm(1, test, compute=lambda _: _Noting())
 
 
 def test_a_step_that_is_being_computed_is_answered_once() -> None:

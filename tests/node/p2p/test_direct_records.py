@@ -13,7 +13,7 @@ import trio
 
 import node.p2p.direct_stream as direct_stream
 from node.p2p.direct_stream import DirectStream
-from node.p2p.records import RECEIVE_BYTES_MAX, RECORDS_PER_TURN, UNREAD_BYTES_MAX, Inbox, Kind, seal
+from node.p2p.records import RECEIVE_BYTES_MAX, RECORD_BYTES, RECORDS_PER_TURN, UNREAD_BYTES_MAX, Inbox, Kind, seal
 from protocol.errors import TransportError
 from protocol.ids import PeerId
 from tests.conformance.adapters import receive_exactly, serving, until
@@ -310,5 +310,76 @@ def test_the_last_words_to_a_slow_peer_that_still_sends_are_not_taken_back():
             assert await receive_exactly(slow, len(words)) == words
             assert await slow.receive(1) == b""
             slow.discard()
+
+    run(body)
+
+
+# What is sent at once
+
+
+def test_small_messages_leave_at_once_and_in_order():
+    async def body(a, b):
+        async with serving(a, RAW) as streams:
+            stream = await b.open(a.peer, a.addrs, RAW)
+            victim = await streams.receive()
+            assert stream.send_at_once(b"one ")
+            await stream.send(b"two ")
+            assert stream.send_at_once(b"three")
+            assert await receive_exactly(victim, 13) == b"one two three"
+            assert not stream.send_at_once(b"")
+            assert not stream.send_at_once(bytes(RECORD_BYTES + 1))
+            await stream.finish()
+            assert not stream.send_at_once(b"late")
+            assert await victim.receive(1) == b""
+            await stream.aclose()
+
+    run(body)
+
+
+@pytest.mark.parametrize("then", ["nothing", "send", "aclose"])
+def test_what_the_socket_does_not_take_at_once_follows(then):
+    """The rest of a cut record goes out by itself, before what is sent next, and before the end."""
+
+    async def body(a, b):
+        async with serving(a, RAW) as streams:
+            stream = await b.open(a.peer, a.addrs, RAW)
+            victim = await streams.receive()
+            stream._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            messages = [bytes([index % 251]) * 60_000 for index in range(400)]
+            expected = bytearray()
+            for message in messages:
+                if not stream.send_at_once(message):
+                    break
+                expected += message
+            assert stream._words
+            assert 0 < len(expected) < 400 * 60_000
+            async with trio.open_nursery() as nursery:
+                if then == "send":
+                    nursery.start_soon(stream.send, b"next")
+                    expected += b"next"
+                elif then == "aclose":
+                    await stream.aclose()
+                with trio.fail_after(0.9):  # no tick has to pass
+                    assert await receive_exactly(victim, len(expected)) == expected
+            if then == "aclose":
+                assert await victim.receive(1) == b""
+            else:
+                await until(lambda: not stream._words)
+                assert stream.send_at_once(b"again")
+                assert await receive_exactly(victim, 5) == b"again"
+                await stream.aclose()
+
+    run(body)
+
+
+def test_nothing_goes_between_the_parts_of_what_another_task_sends():
+    async def body(a, b):
+        async with serving(a, RAW) as streams, trio.open_nursery() as nursery:
+            stream = await b.open(a.peer, a.addrs, RAW)
+            victim = await streams.receive()
+            nursery.start_soon(stream.send, bytes(16 << 20))
+            await trio.sleep(0.05)
+            assert not stream.send_at_once(b"x")
+            assert await receive_exactly(victim, 16 << 20) == bytes(16 << 20)
 
     run(body)
