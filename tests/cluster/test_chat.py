@@ -24,6 +24,7 @@ from node.app_client import Client
 from node.chat import Chat, ChatOptions, Turn, open_chat
 from node.model import Ask
 from protocol.errors import InputError
+from protocol.strategy import Strategy
 from simnet import cluster
 from simnet.cluster import Cluster
 from sotto import Swarm
@@ -88,7 +89,9 @@ def chatting(
     return notices
 
 
-@pytest.mark.parametrize("ask", [Ask(24), Ask(24, SamplingParams(0.8, seed=4), speculation="draft")], ids=str)
+@pytest.mark.parametrize(
+    "ask", [Ask(24), Ask(24, SamplingParams(0.8, seed=4), strategy=Strategy(speculation="draft"))], ids=str
+)
 def test_turns_are_those_of_the_model_alone_and_send_what_is_new(ask: Ask, swarm: Cluster, tmp_path: Path) -> None:
     async def work(chat: Chat) -> None:
         reference, held = Reference(Checkpoint.open(demo_checkpoint())), 0
@@ -163,9 +166,7 @@ def test_a_killed_worker_costs_a_line(midway: bool, mortal: Cluster, tmp_path: P
 
 def test_a_template_of_its_own_is_used(swarm: Cluster, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "model", max_position_embeddings=512)
-    template = (
-        "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<assistant>"
-    )
+    template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}<answer>"
     config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     reference = Reference(Checkpoint.open(folder), [])
@@ -193,7 +194,7 @@ def test_each_line_of_standard_input_is_a_turn(swarm: Cluster, tmp_path: Path) -
     code, out, _ = command(swarm, tmp_path, "--json", "--system", SYSTEM, said=said)
     turns = [json.loads(line) for line in out.splitlines()]
     assert (code, len(turns)) == (0, 3)
-    assert turns[0]["ids"] == turns[2]["ids"] != turns[1]["ids"]
+    assert turns[0]["ids"] == turns[2]["ids"]
     assert turns[0]["reused_tokens"] == 0 < turns[1]["reused_tokens"]
     code, out, err = command(swarm, tmp_path, "--system", SYSTEM, said=said)
     assert (code, out.splitlines()[0].strip()) == (0, turns[0]["text"].strip().splitlines()[0])

@@ -22,12 +22,13 @@ CHAT = [
     ChatMessage("user", "More {{ 1 + 1 }} <|im_end|>"),
 ]
 CHATML = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}{{ '\n' }}"
+    "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {
     "chatml": CHATML,
-    "names": "{{ bos_token }}{% for m in messages %}[{{ m.role | upper }}]{{ m.content | trim }}{{ eos_token }}{% endfor %}",
+    "names": "{{ bos_token }}"
+    "{% for m in messages %}[{{ m.role | upper }}]{{ m.content | trim }}{% endfor %}{{ eos_token }}",
     "namespace": """{%- set ns = namespace(last=-1, count=0) %}
 {%- for message in messages %}
     {%- if message.role == 'user' %}
