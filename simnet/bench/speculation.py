@@ -19,7 +19,6 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -39,6 +38,7 @@ from node.model import Ask, DeployedModel
 from protocol.errors import InputError
 from protocol.strategy import parse
 from simnet import cluster
+from simnet.bench import plots
 from simnet.bench.paired import Rounds
 from simnet.shape import Shape, Wiring
 
@@ -243,8 +243,7 @@ def prose(text: str) -> str:
 
 def plot(report: dict[str, Any], file: Path) -> None:
     """Tokens per second against round-trip time, a panel for each workload. Raises InputError without matplotlib."""
-    if find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib: install it beside sotto")
+    plots.require()
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure
 
     workloads = sorted({point["workload"] for point in report["points"]})

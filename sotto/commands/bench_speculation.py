@@ -29,6 +29,7 @@ def speculation(
     import tempfile
 
     with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
+        from simnet.bench import plots
         from simnet.bench import speculation as bench
         from sotto.commands.models import open_model
 
@@ -41,6 +42,8 @@ def speculation(
             rounds=rounds,
             workloads=tuple(workload or bench.WORKLOADS),
         )
+        if plot is not None:
+            plots.require()
         with progress_bar("requests", bytes_=False, quiet=as_json) as update:
             report = bench.run(options, update)
         if plot is not None:

@@ -196,6 +196,11 @@ def test_each_line_of_standard_input_is_a_turn(swarm: Cluster, tmp_path: Path) -
     assert (code, len(turns)) == (0, 3)
     assert turns[0]["ids"] == turns[2]["ids"]
     assert turns[0]["reused_tokens"] == 0 < turns[1]["reused_tokens"]
+    history = CliRunner().invoke(app, ["history", "--json", "--data-dir", str(tmp_path)])
+    records = {record["task_prompt_tokens"]: record for record in json.loads(history.stdout)["records"]}
+    second = records[turns[1]["prompt_tokens"]]
+    assert (second["measured_prefix_tokens"], second["measured_tokens"]) == (turns[1]["reused_tokens"], 8)
+    assert 0 < second["measured_bytes_out"] < records[turns[0]["prompt_tokens"]]["measured_bytes_out"] * 2
     code, out, err = command(swarm, tmp_path, "--system", SYSTEM, said=said)
     assert (code, out.splitlines()[0].strip()) == (0, turns[0]["text"].strip().splitlines()[0])
     assert err.count("prompt tokens reused") == 3
