@@ -200,7 +200,8 @@ def test_each_line_of_standard_input_is_a_turn(swarm: Cluster, tmp_path: Path) -
     records = {record["task_prompt_tokens"]: record for record in json.loads(history.stdout)["records"]}
     second = records[turns[1]["prompt_tokens"]]
     assert (second["measured_prefix_tokens"], second["measured_tokens"]) == (turns[1]["reused_tokens"], 8)
-    assert 0 < second["measured_bytes_out"] < records[turns[0]["prompt_tokens"]]["measured_bytes_out"] * 2
+    sent_tokens = turns[1]["prompt_tokens"] - turns[1]["reused_tokens"] + 8 - 1
+    assert second["measured_bytes_out"] == sent_tokens * 4 * 256
     code, out, err = command(swarm, tmp_path, "--system", SYSTEM, said=said)
     assert (code, out.splitlines()[0].strip()) == (0, turns[0]["text"].strip().splitlines()[0])
     assert err.count("prompt tokens reused") == 3
