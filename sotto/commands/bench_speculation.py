@@ -17,8 +17,8 @@ def speculation(
         list[float] | None, typer.Option(help="Round trip of every link; may be repeated. Default: 0 to 300.")
     ] = None,
     workload: Annotated[list[str] | None, typer.Option(help="editing, writing; default: both.")] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="Of each answer.")] = 128,
-    rounds: Annotated[int, typer.Option(min=2, help="Texts for each round trip and workload.")] = 2,
+    tokens: Annotated[int, typer.Option(min=16, help="Of each edited text; writing is half as long.")] = 128,
+    rounds: Annotated[int, typer.Option(min=2, help="Texts for each round trip and workload.")] = 4,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file; needs matplotlib.")] = None,
     as_json: Json = False,
 ) -> None:
