@@ -72,7 +72,7 @@ class ChatTemplate:
         try:
             template = _environment(now).from_string(TRANSCRIPT if source is None else source)
         except jinja2.TemplateError as error:
-            raise CheckpointError(f"{checkpoint}: its chat template is not valid ({error:.200})") from error
+            raise CheckpointError(f"{checkpoint}: its chat template is not valid ({error!s:.200})") from error
         return cls(source is not None, tokens, template)
 
     @property

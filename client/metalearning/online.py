@@ -1,14 +1,14 @@
 """What is learnt from a user's own requests: how much dearer or cheaper each strategy is than its prediction.
 
-A request shows the cost of one strategy alone: it cannot say which would have been best. But with the predicted
-fraction of the oracle taken out, all strategies measure the same thing: what the best would have cost. What is left over
-by strategy is the prediction's error, and is learnt here, by a Bayesian linear regression of
+A request shows the cost of one strategy alone: it cannot say which would have been best. With the predicted fraction of
+the oracle taken out, all strategies measure the same thing: what the best would have cost. What is left over by
+strategy is the prediction's error, and is learnt here, by a Bayesian linear regression of
 
     log cost + log predicted fraction = base + slopes . (log prompt, log answer, log concurrency) + error[strategy]
 
-by recursive least squares with forgetting (Haykin, "Adaptive Filter Theory", ch. 9): an old request weighs less
-with each new one. A machine that became slower moves `base`, which is the same for all strategies. When requests in a row
-are far from what was expected, the past is let go faster (`surprise`).
+by recursive least squares with forgetting (Haykin, "Adaptive Filter Theory", ch. 9): an old request weighs less with
+each new one. A machine that became slower moves `base`, which is the same for all strategies. When several requests in
+a row are far from what was expected, the past is let go faster (`surprise`).
 
 One `Corrections` per deployment and route. Invariant: without requests every error is 0, with the prior's deviation.
 Pure.

@@ -19,7 +19,6 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -39,6 +38,7 @@ from node.model import Ask, DeployedModel
 from protocol.errors import InputError
 from protocol.strategy import parse
 from simnet import cluster
+from simnet.bench import plots
 from simnet.bench.paired import Rounds
 from simnet.shape import Shape, Wiring
 
@@ -58,14 +58,15 @@ Update = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class SpeculationBench:
-    """`tokens`: of each answer. `draft`: as node.draft.Draft takes it; without one, lookup alone is measured."""
+    """`tokens`: of each edited text; what the model writes is half as long. `draft`: as node.draft.Draft takes it;
+    without one, lookup alone is measured."""
 
     folder: Path
     model: Path
     draft: str | None = None
     rtts_ms: tuple[float, ...] = RTTS_MS
     tokens: int = 128
-    rounds: int = 2
+    rounds: int = 4
     workloads: tuple[str, ...] = WORKLOADS
 
     def __post_init__(self) -> None:
@@ -135,7 +136,7 @@ async def _measure(options: SpeculationBench, net: cluster.Cluster, update: Upda
                 for number in range(options.rounds):
                     text = _text(model, workload, number, options)
                     for way in ways:
-                        tokens = plain_tokens if way == "off" else options.tokens
+                        tokens = plain_tokens if way == "off" else _tokens(options, workload)
                         cell.note(way, await _answer(model, way, text, tokens))
                         update(done := done + 1, total)
                 points.append({"rtt_ms": rtt_ms, "workload": workload, **cell.figures()})
@@ -168,6 +169,10 @@ async def _deployed(options: SpeculationBench, way_in: str) -> AsyncIterator[Dep
     async with open_client(ClientOptions(folder, (way_in,), draft=options.draft)) as client:
         sealed = await client.seal(Checkpoint.open(options.model), "float32", default_key(folder), lambda *_: None)
         yield await client.deploy(sealed, DeployOptions(hops_min=HOPS, kv_tokens=1024))
+
+
+def _tokens(options: SpeculationBench, workload: str) -> int:
+    return options.tokens if workload == "editing" else options.tokens // 2
 
 
 async def _has_draft(model: DeployedModel) -> bool:
@@ -243,8 +248,7 @@ def prose(text: str) -> str:
 
 def plot(report: dict[str, Any], file: Path) -> None:
     """Tokens per second against round-trip time, a panel for each workload. Raises InputError without matplotlib."""
-    if find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib: install it beside sotto")
+    plots.require()
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure
 
     workloads = sorted({point["workload"] for point in report["points"]})

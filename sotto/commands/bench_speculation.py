@@ -17,8 +17,8 @@ def speculation(
         list[float] | None, typer.Option(help="Round trip of every link; may be repeated. Default: 0 to 300.")
     ] = None,
     workload: Annotated[list[str] | None, typer.Option(help="editing, writing; default: both.")] = None,
-    tokens: Annotated[int, typer.Option(min=16, help="Of each answer.")] = 128,
-    rounds: Annotated[int, typer.Option(min=2, help="Texts for each round trip and workload.")] = 2,
+    tokens: Annotated[int, typer.Option(min=16, help="Of each edited text; writing is half as long.")] = 128,
+    rounds: Annotated[int, typer.Option(min=2, help="Texts for each round trip and workload.")] = 4,
     plot: Annotated[Path | None, typer.Option(help="Draw it into this file; needs matplotlib.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -29,6 +29,7 @@ def speculation(
     import tempfile
 
     with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
+        from simnet.bench import plots
         from simnet.bench import speculation as bench
         from sotto.commands.models import open_model
 
@@ -41,6 +42,8 @@ def speculation(
             rounds=rounds,
             workloads=tuple(workload or bench.WORKLOADS),
         )
+        if plot is not None:
+            plots.require()
         with progress_bar("requests", bytes_=False, quiet=as_json) as update:
             report = bench.run(options, update)
         if plot is not None:

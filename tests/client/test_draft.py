@@ -123,10 +123,11 @@ def test_what_was_guessed_wrong_leaves_no_trace_in_the_drafts_kv() -> None:
             logits = sequence.read(known if not token else fresh[-1:])
             fresh.append(sample(logits, sampling, len(known) + token))
         assert guess == Guess(tuple(fresh), DRAFT)
-        came = [*guess.ids[: generator.randint(0, count)], generator.randrange(2048)]
+        other = [generator.randrange(2048) for _ in range(generator.randint(1, 4))]
+        came = [*guess.ids[: generator.randint(0, count)], *other]
         draft.extend(came)
         known += came
-    assert draft.behind <= 7
+    assert draft.behind <= 10
 
 
 def test_the_next_turn_reads_only_what_is_new() -> None:

@@ -28,6 +28,7 @@ COMMANDS = [
     ["doctor"],
     ["run"],
     ["submit"],
+    ["chat"],
     ["history"],
     *(["history", name] for name in ("export", "import")),
     ["seal"],
@@ -39,7 +40,7 @@ COMMANDS = [
     *(["worker", name] for name in ("pause", "resume", "status")),
     *(["key", name] for name in ("new", "show", "export", "import")),
     *(["sim", name] for name in ("up", "status", "link", "kill", "freeze", "thaw", "restart", "down")),
-    *(["bench", name] for name in ("dataplane", "placement", "engine")),
+    *(["bench", name] for name in ("dataplane", "placement", "engine", "speculation")),
     ["sim", "check", "mesh"],
 ]
 PROMPT = "the quiet brook"

@@ -1,0 +1,243 @@
+"""A session for several requests: each sends what is new, and a loss is made good."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import pytest
+import trio
+
+from client.errors import HopLost, HopRefused, HopViolation
+from client.generate import GenerationHost, GenerationParams
+from client.kept import LOSSES_MAX, KeptAsk, KeptRequest, KeptSession, common
+from client.speculation import PromptLookup, Speculation
+from models.sampling import SamplingParams
+from protocol.errors import SottoError
+from protocol.ids import PeerId
+from protocol.tensors import Payload
+from simnet.runtime import VirtualClock, run
+from tests.client.test_speculation import HashedEnds, Machine
+
+T = TypeVar("T")
+PEER = PeerId("12D3KooW" + "x" * 44)
+ENDS = HashedEnds()
+PROMPT = [1, 2, 3, 4]
+
+
+class Session(Machine):
+    """Fails at the `lost_at`th step with `error`; its KV is gone then."""
+
+    def __init__(self, lost_at: int | None = None, error: SottoError | None = None) -> None:
+        super().__init__()
+        self.lost_at, self.error = lost_at, error or HopLost(PEER, "was lost")
+        self.abandoned = self.closed = False
+
+    async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
+        assert not self.closed
+        if self.lost_at == len(self.rows):
+            raise self.error
+        return await super().submit(payload, position, tail)
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@dataclass
+class Opener:
+    """Gives `sessions` one after the other; None cannot be opened."""
+
+    sessions: list[Session | None]
+    anew: list[bool] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+    async def __call__(self, anew: bool) -> Session:
+        self.anew.append(anew)
+        session = self.sessions[len(self.anew) - 1]
+        if session is None:
+            raise HopRefused(PEER, "kv_memory")
+        return session
+
+    def kept(self) -> KeptSession:
+        return KeptSession(self, self.notices.append)
+
+
+def params(tokens: int = 12, temperature: float = 1.0) -> GenerationParams:
+    return GenerationParams(tokens, SamplingParams(temperature, seed=3), prefill_chunk=3)
+
+
+def request(
+    kept: KeptSession, prompt: Sequence[int], asked: GenerationParams | None = None, guess: bool = False
+) -> KeptRequest:
+    speculation = Speculation(PromptLookup()) if guess else None
+    return KeptRequest(
+        kept, KeptAsk(prompt, asked or params(), ENDS), GenerationHost(VirtualClock(), speculation=speculation)
+    )
+
+
+async def ids(asked: KeptRequest) -> list[int]:
+    return [token async for token in asked.tokens()]
+
+
+def virtual(main: Callable[[], Awaitable[T]]) -> T:
+    return run(main, seed=1)
+
+
+def alone(prompt: Sequence[int], asked: GenerationParams | None = None) -> list[int]:
+    """The answer of a session of its own."""
+    return virtual(lambda: ids(request(KeptSession(Opener([Session()])), prompt, asked)))
+
+
+@pytest.mark.parametrize("guess", [False, True])
+def test_turns_over_one_session_equal_long_prompts(guess: bool) -> None:
+    session = Session()
+
+    async def main() -> list[tuple[list[int], list[int], int]]:
+        kept, prompt, seen = Opener([session]).kept(), list(PROMPT), []
+        for turn in range(4):
+            asked = request(kept, prompt, guess=guess)
+            answer = await ids(asked)
+            seen.append((list(prompt), answer, asked.reused_tokens))
+            prompt += [*answer, 5 + turn, 6]
+        return seen
+
+    seen = virtual(main)
+    assert [answer for _, answer, _ in seen] == [alone(prompt) for prompt, _, _ in seen]
+    # all but the answer's last token, which was never computed
+    assert [reused for _, _, reused in seen] == [0, *(len(prompt) + 11 for prompt, _, _ in seen[:-1])]
+    if not guess:
+        assert sum(session.rows) == len(PROMPT) + 4 * 11 + 3 * 3
+
+
+def test_a_prompt_that_differs_is_sent_from_there_on() -> None:
+    async def main() -> tuple[list[int], int]:
+        kept = Opener([Session()]).kept()
+        await ids(request(kept, [1, 2, 3, 4, 5, 6]))
+        asked = request(kept, [1, 2, 9, 4])
+        return await ids(asked), asked.reused_tokens
+
+    assert virtual(main) == (alone([1, 2, 9, 4]), 2)
+
+
+def test_the_same_prompt_again_computes_its_last_token() -> None:
+    async def main() -> tuple[list[int], int]:
+        kept = Opener([Session()]).kept()
+        await ids(request(kept, PROMPT))
+        asked = request(kept, PROMPT)
+        return await ids(asked), asked.reused_tokens
+
+    assert virtual(main) == (alone(PROMPT), 3)
+
+
+@pytest.mark.parametrize("lost_at", range(14))
+@pytest.mark.parametrize("guess", [False, True])
+def test_a_session_lost_at_any_step_is_replayed(lost_at: int, guess: bool) -> None:
+    opener = Opener([Session(lost_at), Session()])
+
+    async def main() -> list[int]:
+        kept = opener.kept()
+        first = await ids(request(kept, PROMPT, guess=guess))
+        second = await ids(request(kept, [*PROMPT, *first, 7], guess=guess))
+        return [*first, 7, *second]
+
+    first = alone(PROMPT)
+    assert virtual(main) == [*first, 7, *alone([*PROMPT, *first, 7])]
+    assert (opener.anew, len(opener.notices)) == ([False, False], 1)
+
+
+def test_a_route_that_cannot_be_opened_again_is_found_anew() -> None:
+    opener = Opener([Session(6), None, Session()])
+    assert virtual(lambda: ids(request(opener.kept(), PROMPT))) == alone(PROMPT)
+    assert opener.anew == [False, False, True]
+    assert len(opener.notices) == 1, "the user is told once"
+
+
+def test_it_gives_up_when_nothing_helps_and_begins_anew_with_the_next_request() -> None:
+    opener = Opener([None] * (LOSSES_MAX + 1) + [Session()])
+
+    async def main() -> list[int]:
+        kept = opener.kept()
+        with pytest.raises(HopRefused):
+            await ids(request(kept, PROMPT))
+        return await ids(request(kept, PROMPT))
+
+    assert virtual(main) == alone(PROMPT)
+    assert opener.anew == [False, False, True, True, False]
+
+
+def test_losses_that_are_far_apart_are_all_made_good() -> None:
+    opener = Opener([Session(4) for _ in range(3 * LOSSES_MAX)] + [Session()])
+    asked = GenerationParams(40)
+    assert virtual(lambda: ids(request(opener.kept(), [1], asked))) == alone([1], asked)
+    assert not any(opener.anew)
+
+
+def test_a_peer_that_breaks_the_protocol_is_not_asked_again() -> None:
+    broken = Session(3, HopViolation(PEER, "nonsense"))
+    opener = Opener([broken, Session()])
+
+    async def main() -> list[int]:
+        kept = opener.kept()
+        with pytest.raises(HopViolation):
+            await ids(request(kept, PROMPT))
+        assert broken.closed
+        return await ids(request(kept, PROMPT))
+
+    assert virtual(main) == alone(PROMPT)
+
+
+@pytest.mark.parametrize("after_s", [0.05, 0.15, 0.25, 0.6, 0.75])
+def test_an_answer_that_is_stopped_leaves_what_it_computed(after_s: float) -> None:
+    session = Session()
+
+    async def main() -> tuple[list[int], list[int]]:
+        kept = Opener([session]).kept()
+        asked = request(kept, PROMPT)
+        with trio.move_on_after(after_s):
+            await ids(asked)
+        assert session.abandoned
+        assert kept.held == [*PROMPT, *asked.ids][: len(kept.held)]
+        assert session.held[: len(kept.held)] == kept.held
+        following = [*PROMPT, *asked.ids, 8]
+        return following, await ids(request(kept, following))
+
+    following, answer = virtual(main)
+    assert answer == alone(following)
+
+
+def test_closing_ends_the_session() -> None:
+    session = Session()
+
+    async def main() -> None:
+        kept = Opener([session]).kept()
+        await ids(request(kept, PROMPT))
+        assert not session.closed
+        await kept.aclose()
+        await kept.aclose()
+
+    virtual(main)
+    assert session.closed
+
+
+def test_the_result_tells_of_the_whole_request() -> None:
+    async def main() -> None:
+        asked = request(Opener([Session(5), Session()]).kept(), PROMPT)
+        with pytest.raises(ValueError, match="not begun"):
+            asked.result()
+        answer = await ids(asked)
+        result = asked.result("text")
+        assert (list(result.ids), result.text, result.prompt_tokens) == (answer, "text", 4)
+        assert (result.finish_reason, len(result.token_times_s), asked.reused_tokens) == ("length", 12, 0)
+        assert list(result.token_times_s) == sorted(result.token_times_s)
+
+    virtual(main)
+
+
+def test_common_beginnings() -> None:
+    assert [common(a, b) for a, b in (("", "x"), ("ab", "ab"), ("abc", "ab"), ("ab", "xb"), ("abc", "abd"))] == [
+        0, 2, 2, 0, 2,
+    ]  # fmt: skip
