@@ -19,7 +19,7 @@ from typing import Protocol, TypeVar
 import trio
 
 from protocol.ids import DeploymentId, SessionId
-from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
+from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 
 T = TypeVar("T")
 
@@ -29,14 +29,14 @@ class SyncEngine(Protocol):
 
     def load(self, span: SpanSpec) -> LoadedSpan: ...
     def unload(self, deployment: DeploymentId) -> None: ...
-    def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None: ...
     def submit(
         self, work: StepWork, done: Callable[[StepResult | Exception], None], asked_s: float | None = None
     ) -> None: ...
+    def open(self, session: SessionId, spec: SessionSpec) -> int: ...
     def advance(self) -> None: ...
     @property
     def idle(self) -> bool: ...
-    def close(self, session: SessionId) -> None: ...
+    def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None: ...
 
 
 class EngineThread:
@@ -61,8 +61,8 @@ class EngineThread:
     async def unload(self, deployment: DeploymentId) -> None:
         await self._run(lambda: self._engine.unload(deployment))
 
-    async def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
-        await self._run(lambda: self._engine.open(session, deployment, kv_tokens))
+    async def open(self, session: SessionId, spec: SessionSpec) -> int:
+        return await self._run(lambda: self._engine.open(session, spec))
 
     async def step(self, work: StepWork) -> StepResult:
         future: Future[StepResult] = Future()
@@ -80,8 +80,8 @@ class EngineThread:
 
         return await self._wait(future, submit)
 
-    async def close(self, session: SessionId) -> None:
-        await self._run(lambda: self._engine.close(session))
+    async def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
+        await self._run(lambda: self._engine.close(session, page_keys))
 
     async def _run(self, work: Callable[[], T]) -> T:
         future: Future[T] = Future()

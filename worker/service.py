@@ -301,10 +301,10 @@ class WorkerService:
                 return self.sessions.step(message, body, remote)
             case OpenSession():
                 return self.sessions.open(message, remote)
-            case CloseSession(session):
+            case CloseSession():
                 ticket = self.sessions.close(message, remote)
                 if ticket is not None and ticket.successor:
-                    self.links.close_session(session, ticket.successor)
+                    self.links.close_session(message, ticket.successor)
                 return True
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__} has no place here")

@@ -31,14 +31,16 @@ from protocol.messages import (
     RefusalReason,
     SessionFailed,
     Step,
+    split_page_keys,
 )
-from protocol.ports import Clock
+from protocol.ports import Clock, SessionSpec
 from protocol.session import Role, SessionMachine
 from protocol.steps import StepLedger, Verdict
 from protocol.tensors import Payload
 from protocol.tickets import Ticket, TicketGate
 from worker.admission import SessionQuota, SpanLease, SpanLedger, SpanState
 from worker.duty import Duty, State
+from worker.kv_pages import pages_for
 from worker.kv_pool import KvPool
 from worker.load import Bubbles, LoadMeter
 from worker.observer import WorkerObserver
@@ -133,8 +135,8 @@ class SessionTable:
             self.fail(session, refusal.reason, refusal.detail)
             return True
         try:
-            self._place(session, ticket)
-            self._enqueue(session, Route(ticket, message.tickets[1:]))
+            self._place(session, ticket, message)
+            self._enqueue(session, Route(ticket, message))
         except Refused as refusal:
             self.fail(session, refusal.reason, refusal.detail)
         return True
@@ -181,6 +183,8 @@ class SessionTable:
         if remote != session.client and (ticket is None or remote != ticket.predecessor):
             raise RemoteProtocolError("a session closed by a peer that has no part in it")
         session.machine.received(CloseSession)
+        if session.lease is not None:
+            session.lease.kept_keys = _keys(message.page_keys, session.lease.ticket)
         self._drop(session)
         return ticket
 
@@ -268,7 +272,7 @@ class SessionTable:
             raise RemoteProtocolError("the tickets do not end where the route ends")
         return ticket
 
-    def _place(self, session: Session, ticket: Ticket) -> None:
+    def _place(self, session: Session, ticket: Ticket, message: OpenSession) -> None:
         """Reserve what the ticket asks for, or move an open session to its new route. Raises Refused."""
         session.machine.received(OpenSession)
         lease = session.lease
@@ -286,9 +290,11 @@ class SessionTable:
             return
         self.house.duty.require()
         span, capability = self._span_for(ticket)
-        needed_bytes = ticket.kv_tokens * span.request.kv_token_bytes
+        needed_bytes = pages_for(ticket.kv_tokens) * limits.PAGE_TOKENS * span.request.kv_token_bytes
         self.house.pool.reserve(session.id, needed_bytes, (ticket.deployment, ticket.client))
-        session.lease = Lease(span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket, capability)
+        session.lease = Lease(
+            span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket, capability, _spec(ticket, message)
+        )
         span.sessions += 1
         span.touched = self.clock.monotonic()
         self.house.bubbles.opened(span.touched)
@@ -363,3 +369,19 @@ class SessionTable:
 
     def _now_ms(self) -> int:
         return math.floor(self.clock.time() * 1000)
+
+
+def _spec(ticket: Ticket, message: OpenSession) -> SessionSpec:
+    return SessionSpec(
+        deployment=ticket.deployment,
+        tenant=ticket.client,
+        kv_tokens=ticket.kv_tokens,
+        page_keys=_keys(message.page_keys, ticket),
+        deterministic=message.deterministic,
+        alone=message.alone,
+    )
+
+
+def _keys(keys: bytes, ticket: Ticket) -> tuple[bytes, ...]:
+    """No more than the session has full pages: what is kept of a message is in proportion to what it reserved."""
+    return split_page_keys(keys)[: ticket.kv_tokens // limits.PAGE_TOKENS]

@@ -157,13 +157,13 @@ SAMPLES: tuple[Message, ...] = (
     ShardStored(DIGEST),
     Attach(SESSION),
     Attached(SESSION),
-    OpenSession(SESSION, (bytes(48), bytes(49))),
-    SessionOpened(SESSION, 0, 512),
+    OpenSession(SESSION, (bytes(48), bytes(49)), bytes(32), True, False),
+    SessionOpened(SESSION, 0, 512, 64),
     Step(SESSION, 0, 7, 12, 6, 1, "span", 0, "", VECTOR),
     StepOutput(SESSION, 0, 7, 1234, 300, 1700, VECTOR),
     StepTimes(SESSION, 0, 7, 1234, 300, 1700),
     SessionFailed(SESSION, "hop_lost", ""),
-    CloseSession(SESSION),
+    CloseSession(SESSION, bytes(48)),
 )
 RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Capability, Lease, Manifest, Signed, Invite)
 
