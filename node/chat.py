@@ -69,6 +69,7 @@ class Chat:
         self._template = template
         self._options = options
         self._context_tokens = min(options.context_tokens, model.config.max_position)
+        self._terms = SessionTerms(self._context_tokens)
         self._kept = KeptSession(self._open, options.notice)
         self._guessing = model.guessing()
         self.transcript = Transcript(partial(_ids, template, model.tokenizer), self._context_tokens, options.system)
@@ -108,6 +109,10 @@ class Chat:
         if not ask.ignore_eos:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
         host = await model.host(ask, self._guessing)
+        terms = model.terms(self._context_tokens, model.strategy(ask))
+        if terms != self._terms:  # what a session was opened with cannot be changed
+            await self._kept.aclose()
+            self._terms = terms
         request = KeptRequest(self._kept, KeptAsk(prompt.ids, params, model.ends), host)
         return request, TextStream(request, model.tokenizer.stream(), (*ask.stop, *self._template.stops))
 
@@ -119,7 +124,7 @@ class Chat:
     async def _open(self, anew: bool) -> RouteSession:
         if anew:
             self._model = await self._model.deploy_again()
-        return await self._model.driver.open_session(self._model.route, SessionTerms(self._context_tokens))
+        return await self._model.driver.open_session(self._model.route, self._terms)
 
 
 async def open_chat(model: DeployedModel, options: ChatOptions | None = None) -> Chat:

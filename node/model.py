@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -25,6 +25,7 @@ from client.generate import (
     inline,
     kv_tokens_for,
 )
+from client.page_keys import PageKeys, page_context
 from client.placement import Placement
 from client.placement.needs import Objective
 from client.ports import ClientPorts
@@ -47,8 +48,7 @@ from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, par
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
 MISSING = frozenset(
-    {"batching=static", "batching=off", "deterministic=true", "wire=int8"}
-    | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
+    {"batching=static", "wire=int8"} | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
 )
 INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, less than handing it to a thread
 
@@ -100,6 +100,7 @@ class DeployedModel:
     hops: tuple[DeployedHop, ...]  # as deployed now; () when the workers held the model already
     predicted: Placement  # what the route should take, by the adverts that it was chosen from
     ends: ClientEnds
+    page_secret: bytes
     tokenizer: Tokenizer
     config: ModelConfig
     dtype: str | None  # of the sealed blocks; None when another's deployment does not say
@@ -117,14 +118,20 @@ class DeployedModel:
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
         params = self.params(ask)
         host = await self.host(ask, self.guessing())
+        keys = self._page_keys(strategy)
+        # The last token is always computed: the page that it fills is not asked for.
+        terms = replace(self.terms(kv_tokens, strategy), page_keys=keys.of(ids[:-1]) if keys else b"")
         with self.recorder.request(ids, self._plan(ask, strategy)) as entry:
             trace = StepTrace() if ask.trace else None
-            async with self.driver.session(self.route, SessionTerms(kv_tokens, trace=trace)) as session:
-                generation = Generation(session, self.ends, ids, params, host)
+            async with self.driver.session(self.route, replace(terms, trace=trace)) as session:
+                generation = Generation(session, self.ends, ids, params, host, session.held_tokens)
                 entry.session, entry.generation, entry.speculation = session, generation, host.speculation
                 stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
-                async with aclosing(stream.pieces()) as pieces:
-                    yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
+                try:
+                    async with aclosing(stream.pieces()) as pieces:
+                        yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
+                finally:
+                    session.keep_pages = keys.of(generation.held_ids) if keys else b""
 
     async def generate(
         self, prompt: str | list[int], ask: Ask | None = None, on_piece: Callable[[str], None] = lambda _: None
@@ -187,6 +194,15 @@ class DeployedModel:
             strategy=strategy,
             chosen_by="default" if strategy == self.default_strategy else "user",
         )
+
+    def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
+        """What a session of a request with `strategy` is opened with."""
+        return SessionTerms(kv_tokens, deterministic=strategy.deterministic, alone=strategy.batching == "off")
+
+    def _page_keys(self, strategy: Strategy) -> PageKeys | None:
+        if not strategy.prefix_cache:
+            return None
+        return PageKeys(self.page_secret, page_context(self.route, strategy.wire, strategy.deterministic))
 
     def session(self, kv_tokens: int) -> AbstractAsyncContextManager[RouteSession]:
         """A session of its own over the route, for those who do the steps themselves."""

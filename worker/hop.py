@@ -87,7 +87,7 @@ class Hop:
         ticket = self._ticket = work.ticket
         if ticket.successor:
             self.link = await self.links.join(self.session.id, ticket.successor, ticket.successor_addrs)
-            await self.link.outbox.put(dataclasses.replace(work.message, tickets=work.message.tickets[1:]))
+            await self.link.outbox.put(replace(work.message, tickets=work.message.tickets[1:]))
         await trio.lowlevel.checkpoint_if_cancelled()  # the session may have failed while this task was waking up
         self.session.machine.sent(SessionOpened)
         self.session.outbox.force(SessionOpened(self.session.id, ticket.epoch, ticket.kv_tokens, self._held))

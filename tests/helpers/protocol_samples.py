@@ -271,6 +271,10 @@ def _step(values: Values) -> st.SearchStrategy[Values]:
     return st.just({**values, **fixed, "block": values["block"] if linear else 0})
 
 
+def _whole_keys(keys: bytes) -> bytes:
+    return keys[: len(keys) // limits.PAGE_KEY_BYTES * limits.PAGE_KEY_BYTES]
+
+
 def _block(values: Values) -> st.SearchStrategy[Values]:
     def unique(items: Any, key: str) -> tuple[Any, ...]:
         named = {getattr(item, key): item for item in items}
@@ -309,6 +313,8 @@ _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] =
     Speed: _amend(read_gb_s=lambda value: abs(value) + 0.5, gflop_s=lambda value: abs(value) + 0.5),
     Rtt: _amend(rtt_ms=abs),
     Step: _step,
+    OpenSession: _amend(page_keys=_whole_keys),
+    CloseSession: _amend(page_keys=_whole_keys),
     BlockEntry: _block,
     Manifest: _choose(tier=TIERS, dtype=tuple(DTYPE_BYTES)),
     Ticket: _ticket,
