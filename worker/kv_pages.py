@@ -62,10 +62,10 @@ class KvBudget:
 
 
 class PageBook:
-    """The pages of one span: `pages` of them, of `page_bytes` each. `freed` hears of each page that becomes free."""
+    """The pages of one span: `pages` of them, of `page_bytes` each. `freed` hears of pages that become free."""
 
     def __init__(
-        self, budget: KvBudget, pages: int, page_bytes: int, freed: Callable[[int], None] = lambda _: None
+        self, budget: KvBudget, pages: int, page_bytes: int, freed: Callable[[list[int]], None] = lambda _: None
     ) -> None:
         self.page_bytes = page_bytes
         self.tokens_asked = self.tokens_hit = 0
@@ -134,21 +134,22 @@ class PageBook:
                 self._forget_key(page)
                 continue
             table.pages[index] = self._fresh(1)[0]
-            self._leave(page)
+            assert not self._leave(page), "others use it"
             if index == first:
                 copied = (page, table.pages[index])
         return copied
 
     def close(self, table: PageTable) -> None:
         """The session is over. Idempotent."""
-        while table.pages:  # the last first: a page is of no use without those before it, so it goes before them
-            self._leave(table.pages.pop())
+        left = table.pages[::-1]  # the last first: a page is of no use without those before it, so it goes before them
+        table.pages.clear()
+        self._free_all([page for page in left if self._leave(page)])
 
     def give_up_oldest(self) -> None:
         """Free the page that was unused for longest."""
         page, _ = self.unused.popitem(last=False)
         self._forget_key(page)
-        self._put(page)
+        self._free_all([page])
 
     def retire(self) -> None:
         """The span goes: leave the budget. Raises LocalProtocolError while a session uses a page."""
@@ -179,22 +180,24 @@ class PageBook:
         self._users[page] += 1
         self.unused.pop(page, None)
 
-    def _leave(self, page: int) -> None:
+    def _leave(self, page: int) -> bool:
+        """One user less; True when the page is of no use any more."""
         self._users[page] -= 1
         if self._users[page]:
-            return
+            return False
         del self._users[page]
-        if page in self._key_of:
-            self._budget.turn += 1
-            self.unused[page] = self._budget.turn
-        else:
-            self._put(page)
+        if page not in self._key_of:
+            return True
+        self._budget.turn += 1
+        self.unused[page] = self._budget.turn
+        return False
 
     def _forget_key(self, page: int) -> None:
         kept = self._key_of.pop(page, None)
         if kept is not None:
             del self._kept[kept]
 
-    def _put(self, page: int) -> None:
-        self._free.put(page)
-        self._freed(page)
+    def _free_all(self, pages: list[int]) -> None:
+        for page in pages:
+            self._free.put(page)
+        self._freed(sorted(pages))

@@ -45,9 +45,10 @@ class SpanKv:
         self.book.retire()
         self._slabs = []
 
-    def _forget(self, page: int) -> None:
-        for slab in self._slabs:
-            slab.forget(page * limits.PAGE_TOKENS, limits.PAGE_TOKENS)
+    def _forget(self, pages: list[int]) -> None:
+        for run in runs_of(pages, limits.PAGE_TOKENS):
+            for slab in self._slabs:
+                slab.forget(run.at, run.count)
 
 
 class SessionKv:
