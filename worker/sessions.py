@@ -84,6 +84,11 @@ class SessionTable:
     _waiting: WaitingRoom = field(default_factory=WaitingRoom)
     _leaving: set[SessionId] = field(default_factory=set)  # ended, but the engine still holds something of them
 
+    @property
+    def sessions_waiting(self) -> int:
+        """How many wait for room for their KV."""
+        return len(self._waiting)
+
     def attach(self, message: Attach, client: PeerId, outbox: Outbox) -> None:
         """`client` attached a session to the stream that `outbox` writes. Raises RemoteProtocolError when that stream
         did so already."""
