@@ -30,7 +30,7 @@ from worker.payloads import DTYPES, to_payload, to_tensor
 from worker.runner import MATRICES, FloatBlocks, IntegerBlocks, Part, build_float_blocks, tile_rows_left
 from worker.scheduler import Scheduler
 from worker.shards import read_shard
-from worker.span_kv import SessionKv, SpanKv
+from worker.span_kv import KvStats, SessionKv, SpanKv
 from worker.spans import INTEGER_DTYPE, block_config, check_block
 
 log = logging.getLogger("sotto.worker")
@@ -161,6 +161,13 @@ class Engine:
             kv = span.kv.open(spec.tenant, spec.kv_tokens, spec.page_keys) if span.kv else None
         self._sessions[session] = _Session(span, spec, kv)
         return kv.held if kv else 0
+
+    def kv_stats(self, deployment: DeploymentId) -> KvStats:
+        """The loaded span's KV. Raises LocalProtocolError when there is none."""
+        span = self._spans.get(deployment)
+        if span is None or span.kv is None:
+            raise LocalProtocolError("KV is of loaded spans of floats")
+        return span.kv.stats
 
     def submit(self, work: StepWork, done: Done, asked_s: float | None = None) -> None:
         """Queue one step; `done` is called with its result, or its error, in some later `advance` or `close`.

@@ -165,6 +165,7 @@ class WorkerService:
             "state": house.duty.state(now).value,
             "causes": [cause.value for cause in sorted(house.duty.causes)],
             "sessions": house.quota.taken,
+            "sessions_waiting": self.sessions.sessions_waiting,
             "leases": sum(len(span.holders) for span in house.spans.leases.values()),
             "spans": sum(1 for _ in house.spans.loaded()),
             "weight_bytes": house.spans.used_bytes,
