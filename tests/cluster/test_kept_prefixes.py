@@ -10,12 +10,13 @@ from models.local import LocalModel
 from node.app_client import Client
 from node.model import Ask
 from protocol.limits import PAGE_TOKENS
+from protocol.strategy import Strategy
 from simnet.cluster import Cluster
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
 
 PROMPT = [7 + (13 * number) % 50 for number in range(3 * PAGE_TOKENS + 1)]
-EXACT = Ask(20, ignore_eos=True, deterministic=True)
+EXACT = Ask(20, ignore_eos=True, strategy=Strategy(deterministic=True))
 
 
 def test_the_next_turn_of_a_chat_begins_on_kept_pages(swarm: Cluster, tmp_path: Path) -> None:
@@ -28,7 +29,7 @@ def test_the_next_turn_of_a_chat_begins_on_kept_pages(swarm: Cluster, tmp_path: 
         return [
             first,
             await model.generate(history, Ask(8, ignore_eos=True)),
-            await model.generate(history, Ask(8, ignore_eos=True, prefix_cache=False)),
+            await model.generate(history, Ask(8, ignore_eos=True, strategy=Strategy(prefix_cache=False))),
             await model.generate(history, EXACT),
             await model.generate(history, EXACT),
         ]

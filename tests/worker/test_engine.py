@@ -384,7 +384,7 @@ def test_a_step_waits_for_other_forwards_and_not_for_its_own(shop: Shop) -> None
     shop.load()
     shop.engine._scheduler.rows_per_forward = 8
     other = SessionId(b"o" * 16)
-    shop.engine.open(other, shop.manifest.deployment, 60)
+    shop.engine.open(other, shop.spec(60))
     asked_s = time.perf_counter()
     prompt = shop.engine.step(work(inputs(40), 0))  # five forwards of its own
     took_us = 1e6 * (time.perf_counter() - asked_s)
