@@ -4,8 +4,8 @@ The prompt goes out in chunks, several in flight, so that all hops work at once.
 embedding is the next step, sent before the token is given out. With speculation a step also carries guesses at what
 follows (speculation.py), and an answer gives as many tokens as guesses held, and one more. Positions are exact: the
 token chosen after P tokens is sampled for position P and computed at position P, so a run that is cut and resumed, or
-speculated, is the same run. A session that holds a beginning of the prompt already, from the turn before of a chat, is
-sent the rest.
+speculated, is the same run. A session that holds a beginning of the prompt already, from the turn before of a chat or
+because the hops kept it, is sent the rest.
 
 Head, sampling and the next embedding are one turn (turns.py), shared with the other requests of the model; a prompt's
 embedding goes through `run_sync`. The composition root points both at a thread for a large model.
@@ -95,6 +95,7 @@ class GenerationResult:
     finish_reason: FinishReason
     prompt_tokens: int
     token_times_s: tuple[float, ...]
+    held_tokens: int = 0  # of the prompt, that the workers had kept and did not compute again
     drafted: int = 0  # guesses that were sent
     accepted: int = 0  # guesses that held
 
@@ -167,7 +168,7 @@ class Generation:
         self._started_at = host.clock.monotonic()
         self._stopped = False
         self._sent_at = 0.0
-        self._prompt_held = held
+        self._prompt_held = self._held_at_first = held
         self.ids: list[int] = []
         self.token_times_s: list[float] = []
         self.finish_reason: FinishReason | None = None
@@ -181,6 +182,11 @@ class Generation:
         # the last token is known before it is computed
         return len(self._prompt) + len(self.ids) - 1 if self.ids else self._prompt_held
 
+    @property
+    def held_ids(self) -> list[int]:
+        """The tokens that the KV holds now, for certain."""
+        return [*self._prompt, *self.ids][: self.held_tokens]
+
     def result(self, text: str = "") -> GenerationResult:
         """Raises ValueError before the stream has ended."""
         if self.finish_reason is None:
@@ -192,6 +198,7 @@ class Generation:
             finish_reason=self.finish_reason,
             prompt_tokens=len(self._prompt),
             token_times_s=tuple(self.token_times_s),
+            held_tokens=self._held_at_first,
             drafted=guesses.drafted if guesses else 0,
             accepted=guesses.accepted if guesses else 0,
         )

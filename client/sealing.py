@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from client.page_keys import SECRET_BYTES
 from equivariant.ends import ClientEnds
 from equivariant.families import DeploymentSecrets, sealed_config
 from equivariant.keys import RootKey
@@ -49,6 +50,10 @@ class Sealer:
         if self.secrets is not None:
             return seal_block(tensors, config, self.secrets, index, DTYPES[self.dtype])
         return {name: tensor.to(DTYPES[self.dtype]).contiguous() for name, tensor in tensors.items()}, config
+
+    def page_secret(self) -> bytes | None:
+        """What the names of KV pages are keyed with (client/page_keys.py); None in the plain tier, which has no key."""
+        return None if self.secrets is None else self.secrets.stream.derive(None, "pages").read(SECRET_BYTES)
 
     def ends(self) -> ClientEnds:
         """Embedding, final norm and head: what stays here."""

@@ -66,13 +66,16 @@ class SessionHost:
 @dataclass(frozen=True, slots=True)
 class SessionTerms:
     """What a session is opened with. `returns`: the dtype of what hops before the last return, or "none"; it goes to
-    `sink`. `trace` is told where the time of each step went. The two timeouts are the longest silence of a route that
-    has something to answer."""
+    `sink`. `trace` is told where the time of each step went. `page_keys`, `deterministic`, `alone`: see OpenSession.
+    The two timeouts are the longest silence of a route that has something to answer."""
 
     kv_tokens: int
     returns: str = "none"
     sink: OutputSink | None = None
     trace: StepTrace | None = None
+    page_keys: bytes = b""
+    deterministic: bool = False
+    alone: bool = False
     open_timeout_s: float = 20.0
     step_timeout_s: float = 60.0
 
@@ -106,6 +109,8 @@ class RouteSession:
         self._hop_of = {hop.peer: index for index, hop in enumerate(route.hops)}
         self._steps = InFlight()
         self._held = 0  # tokens in the hops' KV once all submitted steps are computed
+        self._held_at_hop = [0] * len(route.hops)  # when the session was opened
+        self.keep_pages = b""  # keys of full pages that the hops shall keep when the session is closed
         self._heard_at = trio.current_time()
         self._changed = trio.Event()
         self._failure: SottoError | None = None
@@ -122,8 +127,17 @@ class RouteSession:
         await self._until(lambda: self._all(State.ATTACHED), self._unready(State.ATTACHED))
         for machine in self._machines:
             machine.sent(OpenSession)
-        await self._send(self._links[0], OpenSession(self.id, tickets), b"", self._unready(State.OPEN))
+        terms = self.terms
+        message = OpenSession(self.id, tickets, terms.page_keys, terms.deterministic, terms.alone)
+        await self._send(self._links[0], message, b"", self._unready(State.OPEN))
         await self._until(lambda: self._all(State.OPEN), self._unready(State.OPEN))
+        self._held = self.held_tokens
+
+    @property
+    def held_tokens(self) -> int:
+        """So many of the session's first tokens need not be computed: all hops kept them from earlier sessions. Hops
+        that kept more forget the rest with the first step."""
+        return min(self._held_at_hop)
 
     async def aclose(self) -> None:
         """Free the session on all hops. Idempotent; never raises for the network's sake; takes at most CLOSE_S.
@@ -145,7 +159,7 @@ class RouteSession:
         with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
             for link in told[:1] if whole else told:
                 try:
-                    await link.send(CloseSession(self.id))
+                    await link.send(CloseSession(self.id, self.keep_pages))
                 except SottoError:
                     continue  # the hop is gone, and the session with it
 
@@ -213,6 +227,9 @@ class RouteSession:
             case SessionOpened():
                 if message.epoch != 0 or message.kv_tokens < self.terms.kv_tokens:
                     raise RemoteProtocolError("the session was opened on other terms than the ticket's")
+                if message.held_tokens > self._held_max or message.held_tokens % limits.PAGE_TOKENS:
+                    raise RemoteProtocolError(f"{message.held_tokens} tokens are said to be held already")
+                self._held_at_hop[hop] = message.held_tokens
                 self._heard_at = trio.current_time()
             case StepOutput():
                 wanted = self._take_output(hop, message, body)
@@ -305,6 +322,10 @@ class RouteSession:
                 f"a step at {position} of {rows} tokens, with {self._held} held in a session of {self.terms.kv_tokens}"
             )
         return rows, width
+
+    @property
+    def _held_max(self) -> int:
+        return limits.PAGE_TOKENS * (len(self.terms.page_keys) // limits.PAGE_KEY_BYTES)
 
     def _all(self, state: State) -> bool:
         return all(machine.state is state for machine in self._machines)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import KvCache, Segment, attend
+from models.attention import Kv, Segment, attend_runs, attend_tile
 from models.config import BlockConfig
 from models.errors import ContextExceeded, ModelError
 from models.linear import Linear
@@ -21,6 +21,8 @@ from models.norm import rms_norm
 from models.rope import Rotary, rotate
 
 Turns = tuple[Tensor, Tensor]
+# Rows of a tile: as many as one product of packed weights takes at little more than the price of one row.
+TILE_ROWS = 16
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -100,7 +102,7 @@ class Block:
         }[name]
         return whole.rows(x, start, end)
 
-    def forward(self, x: Tensor, kv: KvCache, position: int) -> Tensor:
+    def forward(self, x: Tensor, kv: Kv, position: int) -> Tensor:
         """x [T, d] of tokens [position, position + T) of one sequence: see `forward_batch`."""
         return self.forward_batch(x, (Segment(kv, position, len(x)),))
 
@@ -120,6 +122,25 @@ class Block:
         eps = self.config.rms_norm_eps
         turns = turns or self.turns_of(segments)
         x = x + self._attention(rms_norm(x, self._attn_norm, eps), segments, turns)
+        return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
+
+    @torch.inference_mode()
+    def forward_tile(self, x: Tensor, kv: Kv, position: int, rows: slice) -> Tensor:
+        """x [TILE_ROWS, d] through the block: [TILE_ROWS, d]. Only `rows` mean something: tokens of one sequence at
+        their places in the tile of positions [position, position + TILE_ROWS). Writes their keys and values.
+
+        Every product and every sum has the same shape, and each token the same place in it, whichever of the tile's
+        tokens come at once: so a token's bits depend on the tokens before it alone. `kv` must have room for the tile.
+        """
+        self._check_segment(Segment(kv, position + rows.start, rows.stop - rows.start))
+        kv.truncate(position + rows.start)
+        eps, room = self.config.rms_norm_eps, min(TILE_ROWS, self.config.max_position - position)
+        cos, sin = (F.pad(turn, (0, 0, 0, TILE_ROWS - room)) for turn in self._rotary.at(position, room))
+        queries, keys, values = self._heads(rms_norm(x, self._attn_norm, eps), (cos, sin))
+        kv.append(keys[:, rows.start :], values[:, rows.start :])  # to the tile's end: what is padding is masked
+        mixed = attend_tile(queries, kv.read(0), self.config.sliding_window)
+        kv.truncate(position + rows.stop)
+        x = x + self._o(mixed.transpose(0, 1).reshape(TILE_ROWS, -1))
         return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
 
     def turns_of(self, segments: Sequence[Segment]) -> Turns:
@@ -149,24 +170,28 @@ class Block:
             raise ValueError(f"{end} tokens do not fit into a cache of {kv.capacity}")
 
     def _attention(self, x: Tensor, segments: Sequence[Segment], turns: Turns) -> Tensor:
-        config, rows = self.config, x.shape[0]
-        queries, turning = config.num_heads, config.num_heads + config.num_kv_heads
-        heads = self._qkv(x).view(rows, -1, config.head_dim).transpose(0, 1)
-        turned = rotate(self._normed(heads[:turning]), *turns)
+        queries, keys, values = self._heads(x, turns)
         mixed, start = [], 0
         for segment in segments:
             own = slice(start, start + segment.count)
-            segment.kv.append(turned[queries:, own], heads[turning:, own])
-            mixed.append(self._attend(turned[:queries, own], segment))
+            segment.kv.append(keys[:, own], values[:, own])
+            mixed.append(self._attend(queries[:, own], segment))
             start += segment.count
         whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
-        return self._o(whole.transpose(0, 1).reshape(rows, -1))
+        return self._o(whole.transpose(0, 1).reshape(len(x), -1))
+
+    def _heads(self, x: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [nq, R, hd], keys and values [nk, R, hd] of the rows x [R, d]."""
+        queries, turning = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
+        heads = self._qkv(x).view(len(x), -1, self.config.head_dim).transpose(0, 1)
+        turned = rotate(self._normed(heads[:turning]), *turns)
+        return turned[:queries], turned[queries:], heads[turning:]
 
     def _attend(self, queries: Tensor, segment: Segment) -> Tensor:
         # keys that no query of this step can see are not even read
         window = self.config.sliding_window
         start = max(0, segment.position + 1 - window) if window else 0
-        return attend(queries, *segment.kv.read(start), window)
+        return attend_runs(queries, segment.kv.read(start), window)
 
     def _normed(self, heads: Tensor) -> Tensor:
         """Query and key heads [nq + nk, T, hd] after the head norm of models that have one."""

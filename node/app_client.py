@@ -27,6 +27,7 @@ from client.deploy import Progress as UploadProgress
 from client.driver import Driver, run_all
 from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
+from client.page_keys import plain_secret
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
 from client.placement.needs import Objective
 from client.ports import ClientPorts, Credentials, Introduce, none_needed, to_nobody
@@ -297,6 +298,7 @@ class Client:
             hops=hops,
             predicted=predicted,
             ends=ends,
+            page_secret=sealer.page_secret() or plain_secret(self.ports.identity),
             tokenizer=Tokenizer.open(checkpoint.tokenizer_file),
             config=checkpoint.config,
             checkpoint=checkpoint,

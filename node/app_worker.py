@@ -136,7 +136,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
     key, leads = swarm
     store, metrics = DiskStore(options.data_dir, options.disk_bytes), WorkerMetrics()
     metrics.kv_total(options.kv_memory_bytes)
-    engine = Engine(store.path, options.device)
+    engine = Engine(store.path, options.device, options.kv_memory_bytes)
     config = WorkerConfig(
         identity=identity,
         memory_bytes=options.memory_bytes,

@@ -71,6 +71,7 @@ class Chat:
         self._template = template
         self._options = options
         self._context_tokens = min(options.context_tokens, model.config.max_position)
+        self._terms = SessionTerms(self._context_tokens)
         self._kept = KeptSession(self._open, options.notice)
         self._guessing = model.guessing()
         self._session: RouteSession | None = None  # the newest
@@ -115,6 +116,10 @@ class Chat:
         if not ask.ignore_eos:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
         host = await model.host(ask, self._guessing)
+        terms = model.terms(self._context_tokens, model.strategy(ask))
+        if terms != self._terms:  # what a session was opened with cannot be changed
+            await self._kept.aclose()
+            self._terms = terms
         request = KeptRequest(self._kept, KeptAsk(prompt.ids, params, model.ends), host)
         stream = TextStream(request, model.tokenizer.stream(), (*ask.stop, *self._template.stops))
         return request, stream, host.speculation
@@ -128,8 +133,7 @@ class Chat:
         if anew:
             self._model = await self._model.deploy_again()
         self._moved_before, self._session = self._moved(), None
-        terms = SessionTerms(self._context_tokens)
-        self._session = await self._model.driver.open_session(self._model.route, terms)
+        self._session = await self._model.driver.open_session(self._model.route, self._terms)
         return self._session
 
     def _moved(self) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import trio
 
 from protocol.ids import DeploymentId, SessionId
-from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
+from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 
 T = TypeVar("T")
 
@@ -28,14 +28,14 @@ class SyncEngine(Protocol):
 
     def load(self, span: SpanSpec) -> LoadedSpan: ...
     def unload(self, deployment: DeploymentId) -> None: ...
-    def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None: ...
     def submit(
         self, work: StepWork, done: Callable[[StepResult | Exception], None], asked_s: float | None = None
     ) -> None: ...
+    def open(self, session: SessionId, spec: SessionSpec) -> int: ...
     def advance(self) -> None: ...
     @property
     def idle(self) -> bool: ...
-    def close(self, session: SessionId) -> None: ...
+    def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None: ...
 
 
 class EngineThread:
@@ -64,8 +64,8 @@ class EngineThread:
     async def unload(self, deployment: DeploymentId) -> None:
         await self._run(lambda: self._engine.unload(deployment))
 
-    async def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
-        await self._run(lambda: self._engine.open(session, deployment, kv_tokens))
+    async def open(self, session: SessionId, spec: SessionSpec) -> int:
+        return await self._run(lambda: self._engine.open(session, spec))
 
     def step(self, work: StepWork) -> Awaitable[StepResult]:
         """The thread has the step when this returns."""
@@ -74,8 +74,8 @@ class EngineThread:
         self._calls.put((pending, lambda: self._engine.submit(work, pending.settle, asked_s)))
         return pending
 
-    async def close(self, session: SessionId) -> None:
-        await self._run(lambda: self._engine.close(session))
+    async def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
+        await self._run(lambda: self._engine.close(session, page_keys))
 
     async def _run(self, work: Callable[[], T]) -> T:
         pending: _Pending[T] = _Pending(self._settled)

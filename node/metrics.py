@@ -70,6 +70,10 @@ class WorkerMetrics:
             "sotto_engine_bubble_seconds", "Time that it did not, though a session was open.", registry=registry
         )
         self._repeated = Counter("sotto_steps_repeated", "Steps answered from the record.", registry=registry)
+        self._prefix_asked = Counter(
+            "vllm:prefix_cache_queries", "Tokens of pages that sessions named.", registry=registry
+        )
+        self._prefix_held = Counter("vllm:prefix_cache_hits", "Of these, tokens that were kept.", registry=registry)
         self._dropped = Counter("sotto_outputs_dropped", "Returned copies dropped.", registry=registry)
         self._failed = Counter("sotto_sessions_failed", "Sessions failed.", ["reason"], registry=registry)
         self._refused = Counter("sotto_requests_refused", "Requests refused.", ["reason"], registry=registry)
@@ -98,6 +102,10 @@ class WorkerMetrics:
 
     def step_repeated(self) -> None:
         self._repeated.inc()
+
+    def prefix_asked(self, tokens: int, held: int) -> None:
+        self._prefix_asked.inc(tokens)
+        self._prefix_held.inc(held)
 
     def output_dropped(self) -> None:
         self._dropped.inc()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from client.generate import (
     GenerationResult,
     kv_tokens_for,
 )
+from client.page_keys import PageKeys, page_context
 from client.placement import Placement
 from client.placement.needs import Objective
 from client.ports import ClientPorts
@@ -47,8 +48,7 @@ from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, par
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
 MISSING = frozenset(
-    {"batching=static", "batching=off", "deterministic=true", "wire=int8"}
-    | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
+    {"batching=static", "wire=int8"} | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
 )
 # Products on the event loop, rows times weights: some 5 ms, for which a lone request does better without a thread.
 INLINE_PRODUCTS_MAX = 32 << 20
@@ -101,6 +101,7 @@ class DeployedModel:
     hops: tuple[DeployedHop, ...]  # as deployed now; () when the workers held the model already
     predicted: Placement  # what the route should take, by the adverts that it was chosen from
     ends: ClientEnds
+    page_secret: bytes
     tokenizer: Tokenizer
     config: ModelConfig
     dtype: str | None  # of the sealed blocks; None when another's deployment does not say
@@ -118,14 +119,21 @@ class DeployedModel:
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
         params = self.params(ask)
         host = await self.host(ask, self.guessing())
+        strategy = self.strategy(ask)
+        keys = self._page_keys(strategy)
+        # The last token is always computed: the page that it fills is not asked for.
+        terms = replace(self.terms(kv_tokens, strategy), page_keys=keys.of(ids[:-1]) if keys else b"")
         with self.recorder.request(ids, self.plan(ask)) as entry:
             trace = StepTrace() if ask.trace else None
-            async with self.driver.session(self.route, SessionTerms(kv_tokens, trace=trace)) as session:
-                generation = Generation(session, self.ends, ids, params, host)
+            async with self.driver.session(self.route, replace(terms, trace=trace)) as session:
+                generation = Generation(session, self.ends, ids, params, host, session.held_tokens)
                 entry.progress = partial(_progress, session, generation, host.speculation)
                 stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
-                async with aclosing(stream.pieces()) as pieces:
-                    yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
+                try:
+                    async with aclosing(stream.pieces()) as pieces:
+                        yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
+                finally:
+                    session.keep_pages = keys.of(generation.held_ids) if keys else b""
 
     async def generate(
         self, prompt: str | list[int], ask: Ask | None = None, on_piece: Callable[[str], None] = lambda _: None
@@ -175,8 +183,10 @@ class DeployedModel:
         """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""
         strategy = self.strategy(ask)
         speculation = await guessing.of(strategy, ask.sampling)
-        # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
-        turns = None if strategy.speculation == "draft" else self.turns
+        # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it. And a
+        # product of more rows may differ in its last bit.
+        alone = strategy.speculation == "draft" or strategy.deterministic
+        turns = None if alone else self.turns
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, turns=turns)
 
     def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
@@ -193,6 +203,15 @@ class DeployedModel:
             strategy=strategy,
             chosen_by="default" if strategy == self.default_strategy else "user",
         )
+
+    def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
+        """What a session of a request with `strategy` is opened with."""
+        return SessionTerms(kv_tokens, deterministic=strategy.deterministic, alone=strategy.batching == "off")
+
+    def _page_keys(self, strategy: Strategy) -> PageKeys | None:
+        if not strategy.prefix_cache:
+            return None
+        return PageKeys(self.page_secret, page_context(self.route, strategy.wire, strategy.deterministic))
 
     def session(self, kv_tokens: int) -> AbstractAsyncContextManager[RouteSession]:
         """A session of its own over the route, for those who do the steps themselves."""
@@ -212,6 +231,7 @@ def _progress(session: RouteSession, generation: Generation, guesses: Speculatio
         bytes_in=session.bytes_in,
         drafted=guesses.drafted if guesses else 0,
         accepted=guesses.accepted if guesses else 0,
+        prefix_tokens=session.held_tokens,
     )
 
 

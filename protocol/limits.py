@@ -57,6 +57,9 @@ STEP_TOKENS_MAX = 8192  # one chunk of a prefill
 STEP_US_MAX = 3_600_000_000  # an hour: no step that a client still waits for takes longer at one hop
 DRAFTS_MAX = 16  # guesses in one step: more would need an acceptance above 0.95 to pay anywhere
 MICRO_BATCHES_MAX = 16  # parts of a batch: more than the hops that are busy at the same time gains nothing
+PAGE_TOKENS = 64  # one page of KV: a shared prefix is found to within so many tokens, an open session wastes half of it
+PAGE_KEY_BYTES = 16  # of the keys of one tenant only, which would deceive itself
+PAGE_KEYS_MAX = 2048  # a prefix of 131,072 tokens; 32 KiB
 
 # Capabilities.
 CAPABILITY_BYTES_MAX = 512  # a signed record of an id, two names, three rights and a time

@@ -45,6 +45,7 @@ Reason = Annotated[str, Size(1, 32)]
 LeaseSeconds = Annotated[int, Between(1, limits.LEASE_S_MAX)]
 SignedLease = Annotated[bytes, Size(1, limits.LEASE_BYTES_MAX)]
 Shown = Annotated[bytes, Size(0, limits.CAPABILITY_BYTES_MAX)]  # a capability; empty when it is the owner who asks
+PageKeys = Annotated[bytes, Size(0, limits.PAGE_KEYS_MAX * limits.PAGE_KEY_BYTES)]  # one after another
 
 
 class RefusalReason(StrEnum):
@@ -74,6 +75,16 @@ class RefusalReason(StrEnum):
 def _check_reason(reason: str) -> None:
     if reason not in tuple(RefusalReason):
         raise ValueError(f"unknown reason {reason!r}")
+
+
+def _check_page_keys(keys: bytes) -> None:
+    if len(keys) % limits.PAGE_KEY_BYTES:
+        raise ValueError("page keys are cut off")
+
+
+def split_page_keys(keys: bytes) -> tuple[bytes, ...]:
+    """The keys of a message, one for each page."""
+    return tuple(keys[at : at + limits.PAGE_KEY_BYTES] for at in range(0, len(keys), limits.PAGE_KEY_BYTES))
 
 
 class Message(Record):
@@ -296,21 +307,34 @@ class Attached(Message):
 
 @dataclass(frozen=True, slots=True)
 class OpenSession(Message):
-    """Client -> first hop -> ... -> last: each hop opens the first box and forwards the rest."""
+    """Client -> first hop -> ... -> last: each hop opens the first box and forwards the rest.
+
+    `page_keys` name the session's first pages: what the hop kept under them for this client need not be computed.
+    `deterministic`: the same rows come out bit for bit, whatever is computed beside them and however a prompt is cut.
+    `alone`: steps share no forward with other sessions'. Both hold from the session's first opening on.
+    """
 
     TAG: ClassVar[int] = 32
     session: Session
     tickets: Annotated[tuple[Annotated[bytes, Size(1, limits.TICKET_BYTES_MAX)], ...], Size(1, limits.HOPS_MAX)]
+    page_keys: PageKeys = b""
+    deterministic: bool = False
+    alone: bool = False
+
+    def check(self) -> None:
+        _check_page_keys(self.page_keys)
 
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened(Message):
-    """Hop -> client: the ticket is good, KV is reserved, the next hop is reachable."""
+    """Hop -> client: the ticket is good, KV is reserved, the next hop is reachable. The first `held_tokens` tokens were
+    kept from earlier sessions: steps may begin at any position up to there."""
 
     TAG: ClassVar[int] = 33
     session: Session
     epoch: Epoch
     kv_tokens: Annotated[int, Between(1, limits.CONTEXT_TOKENS_MAX)]
+    held_tokens: Position = 0
 
 
 class Operation(StrEnum):
@@ -401,10 +425,15 @@ class SessionFailed(Message):
 
 @dataclass(frozen=True, slots=True)
 class CloseSession(Message):
-    """Client -> first hop -> ... -> last: free everything."""
+    """Client -> first hop -> ... -> last: free everything, but keep the first full pages, which `page_keys` name, for
+    later sessions of this client."""
 
     TAG: ClassVar[int] = 37
     session: Session
+    page_keys: PageKeys = b""
+
+    def check(self) -> None:
+        _check_page_keys(self.page_keys)
 
 
 MESSAGES: tuple[type[Message], ...] = (

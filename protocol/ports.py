@@ -181,6 +181,18 @@ class LoadedSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionSpec:
+    """What a session is opened with over a loaded span; OpenSession says what the last three mean."""
+
+    deployment: DeploymentId
+    tenant: PeerId
+    kv_tokens: int
+    page_keys: tuple[bytes, ...] = ()
+    deterministic: bool = False
+    alone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StepWork:
     """One admitted step for the engine: truncate KV to `position`, then apply `operation` to `payload`.
 
@@ -224,15 +236,17 @@ class Compute(Protocol):
     async def unload(self, deployment: DeploymentId) -> None:
         """Free the span. Idempotent. No session of it may be open."""
 
-    async def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
-        """Reserve KV for a session over the loaded span."""
+    async def open(self, session: SessionId, spec: SessionSpec) -> int:
+        """Take KV for a session over the loaded span. Gives how many of its first tokens are held already: full pages
+        that earlier sessions of the tenant left under the first of `page_keys`."""
 
     def step(self, work: StepWork) -> Awaitable[StepResult]:
         """Compute one step. An engine may begin when this is called, before the result is waited for; whatever is
         wrong is raised by waiting. Dropping what this gives abandons the result."""
 
-    async def close(self, session: SessionId) -> None:
-        """Free the session's KV when its running step commits. Idempotent."""
+    async def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
+        """Free the session's KV when its running step commits; its first full pages are kept under `page_keys`, as long
+        as their memory is not needed. Idempotent."""
 
 
 Keep = Callable[[], Collection[ShardDigest]]

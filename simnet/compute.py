@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
+from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
-from protocol.ids import DeploymentId, SessionId
+from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.messages import Operation, RefusalReason
-from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
+from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 from protocol.tensors import Payload, TensorHeader
 
 Rows = npt.NDArray[np.float32]
@@ -37,7 +38,7 @@ class CostModel:
 @dataclass(slots=True)
 class _Session:
     span: SpanSpec
-    kv_tokens: int
+    spec: SessionSpec
     kv: list[list[bytes]]  # per block, the digest after each position
 
 
@@ -48,7 +49,9 @@ class ToyCompute:
     cost: CostModel = field(default_factory=CostModel)
     spans: dict[DeploymentId, SpanSpec] = field(default_factory=dict)
     sessions: dict[SessionId, _Session] = field(default_factory=dict)
+    pages: dict[tuple[DeploymentId, PeerId, bytes], list[list[bytes]]] = field(default_factory=dict)
     steps: int = 0
+    positions: int = 0
     _busy_until: float = 0.0
 
     async def load(self, span: SpanSpec) -> LoadedSpan:
@@ -63,32 +66,52 @@ class ToyCompute:
         self.spans.pop(deployment, None)
         await self._charge(0.0)
 
-    async def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
-        if session in self.sessions or deployment not in self.spans:
+    async def open(self, session: SessionId, spec: SessionSpec) -> int:
+        if session in self.sessions or spec.deployment not in self.spans:
             raise LocalProtocolError("sessions open once, over a loaded span")
-        span = self.spans[deployment]
-        self.sessions[session] = _Session(span, kv_tokens, [[] for _ in range(span.start, span.end)])
+        span = self.spans[spec.deployment]
+        kv: list[list[bytes]] = [[] for _ in range(span.start, span.end)]
+        for key in spec.page_keys[: (spec.kv_tokens - 1) // limits.PAGE_TOKENS]:
+            page = self.pages.get((spec.deployment, spec.tenant, key))
+            if page is None:
+                break
+            for block, digests in zip(kv, page, strict=True):
+                block.extend(digests)
+        self.sessions[session] = _Session(span, spec, kv)
+        held = len(kv[0])
         await self._charge(0.0)
+        return held
 
     async def step(self, work: StepWork) -> StepResult:
         session = self.sessions.get(work.session)
         if session is None:
             raise LocalProtocolError("a step of a session that is not open")
         rows = _rows(work)
-        if work.position + len(rows) > session.kv_tokens:
+        if work.position + len(rows) > session.spec.kv_tokens:
             raise LocalProtocolError("a step beyond the reservation")
         out = rows
         for block, kv in zip(range(session.span.start, session.span.end), session.kv, strict=True):
             out = apply_block(block, kv, work.position, out)
+        self._keep(session, session.spec.page_keys)
         self.steps += 1
+        self.positions += len(rows)
         cost_s = self.cost.step_s + self.cost.block_position_s * len(session.kv) * len(rows)
         await self._charge(cost_s)
         returned = None if work.returns == "none" else _payload(out)
         return StepResult(_payload(out[-work.forward_tail :]), returned, round(1e6 * cost_s))
 
-    async def close(self, session: SessionId) -> None:
-        self.sessions.pop(session, None)
+    async def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
+        gone = self.sessions.pop(session, None)
+        if gone is not None:
+            self._keep(gone, page_keys)
         await self._charge(0.0)
+
+    def _keep(self, session: _Session, keys: tuple[bytes, ...]) -> None:
+        """Full pages stay for ever: there is no memory here that could be short."""
+        spec, size = session.spec, limits.PAGE_TOKENS
+        for index, key in enumerate(keys[: len(session.kv[0]) // size]):
+            page = [block[index * size : (index + 1) * size] for block in session.kv]
+            self.pages.setdefault((spec.deployment, spec.tenant, key), page)
 
     async def _charge(self, seconds: float) -> None:
         self._busy_until = max(trio.current_time(), self._busy_until) + seconds

@@ -24,27 +24,32 @@ from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.messages import Operation, RefusalReason
-from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
+from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
+from worker.kv_pages import KvBudget
 from worker.payloads import DTYPES, to_payload, to_tensor
-from worker.runner import MATRICES, Caches, FloatBlocks, IntegerBlocks, Part, build_float_blocks
+from worker.runner import MATRICES, FloatBlocks, IntegerBlocks, Part, build_float_blocks, tile_rows_left
 from worker.scheduler import Scheduler
 from worker.shards import read_shard
+from worker.span_kv import KvStats, SessionKv, SpanKv
 from worker.spans import INTEGER_DTYPE, block_config, check_block
 
 log = logging.getLogger("sotto.worker")
 ANSWER_BYTES_MAX = limits.STEP_BYTES_MAX
+KV_BYTES_DEFAULT = 1 << 30
 
 
 @dataclass(slots=True)
 class _Span:
     spec: SpanSpec
     blocks: FloatBlocks | IntegerBlocks
+    kv: SpanKv | None  # integer spans keep none
 
 
 @dataclass(slots=True)
 class _Session:
     span: _Span
-    caches: Caches | None  # integer spans keep no KV
+    spec: SessionSpec
+    kv: SessionKv | None
     step: _Step | None = None  # the one under way
 
 
@@ -73,6 +78,10 @@ class _Step:
         return self.work.tenant
 
     @property
+    def alone(self) -> bool:
+        return self.session.spec.alone or self.session.spec.deterministic
+
+    @property
     def rows_left(self) -> int:
         return len(self.x) - self.rows_done
 
@@ -81,6 +90,8 @@ class _Step:
         blocks = self.session.span.blocks
         if isinstance(blocks, IntegerBlocks) or self.work.operation == Operation.LINEAR:
             return self.rows_left
+        if self.session.spec.deterministic:
+            return tile_rows_left(self.work.position + self.rows_done)
         return blocks.rows_at_once(self.work.position + len(self.x))
 
     def take(self, count: int) -> Tensor:
@@ -88,11 +99,15 @@ class _Step:
 
 
 class Engine:
-    """`shard_path` says where the store keeps a shard; `device` is torch's name, "cpu" or "cuda"."""
+    """`shard_path` says where the store keeps a shard; `device` is torch's name, "cpu" or "cuda". KV, of sessions and
+    kept for later, takes at most `kv_bytes`."""
 
-    def __init__(self, shard_path: Callable[[ShardDigest], Path], device: str = "cpu") -> None:
+    def __init__(
+        self, shard_path: Callable[[ShardDigest], Path], device: str = "cpu", kv_bytes: int = KV_BYTES_DEFAULT
+    ) -> None:
         self._shard_path = shard_path
         self._device = torch.device(device)
+        self.kv_budget = KvBudget(kv_bytes)
         self._spans: dict[DeploymentId, _Span] = {}
         self._sessions: dict[SessionId, _Session] = {}
         self._scheduler: Scheduler[_Step] = Scheduler()
@@ -122,7 +137,8 @@ class Engine:
             else:
                 blocks = build_float_blocks(configs, read, dtype, self._device)
             block_time_us = blocks.time_position()
-        self._spans[span.manifest.deployment] = _Span(span, blocks)
+        kv = SpanKv(configs, dtype, self._device, self.kv_budget) if isinstance(blocks, FloatBlocks) else None
+        self._spans[span.manifest.deployment] = _Span(span, blocks, kv)
         weight_bytes = dtype.itemsize * sum(config.num_parameters for config in configs)
         log.info("span loaded", extra={"start": span.start, "end": span.end, "block_time_us": block_time_us})
         return LoadedSpan(weight_bytes, block_time_us)
@@ -133,15 +149,25 @@ class Engine:
         if any(session.span is span for session in self._sessions.values()):
             raise LocalProtocolError("a span with open sessions cannot be unloaded")
         self._spans.pop(deployment, None)
+        if span is not None and span.kv is not None:
+            span.kv.close()
 
-    def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
-        """A session over the loaded span. KV memory is taken as it fills, up to `kv_tokens`."""
-        span = self._spans.get(deployment)
+    def open(self, session: SessionId, spec: SessionSpec) -> int:
+        """A session over the loaded span. Gives how many of its first tokens are there already. Raises Refused."""
+        span = self._spans.get(spec.deployment)
         if span is None or session in self._sessions:
             raise LocalProtocolError("sessions open once, over a loaded span")
         with self._refusals(RefusalReason.KV_MEMORY):
-            caches = Caches(span.blocks, kv_tokens) if isinstance(span.blocks, FloatBlocks) else None
-        self._sessions[session] = _Session(span, caches)
+            kv = span.kv.open(spec.tenant, spec.kv_tokens, spec.page_keys) if span.kv else None
+        self._sessions[session] = _Session(span, spec, kv)
+        return kv.held if kv else 0
+
+    def kv_stats(self, deployment: DeploymentId) -> KvStats:
+        """The loaded span's KV. Raises LocalProtocolError when there is none."""
+        span = self._spans.get(deployment)
+        if span is None or span.kv is None:
+            raise LocalProtocolError("KV is of loaded spans of floats")
+        return span.kv.stats
 
     def submit(self, work: StepWork, done: Done, asked_s: float | None = None) -> None:
         """Queue one step; `done` is called with its result, or its error, in some later `advance` or `close`.
@@ -185,12 +211,17 @@ class Engine:
             raise ended[0]
         return ended[0]
 
-    def close(self, session: SessionId) -> None:
-        """Free the session's KV; a step of it that is under way is dropped. Idempotent."""
+    def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
+        """Free the session's KV, but for full pages that `page_keys` name; a step of it that is under way is dropped.
+        Idempotent."""
         gone = self._sessions.pop(session, None)
-        if gone is not None and gone.step is not None:
+        if gone is None:
+            return
+        if gone.step is not None:
             self._scheduler.remove(gone.step)
             gone.step.done(Refused(RefusalReason.UNKNOWN_SESSION, "the session was closed"))
+        if gone.kv is not None:
+            gone.kv.close(page_keys)
 
     def _compute(self, taken: list[tuple[_Step, int]]) -> None:
         started = time.perf_counter()
@@ -228,7 +259,9 @@ class Engine:
             return blocks.linear(block, first.work.matrix, first.take(taken[0][1]))
         assert isinstance(blocks, FloatBlocks)
         xs = [step.take(count) for step, count in taken]
-        parts = [Part(_caches(step), step.work.position + step.rows_done, count) for step, count in taken]
+        parts = [Part(_kv(step), step.work.position + step.rows_done, count) for step, count in taken]
+        if first.session.spec.deterministic:
+            return blocks.forward_tile(xs[0], parts[0])
         return blocks.forward(xs[0] if len(xs) == 1 else torch.cat(xs), parts)
 
     def _finish(self, step: _Step) -> None:
@@ -248,14 +281,12 @@ class Engine:
 
     def _input(self, session: _Session, work: StepWork) -> Tensor:
         """The rows of a pass, checked: [T, d] in the span's dtype."""
-        blocks, caches = session.span.blocks, session.caches
-        if not isinstance(blocks, FloatBlocks) or caches is None:
+        blocks, kv = session.span.blocks, session.kv
+        if not isinstance(blocks, FloatBlocks) or kv is None:
             raise Refused(RefusalReason.UNSUPPORTED, "integer blocks take linear steps only")
         x = self._tensor(work, blocks.width)
-        if work.position > caches.length or work.position + len(x) > caches.kv_tokens:
-            raise LocalProtocolError(
-                f"a step at {work.position} with {caches.length} of {caches.kv_tokens} tokens held"
-            )
+        if work.position > kv.length or work.position + len(x) > kv.kv_tokens:
+            raise LocalProtocolError(f"a step at {work.position} with {kv.length} of {kv.kv_tokens} tokens held")
         _check_answer(len(x), blocks.width, _widest(blocks.dtype, work.returns))
         if not x.is_floating_point():
             raise Refused(RefusalReason.UNSUPPORTED, f"a pass in {work.payload.header.dtype}")
@@ -304,6 +335,6 @@ def _widest(dtype: torch.dtype, returns: str) -> int:
     return dtype.itemsize if returns == "none" else max(dtype.itemsize, DTYPES[returns].itemsize)
 
 
-def _caches(step: _Step) -> Caches:
-    assert step.session.caches is not None
-    return step.session.caches
+def _kv(step: _Step) -> SessionKv:
+    assert step.session.kv is not None
+    return step.session.kv

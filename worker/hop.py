@@ -16,14 +16,14 @@ import trio
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused, TransportError
-from protocol.messages import OpenSession, Operation, RefusalReason, SessionOpened, Step, StepOutput, StepTimes
+from protocol.messages import Operation, RefusalReason, SessionOpened, Step, StepOutput, StepTimes
 from protocol.ports import Compute, StepResult, StepWork
 from protocol.tensors import Payload
 from protocol.tickets import TIMES, Ticket
 from worker.cleanup import finish
 from worker.links import Link, LinkPool
 from worker.observer import WorkerObserver
-from worker.session import Again, Pass, Route, Session, Work
+from worker.session import Again, Lease, Pass, Route, Session, Work
 from worker.sessions import SessionTable
 
 
@@ -40,6 +40,7 @@ class Hop:
     _ticket: Ticket | None = None
     _free_at: float = 0.0  # when the last step had been answered
     _begun: Awaitable[StepResult] | None = None  # of the one pass in the inbox
+    _held: int = 0  # tokens that earlier sessions left
 
     async def run(self) -> None:
         """Until the session fails or closes; `free` must follow, whatever happened. Raises only what is a bug."""
@@ -51,16 +52,16 @@ class Hop:
         if self.link is not None:
             self.links.leave(self.session.id, self.link)
         try:
-            await finish(partial(self.compute.close, self.session.id))
+            keys = self.session.lease.kept_keys if self.session.lease else ()
+            await finish(partial(self.compute.close, self.session.id, keys))
         finally:
             self.table.freed(self.session)
 
     async def _work(self) -> None:
         session = self.session
         assert session.lease is not None
-        ticket = session.lease.ticket
         try:
-            await self.compute.open(session.id, ticket.deployment, ticket.kv_tokens)
+            await self._open(session.lease)
             while True:
                 work = await self._next()
                 match work:
@@ -77,6 +78,11 @@ class Hop:
             self.table.fail(session, refusal.reason, refusal.detail)
         except TransportError as error:
             self.table.fail(session, RefusalReason.HOP_LOST, str(error))
+
+    async def _open(self, lease: Lease) -> None:
+        # No step comes before the client has heard SessionOpened, which tells it from where steps may begin.
+        lease.ledger.held = self._held = await self.compute.open(self.session.id, lease.spec)
+        self.observer.prefix_asked(limits.PAGE_TOKENS * len(lease.spec.page_keys), self._held)
 
     async def _next(self) -> Work:
         session = self.session
@@ -95,10 +101,10 @@ class Hop:
         ticket = self._ticket = work.ticket
         if ticket.successor:
             self.link = await self.links.join(self.session.id, ticket.successor, ticket.successor_addrs)
-            await self.link.outbox.put(OpenSession(self.session.id, work.rest))
+            await self.link.outbox.put(replace(work.message, tickets=work.message.tickets[1:]))
         await trio.lowlevel.checkpoint_if_cancelled()  # the session may have failed while this task was waking up
         self.session.machine.sent(SessionOpened)
-        self.session.outbox.force(SessionOpened(self.session.id, ticket.epoch, ticket.kv_tokens))
+        self.session.outbox.force(SessionOpened(self.session.id, ticket.epoch, ticket.kv_tokens, self._held))
 
     async def _compute(self, work: Pass) -> None:
         step, lease = work.step, self.session.lease

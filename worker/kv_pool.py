@@ -8,6 +8,7 @@ counts bytes and knows no tensors: what a session really takes grows inside the 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from protocol.errors import LocalProtocolError, Refused
@@ -73,6 +74,20 @@ class KvPool:
         for drawn in self._sessions.values():
             if drawn.key == key:
                 drawn.pool_bytes, drawn.leased_bytes = drawn.pool_bytes + drawn.leased_bytes, 0
+
+    def could_fit(self, needed_bytes: int, key: LeaseKey) -> bool:
+        """Would there be room for a session of `needed_bytes` if no other session were open?"""
+        share = self._shares.get(key)
+        own = share.reserved_bytes if share else 0
+        return needed_bytes <= own + self.free_bytes + sum(drawn.pool_bytes for drawn in self._sessions.values())
+
+    @property
+    def held_bytes(self) -> Counter[PeerId]:
+        """What the open sessions of each client hold."""
+        held: Counter[PeerId] = Counter()
+        for drawn in self._sessions.values():
+            held[drawn.key[1]] += drawn.leased_bytes + drawn.pool_bytes
+        return held
 
     def reserve(self, session: SessionId, needed_bytes: int, key: LeaseKey) -> None:
         """Take `needed_bytes` for `session`, whose client's lease would be `key`. Raises Refused(KV_MEMORY), and then

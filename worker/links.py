@@ -91,8 +91,8 @@ class LinkPool:
         link.ready.set()
         self.lost(told, link.error)
 
-    def close_session(self, session: SessionId, peer: PeerId) -> None:
+    def close_session(self, message: CloseSession, peer: PeerId) -> None:
         """Pass the end of a session on to `peer`, if there is a link."""
         link = self._links.get(peer)
         if link is not None:
-            link.outbox.force(CloseSession(session))
+            link.outbox.force(message)

@@ -1,9 +1,7 @@
-"""The blocks of one loaded span, and the caches of one session over them.
+"""The blocks of one loaded span.
 
 Invariant: a batch takes bounded memory: its caller keeps to `rows_at_once`, below which intermediate results stay
-within WORKSPACE_BYTES, and a chunk of a step sees exactly what it would see in one pass. KV grows in steps and, but for
-the moment in which one block's cache is copied to a larger one, stays below what the session reserved. It knows no
-messages.
+within WORKSPACE_BYTES, and a chunk of a step sees exactly what it would see in one pass. It knows no messages.
 """
 
 from __future__ import annotations
@@ -17,22 +15,22 @@ import torch
 from torch import Tensor
 
 from models.attention import KvCache, Segment
-from models.blocks import Block, Turns
+from models.blocks import TILE_ROWS, Block, Turns
 from models.config import BlockConfig
 from models.rope import Rotary
+from worker.span_kv import SessionKv
 
 WORKSPACE_BYTES = 1 << 30
 WIDENED_NUMBERS = 1 << 22
-KV_GROWTH_TOKENS = 256  # a short chat never grows twice; a long one doubles
 TIMED_RUNS = 5
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`count` rows of a batch: tokens [position, position + count) of the session that `caches` belongs to."""
+    """`count` rows of a batch: tokens [position, position + count) of the session that `kv` belongs to."""
 
-    caches: Caches
+    kv: SessionKv
     position: int
     count: int
 
@@ -53,14 +51,30 @@ class FloatBlocks:
         Rows of one part must not exceed `rows_at_once` for the length that they end at.
         """
         for part in parts:
-            part.caches.hold(part.position + part.count)
+            part.kv.begin(part.position)
         turns: dict[int, Turns] = {}
         for index, block in enumerate(self.blocks):
-            segments = [Segment(part.caches.caches[index], part.position, part.count) for part in parts]
+            segments = [Segment(part.kv.of_block[index], part.position, part.count) for part in parts]
             if block.rotary_id not in turns:
                 turns[block.rotary_id] = block.turns_of(segments)
             x = block.forward_batch(x, segments, turns[block.rotary_id])
+        for part in parts:
+            part.kv.commit(part.position + part.count)
         return x
+
+    @torch.inference_mode()
+    def forward_tile(self, x: Tensor, part: Part) -> Tensor:
+        """x [count, d] through all blocks in the shapes of a whole tile (models/blocks.py): [count, d], the same bits
+        whatever else runs and however its sequence is cut. The rows of `part` lie in one tile: see `tile_rows_left`."""
+        part.kv.begin(part.position)
+        start = part.position - part.position % TILE_ROWS
+        rows = slice(part.position - start, part.position - start + part.count)
+        tile = x.new_zeros(TILE_ROWS, self.width)
+        tile[rows] = x
+        for index, block in enumerate(self.blocks):
+            tile = block.forward_tile(tile, part.kv.of_block[index], start, rows)
+        part.kv.commit(part.position + part.count)
+        return tile[rows]
 
     def rows_at_once(self, length: int) -> int:
         """How many rows may be computed together when `length` tokens are attended to."""
@@ -80,6 +94,11 @@ class FloatBlocks:
         cache = KvCache(block.config, 1, self.dtype, self.device)
         x = torch.full((1, self.width), 0.5, dtype=self.dtype, device=self.device)
         return time_us(lambda: block.forward(x, cache, 0), self.device)
+
+
+def tile_rows_left(position: int) -> int:
+    """How many rows from `position` on lie in its tile."""
+    return TILE_ROWS - position % TILE_ROWS
 
 
 class IntegerBlocks:
@@ -103,34 +122,6 @@ class IntegerBlocks:
         """Microseconds of one position through the linear maps of one block."""
         x = {name: torch.ones((1, self.shape(0, name)[1]), dtype=torch.int32) for name in MATRICES}
         return time_us(lambda: [self.linear(0, name, x[name]) for name in MATRICES], self.device)
-
-
-class Caches:
-    """One session's KV over a span, at most `kv_tokens` long."""
-
-    def __init__(self, blocks: FloatBlocks, kv_tokens: int) -> None:
-        self._dtype, self._device = blocks.dtype, blocks.device
-        self._configs = [block.config for block in blocks.blocks]
-        self.kv_tokens = kv_tokens
-        self.capacity = min(kv_tokens, KV_GROWTH_TOKENS)
-        self.caches = [self._cache(config) for config in self._configs]
-
-    @property
-    def length(self) -> int:
-        return self.caches[0].length
-
-    def hold(self, tokens: int) -> None:
-        """Make room for `tokens` <= kv_tokens, block by block."""
-        if tokens <= self.capacity:
-            return
-        self.capacity = min(self.kv_tokens, max(tokens, 2 * self.capacity))
-        for index, config in enumerate(self._configs):
-            grown = self._cache(config)
-            grown.append(*self.caches[index].read(0))
-            self.caches[index] = grown
-
-    def _cache(self, config: BlockConfig) -> KvCache:
-        return KvCache(config, self.capacity, self._dtype, self._device)
 
 
 def build_float_blocks(

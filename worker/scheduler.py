@@ -1,8 +1,9 @@
 """Which rows run in the next forward: continuous batching with chunked prefill, as plain bookkeeping.
 
-One forward serves one deployment. Steps of a few rows (decoding, speculation) always go first, all that fit; what room
-is left goes to long steps (prefill), a chunk each, to the tenant who was served least. So a long prompt slows nobody
-down by more than one chunk, and one tenant's prompts do not keep another's waiting.
+One forward serves one deployment, or one job that runs alone; deployments, and tenants with such jobs, take turns.
+Steps of a few rows (decoding, speculation) always go first, all that fit; what room is left goes to long steps
+(prefill), a chunk each, to the tenant who was served least. So a long prompt slows nobody down by more than one chunk,
+and one tenant's prompts do not keep another's waiting.
 
 Invariant: every job that was added is taken in the end, its rows in order and each once. No torch, no clock.
 """
@@ -27,6 +28,10 @@ class Job(Protocol):
     @property
     def tenant(self) -> str: ...
     @property
+    def alone(self) -> bool:
+        """Whether it shares no forward with others."""
+
+    @property
     def rows_left(self) -> int: ...
     @property
     def rows_at_once(self) -> int:
@@ -34,24 +39,25 @@ class Job(Protocol):
 
 
 J = TypeVar("J", bound=Job)
+Queue = tuple[bytes, str]  # a deployment, and the tenant whose jobs run alone; "" for those that run together
 
 
 @dataclass(slots=True)
 class Scheduler(Generic[J]):
     rows_per_forward: int = ROWS_PER_FORWARD
-    _queues: dict[bytes, deque[J]] = field(default_factory=dict)  # in the order in which deployments take turns
+    _queues: dict[Queue, deque[J]] = field(default_factory=dict)  # in the order in which they take turns
     _served: Counter[str] = field(default_factory=Counter)  # rows of long steps, by tenant
 
     def add(self, job: J) -> None:
-        self._queues.setdefault(job.deployment, deque()).append(job)
+        self._queues.setdefault(_queue_of(job), deque()).append(job)
 
     def remove(self, job: J) -> None:
         """Forget a job that will not be finished. Idempotent."""
-        queue = self._queues.get(job.deployment)
+        queue = self._queues.get(_queue_of(job))
         if queue is not None and job in queue:
             queue.remove(job)
             if not queue:
-                del self._queues[job.deployment]
+                del self._queues[_queue_of(job)]
 
     @property
     def idle(self) -> bool:
@@ -64,15 +70,23 @@ class Scheduler(Generic[J]):
         """
         if not self._queues:
             return []
-        deployment, queue = next(iter(self._queues.items()))
-        del self._queues[deployment]
-        taken = self._short(queue)
-        taken += self._long([job for job in queue if not any(job is other for other, _ in taken)], self._left(taken))
+        name, queue = next(iter(self._queues.items()))
+        del self._queues[name]
+        if queue[0].alone:
+            queue.rotate(-1)  # a tenant's jobs that run alone take turns too
+            taken = [(queue[-1], min(self.rows_per_forward, queue[-1].rows_left, queue[-1].rows_at_once))]
+        else:
+            taken = self._together(queue)
         finished = [job for job, rows in taken if rows == job.rows_left]
         left = deque(job for job in queue if not any(job is done for done in finished))
         if left:
-            self._queues[deployment] = left  # behind the others: deployments take turns
+            self._queues[name] = left  # behind the others
         return taken
+
+    def _together(self, queue: deque[J]) -> list[tuple[J, int]]:
+        taken = self._short(queue)
+        rest = [job for job in queue if not any(job is other for other, _ in taken)]
+        return taken + self._long(rest, self._left(taken))
 
     def _left(self, taken: list[tuple[J, int]]) -> int:
         return self.rows_per_forward - sum(rows for _, rows in taken)
@@ -101,6 +115,10 @@ class Scheduler(Generic[J]):
         if len(self._served) > TENANTS_REMEMBERED:
             self._served.clear()  # a fresh start for all is fair too
         return taken
+
+
+def _queue_of(job: Job) -> Queue:
+    return job.deployment, job.tenant if job.alone else ""
 
 
 def _is_short(job: Job) -> bool:

@@ -165,6 +165,7 @@ class WorkerService:
             "state": house.duty.state(now).value,
             "causes": [cause.value for cause in sorted(house.duty.causes)],
             "sessions": house.quota.taken,
+            "sessions_waiting": self.sessions.sessions_waiting,
             "leases": sum(len(span.holders) for span in house.spans.leases.values()),
             "spans": sum(1 for _ in house.spans.loaded()),
             "weight_bytes": house.spans.used_bytes,
@@ -301,10 +302,10 @@ class WorkerService:
                 return self.sessions.step(message, body, remote)
             case OpenSession():
                 return self.sessions.open(message, remote)
-            case CloseSession(session):
+            case CloseSession():
                 ticket = self.sessions.close(message, remote)
                 if ticket is not None and ticket.successor:
-                    self.links.close_session(session, ticket.successor)
+                    self.links.close_session(message, ticket.successor)
                 return True
             case _:
                 raise RemoteProtocolError(f"{type(message).__name__} has no place here")

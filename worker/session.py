@@ -13,8 +13,8 @@ import trio
 
 from protocol.capabilities import Capability
 from protocol.ids import PeerId, SessionId
-from protocol.messages import Step
-from protocol.ports import StepResult
+from protocol.messages import OpenSession, Step
+from protocol.ports import SessionSpec, StepResult
 from protocol.session import SessionMachine
 from protocol.steps import StepLedger
 from protocol.tensors import Payload
@@ -25,10 +25,10 @@ from worker.outbox import Outbox
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Work: take the place in the route that `ticket` gives, and pass the `rest` of the tickets on."""
+    """Work: take the place in the route that `ticket` gives, and pass `message` on without it."""
 
     ticket: Ticket
-    rest: tuple[bytes, ...]
+    message: OpenSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,8 @@ class Lease:
     ledger: StepLedger[StepResult]
     ticket: Ticket  # the newest one admitted; work before it in the inbox belongs to older ones
     capability: Capability | None  # what gives the client the right; None when the deployment is its own
+    spec: SessionSpec
+    kept_keys: tuple[bytes, ...] = ()  # of pages that shall stay when the session closes
 
     def has_expired(self, now_ms: int) -> bool:
         return self.capability is not None and now_ms >= self.capability.expires_ms

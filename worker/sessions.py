@@ -31,14 +31,16 @@ from protocol.messages import (
     RefusalReason,
     SessionFailed,
     Step,
+    split_page_keys,
 )
-from protocol.ports import Clock
+from protocol.ports import Clock, SessionSpec
 from protocol.session import Role, SessionMachine
 from protocol.steps import StepLedger, Verdict
 from protocol.tensors import Payload
 from protocol.tickets import Ticket, TicketGate
 from worker.admission import SessionQuota, SpanLease, SpanLedger, SpanState
 from worker.duty import Duty, State
+from worker.kv_pages import pages_for
 from worker.kv_pool import KvPool
 from worker.load import Bubbles, LoadMeter
 from worker.observer import WorkerObserver
@@ -46,6 +48,7 @@ from worker.outbox import Outbox
 from worker.quotas import QueueBook
 from worker.rights import Rights
 from worker.session import Again, Lease, Pass, Route, Session, Work, body_bytes
+from worker.waiting import KV_WAIT_S, Arrival, WaitingRoom
 
 ATTACH_LIFE_S = 30.0  # from Attach to OpenSession; the client opens as soon as all hops are attached
 INBOX_MAX = 2 * limits.ANSWERS_KEPT_MAX  # steps that wait, and as many repeats
@@ -78,7 +81,13 @@ class SessionTable:
     stopping: bool = False
     _emptied: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _waiting_steps: int = 0
+    _waiting: WaitingRoom = field(default_factory=WaitingRoom)
     _leaving: set[SessionId] = field(default_factory=set)  # ended, but the engine still holds something of them
+
+    @property
+    def sessions_waiting(self) -> int:
+        """How many wait for room for their KV."""
+        return len(self._waiting)
 
     def attach(self, message: Attach, client: PeerId, outbox: Outbox) -> None:
         """`client` attached a session to the stream that `outbox` writes. Raises RemoteProtocolError when that stream
@@ -133,8 +142,12 @@ class SessionTable:
             self.fail(session, refusal.reason, refusal.detail)
             return True
         try:
-            self._place(session, ticket)
-            self._enqueue(session, Route(ticket, message.tickets[1:]))
+            session.machine.received(OpenSession)
+            if session.lease is not None:
+                self._move(session.lease, ticket)
+                self._enqueue(session, Route(ticket, message))
+            elif not self._seat(arrival := Arrival(session, ticket, message, self.clock.monotonic())):
+                self._waiting.add(arrival)
         except Refused as refusal:
             self.fail(session, refusal.reason, refusal.detail)
         return True
@@ -181,6 +194,8 @@ class SessionTable:
         if remote != session.client and (ticket is None or remote != ticket.predecessor):
             raise RemoteProtocolError("a session closed by a peer that has no part in it")
         session.machine.received(CloseSession)
+        if session.lease is not None:
+            session.lease.kept_keys = _keys(message.page_keys, session.lease.ticket)
         self._drop(session)
         return ticket
 
@@ -222,11 +237,15 @@ class SessionTable:
         self.observer.sessions_changed(self.house.quota.taken)
         self.report_memory()
         self._emptied.unpark_all()
+        self.seat_waiting()
 
     def sweep(self) -> None:
         """End attachments that nobody opened in time, sessions whose capability has expired, and, when the worker has
         drained for long enough, all."""
         now, now_ms = self.clock.monotonic(), self._now_ms()
+        self.seat_waiting()  # leases may have ended
+        for arrival in self._waiting.late(now):
+            self.fail(arrival.session, RefusalReason.KV_MEMORY, f"no room for the session's KV within {KV_WAIT_S:g} s")
         drained = self.house.duty.state(now) is State.DRAINED
         for session in list(self.live.values()):
             if drained:
@@ -268,32 +287,58 @@ class SessionTable:
             raise RemoteProtocolError("the tickets do not end where the route ends")
         return ticket
 
-    def _place(self, session: Session, ticket: Ticket) -> None:
-        """Reserve what the ticket asks for, or move an open session to its new route. Raises Refused."""
-        session.machine.received(OpenSession)
-        lease = session.lease
-        if lease is not None:
-            before = lease.ticket
-            if (ticket.deployment, ticket.start, ticket.end) != (before.deployment, before.start, before.end):
-                raise Refused(RefusalReason.BAD_TICKET, "a new route cannot change the span")
-            if ticket.kv_tokens != before.kv_tokens:
-                raise Refused(RefusalReason.BAD_TICKET, "a new route cannot change the tokens")
-            try:
-                lease.ledger.reroute(ticket.epoch)
-            except RemoteProtocolError as error:
-                raise Refused(RefusalReason.BAD_TICKET, str(error)) from None
-            lease.ticket = ticket
-            return
+    def seat_waiting(self) -> None:
+        """Memory may have become free: open what fits of the sessions that wait for it, and fail those that cannot be
+        opened any more."""
+        changed = True
+        while changed and len(self._waiting):
+            changed = any(self._try(arrival) for arrival in self._waiting.in_turn(self.house.pool.held_bytes))
+
+    def _try(self, arrival: Arrival) -> bool:
+        """Open a waiting session. False when there is still no room."""
+        try:
+            return self._seat(arrival)
+        except Refused as refusal:
+            self.fail(arrival.session, refusal.reason, refusal.detail)
+            return True
+
+    def _move(self, lease: Lease, ticket: Ticket) -> None:
+        """Put an open session on its new route. Raises Refused."""
+        before = lease.ticket
+        if (ticket.deployment, ticket.start, ticket.end) != (before.deployment, before.start, before.end):
+            raise Refused(RefusalReason.BAD_TICKET, "a new route cannot change the span")
+        if ticket.kv_tokens != before.kv_tokens:
+            raise Refused(RefusalReason.BAD_TICKET, "a new route cannot change the tokens")
+        try:
+            lease.ledger.reroute(ticket.epoch)
+        except RemoteProtocolError as error:
+            raise Refused(RefusalReason.BAD_TICKET, str(error)) from None
+        lease.ticket = ticket
+
+    def _seat(self, arrival: Arrival) -> bool:
+        """Reserve what the ticket asks for, and begin. False when there is no room yet. Raises Refused."""
+        session, ticket = arrival.session, arrival.ticket
         self.house.duty.require()
         span, capability = self._span_for(ticket)
-        needed_bytes = ticket.kv_tokens * span.request.kv_token_bytes
-        self.house.pool.reserve(session.id, needed_bytes, (ticket.deployment, ticket.client))
-        session.lease = Lease(span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket, capability)
+        needed_bytes = pages_for(ticket.kv_tokens) * limits.PAGE_TOKENS * span.request.kv_token_bytes
+        key = (ticket.deployment, ticket.client)
+        try:
+            self.house.pool.reserve(session.id, needed_bytes, key)
+        except Refused:
+            if not self.house.pool.could_fit(needed_bytes, key):
+                raise
+            return False
+        self._waiting.remove(session)
+        session.lease = Lease(
+            span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket, capability, _spec(arrival)
+        )
         span.sessions += 1
         span.touched = self.clock.monotonic()
         self.house.bubbles.opened(span.touched)
         self.report_memory()
         self.spawn(session)
+        self._enqueue(session, Route(ticket, arrival.message))
+        return True
 
     def _span_for(self, ticket: Ticket) -> tuple[SpanLease, Capability | None]:
         """The span that the ticket asks for, and what gives its client the right to it. Raises Refused."""
@@ -354,6 +399,7 @@ class SessionTable:
         if self.live.get(session.id) is not session:
             return
         del self.live[session.id]
+        self._waiting.remove(session)
         session.scope.cancel()
         if session.lease is not None:
             self._leaving.add(session.id)
@@ -366,3 +412,20 @@ class SessionTable:
 
     def _now_ms(self) -> int:
         return math.floor(self.clock.time() * 1000)
+
+
+def _spec(arrival: Arrival) -> SessionSpec:
+    ticket, message = arrival.ticket, arrival.message
+    return SessionSpec(
+        deployment=ticket.deployment,
+        tenant=ticket.client,
+        kv_tokens=ticket.kv_tokens,
+        page_keys=_keys(message.page_keys, ticket),
+        deterministic=message.deterministic,
+        alone=message.alone,
+    )
+
+
+def _keys(keys: bytes, ticket: Ticket) -> tuple[bytes, ...]:
+    """No more than the session has full pages: what is kept of a message is in proportion to what it reserved."""
+    return split_page_keys(keys)[: ticket.kv_tokens // limits.PAGE_TOKENS]

@@ -232,6 +232,7 @@ def result_json(result: GenerationResult) -> dict[str, Any]:
         "ids": list(result.ids),
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,
+        "held_tokens": result.held_tokens,
         "time_to_first_token_s": result.time_to_first_token_s,
         "tokens_per_second": result.tokens_per_second,
         "drafted": result.drafted,

@@ -99,6 +99,22 @@ async def collect(session: EchoSession, prompt: Sequence[int], params: Generatio
     return [token async for token in generate(session, CountingEnds(), prompt, params, host())]
 
 
+def test_what_the_hops_hold_of_a_prompt_is_not_sent() -> None:
+    session = EchoSession()
+
+    async def main() -> Generation:
+        generation = Generation(
+            session, CountingEnds(), list(range(7)), GenerationParams(2, prefill_chunk=3), host(), 5
+        )
+        assert [token async for token in generation.tokens()] == [7, 8]
+        return generation
+
+    generation = virtual(main)
+    assert session.submitted == [([5, 6], 5, 1), ([7], 7, 1)]
+    assert generation.result().held_tokens == 5
+    assert generation.held_ids == [*range(7), 7]
+
+
 def test_the_prompt_goes_out_in_chunks_and_every_position_is_exact() -> None:
     session = EchoSession()
     ids = virtual(lambda: collect(session, list(range(7)), GenerationParams(4, prefill_chunk=3)))

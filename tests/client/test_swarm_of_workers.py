@@ -41,7 +41,7 @@ from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.manifest import Manifest, sign_manifest
 from protocol.messages import RefusalReason
 from protocol.pieces import PieceList
-from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
+from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 from simnet.runtime import SeededEntropy, VirtualClock, run
 from simnet.store import MemoryStore
 from tests.helpers.tiny_models import make_checkpoint
@@ -75,17 +75,18 @@ class InlineEngine:
     async def unload(self, deployment: DeploymentId) -> None:
         self.engine.unload(deployment)
 
-    async def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
-        self.engine.open(session, deployment, kv_tokens)
+    async def open(self, session: SessionId, spec: SessionSpec) -> int:
+        held = self.engine.open(session, spec)
         self.sessions[session] = None
+        return held
 
     async def step(self, work: StepWork) -> StepResult:
         result = self.spoil(work, self.engine.step(work))
         await trio.sleep(STEP_S)
         return result
 
-    async def close(self, session: SessionId) -> None:
-        self.engine.close(session)
+    async def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
+        self.engine.close(session, page_keys)
         self.sessions.pop(session, None)
 
 

@@ -157,13 +157,13 @@ SAMPLES: tuple[Message, ...] = (
     ShardStored(DIGEST),
     Attach(SESSION),
     Attached(SESSION),
-    OpenSession(SESSION, (bytes(48), bytes(49))),
-    SessionOpened(SESSION, 0, 512),
+    OpenSession(SESSION, (bytes(48), bytes(49)), bytes(32), True, False),
+    SessionOpened(SESSION, 0, 512, 64),
     Step(SESSION, 0, 7, 12, 6, 1, "span", 0, "", VECTOR),
     StepOutput(SESSION, 0, 7, 1234, 300, 1700, VECTOR),
     StepTimes(SESSION, 0, 7, 1234, 300, 1700),
     SessionFailed(SESSION, "hop_lost", ""),
-    CloseSession(SESSION),
+    CloseSession(SESSION, bytes(48)),
 )
 RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Capability, Lease, Manifest, Signed, Invite)
 
@@ -271,6 +271,10 @@ def _step(values: Values) -> st.SearchStrategy[Values]:
     return st.just({**values, **fixed, "block": values["block"] if linear else 0})
 
 
+def _whole_keys(keys: bytes) -> bytes:
+    return keys[: len(keys) // limits.PAGE_KEY_BYTES * limits.PAGE_KEY_BYTES]
+
+
 def _block(values: Values) -> st.SearchStrategy[Values]:
     def unique(items: Any, key: str) -> tuple[Any, ...]:
         named = {getattr(item, key): item for item in items}
@@ -309,6 +313,8 @@ _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] =
     Speed: _amend(read_gb_s=lambda value: abs(value) + 0.5, gflop_s=lambda value: abs(value) + 0.5),
     Rtt: _amend(rtt_ms=abs),
     Step: _step,
+    OpenSession: _amend(page_keys=_whole_keys),
+    CloseSession: _amend(page_keys=_whole_keys),
     BlockEntry: _block,
     Manifest: _choose(tier=TIERS, dtype=tuple(DTYPE_BYTES)),
     Ticket: _ticket,

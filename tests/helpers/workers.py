@@ -77,6 +77,7 @@ class Counts(NullObserver):
         self.repeated = self.dropped = self.sessions = self.queue = self.computed = self.adverts_refused = 0
         self.weight_bytes = self.kv_bytes = 0
         self.busy_s = self.bubble_s = 0.0
+        self.prefix = (0, 0)  # tokens asked for, tokens held
 
     def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None:
         self.computed += 1
@@ -87,6 +88,9 @@ class Counts(NullObserver):
 
     def step_repeated(self) -> None:
         self.repeated += 1
+
+    def prefix_asked(self, tokens: int, held: int) -> None:
+        self.prefix = (self.prefix[0] + tokens, self.prefix[1] + held)
 
     def output_dropped(self) -> None:
         self.dropped += 1

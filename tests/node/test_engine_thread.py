@@ -22,7 +22,7 @@ from node.store import piece_list_of
 from protocol.errors import Refused
 from protocol.ids import DeploymentId, PeerId, SessionId, deployment_id
 from protocol.messages import Operation, RefusalReason
-from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
+from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 from protocol.signed import Identity
 from worker.engine import Engine
 from worker.payloads import to_tensor
@@ -65,8 +65,9 @@ class Recorder:
     def unload(self, deployment: DeploymentId) -> None:
         self._note("unload")
 
-    def open(self, session: SessionId, deployment: DeploymentId, kv_tokens: int) -> None:
-        self._note(f"open {kv_tokens}")
+    def open(self, session: SessionId, spec: SessionSpec) -> int:
+        self._note(f"open {spec.kv_tokens}")
+        return 0
 
     idle = True
 
@@ -79,7 +80,7 @@ class Recorder:
     def advance(self) -> None:
         self._note("advance")
 
-    def close(self, session: SessionId) -> None:
+    def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
         self._note("close")
 
 
@@ -89,7 +90,7 @@ def test_calls_run_in_order_on_one_thread_that_is_not_the_loops() -> None:
     async def main() -> None:
         with EngineThread(engine, lambda: None) as compute:
             for tokens in range(20):
-                await compute.open(SESSION, DEPLOYMENT, tokens)
+                await compute.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("tenant"), tokens))
             await compute.close(SESSION)
 
     trio.run(main)
@@ -123,7 +124,7 @@ def test_steps_of_several_sessions_meet_in_one_forward(tmp_path: Path) -> None:
     engine.advance = counted  # type: ignore[method-assign]
     alone = [to_tensor(engine.step(_work(row[None])).forward) for row in rows]
     for other in others:
-        engine.open(other, DEPLOYMENT, 16)
+        engine.open(other, SessionSpec(DEPLOYMENT, PeerId("tenant"), 16))
     forwards.clear()
     got: dict[int, torch.Tensor] = {}
 
@@ -181,7 +182,7 @@ def test_a_cancelled_call_is_abandoned_and_the_next_one_runs_after_it() -> None:
         with EngineThread(engine, lambda: None) as compute:
             engine.hold.clear()
             with trio.move_on_after(0) as scope:
-                await compute.open(SESSION, DEPLOYMENT, 1)
+                await compute.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("tenant"), 1))
             assert scope.cancelled_caught
             engine.hold.set()
             await compute.close(SESSION)
@@ -245,7 +246,7 @@ def _loaded(folder: Path) -> Engine:
     manifest = manifest_of(OWNER.peer, SALT, False, "float32", [entry])
     engine = Engine(lambda _: file)
     engine.load(SpanSpec(manifest, 0, 1))
-    engine.open(SESSION, DEPLOYMENT, 4096)
+    engine.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("tenant"), 4096))
     return engine
 
 

@@ -31,6 +31,7 @@ def worker_metrics() -> str:
     observer.step_computed(1, 0.001, False)
     observer.engine_used(1.5, 0.5)
     observer.step_repeated()
+    observer.prefix_asked(640, 512)
     observer.output_dropped()
     observer.queue_changed(3)
     observer.sessions_changed(2)
@@ -75,6 +76,8 @@ def client_metrics() -> str:
                 "vllm:generation_tokens_total 1.0",
                 "sotto_engine_busy_seconds_total 1.5",
                 "sotto_engine_bubble_seconds_total 0.5",
+                "vllm:prefix_cache_queries_total 640.0",
+                "vllm:prefix_cache_hits_total 512.0",
                 'sotto_sessions_failed_total{reason="hop_lost"} 1.0',
                 'sotto_requests_refused_total{reason="memory"} 1.0',
                 'sotto_network_bytes_total{direction="sent",protocol="/sotto/control/1"} 20.0',

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import PeerId, SessionId
 from protocol.messages import Operation
-from protocol.ports import SpanSpec, StepWork
+from protocol.ports import SessionSpec, SpanSpec, StepWork
 from protocol.tensors import Payload, TensorHeader
 from simnet.compute import CostModel, Rows, ToyCompute, apply_block, toy_answer
 from simnet.runtime import run
@@ -30,7 +30,7 @@ async def opened(cost: CostModel | None = None) -> ToyCompute:
     engine = ToyCompute(cost or CostModel())
     _, manifest, _ = make_manifest(identity("ann"), 3)
     await engine.load(SpanSpec(manifest, 1, 3))
-    await engine.open(SESSION, manifest.deployment, 12)
+    await engine.open(SESSION, SessionSpec(manifest.deployment, PeerId("tenant"), 12))
     return engine
 
 
@@ -104,7 +104,7 @@ def test_misuse_is_loud() -> None:
         with pytest.raises(LocalProtocolError):
             await engine.step(work(ROWS, 1))
         with pytest.raises(LocalProtocolError):
-            await engine.open(SESSION, deployment, 1)
+            await engine.open(SESSION, SessionSpec(deployment, PeerId("tenant"), 1))
         with pytest.raises(LocalProtocolError):
             await engine.unload(deployment)
         with pytest.raises(Refused):

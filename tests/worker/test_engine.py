@@ -20,7 +20,7 @@ from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.messages import Operation, RefusalReason
 from protocol.pieces import PieceList
-from protocol.ports import SpanSpec, StepResult, StepWork
+from protocol.ports import SessionSpec, SpanSpec, StepResult, StepWork
 from protocol.signed import Identity
 from protocol.tensors import Payload, TensorHeader
 from tests.helpers.workers import make_manifest
@@ -62,7 +62,10 @@ class Shop:
 
     def load(self, start: int = 0, end: int | None = None, kv_tokens: int = 600) -> None:
         self.engine.load(SpanSpec(self.manifest, start, len(self.blocks) if end is None else end))
-        self.engine.open(SESSION, self.manifest.deployment, kv_tokens)
+        self.engine.open(SESSION, self.spec(kv_tokens))
+
+    def spec(self, kv_tokens: int, **other: Any) -> SessionSpec:
+        return SessionSpec(self.manifest.deployment, PeerId("tenant"), kv_tokens, **other)
 
     def step(self, x: torch.Tensor, position: int, **other: Any) -> torch.Tensor:
         return to_tensor(self.engine.step(work(x, position, **other)).forward)
@@ -95,18 +98,13 @@ def test_a_span_computes_what_its_blocks_compute(shop: Shop) -> None:
     assert torch.equal(shop.step(x, 0), direct(shop.blocks[1:], x))
 
 
-def test_steps_growth_and_rollback_give_one_answer(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "KV_GROWTH_TOKENS", 4)
-    shop.load(kv_tokens=41)
-    x = inputs(41)
+def test_steps_and_rollback_give_one_answer(shop: Shop) -> None:
+    shop.load(kv_tokens=141)
+    x = inputs(141)
     whole = direct(shop.blocks, x)
-    caches = shop.engine._sessions[SESSION].caches
-    assert caches is not None
-    assert caches.capacity == 4
-    for start, end in [(0, 3), (3, 4), (4, 20), (9, 21), (0, 30), (30, 40), (40, 41), (39, 41)]:
+    for start, end in [(0, 3), (3, 4), (4, 90), (9, 21), (0, 130), (130, 140), (140, 141), (64, 141), (63, 65)]:
         got = shop.step(x[start:end], start)
         torch.testing.assert_close(got, whole[start:end], rtol=1e-5, atol=1e-5)
-    assert caches.capacity == 41, "never above the reservation"
 
 
 def test_a_step_too_large_for_the_workspace_is_computed_in_parts(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +155,7 @@ def test_a_linear_step_is_the_named_matrix(shop: Shop, name: str) -> None:
     x = torch.randn((3, weight.shape[1]), generator=torch.Generator().manual_seed(4))
     got = shop.step(x, 0, operation=Operation.LINEAR, block=2, matrix=name)
     torch.testing.assert_close(got, x @ weight.T, rtol=1e-6, atol=1e-6)
-    assert shop.engine._sessions[SESSION].caches.length == 0, "stateless"  # type: ignore[union-attr]
+    assert shop.engine._sessions[SESSION].kv.length == 0, "stateless"  # type: ignore[union-attr]
 
 
 def test_integer_maps_wrap(tmp_path: Path) -> None:
@@ -218,10 +216,10 @@ def test_misuse_is_our_own_bug(shop: Shop) -> None:
     with pytest.raises(LocalProtocolError):
         shop.step(x, 0)
     with pytest.raises(LocalProtocolError):
-        shop.engine.open(SESSION, deployment, 4)
+        shop.engine.open(SESSION, shop.spec(4))
     shop.load(kv_tokens=4)
     for call in (
-        lambda: shop.engine.open(SESSION, deployment, 4),
+        lambda: shop.engine.open(SESSION, shop.spec(4)),
         lambda: shop.engine.unload(deployment),
         lambda: shop.engine.load(SpanSpec(shop.manifest, 0, 1)),
         lambda: shop.step(x, 1),
@@ -320,7 +318,7 @@ def test_a_batch_of_sessions_computes_what_each_would_alone(shop: Shop, caplog: 
     sessions = [SessionId(bytes([number]) * 16) for number in range(5)]
     texts = [inputs(20 + 9 * number, seed=number) for number in range(5)]
     for session in sessions:
-        shop.engine.open(session, shop.manifest.deployment, 100)
+        shop.engine.open(session, shop.spec(100))
     expected = [direct(shop.blocks, text) for text in texts]
     got: list[list[torch.Tensor]] = [[] for _ in texts]
     position = [0] * 5
@@ -348,7 +346,7 @@ def test_a_long_prompt_does_not_hold_up_a_decode(shop: Shop) -> None:
     shop.load()
     shop.engine._scheduler.rows_per_forward = 8
     other = SessionId(b"o" * 16)
-    shop.engine.open(other, shop.manifest.deployment, 10)
+    shop.engine.open(other, shop.spec(10))
     ended: list[str] = []
     shop.engine.submit(work(inputs(40), 0), lambda _: ended.append("prompt"))
     shop.engine.advance()
@@ -363,7 +361,7 @@ def test_a_long_prompt_does_not_hold_up_a_decode(shop: Shop) -> None:
 def test_one_step_that_fails_in_a_batch_fails_alone(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.load()
     other = SessionId(b"o" * 16)
-    shop.engine.open(other, shop.manifest.deployment, 10)
+    shop.engine.open(other, shop.spec(10))
     forward = Block.forward_batch
 
     def short_of_memory(self: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -386,7 +384,7 @@ def test_a_step_waits_for_other_forwards_and_not_for_its_own(shop: Shop) -> None
     shop.load()
     shop.engine._scheduler.rows_per_forward = 8
     other = SessionId(b"o" * 16)
-    shop.engine.open(other, shop.manifest.deployment, 60)
+    shop.engine.open(other, shop.spec(60))
     asked_s = time.perf_counter()
     prompt = shop.engine.step(work(inputs(40), 0))  # five forwards of its own
     took_us = 1e6 * (time.perf_counter() - asked_s)
@@ -426,7 +424,7 @@ def test_a_bug_in_batches_costs_no_step_and_is_seen(
 ) -> None:
     shop.load()
     other = SessionId(b"o" * 16)
-    shop.engine.open(other, shop.manifest.deployment, 10)
+    shop.engine.open(other, shop.spec(10))
     forward = Block.forward_batch
 
     def broken(self: Block, x: torch.Tensor, segments: Any, *rest: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ class FakeJob:
     tenant: str
     rows_left: int
     rows_at_once: int = 1 << 30
+    alone: bool = False
 
 
 def run(scheduler: Scheduler[FakeJob]) -> list[tuple[FakeJob, int]]:

@@ -1,0 +1,54 @@
+"""KV that real workers keep between the requests of one client: what is reused, and that the answer stays the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from client.generate import GenerationResult
+from models.checkpoint import Checkpoint
+from models.local import LocalModel
+from node.app_client import Client
+from node.model import Ask
+from protocol.limits import PAGE_TOKENS
+from protocol.strategy import Strategy
+from simnet.cluster import Cluster
+from tests.helpers.swarm import deploy, with_client
+from tests.helpers.tiny_models import make_checkpoint
+
+PROMPT = [7 + (13 * number) % 50 for number in range(3 * PAGE_TOKENS + 1)]
+EXACT = Ask(20, ignore_eos=True, strategy=Strategy(deterministic=True))
+
+
+def test_the_next_turn_of_a_chat_begins_on_kept_pages(swarm: Cluster, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", max_position_embeddings=512))
+
+    async def work(client: Client) -> list[GenerationResult]:
+        model = await deploy(client, checkpoint)
+        first = await model.generate(PROMPT, Ask(70, ignore_eos=True))
+        history = [*PROMPT, *first.ids, 5, 6]
+        return [
+            first,
+            await model.generate(history, Ask(8, ignore_eos=True)),
+            await model.generate(history, Ask(8, ignore_eos=True, strategy=Strategy(prefix_cache=False))),
+            await model.generate(history, EXACT),
+            await model.generate(history, EXACT),
+        ]
+
+    first, second, fresh, exact, again = with_client(swarm, tmp_path / "data", work)
+    assert list(first.ids) == LocalModel(checkpoint).generate(PROMPT, 70)
+    assert [each.held_tokens for each in (first, second, fresh)] == [0, 4 * PAGE_TOKENS, 0], "the answer's pages too"
+    assert second.ids == fresh.ids
+    assert (exact.held_tokens, again.held_tokens) == (0, 4 * PAGE_TOKENS), "pages computed in tiles are kept apart"
+    assert exact.ids == again.ids
+
+
+def test_another_client_finds_nothing(swarm: Cluster, tmp_path: Path) -> None:
+    """Each client process has an identity of its own, the same user's too."""
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", max_position_embeddings=512))
+
+    async def work(client: Client) -> int:
+        model = await deploy(client, checkpoint)
+        return (await model.generate(PROMPT, Ask(2, ignore_eos=True))).held_tokens
+
+    held = [with_client(swarm, tmp_path / "data", work) for _ in range(2)]
+    assert held == [0, 0]

@@ -1,0 +1,238 @@
+"""KV over real services and a toy engine: prefixes that hops kept, and sessions that wait for room."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import pytest
+import trio
+
+from protocol.capabilities import Right
+from protocol.ids import SessionId
+from protocol.limits import PAGE_TOKENS
+from protocol.messages import CloseSession, OpenSession, RefusalReason, SessionFailed, SessionOpened
+from simnet.compute import CostModel, ToyCompute, toy_answer
+from tests.helpers.workers import KV_TOKEN_BYTES, HandClient, HandRoute, Swarm, in_swarm, some_rows
+from tests.worker.test_service_leases import capability
+from worker.waiting import KV_WAIT_S
+
+TOKENS = 4 * PAGE_TOKENS
+ROWS = some_rows(TOKENS)
+KEYS = b"".join(bytes([number]) * 16 for number in range(1, 5))
+SESSION_BYTES = TOKENS * 2 * KV_TOKEN_BYTES
+
+
+def toy(_: object) -> ToyCompute:
+    return ToyCompute(CostModel(step_s=0.0, block_position_s=0.0))
+
+
+async def attached(swarm: Swarm, name: str, client: HandClient | None = None) -> HandRoute:
+    route = HandRoute(client or swarm.client, swarm.workers, SessionId(sha256(name.encode()).digest()[:16]))
+    await route.dial()
+    await route.attach()
+    return route
+
+
+async def begun(route: HandRoute, keys: bytes = KEYS, **terms: Any) -> list[int]:
+    """Opens the session; what each hop holds already."""
+    boxes = route.boxes(route.tickets(kv_tokens=TOKENS, **terms))
+    await route.send(OpenSession(route.session, boxes, keys))
+    held = []
+    for worker in route.workers:
+        message, _ = await route.next(worker)
+        assert isinstance(message, SessionOpened), message
+        held.append(message.held_tokens)
+    return held
+
+
+def test_the_next_turn_of_a_chat_begins_where_the_last_one_ended() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        whole = toy_answer(range(4), ROWS)
+        route = await attached(swarm, "one")
+        assert await begun(route, KEYS[:16]) == [0, 0]
+        await route.do(0, 0, ROWS[:100])
+        for step, position in enumerate(range(100, 130), start=1):
+            await route.do(step, position, ROWS[position : position + 1], acked=step)
+        await route.send(CloseSession(route.session, KEYS))
+        await trio.sleep(1)
+        second = await attached(swarm, "two")
+        assert await begun(second) == [128, 128], "the answer's page too, at both hops"
+        answer = await second.do(0, 128, ROWS[128:])
+        np.testing.assert_array_equal(answer, whole[-1:])
+        assert [worker.counts.prefix for worker in swarm.workers] == [(320, 128)] * 2
+        assert [worker.compute.positions for worker in swarm.workers] == [130 + 128] * 2
+        await second.send(CloseSession(second.session))
+        await trio.sleep(1)
+        for worker in swarm.workers:
+            worker.assert_idle()
+
+    in_swarm(2, test, compute=toy)
+
+
+def test_hops_that_hold_different_prefixes_agree_on_the_shortest() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        route = await attached(swarm, "one")
+        await begun(route)
+        await route.do(0, 0, ROWS[:200])
+        await route.send(CloseSession(route.session, KEYS))
+        await trio.sleep(1)
+        pages = swarm.workers[1].compute.pages
+        del pages[sorted(pages)[1]]
+        second = await attached(swarm, "two")
+        assert await begun(second) == [192, 64]
+        np.testing.assert_array_equal(await second.do(0, 64, ROWS[64:]), toy_answer(range(4), ROWS)[-1:])
+
+    in_swarm(2, test, compute=toy)
+
+
+def test_another_tenant_with_the_same_keys_gets_no_hit() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        route = await attached(swarm, "one")
+        await begun(route)
+        await route.do(0, 0, ROWS[:200])
+        guest = await swarm.another("guest")
+        other = await attached(swarm, "two", guest)
+        assert await begun(other, capability=capability(swarm, guest.peer, Right.USE)) == [0, 0]
+        third = await attached(swarm, "three")
+        assert await begun(third) == [192, 192]
+
+    in_swarm(2, test, compute=toy)
+
+
+def test_a_step_beyond_what_a_hop_holds_ends_the_session() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        route = await attached(swarm, "one")
+        assert await begun(route) == [0]
+        await route.send(*route.step(0, 64, ROWS[:1]))
+        message, _ = await route.next()
+        assert isinstance(message, SessionFailed)
+        assert message.reason == RefusalReason.BAD_STEP
+
+    in_swarm(1, test, compute=toy)
+
+
+def test_sessions_wait_for_room_and_the_tenant_with_least_goes_first() -> None:
+    """Room for three sessions: the owner holds all three when the owner and a guest ask for one more each."""
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        routes = [await attached(swarm, f"route {number}") for number in range(4)]
+        for route in routes[:3]:
+            await begun(route)
+        guest = await swarm.another("guest")
+        late = await attached(swarm, "late", guest)
+        order = list[str]()
+
+        async def waits(name: str, route: HandRoute, shown: bytes = b"") -> None:
+            assert await begun(route, capability=shown) == [0]
+            order.append(name)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waits, "owner", routes[3])
+            await trio.sleep(1)
+            nursery.start_soon(waits, "guest", late, capability(swarm, guest.peer, Right.USE))
+            await trio.sleep(1)
+            assert not order
+            assert worker.service.house.pool.used_bytes == 3 * SESSION_BYTES
+            await routes[0].send(CloseSession(routes[0].session))
+            await trio.sleep(1)
+            assert order == ["guest"], "which holds nothing yet"
+            await routes[1].send(CloseSession(routes[1].session))
+        assert order == ["guest", "owner"]
+        for route in (*routes[2:], late):
+            await route.send(CloseSession(route.session))
+        await trio.sleep(1)
+        worker.assert_idle()
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=3 * SESSION_BYTES + 100)
+
+
+def test_nobody_waits_for_ever_or_for_room_that_cannot_come() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        first, second, third = [await attached(swarm, name) for name in ("first", "second", "third")]
+        await begun(first)
+        started = trio.current_time()
+        await second.send(OpenSession(second.session, second.boxes(second.tickets(kv_tokens=TOKENS))))
+        message, _ = await second.next()
+        assert isinstance(message, SessionFailed)
+        assert message.reason == RefusalReason.KV_MEMORY
+        assert KV_WAIT_S <= trio.current_time() - started < 20, "a client waits for 20 s"
+        started = trio.current_time()
+        await third.send(OpenSession(third.session, third.boxes(third.tickets(kv_tokens=2 * TOKENS))))
+        message, _ = await third.next()
+        assert isinstance(message, SessionFailed)
+        assert message.reason == RefusalReason.KV_MEMORY
+        assert trio.current_time() - started < 1
+        await first.send(CloseSession(first.session))
+        await trio.sleep(1)
+        worker.assert_idle()
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
+
+
+@pytest.mark.parametrize("how", ["closed", "client gone"])
+def test_a_session_that_waits_may_give_up(how: str) -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        first, second = await attached(swarm, "first"), await attached(swarm, "second")
+        await begun(first)
+        await second.send(OpenSession(second.session, second.boxes(second.tickets(kv_tokens=TOKENS))))
+        await trio.sleep(1)
+        if how == "closed":
+            await second.send(CloseSession(second.session))
+        else:
+            await second.aclose()
+        await first.send(CloseSession(first.session))
+        await trio.sleep(1)
+        worker.assert_idle()
+        assert worker.service.sessions.sessions_waiting == 0
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
+
+
+def test_a_cancelled_sessions_memory_is_free_when_its_running_step_has_committed() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        first, second = await attached(swarm, "first"), await attached(swarm, "second")
+        await begun(first)
+        await first.send(*first.step(0, 0, ROWS[:200]))  # 4 s of computing
+        await trio.sleep(1)
+        started = trio.current_time()
+        await first.send(CloseSession(first.session))
+        await trio.sleep(1)
+        assert worker.service.house.pool.used_bytes == SESSION_BYTES, "the engine still writes there"
+        await begun(second)
+        assert 2 < trio.current_time() - started < 4
+
+    cost = CostModel(step_s=0.0, block_position_s=0.01)
+    in_swarm(1, test, compute=lambda _: ToyCompute(cost), kv_memory_bytes=SESSION_BYTES)
+
+
+def test_a_session_keeps_its_first_terms_when_it_is_rerouted() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        route = await attached(swarm, "one")
+        boxes = route.boxes(route.tickets(kv_tokens=TOKENS))
+        await route.send(OpenSession(route.session, boxes, KEYS, deterministic=True))
+        assert isinstance((await route.next())[0], SessionOpened)
+        tickets = [replace(ticket, epoch=1) for ticket in route.tickets(kv_tokens=TOKENS)]
+        await route.send(OpenSession(route.session, route.boxes(tickets)))
+        assert isinstance((await route.next())[0], SessionOpened)
+        lease = swarm.workers[0].service.sessions.live[route.session].lease
+        assert lease is not None
+        assert lease.spec.deterministic
+        assert len(lease.spec.page_keys) == 4
+
+    in_swarm(1, test, compute=toy)

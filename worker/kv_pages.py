@@ -1,0 +1,203 @@
+"""Pages of KV: who uses which, and which are kept for later under a key. Bookkeeping only; models/pages.py has tensors.
+
+A page holds PAGE_TOKENS tokens of one sequence in all blocks of a span. Sessions take all their pages when they open.
+A full page may be kept under a key, which its tenant chose and which stands for the page's tokens and all before them:
+later sessions of this tenant that name the key share the page instead of computing it. What no session uses stays until
+its memory is needed, least recently used first.
+
+Invariant: a page is free, used by one session or more, or kept unused. One that two sessions use, or that a key names,
+is never written to. All books together hold no more than their budget. What is reserved for sessions is not counted
+here (kv_pool.py): as sessions never use more pages than they reserved, room is found by giving up unused pages alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from protocol import limits
+from protocol.errors import LocalProtocolError, Refused
+from protocol.ids import PeerId
+from protocol.messages import RefusalReason
+from worker.free_runs import FreeRuns
+
+Kept = tuple[PeerId, bytes]  # a tenant and its key
+
+
+def pages_for(tokens: int) -> int:
+    """How many pages `tokens` tokens take."""
+    return -(-tokens // limits.PAGE_TOKENS)
+
+
+@dataclass(slots=True, eq=False)
+class PageTable:
+    """One session's pages, in the order of its tokens; the first `hits` were kept by earlier sessions."""
+
+    tenant: PeerId
+    pages: list[int]
+    hits: int
+
+
+@dataclass(slots=True, eq=False)
+class KvBudget:
+    """Bytes that the pages of all books may take together."""
+
+    bytes_max: int
+    books: list[PageBook] = field(default_factory=list)
+    turn: int = 0  # rises with each use: which unused page is the oldest, over all books
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(book.used_bytes for book in self.books)
+
+    def make_room(self, wanted_bytes: int) -> None:
+        """Give up unused pages until `wanted_bytes` fit. Raises Refused(KV_MEMORY) when they cannot."""
+        while (missing := self.used_bytes + wanted_bytes - self.bytes_max) > 0:
+            oldest = min((book for book in self.books if book.unused), key=lambda book: book.oldest_turn, default=None)
+            if oldest is None:
+                raise Refused(RefusalReason.KV_MEMORY, f"{missing} bytes of KV are missing")
+            oldest.give_up_oldest()
+
+
+class PageBook:
+    """The pages of one span: `pages` of them, of `page_bytes` each. `freed` hears of pages that become free."""
+
+    def __init__(
+        self, budget: KvBudget, pages: int, page_bytes: int, freed: Callable[[list[int]], None] = lambda _: None
+    ) -> None:
+        self.page_bytes = page_bytes
+        self.tokens_asked = self.tokens_hit = 0
+        self._budget = budget
+        self.pages = pages
+        self._freed = freed
+        self._free = FreeRuns([(0, pages)])
+        self._users: Counter[int] = Counter()
+        self._kept: dict[Kept, int] = {}
+        self._key_of: dict[int, Kept] = {}
+        self.unused: OrderedDict[int, int] = OrderedDict()  # page: turn of its last use; oldest first
+        budget.books.append(self)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of pages that sessions use or that are kept."""
+        return (len(self._users) + len(self.unused)) * self.page_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of pages that no session uses."""
+        return len(self.unused) * self.page_bytes
+
+    @property
+    def oldest_turn(self) -> int:
+        return next(iter(self.unused.values()))
+
+    def open(self, tenant: PeerId, tokens: int, keys: Sequence[bytes] = ()) -> PageTable:
+        """Pages for a session of `tokens` tokens, beginning with those that `tenant` has kept under the first of
+        `keys`; the page of the last token is never one of them, so that there is something to compute. Raises
+        Refused(KV_MEMORY), and then nothing changed but that unused pages may have gone."""
+        count, table = pages_for(tokens), PageTable(tenant, [], 0)
+        for key in keys[: (tokens - 1) // limits.PAGE_TOKENS]:
+            page = self._kept.get((tenant, key))
+            if page is None:
+                break
+            self._use(page)
+            table.pages.append(page)
+        table.hits = len(table.pages)
+        try:
+            table.pages.extend(self._fresh(count - table.hits))
+        except Refused:
+            self.close(table)
+            raise
+        self.tokens_asked += len(keys) * limits.PAGE_TOKENS
+        self.tokens_hit += table.hits * limits.PAGE_TOKENS
+        return table
+
+    def keep(self, table: PageTable, index: int, key: bytes) -> None:
+        """The session's page `index` is full: keep it under `key`. The first page of a key stays; a page has one."""
+        page, kept = table.pages[index], (table.tenant, key)
+        if kept not in self._kept and page not in self._key_of:
+            self._kept[kept] = page
+            self._key_of[page] = kept
+
+    def write(self, table: PageTable, first: int) -> tuple[int, int] | None:
+        """The session is about to write to its pages from number `first` on: make them its own.
+
+        When page `first` had to be replaced: (old, new), to copy what is before the first token written. Raises
+        Refused(KV_MEMORY), which a session that keeps to its reservation never meets.
+        """
+        copied = None
+        for index in range(first, len(table.pages)):
+            page = table.pages[index]
+            if self._users[page] == 1:
+                self._forget_key(page)
+                continue
+            table.pages[index] = self._fresh(1)[0]
+            assert not self._leave(page), "others use it"
+            if index == first:
+                copied = (page, table.pages[index])
+        return copied
+
+    def close(self, table: PageTable) -> None:
+        """The session is over. Idempotent."""
+        left = table.pages[::-1]  # the last first: a page is of no use without those before it, so it goes before them
+        table.pages.clear()
+        self._free_all([page for page in left if self._leave(page)])
+
+    def give_up_oldest(self) -> None:
+        """Free the page that was unused for longest."""
+        page, _ = self.unused.popitem(last=False)
+        self._forget_key(page)
+        self._free_all([page])
+
+    def retire(self) -> None:
+        """The span goes: leave the budget. Raises LocalProtocolError while a session uses a page."""
+        if self._users:
+            raise LocalProtocolError("pages are in use")
+        self._budget.books.remove(self)
+
+    def check(self, tables: Iterable[PageTable]) -> None:
+        """Raises AssertionError unless all is consistent; `tables` are those of all open sessions."""
+        users = Counter(page for table in tables for page in table.pages)
+        free = [page for start, count in self._free.runs for page in range(start, start + count)]
+        assert users == self._users, "every use is one table's"
+        assert sorted([*free, *users, *self.unused]) == list(range(self.pages)), "a page is one of the three"
+        assert self._kept == {kept: page for page, kept in self._key_of.items()}, "keys and pages agree"
+        assert self.unused.keys() == self._key_of.keys() - users.keys(), "what nobody uses has a key"
+        assert list(self.unused.values()) == sorted(self.unused.values()), "the oldest is first"
+        ends = [(start, start + count) for start, count in self._free.runs]
+        assert all(end < start for (_, end), (start, _) in pairwise(ends)), "free runs are merged"
+        assert self._budget.used_bytes <= self._budget.bytes_max, "within the budget"
+
+    def _fresh(self, count: int) -> list[int]:
+        self._budget.make_room(count * self.page_bytes)
+        pages = self._free.take(count)
+        self._users.update(pages)
+        return pages
+
+    def _use(self, page: int) -> None:
+        self._users[page] += 1
+        self.unused.pop(page, None)
+
+    def _leave(self, page: int) -> bool:
+        """One user less; True when the page is of no use any more."""
+        self._users[page] -= 1
+        if self._users[page]:
+            return False
+        del self._users[page]
+        if page not in self._key_of:
+            return True
+        self._budget.turn += 1
+        self.unused[page] = self._budget.turn
+        return False
+
+    def _forget_key(self, page: int) -> None:
+        kept = self._key_of.pop(page, None)
+        if kept is not None:
+            del self._kept[kept]
+
+    def _free_all(self, pages: list[int]) -> None:
+        for page in pages:
+            self._free.put(page)
+        self._freed(sorted(pages))

@@ -1,0 +1,116 @@
+"""The KV of one loaded span: its slabs and its book of pages, and each session's way through them.
+
+Invariant: a session writes only to pages that it shares with nobody and that no key names, and what it leaves under a
+key was computed by all blocks. Synchronous; the engine's thread calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from models.config import BlockConfig
+from models.pages import KvSlab, PagedKv, Run, can_be_lazy, runs_of
+from protocol import limits
+from protocol.ids import PeerId
+from worker.kv_pages import KvBudget, PageBook, PageTable
+
+# Slabs are so much longer than the budget, where length costs nothing: then nearly every session finds one free run.
+SLACK = 4
+
+
+@dataclass(frozen=True, slots=True)
+class KvStats:
+    """KV of one span now, for measurements. `token_bytes` is what one token takes in theory; sessions take whole pages.
+    `in_use_bytes`: of pages that sessions use; `kept_bytes`: of others. `tokens_hit` of `tokens_asked` were kept."""
+
+    token_bytes: int
+    page_bytes: int
+    in_use_bytes: int
+    kept_bytes: int
+    tokens_asked: int
+    tokens_hit: int
+
+
+class SpanKv:
+    """Pages for sessions over blocks of `configs`, within `budget`."""
+
+    def __init__(
+        self, configs: Sequence[BlockConfig], dtype: torch.dtype, device: torch.device, budget: KvBudget
+    ) -> None:
+        self._configs, self._dtype, self._device = tuple(configs), dtype, device
+        self.token_bytes = dtype.itemsize * sum(config.kv_values_per_token for config in configs)
+        page_bytes = limits.PAGE_TOKENS * self.token_bytes
+        pages = budget.bytes_max // page_bytes * (SLACK if can_be_lazy(device) else 1)
+        self.book = PageBook(budget, pages, page_bytes, self._forget)
+        self._slabs: list[KvSlab] = []
+
+    def open(self, tenant: PeerId, tokens: int, keys: Sequence[bytes] = ()) -> SessionKv:
+        """Room for `tokens` tokens. Raises Refused(KV_MEMORY), MemoryError."""
+        if not self._slabs:
+            capacity = self.book.pages * limits.PAGE_TOKENS
+            self._slabs = [KvSlab(config, capacity, self._dtype, self._device) for config in self._configs]
+        return SessionKv(self.book, self._slabs, self.book.open(tenant, tokens, keys), (tokens, tuple(keys)))
+
+    @property
+    def stats(self) -> KvStats:
+        book = self.book
+        in_use = book.used_bytes - book.kept_bytes
+        return KvStats(self.token_bytes, book.page_bytes, in_use, book.kept_bytes, book.tokens_asked, book.tokens_hit)
+
+    def close(self) -> None:
+        """The span goes; no session is open. All memory is given back with the slabs."""
+        self.book.retire()
+        self._slabs = []
+
+    def _forget(self, pages: list[int]) -> None:
+        for run in runs_of(pages, limits.PAGE_TOKENS):
+            for slab in self._slabs:
+                slab.forget(run.at, run.count)
+
+
+class SessionKv:
+    """One session's KV, at most `kv_tokens` long; `length` tokens are there in all blocks, `held` of them from the
+    start. `of_block` has one sequence for each block."""
+
+    def __init__(
+        self, book: PageBook, slabs: Sequence[KvSlab], table: PageTable, terms: tuple[int, tuple[bytes, ...]]
+    ) -> None:
+        self.kv_tokens, self._keys = terms
+        self._book, self._slabs, self.table = book, slabs, table
+        self._shut = table.hits  # so many pages, the first ones, are shared or named by keys
+        self.length = self.held = table.hits * limits.PAGE_TOKENS
+        self._runs: list[Run] = runs_of(table.pages, limits.PAGE_TOKENS)
+        self.of_block = [PagedKv(slab, self._runs, self.length) for slab in slabs]
+
+    def begin(self, position: int) -> None:
+        """A step is about to write from `position` <= `length` on. Raises Refused(KV_MEMORY) for a session that wrote
+        into pages it shares, when no page is left; never for others."""
+        self.length, first = position, position // limits.PAGE_TOKENS
+        if first >= self._shut:
+            return
+        copied = self._book.write(self.table, first)
+        self._shut = first
+        self._runs[:] = runs_of(self.table.pages, limits.PAGE_TOKENS)
+        if copied is not None:
+            old, new = (page * limits.PAGE_TOKENS for page in copied)
+            for slab in self._slabs:
+                slab.copy(old, new, position % limits.PAGE_TOKENS)
+
+    def commit(self, length: int) -> None:
+        """All blocks have computed the tokens below `length`."""
+        self.length = length
+        self._keep(self._keys)
+
+    def close(self, keys: Sequence[bytes]) -> None:
+        """The session is over; its full pages stay under `keys` for as long as there is room."""
+        self._keep(keys)
+        self._book.close(self.table)
+
+    def _keep(self, keys: Sequence[bytes]) -> None:
+        full = min(self.length // limits.PAGE_TOKENS, len(keys))
+        while self._shut < full:
+            self._book.keep(self.table, self._shut, keys[self._shut])
+            self._shut += 1
