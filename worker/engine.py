@@ -20,16 +20,17 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError
+from models.precision import MATRICES, compute_dtype
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
 from worker.payloads import DTYPES, to_payload, to_tensor
-from worker.runner import MATRICES, Caches, FloatBlocks, IntegerBlocks, Part, build_float_blocks
+from worker.runner import Caches, FloatBlocks, IntegerBlocks, Part, build_float_blocks
 from worker.scheduler import Scheduler
 from worker.shards import read_shard
-from worker.spans import INTEGER_DTYPE, block_config, check_block
+from worker.spans import INTEGER_DTYPE, block_config, check_block, loaded_bytes
 
 log = logging.getLogger("sotto.worker")
 ANSWER_BYTES_MAX = limits.STEP_BYTES_MAX
@@ -112,7 +113,6 @@ class Engine:
         def read(index: int) -> dict[str, Tensor]:
             return read_shard(self._shard_path(entries[index].digest), entries[index])
 
-        dtype = DTYPES[span.manifest.dtype]
         blocks: FloatBlocks | IntegerBlocks
         with self._refusals(RefusalReason.BAD_SHARD):
             if span.manifest.dtype == INTEGER_DTYPE:
@@ -120,12 +120,12 @@ class Engine:
                     raise Refused(RefusalReason.UNSUPPORTED, "integer maps need a worker on a CPU")
                 blocks = IntegerBlocks(configs, [read(index) for index in range(len(configs))])
             else:
+                dtype = DTYPES[compute_dtype(span.manifest.dtype)]
                 blocks = build_float_blocks(configs, read, dtype, self._device)
             block_time_us = blocks.time_position()
         self._spans[span.manifest.deployment] = _Span(span, blocks)
-        weight_bytes = dtype.itemsize * sum(config.num_parameters for config in configs)
         log.info("span loaded", extra={"start": span.start, "end": span.end, "block_time_us": block_time_us})
-        return LoadedSpan(weight_bytes, block_time_us)
+        return LoadedSpan(loaded_bytes(span.manifest.dtype, configs), block_time_us)
 
     def unload(self, deployment: DeploymentId) -> None:
         """Free the span. Idempotent. Raises LocalProtocolError while a session of it is open."""

@@ -19,13 +19,13 @@ from torch import Tensor
 from models.attention import KvCache, Segment
 from models.blocks import Block, Turns
 from models.config import BlockConfig
+from models.precision import MATRICES
 from models.rope import Rotary
 
 WORKSPACE_BYTES = 1 << 30
 WIDENED_NUMBERS = 1 << 22
 KV_GROWTH_TOKENS = 256  # a short chat never grows twice; a long one doubles
 TIMED_RUNS = 5
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)
