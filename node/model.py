@@ -48,7 +48,7 @@ from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, par
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
 MISSING = frozenset(
-    {"batching=static", "batching=off", "deterministic=true", "wire=int8"}
+    {"batching=static", "batching=off", "deterministic=true", "weights=int4"}
     | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
 )
 INLINE_WEIGHTS_MAX = 2 << 20  # below this a head takes under a millisecond, less than handing it to a thread

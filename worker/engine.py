@@ -26,7 +26,7 @@ from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SpanSpec, StepResult, StepWork
-from worker.payloads import DTYPES, to_payload, to_tensor
+from worker.payloads import DTYPES, answer_dtype, to_payload, to_tensor
 from worker.runner import Caches, FloatBlocks, IntegerBlocks, Part, build_float_blocks
 from worker.scheduler import Scheduler
 from worker.shards import read_shard
@@ -236,8 +236,9 @@ class Engine:
         work = step.work
         result = step.rows[0] if len(step.rows) == 1 else torch.cat(step.rows)
         tail = result[-work.forward_tail :] if work.forward_tail else result
-        forward = to_payload(tail)
-        returned = None if work.returns == "none" else to_payload(result.to(DTYPES[work.returns]))
+        span = work.operation == Operation.SPAN
+        forward = to_payload(tail, answer_dtype(work.payload.header.dtype, tail.dtype) if span else None)
+        returned = None if work.returns == "none" else to_payload(result, work.returns)
         queue_s = max(0.0, self._ended_s - step.waits_since - step.compute_s)
         step.done(StepResult(forward, returned, round(1e6 * step.compute_s), round(1e6 * queue_s)))
 
