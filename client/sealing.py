@@ -60,8 +60,8 @@ class Sealer:
     def ends(self) -> ClientEnds:
         """Embedding, final norm and head: what stays here."""
         rotation = None if self.secrets is None else self.secrets.rotation
-        config = self.checkpoint.config
-        return ClientEnds.open(self.checkpoint.ends(), config.rms_norm_eps, rotation, torch.float32)
+        ends, eps = self.checkpoint.ends(), self.checkpoint.config.rms_norm_eps
+        return ClientEnds.open(ends, eps, rotation, torch.float32, int8_head=self.dtype == INT8)
 
 
 def block_entry(

@@ -61,7 +61,5 @@ def test_precision(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
 
 
 def _few_words() -> Corpus:
-    text = (
-        "If the file is closed, the method raises an error; the object can be read again when it was opened anew. " * 4
-    )
+    text = "If the file is closed, the method raises an error; the object can be read when it was opened anew. " * 4
     return Corpus((), (Document("few", text),), "")
