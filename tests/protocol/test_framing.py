@@ -135,7 +135,7 @@ def test_no_dtype_makes_a_step_of_more_numbers(dtype: str) -> None:
 def test_our_own_oversized_or_mismatched_frame_is_our_bug() -> None:
     tensor = TensorHeader("float32", (2048, 8192))
     with pytest.raises(LocalProtocolError, match="larger"):
-        encode_frame(StepOutput(SESSION_ID, 0, 0, 0, tensor), bytes(tensor.nbytes))
+        encode_frame(StepOutput(SESSION_ID, 0, 0, 0, 0, 0, tensor), bytes(tensor.nbytes))
     with pytest.raises(LocalProtocolError, match="with a body"):
         encode_frame(Ping(bytes(8)), b"x")
 
