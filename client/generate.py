@@ -24,7 +24,6 @@ import trio
 from torch import Tensor
 
 from client.observer import ClientObserver, NullObserver
-from client.session import STEP_DATA_BYTES_MAX
 from client.speculation import Speculation
 from client.tensors import WIRE_DTYPES, to_payload, to_tensor
 from client.turns import Ends, RunSync, Turns, inline
@@ -312,8 +311,8 @@ class Generation:
         while position < len(ids):
             chunk = ids[position : position + rows]
             payload = await self._host.run_sync(_embedder(self._ends, self._params, chunk))
-            if len(payload.data) > STEP_DATA_BYTES_MAX and len(chunk) > 1:
-                rows = max(1, STEP_DATA_BYTES_MAX * len(chunk) // len(payload.data))
+            if payload.header.numbers > limits.STEP_NUMBERS_MAX and len(chunk) > 1:
+                rows = max(1, limits.STEP_NUMBERS_MAX * len(chunk) // payload.header.numbers)
                 continue
             steps.append(await self._session.submit(payload, position))
             position = self._prompt_held = position + len(chunk)

@@ -20,11 +20,14 @@ from equivariant.keys import RootKey
 from equivariant.seal import seal_block
 from models.checkpoint import Checkpoint
 from models.config import BlockConfig
+from models.int8 import quantise_block
+from models.precision import INT8, PRECISIONS, compute_dtype
 from protocol.ids import DeploymentId, PeerId, ShardDigest, deployment_id
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.tensors import TensorHeader
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+assert tuple(DTYPES) == PRECISIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,13 @@ class Sealer:
     def block(self, index: int) -> tuple[dict[str, Tensor], BlockConfig]:
         """The tensors of shard `index` and the config that a worker runs them with."""
         tensors, config = self.checkpoint.block(index), self.checkpoint.config.blocks[index]
+        dtype = DTYPES[compute_dtype(self.dtype)]
         if self.secrets is not None:
-            return seal_block(tensors, config, self.secrets, index, DTYPES[self.dtype])
-        return {name: tensor.to(DTYPES[self.dtype]).contiguous() for name, tensor in tensors.items()}, config
+            tensors, config = seal_block(tensors, config, self.secrets, index, dtype)
+        else:
+            tensors = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
+        # What is rounded is what leaves: a rotated matrix has other largest numbers than a plain one.
+        return (quantise_block(tensors) if self.dtype == INT8 else tensors), config
 
     def page_secret(self) -> bytes | None:
         """What the names of KV pages are keyed with (client/page_keys.py); None in the plain tier, which has no key."""
@@ -58,8 +65,8 @@ class Sealer:
     def ends(self) -> ClientEnds:
         """Embedding, final norm and head: what stays here."""
         rotation = None if self.secrets is None else self.secrets.rotation
-        config = self.checkpoint.config
-        return ClientEnds.open(self.checkpoint.ends(), config.rms_norm_eps, rotation, torch.float32)
+        ends, eps = self.checkpoint.ends(), self.checkpoint.config.rms_norm_eps
+        return ClientEnds.open(ends, eps, rotation, torch.float32, int8_head=self.dtype == INT8)
 
 
 def block_entry(

@@ -21,7 +21,7 @@ from client.inflight import InFlight, SentStep
 from client.observer import ClientObserver
 from client.outputs import HopOutput, OutputSink
 from client.routing import Route
-from client.tensors import WIRE_DTYPES, all_finite
+from client.tensors import RECEIVED, all_finite
 from client.tracing import HopTimes, StepTrace
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError, RouteUnavailable, SottoError
@@ -44,7 +44,6 @@ from protocol.session import Role, SessionMachine, State
 from protocol.tensors import Payload
 from protocol.tickets import TIMES
 
-STEP_DATA_BYTES_MAX = limits.STEP_BYTES_MAX - 4 * limits.KIB  # the rest is the frame's header
 CLOSE_S = 1.0  # for telling the hops that a session is over; the end of our streams tells them as well
 
 
@@ -312,11 +311,11 @@ class RouteSession:
         """Rows and width of a step that may be sent. Raises LocalProtocolError, or what ended the session."""
         self._raise_failure()
         shape = payload.header.shape
-        if len(shape) != 2 or payload.header.dtype not in WIRE_DTYPES:
+        if len(shape) != 2 or payload.header.dtype not in RECEIVED:
             raise LocalProtocolError(f"a step of {payload.header.dtype} {shape}; [positions, width] floats are sent")
         rows, width = shape
-        if not 1 <= tail <= rows <= limits.STEP_TOKENS_MAX or len(payload.data) > STEP_DATA_BYTES_MAX:
-            raise LocalProtocolError(f"a step of {rows} positions, {len(payload.data)} bytes and tail {tail}")
+        if not 1 <= tail <= rows <= limits.STEP_TOKENS_MAX or payload.header.numbers > limits.STEP_NUMBERS_MAX:
+            raise LocalProtocolError(f"a step of {rows} positions, {payload.header.numbers} numbers and tail {tail}")
         if position > self._held or position + rows > self.terms.kv_tokens:
             raise LocalProtocolError(
                 f"a step at {position} of {rows} tokens, with {self._held} held in a session of {self.terms.kv_tokens}"
@@ -384,7 +383,7 @@ class RouteSession:
 
 def _check_output(payload: Payload, shape: tuple[int, int], *, first: bool) -> None:
     header = payload.header
-    if header.shape != shape or header.dtype not in WIRE_DTYPES:
+    if header.shape != shape or header.dtype not in RECEIVED:
         raise RemoteProtocolError(f"an output of {header.dtype} {list(header.shape)} where {list(shape)} was asked for")
     if not all_finite(payload):
         origin = "" if first else " (its own, or passed on from a worker before it)"

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.int8 import Int8Linear, quantise_rows
 from models.linear import Linear
 from models.norm import rms_norm
 
@@ -42,22 +43,30 @@ class ClientEnds:
 
     embedding: Tensor  # [V, d], stored dtype
     gain: Tensor  # [d]
-    head: Linear  # [V, d]
+    head: Linear | Int8Linear  # [V, d]
     rotation: Tensor | None  # [d, d], float32 or float64
     rms_norm_eps: float
     dtype: torch.dtype
 
     @classmethod
     def open(
-        cls, ends: EndTensors, rms_norm_eps: float, rotation: Tensor | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        ends: EndTensors,
+        rms_norm_eps: float,
+        rotation: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        int8_head: bool = False,
     ) -> ClientEnds:
-        """Ends that compute in `dtype`. `rotation` is DeploymentSecrets.rotation for `ee`, None for `plain`."""
+        """Ends that compute in `dtype`. `rotation` is DeploymentSecrets.rotation for `ee`, None for `plain`.
+
+        `int8_head`: the head is rounded to int8, as the blocks of an int8 deployment are; `dtype` is float32 then.
+        """
         if rotation is not None and tuple(rotation.shape) != (ends.head.shape[1],) * 2:
             raise ValueError(f"a rotation of {tuple(rotation.shape)} does not fit hidden size {ends.head.shape[1]}")
         return cls(
             embedding=ends.embedding,
             gain=ends.final_norm.to(dtype),
-            head=Linear(ends.head.to(dtype)),
+            head=Int8Linear(*quantise_rows(ends.head)) if int8_head else Linear(ends.head.to(dtype)),
             rotation=None if rotation is None else rotation.to(_wide(dtype)),
             rms_norm_eps=rms_norm_eps,
             dtype=dtype,

@@ -16,8 +16,10 @@ from torch import Tensor
 from models.attention import Kv, Segment, attend_runs, attend_tile
 from models.config import BlockConfig
 from models.errors import ContextExceeded, ModelError
+from models.int8 import Int8Linear
 from models.linear import Linear
 from models.norm import rms_norm
+from models.precision import INT8, scale_name, tensor_dtypes, tensor_shapes
 from models.rope import Rotary, rotate
 
 Turns = tuple[Tensor, Tensor]
@@ -30,8 +32,9 @@ class Block:
     """One block of any family, ready to run in one dtype on one device.
 
     Construct with canonical tensors (names and shapes: `config.tensor_shapes()`; ModelError otherwise). They are cast
-    to `dtype`, or keep theirs when it is None. q, k, v and gate, up are fused, so for a moment both copies exist; the
-    others are not copied unless they are cast. Blocks of one model may share a `rotary` table.
+    to `dtype`, or keep theirs when it is None. int8 matrices come with their scales (models/precision.py) and run in
+    float32. q, k, v and gate, up are fused, so for a moment both copies exist; the others are not copied unless they
+    are cast. Blocks of one model may share a `rotary` table.
     """
 
     __slots__ = (
@@ -56,15 +59,20 @@ class Block:
         device: torch.device | str | None = None,
         rotary: Rotary | None = None,
     ) -> None:
-        check_tensors(config, tensors)
-        if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
-            raise ModelError("block tensors differ in dtype; say which one the block shall run in")
-        own = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+        if scale_name("q") in tensors:
+            check_quantised(config, tensors)
+            if dtype not in (None, torch.float32):
+                raise ModelError(f"int8 weights run in float32, not in {dtype}")
+            own = {name: tensor.to(device=device) for name, tensor in tensors.items()}
+        else:
+            check_tensors(config, tensors)
+            if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
+                raise ModelError("block tensors differ in dtype; say which one the block shall run in")
+            own = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
         self.config = config
         self._qkv = _fused(own, ("q", "k", "v"))
         self._gate_up = _fused(own, ("gate", "up"))
-        self._o = Linear(own["o"], own.get("o_bias"))
-        self._down = Linear(own["down"], own.get("down_bias"))
+        self._o, self._down = _fused(own, ("o",)), _fused(own, ("down",))
         self._attn_norm, self._mlp_norm = own.get("attn_norm"), own.get("mlp_norm")
         self._head_gain, self._head_post = _head_gain(config, own), _head_post(own)
         self._rotary = rotary or Rotary(config, self.dtype, self.device)
@@ -207,24 +215,43 @@ class Block:
 
 def check_tensors(config: BlockConfig, tensors: Mapping[str, Tensor]) -> None:
     """Raises ModelError unless `tensors` are exactly those of a block of `config`, floating point."""
-    shapes = config.tensor_shapes()
-    if tensors.keys() != shapes.keys():
-        missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-        raise ModelError(f"block tensors: missing {missing!r:.200}, unknown {unknown!r:.200}")
-    for name, shape in shapes.items():
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape:
-            raise ModelError(f"block tensor {name} has shape {list(tensor.shape)}, must be {list(shape)}")
+    _check_shapes(config.tensor_shapes(), tensors)
+    for name, tensor in tensors.items():
         if tensor.dtype not in FLOAT_DTYPES:
             raise ModelError(f"block tensor {name} is {tensor.dtype}, must be floating point")
 
 
-def _fused(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> Linear:
-    weight = torch.cat([tensors[name] for name in names])
-    if not any(f"{name}_bias" in tensors for name in names):
-        return Linear(weight)
-    absent = {name: tensors[name].new_zeros(len(tensors[name])) for name in names}
-    return Linear(weight, torch.cat([tensors.get(f"{name}_bias", absent[name]) for name in names]))
+def check_quantised(config: BlockConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ModelError unless `tensors` are exactly those of a block of `config` with int8 matrices."""
+    _check_shapes(tensor_shapes(config, INT8), tensors)
+    for name, tensor in tensors.items():
+        (expected,) = tensor_dtypes(name, INT8)
+        if tensor.dtype != getattr(torch, expected):
+            raise ModelError(f"block tensor {name} is {tensor.dtype}, must be {expected}")
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    if tensors.keys() != shapes.keys():
+        missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+        raise ModelError(f"block tensors: missing {missing!r:.200}, unknown {unknown!r:.200}")
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ModelError(f"block tensor {name} has shape {list(tensors[name].shape)}, must be {list(shape)}")
+
+
+def _fused(tensors: Mapping[str, Tensor], names: tuple[str, ...]) -> Linear | Int8Linear:
+    """The maps of `names`, which have the same input, as one. A single one is not copied."""
+    weight = _stacked([tensors[name] for name in names])
+    given = [tensors[f"{name}_bias"] for name in names if f"{name}_bias" in tensors]
+    absent = {name: given[0].new_zeros(len(tensors[name])) for name in names if given}
+    bias = _stacked([tensors.get(f"{name}_bias", absent[name]) for name in names]) if given else None
+    if weight.dtype != torch.int8:
+        return Linear(weight, bias)
+    return Int8Linear(weight, _stacked([tensors[scale_name(name)] for name in names]), bias)
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _head_gain(config: BlockConfig, tensors: Mapping[str, Tensor]) -> Tensor | None:

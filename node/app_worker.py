@@ -53,7 +53,7 @@ from worker.service import WorkerService
 
 log = logging.getLogger("sotto.worker")
 _QUEUE_BYTES_MAX = 2 << 30
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True)

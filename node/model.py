@@ -48,7 +48,7 @@ from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, par
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
 MISSING = frozenset(
-    {"batching=static", "wire=int8"} | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
+    {"batching=static", "weights=int4"} | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
 )
 # Products on the event loop, rows times weights: some 5 ms, for which a lone request does better without a thread.
 INLINE_PRODUCTS_MAX = 32 << 20

@@ -7,6 +7,7 @@ KIB, MIB = 1 << 10, 1 << 20
 # Frames. The length prefix is checked against the protocol's bound before a byte of the frame is kept.
 HEADER_BYTES_MAX = MIB  # a manifest of 256 blocks is about 400 KiB; everything else is far smaller
 STEP_BYTES_MAX = 32 * MIB  # a step's tensor: 1,024 positions of a model 8,192 wide in float32
+STEP_NUMBERS_MAX = STEP_BYTES_MAX // 4  # of it in any dtype: a narrow one does not make a worker widen more
 STEP_FRAME_BYTES_MAX = STEP_BYTES_MAX + HEADER_BYTES_MAX
 CONTROL_BYTES_MAX = HEADER_BYTES_MAX + KIB  # control messages have no body
 PIECE_BYTES = MIB  # one shard piece: large enough for bulk speed, small enough to share a stream

@@ -375,6 +375,8 @@ class Step(Message):
             raise ValueError("only a linear step names a block")
         if len(self.tensor.shape) != 2 or not 1 <= self.tensor.shape[0] <= limits.STEP_TOKENS_MAX:
             raise ValueError("a step's tensor is [positions, width]")
+        if self.tensor.numbers > limits.STEP_NUMBERS_MAX:
+            raise ValueError(f"a step of {self.tensor.numbers} numbers; {limits.STEP_NUMBERS_MAX} at most")
         if self.acked > self.step:
             raise ValueError("a step acknowledges an answer that it has not asked for yet")
 

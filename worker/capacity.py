@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from models.int8 import Int8Linear
+from models.linear import Linear
+from models.precision import INT8, compute_dtype
 from protocol.adverts import Speed
 from worker.payloads import DTYPES
 
@@ -27,13 +30,22 @@ def measure_speeds(device: str, dtypes: Sequence[str]) -> tuple[Speed, ...]:
 
 @torch.inference_mode()
 def _measure(device: torch.device, name: str) -> Speed:
-    dtype = DTYPES[name]
-    weight = torch.full((READ_BYTES // dtype.itemsize // READ_WIDTH, READ_WIDTH), 0.5, dtype=dtype, device=device)
-    vector = torch.full((1, READ_WIDTH), 0.5, dtype=dtype, device=device)
-    read_s = _best_s(lambda: torch.nn.functional.linear(vector, weight), device)
+    size, width, dtype = DTYPES[name].itemsize, READ_WIDTH, DTYPES[compute_dtype(name)]
+    tall = _layer(READ_BYTES // size // width, width, name, device)
+    vector = torch.full((1, width), 0.5, dtype=dtype, device=device)
+    read_s = _best_s(lambda: tall(vector), device)
+    layer = _layer(PRODUCT_WIDTH, PRODUCT_WIDTH, name, device)
     square = torch.full((PRODUCT_WIDTH, PRODUCT_WIDTH), 0.5, dtype=dtype, device=device)
-    product_s = _best_s(lambda: square @ square, device)
+    product_s = _best_s(lambda: layer(square), device)
     return Speed(name, READ_BYTES / read_s / 1e9, 2 * PRODUCT_WIDTH**3 / product_s / 1e9)
+
+
+def _layer(rows: int, width: int, name: str, device: torch.device) -> Linear | Int8Linear:
+    """What blocks of precision `name` multiply with."""
+    if name == INT8:
+        weight = torch.full((rows, width), 1, dtype=torch.int8, device=device)
+        return Int8Linear(weight, torch.ones(rows, device=device))
+    return Linear(torch.full((rows, width), 0.5, dtype=DTYPES[name], device=device))
 
 
 def _best_s(run: Callable[[], object], device: torch.device) -> float:

@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 
 from models.errors import ModelError
+from models.precision import MATRICES, compute_dtype
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 from worker.kv_pages import KvBudget
-from worker.payloads import DTYPES, to_payload, to_tensor
-from worker.runner import MATRICES, FloatBlocks, IntegerBlocks, Part, build_float_blocks, tile_rows_left
+from worker.payloads import DTYPES, answer_dtype, to_payload, to_tensor
+from worker.runner import FloatBlocks, IntegerBlocks, Part, build_float_blocks, tile_rows_left
 from worker.scheduler import Scheduler
 from worker.shards import read_shard
 from worker.span_kv import KvStats, SessionKv, SpanKv
-from worker.spans import INTEGER_DTYPE, block_config, check_block
+from worker.spans import INTEGER_DTYPE, block_config, check_block, loaded_bytes
 
 log = logging.getLogger("sotto.worker")
 ANSWER_BYTES_MAX = limits.STEP_BYTES_MAX
@@ -127,7 +128,6 @@ class Engine:
         def read(index: int) -> dict[str, Tensor]:
             return read_shard(self._shard_path(entries[index].digest), entries[index])
 
-        dtype = DTYPES[span.manifest.dtype]
         blocks: FloatBlocks | IntegerBlocks
         with self._refusals(RefusalReason.BAD_SHARD):
             if span.manifest.dtype == INTEGER_DTYPE:
@@ -135,13 +135,13 @@ class Engine:
                     raise Refused(RefusalReason.UNSUPPORTED, "integer maps need a worker on a CPU")
                 blocks = IntegerBlocks(configs, [read(index) for index in range(len(configs))])
             else:
+                dtype = DTYPES[compute_dtype(span.manifest.dtype)]
                 blocks = build_float_blocks(configs, read, dtype, self._device)
             block_time_us = blocks.time_position()
         kv = SpanKv(configs, dtype, self._device, self.kv_budget) if isinstance(blocks, FloatBlocks) else None
         self._spans[span.manifest.deployment] = _Span(span, blocks, kv)
-        weight_bytes = dtype.itemsize * sum(config.num_parameters for config in configs)
         log.info("span loaded", extra={"start": span.start, "end": span.end, "block_time_us": block_time_us})
-        return LoadedSpan(weight_bytes, block_time_us)
+        return LoadedSpan(loaded_bytes(span.manifest.dtype, configs), block_time_us)
 
     def unload(self, deployment: DeploymentId) -> None:
         """Free the span. Idempotent. Raises LocalProtocolError while a session of it is open."""
@@ -269,8 +269,9 @@ class Engine:
         work = step.work
         result = step.rows[0] if len(step.rows) == 1 else torch.cat(step.rows)
         tail = result[-work.forward_tail :] if work.forward_tail else result
-        forward = to_payload(tail)
-        returned = None if work.returns == "none" else to_payload(result.to(DTYPES[work.returns]))
+        span = work.operation == Operation.SPAN
+        forward = to_payload(tail, answer_dtype(work.payload.header.dtype, tail.dtype) if span else None)
+        returned = None if work.returns == "none" else to_payload(result, work.returns)
         queue_s = max(0.0, self._ended_s - step.waits_since - step.compute_s)
         step.done(StepResult(forward, returned, round(1e6 * step.compute_s), round(1e6 * queue_s)))
 

@@ -1,6 +1,7 @@
 """Payloads to tensors and back: little-endian bytes in C order, as they travel.
 
-Invariant: a tensor made here has the payload's dtype and shape, and owns its memory. It converts nothing.
+Invariant: a tensor made here has the payload's shape and owns its memory. Nothing is converted but activations in
+8-bit blocks, which become float32.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from protocol.tensors import Payload, TensorHeader
+from models.blockwise import from_blocks, to_blocks
+from protocol.tensors import INT8_BLOCKS, WIRE_BLOCK, Payload, TensorHeader
 
 DTYPES = {
     "float32": torch.float32,
@@ -21,13 +23,24 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def to_tensor(payload: Payload) -> Tensor:
-    """The payload on the CPU. One copy: torch takes no read-only memory, and a step's bytes are few next to weights."""
+    """The payload on the CPU. One copy: torch takes no read-only memory, and a step's bytes are few next to weights.
+    8-bit blocks are [T, d]."""
     header = payload.header
+    if header.dtype == INT8_BLOCKS:
+        return from_blocks(payload.data, header.shape, WIRE_BLOCK)
     return torch.frombuffer(bytearray(payload.data), dtype=DTYPES[header.dtype]).view(header.shape)
 
 
-def to_payload(tensor: Tensor) -> Payload:
-    """A tensor of a wire dtype on any device, as it travels."""
-    flat = tensor.contiguous().cpu()
-    data = flat.reshape(-1).view(torch.uint8).numpy().tobytes()
-    return Payload(TensorHeader(NAMES[tensor.dtype], tuple(tensor.shape)), data)
+def to_payload(tensor: Tensor, wire: str | None = None) -> Payload:
+    """A tensor on any device as it travels: in the dtype named `wire`, or in its own."""
+    wire, shape = wire or NAMES[tensor.dtype], tuple(tensor.shape)
+    if wire == INT8_BLOCKS:
+        return Payload(TensorHeader(wire, shape), to_blocks(tensor, WIRE_BLOCK))
+    flat = tensor.to(DTYPES[wire]).contiguous().cpu()
+    return Payload(TensorHeader(wire, shape), flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def answer_dtype(wire: str, dtype: torch.dtype) -> str:
+    """What the answer to a step that came in `wire` travels in: `wire`, or `dtype`, that the blocks compute in, where
+    that takes no more bytes and rounds nothing."""
+    return NAMES[dtype] if wire in DTYPES and DTYPES[wire].itemsize >= dtype.itemsize else wire

@@ -17,13 +17,13 @@ from torch import Tensor
 from models.attention import KvCache, Segment
 from models.blocks import TILE_ROWS, Block, Turns
 from models.config import BlockConfig
+from models.precision import MATRICES
 from models.rope import Rotary
 from worker.span_kv import SessionKv
 
 WORKSPACE_BYTES = 1 << 30
 WIDENED_NUMBERS = 1 << 22
 TIMED_RUNS = 5
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ weights; torch is not needed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from models.config import BlockConfig
 from models.errors import ModelError, UnsupportedModel
+from models.precision import PRECISIONS, kv_token_bytes, tensor_dtypes, tensor_shapes, weight_bytes
 from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import DeploymentId, PeerId, ShardDigest
 from protocol.manifest import BlockEntry, Manifest, open_manifest
@@ -18,7 +20,6 @@ from protocol.messages import RefusalReason
 from protocol.ports import SpanSpec
 from protocol.tensors import DTYPE_BYTES
 
-FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 INTEGER_DTYPE = "int32"  # linear maps over Z_2^32: weights and inputs both
 SHARD_OVERHEAD_BYTES_MAX = 1 << 20  # a safetensors header of one block is about 1 KiB; more would fill the disk
 
@@ -30,7 +31,7 @@ class SpanRequest:
     owner: PeerId
     spec: SpanSpec
     signed: bytes = field(repr=False, compare=False)  # the manifest as it came: what a restarted worker reads again
-    weight_bytes: int  # in the deployment's dtype
+    weight_bytes: int  # in the deployment's precision
     kv_token_bytes: int  # one token in all blocks of the span
     context_tokens: int
 
@@ -53,7 +54,7 @@ def read_span(data: bytes, start: int, end: int) -> SpanRequest:
         raise Refused(RefusalReason.BAD_MANIFEST, str(error)) from None
     if not 0 <= start < end <= len(manifest.blocks):
         raise Refused(RefusalReason.BAD_MANIFEST, f"no blocks {start}..{end} among {len(manifest.blocks)}")
-    if manifest.dtype not in (*FLOAT_DTYPES, INTEGER_DTYPE):
+    if manifest.dtype not in (*PRECISIONS, INTEGER_DTYPE):
         raise Refused(RefusalReason.UNSUPPORTED, f"blocks that compute in {manifest.dtype}")
     entries = manifest.blocks[start:end]
     configs = [block_config(entry) for entry in entries]
@@ -61,13 +62,12 @@ def read_span(data: bytes, start: int, end: int) -> SpanRequest:
         raise Refused(RefusalReason.BAD_MANIFEST, "blocks of different widths do not follow each other")
     for entry, config in zip(entries, configs, strict=True):
         check_block(manifest, entry, config)
-    size = DTYPE_BYTES[manifest.dtype]
     return SpanRequest(
         owner=owner,
         spec=SpanSpec(manifest, start, end),
         signed=data,
-        weight_bytes=size * sum(config.num_parameters for config in configs),
-        kv_token_bytes=size * sum(config.kv_values_per_token for config in configs),
+        weight_bytes=loaded_bytes(manifest.dtype, configs),
+        kv_token_bytes=_kv_token_bytes(manifest.dtype, configs),
         context_tokens=min(config.max_position for config in configs),
     )
 
@@ -85,11 +85,25 @@ def block_config(entry: BlockEntry) -> BlockConfig:
 def check_block(manifest: Manifest, entry: BlockEntry, config: BlockConfig) -> None:
     """Raises Refused(BAD_MANIFEST or UNSUPPORTED) unless the entry's tensors are those of a block of `config`."""
     stated = {tensor.name: tensor.header for tensor in entry.tensors}
-    if {name: header.shape for name, header in stated.items()} != config.tensor_shapes():
+    integer = manifest.dtype == INTEGER_DTYPE
+    shapes = config.tensor_shapes() if integer else tensor_shapes(config, manifest.dtype)
+    if {name: header.shape for name, header in stated.items()} != shapes:
         raise Refused(RefusalReason.BAD_MANIFEST, "the tensors are not those of the block's configuration")
-    allowed = (INTEGER_DTYPE,) if manifest.dtype == INTEGER_DTYPE else FLOAT_DTYPES
     for name, header in stated.items():
-        if header.dtype not in allowed:
+        if header.dtype not in ((INTEGER_DTYPE,) if integer else tensor_dtypes(name, manifest.dtype)):
             raise Refused(RefusalReason.UNSUPPORTED, f"{name} in {header.dtype} for blocks in {manifest.dtype}")
     if entry.shard_bytes > entry.weight_bytes + SHARD_OVERHEAD_BYTES_MAX:
         raise Refused(RefusalReason.BAD_MANIFEST, "a shard that is much larger than its tensors")
+
+
+def loaded_bytes(dtype: str, configs: Sequence[BlockConfig]) -> int:
+    """Memory that blocks of a deployment in `dtype` take."""
+    if dtype == INTEGER_DTYPE:
+        return DTYPE_BYTES[dtype] * sum(config.num_parameters for config in configs)
+    return sum(weight_bytes(config, dtype) for config in configs)
+
+
+def _kv_token_bytes(dtype: str, configs: Sequence[BlockConfig]) -> int:
+    if dtype == INTEGER_DTYPE:  # linear maps keep none, but what is reserved is counted
+        return DTYPE_BYTES[dtype] * sum(config.kv_values_per_token for config in configs)
+    return sum(kv_token_bytes(config, dtype) for config in configs)

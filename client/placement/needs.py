@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from models.config import BlockConfig
+from models.precision import kv_token_bytes, weight_bytes
 from protocol.ids import DeploymentId, PeerId
 from protocol.manifest import Manifest
-from protocol.tensors import DTYPE_BYTES
 
 Objective = Literal["latency", "throughput"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput")
@@ -43,9 +43,8 @@ class ModelNeeds:
     @classmethod
     def of_configs(cls, blocks: Sequence[BlockConfig], dtype: str, kv_tokens: int) -> ModelNeeds:
         """The needs of a model that is not sealed yet (a preview: sealing may add a few small tensors)."""
-        size = DTYPE_BYTES[dtype]
-        weights = tuple(block.num_parameters * size for block in blocks)
-        return cls(weights, tuple(block.kv_values_per_token * size for block in blocks), kv_tokens, dtype)
+        weights = tuple(weight_bytes(block, dtype) for block in blocks)
+        return cls(weights, tuple(kv_token_bytes(block, dtype) for block in blocks), kv_tokens, dtype)
 
     def kv_bytes(self, concurrency: int = 1) -> tuple[int, ...]:
         """KV per block for all tokens of so many streams."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json
+from sotto.commands.common import Json, Model, errors, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Measure parts of sotto on this machine.")
 
@@ -30,6 +30,32 @@ def dataplane(
         print_json(result)
     else:
         _print(result)
+
+
+@app.command(epilog="Example: sotto bench precision --json")
+def precision(
+    model: Model = None,
+    tokens: Annotated[int, typer.Option(min=100, help="Held-out text to measure on, about.")] = 6000,
+    as_json: Json = False,
+) -> None:
+    """What bfloat16, int8 and int4 weights, and bfloat16 and int8 activations, cost in answers: sealed and plain."""
+    with errors(as_json):
+        from models.tokenizer import Tokenizer
+        from simnet.bench import precision as bench
+        from sotto.commands.models import open_model
+        from sotto.demo.corpus import build_corpus
+
+        checkpoint = open_model(model)
+        tokenizer = Tokenizer.open(checkpoint.tokenizer_file)
+        texts: list[bench.Text] = []
+        for document in build_corpus().held_out:
+            if sum(len(text.ids) for text in texts) < tokens:
+                texts.append(bench.Text(tokenizer.encode(document.text), len(document.text.encode())))
+        result = bench.run(checkpoint, texts, lambda text: typer.echo(text, err=True))
+        if as_json:
+            print_json(result)
+        else:
+            typer.echo("\n".join(bench.table(result)))
 
 
 def _print(result: dict[str, Any]) -> None:

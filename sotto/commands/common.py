@@ -39,7 +39,8 @@ Privacy = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Precision of the sealed blocks: float32 (answers identical to the unsealed model's) or bfloat16."
+        help="Precision of the sealed blocks: float32 (answers identical to the unsealed model's), bfloat16, or int8 "
+        "(a quarter of the bytes and several times the speed of float32)."
     ),
 ]
 Capability = Annotated[

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from client.generate import Generation, GenerationHost, GenerationParams, generate, inline, kv_tokens_for
 from client.observer import NullObserver
-from client.session import STEP_DATA_BYTES_MAX
 from client.tensors import to_payload, to_tensor
 from client.text import TextStream
 from models.sampling import SamplingParams, sample
+from protocol import limits
 from protocol.errors import InputError, RemoteProtocolError, RouteUnavailable
 from protocol.tensors import Payload
 from simnet.runtime import VirtualClock, run
@@ -224,7 +224,7 @@ def test_cancelling_or_leaving_early_counts_as_cancelled() -> None:
 def test_a_chunk_too_large_for_a_frame_is_cut() -> None:
     class WideEnds(CountingEnds):
         def embed(self, ids: Sequence[int]) -> Tensor:
-            wide = torch.zeros(len(ids), STEP_DATA_BYTES_MAX // 4 // 3)
+            wide = torch.zeros(len(ids), limits.STEP_NUMBERS_MAX // 3)
             wide[:, 0] = torch.tensor(ids)
             return wide
 
@@ -259,7 +259,7 @@ def test_heavy_work_goes_through_run_sync() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"max_new_tokens": 0}, {"prefill_chunk": 0}, {"prefill_chunk": 1 << 20}, {"wire_dtype": "int8"}]
+    "values", [{"max_new_tokens": 0}, {"prefill_chunk": 0}, {"prefill_chunk": 1 << 20}, {"wire_dtype": "int4"}]
 )
 def test_parameters_that_cannot_be_meant_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(InputError):

@@ -58,7 +58,7 @@ from protocol.messages import (
 from protocol.pieces import piece_count
 from protocol.schema import Between, Record, Scalar, Size
 from protocol.signed import Identity, Signed
-from protocol.tensors import DTYPE_BYTES, TensorHeader
+from protocol.tensors import DTYPE_BYTES, DTYPES, TensorHeader
 from protocol.tickets import RETURNS, Ticket
 
 CLIENT, WORKER, NEXT, OTHER = (Identity(bytes([number]) * 32) for number in (1, 2, 3, 4))
@@ -262,7 +262,8 @@ def _step(values: Values) -> st.SearchStrategy[Values]:
     linear = values["matrix"] != ""
     shape = values["tensor"].shape
     rows = 1 + (shape[0] if shape else 0) % limits.STEP_TOKENS_MAX
-    tensor = TensorHeader(values["tensor"].dtype, (rows, shape[-1] if shape else 1))
+    width = min(shape[-1] if shape else 1, limits.STEP_NUMBERS_MAX // rows)
+    tensor = TensorHeader(values["tensor"].dtype, (rows, width))
     fixed = {
         "operation": "linear" if linear else "span",
         "tensor": tensor,
@@ -309,7 +310,7 @@ _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] =
     Source: _choose(peer=(CLIENT.peer, WORKER.peer, NEXT.peer)),
     HeldSpan: _span,
     Capability: _capability,
-    TensorHeader: _choose(dtype=tuple(DTYPE_BYTES)),
+    TensorHeader: _choose(dtype=DTYPES),
     Speed: _amend(read_gb_s=lambda value: abs(value) + 0.5, gflop_s=lambda value: abs(value) + 0.5),
     Rtt: _amend(rtt_ms=abs),
     Step: _step,

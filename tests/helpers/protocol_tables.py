@@ -20,7 +20,7 @@ from protocol.messages import CONTROL, FRAME_BYTES_MAX, LINK, MESSAGES, SESSION,
 from protocol.schema import Between, Record, Scalar
 from protocol.session import TABLES, State
 from protocol.signed import Signed
-from protocol.tensors import DTYPE_BYTES, TensorHeader
+from protocol.tensors import DTYPE_BYTES, FACTOR_BYTES, INT8_BLOCKS, WIRE_BLOCK, TensorHeader
 from protocol.tickets import Ticket
 
 TO_WORKER, TO_CLIENT, ON = "client → worker", "worker → client", "hop → next hop"
@@ -104,7 +104,11 @@ def protocol_table() -> list[str]:
 
 
 def dtype_table() -> list[str]:
-    return ["| dtype | bytes |", "|---|---|"] + [f"| {dtype} | {size} |" for dtype, size in DTYPE_BYTES.items()]
+    return (
+        ["| dtype | bytes |", "|---|---|"]
+        + [f"| {dtype} | {size} |" for dtype, size in DTYPE_BYTES.items()]
+        + [f"| {INT8_BLOCKS} | 1, and {FACTOR_BYTES} for each block of {WIRE_BLOCK} numbers of a row |"]
+    )
 
 
 def reason_table() -> list[str]:

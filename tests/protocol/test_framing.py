@@ -12,8 +12,19 @@ from hypothesis import strategies as st
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError
 from protocol.framing import FrameDecoder, encode_frame
-from protocol.messages import CONTROL, FRAME_BYTES_MAX, SESSION, Message, Ping, ShardOffer, ShardPiece, Step, body_fits
-from protocol.tensors import TensorHeader
+from protocol.messages import (
+    CONTROL,
+    FRAME_BYTES_MAX,
+    SESSION,
+    Message,
+    Ping,
+    ShardOffer,
+    ShardPiece,
+    Step,
+    StepOutput,
+    body_fits,
+)
+from protocol.tensors import DTYPES, TensorHeader
 from tests.helpers.protocol_samples import SAMPLES, body_of
 from tests.helpers.protocol_samples import SESSION as SESSION_ID
 
@@ -115,11 +126,16 @@ def test_the_largest_step_fits_into_a_frame() -> None:
     assert len(body) == tensor.nbytes
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_dtype_makes_a_step_of_more_numbers(dtype: str) -> None:
+    with pytest.raises(ValueError, match="numbers"):
+        Step(SESSION_ID, 0, 0, 0, 0, 1, "span", 0, "", TensorHeader(dtype, (1025, 8192)))
+
+
 def test_our_own_oversized_or_mismatched_frame_is_our_bug() -> None:
     tensor = TensorHeader("float32", (2048, 8192))
-    step = Step(SESSION_ID, 0, 0, 0, 0, 1, "span", 0, "", tensor)
     with pytest.raises(LocalProtocolError, match="larger"):
-        encode_frame(step, bytes(tensor.nbytes))
+        encode_frame(StepOutput(SESSION_ID, 0, 0, 0, 0, 0, tensor), bytes(tensor.nbytes))
     with pytest.raises(LocalProtocolError, match="with a body"):
         encode_frame(Ping(bytes(8)), b"x")
 

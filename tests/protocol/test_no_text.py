@@ -24,7 +24,7 @@ STR_ALLOWED = {
     "SessionFailed.detail": "from a worker, who has no prompt to tell; for people",
     "Step.operation": "one of Operation",
     "Step.matrix": "a tensor name of the manifest, at most 64 characters",
-    "TensorHeader.dtype": "one of DTYPE_BYTES",
+    "TensorHeader.dtype": "one of DTYPES",
     "Advert.addrs": "where the worker can be dialled",
     "Advert.device": "kind of device, at most 16 characters",
     "Advert.version": "version of the worker, at most 16 characters",

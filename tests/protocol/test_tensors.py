@@ -8,7 +8,7 @@ import pytest
 
 from protocol import limits
 from protocol.errors import RemoteProtocolError
-from protocol.tensors import DTYPE_BYTES, Payload, TensorHeader
+from protocol.tensors import DTYPE_BYTES, DTYPES, INT8_BLOCKS, Payload, TensorHeader
 
 
 @pytest.mark.parametrize(
@@ -19,8 +19,16 @@ def test_byte_counts(dtype: str, size: int) -> None:
     assert TensorHeader(dtype, ()).nbytes == size
 
 
+@pytest.mark.parametrize(
+    ("shape", "nbytes"), [((1, 1), 3), ((3, 64), 3 * 66), ((3, 65), 3 * 69), ((), 3), ((2, 2, 128), 4 * 132)]
+)
+def test_8_bit_blocks_have_a_factor_for_each_64_numbers_of_a_row(shape: tuple[int, ...], nbytes: int) -> None:
+    assert TensorHeader(INT8_BLOCKS, shape).nbytes == nbytes
+
+
 def test_the_whitelist_is_the_one_in_the_document() -> None:
     assert set(DTYPE_BYTES) == {"float32", "bfloat16", "float16", "int8", "int32"}
+    assert set(DTYPES) == {*DTYPE_BYTES, "int8_blocks"}
 
 
 def test_byte_counts_do_not_overflow() -> None:

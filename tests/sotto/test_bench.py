@@ -7,8 +7,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from simnet.bench import dataplane
+from simnet.bench import dataplane, precision
 from sotto.__main__ import app
+from sotto.demo.corpus import Corpus, Document
 
 RATIOS = {
     "hop_8k_ratio",
@@ -37,3 +38,28 @@ def test_dataplane(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
     for plane in report["figures"].values():
         assert set(plane) == {*HOPS, "bulk_mb_s"}
         assert all(0 < plane[hop]["p50_us"] <= plane[hop]["p99_us"] and plane[hop]["samples"] for hop in HOPS)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_precision(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    monkeypatch.setattr(precision, "KEYS", precision.KEYS[:1])
+    monkeypatch.setattr("sotto.demo.corpus.build_corpus", _few_words)
+    result = CliRunner().invoke(app, ["bench", "precision", "--tokens", "100", *(["--json"] if as_json else [])])
+    assert result.exit_code == 0, result.output
+    if not as_json:
+        assert "int4" in result.stdout
+        return
+    report = json.loads(result.stdout)
+    losses = {name: row["sealed"]["divergence_nats"] for name, row in report["weights"].items()}
+    assert losses["float32"] < 1e-6 < losses["bfloat16"] < losses["int8"] < losses["int4"], "the demo model is trained"
+    assert report["weights"]["float32"]["plain"]["divergence_nats"] == 0
+    assert {name: row["bytes_per_token_and_hop"] for name, row in report["wire"].items()} == {
+        "float32": 1024,
+        "bfloat16": 512,
+        "int8": 264,
+    }
+
+
+def _few_words() -> Corpus:
+    text = "If the file is closed, the method raises an error; the object can be read when it was opened anew. " * 4
+    return Corpus((), (Document("few", text),), "")

@@ -40,7 +40,7 @@ COMMANDS = [
     *(["worker", name] for name in ("pause", "resume", "status")),
     *(["key", name] for name in ("new", "show", "export", "import")),
     *(["sim", name] for name in ("up", "status", "link", "kill", "freeze", "thaw", "restart", "down")),
-    *(["bench", name] for name in ("dataplane", "placement", "engine", "speculation")),
+    *(["bench", name] for name in ("dataplane", "placement", "engine", "precision", "speculation")),
     ["sim", "check", "mesh"],
 ]
 PROMPT = "the quiet brook"

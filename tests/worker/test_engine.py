@@ -16,6 +16,7 @@ from safetensors.torch import save
 from models.attention import KvCache
 from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
+from models.precision import MATRICES
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.messages import Operation, RefusalReason
@@ -148,7 +149,7 @@ def test_wire_dtypes_become_the_deployments(tmp_path: Path, wire: str) -> None:
     assert torch.equal(to_tensor(result.forward), block.forward(x.bfloat16(), KvCache(CONFIG, 4, torch.bfloat16), 0))
 
 
-@pytest.mark.parametrize("name", runner.MATRICES)
+@pytest.mark.parametrize("name", MATRICES)
 def test_a_linear_step_is_the_named_matrix(shop: Shop, name: str) -> None:
     shop.load(1, 3)
     weight = shop.blocks[2][name]
@@ -407,7 +408,7 @@ def test_an_answer_that_finds_no_memory_fails_its_step_and_not_the_engine(
     """What escaped from `advance` would end the engine's thread, and every step would wait for ever."""
     shop.load()
 
-    def short_of_memory(_: torch.Tensor) -> Payload:
+    def short_of_memory(*_: object) -> Payload:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     with monkeypatch.context() as patch:

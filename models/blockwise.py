@@ -1,0 +1,40 @@
+"""Activations in 8 bits: each row in blocks of whole numbers, with one bfloat16 factor per block.
+
+The layout is protocol.tensors' "int8_blocks": the factors of all rows, then the numbers of all rows. Invariant: a row's
+bytes follow from that row alone. A block with a NaN or an infinity has a factor that is one; nothing here refuses it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEVELS = 127
+
+
+def to_blocks(x: Tensor, block: int) -> bytes:
+    """x [T, d] of any floating dtype. The error of a number is below 1 % of the largest of its block, and half that
+    for most."""
+    rows, width = x.shape
+    blocks = F.pad(x.float(), (0, -width % block)).view(rows, -1, block)
+    factor = (blocks.abs().amax(2) / LEVELS).bfloat16()
+    divisor = torch.where(factor == 0, 1.0, factor.float())
+    levels = (blocks / divisor[:, :, None]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+    return _bytes(factor) + _bytes(levels.view(rows, -1)[:, :width])
+
+
+def from_blocks(data: bytes, shape: tuple[int, ...], block: int) -> Tensor:
+    """float32 of `shape`, [T, d], from exactly the bytes that `to_blocks` makes of it."""
+    rows, width = shape
+    count = -(-width // block)
+    flat = bytearray(data)  # torch takes no read-only memory
+    factor = torch.frombuffer(flat, dtype=torch.bfloat16, count=rows * count).view(rows, count, 1)
+    levels = torch.frombuffer(flat, dtype=torch.int8, offset=2 * rows * count).view(rows, width)
+    blocks = F.pad(levels.float(), (0, -width % block)).view(rows, count, block)
+    return blocks.mul_(factor).view(rows, -1)[:, :width].contiguous()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    data: bytes = tensor.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+    return data

@@ -1,0 +1,69 @@
+"""8-bit activations: any shape and any numbers come back, nearly, and a row is its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from client import tensors
+from client.tensors import all_finite
+from models.blockwise import from_blocks, to_blocks
+from protocol.tensors import INT8_BLOCKS, WIRE_BLOCK, Payload, TensorHeader
+from worker import payloads
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 200), st.floats(1e-30, 1e30), st.integers(0, 1 << 20))
+def test_a_number_is_off_by_a_hundredth_of_its_blocks_largest(rows: int, width: int, size: float, seed: int) -> None:
+    x = size * torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    payload = tensors.to_payload(x, torch.int8)
+    assert payload.header == TensorHeader(INT8_BLOCKS, (rows, width))
+    got = tensors.to_tensor(payload)
+    assert all_finite(payload)
+    assert torch.equal(got, payloads.to_tensor(payload))
+    assert payloads.to_payload(x, INT8_BLOCKS) == payload, "both ends speak alike"
+    for start in range(0, width, WIRE_BLOCK):
+        block = slice(start, start + WIRE_BLOCK)
+        largest = x[:, block].abs().amax(1, keepdim=True)
+        assert bool(((got - x)[:, block].abs() <= 0.01 * largest).all())
+
+
+def test_a_row_is_its_own() -> None:
+    x = torch.randn(3, 130, generator=torch.Generator().manual_seed(1))
+    loud = torch.cat([x, torch.full((1, 130), torch.nan)])
+    got = from_blocks(to_blocks(loud, WIRE_BLOCK), (4, 130), WIRE_BLOCK)
+    assert torch.equal(got[:3], from_blocks(to_blocks(x, WIRE_BLOCK), (3, 130), WIRE_BLOCK))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 3e38])
+def test_extreme_numbers(value: float) -> None:
+    payload = tensors.to_payload(torch.full((2, 70), value), torch.int8)
+    assert all_finite(payload)
+    assert torch.allclose(tensors.to_tensor(payload), torch.full((2, 70), value), rtol=0.01, atol=1e-36)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_visible(value: float) -> None:
+    x = torch.zeros(2, 70)
+    x[1, 69] = value
+    assert not all_finite(tensors.to_payload(x, torch.int8))
+
+
+@pytest.mark.parametrize("factor", [0x7F80, 0xFF80, 0x7FC0, 0x8000, 0xBF80, 0x7C00])
+@pytest.mark.parametrize("index", [0, 3])
+def test_factors_that_cannot_be_meant_do_not_pass(factor: int, index: int) -> None:
+    """Infinite, NaN, negative, and so large that a number would overflow."""
+    payload = tensors.to_payload(torch.ones(2, 70), torch.int8)
+    data = bytearray(payload.data)
+    data[2 * index : 2 * index + 2] = factor.to_bytes(2, "little")
+    assert not all_finite(Payload(payload.header, bytes(data)))
+
+
+@given(st.binary(min_size=2 * 2 + 70, max_size=2 * 2 + 70))
+def test_any_bytes_that_pass_are_finite_numbers(data: bytes) -> None:
+    payload = Payload(TensorHeader(INT8_BLOCKS, (1, 70)), data)
+    got = tensors.to_tensor(payload)
+    assert got.shape == (1, 70)
+    assert bool(got.isfinite().all()) or not all_finite(payload)
