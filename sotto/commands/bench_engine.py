@@ -34,7 +34,7 @@ def engine(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of decode, throughput, prefill, long_prefill, software, batching; with commas. Default: all."
+            help="Of decode, throughput, prefill, long_prefill, software, batching, prefix; with commas. Default: all."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Precisions, with commas.")] = "float32,bfloat16",

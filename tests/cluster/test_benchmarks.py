@@ -25,6 +25,8 @@ SIZES = Sizes(
     prefill_tokens=16,
     long_tokens=300,
     trace_requests=6,
+    prefix_tokens=70,
+    own_tokens=4,
     trace_tokens_max=32,
     memory_bytes=1 << 20,
     rounds_min=2,
@@ -50,6 +52,7 @@ RATIOS = {
     },
     "long_prefill": {"pipelined_prefill_300"},
     "software": {"software_vs_tcp"},
+    "prefix": {"prefix_cache_ttft", "prefix_cache_ttft_vs_transformers"},
     "batching": {"continuous_vs_static_batching", "continuous_vs_static_latency"},
 }
 

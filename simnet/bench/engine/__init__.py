@@ -24,7 +24,7 @@ from simnet import cluster
 from simnet.bench.engine.batches import prefill_section, throughput_section
 from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section
 from simnet.bench.engine.rig import Bench, Budget, Rig, Section, Sizes
-from simnet.bench.engine.traffic import batching_section
+from simnet.bench.engine.traffic import batching_section, prefix_section
 from simnet.bench.machine import facts
 from simnet.random_model import RandomModel
 
@@ -40,10 +40,11 @@ SECTIONS: dict[str, Section] = {
     "long_prefill": long_prefill_section,
     "software": software_section,
     "batching": batching_section,
+    "prefix": prefix_section,
 }
 PRECISIONS = ("float32", "bfloat16")
 # What does not depend on precision is measured in the first one alone.
-ONCE = ("software", "batching")
+ONCE = ("software", "batching", "prefix")
 Found = Callable[[dict[str, Any]], None]
 """Gets each section's figures as soon as they are there."""
 

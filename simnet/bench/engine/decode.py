@@ -7,7 +7,7 @@ from functools import partial
 
 from node.measuring import measure, time_ends
 from node.model import DeployedModel
-from simnet.bench.engine.rig import Rig, cpu_figures, decode, in_thread, prefill
+from simnet.bench.engine.rig import Rig, cpu_figures, decoding, in_thread, prefilling
 from simnet.bench.machine import echo_us, raw_tcp
 from simnet.bench.paired import Contestant, Pair, Rounds
 
@@ -22,9 +22,9 @@ async def decode_section(rig: Rig) -> dict[str, object]:
     contestants: dict[str, Contestant] = {
         "transformers": in_thread(partial(library.decode, prompt, new)),
         "transformers_same_kernel": in_thread(partial(kernel.decode, prompt, new)),
-        "sealed": partial(decode, await rig.deployed(), prompt, new),
-        "one_hop": partial(decode, await rig.deployed(hops=1), prompt, new),
-        "plain": partial(decode, await rig.deployed("plain"), prompt, new),
+        "sealed": decoding(rig, await rig.deployed()),
+        "one_hop": decoding(rig, await rig.deployed(hops=1)),
+        "plain": decoding(rig, await rig.deployed("plain")),
         "memory_gb_per_s": rig.memory_gb_per_s,
     }
     rivals: list[Pair] = [("sealed", name) for name in ("transformers", "transformers_same_kernel", "one_hop", "plain")]
@@ -47,10 +47,10 @@ async def decode_section(rig: Rig) -> dict[str, object]:
 
 async def long_prefill_section(rig: Rig) -> dict[str, object]:
     """One long prompt: chunks in a pipeline over the hops, beside the same engine in one process with one thread."""
-    prompts = rig.prompts(1, rig.sizes.long_tokens)
+    tokens = rig.sizes.long_tokens
     contestants: dict[str, Contestant] = {
-        "one_hop": partial(prefill, await rig.deployed(hops=1), prompts),
-        "pipelined": partial(prefill, await rig.deployed(), prompts),
+        "one_hop": prefilling(rig, await rig.deployed(hops=1), 1, tokens),
+        "pipelined": prefilling(rig, await rig.deployed(), 1, tokens),
     }
     rounds = await rig.rounds(contestants, [("pipelined", "one_hop")])
     return {
