@@ -271,7 +271,7 @@ async def _models(running: _Run, values: list[int]) -> None:
             ours, theirs = await running.turns(
                 partial(_timed, rig, len(prompt), new), partial(_library_timed, library.one, prompt, new)
             )
-            weights = rig.bytes_per_token // DTYPE_BYTES[rig.dtype]
+            weights = rig.bytes_per_token("float32") // DTYPE_BYTES["float32"]
             running.add("model", value, ours | theirs | {"x": weights, "model": name})
 
 
@@ -282,8 +282,7 @@ async def _memory(running: _Run, values: list[int]) -> None:
     sizes = Sizes(batch=MEMORY_SESSIONS, long_tokens=MEMORY_SESSIONS * max(values), new_tokens=2)
     async with running.rig(running.options.model, sizes) as rig:
         model = await rig.deployed()
-        config = rig.checkpoint.config
-        kv_bytes = DTYPE_BYTES[rig.dtype] * sum(block.kv_values_per_token for block in config.blocks)
+        kv_bytes = rig.kv_bytes_per_token
         for value in values:
             (prompt,) = rig.prompts(1, value)
             async with _held(model, prompt, 1):  # what a prompt of this length takes in passing is taken before

@@ -34,10 +34,12 @@ def engine(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of decode, throughput, prefill, long_prefill, software, batching, prefix; with commas. Default: all."
+            help="Of decode, throughput, prefill, long_prefill, software, wire, batching, prefix; commas. Default: all."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Precisions, with commas.")] = "float32,bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of float32, bfloat16, int8; with commas. Default: all that there are.")
+    ] = None,
     minutes: Annotated[
         float, typer.Option(min=0, help="Time for measuring; each part ends earlier when its ratios are known to 3 %.")
     ] = 20.0,
@@ -64,7 +66,7 @@ def engine(
             tokenizer_from=demo_checkpoint(),
             model=model,
             only=tuple(words(only)) if only else tuple(bench.SECTIONS),
-            dtypes=tuple(words(dtype)),
+            dtypes=tuple(words(dtype)) if dtype else bench.PRECISIONS,
             minutes=minutes,
             data=data,
         )

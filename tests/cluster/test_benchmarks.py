@@ -52,6 +52,7 @@ RATIOS = {
     },
     "long_prefill": {"pipelined_prefill_300"},
     "software": {"software_vs_tcp"},
+    "wire": {"decode_bfloat16_vs_float32_wire", "prefill_bfloat16_vs_float32_wire"},
     "prefix": {"prefix_cache_ttft", "prefix_cache_ttft_vs_transformers"},
     "batching": {"continuous_vs_static_batching", "continuous_vs_static_latency"},
 }
@@ -79,8 +80,9 @@ def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) 
     assert report["model"]["blocks"] == 3
     for section, names in RATIOS.items():
         figures = report["float32"][section]
-        assert {name for name, value in figures.items() if isinstance(value, dict) and "ratio" in value} == names
-        for name in names:
+        measured = {name for name, value in figures.items() if isinstance(value, dict) and "ratio" in value}
+        assert measured >= names
+        for name in measured:
             assert 0 < figures[name]["low"] <= figures[name]["ratio"] <= figures[name]["high"], name
             assert figures[name]["rounds"] == 2
     software = report["float32"]["software"]

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import trio
 
+from client.sealing import DTYPES
 from models.checkpoint import Checkpoint
 from node.groups import ungrouped
 from protocol.errors import InputError
 from simnet import cluster
 from simnet.bench.engine.batches import prefill_section, throughput_section
-from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section
+from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
 from simnet.bench.engine.rig import Bench, Budget, Rig, Section, Sizes
 from simnet.bench.engine.traffic import batching_section, prefix_section
 from simnet.bench.machine import facts
@@ -39,12 +40,13 @@ SECTIONS: dict[str, Section] = {
     "prefill": prefill_section,
     "long_prefill": long_prefill_section,
     "software": software_section,
+    "wire": wire_section,
     "batching": batching_section,
     "prefix": prefix_section,
 }
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = tuple(name for name in ("float32", "bfloat16", "int8") if name in DTYPES)
 # What does not depend on precision is measured in the first one alone.
-ONCE = ("software", "batching", "prefix")
+ONCE = ("software", "wire", "batching", "prefix")
 Found = Callable[[dict[str, Any]], None]
 """Gets each section's figures as soon as they are there."""
 

@@ -128,8 +128,8 @@ class Rig:
         return self._deployed[privacy, hops]
 
     async def library(self, same_kernel: bool = False) -> Library:
-        """transformers in this precision, in float32 where it has none such."""
-        dtype = self.dtype if self.dtype in LIBRARY_DTYPES else "float32"
+        """transformers on the same checkpoint."""
+        dtype = self.library_dtype
         if (dtype, same_kernel) not in self._libraries:
             made = partial(Library, self.bench.model, dtype, same_kernel)
             self._libraries[dtype, same_kernel] = await trio.to_thread.run_sync(made)
@@ -178,11 +178,23 @@ class Rig:
         return [list(source.ids(rng, tokens)) for _ in range(count)]
 
     @property
-    def bytes_per_token(self) -> int:
-        """Weights that a token at batch 1 reads: all blocks and the head, in this precision."""
+    def library_dtype(self) -> str:
+        """What transformers computes in: this precision, or float32 where it has none such."""
+        return self.dtype if self.dtype in LIBRARY_DTYPES else "float32"
+
+    def bytes_per_token(self, dtype: str) -> int:
+        """Weights that a token at batch 1 reads: all blocks in `dtype`, and a head of 16 bits at least."""
         config = self.checkpoint.config
-        weights = sum(block.num_parameters for block in config.blocks) + config.vocab_size * config.hidden_size
-        return weights * DTYPE_BYTES[self.dtype]
+        head_dtype = dtype if dtype in LIBRARY_DTYPES else "float32"
+        blocks = DTYPE_BYTES[dtype] * sum(block.num_parameters for block in config.blocks)
+        return blocks + DTYPE_BYTES[head_dtype] * config.vocab_size * config.hidden_size
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """What keys and values of a token take in all blocks, in the dtype that they are computed in."""
+        return DTYPE_BYTES[self.library_dtype] * sum(
+            block.kv_values_per_token for block in self.checkpoint.config.blocks
+        )
 
     async def library_threads(self, batch: int) -> int:
         """What transformers gets against all workers together: as many threads as they have, no more than there are
