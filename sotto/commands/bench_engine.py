@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json
+from sotto.commands.common import Json, errors, print_json, terminate_as_interrupt
 
 Data = Annotated[
     Path | None,
@@ -34,7 +34,8 @@ def engine(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of decode, throughput, prefill, long_prefill, software, wire, batching, prefix; commas. Default: all."
+            help="Of decode, throughput, prefill, long_prefill, software, wire, batching, prefix, speculation; with "
+            "commas. Default: all."
         ),
     ] = None,
     dtype: Annotated[
@@ -65,12 +66,12 @@ def engine(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),
             model=model,
-            only=tuple(words(only)) if only else tuple(bench.SECTIONS),
+            only=tuple(words(only)) if only else bench.PARTS,
             dtypes=tuple(words(dtype)) if dtype else bench.PRECISIONS,
             minutes=minutes,
             data=data,
         )
-        with status(as_json) as say:
+        with status(as_json) as say, terminate_as_interrupt():
             try:
                 bench.run(options, report, found if as_json else _shown(found), say)
             except* KeyboardInterrupt:
@@ -108,7 +109,7 @@ def _shown(found: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]]
 def _text(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
-    if "ratio" in value:
+    if "low" in value:
         return f"{value['ratio']:g} ({value['low']:g} to {value['high']:g}, {value['rounds']} rounds)"
     return "  ".join(f"{name} {_text(each)}" for name, each in value.items())
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, lines, status, words
-from sotto.commands.common import Json, errors, print_json, progress_bar
+from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
 
 OneDtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
 
@@ -48,7 +50,7 @@ def growth(
             minutes=minutes,
         )
         run = {"model": model, "dtype": dtype}
-        with lines(out) as write, progress_bar("points", bytes_=False, quiet=as_json) as update, status(True) as say:
+        with lines(out) as write, progress_bar("points", bytes_=False, quiet=as_json) as update, _working() as say:
             progress = bench.Progress(_known(out, run), lambda point: write({"run": run, **point}), update, say)
             try:
                 bench.run(options, report, progress)
@@ -108,7 +110,7 @@ def serve(
             data=data,
             library=library,
         )
-        with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, status(True) as say:
+        with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, _working() as say:
             try:
                 bench.run(options, report, bench.Hear(write, update, say))
             except* KeyboardInterrupt:
@@ -122,6 +124,13 @@ def serve(
         for who in ("sotto", "transformers"):
             if who in point:
                 print(f"{who}, {point['concurrency']} at once: {_line(point[who])}")
+
+
+@contextmanager
+def _working() -> Iterator[Callable[[str], None]]:
+    """SIGTERM ends a benchmark as an interrupt does, with what was measured."""
+    with status(True) as say, terminate_as_interrupt():
+        yield say
 
 
 def _known(out: Path | None, run: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:

@@ -69,9 +69,7 @@ def silent(*_: Any) -> None: ...
 
 def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) -> None:
     assert set(RATIOS) == set(engine.SECTIONS)
-    options = engine.Options(
-        folder=tmp_path, tokenizer_from=demo_checkpoint(), model=tiny, dtypes=("float32",), minutes=0, sizes=SIZES
-    )
+    options = engine.Options(tmp_path, demo_checkpoint(), tiny, dtypes=("float32",), minutes=0, sizes=SIZES)
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     engine.measure(options, swarm, report, found.append, silent)
@@ -89,6 +87,22 @@ def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) 
     assert min(software["software_us_per_hop"], software["tcp_us_per_hop"], *software["token_us"].values()) > 0
     assert set(report["float32"]["decode"]["memory_limit_share"]) >= {"sealed", "transformers"}
     assert report["float32"]["throughput"]["threads"]["workers"] == 3
+
+
+def test_guessing_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, monkeypatch: Any) -> None:
+    asked: list[Any] = []
+
+    def run(options: Any) -> dict[str, Any]:
+        asked.append(options)
+        return {"speculation_at_100ms_rtt": {"ratio": 3.0}, "tokens": 8, "points": []}
+
+    monkeypatch.setattr(engine.speculation, "run", run)
+    found: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
+    engine.run(engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",)), report, found.append, silent)
+    assert (asked[0].rtts_ms, asked[0].workloads, asked[0].model) == ((100.0,), ("editing",), Path(tiny))
+    assert report["speculation"]["speculation_at_100ms_rtt"] == {"ratio": 3.0}
+    assert [each["section"] for each in found] == ["speculation"]
 
 
 def test_growth_and_what_is_known_of_it(swarm: Cluster, tmp_path: Path, tiny: str, monkeypatch: Any) -> None:
