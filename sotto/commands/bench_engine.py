@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -80,6 +81,14 @@ def engine(
             report["plots"] = [str(path) for path in pictures.breakdown(report, plots)]
     if as_json:
         print_json(report)
+    end(report)
+
+
+def end(report: dict[str, Any]) -> None:
+    """Exit status 1 after a run that was cut short: what is printed is not all."""
+    if "interrupted" in report:
+        print("sotto: interrupted: not everything was measured", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @contextmanager
