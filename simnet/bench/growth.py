@@ -219,11 +219,11 @@ async def _one_request(running: _Run, axis: str, values: list[int], new: int) ->
         return
     sizes = Sizes(batch=1, long_tokens=max(values), new_tokens=new)
     async with running.rig(running.options.model, sizes) as rig:
-        model, library = await _warm(rig)
+        library = await _warm(rig)
         for value in values:
             (prompt,) = rig.prompts(1, value)
             ours, theirs = await running.turns(
-                partial(_timed, model, prompt, new), partial(_library_timed, library.one, prompt, new)
+                partial(_timed, rig, len(prompt), new), partial(_library_timed, library.one, prompt, new)
             )
             running.add(axis, value, ours | theirs)
 
@@ -234,13 +234,13 @@ async def _concurrency(running: _Run, values: list[int]) -> None:
         return
     sizes = Sizes(batch=max(values), long_tokens=1, prefill_tokens=1, trace_tokens_max=1)
     async with running.rig(running.options.model, sizes) as rig:
-        model, library = await _warm(rig)
+        library = await _warm(rig)
         for value in values:
             prompts, new = rig.prompts(value, sizes.prompt_tokens), running.options.new_tokens
             threads = await rig.library_threads(value)
             generate = partial(library.generate, prompts, new, threads)
             ours, theirs = await running.turns(
-                partial(_rate, partial(together, model, prompts, new)),
+                partial(_rate, partial(_together, rig, value, new)),
                 partial(_rate, partial(trio.to_thread.run_sync, generate)),
             )
             theirs = {f"library_{name}": value for name, value in theirs.items()}
@@ -252,12 +252,12 @@ async def _hops(running: _Run, values: list[int]) -> None:
     new = running.options.new_tokens
     for value in values:
         async with running.rig(running.options.model, Sizes(hops=value, batch=1, long_tokens=64)) as rig:
-            model, library = await _warm(rig)
+            library = await _warm(rig)
             (prompt,) = rig.prompts(1, 32)
             ours, theirs = await running.turns(
-                partial(_timed, model, prompt, new), partial(_library_timed, library.one, prompt, new)
+                partial(_timed, rig, len(prompt), new), partial(_library_timed, library.one, prompt, new)
             )
-            running.add("hops", value, ours | theirs | {"x": len(model.route.hops)})
+            running.add("hops", value, ours | theirs | {"x": len((await rig.deployed()).route.hops)})
 
 
 async def _models(running: _Run, values: list[int]) -> None:
@@ -266,12 +266,12 @@ async def _models(running: _Run, values: list[int]) -> None:
     for value in values:
         name = list(GROWING)[value]
         async with running.rig(name, Sizes(batch=1, long_tokens=64)) as rig:
-            model, library = await _warm(rig)
+            library = await _warm(rig)
             (prompt,) = rig.prompts(1, 32)
             ours, theirs = await running.turns(
-                partial(_timed, model, prompt, new), partial(_library_timed, library.one, prompt, new)
+                partial(_timed, rig, len(prompt), new), partial(_library_timed, library.one, prompt, new)
             )
-            weights = rig.bytes_per_token // DTYPE_BYTES[rig.dtype]
+            weights = rig.bytes_per_token("float32") // DTYPE_BYTES["float32"]
             running.add("model", value, ours | theirs | {"x": weights, "model": name})
 
 
@@ -282,8 +282,7 @@ async def _memory(running: _Run, values: list[int]) -> None:
     sizes = Sizes(batch=MEMORY_SESSIONS, long_tokens=MEMORY_SESSIONS * max(values), new_tokens=2)
     async with running.rig(running.options.model, sizes) as rig:
         model = await rig.deployed()
-        config = rig.checkpoint.config
-        kv_bytes = DTYPE_BYTES[rig.dtype] * sum(block.kv_values_per_token for block in config.blocks)
+        kv_bytes = rig.kv_bytes_per_token
         for value in values:
             (prompt,) = rig.prompts(1, value)
             async with _held(model, prompt, 1):  # what a prompt of this length takes in passing is taken before
@@ -296,13 +295,12 @@ async def _memory(running: _Run, values: list[int]) -> None:
             running.add("memory", value, figures | per_1k)
 
 
-async def _warm(rig: Rig) -> tuple[DeployedModel, Library]:
-    """The rig's model and its opponent, after a first request each that does not count."""
-    model, library = await rig.deployed(), await rig.library()
-    (prompt,) = rig.prompts(1, 8)
-    await model.generate(prompt, Ask(2, ignore_eos=True))
-    await trio.to_thread.run_sync(library.one, prompt, 2)
-    return model, library
+async def _warm(rig: Rig) -> Library:
+    """The rig's opponent, after a first request to it and to the deployed model that does not count."""
+    library = await rig.library()
+    await _timed(rig, 8, 2)
+    await trio.to_thread.run_sync(library.one, rig.prompts(1, 8)[0], 2)
+    return library
 
 
 @asynccontextmanager
@@ -317,8 +315,9 @@ async def _held(model: DeployedModel, prompt: list[int], sessions: int) -> Async
         yield
 
 
-async def _timed(model: DeployedModel, prompt: list[int], new: int) -> Point:
-    result = await model.generate(prompt, Ask(new, ignore_eos=True))
+async def _timed(rig: Rig, tokens: int, new: int) -> Point:
+    (prompt,) = rig.prompts(1, tokens)
+    result = await (await rig.deployed()).generate(prompt, Ask(new, ignore_eos=True))
     return {
         "first_token_ms": 1000 * result.time_to_first_token_s,
         "ms_per_token": 1000 / result.tokens_per_second if result.tokens_per_second else 0.0,
@@ -330,6 +329,10 @@ async def _library_timed(
 ) -> Point:
     first_s, token_s = await trio.to_thread.run_sync(one, prompt, new)
     return {"library_first_token_ms": 1000 * first_s, "library_ms_per_token": 1000 * token_s}
+
+
+async def _together(rig: Rig, count: int, new: int) -> float:
+    return await together(await rig.deployed(), rig.prompts(count, rig.sizes.prompt_tokens), new)
 
 
 async def _rate(run: Callable[[], Awaitable[float]]) -> Point:

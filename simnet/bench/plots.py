@@ -31,6 +31,8 @@ def growth(report: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def serving(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """Throughput against concurrency and latency percentiles of a `bench serve` report."""
+    if not report.get("points"):
+        return []
     return [_throughput(report, folder), _percentiles(report, folder)]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,8 @@ async def _measure(bench: Bench, options: Options, report: dict[str, Any], hear:
             done += 1
             hear.update(done, total)
 
-        for slots in options.concurrency:
+        for index, slots in enumerate(options.concurrency):
+            work = work.unseen(replace(source, seed=index))
             point: dict[str, Any] = {"concurrency": slots}
             point["sotto"] = (await serve(work, partial(answer, model), slots, done=count)).figures()
             if library is not None:

@@ -63,6 +63,18 @@ class Workload:
         """The same requests, all there at the start."""
         return replace(self, requests=tuple(replace(request, arrival_s=0.0) for request in self.requests))
 
+    def unseen(self, source: Source) -> Workload:
+        """The same requests in other words: each token id is another one, the same for all, by `source`'s seed. What
+        requests have in common stays in common, and what workers kept of the former ones does not help."""
+        count = source.vocabulary - FIRST_ID
+        shift = source.rng("unseen").randrange(1, count)
+
+        def renamed(ids: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(FIRST_ID + (token - FIRST_ID + shift) % count for token in ids)
+
+        requests = (replace(each, prompt=renamed(each.prompt), output=renamed(each.output)) for each in self.requests)
+        return replace(self, requests=tuple(requests))
+
     def at_rate(self, per_s: float) -> Workload:
         """The same requests and the same bursts, `per_s` of them a second on average; evenly where all came at once."""
         times = [request.arrival_s for request in self.requests]

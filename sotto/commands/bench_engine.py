@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json
+from sotto.commands.common import Json, errors, print_json, terminate_as_interrupt
 
 Data = Annotated[
     Path | None,
@@ -34,10 +35,13 @@ def engine(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of decode, throughput, prefill, long_prefill, software, batching; with commas. Default: all."
+            help="Of decode, throughput, prefill, long_prefill, software, wire, batching, prefix, speculation; with "
+            "commas. Default: all."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Precisions, with commas.")] = "float32,bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of float32, bfloat16, int8; with commas. Default: all that there are.")
+    ] = None,
     minutes: Annotated[
         float, typer.Option(min=0, help="Time for measuring; each part ends earlier when its ratios are known to 3 %.")
     ] = 20.0,
@@ -63,12 +67,12 @@ def engine(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),
             model=model,
-            only=tuple(words(only)) if only else tuple(bench.SECTIONS),
-            dtypes=tuple(words(dtype)),
+            only=tuple(words(only)) if only else bench.PARTS,
+            dtypes=tuple(words(dtype)) if dtype else bench.PRECISIONS,
             minutes=minutes,
             data=data,
         )
-        with status(as_json) as say:
+        with status(as_json) as say, terminate_as_interrupt():
             try:
                 bench.run(options, report, found if as_json else _shown(found), say)
             except* KeyboardInterrupt:
@@ -77,6 +81,14 @@ def engine(
             report["plots"] = [str(path) for path in pictures.breakdown(report, plots)]
     if as_json:
         print_json(report)
+    end(report)
+
+
+def end(report: dict[str, Any]) -> None:
+    """Exit status 1 after a run that was cut short: what is printed is not all."""
+    if "interrupted" in report:
+        print("sotto: interrupted: not everything was measured", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @contextmanager
@@ -106,7 +118,7 @@ def _shown(found: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]]
 def _text(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
-    if "ratio" in value:
+    if "low" in value:
         return f"{value['ratio']:g} ({value['low']:g} to {value['high']:g}, {value['rounds']} rounds)"
     return "  ".join(f"{name} {_text(each)}" for name, each in value.items())
 

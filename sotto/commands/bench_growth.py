@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, lines, status, words
-from sotto.commands.common import Json, errors, print_json, progress_bar
+from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, end, lines, status, words
+from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
 
 OneDtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
 
@@ -48,8 +50,8 @@ def growth(
             minutes=minutes,
         )
         run = {"model": model, "dtype": dtype}
-        with lines(out) as write, progress_bar("points", bytes_=False, quiet=as_json) as update, status(True) as say:
-            progress = bench.Progress(_known(out, run), lambda point: write({"run": run, **point}), update, say)
+        with lines(out) as write, progress_bar("points", bytes_=False, quiet=as_json) as update, _working() as say:
+            progress = bench.Progress(known_points(out, run), lambda point: write({"run": run, **point}), update, say)
             try:
                 bench.run(options, report, progress)
             except* KeyboardInterrupt:
@@ -58,13 +60,14 @@ def growth(
             report["plots"] = [str(path) for path in pictures.growth(report, plots)]
     if as_json:
         print_json(report)
-        return
-    for name, found in report["axes"].items():
+        return end(report)
+    for name, found in report.get("axes", {}).items():
         print(f"{name}: {found['cost']} {_fit(found, found['cost'])}")
         if f"library_{found['cost']}" in found:
             print(f"  transformers: {_fit(found, 'library_' + found['cost'])}")
         for point in found["points"]:
             print("  " + "  ".join(f"{key} {value}" for key, value in point.items() if key not in ("axis", "value")))
+    end(report)
 
 
 def serve(
@@ -108,7 +111,7 @@ def serve(
             data=data,
             library=library,
         )
-        with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, status(True) as say:
+        with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, _working() as say:
             try:
                 bench.run(options, report, bench.Hear(write, update, say))
             except* KeyboardInterrupt:
@@ -117,14 +120,22 @@ def serve(
             report["plots"] = [str(path) for path in pictures.serving(report, plots)]
     if as_json:
         print_json(report)
-        return
-    for point in report["points"]:
+        return end(report)
+    for point in report.get("points", []):
         for who in ("sotto", "transformers"):
             if who in point:
                 print(f"{who}, {point['concurrency']} at once: {_line(point[who])}")
+    end(report)
 
 
-def _known(out: Path | None, run: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:
+@contextmanager
+def _working() -> Iterator[Callable[[str], None]]:
+    """SIGTERM ends a benchmark as an interrupt does, with what was measured."""
+    with status(True) as say, terminate_as_interrupt():
+        yield say
+
+
+def known_points(out: Path | None, run: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:
     """Points that an earlier run of the same model and precision left in its file. Raises InputError."""
     from protocol.errors import InputError
 

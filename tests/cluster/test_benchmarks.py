@@ -25,6 +25,8 @@ SIZES = Sizes(
     prefill_tokens=16,
     long_tokens=300,
     trace_requests=6,
+    prefix_tokens=70,
+    own_tokens=4,
     trace_tokens_max=32,
     memory_bytes=1 << 20,
     rounds_min=2,
@@ -50,6 +52,8 @@ RATIOS = {
     },
     "long_prefill": {"pipelined_prefill_300"},
     "software": {"software_vs_tcp"},
+    "wire": {"decode_bfloat16_vs_float32_wire", "prefill_bfloat16_vs_float32_wire"},
+    "prefix": {"prefix_cache_ttft", "prefix_cache_ttft_vs_transformers"},
     "batching": {"continuous_vs_static_batching", "continuous_vs_static_latency"},
 }
 
@@ -65,9 +69,7 @@ def silent(*_: Any) -> None: ...
 
 def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) -> None:
     assert set(RATIOS) == set(engine.SECTIONS)
-    options = engine.Options(
-        folder=tmp_path, tokenizer_from=demo_checkpoint(), model=tiny, dtypes=("float32",), minutes=0, sizes=SIZES
-    )
+    options = engine.Options(tmp_path, demo_checkpoint(), tiny, dtypes=("float32",), minutes=0, sizes=SIZES)
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     engine.measure(options, swarm, report, found.append, silent)
@@ -76,14 +78,31 @@ def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) 
     assert report["model"]["blocks"] == 3
     for section, names in RATIOS.items():
         figures = report["float32"][section]
-        assert {name for name, value in figures.items() if isinstance(value, dict) and "ratio" in value} == names
-        for name in names:
+        measured = {name for name, value in figures.items() if isinstance(value, dict) and "ratio" in value}
+        assert measured >= names
+        for name in measured:
             assert 0 < figures[name]["low"] <= figures[name]["ratio"] <= figures[name]["high"], name
             assert figures[name]["rounds"] == 2
     software = report["float32"]["software"]
     assert min(software["software_us_per_hop"], software["tcp_us_per_hop"], *software["token_us"].values()) > 0
     assert set(report["float32"]["decode"]["memory_limit_share"]) >= {"sealed", "transformers"}
     assert report["float32"]["throughput"]["threads"]["workers"] == 3
+
+
+def test_guessing_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, monkeypatch: Any) -> None:
+    asked: list[Any] = []
+
+    def run(options: Any) -> dict[str, Any]:
+        asked.append(options)
+        return {"speculation_at_100ms_rtt": {"ratio": 3.0}, "tokens": 8, "points": []}
+
+    monkeypatch.setattr(engine.speculation, "run", run)
+    found: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
+    engine.run(engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",)), report, found.append, silent)
+    assert (asked[0].rtts_ms, asked[0].workloads, asked[0].model) == ((100.0,), ("editing",), Path(tiny))
+    assert report["speculation"]["speculation_at_100ms_rtt"] == {"ratio": 3.0}
+    assert [each["section"] for each in found] == ["speculation"]
 
 
 def test_growth_and_what_is_known_of_it(swarm: Cluster, tmp_path: Path, tiny: str, monkeypatch: Any) -> None:

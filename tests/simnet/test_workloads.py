@@ -72,6 +72,19 @@ def test_a_rate_keeps_the_bursts() -> None:
     assert workloads.single(SOURCE, 4, 4).at_rate(3.0).requests[0].arrival_s == 0.0
 
 
+def test_unseen_requests_have_nothing_in_common_with_those_seen() -> None:
+    work = workloads.agents(SOURCE, 6, 64, 8)
+    unseen = work.unseen(Source(9, 1000))
+    assert [len(request.prompt) for request in unseen.requests] == [72] * 6
+    assert [request.arrival_s for request in unseen.requests] == [request.arrival_s for request in work.requests]
+    starts = {request.prompt[:8] for request in (*work.requests, *unseen.requests)}
+    assert len(starts) == 4, "two prefixes in common before, two others after"
+    edited = workloads.editing(SOURCE, 1, 200).requests[0]
+    renamed = Workload("editing", "built-in", (edited,)).unseen(Source(9, 1000)).requests[0]
+    kept = [a == b for a, b in zip(edited.prompt, edited.output, strict=True)]
+    assert kept == [a == b for a, b in zip(renamed.prompt, renamed.output, strict=True)]
+
+
 def test_agents_share_long_prefixes() -> None:
     work = workloads.agents(SOURCE, 6, prefix_tokens=64, own_tokens=8, prefixes=2)
     assert len({request.prompt[:64] for request in work.requests}) == 2

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from simnet.bench import dataplane, precision
+from protocol.errors import InputError
+from simnet.bench import dataplane, plots, precision
 from sotto.__main__ import app
+from sotto.commands.bench_growth import known_points
 from sotto.demo.corpus import Corpus, Document
 
 RATIOS = {
@@ -63,3 +66,25 @@ def test_precision(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
 def _few_words() -> Corpus:
     text = "If the file is closed, the method raises an error; the object can be read when it was opened anew. " * 4
     return Corpus((), (Document("few", text),), "")
+
+
+def test_growth_goes_on_where_its_file_ends(tmp_path: Path) -> None:
+    run = {"model": "30m", "dtype": "float32"}
+    lines = [{"run": run, "axis": "hops", "value": 2, "x": 2}, {"run": {**run, "dtype": "bfloat16"}, "axis": "hops"}]
+    file = tmp_path / "points.jsonl"
+    assert known_points(file, run) == {}, "a file that is not there yet"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert known_points(file, run) == {("hops", 2): {"axis": "hops", "value": 2, "x": 2}}
+    file.write_text('{"axis": "hops"}\n')
+    with pytest.raises(InputError, match="another file"):
+        known_points(file, run)
+
+
+@pytest.mark.parametrize("command", ["engine", "growth", "serve"])
+def test_pictures_that_cannot_be_drawn_are_known_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
+    result = CliRunner().invoke(app, ["bench", command, "--plots", str(tmp_path), "--json"])
+    assert result.exit_code == 1
+    assert "sotto[plots]" in json.loads(result.stdout)["error"]

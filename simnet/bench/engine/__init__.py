@@ -17,14 +17,16 @@ from typing import Any
 import torch
 import trio
 
+from client.sealing import DTYPES
 from models.checkpoint import Checkpoint
 from node.groups import ungrouped
 from protocol.errors import InputError
 from simnet import cluster
+from simnet.bench import speculation
 from simnet.bench.engine.batches import prefill_section, throughput_section
-from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section
+from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
 from simnet.bench.engine.rig import Bench, Budget, Rig, Section, Sizes
-from simnet.bench.engine.traffic import batching_section
+from simnet.bench.engine.traffic import batching_section, prefix_section
 from simnet.bench.machine import facts
 from simnet.random_model import RandomModel
 
@@ -39,30 +41,35 @@ SECTIONS: dict[str, Section] = {
     "prefill": prefill_section,
     "long_prefill": long_prefill_section,
     "software": software_section,
+    "wire": wire_section,
     "batching": batching_section,
+    "prefix": prefix_section,
 }
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = tuple(name for name in ("float32", "bfloat16", "int8") if name in DTYPES)
 # What does not depend on precision is measured in the first one alone.
-ONCE = ("software", "batching")
+ONCE = ("software", "wire", "batching", "prefix")
+SPECULATION = "speculation"  # behind shaped links, so with workers of its own
+PARTS = (*SECTIONS, SPECULATION)
+SPECULATION_RTT_MS, SPECULATION_ROUNDS = 100.0, 4
 Found = Callable[[dict[str, Any]], None]
 """Gets each section's figures as soon as they are there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`model`: one of MODELS, or a folder. `only`: names of SECTIONS. `minutes`: of measuring, in all."""
+    """`model`: one of MODELS, or a folder. `only`: names of PARTS. `minutes`: of measuring, in all."""
 
     folder: Path
     tokenizer_from: Path
     model: str = "120m"
-    only: tuple[str, ...] = tuple(SECTIONS)
+    only: tuple[str, ...] = PARTS
     dtypes: tuple[str, ...] = PRECISIONS
     minutes: float = 20.0
     data: Path | None = None
     sizes: Sizes = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:
-        for given, known, what in ((self.only, SECTIONS, "--only"), (self.dtypes, PRECISIONS, "--dtype")):
+        for given, known, what in ((self.only, PARTS, "--only"), (self.dtypes, PRECISIONS, "--dtype")):
             for name in given:
                 if name not in known:
                     raise InputError(f"{what} {name!r} is not known: choose of {', '.join(known)}")
@@ -74,7 +81,16 @@ class Options:
 
 
 def run(options: Options, report: dict[str, Any], found: Found, say: Callable[[str], None]) -> None:
-    """`measure` with workers of its own. Raises InputError."""
+    """`measure` with workers of its own, and guessing behind links with delay. Raises InputError."""
+    if any(name in SECTIONS for name in options.only):
+        _run_sections(options, report, found, say)
+    if SPECULATION in options.only:
+        say("guesses behind links with delay")
+        report[SPECULATION] = _speculation(options)
+        found({"dtype": "float32", "section": SPECULATION, **report[SPECULATION]})
+
+
+def _run_sections(options: Options, report: dict[str, Any], found: Found, say: Callable[[str], None]) -> None:
     specs = [cluster.WorkerSpec("6GiB", "2GiB", 1)] * options.sizes.hops
     with cluster.running(options.folder / "cluster", specs) as net:
         measure(options, net, report, found, say)
@@ -100,6 +116,22 @@ def measure(
         report[dtype] = {}
         with ungrouped():
             trio.run(_measure, bench, dtype, names, report[dtype], found)
+
+
+def _speculation(options: Options) -> dict[str, Any]:
+    """The headline of `sotto bench speculation` for this model: answers dictated, how many guesses held is stated."""
+    model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
+    report = speculation.run(
+        speculation.SpeculationBench(
+            folder=options.folder / SPECULATION,
+            model=model,
+            rtts_ms=(SPECULATION_RTT_MS,),
+            rounds=SPECULATION_ROUNDS,
+            workloads=("editing",),
+        )
+    )
+    headline = f"speculation_at_{SPECULATION_RTT_MS:g}ms_rtt"
+    return {headline: report[headline], "tokens": report["tokens"], "points": report["points"]}
 
 
 def checkpoint_of(model: str, folder: Path, tokenizer_from: Path) -> Path:

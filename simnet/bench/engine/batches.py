@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from simnet.bench.engine.rig import Rig, cpu_figures, in_thread, prefill, together
+from simnet.bench.engine.rig import Rig, cpu_figures, in_thread, prefilling, together
 from simnet.bench.paired import Contestant, Pair
 
 
@@ -13,11 +13,15 @@ async def throughput_section(rig: Rig) -> dict[str, object]:
     sizes = rig.sizes
     threads = await rig.library_threads(sizes.batch)
     prompts, new = rig.prompts(sizes.batch, sizes.prompt_tokens), sizes.new_tokens
-    library, kernel = await rig.library(), await rig.library(same_kernel=True)
+    library, kernel, model = await rig.library(), await rig.library(same_kernel=True), await rig.deployed()
+
+    async def sealed() -> float:
+        return await together(model, rig.prompts(sizes.batch, sizes.prompt_tokens), new)
+
     contestants: dict[str, Contestant] = {
         "transformers": in_thread(partial(library.generate, prompts, new, threads)),
         "transformers_same_kernel": in_thread(partial(kernel.generate, prompts, new, threads)),
-        "sealed": partial(together, await rig.deployed(), prompts, new),
+        "sealed": sealed,
     }
     return await _against_library(rig, "throughput", contestants, sizes.batch * new)
 
@@ -31,8 +35,8 @@ async def prefill_section(rig: Rig) -> dict[str, object]:
     contestants: dict[str, Contestant] = {
         "transformers": in_thread(partial(library.prefill, prompts, threads)),
         "transformers_same_kernel": in_thread(partial(kernel.prefill, prompts, threads)),
-        "sealed": partial(prefill, await rig.deployed(), prompts),
-        "plain": partial(prefill, await rig.deployed("plain"), prompts),
+        "sealed": prefilling(rig, await rig.deployed(), sizes.batch, sizes.prefill_tokens),
+        "plain": prefilling(rig, await rig.deployed("plain"), sizes.batch, sizes.prefill_tokens),
     }
     return await _against_library(rig, "prefill", contestants, sizes.batch * sizes.prefill_tokens)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from functools import partial
 
+from client.generate import GenerationResult
 from node.measuring import measure, time_ends
-from node.model import DeployedModel
-from simnet.bench.engine.rig import Rig, cpu_figures, decode, in_thread, prefill
+from node.model import MISSING, Ask, DeployedModel
+from protocol.strategy import CHOICES, parse
+from protocol.tensors import DTYPE_BYTES
+from simnet.bench.engine.rig import Rig, cpu_figures, decoding, in_thread, prefilling
 from simnet.bench.machine import echo_us, raw_tcp
 from simnet.bench.paired import Contestant, Pair, Rounds
 
@@ -22,35 +25,69 @@ async def decode_section(rig: Rig) -> dict[str, object]:
     contestants: dict[str, Contestant] = {
         "transformers": in_thread(partial(library.decode, prompt, new)),
         "transformers_same_kernel": in_thread(partial(kernel.decode, prompt, new)),
-        "sealed": partial(decode, await rig.deployed(), prompt, new),
-        "one_hop": partial(decode, await rig.deployed(hops=1), prompt, new),
-        "plain": partial(decode, await rig.deployed("plain"), prompt, new),
+        "sealed": decoding(rig, await rig.deployed()),
+        "one_hop": decoding(rig, await rig.deployed(hops=1)),
+        "plain": decoding(rig, await rig.deployed("plain")),
         "memory_gb_per_s": rig.memory_gb_per_s,
     }
     rivals: list[Pair] = [("sealed", name) for name in ("transformers", "transformers_same_kernel", "one_hop", "plain")]
     rounds, cpu = await rig.metered_rounds(contestants, rivals, new)
-    per_gb = rig.bytes_per_token / 1e9
     return {
         "decode_vs_transformers": rounds.ratio("sealed", "transformers").figures(),
         "decode_vs_transformers_same_kernel": rounds.ratio("sealed", "transformers_same_kernel").figures(),
         "decode_three_hops_vs_one": rounds.ratio("sealed", "one_hop").figures(),
         "decode_sealed_vs_plain": rounds.ratio("sealed", "plain").figures(),
         "memory_limit_share": {
-            name: rounds.ratio(name, "memory_gb_per_s", per_gb).figures()
-            for name in ("sealed", "one_hop", "transformers", "transformers_same_kernel")
+            name: rounds.ratio(name, "memory_gb_per_s", rig.bytes_per_token(dtype) / 1e9).figures()
+            for name, dtype in _read_in(rig)
         },
-        "gb_per_token": round(per_gb, 4),
+        "gb_per_token": rig.bytes_per_token(rig.dtype) / 1e9,
         **cpu_figures(cpu, "decode"),
+        "medians": rounds.medians(),
+    }
+
+
+def _read_in(rig: Rig) -> list[tuple[str, str]]:
+    """Who reads weights of which precision."""
+    ours, theirs = ("sealed", "one_hop"), ("transformers", "transformers_same_kernel")
+    return [(name, rig.dtype) for name in ours] + [(name, rig.library_dtype) for name in theirs]
+
+
+async def wire_section(rig: Rig) -> dict[str, object]:
+    """Activations on the wire in each precision: one request's decoding, one long prompt, and bytes of a token for each
+    message. On loopback bytes cost little: what is seen here is what making them smaller costs."""
+    model, sizes = await rig.deployed(), rig.sizes
+    wires = [name for name in CHOICES["wire"] if f"wire={name}" not in MISSING]
+
+    async def turn(wire: str, prompt_tokens: int, new: int) -> GenerationResult:
+        (prompt,) = rig.prompts(1, prompt_tokens)
+        strategy = parse(f"wire={wire}", model.default_strategy)
+        return await model.generate(prompt, Ask(new, ignore_eos=True, strategy=strategy))
+
+    async def decoded(wire: str) -> float:
+        return (await turn(wire, sizes.prompt_tokens, sizes.new_tokens)).tokens_per_second
+
+    async def filled(wire: str) -> float:
+        return sizes.long_tokens / (await turn(wire, sizes.long_tokens, 1)).time_to_first_token_s
+
+    contestants: dict[str, Contestant] = {f"decode_{wire}": partial(decoded, wire) for wire in wires}
+    contestants |= {f"prefill_{wire}": partial(filled, wire) for wire in wires}
+    pairs: list[Pair] = [(f"{kind}_{wire}", f"{kind}_float32") for wire in wires[1:] for kind in ("decode", "prefill")]
+    rounds = await rig.rounds(contestants, pairs)
+    width = rig.checkpoint.config.hidden_size
+    return {
+        **{f"{kind}_vs_float32_wire": rounds.ratio(kind, base).figures() for kind, base in pairs},
+        "bytes_per_token_and_message": {wire: DTYPE_BYTES[wire] * width for wire in wires},
         "medians": rounds.medians(),
     }
 
 
 async def long_prefill_section(rig: Rig) -> dict[str, object]:
     """One long prompt: chunks in a pipeline over the hops, beside the same engine in one process with one thread."""
-    prompts = rig.prompts(1, rig.sizes.long_tokens)
+    tokens = rig.sizes.long_tokens
     contestants: dict[str, Contestant] = {
-        "one_hop": partial(prefill, await rig.deployed(hops=1), prompts),
-        "pipelined": partial(prefill, await rig.deployed(), prompts),
+        "one_hop": prefilling(rig, await rig.deployed(hops=1), 1, tokens),
+        "pipelined": prefilling(rig, await rig.deployed(), 1, tokens),
     }
     rounds = await rig.rounds(contestants, [("pipelined", "one_hop")])
     return {

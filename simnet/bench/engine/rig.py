@@ -7,6 +7,7 @@ client would take the route that it already holds, however many hops it was aske
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -44,7 +45,8 @@ class Sizes:
     long_tokens: int = 2048
     trace_requests: int = 48
     trace_tokens_max: int = 256
-    prefix_tokens: int = 768
+    prefix_tokens: int = 768  # that prompts share
+    own_tokens: int = 32  # of each of them
     memory_bytes: int = 256 << 20  # of the arrays that are read for the memory limit
     rounds_min: int = 4
     enough: float = 0.03
@@ -52,8 +54,12 @@ class Sizes:
     @property
     def kv_tokens(self) -> int:
         """Room for each of `batch` sessions, so that all of any section fit."""
-        long = -(-(self.long_tokens + self.new_tokens) // self.batch)
-        return max(self.prompt_tokens + self.new_tokens, self.prefill_tokens + 1, self.trace_tokens_max, long) + 16
+        long = -(-max(self.long_tokens, self.prefix_tokens + self.own_tokens) // self.batch)
+        return (
+            max(self.prompt_tokens + self.new_tokens, self.prefill_tokens + 1, self.trace_tokens_max, long)
+            + 16
+            + self.new_tokens
+        )
 
 
 @dataclass(slots=True)
@@ -94,6 +100,7 @@ class Rig:
         self.checkpoint = Checkpoint.open(str(bench.model))
         self._deployed: dict[tuple[str, int], DeployedModel] = {}
         self._libraries: dict[tuple[str, bool], Library] = {}
+        self._seeds = itertools.count()
         self._threads: dict[int, int] = {}
         self._memory: Memory | None = None
         self._stack = AsyncExitStack()
@@ -121,8 +128,8 @@ class Rig:
         return self._deployed[privacy, hops]
 
     async def library(self, same_kernel: bool = False) -> Library:
-        """transformers in this precision, in float32 where it has none such."""
-        dtype = self.dtype if self.dtype in LIBRARY_DTYPES else "float32"
+        """transformers on the same checkpoint."""
+        dtype = self.library_dtype
         if (dtype, same_kernel) not in self._libraries:
             made = partial(Library, self.bench.model, dtype, same_kernel)
             self._libraries[dtype, same_kernel] = await trio.to_thread.run_sync(made)
@@ -160,22 +167,34 @@ class Rig:
         counted = len(next(iter(rounds.rates.values())))  # the round that warms up does not count
         return rounds, Rounds({name: values[-counted:] for name, values in costs.items()})
 
-    @property
     def source(self) -> Source:
-        return Source(0, self.checkpoint.config.vocab_size, self.bench.data)
+        """Where requests come from, another one each time: what the workers have seen they may still hold."""
+        return Source(next(self._seeds), self.checkpoint.config.vocab_size, self.bench.data)
 
     def prompts(self, count: int, tokens: int) -> list[list[int]]:
-        """Different prompts of one length."""
-        source = self.source
-        rng = source.rng(f"prompts {tokens}")
+        """Prompts of one length that nobody has seen before."""
+        source = self.source()
+        rng = source.rng("prompts")
         return [list(source.ids(rng, tokens)) for _ in range(count)]
 
     @property
-    def bytes_per_token(self) -> int:
-        """Weights that a token at batch 1 reads: all blocks and the head, in this precision."""
+    def library_dtype(self) -> str:
+        """What transformers computes in: this precision, or float32 where it has none such."""
+        return self.dtype if self.dtype in LIBRARY_DTYPES else "float32"
+
+    def bytes_per_token(self, dtype: str) -> int:
+        """Weights that a token at batch 1 reads: all blocks in `dtype`, and a head of 16 bits at least."""
         config = self.checkpoint.config
-        weights = sum(block.num_parameters for block in config.blocks) + config.vocab_size * config.hidden_size
-        return weights * DTYPE_BYTES[self.dtype]
+        head_dtype = dtype if dtype in LIBRARY_DTYPES else "float32"
+        blocks = DTYPE_BYTES[dtype] * sum(block.num_parameters for block in config.blocks)
+        return blocks + DTYPE_BYTES[head_dtype] * config.vocab_size * config.hidden_size
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """What keys and values of a token take in all blocks, in the dtype that they are computed in."""
+        return DTYPE_BYTES[self.library_dtype] * sum(
+            block.kv_values_per_token for block in self.checkpoint.config.blocks
+        )
 
     async def library_threads(self, batch: int) -> int:
         """What transformers gets against all workers together: as many threads as they have, no more than there are
@@ -204,11 +223,6 @@ async def answer(model: DeployedModel, request: Request) -> GenerationResult:
     return await model.generate(list(request.prompt), Ask(request.new_tokens, ignore_eos=True))
 
 
-async def decode(model: DeployedModel, prompt: list[int], new_tokens: int) -> float:
-    """Tokens per second after the first, one request."""
-    return (await model.generate(prompt, Ask(new_tokens, ignore_eos=True))).tokens_per_second
-
-
 async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: int) -> float:
     """New tokens per second of all `prompts` at once, from the first one's start to the last one's end."""
     started = time.perf_counter()
@@ -218,9 +232,23 @@ async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: i
     return len(prompts) * new_tokens / (time.perf_counter() - started)
 
 
-async def prefill(model: DeployedModel, prompts: list[list[int]]) -> float:
-    """Prompt tokens per second of all `prompts` at once, until each has its first token."""
-    return await together(model, prompts, 1) * len(prompts[0])
+def decoding(rig: Rig, model: DeployedModel) -> Contestant:
+    """Tokens per second after the first, one request."""
+
+    async def turn() -> float:
+        (prompt,) = rig.prompts(1, rig.sizes.prompt_tokens)
+        return (await model.generate(prompt, Ask(rig.sizes.new_tokens, ignore_eos=True))).tokens_per_second
+
+    return turn
+
+
+def prefilling(rig: Rig, model: DeployedModel, count: int, tokens: int) -> Contestant:
+    """Prompt tokens per second of `count` prompts at once, until each has its first token."""
+
+    async def turn() -> float:
+        return await together(model, rig.prompts(count, tokens), 1) * tokens
+
+    return turn
 
 
 def cpu_figures(cpu: Rounds, name: str) -> dict[str, object]:

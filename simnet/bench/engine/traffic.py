@@ -1,16 +1,19 @@
-"""Traffic as users make it: the chat trace, served as requests arrive and served in static batches."""
+"""Traffic as users make it: the chat trace, served as requests arrive and in static batches; agents with long
+instructions in common."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
-from node.model import DeployedModel
-from simnet.bench.engine.rig import Rig, answer
+from node.model import Ask, DeployedModel
+from simnet.bench.engine.rig import Rig, answer, in_thread
 from simnet.bench.paired import Contestant, Rounds
 from simnet.bench.serving import Admission, serve
-from simnet.bench.workloads import ChatShape, Workload, chat
+from simnet.bench.workloads import ChatShape, Request, Workload, agents, chat
 
 CHAT_SCALE = 0.125  # of the trace's lengths: a CPU serves in minutes what the trace's machines serve in hours
+REQUESTS_MAX = 1000  # with one prefix in common: more than there are rounds
 LOAD = 1.25  # requests arrive so much faster than they can be served: what is compared is capacity
 
 
@@ -19,12 +22,12 @@ async def batching_section(rig: Rig) -> dict[str, object]:
     mean latency per token (a ratio above 1: continuous is faster)."""
     sizes, model = rig.sizes, await rig.deployed()
     shape = ChatShape(scale=CHAT_SCALE, tokens_max=sizes.trace_tokens_max)
-    trace = chat(rig.source, sizes.trace_requests, shape)
+    trace = chat(rig.source(), sizes.trace_requests, shape)
     paced = await _paced(rig, model, trace)
     latency: dict[str, list[float]] = {"continuous": [], "static": []}
 
     async def turn(admission: Admission) -> float:
-        served = await serve(paced, partial(answer, model), sizes.batch, admission)
+        served = await serve(paced.unseen(rig.source()), partial(answer, model), sizes.batch, admission)
         latency[admission].append(1 / served.latency_per_token_s)
         return served.tokens_per_s
 
@@ -41,6 +44,33 @@ async def batching_section(rig: Rig) -> dict[str, object]:
         },
         "medians": rounds.medians(),
     }  # fmt: skip
+
+
+async def prefix_section(rig: Rig) -> dict[str, object]:
+    """The time to the first token of prompts that share a long prefix with one before, against prompts that share
+    nothing, at the same workers. Beside it transformers, which computes every prompt whole."""
+    sizes, model, library = rig.sizes, await rig.deployed(), await rig.library()
+    shared = iter(agents(rig.source(), REQUESTS_MAX, sizes.prefix_tokens, sizes.own_tokens, 1).requests)
+
+    def fresh() -> Request:
+        return agents(rig.source(), 1, sizes.prefix_tokens, sizes.own_tokens, 1).requests[0]
+
+    async def ours(next_request: Callable[[], Request]) -> float:
+        result = await model.generate(list(next_request().prompt), Ask(2, ignore_eos=True))
+        return 1 / result.time_to_first_token_s
+
+    contestants: dict[str, Contestant] = {
+        "fresh": partial(ours, fresh),
+        "shared": partial(ours, partial(next, shared)),
+        "transformers": in_thread(lambda: 1 / library.one(fresh().prompt, 2)[0]),
+    }
+    rounds = await rig.rounds(contestants, [("shared", "fresh")])
+    return {
+        "prefix_cache_ttft": rounds.ratio("shared", "fresh").figures(),
+        "prefix_cache_ttft_vs_transformers": rounds.ratio("shared", "transformers").figures(),
+        "workload": {"name": "agents", "prefix_tokens": sizes.prefix_tokens, "own_tokens": sizes.own_tokens},
+        "first_token_ms": {name: round(1000 / rounds.median(name), 2) for name in rounds.rates},
+    }
 
 
 async def _paced(rig: Rig, model: DeployedModel, trace: Workload) -> Workload:
