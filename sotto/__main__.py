@@ -47,9 +47,7 @@ sim.app.add_typer(check.app, name="check")
 app.add_typer(sim.app, name="sim")
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
 app.add_typer(bench.app, name="bench")
-app.command(
-    epilog="Example: sotto select runs.csv --task-columns model,tokens --strategy-column strategy --performance-column seconds --lower-is-better --hold-out model"
-)(select.select)
+app.command(epilog="Example: sotto select runs.csv --task-columns … --hold-out … (docs/SELECTION.md)")(select.select)
 
 
 def _print_version(wanted: bool) -> None:

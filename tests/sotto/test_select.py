@@ -21,7 +21,7 @@ def select(file: Path, *words: str) -> Result:
     return CliRunner().invoke(app, ["select", str(file), *words])
 
 
-@pytest.fixture()
+@pytest.fixture
 def few(tmp_path: Path) -> Path:
     file = tmp_path / "few.csv"
     file.write_text("\n".join(MADE["few"].lines()), encoding="utf-8")
