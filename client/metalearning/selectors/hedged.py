@@ -1,10 +1,11 @@
-"""The product's selector: boosted and other models, weighted by what each was worth on groups of tasks that it had not
+"""The product's selector: boosted and other models, as far as each held on groups of tasks that it had not
 seen, and a fixed ranking that they must beat.
 
 1. The recorded tasks are split by group into folds; every model predicts each fold from the others.
-2. A model's weight falls with how far its choices were behind the best model's, in standard errors over groups.
-3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds half the models' disagreement
-   about that gain, and nowhere if the mixture gained too little on those folds: then the ranking is used.
+2. Models whose choices were three standard errors behind the best model's there have no say; the others have equal
+   ones.
+3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds a quarter of the models'
+   disagreement about that gain, and nowhere if the mixture gained too little on those folds: then the ranking is used.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on
@@ -22,11 +23,11 @@ from client.metalearning.selectors.base import Prediction, Selector, best, ranki
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.grown import Grown
 from client.metalearning.selectors.kernel import Kernel
-from client.metalearning.selectors.neighbours import Neighbours
 from client.metalearning.table import Array, Mask, Numbers, Table, Task
 from client.metalearning.trees import boosted, randomised
 
-CAUTION = 0.5  # of the disagreement; 0.25 to 1 differ by less than the noise on the tables that this was tried on
+CAUTION = 0.25  # of the disagreement; 0 to 1 differ by less than the noise on the tables that this was tried on
+BEHIND_MAX = 3.0  # standard errors behind the best model, beyond which a model has no say
 FOLDS, FOLDS_OF_MANY, MANY_TASKS = 5, 3, 1500
 GAIN_ERRORS, ERROR_MAX = 0.5, 0.01  # a gain of half a standard error earns trust; so does half a per cent, at any error
 ERROR_MIN = 1e-3  # of a mean fraction: differences below it tell no model from another
@@ -39,7 +40,6 @@ def _members() -> list[Selector]:
         Grown(partial(boosted, rounds=80, rate=0.1, seed=1), scores=False),
         Grown(partial(randomised, count=50, seed=2), scores=True),
         Kernel(),
-        Neighbours(),
     ]
 
 
@@ -70,8 +70,8 @@ class Hedged:
         reached = [_reached(table, best(one, table.measured)) for one in each]
         leader = max(reached, key=lambda one: float(one.mean()))
         behind = [(one - leader).mean() / (_error(one - leader, table.groups) + ERROR_MIN) for one in reached]
-        weights = np.exp(-2.0 * np.square(behind))
-        self.weights = weights / weights.sum()
+        kept = np.array(behind) > -BEHIND_MAX
+        self.weights = kept / kept.sum()
         safe, bold, gain, doubt = self._compared(each, ranked, table.measured)
         gained = np.where(gain > CAUTION * doubt, _reached(table, bold) - _reached(table, safe), 0.0)
         self.trusted = bool(gained.mean() > GAIN_ERRORS * min(_error(gained, table.groups), ERROR_MAX))
