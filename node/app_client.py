@@ -40,6 +40,7 @@ from client.upload import Supply, holders_in
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
+from node.choosing import Choosing
 from node.clock import SystemClock
 from node.draft import Draft
 from node.entering import in_touch, member_ports
@@ -131,6 +132,7 @@ class Client:
         self.leases = LeaseKeeper(ports)
         self.grants = Grants(options.data_dir / "client" / "grants")
         self.journal = Journal(history_file(options.data_dir) if wanted() else None)
+        self.choosing = Choosing(ports.entropy)
         self._owner = owner
         self._driver = driver
         self._started = trio.current_time()
@@ -314,6 +316,7 @@ class Client:
                 origin=self.options.origin,
             ),
             turns=turns_over(ends),
+            choosing=self.choosing,
         )
 
     async def _leased_route(
@@ -414,6 +417,7 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
                     nursery.start_soon(client.journal.run)
+                    nursery.start_soon(client.choosing.prepare)
                     try:
                         yield client
                     finally:

@@ -25,6 +25,7 @@ from models.tokenizer import Tokenizer
 from node.model import Ask, DeployedModel
 from node.recording import Progress
 from protocol.errors import InputError
+from protocol.strategy import Auto, Strategy
 
 CONTEXT_TOKENS_DEFAULT = 4096  # what a deployment leases KV room for unless told otherwise
 
@@ -76,6 +77,7 @@ class Chat:
         self._guessing = model.guessing()
         self._session: RouteSession | None = None  # the newest
         self._moved_before = (0, 0)  # by those before it
+        self._strategy: Strategy | None = None
         self.transcript = Transcript(partial(_ids, template, model.tokenizer), self._context_tokens, options.system)
 
     @asynccontextmanager
@@ -89,20 +91,28 @@ class Chat:
         if prompt.dropped:
             self._options.notice(f"the context is full: the oldest {_turns(prompt.dropped)} left it")
         ask = replace(ask, max_new_tokens=prompt.room)
-        request, stream, guesses = await self._request(prompt, ask)
+        decided = self._model.decide(prompt.ids, self._as_before(ask))
+        self._strategy = decided.plan.strategy
+        request, stream, guesses = await self._request(prompt, ask, decided.plan.strategy)
         before, said = self._kept.losses, list[str]()
 
         def finished() -> Turn:
             return Turn(stream.result(), request.reused_tokens, prompt.dropped, self._kept.losses - before)
 
         try:
-            with self._model.recorder.request(prompt.ids, self._model.plan(ask)) as entry:
+            with self._model.recorder.request(decided.plan) as entry:
                 entry.progress = partial(self._progress, request, guesses, self._moved())
                 async with aclosing(_noting(stream.pieces(), said)) as pieces:
                     yield Reply(pieces, finished)
         finally:
             if said or request.ids:
                 self.transcript.said(text, "".join(said), prompt.dropped)
+
+    def _as_before(self, ask: Ask) -> Ask:
+        """A chat that chooses keeps to what it chose first: another strategy may need another session."""
+        if self._strategy is None or not isinstance(ask.strategy, Auto):
+            return ask
+        return replace(ask, strategy=self._strategy)
 
     def reset(self) -> None:
         """Forget what was said, but for the system message. The KV is kept for what it is worth."""
@@ -111,12 +121,14 @@ class Chat:
     async def aclose(self) -> None:
         await self._kept.aclose()
 
-    async def _request(self, prompt: ChatPrompt, ask: Ask) -> tuple[KeptRequest, TextStream, Speculation | None]:
-        model, params = self._model, self._model.params(ask)
+    async def _request(
+        self, prompt: ChatPrompt, ask: Ask, strategy: Strategy
+    ) -> tuple[KeptRequest, TextStream, Speculation | None]:
+        model, params = self._model, self._model.params(ask, strategy)
         if not ask.ignore_eos:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
-        host = await model.host(ask, self._guessing)
-        terms = model.terms(self._context_tokens, model.strategy(ask))
+        host = await model.host(ask, strategy, self._guessing)
+        terms = model.terms(self._context_tokens, strategy)
         if terms != self._terms:  # what a session was opened with cannot be changed
             await self._kept.aclose()
             self._terms = terms

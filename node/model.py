@@ -6,7 +6,7 @@ model's ends and the tokenizer, which never leave this process.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,12 +38,13 @@ from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
+from node.choosing import Choosing, Decided, Wanted
 from node.draft import Draft
 from node.guessing import Guessing
 from node.recording import Plan, Progress, Recorder
 from protocol import limits
 from protocol.errors import InputError
-from protocol.strategy import CHOICES, DEFAULT, Facts, Strategy, infeasible, parse
+from protocol.strategy import CHOICES, DEFAULT, Auto, Facts, Strategy, infeasible, parse
 
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
@@ -53,18 +54,20 @@ MISSING = frozenset(
 # Products on the event loop, rows times weights: some 5 ms, for which a lone request does better without a thread.
 INLINE_PRODUCTS_MAX = 32 << 20
 
+NO_TRIALS = Auto(explore=False)
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
-    `strategy`: None for the deployment's default. `exact`: refuse one that loses precision. `objective`: the time of
+    `strategy`: the one to use, or how to choose one. `exact`: refuse one that loses precision. `objective`: the time of
     this request, or the rate of all that run beside it. `trace`: keep account of where the time goes."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
-    strategy: Strategy | None = None
+    strategy: Strategy | Auto = NO_TRIALS
     exact: bool = False
     trace: bool = False
     objective: Objective = "latency"
@@ -74,11 +77,16 @@ class Answer:
     """One request under way. Iterate `pieces` once; `result` is there afterwards."""
 
     def __init__(
-        self, stream: TextStream, pieces: AsyncGenerator[str, None], trace: Callable[[], TraceReport] | None
+        self,
+        stream: TextStream,
+        pieces: AsyncGenerator[str, None],
+        trace: Callable[[], TraceReport] | None,
+        decided: Decided,
     ) -> None:
         self._stream = stream
         self._trace = trace
         self.pieces = pieces
+        self.decided = decided
 
     @property
     def result(self) -> GenerationResult:
@@ -110,6 +118,7 @@ class DeployedModel:
     draft: Draft
     deploy_again: Callable[[], Awaitable[DeployedModel]]  # over workers that are there now
     turns: Turns  # of all requests here
+    choosing: Choosing
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
@@ -117,13 +126,13 @@ class DeployedModel:
         ask = ask or Ask()
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
-        params = self.params(ask)
-        host = await self.host(ask, self.guessing())
-        strategy = self.strategy(ask)
+        decided = self.decide(ids, ask)
+        strategy = decided.plan.strategy
+        params, host = self.params(ask, strategy), await self.host(ask, strategy, self.guessing())
         keys = self._page_keys(strategy)
         # The last token is always computed: the page that it fills is not asked for.
         terms = replace(self.terms(kv_tokens, strategy), page_keys=keys.of(ids[:-1]) if keys else b"")
-        with self.recorder.request(ids, self.plan(ask)) as entry:
+        with self.recorder.request(decided.plan) as entry:
             trace = StepTrace() if ask.trace else None
             async with self.driver.session(self.route, replace(terms, trace=trace)) as session:
                 generation = Generation(session, self.ends, ids, params, host, session.held_tokens)
@@ -131,9 +140,11 @@ class DeployedModel:
                 stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
                 try:
                     async with aclosing(stream.pieces()) as pieces:
-                        yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None)
+                        yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None, decided)
                 finally:
                     session.keep_pages = keys.of(generation.held_ids) if keys else b""
+        if generation.finish_reason is not None:
+            self.choosing.learn(decided, generation.token_times_s)
 
     async def generate(
         self, prompt: str | list[int], ask: Ask | None = None, on_piece: Callable[[str], None] = lambda _: None
@@ -149,9 +160,13 @@ class DeployedModel:
         """The default with the weights that this deployment has."""
         return parse(f"weights={self.dtype}") if self.dtype in CHOICES["weights"] else DEFAULT
 
-    def strategy(self, ask: Ask) -> Strategy:
-        """What `ask` asks for. Raises InputError when it cannot be used here, with the reason."""
-        strategy = ask.strategy or self.default_strategy
+    def decide(self, ids: Sequence[int], ask: Ask) -> Decided:
+        """The strategy of a request with the prompt `ids`: the one that `ask` names, or the best by what is known.
+
+        Raises InputError when the named one cannot be used here, with the reason.
+        """
+        wish = (ask.max_new_tokens, ask.sampling.temperature, ask.objective, ask.exact)
+        task, recorder = self.recorder.task(ids, *wish), self.recorder
         facts = Facts(
             hops=len(self.route.hops),
             exact=ask.exact,
@@ -159,14 +174,21 @@ class DeployedModel:
             draft_model=self.draft.found,
             missing=MISSING,
         )
-        reason = infeasible(strategy, facts)
+        if isinstance(ask.strategy, Auto):
+            weights = self.default_strategy.weights
+            wanted = Wanted(self.place, recorder.model(), recorder.route(), task, facts, weights, ask.strategy)
+            return self.choosing.decide(wanted)
+        reason = infeasible(ask.strategy, facts)
         if reason is not None:
             raise InputError(reason)
-        return strategy
+        return Decided(Plan(task, ask.strategy, "default" if ask.strategy == self.default_strategy else "user"))
 
-    def params(self, ask: Ask) -> GenerationParams:
-        """Raises InputError, as `strategy` does."""
-        strategy = self.strategy(ask)
+    @property
+    def place(self) -> str:
+        """Names deployment and route, for what is learnt about both."""
+        return page_context(self.route, "", False).hex()
+
+    def params(self, ask: Ask, strategy: Strategy) -> GenerationParams:
         return GenerationParams(
             max_new_tokens=ask.max_new_tokens,
             sampling=ask.sampling,
@@ -179,9 +201,8 @@ class DeployedModel:
         """What guesses for one request, or for one after the other."""
         return Guessing(self.draft, self.config.vocab_size, self.ports.clock)
 
-    async def host(self, ask: Ask, guessing: Guessing) -> GenerationHost:
+    async def host(self, ask: Ask, strategy: Strategy, guessing: Guessing) -> GenerationHost:
         """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""
-        strategy = self.strategy(ask)
         speculation = await guessing.of(strategy, ask.sampling)
         # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it. And a
         # product of more rows may differ in its last bit.
@@ -191,18 +212,6 @@ class DeployedModel:
 
     def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
         return report(trace, prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
-
-    def plan(self, ask: Ask) -> Plan:
-        """`ask` as the history has it. Raises InputError, as `strategy` does."""
-        strategy = self.strategy(ask)
-        return Plan(
-            max_new_tokens=ask.max_new_tokens,
-            temperature=ask.sampling.temperature,
-            objective=ask.objective,
-            exact=ask.exact,
-            strategy=strategy,
-            chosen_by="default" if strategy == self.default_strategy else "user",
-        )
 
     def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
         """What a session of a request with `strategy` is opened with."""

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +20,7 @@ import torch
 import trio
 
 from client.learning.features import (
+    ModelFeatures,
     PrefixMemory,
     RouteFeatures,
     TaskFeatures,
@@ -120,12 +120,9 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is asked for, beside the prompt."""
+    """How a request is to be run, and what it is like. `chosen_by`: see client.learning.record.CHOOSERS."""
 
-    max_new_tokens: int
-    temperature: float
-    objective: str
-    exact: bool
+    task: TaskFeatures
     strategy: Strategy
     chosen_by: str
 
@@ -164,21 +161,29 @@ class Recorder:
     simulated: bool = False
     _hardware: str = field(default_factory=lambda: hardware())
 
+    def task(
+        self, ids: Sequence[int], max_new_tokens: int, temperature: float, objective: str, exact: bool
+    ) -> TaskFeatures:
+        """What is known of a request with the prompt `ids` before it runs; the prompt counts as seen from now on."""
+        return TaskFeatures(
+            prompt_tokens=len(ids),
+            max_new_tokens=max_new_tokens,
+            concurrency=self.journal.running + 1,
+            shared_prefix=self.journal.prefixes.share(ids),
+            repetition=repetition(ids),
+            temperature=temperature,
+            objective=objective,
+            exact=exact,
+        )
+
+    def model(self) -> ModelFeatures:
+        return model_features(self.subject.config, self.subject.dtype)
+
     @contextmanager
-    def request(self, ids: Sequence[int], plan: Plan) -> Iterator[Entry]:
-        """The block is one request with the prompt `ids`; how it ends is how the request ended."""
+    def request(self, plan: Plan) -> Iterator[Entry]:
+        """The block is one request; how it ends is how the request ended."""
         journal, entry = self.journal, Entry()
         journal.running += 1
-        task = partial(
-            TaskFeatures,
-            prompt_tokens=len(ids),
-            max_new_tokens=plan.max_new_tokens,
-            concurrency=journal.running,
-            shared_prefix=journal.prefixes.share(ids),
-            temperature=plan.temperature,
-            objective=plan.objective,
-            exact=plan.exact,
-        )
         view, at_ms, started = self.view(), int(self.clock.time() * 1000), self.clock.monotonic()
         try:
             yield entry
@@ -188,7 +193,7 @@ class Recorder:
         finally:
             journal.running -= 1
             outcome = _outcome(entry, self.clock.monotonic() - started)
-            journal.add(lambda: self._record(task(repetition=repetition(ids)), plan, outcome, (view, at_ms)))
+            journal.add(lambda: self._record(plan, outcome, (view, at_ms)))
 
     def route(self, view: SwarmView | None = None) -> RouteFeatures:
         """The route as `view` has it, by default as it is now."""
@@ -197,7 +202,7 @@ class Recorder:
         where = view if known else subject.view
         return route_features(where, subject.placement, subject.needs, subject.client_rtts_ms)
 
-    def _record(self, task: TaskFeatures, plan: Plan, outcome: Outcome, when: tuple[SwarmView, int]) -> Record:
+    def _record(self, plan: Plan, outcome: Outcome, when: tuple[SwarmView, int]) -> Record:
         subject, (view, at_ms) = self.subject, when
         return Record(
             uid=self.entropy(16).hex(),
@@ -211,9 +216,9 @@ class Recorder:
             tier=subject.tier,
             chosen_by=plan.chosen_by,
             strategy=plan.strategy,
-            model_features=model_features(subject.config, subject.dtype),
+            model_features=self.model(),
             route=self.route(view),
-            task=task,
+            task=plan.task,
             predicted=Prediction(token_s=subject.placement.predicted_ms_per_token / 1000),
             measured=outcome,
         )

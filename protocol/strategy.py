@@ -73,6 +73,15 @@ class Facts:
     missing: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """Let the client choose. `lossy`: among strategies that lose precision, too; `explore`: now and then one that may
+    be better than is known."""
+
+    lossy: bool = False
+    explore: bool = True
+
+
 _HINTS = get_type_hints(Strategy)
 FIELDS = tuple(field.name for field in fields(Strategy))
 CHOICES: dict[str, tuple[str, ...]] = {name: get_args(hint) for name, hint in _HINTS.items() if get_args(hint)}
@@ -102,6 +111,19 @@ def parse(text: str, base: Strategy = DEFAULT) -> Strategy:
         seen.add(name)
         values[name] = _value(name, value)
     return Strategy(**values)
+
+
+def parse_choice(text: str, base: Strategy = DEFAULT) -> Strategy | Auto:
+    """What `--strategy` says: "auto", with ",lossy" and ",no-explore" behind it if wanted, or a strategy's text form.
+
+    Raises InputError.
+    """
+    first, *words = (word.strip() for word in text.split(","))
+    if first != "auto":
+        return parse(text, base)
+    if unknown := set(words) - {"lossy", "no-explore"}:
+        raise InputError(f"{min(unknown)!r} cannot follow auto: use lossy, no-explore, or name=value without auto")
+    return Auto(lossy="lossy" in words, explore="no-explore" not in words)
 
 
 def describe(strategy: Strategy) -> str:

@@ -30,14 +30,14 @@ from node.model import Ask, DeployedModel
 from node.paths import data_dir as default_data_dir
 from protocol.errors import InputError
 from protocol.manifest import TIERS
-from protocol.strategy import Strategy, parse
+from protocol.strategy import Auto, Strategy, parse_choice
 from sotto.chat import AsyncChat, Chat
 from sotto.portal import Portal
 
 __all__ = ["AsyncChat", "AsyncModel", "AsyncSwarm", "Chat", "Model", "SamplingParams", "Swarm"]
 
 
-def _ask(max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str], strategy: Strategy) -> Ask:
+def _ask(max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str], strategy: Strategy | Auto) -> Ask:
     return Ask(max_new_tokens, sampling or SamplingParams(), tuple(stop), strategy=strategy)
 
 
@@ -54,13 +54,13 @@ class AsyncModel:
         max_new_tokens: int = 64,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
-        strategy: str = "default",
+        strategy: str = "auto",
     ) -> GenerationResult:
         """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
         return await self._model.generate(prompt, _ask(max_new_tokens, sampling, stop, self._chosen(strategy)))
 
-    def _chosen(self, strategy: str) -> Strategy:
-        return parse(strategy, self._model.default_strategy)
+    def _chosen(self, strategy: str) -> Strategy | Auto:
+        return parse_choice(strategy, self._model.default_strategy)
 
     async def stream(
         self,
@@ -69,7 +69,7 @@ class AsyncModel:
         max_new_tokens: int = 64,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
-        strategy: str = "default",
+        strategy: str = "auto",
     ) -> AsyncGenerator[str, None]:
         """The answer's text in pieces as they become certain. Close it (contextlib.aclosing) to stop early."""
         async with self._model.ask(prompt, _ask(max_new_tokens, sampling, stop, self._chosen(strategy))) as answer:
@@ -152,7 +152,7 @@ class Model:
         max_new_tokens: int = 64,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
-        strategy: str = "default",
+        strategy: str = "auto",
     ) -> GenerationResult:
         """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
         work = partial(
@@ -167,7 +167,7 @@ class Model:
         max_new_tokens: int = 64,
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
-        strategy: str = "default",
+        strategy: str = "auto",
     ) -> Iterator[str]:
         """The answer's text in pieces as they become certain. Leaving the loop early stops the request."""
         pieces = partial(

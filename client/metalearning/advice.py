@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.metalearning.features import Encoder
-from client.metalearning.selectors.base import Prediction, Selector
+from client.metalearning.selectors.base import Prediction, Selector, ranking
 from client.metalearning.table import Array, Table, Task
 from client.metalearning.trees import randomised
 
@@ -55,6 +55,18 @@ class Advisor:
         """Of the strategies that are possible now; at least one that the records name."""
         mask = np.array([[name in allowed for name in self._table.strategies]])
         return self._table.strategies[int(self._selector.choose((task,), mask)[0])]
+
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        """The strategies by their mean fraction of the oracle, best first."""
+        return tuple(self._table.strategies[place] for place in np.argsort(-ranking(self._table.fractions)))
+
+    def expect(self, task: Task) -> dict[str, tuple[float, float]]:
+        """Each strategy's expected fraction of the oracle, and one standard deviation of it."""
+        expected = self._selector.predict((task,))
+        fractions = np.clip(expected.fractions[0], FRACTION_MIN, 1.0)
+        names = self._table.strategies
+        return {name: (float(fractions[at]), float(expected.spread[0, at])) for at, name in enumerate(names)}
 
     def advise(self, task: Task, allowed: frozenset[str]) -> Advice:
         chosen = self.choose(task, allowed)

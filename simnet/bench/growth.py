@@ -317,7 +317,8 @@ async def _held(model: DeployedModel, prompt: list[int], sessions: int) -> Async
 
 async def _timed(rig: Rig, tokens: int, new: int) -> Point:
     (prompt,) = rig.prompts(1, tokens)
-    result = await (await rig.deployed()).generate(prompt, Ask(new, ignore_eos=True))
+    model = await rig.deployed()
+    result = await model.generate(prompt, Ask(new, ignore_eos=True, strategy=model.default_strategy))
     return {
         "first_token_ms": 1000 * result.time_to_first_token_s,
         "ms_per_token": 1000 / result.tokens_per_second if result.tokens_per_second else 0.0,

@@ -197,14 +197,14 @@ async def _reshape(net: cluster.Cluster, rtt_ms: float) -> None:
 async def _answer(model: DeployedModel, way: str, text: Text, tokens: int) -> GenerationResult:
     """One request with a session of its own, guesses made as `way` says."""
     sampling, strategy = SamplingParams(TEMPERATURE, seed=len(text.prompt)), parse(f"speculation={way}")
-    ask = Ask(tokens, sampling, ignore_eos=True, strategy=strategy)
+    ask = Ask(tokens, sampling, ignore_eos=True)
     if text.output:
         ask = replace(ask, max_new_tokens=min(tokens, len(text.output)), sampling=SamplingParams())
-    host = await model.host(ask, model.guessing())
+    host = await model.host(ask, strategy, model.guessing())
     if text.output:
         host = replace(host, choose=_Dictated(text).choose)
     async with model.session(len(text.prompt) + ask.max_new_tokens) as session:
-        generation = Generation(session, model.ends, text.prompt, model.params(ask), host)
+        generation = Generation(session, model.ends, text.prompt, model.params(ask, strategy), host)
         async for _ in generation.tokens():
             pass
         return generation.result()

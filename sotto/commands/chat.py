@@ -68,7 +68,7 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    strategy: StrategyText = "default",
+    strategy: StrategyText = "auto",
     draft: Draft = None,
     capability: Capability = None,
     data_dir: DataDir = None,
@@ -86,8 +86,8 @@ def chat(
         from sotto.chat import AsyncChat, Chat
         from sotto.portal import Portal
 
-        chosen = strategy_of(strategy, dtype, draft, capability)
-        sealed = (privacy, chosen.weights, key)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability)
+        sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
         portal = Portal(partial(deployed, replace(where, kv_tokens=context)))

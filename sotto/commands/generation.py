@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from client.placement import Placement
     from client.tracing import TraceReport
     from node.model import Ask, DeployedModel
-    from protocol.strategy import Strategy, Weights
+    from protocol.strategy import Auto, Strategy, Weights
     from protocol.swarm import SwarmView
 
 MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the answer, at most.")]
@@ -48,7 +48,8 @@ StrategyText = Annotated[
     str,
     typer.Option(
         "--strategy",
-        help="Accelerations: 'default', or name=value with commas, such as speculation=lookup,wire=bfloat16.",
+        help="Accelerations: 'auto' has them chosen (',lossy': also such as lose precision; ',no-explore': no trials); "
+        "'default'; or name=value with commas, such as speculation=lookup,wire=bfloat16.",
     ),
 ]
 Draft = Annotated[
@@ -93,7 +94,7 @@ def run(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    strategy: StrategyText = "default",
+    strategy: StrategyText = "auto",
     draft: Draft = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, per hop.")] = False,
     capability: Capability = None,
@@ -106,8 +107,8 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        chosen = strategy_of(strategy, dtype, draft, capability)
-        sealed = (privacy, chosen.weights, key)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability)
+        sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), trace=trace)
 
@@ -150,7 +151,7 @@ def submit(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    strategy: StrategyText = "default",
+    strategy: StrategyText = "auto",
     draft: Draft = None,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
@@ -166,9 +167,9 @@ def submit(
         from node.files import write_atomic
         from sotto.commands.job import read_prompts, run_job
 
-        chosen = strategy_of(strategy, dtype, draft, capability)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability)
         lines = read_prompts(prompts)
-        sealed = (privacy, chosen.weights, key)
+        sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), objective="throughput")
 
@@ -269,24 +270,27 @@ def where_of(
     )
 
 
-def strategy_of(text: str, dtype: str, draft: str | None, capability: str | None) -> Strategy:
-    """The strategy of a command line. `dtype` is its weights unless the text says others; who names a draft model wants
-    it to guess."""
+def strategy_of(text: str, dtype: str, draft: str | None, capability: str | None) -> tuple[Strategy | Auto, str]:
+    """The strategy of a command line, or how to choose one, and the weights to seal. `dtype` says these unless the
+    strategy does; who names a draft model wants it to guess. Raises InputError."""
     from protocol.errors import InputError
-    from protocol.strategy import DEFAULT, Strategy, parse
+    from protocol.strategy import DEFAULT, Auto, Strategy, parse_choice
 
-    chosen = parse(text, Strategy(weights=cast("Weights", dtype), speculation="draft" if draft else "off"))
+    base = Strategy(weights=cast("Weights", dtype), speculation="draft" if draft else "off")
+    chosen = parse_choice(text, base)
+    if isinstance(chosen, Auto):
+        return (base, dtype) if draft else (chosen, dtype)
     if draft and chosen.speculation != "draft":
         raise InputError(f"--draft and speculation={chosen.speculation} contradict each other: leave one out")
     if chosen.weights != dtype and dtype != DEFAULT.weights:
         raise InputError(f"--dtype {dtype} and weights={chosen.weights} contradict each other: give one of them")
     if chosen.weights != DEFAULT.weights and capability is not None:
         raise InputError("the owner of a deployment chooses its weights: leave them out")
-    return chosen
+    return chosen, chosen.weights
 
 
 def ask_of(
-    max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, strategy: Strategy
+    max_new_tokens: int, sampling: tuple[float, float, int, int], stop: list[str] | None, strategy: Strategy | Auto
 ) -> Ask:
     """What is asked for besides the prompt. Raises InputError."""
     from models.sampling import SamplingParams

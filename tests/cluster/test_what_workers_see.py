@@ -139,6 +139,7 @@ def _tap(monkeypatch: pytest.MonkeyPatch) -> Tap:
     tap = Tap()
     for kind in (MeshStream, DirectStream):
         monkeypatch.setattr(kind, "send", _recording(tap, kind.send))
+    monkeypatch.setattr(DirectStream, "send_at_once", _recording_at_once(tap, DirectStream.send_at_once))
     return tap
 
 
@@ -154,6 +155,17 @@ def _hidden(checkpoint: Checkpoint, ids: list[int], blocks: int) -> Tensor:
     for block, cache in zip(model.blocks[:blocks], caches, strict=False):
         rows = block.forward(rows, cache, 0)
     return rows
+
+
+def _recording_at_once(tap: Tap, send: Callable[[DirectStream, bytes], bool]) -> Callable[[DirectStream, bytes], bool]:
+    def recorded(self: DirectStream, data: bytes) -> bool:
+        taken = send(self, data)
+        if taken:  # else the same bytes come again, by `send`
+            tap.streams.append(self)
+            tap.bytes_sent[id(self)] += data
+        return taken
+
+    return recorded
 
 
 def _recording(tap: Tap, send: Callable[[Any, bytes], Awaitable[None]]) -> Callable[[Any, bytes], Awaitable[None]]:

@@ -152,7 +152,7 @@ def test_a_step_is_under_way_before_it_is_awaited_and_may_be_dropped(tmp_path: P
     engine, busy, told = _loaded(tmp_path), threading.Event(), list[int]()
     others = [SessionId(bytes([number]) * 16) for number in range(3)]
     for other in others:
-        engine.open(other, DEPLOYMENT, 16)
+        engine.open(other, SessionSpec(DEPLOYMENT, PeerId("tenant"), 16))
     tell = EngineThread._tell
 
     def counted(thread: EngineThread) -> None:

@@ -24,8 +24,11 @@ from protocol.swarm import SwarmView
 from tests.helpers.adverts import advert, peer, view
 from tests.helpers.records import CONFIG, numbered
 
-PLAN = Plan(8, 0.0, "latency", False, Strategy(speculation="lookup"), "user")
 IDS = [5, 6, 7] * 20
+
+
+def plan(recorder: Recorder) -> Plan:
+    return Plan(recorder.task(IDS, 8, 0.0, "latency", False), Strategy(speculation="lookup"), "user")
 
 
 def recorder(journal: Journal, name: str = "demo", now: Callable[[], SwarmView] | None = None) -> Recorder:
@@ -64,7 +67,7 @@ def recorded(path: Path, body: Callable[[Recorder], Awaitable[None]], **options:
 
 def test_a_request_that_ends_well(tmp_path: Path) -> None:
     async def body(recorder: Recorder) -> None:
-        with recorder.request(IDS, PLAN) as entry:
+        with recorder.request(plan(recorder)) as entry:
             serve(entry, (0.5, 0.75, 1.0), "length")
 
     (record,) = recorded(tmp_path / "history.db", body)
@@ -75,7 +78,7 @@ def test_a_request_that_ends_well(tmp_path: Path) -> None:
     assert (task.prompt_tokens, task.concurrency, task.max_new_tokens) == (60, 1, 8)
     assert task.repetition > 0.9
     assert (record.strategy, record.chosen_by, record.model, record.origin) == (
-        PLAN.strategy,
+        Strategy(speculation="lookup"),
         "user",
         "demo",
         "request",
@@ -87,14 +90,14 @@ def test_a_request_that_ends_well(tmp_path: Path) -> None:
 
 def test_requests_that_fail_are_recorded_as_far_as_they_came(tmp_path: Path) -> None:
     async def body(recorder: Recorder) -> None:
-        with suppress(RouteUnavailable), recorder.request(IDS, PLAN) as entry:
+        with suppress(RouteUnavailable), recorder.request(plan(recorder)) as entry:
             serve(entry, (0.5,), "")
             raise RouteUnavailable("gone")
-        with trio.CancelScope() as scope, recorder.request(IDS, PLAN) as entry:
+        with trio.CancelScope() as scope, recorder.request(plan(recorder)) as entry:
             serve(entry, (), "")
             scope.cancel()
             await trio.lowlevel.checkpoint()
-        with recorder.request(IDS, PLAN):
+        with recorder.request(plan(recorder)):
             pass  # given up before anything was opened
 
     records = recorded(tmp_path / "history.db", body)
@@ -107,7 +110,7 @@ def test_requests_that_fail_are_recorded_as_far_as_they_came(tmp_path: Path) -> 
 
 def test_requests_at_the_same_time_are_counted_and_prefixes_remembered(tmp_path: Path) -> None:
     async def body(recorder: Recorder) -> None:
-        with recorder.request(IDS, PLAN) as first, recorder.request(IDS, PLAN) as second:
+        with recorder.request(plan(recorder)) as first, recorder.request(plan(recorder)) as second:
             serve(first, (0.1,), "stop")
             serve(second, (0.1,), "stop")
 
@@ -117,7 +120,7 @@ def test_requests_at_the_same_time_are_counted_and_prefixes_remembered(tmp_path:
 
 def test_a_hop_that_left_the_swarm_since_is_recorded_as_it_was(tmp_path: Path) -> None:
     async def body(recorder: Recorder) -> None:
-        with recorder.request(IDS, PLAN) as entry:
+        with recorder.request(plan(recorder)) as entry:
             serve(entry, (0.1,), "stop")
 
     (record,) = recorded(tmp_path / "history.db", body, now=SwarmView)
@@ -126,7 +129,7 @@ def test_a_hop_that_left_the_swarm_since_is_recorded_as_it_was(tmp_path: Path) -
 
 def test_a_name_that_is_no_line_is_made_one(tmp_path: Path) -> None:
     async def body(recorder: Recorder) -> None:
-        with recorder.request(IDS, PLAN) as entry:
+        with recorder.request(plan(recorder)) as entry:
             serve(entry, (0.1,), "stop")
 
     (record,) = recorded(tmp_path / "history.db", body, name="two\nlines" + "x" * 500)
@@ -136,7 +139,7 @@ def test_a_name_that_is_no_line_is_made_one(tmp_path: Path) -> None:
 def test_a_history_that_cannot_be_written_fails_no_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def body(recorder: Recorder) -> None:
         for _ in range(3):
-            with recorder.request(IDS, PLAN) as entry:
+            with recorder.request(plan(recorder)) as entry:
                 serve(entry, (0.1,), "stop")
             await trio.testing.wait_all_tasks_blocked()
 

@@ -335,7 +335,7 @@ def test_manifests_that_no_engine_can_run_are_refused() -> None:
         (changed(config=block.config[1:]), bad),
         (changed(tensors=block.tensors[1:]), bad),
         (changed(shard_bytes=block.shard_bytes + (2 << 20)), bad),
-        (sign_manifest(dataclasses.replace(manifest, dtype="int8"), ANN), unsupported),
+        (sign_manifest(dataclasses.replace(manifest, dtype="int8"), ANN), bad),
         (sign_manifest(dataclasses.replace(manifest, dtype="int32"), ANN), unsupported),
         (sign_manifest(dataclasses.replace(manifest, blocks=(block, wide)), ANN), bad),
     ]

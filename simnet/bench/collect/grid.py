@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Literal
 
+from client.metalearning.candidates import CANDIDATES
 from protocol.strategy import Strategy, parse
 from simnet.bench.workloads import PROMPT_QUANTILES, between
 from simnet.random_model import RandomModel
@@ -68,18 +69,7 @@ ROUTES: dict[str, RoutePoint] = {
     "far-1": RoutePoint(1, 300, 10, 1),
 }
 
-# None of it; each acceleration alone; all that lose nothing; and with what guesses, and what rounds.
-NONE = "batching=off,prefix_cache=false,prefill_chunk=2048"
-STRATEGIES: tuple[str, ...] = (
-    NONE,
-    "prefix_cache=false,prefill_chunk=2048",  # continuous batching
-    "batching=off,prefill_chunk=2048",  # prefix caching
-    "batching=off,prefix_cache=false,prefill_chunk=128",  # chunked prefill
-    "default",  # all three
-    "speculation=lookup",
-    "wire=int8",
-    "speculation=lookup,wire=int8",
-)
+STRATEGIES = CANDIDATES  # None of it; each acceleration alone; all that lose nothing; guesses; 8-bit activations
 
 CONCURRENCIES = (1, 1, 2, 4, 8, 16, 32)
 SHARED = (0.0, 0.0, 0.5, 0.9)

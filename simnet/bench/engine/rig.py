@@ -220,7 +220,9 @@ def in_thread(work: Callable[[], float]) -> Contestant:
 
 async def answer(model: DeployedModel, request: Request) -> GenerationResult:
     """The whole answer to a request, of the length that it asks for."""
-    return await model.generate(list(request.prompt), Ask(request.new_tokens, ignore_eos=True))
+    return await model.generate(
+        list(request.prompt), Ask(request.new_tokens, ignore_eos=True, strategy=model.default_strategy)
+    )
 
 
 async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: int) -> float:
@@ -228,7 +230,9 @@ async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: i
     started = time.perf_counter()
     async with trio.open_nursery() as nursery:
         for prompt in prompts:
-            nursery.start_soon(model.generate, prompt, Ask(new_tokens, ignore_eos=True))
+            nursery.start_soon(
+                model.generate, prompt, Ask(new_tokens, ignore_eos=True, strategy=model.default_strategy)
+            )
     return len(prompts) * new_tokens / (time.perf_counter() - started)
 
 
@@ -237,7 +241,8 @@ def decoding(rig: Rig, model: DeployedModel) -> Contestant:
 
     async def turn() -> float:
         (prompt,) = rig.prompts(1, rig.sizes.prompt_tokens)
-        return (await model.generate(prompt, Ask(rig.sizes.new_tokens, ignore_eos=True))).tokens_per_second
+        asked = Ask(rig.sizes.new_tokens, ignore_eos=True, strategy=model.default_strategy)
+        return (await model.generate(prompt, asked)).tokens_per_second
 
     return turn
 

@@ -56,7 +56,9 @@ async def prefix_section(rig: Rig) -> dict[str, object]:
         return agents(rig.source(), 1, sizes.prefix_tokens, sizes.own_tokens, 1).requests[0]
 
     async def ours(next_request: Callable[[], Request]) -> float:
-        result = await model.generate(list(next_request().prompt), Ask(2, ignore_eos=True))
+        result = await model.generate(
+            list(next_request().prompt), Ask(2, ignore_eos=True, strategy=model.default_strategy)
+        )
         return 1 / result.time_to_first_token_s
 
     contestants: dict[str, Contestant] = {

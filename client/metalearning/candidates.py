@@ -1,0 +1,44 @@
+"""The strategies that may be chosen for a request, and the order in which they are taken where nothing is known.
+
+They differ in what a request can say; the weights are the deployment's. Simple names, in the text form of
+protocol/strategy.py. A record of another strategy teaches nothing about these.
+"""
+
+from __future__ import annotations
+
+from protocol.strategy import PRECISIONS, Facts, Strategy, infeasible, parse
+
+NONE = "batching=off,prefix_cache=false,prefill_chunk=2048"
+CANDIDATES: tuple[str, ...] = (
+    NONE,
+    "prefix_cache=false,prefill_chunk=2048",  # continuous batching alone
+    "batching=off,prefill_chunk=2048",  # prefix caching alone
+    "batching=off,prefix_cache=false,prefill_chunk=128",  # chunked prefill alone
+    "default",  # all three
+    "speculation=lookup",
+    "wire=int8",
+    "speculation=lookup,wire=int8",
+)
+RANKING = ("default", "speculation=lookup")  # before there are records: what loses nothing and seldom costs
+
+
+def possible(facts: Facts, weights: str, lossless: bool) -> dict[str, Strategy]:
+    """The candidates that can work with `facts`, over blocks in `weights`; `lossless`: none that changes numbers more
+    than the deployment does by itself."""
+    base = parse(f"weights={weights}")
+    all_of_them = {name: parse(name, base) for name in CANDIDATES}
+    return {
+        name: strategy
+        for name, strategy in all_of_them.items()
+        if infeasible(strategy, facts) is None and not (lossless and _loses(strategy))
+    }
+
+
+def name_of(strategy: Strategy) -> str | None:
+    """The candidate that a recorded strategy is, whatever its weights; None when it is none of them."""
+    texts = {parse(name, parse(f"weights={strategy.weights}")): name for name in CANDIDATES}
+    return texts.get(strategy)
+
+
+def _loses(strategy: Strategy) -> bool:
+    return any(getattr(strategy, name) != "float32" for name in PRECISIONS if name != "weights")

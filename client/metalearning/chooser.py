@@ -1,0 +1,130 @@
+"""Which strategy a request gets: what the records say of requests like it, corrected by what this user's own showed.
+
+In this order: what cannot work, or loses precision unasked, is out. With records, the advisor's prediction counts,
+corrected by `online.Corrections` of this deployment and route; a strategy is taken over the ranking's first only when
+its expected gain exceeds the doubt about it. Without records, the ranking. Now and then, when allowed, one that may be
+better than is known is tried: never one expected to lose more than `REGRET_MAX`, and never more often than `explore`.
+
+Pure: a random number comes in as an argument.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import numpy as np
+
+from client.metalearning.candidates import CANDIDATES, RANKING
+from client.metalearning.online import Corrections, Situation, corrected
+from client.metalearning.table import Array, Task
+
+EXPLORE = 0.03  # of requests, at most
+REGRET_MAX = 0.2  # a trial may be expected to cost a fifth more, no more
+TRUST = 1.0  # deviations by which a gain must exceed nothing
+SPREAD_UNKNOWN = 0.15  # of a fraction of the oracle, without records
+ROUTES_REMEMBERED = 256
+
+Why = Literal["only one is possible", "records", "ranking", "trial"]
+
+
+class Advice(Protocol):
+    """What records say: client.metalearning.advice.Advisor."""
+
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        """Strategies, the best on the whole first."""
+
+    def expect(self, task: Task) -> dict[str, tuple[float, float]]:
+        """Each one's expected fraction of the best possible, and one deviation of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """`fractions`: of the best possible, for each strategy that was possible; `spreads`: one deviation of each."""
+
+    strategy: str
+    why: Why
+    fractions: dict[str, float]
+    spreads: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request: `place` names deployment and route, `possible` what could work, `draw` is even in 0..1."""
+
+    place: str
+    task: Task
+    possible: Collection[str]
+    draw: float
+
+
+@dataclass(slots=True)
+class Chooser:
+    """`advisor` may come later, when it has been fitted. `explore` 0 tries nothing."""
+
+    advisor: Advice | None = None
+    explore: float = EXPLORE
+    _corrections: OrderedDict[str, Corrections] = field(default_factory=OrderedDict)
+
+    def choose(self, asked: Asked) -> Choice:
+        """Raises ValueError when nothing is possible, which is a bug of the caller."""
+        names = [name for name in CANDIDATES if name in asked.possible]
+        if not names:
+            raise ValueError("no strategy is possible, not even the default")
+        fractions, spreads = self._expected(asked, names)
+        known = [dict(zip(names, map(float, each), strict=True)) for each in (fractions, spreads)]
+        shown = Choice("", "records", *known)
+        if len(names) == 1:
+            return _because(shown, names[0], "only one is possible")
+        ranked = self.advisor.ranking if self.advisor else RANKING
+        safe = next((names.index(name) for name in ranked if name in names), 0)
+        bold = int(fractions.argmax())
+        doubt = float(np.hypot(spreads[bold], spreads[safe]))
+        best = bold if fractions[bold] - fractions[safe] > TRUST * doubt else safe
+        trial = self._trial(asked.draw, fractions, spreads, best)
+        if trial is not None:
+            return _because(shown, names[trial], "trial")
+        return _because(shown, names[best], "ranking" if best == safe else "records")
+
+    def note(self, asked: Asked, strategy: str, at: Situation, cost_s: float) -> None:
+        """A request cost `cost_s` seconds per token of its answer with `strategy`, one of CANDIDATES."""
+        place = CANDIDATES.index(strategy)
+        predicted, _ = self._predicted(asked.task)
+        self._of(asked.place).note(at, place, cost_s, max(float(predicted[place]), 1e-3))
+
+    def _expected(self, asked: Asked, names: list[str]) -> tuple[Array, Array]:
+        """Fractions of the best possible, corrected, and their deviations."""
+        places = [CANDIDATES.index(name) for name in names]
+        errors, deviations = self._of(asked.place).errors()
+        predicted, doubts = self._predicted(asked.task)
+        fractions = corrected(predicted[places], errors[places])
+        return fractions, np.hypot(fractions * deviations[places], doubts[places])
+
+    def _predicted(self, task: Task) -> tuple[Array, Array]:
+        """What the records alone say of all CANDIDATES."""
+        known = self.advisor.expect(task) if self.advisor else {}
+        each = [known.get(name, (1.0, SPREAD_UNKNOWN)) for name in CANDIDATES]
+        return np.array([fraction for fraction, _ in each]), np.array([spread for _, spread in each])
+
+    def _trial(self, draw: float, fractions: Array, spreads: Array, best: int) -> int | None:
+        if draw >= self.explore:
+            return None
+        hopes = np.where(fractions >= fractions[best] - REGRET_MAX, fractions + spreads, -np.inf)
+        hopes[best] = -np.inf
+        hope = int(hopes.argmax())
+        return hope if hopes[hope] > fractions[best] else None
+
+    def _of(self, place: str) -> Corrections:
+        """The corrections of a deployment and route; those that were not used for longest are forgotten."""
+        corrections = self._corrections.setdefault(place, Corrections(len(CANDIDATES)))
+        self._corrections.move_to_end(place)
+        while len(self._corrections) > ROUTES_REMEMBERED:
+            self._corrections.popitem(last=False)
+        return corrections
+
+
+def _because(choice: Choice, strategy: str, why: Why) -> Choice:
+    return replace(choice, strategy=strategy, why=why)

@@ -1,0 +1,31 @@
+"""A request as a task of the selectors: the features that choices are learnt from, in a fixed order.
+
+Only what was known before the request ran (client/learning/features.py). Sizes that follow from others are left out.
+"""
+
+from __future__ import annotations
+
+from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
+from client.metalearning.online import Situation
+from client.metalearning.table import Task
+
+MODEL = ("layers", "width", "kv_heads", "vocabulary", "parameters", "weight_bytes")
+ROUTE = ("hops", "compute_us", "compute_us_max", "rtt_ms", "rtt_ms_max", "bandwidth_mbit_s", "gpus", "load_percent_max")
+TASK = ("prompt_tokens", "max_new_tokens", "concurrency", "shared_prefix", "repetition", "temperature", "objective")
+FEATURES: tuple[str, ...] = (
+    *(f"model_{name}" for name in MODEL),
+    *(f"route_{name}" for name in ROUTE),
+    *(f"task_{name}" for name in TASK),
+)
+"""Columns of a table of records, as client/learning/record.py names them."""
+
+
+def described(model: ModelFeatures, route: RouteFeatures, task: TaskFeatures) -> Task:
+    """The cells of FEATURES."""
+    values = [getattr(part, name) for part, names in ((model, MODEL), (route, ROUTE), (task, TASK)) for name in names]
+    return Task(cells=tuple(value if value is None or isinstance(value, str) else float(value) for value in values))
+
+
+def situation(task: TaskFeatures) -> Situation:
+    """What the request's own cost depends on most."""
+    return Situation(task.prompt_tokens, task.max_new_tokens, task.concurrency)

@@ -1,0 +1,101 @@
+"""`--strategy auto`: the chooser of a client, with records to learn from and its own requests to be corrected by.
+
+The prior (recorded cells of a designed grid) comes with sotto where there is one; it is fitted in a thread, and until
+that is done the ranking is used. Corrections begin with the history's newest requests. No trio here but the thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.resources import files
+
+import trio
+
+from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
+from client.learning.record import Record
+from client.metalearning.candidates import name_of, possible
+from client.metalearning.chooser import Asked, Choice, Chooser
+from client.metalearning.described import FEATURES, described, situation
+from node.recording import Plan
+from protocol.ports import Entropy
+from protocol.strategy import Auto, Facts
+
+log = logging.getLogger("sotto.client")
+PRIOR = "prior.csv"
+REPLAYED_MAX = 500  # requests of the history that corrections begin with
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One request to choose for. `place` names its deployment and route."""
+
+    place: str
+    model: ModelFeatures
+    route: RouteFeatures
+    task: TaskFeatures
+    facts: Facts
+    weights: str
+    how: Auto
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """`plan` with its strategy. `choice` and `asked` are there when it was chosen here, to learn from how it went."""
+
+    plan: Plan
+    choice: Choice | None = None
+    asked: Asked | None = None
+
+
+@dataclass(slots=True)
+class Choosing:
+    """Of all deployed models of one client."""
+
+    entropy: Entropy
+    chooser: Chooser = field(default_factory=Chooser)
+
+    def decide(self, wanted: Wanted) -> Decided:
+        """Takes a few milliseconds at most. Never fails: the default is always possible."""
+        able = possible(wanted.facts, wanted.weights, lossless=wanted.facts.exact or not wanted.how.lossy)
+        draw = int.from_bytes(self.entropy(4), "big") / 2**32 if wanted.how.explore else 1.0
+        asked = Asked(wanted.place, described(wanted.model, wanted.route, wanted.task), able.keys(), draw)
+        choice = self.chooser.choose(asked)
+        return Decided(Plan(wanted.task, able[choice.strategy], "auto"), choice, asked)
+
+    def learn(self, decided: Decided, token_times_s: Sequence[float]) -> None:
+        """When each token of the answer was there, in seconds from the request's start."""
+        if decided.choice is not None and decided.asked is not None and token_times_s and token_times_s[-1] > 0:
+            cost_s = token_times_s[-1] / len(token_times_s)
+            self.chooser.note(decided.asked, decided.choice.strategy, situation(decided.plan.task), cost_s)
+
+    def replay(self, place: str, records: Sequence[Record]) -> None:
+        """Begin with earlier requests of this deployment and route, the oldest first."""
+        for record in records[-REPLAYED_MAX:]:
+            name, measured = name_of(record.strategy), record.measured
+            if name is None or measured.error or measured.ttft_s is None:
+                continue
+            took_s = measured.ttft_s + (measured.token_s or 0.0) * (measured.tokens - 1)
+            if took_s > 0:
+                asked = Asked(place, described(record.model_features, record.route, record.task), (name,), 1.0)
+                self.chooser.note(asked, name, situation(record.task), took_s / measured.tokens)
+
+    async def prepare(self) -> None:
+        """Fit the prior, where there is one. Cancelled, it leaves the ranking."""
+        prior = files("client.metalearning") / PRIOR
+        if prior.is_file():
+            text = prior.read_text(encoding="utf-8")
+            work = partial(_fitted, text)
+            self.chooser.advisor = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
+            log.info("the prior is fitted")
+
+
+def _fitted(text: str):  # type: ignore[no-untyped-def]
+    from client.metalearning.advice import Advisor
+    from client.metalearning.selectors.hedged import Hedged
+    from client.metalearning.table import Columns, Scale, read
+
+    columns = Columns(tasks=FEATURES, strategy="strategy", performance="cost_s", hold_out="model")
+    return Advisor(Hedged(), read(text.splitlines(), columns, Scale(lower_is_better=True)))

@@ -1,0 +1,104 @@
+"""The chooser: nothing that cannot work, nothing lossy unasked, records before the ranking, trials within bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from client.metalearning.candidates import CANDIDATES, NONE, name_of, possible
+from client.metalearning.chooser import EXPLORE, REGRET_MAX, Asked, Chooser
+from client.metalearning.online import Situation
+from client.metalearning.table import Task
+from protocol.strategy import Facts, parse
+
+ALL = frozenset(CANDIDATES)
+AT = Situation(64, 32, 1)
+
+
+def asked(possible: frozenset[str] = ALL, draw: float = 1.0, place: str = "here") -> Asked:
+    return Asked(place, Task(cells=()), possible, draw)
+
+
+@dataclass
+class Known:
+    """Records that say this of every task."""
+
+    fractions: dict[str, float]
+    spread: float = 0.02
+
+    @property
+    def ranking(self) -> tuple[str, ...]:
+        return tuple(sorted(self.fractions, key=lambda name: -self.fractions[name]))
+
+    def expect(self, task: Task) -> dict[str, tuple[float, float]]:
+        return {name: (fraction, self.spread) for name, fraction in self.fractions.items()}
+
+
+def test_without_records_it_is_the_default() -> None:
+    choice = Chooser().choose(asked())
+    assert (choice.strategy, choice.why) == ("default", "ranking")
+
+
+def test_records_say_what_is_best() -> None:
+    chooser = Chooser(Known(dict.fromkeys(CANDIDATES, 0.5) | {"default": 0.6, "speculation=lookup": 1.0}))
+    choice = chooser.choose(asked())
+    assert choice.strategy == "speculation=lookup"
+
+
+def test_a_gain_within_its_doubt_is_left_to_the_ranking() -> None:
+    @dataclass
+    class Unsure(Known):
+        @property
+        def ranking(self) -> tuple[str, ...]:
+            return ("default", "speculation=lookup")
+
+    close = Unsure(dict.fromkeys(CANDIDATES, 0.5) | {"default": 0.95, "speculation=lookup": 1.0}, spread=0.3)
+    assert Chooser(close).choose(asked()).strategy == "default"
+    close.spread = 0.001
+    corrections_too = Chooser(close).choose(asked())
+    assert corrections_too.strategy == "default", "nothing was measured here yet: the prior may be 15 % off"
+
+
+def test_only_what_is_possible_is_chosen() -> None:
+    only = frozenset({NONE})
+    choice = Chooser(Known({"default": 1.0})).choose(asked(only))
+    assert (choice.strategy, choice.why) == (NONE, "only one is possible")
+    with pytest.raises(ValueError, match="no strategy"):
+        Chooser().choose(asked(frozenset()))
+
+
+def test_own_requests_overrule_records() -> None:
+    chooser = Chooser(Known(dict.fromkeys(CANDIDATES, 0.6) | {"speculation=lookup": 1.0}))
+    assert chooser.choose(asked()).strategy == "speculation=lookup"
+    for _ in range(40):  # here it is twice as slow as the default, not faster
+        chooser.note(asked(), "default", AT, 0.01)
+        chooser.note(asked(), "speculation=lookup", AT, 0.02)
+    assert chooser.choose(asked()).fractions["default"] > chooser.choose(asked()).fractions["speculation=lookup"]
+    elsewhere = chooser.choose(asked(place="there"))
+    assert elsewhere.strategy == "speculation=lookup", "what was learnt on one route says nothing of another"
+
+
+def test_trials_are_rare_and_cheap() -> None:
+    chooser = Chooser(Known(dict.fromkeys(CANDIDATES, 0.95) | {"default": 1.0, NONE: 1 - 2 * REGRET_MAX}))
+    draws = [index / 1000 for index in range(1000)]
+    tried = [chooser.choose(asked(draw=draw)) for draw in draws]
+    trials = [choice for choice in tried if choice.why == "trial"]
+    assert len(trials) == EXPLORE * 1000
+    assert NONE not in {choice.strategy for choice in trials}
+    chooser.explore = 0.0
+    assert chooser.choose(asked(draw=0.0)).why != "trial"
+
+
+def test_lossy_candidates_need_leave() -> None:
+    facts = Facts(hops=2, deployed="float32")
+    lossless, lossy = possible(facts, "float32", lossless=True), possible(facts, "float32", lossless=False)
+    assert set(lossy) - set(lossless) == {name for name in CANDIDATES if "wire=int8" in name}
+    assert all(strategy.weights == "int8" for strategy in possible(Facts(deployed="int8"), "int8", True).values())
+
+
+def test_records_name_their_candidates() -> None:
+    for name in CANDIDATES:
+        assert name_of(parse(name)) == name
+        assert name_of(parse(name, parse("weights=bfloat16"))) == name
+    assert name_of(parse("prefill_chunk=17")) is None
