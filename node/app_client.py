@@ -40,7 +40,7 @@ from client.upload import Supply, holders_in
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
-from node.choosing import Choosing
+from node.choosing import REPLAYED_MAX, Choosing
 from node.clock import SystemClock
 from node.draft import Draft
 from node.entering import in_touch, member_ports
@@ -417,7 +417,7 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
                     nursery.start_soon(client.journal.run)
-                    nursery.start_soon(client.choosing.prepare)
+                    nursery.start_soon(client.choosing.prepare, partial(client.journal.newest, REPLAYED_MAX))
                     try:
                         yield client
                     finally:

@@ -6,11 +6,11 @@ that is done the ranking is used. Corrections begin with the history's newest re
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -18,21 +18,23 @@ from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.learning.record import Record
 from client.metalearning.candidates import name_of, possible
 from client.metalearning.chooser import Asked, Choice, Chooser
-from client.metalearning.described import FEATURES, described, situation
+from client.metalearning.described import FEATURES, described, place, situation
 from node.recording import Plan
 from protocol.ports import Entropy
 from protocol.strategy import Auto, Facts
 
-log = logging.getLogger("sotto.client")
+if TYPE_CHECKING:
+    from client.metalearning.advice import Advisor
+
 PRIOR = "prior.csv"
 REPLAYED_MAX = 500  # requests of the history that corrections begin with
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One request to choose for. `place` names its deployment and route."""
+    """One request to choose for. `name` is the model's."""
 
-    place: str
+    name: str
     model: ModelFeatures
     route: RouteFeatures
     task: TaskFeatures
@@ -61,7 +63,8 @@ class Choosing:
         """Takes a few milliseconds at most. Never fails: the default is always possible."""
         able = possible(wanted.facts, wanted.weights, lossless=wanted.facts.exact or not wanted.how.lossy)
         draw = int.from_bytes(self.entropy(4), "big") / 2**32 if wanted.how.explore else 1.0
-        asked = Asked(wanted.place, described(wanted.model, wanted.route, wanted.task), able.keys(), draw)
+        where = place(wanted.name, wanted.model, wanted.route)
+        asked = Asked(where, described(wanted.model, wanted.route, wanted.task), able.keys(), draw)
         choice = self.chooser.choose(asked)
         return Decided(Plan(wanted.task, able[choice.strategy], "auto"), choice, asked)
 
@@ -71,31 +74,45 @@ class Choosing:
             cost_s = token_times_s[-1] / len(token_times_s)
             self.chooser.note(decided.asked, decided.choice.strategy, situation(decided.plan.task), cost_s)
 
-    def replay(self, place: str, records: Sequence[Record]) -> None:
-        """Begin with earlier requests of this deployment and route, the oldest first."""
-        for record in records[-REPLAYED_MAX:]:
-            name, measured = name_of(record.strategy), record.measured
-            if name is None or measured.error or measured.ttft_s is None:
-                continue
-            took_s = measured.ttft_s + (measured.token_s or 0.0) * (measured.tokens - 1)
-            if took_s > 0:
-                asked = Asked(place, described(record.model_features, record.route, record.task), (name,), 1.0)
-                self.chooser.note(asked, name, situation(record.task), took_s / measured.tokens)
-
-    async def prepare(self) -> None:
-        """Fit the prior, where there is one. Cancelled, it leaves the ranking."""
-        prior = files("client.metalearning") / PRIOR
-        if prior.is_file():
-            text = prior.read_text(encoding="utf-8")
-            work = partial(_fitted, text)
-            self.chooser.advisor = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
-            log.info("the prior is fitted")
+    async def prepare(self, history: Callable[[], Sequence[Record]]) -> None:
+        """Fit the prior, where there is one, and replay `history` (read in a thread). Cancelled, it leaves the
+        ranking."""
+        work = partial(_begun, history)
+        advisor, records = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
+        self.chooser.advisor = advisor
+        replayed(self.chooser, records)
 
 
-def _fitted(text: str):  # type: ignore[no-untyped-def]
+def replayed(chooser: Chooser, records: Sequence[Record]) -> None:
+    """Let `chooser` know what earlier requests showed, the oldest first."""
+    for record in records[-REPLAYED_MAX:]:
+        name, measured = name_of(record.strategy), record.measured
+        if name is None or measured.error or measured.ttft_s is None:
+            continue
+        took_s = measured.ttft_s + (measured.token_s or 0.0) * (measured.tokens - 1)
+        if took_s > 0:
+            chooser.note(asked_of(record, (name,)), name, situation(record.task), took_s / measured.tokens)
+
+
+def asked_of(record: Record, possible: Collection[str]) -> Asked:
+    """The question that a recorded request was."""
+    model, route = record.model_features, record.route
+    return Asked(place(record.model, model, route), described(model, route, record.task), possible, 1.0)
+
+
+def _begun(history: Callable[[], Sequence[Record]]) -> tuple[Advisor | None, Sequence[Record]]:
+    return fitted_prior(), history()
+
+
+def fitted_prior() -> Advisor | None:
+    """What comes with sotto, fitted; takes seconds. None where nothing does."""
+    prior = files("client.metalearning") / PRIOR
+    if not prior.is_file():
+        return None
     from client.metalearning.advice import Advisor
     from client.metalearning.selectors.hedged import Hedged
     from client.metalearning.table import Columns, Scale, read
 
     columns = Columns(tasks=FEATURES, strategy="strategy", performance="cost_s", hold_out="model")
-    return Advisor(Hedged(), read(text.splitlines(), columns, Scale(lower_is_better=True)))
+    lines = prior.read_text(encoding="utf-8").splitlines()
+    return Advisor(Hedged(), read(lines, columns, Scale(lower_is_better=True)))

@@ -176,17 +176,14 @@ class DeployedModel:
         )
         if isinstance(ask.strategy, Auto):
             weights = self.default_strategy.weights
-            wanted = Wanted(self.place, recorder.model(), recorder.route(), task, facts, weights, ask.strategy)
+            wanted = Wanted(
+                recorder.subject.name, recorder.model(), recorder.route(), task, facts, weights, ask.strategy
+            )
             return self.choosing.decide(wanted)
         reason = infeasible(ask.strategy, facts)
         if reason is not None:
             raise InputError(reason)
         return Decided(Plan(task, ask.strategy, "default" if ask.strategy == self.default_strategy else "user"))
-
-    @property
-    def place(self) -> str:
-        """Names deployment and route, for what is learnt about both."""
-        return page_context(self.route, "", False).hex()
 
     def params(self, ask: Ask, strategy: Strategy) -> GenerationParams:
         return GenerationParams(

@@ -16,6 +16,7 @@ from sotto.commands import (
     check,
     demo,
     doctor,
+    explain,
     generation,
     grant,
     history,
@@ -51,6 +52,7 @@ app.command(name="id", epilog="Example: sotto id")(grant.identity)
 app.command(epilog="Example: sotto grant 12D3Koo… -m ./my-llama --for 7d")(grant.grant)
 app.command(epilog="Example: sotto revoke 0123456789abcdef0123456789abcdef")(grant.revoke)
 app.add_typer(history.app, name="history")
+app.command(epilog="Example: sotto explain")(explain.explain)
 app.add_typer(key.app, name="key")
 sim.app.add_typer(check.app, name="check")
 app.add_typer(sim.app, name="sim")

@@ -95,6 +95,10 @@ class Chooser:
         predicted, _ = self._predicted(asked.task)
         self._of(asked.place).note(at, place, cost_s, max(float(predicted[place]), 1e-3))
 
+    def seen(self, place: str) -> int:
+        """How many requests were noted there."""
+        return self._corrections[place].seen if place in self._corrections else 0
+
     def _expected(self, asked: Asked, names: list[str]) -> tuple[Array, Array]:
         """Fractions of the best possible, corrected, and their deviations."""
         places = [CANDIDATES.index(name) for name in names]

@@ -5,6 +5,8 @@ Only what was known before the request ran (client/learning/features.py). Sizes 
 
 from __future__ import annotations
 
+import math
+
 from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.metalearning.online import Situation
 from client.metalearning.table import Task
@@ -29,3 +31,10 @@ def described(model: ModelFeatures, route: RouteFeatures, task: TaskFeatures) ->
 def situation(task: TaskFeatures) -> Situation:
     """What the request's own cost depends on most."""
     return Situation(task.prompt_tokens, task.max_new_tokens, task.concurrency)
+
+
+def place(name: str, model: ModelFeatures, route: RouteFeatures) -> str:
+    """What is learnt from a user's own requests is learnt of this: a model in a precision, and routes that are about
+    alike (hops; wire and compute to a factor of two). The same tomorrow, over other machines of the same kind."""
+    sizes = (round(math.log2(1 + value)) for value in (route.rtt_ms, route.compute_us))
+    return "|".join(map(str, (name, model.weight_bytes, route.hops, *sizes)))

@@ -30,6 +30,7 @@ COMMANDS = [
     ["submit"],
     ["chat"],
     ["history"],
+    ["explain"],
     *(["history", name] for name in ("export", "import")),
     ["seal"],
     ["peers"],
@@ -40,8 +41,9 @@ COMMANDS = [
     *(["worker", name] for name in ("pause", "resume", "status")),
     *(["key", name] for name in ("new", "show", "export", "import")),
     *(["sim", name] for name in ("up", "status", "link", "kill", "freeze", "thaw", "restart", "down")),
-    *(["bench", name] for name in ("dataplane", "placement", "engine", "precision", "speculation")),
+    *(["bench", name] for name in ("dataplane", "placement", "engine", "growth", "serve", "precision", "speculation")),
     ["sim", "check", "mesh"],
+    ["select"],
 ]
 PROMPT = "the quiet brook"
 

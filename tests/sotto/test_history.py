@@ -42,6 +42,7 @@ def test_each_request_leaves_its_features_strategy_and_figures(swarm: Cluster, t
     answer = json.loads(sotto(data, *words, "--strategy", "speculation=lookup").stdout)
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": PROMPT}) + "\n" for _ in range(2)))
     jobs = ["submit", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), "-m", str(model), "-n", "3"]
+    jobs += ["--strategy", "auto,no-explore"]
     assert sotto(data, *jobs, "-b", swarm.bootstrap, "--workers", "3").exit_code == 0
     text = sotto(data, "history", "--json").stdout
     first, *others = json.loads(text)["records"]
@@ -59,7 +60,7 @@ def test_each_request_leaves_its_features_strategy_and_figures(swarm: Cluster, t
     )
     assert [other["task_objective"] for other in others] == ["throughput"] * 2
     assert sorted(other["task_concurrency"] for other in others) == [1, 2]
-    assert {other["strategy"] for other in others} == {"default"}
+    assert {(other["strategy"], other["chosen_by"]) for other in others} == {("default", "auto")}
     for word in PROMPT.split():
         assert word not in text
 
@@ -185,3 +186,19 @@ def test_each_turn_of_a_chat_leaves_a_record(swarm: Cluster, tmp_path: Path) -> 
         sent = turn["prompt_tokens"] - turn["reused_tokens"] + len(turn["ids"]) - 1
         assert record["measured_bytes_out"] == 4 * record["model_width"] * sent
     assert records[1]["measured_prefix_tokens"] > 0
+
+
+def test_explain_says_what_would_be_chosen_and_why(folder: Path) -> None:
+    report = json.loads(sotto(folder, "explain", numbered(2).uid, "--json").stdout)
+    assert (report["uid"], report["model"]) == (numbered(2).uid, "other")
+    assert report["strategy"] in {each["strategy"] for each in report["strategies"]}
+    assert not any("int8" in each["strategy"] for each in report["strategies"]), "nothing lossy unasked"
+    with History(history_file(folder)) as history:
+        history.add([numbered(9, task=replace(RECORD.task, exact=False))])
+    lossy = json.loads(sotto(folder, "explain", "--lossy", "--json").stdout)
+    assert any("int8" in each["strategy"] for each in lossy["strategies"])
+    assert lossy["features"]["route_hops"] == numbered(2).route.hops
+    shown = sotto(folder, "explain")
+    assert (shown.exit_code, "auto takes" in shown.stdout) == (0, True)
+    nobody = sotto(folder, "explain", "ff" * 16)
+    assert nobody.exit_code != 0
