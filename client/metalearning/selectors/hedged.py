@@ -5,7 +5,8 @@ seen, and a fixed ranking that they must beat.
 2. Models whose choices were three standard errors behind the best model's there have no say; the others have equal
    ones.
 3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds a quarter of the models'
-   disagreement about that gain, and nowhere if the mixture gained too little on those folds: then the ranking is used.
+   disagreement about that gain, and nowhere if the mixture did not gain beyond doubt on those folds: then the ranking is
+   used.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on
@@ -29,7 +30,7 @@ from client.metalearning.trees import boosted, randomised
 CAUTION = 0.25  # of the disagreement; 0 to 1 differ by less than the noise on the tables that this was tried on
 BEHIND_MAX = 3.0  # standard errors behind the best model, beyond which a model has no say
 FOLDS, FOLDS_OF_MANY, MANY_TASKS = 5, 3, 1500
-GAIN_ERRORS, ERROR_MAX = 0.5, 0.01  # a gain of half a standard error earns trust; so does half a per cent, at any error
+GAIN_ERRORS = 2.0  # standard errors over groups by which the gain must exceed nothing, to be trusted on a new one
 ERROR_MIN = 1e-3  # of a mean fraction: differences below it tell no model from another
 
 
@@ -74,7 +75,7 @@ class Hedged:
         self.weights = kept / kept.sum()
         safe, bold, gain, doubt = self._compared(each, ranked, table.measured)
         gained = np.where(gain > CAUTION * doubt, _reached(table, bold) - _reached(table, safe), 0.0)
-        self.trusted = bool(gained.mean() > GAIN_ERRORS * min(_error(gained, table.groups), ERROR_MAX))
+        self.trusted = bool(gained.mean() > GAIN_ERRORS * _error(gained, table.groups))
 
     def _held_out(self, table: Table) -> tuple[Array, Array]:
         """Models x tasks x strategies, and the ranking of each task's fold, tasks x strategies."""
