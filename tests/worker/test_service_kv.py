@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import trio
 
-from protocol.capabilities import Right
+from protocol.capabilities import Capability, CapabilityGate, Claim, Right
+from protocol.errors import TransportError
 from protocol.ids import SessionId
 from protocol.limits import PAGE_TOKENS
 from protocol.messages import CloseSession, OpenSession, RefusalReason, SessionFailed, SessionOpened
@@ -116,6 +118,62 @@ def test_a_step_beyond_what_a_hop_holds_ends_the_session() -> None:
         assert message.reason == RefusalReason.BAD_STEP
 
     in_swarm(1, test, compute=toy)
+
+
+def test_a_step_before_the_hop_has_said_what_it_holds_is_no_bug_of_the_worker(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        route = await attached(swarm, "one")
+        await begun(route)
+        await route.send(*route.step(0, 0, ROWS[:200]))  # the engine is busy for 4 s
+        hasty = await attached(swarm, "two")
+        boxes = hasty.boxes(hasty.tickets(kv_tokens=TOKENS))
+        await hasty.send(OpenSession(hasty.session, boxes, KEYS))
+        await hasty.send(*hasty.step(0, 0, ROWS[:1]))
+        await trio.sleep(6)
+        with suppress(TransportError):
+            await hasty.send(*hasty.step(1, 192, ROWS[:1]))
+        await trio.sleep(1)
+        assert hasty.session not in worker.service.sessions.live
+        assert route.session in worker.service.sessions.live
+        assert worker.counts.violations
+
+    in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(step_s=0.0, block_position_s=0.01)))
+    assert "a bug in this worker" not in caplog.text
+
+
+def test_rights_of_sessions_that_wait_are_not_checked_again_before_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    admit, checked = CapabilityGate.admit, list[Claim]()
+
+    def counted(gate: CapabilityGate, claim: Claim, shown: bytes, now_ms: int) -> Capability | None:
+        checked.append(claim)
+        return admit(gate, claim, shown, now_ms)
+
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        large, small = await attached(swarm, "large"), await attached(swarm, "small")
+        await begun(large)
+        await begun(small, keys=b"")
+        guest = await swarm.another("guest")
+        shown = capability(swarm, guest.peer, Right.USE)
+        waiting = [await attached(swarm, f"waiting {number}", guest) for number in range(4)]
+        for route in waiting:
+            boxes = route.boxes(route.tickets(kv_tokens=2 * TOKENS, capability=shown))
+            await route.send(OpenSession(route.session, boxes))
+        await trio.sleep(1)
+        assert swarm.workers[0].service.sessions.sessions_waiting == 4
+        monkeypatch.setattr(CapabilityGate, "admit", counted)
+        await small.send(CloseSession(small.session))
+        await trio.sleep(1)
+        assert not checked
+        await large.send(CloseSession(large.session))
+        assert isinstance((await waiting[0].next())[0], SessionOpened)
+        assert len(checked) == 1
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=2 * SESSION_BYTES)
 
 
 def test_sessions_wait_for_room_and_the_tenant_with_least_goes_first() -> None:
