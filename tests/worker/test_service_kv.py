@@ -259,6 +259,32 @@ def test_a_session_that_waits_may_give_up(how: str) -> None:
     in_swarm(1, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
 
 
+def test_a_close_that_passes_a_hop_where_the_session_waits_is_nobodys_fault() -> None:
+    """The first hop is open, and passes on what it hears; the second has no room yet."""
+
+    async def test(swarm: Swarm) -> None:
+        before, full = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        first = HandRoute(swarm.client, [full], SessionId(b"f" * 16))
+        await first.dial()
+        await first.attach()
+        await begun(first, start=2, end=4)
+        second = await attached(swarm, "second")
+        await second.send(OpenSession(second.session, second.boxes(second.tickets(kv_tokens=TOKENS))))
+        assert isinstance((await second.next(before))[0], SessionOpened)
+        await trio.sleep(1)
+        assert full.service.sessions.sessions_waiting == 1
+        await second.send(CloseSession(second.session))
+        await trio.sleep(1)
+        assert not full.counts.violations
+        await second.send(CloseSession(second.session), to=full)
+        await trio.sleep(1)
+        assert full.service.sessions.sessions_waiting == 0
+        assert not full.counts.violations
+
+    in_swarm(2, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
+
+
 def test_a_cancelled_sessions_memory_is_free_when_its_running_step_has_committed() -> None:
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
