@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +83,8 @@ class KvSlab:
             area = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"no address space for {nbytes} bytes of KV") from error
+        with suppress(OSError):  # a kernel without huge pages
+            area.madvise(mmap.MADV_NOHUGEPAGE)  # one token of each head would take 2 MiB where they are on for all
         self._maps.append(area)
         return torch.frombuffer(area, dtype=dtype).view(shape)
 

@@ -80,8 +80,8 @@ class Hop:
             self.table.fail(session, RefusalReason.HOP_LOST, str(error))
 
     async def _open(self, lease: Lease) -> None:
-        # No step comes before the client has heard SessionOpened, which tells it from where steps may begin.
         lease.ledger.held = self._held = await self.compute.open(self.session.id, lease.spec)
+        lease.opened = True
         self.observer.prefix_asked(limits.PAGE_TOKENS * len(lease.spec.page_keys), self._held)
 
     async def _next(self) -> Work:

@@ -75,6 +75,12 @@ class KvPool:
             if drawn.key == key:
                 drawn.pool_bytes, drawn.leased_bytes = drawn.pool_bytes + drawn.leased_bytes, 0
 
+    def fits(self, needed_bytes: int, key: LeaseKey) -> bool:
+        """Would `reserve` find room now?"""
+        share = self._shares.get(key)
+        own = share.reserved_bytes - share.drawn_bytes if share else 0
+        return needed_bytes <= own + self.free_bytes
+
     def could_fit(self, needed_bytes: int, key: LeaseKey) -> bool:
         """Would there be room for a session of `needed_bytes` if no other session were open?"""
         share = self._shares.get(key)

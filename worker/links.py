@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 
@@ -92,7 +92,8 @@ class LinkPool:
         self.lost(told, link.error)
 
     def close_session(self, message: CloseSession, peer: PeerId) -> None:
-        """Pass the end of a session on to `peer`, if there is a link."""
+        """Pass the end of a session on to `peer`, if there is a link; without page keys, which may be long, when too
+        much waits there already."""
         link = self._links.get(peer)
-        if link is not None:
-            link.outbox.force(message)
+        if link is not None and not link.outbox.offer(message):
+            link.outbox.force(replace(message, page_keys=b""))

@@ -60,6 +60,7 @@ class Lease:
     ticket: Ticket  # the newest one admitted; work before it in the inbox belongs to older ones
     capability: Capability | None  # what gives the client the right; None when the deployment is its own
     spec: SessionSpec
+    opened: bool = False  # by the engine: `ledger` knows what is held from here on
     kept_keys: tuple[bytes, ...] = ()  # of pages that shall stay when the session closes
 
     def has_expired(self, now_ms: int) -> bool:

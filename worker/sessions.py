@@ -159,7 +159,7 @@ class SessionTable:
         if session is None:
             return False
         lease = session.lease
-        if lease is None:
+        if lease is None or not lease.opened:  # SessionOpened tells the client from where steps may begin
             raise RemoteProtocolError("a step of a session that is not open")
         if message.epoch < lease.ledger.epoch:
             return True  # it was on its way when the client re-routed
@@ -185,14 +185,17 @@ class SessionTable:
 
     def close(self, message: CloseSession, remote: PeerId) -> Ticket | None:
         """The session is over; gives the ticket whose successor is to be told. Unknown sessions are no violation, for
-        the news may come twice: by the route and from the client. Raises RemoteProtocolError when it is not for
-        `remote` to say."""
+        the news may come twice: by the route and from the client. Nor is it one of a hop that opened before this one
+        did: the client says so here itself. Raises RemoteProtocolError when it is not for `remote` to say."""
         session = self.live.get(message.session)
         if session is None:
             return None
         ticket = session.lease.ticket if session.lease else None
-        if remote != session.client and (ticket is None or remote != ticket.predecessor):
-            raise RemoteProtocolError("a session closed by a peer that has no part in it")
+        if remote != session.client:
+            if ticket is None:
+                return None
+            if remote != ticket.predecessor:
+                raise RemoteProtocolError("a session closed by a peer that has no part in it")
         session.machine.received(CloseSession)
         if session.lease is not None:
             session.lease.kept_keys = _keys(message.page_keys, session.lease.ticket)
@@ -295,9 +298,9 @@ class SessionTable:
             changed = any(self._try(arrival) for arrival in self._waiting.in_turn(self.house.pool.held_bytes))
 
     def _try(self, arrival: Arrival) -> bool:
-        """Open a waiting session. False when there is still no room."""
+        """Open a waiting session, or fail it. False when there is still no room."""
         try:
-            return self._seat(arrival)
+            return self._may_fit(arrival.ticket) and self._seat(arrival)
         except Refused as refusal:
             self.fail(arrival.session, refusal.reason, refusal.detail)
             return True
@@ -315,12 +318,20 @@ class SessionTable:
             raise Refused(RefusalReason.BAD_TICKET, str(error)) from None
         lease.ticket = ticket
 
+    def _may_fit(self, ticket: Ticket) -> bool:
+        # Checking a right takes a signature, and a thousand sessions may wait whenever one closes: room comes first.
+        self.house.duty.require()
+        span = self.house.spans.leases.get(ticket.deployment)
+        if span is None or span.state is not SpanState.LOADED:
+            return True  # to hear why not
+        return self.house.pool.fits(_needed_bytes(ticket, span), (ticket.deployment, ticket.client))
+
     def _seat(self, arrival: Arrival) -> bool:
         """Reserve what the ticket asks for, and begin. False when there is no room yet. Raises Refused."""
         session, ticket = arrival.session, arrival.ticket
         self.house.duty.require()
         span, capability = self._span_for(ticket)
-        needed_bytes = pages_for(ticket.kv_tokens) * limits.PAGE_TOKENS * span.request.kv_token_bytes
+        needed_bytes = _needed_bytes(ticket, span)
         key = (ticket.deployment, ticket.client)
         try:
             self.house.pool.reserve(session.id, needed_bytes, key)
@@ -412,6 +423,10 @@ class SessionTable:
 
     def _now_ms(self) -> int:
         return math.floor(self.clock.time() * 1000)
+
+
+def _needed_bytes(ticket: Ticket, span: SpanLease) -> int:
+    return pages_for(ticket.kv_tokens) * limits.PAGE_TOKENS * span.request.kv_token_bytes
 
 
 def _spec(arrival: Arrival) -> SessionSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import trio
 
-from protocol.capabilities import Right
+from protocol.capabilities import Capability, CapabilityGate, Claim, Right
+from protocol.errors import TransportError
 from protocol.ids import SessionId
 from protocol.limits import PAGE_TOKENS
 from protocol.messages import CloseSession, OpenSession, RefusalReason, SessionFailed, SessionOpened
@@ -118,6 +120,62 @@ def test_a_step_beyond_what_a_hop_holds_ends_the_session() -> None:
     in_swarm(1, test, compute=toy)
 
 
+def test_a_step_before_the_hop_has_said_what_it_holds_is_no_bug_of_the_worker(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        route = await attached(swarm, "one")
+        await begun(route)
+        await route.send(*route.step(0, 0, ROWS[:200]))  # the engine is busy for 4 s
+        hasty = await attached(swarm, "two")
+        boxes = hasty.boxes(hasty.tickets(kv_tokens=TOKENS))
+        await hasty.send(OpenSession(hasty.session, boxes, KEYS))
+        await hasty.send(*hasty.step(0, 0, ROWS[:1]))
+        await trio.sleep(6)
+        with suppress(TransportError):
+            await hasty.send(*hasty.step(1, 192, ROWS[:1]))
+        await trio.sleep(1)
+        assert hasty.session not in worker.service.sessions.live
+        assert route.session in worker.service.sessions.live
+        assert worker.counts.violations
+
+    in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(step_s=0.0, block_position_s=0.01)))
+    assert "a bug in this worker" not in caplog.text
+
+
+def test_rights_of_sessions_that_wait_are_not_checked_again_before_there_is_room(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    admit, checked = CapabilityGate.admit, list[Claim]()
+
+    def counted(gate: CapabilityGate, claim: Claim, shown: bytes, now_ms: int) -> Capability | None:
+        checked.append(claim)
+        return admit(gate, claim, shown, now_ms)
+
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        large, small = await attached(swarm, "large"), await attached(swarm, "small")
+        await begun(large)
+        await begun(small, keys=b"")
+        guest = await swarm.another("guest")
+        shown = capability(swarm, guest.peer, Right.USE)
+        waiting = [await attached(swarm, f"waiting {number}", guest) for number in range(4)]
+        for route in waiting:
+            boxes = route.boxes(route.tickets(kv_tokens=2 * TOKENS, capability=shown))
+            await route.send(OpenSession(route.session, boxes))
+        await trio.sleep(1)
+        assert swarm.workers[0].service.sessions.sessions_waiting == 4
+        monkeypatch.setattr(CapabilityGate, "admit", counted)
+        await small.send(CloseSession(small.session))
+        await trio.sleep(1)
+        assert not checked
+        await large.send(CloseSession(large.session))
+        assert isinstance((await waiting[0].next())[0], SessionOpened)
+        assert len(checked) == 1
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=2 * SESSION_BYTES)
+
+
 def test_sessions_wait_for_room_and_the_tenant_with_least_goes_first() -> None:
     """Room for three sessions: the owner holds all three when the owner and a guest ask for one more each."""
 
@@ -199,6 +257,32 @@ def test_a_session_that_waits_may_give_up(how: str) -> None:
         assert worker.service.sessions.sessions_waiting == 0
 
     in_swarm(1, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
+
+
+def test_a_close_that_passes_a_hop_where_the_session_waits_is_nobodys_fault() -> None:
+    """The first hop is open, and passes on what it hears; the second has no room yet."""
+
+    async def test(swarm: Swarm) -> None:
+        before, full = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        first = HandRoute(swarm.client, [full], SessionId(b"f" * 16))
+        await first.dial()
+        await first.attach()
+        await begun(first, start=2, end=4)
+        second = await attached(swarm, "second")
+        await second.send(OpenSession(second.session, second.boxes(second.tickets(kv_tokens=TOKENS))))
+        assert isinstance((await second.next(before))[0], SessionOpened)
+        await trio.sleep(1)
+        assert full.service.sessions.sessions_waiting == 1
+        await second.send(CloseSession(second.session))
+        await trio.sleep(1)
+        assert not full.counts.violations
+        await second.send(CloseSession(second.session), to=full)
+        await trio.sleep(1)
+        assert full.service.sessions.sessions_waiting == 0
+        assert not full.counts.violations
+
+    in_swarm(2, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
 
 
 def test_a_cancelled_sessions_memory_is_free_when_its_running_step_has_committed() -> None:
