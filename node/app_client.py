@@ -109,6 +109,11 @@ class DeployOptions:
     on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None
     on_upload: UploadProgress = lambda _: None
 
+    @property
+    def kv_room(self) -> int:
+        """Tokens that a stream takes at a worker: whole pages."""
+        return -(-self.kv_tokens // limits.PAGE_TOKENS) * limits.PAGE_TOKENS
+
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
@@ -194,7 +199,7 @@ class Client:
         Workers that decline or are lost meanwhile are left out. Raises what the last one said when no others are left.
         """
         data, manifest = model.folder.manifest(self._owner)
-        needs = ModelNeeds.of_manifest(manifest, options.kv_tokens)
+        needs = ModelNeeds.of_manifest(manifest, options.kv_room)
         where = PlaceOptions(options.objective, options.concurrency, options.hops_min)
         hops: tuple[DeployedHop, ...] = ()
         route, view = await self._leased_route(model, data, options)
@@ -210,7 +215,7 @@ class Client:
     ) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
         """Place the model and bring it there, again without whoever declines, as long as there are others."""
         data, manifest = model.folder.manifest(self._owner)
-        leasing = Leasing(self.leases, options.concurrency * options.kv_tokens)
+        leasing = Leasing(self.leases, options.concurrency * options.kv_room)
         placement, view = await self.place(needs, where)
         while True:
             options.on_placement(placement, view)
@@ -328,7 +333,7 @@ class Client:
         route = _held(view, deployment, model.folder.info.num_blocks, rtts_ms)
         if route is None or len(route.hops) < options.hops_min:
             return None, view
-        leasing = Leasing(self.leases, options.concurrency * options.kv_tokens)
+        leasing = Leasing(self.leases, options.concurrency * options.kv_room)
         try:
             supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
             await deploy(self.ports, route, manifest, supply, leasing)
