@@ -75,7 +75,8 @@ class GenerationParams:
 @dataclass(frozen=True, slots=True)
 class GenerationHost:
     """What a generation needs of the world. `speculation`, when there is one, is for this generation alone; `turns` are
-    those of all requests of the model, None for a request that shares its products with none."""
+    those of all requests of the model, None for a request that shares its products with none. `started_at`: when the
+    request began, by `clock`, since opening its session is part of what a user waits for; None: with its tokens."""
 
     clock: Clock
     run_sync: RunSync = inline
@@ -83,6 +84,7 @@ class GenerationHost:
     speculation: Speculation | None = None
     choose: Choose = sample
     turns: Turns | None = None
+    started_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,8 @@ class Generation:
 
     async def tokens(self) -> AsyncGenerator[int, None]:
         """The new token ids, each as soon as it is known. Raises what ends the session (client/session.py)."""
-        observer, self._started_at = self._host.observer, self._host.clock.monotonic()
+        observer, begun = self._host.observer, self._host.started_at
+        self._started_at = self._host.clock.monotonic() if begun is None else begun
         observer.request_started(len(self._prompt))
         failure = "internal"
         self._turns.begin()

@@ -129,6 +129,7 @@ class DeployedModel:
         decided = self.decide(ids, ask)
         strategy = decided.plan.strategy
         params, host = self.params(ask, strategy), await self.host(ask, strategy, self.guessing())
+        host = replace(host, started_at=self.ports.clock.monotonic())  # opening the session counts
         keys = self._page_keys(strategy)
         # The last token is always computed: the page that it fills is not asked for.
         terms = replace(self.terms(kv_tokens, strategy), page_keys=keys.of(ids[:-1]) if keys else b"")

@@ -37,7 +37,7 @@ class Outcome:
     """What was measured at the client. A request that failed has an `error`, and figures as far as it came."""
 
     tokens: Annotated[int, About("tokens", "length of the answer")]
-    ttft_s: Annotated[float | None, About("s", "time to the first token")]
+    ttft_s: Annotated[float | None, About("s", "time to the first token, opening the session included")]
     token_s: Annotated[float | None, About("s", "mean time per output token after the first")]
     total_s: Annotated[float, About("s", "from the start to the end, opening the session included")]
     tokens_per_s: Annotated[float | None, About("tokens/s", "tokens after the first over the time that they took")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import pytest
@@ -192,6 +192,18 @@ def test_the_result_has_times_and_the_observer_hears_them() -> None:
         assert notes.notes == [
             ("started", 2), ("first", 0.1), ("next", 0.1), ("next", 0.1), ("finished", ("length", 3, 0.3)),
         ]  # fmt: skip
+
+    virtual(main)
+
+
+def test_times_count_from_the_start_of_the_request() -> None:
+    async def main() -> None:
+        begun = replace(host(Notes()), started_at=trio.current_time())
+        await trio.sleep(2)  # while its session is opened
+        generation = Generation(EchoSession(), CountingEnds(), [1, 2], GenerationParams(2), begun)
+        async for _ in generation.tokens():
+            pass
+        assert generation.result().token_times_s == pytest.approx((2.1, 2.2))
 
     virtual(main)
 

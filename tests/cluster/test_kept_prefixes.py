@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import trio
+
+from client.driver import Driver
 from client.generate import GenerationResult
+from client.routing import Route
+from client.session import RouteSession, SessionTerms
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from node.app_client import Client
@@ -16,6 +24,7 @@ from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
 
 PROMPT = [7 + (13 * number) % 50 for number in range(3 * PAGE_TOKENS + 1)]
+SLOW_S = 0.5
 EXACT = Ask(20, ignore_eos=True, strategy=Strategy(deterministic=True))
 
 
@@ -40,6 +49,31 @@ def test_the_next_turn_of_a_chat_begins_on_kept_pages(swarm: Cluster, tmp_path: 
     assert second.ids == fresh.ids
     assert (exact.held_tokens, again.held_tokens) == (0, 4 * PAGE_TOKENS), "pages computed in tiles are kept apart"
     assert exact.ids == again.ids
+
+
+class SlowDriver(Driver):
+    """Opens sessions as when workers have no room at first."""
+
+    @asynccontextmanager
+    async def session(self, route: Route, terms: SessionTerms) -> AsyncIterator[RouteSession]:
+        await trio.sleep(SLOW_S)
+        async with super().session(route, terms) as session:
+            yield session
+
+
+def test_waiting_for_a_session_counts_as_waiting_for_the_first_token(swarm: Cluster, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", max_position_embeddings=512))
+
+    async def work(client: Client) -> float:
+        model = await deploy(client, checkpoint)
+        async with trio.open_nursery() as nursery:
+            driver = SlowDriver(client.ports)
+            await nursery.start(driver.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
+            result = await replace(model, driver=driver).generate(PROMPT, Ask(2, ignore_eos=True))
+            nursery.cancel_scope.cancel()
+        return result.time_to_first_token_s
+
+    assert with_client(swarm, tmp_path / "data", work) >= SLOW_S
 
 
 def test_another_client_finds_nothing(swarm: Cluster, tmp_path: Path) -> None:
