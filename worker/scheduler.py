@@ -14,8 +14,10 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+from protocol import limits
+
 ROWS_PER_FORWARD = 256  # a prefill chunk on a CPU: long enough for the kernels' full speed, short enough to wait for
-SHORT_ROWS = 16  # a step of at most so many rows is a decode or a speculation, not a prefill
+SHORT_ROWS = 1 + limits.DRAFTS_MAX  # a step of at most so many rows is a decode or a speculation, not a prefill
 PROMPT_SHARE = 4  # one row in so many is for long steps, however many decodes there are
 TENANTS_REMEMBERED = 4096
 

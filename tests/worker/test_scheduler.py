@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol import limits
 from worker.scheduler import SHORT_ROWS, Scheduler
 
 
@@ -66,6 +67,14 @@ def test_decodes_go_first_and_a_prompt_takes_what_is_left() -> None:
     scheduler.add(decode)
     assert run(scheduler) == [(decode, 1), (prompt, 63)]
     assert run(scheduler) == [(prompt, 64)]
+
+
+def test_as_many_guesses_as_a_step_may_have_wait_for_no_prompt() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(64)
+    prompt, guesses = FakeJob(b"a", "x", 500), FakeJob(b"a", "y", 1 + limits.DRAFTS_MAX)
+    scheduler.add(prompt)
+    scheduler.add(guesses)
+    assert run(scheduler) == [(guesses, 17), (prompt, 47)]
 
 
 def test_decodes_without_end_do_not_keep_a_prompt_waiting() -> None:
