@@ -183,11 +183,10 @@ class Rig:
         return self.dtype if self.dtype in LIBRARY_DTYPES else "float32"
 
     def bytes_per_token(self, dtype: str) -> int:
-        """Weights that a token at batch 1 reads: all blocks in `dtype`, and a head of 16 bits at least."""
+        """Weights that a token at batch 1 reads: all blocks and the head, in `dtype`."""
         config = self.checkpoint.config
-        head_dtype = dtype if dtype in LIBRARY_DTYPES else "float32"
-        blocks = DTYPE_BYTES[dtype] * sum(block.num_parameters for block in config.blocks)
-        return blocks + DTYPE_BYTES[head_dtype] * config.vocab_size * config.hidden_size
+        blocks = sum(block.num_parameters for block in config.blocks)
+        return DTYPE_BYTES[dtype] * (blocks + config.vocab_size * config.hidden_size)
 
     @property
     def kv_bytes_per_token(self) -> int:
