@@ -22,6 +22,7 @@ from protocol.tensors import DTYPE_BYTES
 NGRAM = 3  # shorter ones repeat in any text
 PAGE_TOKENS = 16
 PAGES_REMEMBERED = 1 << 16  # a million tokens of recent prompts, about 10 MB
+STATED_MAX = 1e12  # GB/s, GFLOP/s, us: a worker that states more would leave rows that cannot be read again
 WEIGHT_BYTES: Mapping[str, float] = {**DTYPE_BYTES, "int4": 0.5}
 
 
@@ -110,7 +111,7 @@ def route_features(
     rtts = rtt_matrix_ms(members, client_rtts_ms)
     ends = [-1, *range(len(members)), -1]
     legs = tuple(round(float(rtts[start, end]), 3) for start, end in pairwise(ends))
-    spans = tuple(float(hop.compute_us) for hop in placement.hops)
+    spans = tuple(min(float(hop.compute_us), STATED_MAX) for hop in placement.hops)
     adverts = [member.advert for member in members]
     room = [
         advert.kv_free_bytes // max(1, sum(needs.kv_bytes_per_token[hop.start : hop.end]))
@@ -164,4 +165,4 @@ class PrefixMemory:
 def _speed(member: Member) -> tuple[float, float]:
     """GB/s and GFLOP/s in float32, else in whatever is stated first; zeros when nothing is."""
     speeds = sorted(member.advert.speeds, key=lambda speed: speed.dtype != "float32")
-    return (speeds[0].read_gb_s, speeds[0].gflop_s) if speeds else (0.0, 0.0)
+    return (min(speeds[0].read_gb_s, STATED_MAX), min(speeds[0].gflop_s, STATED_MAX)) if speeds else (0.0, 0.0)

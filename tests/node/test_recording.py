@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,29 +14,43 @@ import pytest
 import trio
 import trio.testing
 
+from client.learning.features import STATED_MAX
 from client.learning.record import Record, from_row, to_row
 from client.placement import ModelNeeds, PlaceOptions, priced
 from node.clock import SystemClock
 from node.history import History
 from node.recording import SWITCH, Entry, Journal, Plan, Progress, Recorder, Subject, hardware, wanted
+from protocol.adverts import HeldSpan
 from protocol.errors import InputError, RouteUnavailable
+from protocol.ids import ID_BYTES, DeploymentId
 from protocol.strategy import Strategy
 from protocol.swarm import SwarmView
 from tests.helpers.adverts import advert, peer, view
 from tests.helpers.records import CONFIG, numbered
 
 IDS = [5, 6, 7] * 20
+DEPLOYMENT = DeploymentId(bytes(ID_BYTES))
+HONEST = view(advert(), advert())
 
 
 def plan(recorder: Recorder) -> Plan:
     return Plan(recorder.task(IDS, 8, 0.0, "latency", False), Strategy(speculation="lookup"), "user")
 
 
-def recorder(journal: Journal, name: str = "demo", now: Callable[[], SwarmView] | None = None) -> Recorder:
+def held(block_time_us: int) -> HeldSpan:
+    """Half of the model's blocks, as a worker says how long one takes."""
+    return HeldSpan(DEPLOYMENT, 0, 2, block_time_us)
+
+
+def recorder(
+    journal: Journal,
+    name: str = "demo",
+    now: Callable[[], SwarmView] | None = None,
+    swarm: SwarmView = HONEST,
+) -> Recorder:
     """Of a model on two workers; each record has the next number as its uid."""
     numbers = count()
-    swarm = view(advert(), advert())
-    needs = ModelNeeds.of_configs(CONFIG.blocks, "float32", 100)
+    needs = replace(ModelNeeds.of_configs(CONFIG.blocks, "float32", 100), deployment=DEPLOYMENT)
     placement = priced(swarm, needs, [(peer(0), 0, 2), (peer(1), 2, 4)], PlaceOptions())
     subject = Subject(name, "ee", CONFIG, "float32", needs, placement, swarm, {})
     return Recorder(
@@ -125,6 +140,19 @@ def test_a_hop_that_left_the_swarm_since_is_recorded_as_it_was(tmp_path: Path) -
 
     (record,) = recorded(tmp_path / "history.db", body, now=SwarmView)
     assert record.route.hops == 2
+
+
+def test_a_worker_that_states_the_impossible_does_not_spoil_the_history(tmp_path: Path) -> None:
+    liar = view(advert(read_gb_s=1e30, spans=(held(1 << 53),)), advert(read_gb_s=1e30))
+
+    async def body(recorder: Recorder) -> None:
+        with recorder.request(plan(recorder)) as entry:
+            serve(entry, (0.1,), "stop")
+
+    (record,) = recorded(tmp_path / "history.db", body, swarm=liar)
+    assert record.route.read_gb_s_min == STATED_MAX
+    assert record.route.span_us[0] == STATED_MAX
+    assert from_row(to_row(record)) == record
 
 
 def test_a_name_that_is_no_line_is_made_one(tmp_path: Path) -> None:
