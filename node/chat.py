@@ -73,6 +73,7 @@ class Chat:
         self._options = options
         self._context_tokens = min(options.context_tokens, model.config.max_position)
         self._terms = SessionTerms(self._context_tokens)
+        self._wire = ""  # the precision in which what the KV holds was sent
         self._kept = KeptSession(self._open, options.notice)
         self._guessing = model.guessing()
         self._session: RouteSession | None = None  # the newest
@@ -129,9 +130,10 @@ class Chat:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
         host = await model.host(ask, strategy, self._guessing)
         terms = model.terms(self._context_tokens, strategy)
-        if terms != self._terms:  # what a session was opened with cannot be changed
+        # What a session was opened with cannot be changed, and what its KV holds is as exact as it was sent.
+        if (terms, params.wire_dtype) != (self._terms, self._wire):
             await self._kept.aclose()
-            self._terms = terms
+            self._terms, self._wire = terms, params.wire_dtype
         request = KeptRequest(self._kept, KeptAsk(prompt.ids, params, model.ends), host)
         stream = TextStream(request, model.tokenizer.stream(), (*ask.stop, *self._template.stops))
         return request, stream, host.speculation

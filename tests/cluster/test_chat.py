@@ -89,6 +89,16 @@ def chatting(
     return notices
 
 
+def test_what_was_sent_in_lower_precision_is_sent_again(swarm: Cluster, tmp_path: Path) -> None:
+    rough = Ask(8, strategy=Strategy(wire="int8"))
+
+    async def work(chat: Chat) -> None:
+        turns = [await said(chat, text, ask) for text, ask in zip(TEXTS, (rough, rough, Ask(8)), strict=True)]
+        assert [bool(turn.reused_tokens) for turn in turns] == [False, True, False]
+
+    chatting(swarm, tmp_path / "data", work)
+
+
 @pytest.mark.parametrize(
     "ask", [Ask(24), Ask(24, SamplingParams(0.8, seed=4), strategy=Strategy(speculation="draft"))], ids=str
 )
