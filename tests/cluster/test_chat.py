@@ -90,10 +90,10 @@ def chatting(
 
 
 def test_what_was_sent_in_lower_precision_is_sent_again(swarm: Cluster, tmp_path: Path) -> None:
-    rough = Ask(8, strategy=Strategy(wire="int8"))
+    rough, plain = Ask(8, strategy=Strategy(wire="int8")), Ask(8, strategy=Strategy())
 
     async def work(chat: Chat) -> None:
-        turns = [await said(chat, text, ask) for text, ask in zip(TEXTS, (rough, rough, Ask(8)), strict=True)]
+        turns = [await said(chat, text, ask) for text, ask in zip(TEXTS, (rough, rough, plain), strict=True)]
         assert [bool(turn.reused_tokens) for turn in turns] == [False, True, False]
 
     chatting(swarm, tmp_path / "data", work)
