@@ -93,7 +93,8 @@ class Chat:
             self._options.notice(f"the context is full: the oldest {_turns(prompt.dropped)} left it")
         ask = replace(ask, max_new_tokens=prompt.room)
         decided = self._model.decide(prompt.ids, self._as_before(ask))
-        self._strategy = decided.plan.strategy
+        if decided.choice is not None:
+            self._strategy = decided.plan.strategy
         request, stream, guesses = await self._request(prompt, ask, decided.plan.strategy)
         before, said = self._kept.losses, list[str]()
 
