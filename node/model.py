@@ -17,6 +17,7 @@ import trio
 from client.deploy import DeployedHop
 from client.driver import Driver
 from client.generate import (
+    Choose,
     Generation,
     GenerationHost,
     GenerationParams,
@@ -36,7 +37,7 @@ from client.turns import Turns
 from equivariant.ends import ClientEnds
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
-from models.sampling import SamplingParams
+from models.sampling import SamplingParams, sample
 from models.tokenizer import Tokenizer
 from node.choosing import Choosing, Decided, Wanted
 from node.draft import Draft
@@ -61,7 +62,8 @@ NO_TRIALS = Auto(explore=False)
 class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
     `strategy`: the one to use, or how to choose one. `exact`: refuse one that loses precision. `objective`: the time of
-    this request, or the rate of all that run beside it. `trace`: keep account of where the time goes."""
+    this request, or the rate of all that run beside it. `trace`: keep account of where the time goes. `choose`: how a
+    token is chosen; benchmarks dictate answers."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -71,6 +73,7 @@ class Ask:
     exact: bool = False
     trace: bool = False
     objective: Objective = "latency"
+    choose: Choose = sample
 
 
 class Answer:
@@ -206,7 +209,7 @@ class DeployedModel:
         # product of more rows may differ in its last bit.
         alone = strategy.speculation == "draft" or strategy.deterministic
         turns = None if alone else self.turns
-        return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, turns=turns)
+        return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, turns)
 
     def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
         return report(trace, prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)

@@ -94,11 +94,21 @@ class Cluster:
 
     def reshape(self, a: str, b: str, shape: Shape) -> None:
         """Change a link under the connections that run over it. Raises InputError."""
+        self._rewire(self._shaped().with_link(a, b, shape))
+
+    def reshape_all(self, shape: Shape) -> None:
+        """The same for every link. Raises InputError."""
+        self._rewire(replace(self._shaped(), default=shape, links={}))
+
+    def _shaped(self) -> Wiring:
         wiring = self.wiring
         if wiring is None or self.proxy is None:
             raise InputError("the links of this network are not shaped: start it with --profile or a file")
-        wiring.with_link(a, b, shape).save(self.folder)
-        if not self.proxy.send(signal.SIGHUP):
+        return wiring
+
+    def _rewire(self, wiring: Wiring) -> None:
+        wiring.save(self.folder)
+        if self.proxy is None or not self.proxy.send(signal.SIGHUP):
             raise InputError("the proxy of this network is gone: run 'sotto sim down', then 'sotto sim up'")
 
     def save(self) -> None:

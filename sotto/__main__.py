@@ -8,6 +8,7 @@ import typer
 
 from sotto.commands import (
     bench,
+    bench_collect,
     bench_engine,
     bench_growth,
     bench_placement,
@@ -59,6 +60,7 @@ app.add_typer(sim.app, name="sim")
 bench.app.command(epilog="Example: sotto bench engine --model 120m --only decode,throughput")(bench_engine.engine)
 bench.app.command(epilog="Example: sotto bench growth --axis hops,context --plots pictures")(bench_growth.growth)
 bench.app.command(epilog="Example: sotto bench serve --workload chat --concurrency 1,4,16")(bench_growth.serve)
+bench.app.command(epilog="Example: sotto bench collect --hours 8")(bench_collect.collect)
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
 bench.app.command(epilog="Example: sotto bench speculation --rtt-ms 100 --json")(bench_speculation.speculation)
 app.add_typer(bench.app, name="bench")

@@ -25,11 +25,10 @@ from typing import Any
 
 import torch
 import trio
-from torch import Tensor
 
 from client.generate import Generation, GenerationResult
 from models.checkpoint import Checkpoint
-from models.sampling import SamplingParams, sample
+from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from node.app_client import ClientOptions, DeployOptions, open_client
 from node.groups import ungrouped
@@ -39,6 +38,7 @@ from protocol.errors import InputError
 from protocol.strategy import parse
 from simnet import cluster
 from simnet.bench import plots
+from simnet.bench.dictated import Dictated
 from simnet.bench.paired import Rounds
 from simnet.shape import Shape, Wiring
 
@@ -187,10 +187,7 @@ async def _has_draft(model: DeployedModel) -> bool:
 
 
 async def _reshape(net: cluster.Cluster, rtt_ms: float) -> None:
-    wiring = net.wiring
-    assert wiring is not None
-    for a, b in wiring.pairs():
-        net.reshape(a, b, Shape(rtt_ms=rtt_ms))
+    net.reshape_all(Shape(rtt_ms=rtt_ms))
     await trio.sleep(SETTLE_S)
 
 
@@ -202,22 +199,12 @@ async def _answer(model: DeployedModel, way: str, text: Text, tokens: int) -> Ge
         ask = replace(ask, max_new_tokens=min(tokens, len(text.output)), sampling=SamplingParams())
     host = await model.host(ask, strategy, model.guessing())
     if text.output:
-        host = replace(host, choose=_Dictated(text).choose)
+        host = replace(host, choose=Dictated(len(text.prompt), text.output).choose)
     async with model.session(len(text.prompt) + ask.max_new_tokens) as session:
         generation = Generation(session, model.ends, text.prompt, model.params(ask, strategy), host)
         async for _ in generation.tokens():
             pass
         return generation.result()
-
-
-@dataclass(frozen=True, slots=True)
-class _Dictated:
-    text: Text
-
-    def choose(self, logits: Tensor, params: SamplingParams, position: int) -> int:
-        """What the text says, after as much work as a choice takes."""
-        sample(logits, params, position)
-        return self.text.output[position - len(self.text.prompt)]
 
 
 def _text(model: DeployedModel, workload: str, number: int, options: SpeculationBench) -> Text:

@@ -1,0 +1,159 @@
+"""One run: the requests of a cell served by a deployed model, and what was measured.
+
+What is known before a run (`features`) is taken before it; nothing that was measured is among it. A run that fails
+gives the error and no figures. All requests are there when the clock starts: latency counts from then, so waiting for
+a turn and opening a session are part of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import psutil
+import trio
+
+from client.learning.features import model_features
+from client.learning.record import Outcome
+from node.model import Ask, DeployedModel
+from node.recording import Build, Journal
+from protocol.errors import InputError, SottoError
+from protocol.strategy import parse
+from simnet.bench.collect.grid import Cell
+from simnet.bench.collect.tasks import Drawn, known_before
+from simnet.bench.dictated import Dictated
+from simnet.bench.machine import cores, cpu_seconds
+from simnet.bench.serving import Served, Timed, serve
+from simnet.bench.workloads import Request
+
+CELL_S_MAX = 240.0  # the longest should take a quarter of it
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    """When each token was there, in seconds from before the session was opened."""
+
+    token_times_s: tuple[float, ...]
+
+
+class _Kept(Journal):
+    """Keeps what each request would leave in the history; made only after the run, for it takes time."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self._builds: list[Build] = []
+
+    def add(self, build: Build) -> None:
+        self._builds.append(build)
+
+    def outcomes(self) -> list[Outcome]:
+        return [build().measured for build in self._builds]
+
+
+@dataclass(slots=True)
+class _Meter:
+    """Processor time from now on: of the processes `pids` and this one, and of everything else on this machine."""
+
+    pids: Sequence[int]
+    _ours: float = field(init=False)
+    _all: tuple[float, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ours, self._all = cpu_seconds(self.pids), _busy()
+
+    def figures(self) -> dict[str, float]:
+        ours, (busy, at) = cpu_seconds(self.pids) - self._ours, _busy()
+        others = (busy - self._all[0] - ours) / max(1e-9, cores() * (at - self._all[1]))
+        return {"cpu_s": round(ours, 3), "others_cpu_share": round(min(1.0, max(0.0, others)), 3)}
+
+
+async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int] = ()) -> dict[str, Any]:
+    """`features`, and `measured`, or `error`, or the reason why the strategy is `infeasible`. `pids`: the workers'."""
+    row: dict[str, Any] = {"features": features(model, cell, drawn)}
+    try:
+        model.strategy(Ask(strategy=parse(cell.strategy)))
+    except InputError as reason:
+        return row | {"infeasible": str(reason)}
+    error = "it took too long"
+    with trio.move_on_after(CELL_S_MAX):
+        try:
+            return row | {"measured": await _measure(model, cell, drawn, pids)}
+        except* SottoError as group:
+            error = _first(group)
+    return row | {"error": error}
+
+
+def features(model: DeployedModel, cell: Cell, drawn: Drawn) -> dict[str, Any]:
+    """By part, as client/learning has them, with the route as it is now."""
+    return {
+        "model": asdict(model_features(model.config, model.dtype)),
+        "route": asdict(model.recorder.route()),
+        "task": asdict(known_before(drawn, cell.context.task)),
+    }
+
+
+async def _measure(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int]) -> dict[str, Any]:
+    kept, task = _Kept(), cell.context.task
+    ask = Ask(ignore_eos=True, strategy=parse(cell.strategy), objective=task.objective)
+    await _answer(model, ask, drawn.leader)
+    meter = _Meter(pids)
+    noted = replace(model, recorder=replace(model.recorder, journal=kept))
+    served = await serve(drawn.work, partial(_answer, noted, ask), task.concurrency)
+    return figures(served) | meter.figures() | _totals(kept.outcomes(), drawn)
+
+
+async def _answer(model: DeployedModel, ask: Ask, request: Request) -> _Answered:
+    started, said = trio.current_time(), Dictated(len(request.prompt), request.output)
+    ask = replace(ask, max_new_tokens=request.new_tokens, choose=said.choose)
+    async with model.ask(list(request.prompt), ask) as answer:
+        async for _ in answer.pieces:
+            pass
+        result = answer.result
+        opened_s = trio.current_time() - started - result.token_times_s[-1]
+    return _Answered(tuple(opened_s + at for at in result.token_times_s))
+
+
+def figures(served: Served) -> dict[str, float]:
+    """Of all requests: seconds, and tokens per second over all of them."""
+    requests = served.requests
+    return {
+        "ttft_s": _mean(requests, lambda each: each.first_token_s),
+        "ttft_s_p95": _p95(requests, lambda each: each.first_token_s),
+        "token_s": _mean(requests, lambda each: each.per_token_s),
+        "latency_s": _mean(requests, lambda each: each.total_s),
+        "latency_s_p95": _p95(requests, lambda each: each.total_s),
+        "latency_per_token_s": round(served.latency_per_token_s, 6),
+        "makespan_s": round(served.seconds, 6),
+        "tokens_per_s": round(served.tokens_per_s, 4),
+    }
+
+
+def _totals(outcomes: list[Outcome], drawn: Drawn) -> dict[str, int]:
+    names = ("tokens", "bytes_out", "bytes_in", "drafted", "accepted", "prefix_tokens")
+    totals = {name: sum(getattr(outcome, name) for outcome in outcomes) for name in names}
+    return totals | {"prompt_tokens": drawn.work.prompt_tokens}
+
+
+def _mean(requests: Sequence[Timed], of: Callable[[Timed], float]) -> float:
+    return round(statistics.fmean(map(of, requests)), 6)
+
+
+def _p95(requests: Sequence[Timed], of: Callable[[Timed], float]) -> float:
+    """A value that occurred: of few requests, the largest."""
+    return round(sorted(map(of, requests))[-(-95 * len(requests) // 100) - 1], 6)
+
+
+def _busy() -> tuple[float, float]:
+    """Processor seconds of this machine that were not idle, and the time."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0), trio.current_time()
+
+
+def _first(group: BaseExceptionGroup[SottoError]) -> str:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"[:400]

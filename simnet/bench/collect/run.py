@@ -1,0 +1,221 @@
+"""Collecting: the runs of a design that have no row yet, one after another, on clusters of real workers.
+
+Each block has one cluster for each route, of as many workers as the route has hops, so that every model is on exactly
+these; a model is deployed once for all its runs there. Workers start with the route's round trips, and deployments
+come before its bandwidth, so that a slow route does not take an hour to load. After a run that failed the cluster is
+started anew. What cannot be deployed is left for the next start.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import trio
+
+from models.checkpoint import Checkpoint
+from models.config import ModelConfig
+from node.app_client import ClientOptions, DeployOptions, open_client
+from node.groups import ungrouped
+from node.keys import default_key
+from node.model import DeployedModel
+from protocol import limits
+from protocol.errors import InputError, RouteUnavailable, SottoError
+from simnet import cluster
+from simnet.bench.collect import cell as cells
+from simnet.bench.collect import store
+from simnet.bench.collect.design import Design, checkpoint, shape
+from simnet.bench.collect.estimate import hours_left, per_minute
+from simnet.bench.collect.grid import Cell
+from simnet.bench.collect.store import Origin, Store
+from simnet.bench.collect.tasks import Room, draw
+from simnet.shape import Shape, Wiring
+
+SETTLE_S = 0.3  # until the proxy has read what the links are now
+KV_SPARE = 1.25  # room beside what the busiest task needs: for prefixes that are kept
+STARTS_MAX = 2  # of a cluster without a single row
+WORKER = cluster.WorkerSpec(memory="4GiB", kv_memory="1GiB", threads=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`hours`: stop after the run that is under way then. `limit`: runs to make at most. `route`: this one alone."""
+
+    folder: Path
+    tokenizer_from: Path
+    design: Design
+    hours: float | None = None
+    limit: int | None = None
+    route: str | None = None
+    worker: cluster.WorkerSpec = WORKER
+
+    def __post_init__(self) -> None:
+        if self.route is not None and self.route not in self.design.routes:
+            raise InputError(f"--only-route {self.route!r} is not known: use one of {', '.join(self.design.routes)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """`update` gets how many runs of all are made and the hours that the others will take; `say` what is under way."""
+
+    update: Callable[[int, int, float | None], None] = lambda *_: None
+    say: Callable[[str], None] = lambda _: None
+
+
+def run(options: Options, report: dict[str, Any], hear: Hear | None = None) -> None:
+    """Make runs until there are none left, or as `options` say; `report` is complete also when it was cut short.
+
+    Raises InputError (a file of other records, workers that do not start).
+    """
+    torch.set_num_threads(1)
+    with store.opened(options.folder, Origin.here(options.design.digest)) as rows:
+        work = _Collection(options, rows, hear or Hear())
+        try:
+            work.run()
+        finally:
+            report |= work.report()
+
+
+@dataclass(slots=True)
+class _Collection:
+    options: Options
+    rows: Store
+    hear: Hear
+    started: float = field(default_factory=time.monotonic)
+    made: int = 0  # rows of this process
+    _left_out: set[tuple[int, str, str]] = field(default_factory=set)  # what could not be deployed
+    _mark: float = field(default_factory=time.monotonic)  # the end of the last run
+
+    def run(self) -> None:
+        self.hear.update(len(self.rows.done), len(self.options.design.cells), self._hours_left())
+        starts = 0
+        while (here := self._next_cluster()) and not self._over():
+            before = self.made
+            try:
+                with _cluster(self.options, here[0].context.route) as net, ungrouped():
+                    trio.run(self._serve, net, here)
+                starts = 0
+            except InputError:
+                starts += 1
+                if self.made == before and starts == STARTS_MAX:
+                    raise
+
+    def report(self) -> dict[str, Any]:
+        rows, left = self.rows.rows, self._hours_left()
+        kinds = Counter(next(kind for kind in ("measured", "infeasible", "error") if kind in row) for row in rows)
+        return {
+            "cells": len(self.options.design.cells),
+            "made": len(self.rows.done),
+            "made_now": self.made,
+            **{kind: kinds[kind] for kind in ("measured", "infeasible", "error")},
+            "not_deployed": sorted(f"block {block}, {route}, {model}" for block, route, model in self._left_out),
+            "minutes": round((time.monotonic() - self.started) / 60, 2),
+            "cells_per_minute": per_minute(rows),
+            "hours_left": None if left is None else round(left, 2),
+        }
+
+    def _left(self) -> Iterator[Cell]:
+        only = self.options.route
+        for each in self.options.design.cells:
+            there = (each.block, each.context.route, each.context.model)
+            if each.key not in self.rows.done and there not in self._left_out and only in (None, each.context.route):
+                yield each
+
+    def _next_cluster(self) -> list[Cell]:
+        """The runs that the next cluster can serve; none when all are made."""
+        return list(next((here for _, here in groupby(self._left(), lambda c: (c.block, c.context.route))), ()))
+
+    def _over(self) -> bool:
+        hours, limit = self.options.hours, self.options.limit
+        late = hours is not None and time.monotonic() - self.started >= 3600 * hours
+        return late or (limit is not None and self.made >= limit)
+
+    async def _serve(self, net: cluster.Cluster, here: list[Cell]) -> None:
+        """The runs on this cluster, until one fails."""
+        for _, same in groupby(here, lambda each: each.context.model):
+            group = list(same)
+            try:
+                async with self._deployed(net, group) as model:
+                    for each in group:
+                        if self._over() or not await self._made(model, each, net):
+                            return
+            except SottoError as error:
+                first = group[0]
+                self._left_out.add((first.block, first.context.route, first.context.model))
+                self.hear.say(f"{first.context.model} over {first.context.route} is left for later: {error}")
+
+    async def _made(self, model: DeployedModel, each: Cell, net: cluster.Cluster) -> bool:
+        """Whether the run went well; its row is kept in any case."""
+        self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}")
+        began, at_ms = time.monotonic(), int(time.time() * 1000)
+        pids = tuple(worker.pid for worker in net.workers)
+        found = await cells.run(model, each, draw(each, _room(model.config, self.options.design)), pids)
+        ended = time.monotonic()
+        times = {"at_ms": at_ms, "seconds": round(ended - began, 3), "setup_s": round(began - self._mark, 3)}
+        block, number, strategy = each.key
+        context = {"model": each.context.model, "route": each.context.route}
+        self.rows.add({"block": block, "context": number, "strategy": strategy, **context, **times, **found})
+        self.made, self._mark = self.made + 1, ended
+        self.hear.update(len(self.rows.done), len(self.options.design.cells), self._hours_left())
+        return "error" not in found
+
+    def _hours_left(self) -> float | None:
+        return hours_left(self.rows.rows, list(self._left()))
+
+    @asynccontextmanager
+    async def _deployed(self, net: cluster.Cluster, here: list[Cell]) -> AsyncIterator[DeployedModel]:
+        """The model of `here` on every worker of its route, behind links as the route has them."""
+        options, name, route = self.options, here[0].context.model, here[0].context.route
+        point, folder = options.design.routes[route], options.folder / "client"
+        self.hear.say(f"block {here[0].block}: deploying {name} over {route}")
+        path = checkpoint(options.folder / "models", name, options.design.models[name], options.tokenizer_from)
+        await _reshape(net, shape(point, limited=False))
+        with ungrouped():
+            async with open_client(ClientOptions(folder, (net.bootstrap,), origin="bench")) as client:
+                sealed = await client.seal(Checkpoint.open(path), "float32", default_key(folder), lambda *_: None)
+                wanted = _wanted(here, point.hops, _room(sealed.checkpoint.config, options.design))
+                model = await client.deploy(sealed, wanted)
+                if len(model.route.hops) != point.hops:
+                    raise RouteUnavailable(f"the route has {len(model.route.hops)} hops instead of {point.hops}")
+                await _reshape(net, shape(point))
+                yield model
+
+
+def _cluster(options: Options, route: str) -> AbstractContextManager[cluster.Cluster]:
+    point = options.design.routes[route]
+    specs = [options.worker] * point.hops
+    plain = shape(point) == Shape()
+    names = tuple(f"worker-{index}" for index in range(point.hops))
+    wiring = None if plain else Wiring(names, shape(point, limited=False), {})
+    return cluster.running(options.folder / "cluster", specs, wiring=wiring)
+
+
+async def _reshape(net: cluster.Cluster, every: Shape) -> None:
+    if net.proxy is not None:
+        net.reshape_all(every)
+        await trio.sleep(SETTLE_S)
+
+
+def _room(config: ModelConfig, design: Design) -> Room:
+    return Room(config.vocab_size, config.max_position, design.new_tokens)
+
+
+def _wanted(here: list[Cell], hops: int, room: Room) -> DeployOptions:
+    """Workers and KV for the task of `here` that needs most."""
+    tasks = {each.context.number: each for each in here}.values()
+    busiest = max(each.context.task.concurrency for each in tasks)
+    tokens = max(each.context.task.concurrency * _pages(draw(each, room).longest_tokens) for each in tasks)
+    return DeployOptions(hops_min=hops, concurrency=busiest, kv_tokens=math.ceil(KV_SPARE * tokens / busiest))
+
+
+def _pages(tokens: int) -> int:
+    """Tokens in whole pages."""
+    return -(-tokens // limits.PAGE_TOKENS) * limits.PAGE_TOKENS

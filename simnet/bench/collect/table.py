@@ -1,0 +1,138 @@
+"""The records of a collection as one long table, which `sotto select` and the product's selector read.
+
+One row for each run from which a choice could be learnt: it went well, and the context allows the strategy (one that
+loses precision is measured everywhere, and may not be chosen where an exact answer is asked for). The rest stays in the
+collection's own file. Features are those that were known before the context's first run, the same in all its rows, so
+that they name the context and know nothing of any outcome. The columns, in this order:
+
+    context, block, model, route, workload, strategy, performance
+    model_..., route_..., task_...   features, as `sotto history` has them
+    design_...                       what the grid asked for: no client knows it, so these are no features
+    measured_...                     what came of it
+    links, simulated, hardware, version, torch, grid, method, at_ms
+
+`performance` is in tokens per second, higher is better: where the objective is latency, of one request as its user
+feels it, the mean over requests; where it is throughput, of all together. Pure, but for the file.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import InputError
+from protocol.strategy import Facts, infeasible, parse
+from simnet.bench.collect.design import Design, shape
+from simnet.bench.collect.grid import Context, TaskPoint
+from simnet.bench.collect.store import Origin, Row, read
+from simnet.shape import Shape
+
+# For `sotto select --task-columns`; `model`, `route` and `workload` are for --hold-out.
+FEATURES = (
+    "model_family",
+    "model_layers",
+    "model_width",
+    "model_heads",
+    "model_kv_heads",
+    "model_vocabulary",
+    "model_parameters",
+    "route_hops",
+    "route_compute_us",
+    "route_compute_us_max",
+    "route_rtt_ms",
+    "route_rtt_ms_max",
+    "task_prompt_tokens",
+    "task_concurrency",
+    "task_shared_prefix",
+    "task_repetition",
+    "task_objective",
+    "task_exact",
+)
+BUSY = 8  # requests at once, from which on a workload is one of many
+
+
+def export(folder: Path, design: Design, file: Path) -> dict[str, Any]:
+    """Write the table into `file`; what is in it and how to judge selectors by it. Raises InputError."""
+    origin, rows = read(folder)
+    if origin.grid != design.digest:
+        raise InputError(f"the records in {folder} are of another grid than this version's")
+    made = list(table(origin, rows, design))
+    if not made:
+        raise InputError("no run has gone well yet: there is nothing to export")
+    try:
+        with file.open("w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, list(made[0]))
+            writer.writeheader()
+            writer.writerows(made)
+    except OSError as error:
+        raise InputError(f"cannot write {file}: {error.strerror}") from None
+    return {
+        "file": str(file),
+        "rows": len(made),
+        "contexts": len({row["context"] for row in made}),
+        "left_out": len(rows) - len(made),
+        "select": f"sotto select {file} --task-columns {','.join(FEATURES)} --strategy-column strategy "
+        "--performance-column performance --hold-out model",
+    }
+
+
+def table(origin: Origin, rows: list[Row], design: Design) -> Iterator[dict[str, Any]]:
+    """See the module's docstring."""
+    contexts = {cell.context.number: cell.context for cell in design.cells}
+    first: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        context = contexts[row["context"]]
+        known = first.setdefault(context.number, _flat(row["features"]))
+        if "measured" not in row or not _allowed(context, row["strategy"]):
+            continue
+        yield {
+            **{name: row[name] for name in ("context", "block", "model", "route")},
+            "workload": workload(context.task),
+            "strategy": row["strategy"],
+            "performance": performance(context.task, row["measured"]),
+            **known,
+            **_design(context, design),
+            **{f"measured_{name}": value for name, value in row["measured"].items()},
+            "links": "loopback" if shape(design.routes[context.route]) == Shape() else "shaped",
+            "simulated": 0,
+            **{name: value for name, value in asdict(origin).items() if name not in ("grid", "method")},
+            "grid": origin.grid,
+            "method": origin.method,
+            "at_ms": row["at_ms"],
+        }
+
+
+def performance(task: TaskPoint, measured: dict[str, float]) -> float:
+    """Tokens per second by the task's objective."""
+    return round(1 / measured["latency_per_token_s"] if task.objective == "latency" else measured["tokens_per_s"], 5)
+
+
+def workload(task: TaskPoint) -> str:
+    """The kind of task, for holding out kinds: what prompts share, whether answers copy, and how many come at once."""
+    kinds = [name for name, there in (("shared", task.shared_share), ("copied", task.repetition)) if there]
+    return "-".join([*(kinds or ["plain"]), "many" if task.concurrency >= BUSY else "few"])
+
+
+def _allowed(context: Context, strategy: str) -> bool:
+    return infeasible(parse(strategy), Facts(exact=context.task.exact, deployed="float32")) is None
+
+
+def _design(context: Context, design: Design) -> dict[str, Any]:
+    route, task = design.routes[context.route], asdict(context.task)
+    points = {"rtt_ms": route.rtt_ms, "mbit_s": route.mbit_s}
+    points |= {name: task[name] for name in ("requests", "prompt_tokens", "shared_share", "repetition")}
+    return {f"design_{name}": value for name, value in points.items()}
+
+
+def _flat(features: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {f"{part}_{name}": _cell(value) for part, inner in features.items() for name, value in inner.items()}
+
+
+def _cell(value: Any) -> Any:
+    """Names as they are, true and false as 1 and 0, nothing as an empty cell, several numbers with ";" between them."""
+    if isinstance(value, list | tuple):
+        return ";".join(map(str, value))
+    return int(value) if isinstance(value, bool) else "" if value is None else value

@@ -1,0 +1,125 @@
+"""The requests of one run: prompts and answers of the lengths and likenesses that a context asks for.
+
+All strategies of a block get the same lengths, the same prefix in common and the same copying, in tokens of their own:
+a run meets nothing in the workers' kept prefixes but what it left there itself. Before the clock starts, one request
+with the prefix in common is served, as a service has served its instructions before; then all others are there at
+once.
+
+A text copies itself as it goes on: a stretch of it is new, or one that stood earlier. An answer copies its prompt in
+order for the share of its tokens that the context says; the prompt copies itself for half of that to all of it, so
+that what a client can see of a prompt says something of the answer, and not everything.
+
+Pure: the same cell gives the same requests everywhere.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from client.learning.features import PrefixMemory, TaskFeatures, repetition
+from simnet.bench.collect.grid import NEW_TOKENS, SEED, Cell, TaskPoint
+from simnet.bench.workloads import FIRST_ID, Request, Workload
+
+METHOD = 1  # how runs are made and measured: a change here makes them another table's
+STRETCH_TOKENS = (4, 24)  # of a prompt, new or copied
+TURN_TOKENS = 16  # of an answer: some of them new, then the rest copied
+LENGTHS = (0.75, 1.25)  # of a prompt's own part, beside their mean
+LEADER_TOKENS = 16  # of the first request's own part
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a model has room for: ids below `vocabulary`, and a request's tokens, `new_tokens` of them its answer's."""
+
+    vocabulary: int
+    context_tokens: int
+    new_tokens: int = NEW_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """`leader` is served before the clock starts."""
+
+    leader: Request
+    work: Workload
+
+    @property
+    def longest_tokens(self) -> int:
+        """Of a request, its answer included."""
+        return max(len(each.prompt) + each.new_tokens for each in (self.leader, *self.work.requests))
+
+
+def draw(cell: Cell, room: Room) -> Drawn:
+    """The requests of `cell`; prompts that would not fit are cut."""
+    task = cell.context.task
+    rng = random.Random(f"{SEED} {cell.context.number} {cell.block}")
+    new = _new_ids(room.vocabulary, f"{SEED} {cell.key}")
+    prefix_tokens = round(task.shared_share * task.prompt_tokens)
+    prefix = _text(rng, new, prefix_tokens, task.repetition)
+    leader = Request(0.0, (*prefix, *_text(rng, new, LEADER_TOKENS, 0.0)), 2, _text(rng, new, 2, 0.0))
+    requests = []
+    for own in _lengths(rng, task, task.prompt_tokens - prefix_tokens):
+        copied = task.repetition * rng.uniform(0.5, 1.0)
+        prompt = (*prefix, *_text(rng, new, own, copied, prefix))[: room.context_tokens - room.new_tokens]
+        answer = _answer(rng, new, prompt, task.repetition, room.new_tokens)
+        requests.append(Request(0.0, prompt, room.new_tokens, answer))
+    return Drawn(leader, Workload(cell.context.name, "built-in", tuple(requests)))
+
+
+def known_before(drawn: Drawn, task: TaskPoint) -> TaskFeatures:
+    """What a client can see of the requests before it sends them: means, by the extraction that it uses itself."""
+    prompts = [request.prompt for request in drawn.work.requests]
+    memory = PrefixMemory()
+    memory.share(drawn.leader.prompt)
+    return TaskFeatures(
+        prompt_tokens=round(statistics.fmean(map(len, prompts))),
+        max_new_tokens=drawn.work.requests[0].new_tokens,
+        concurrency=task.concurrency,
+        shared_prefix=round(statistics.fmean(map(memory.share, prompts)), 4),
+        repetition=round(statistics.fmean(map(repetition, prompts)), 4),
+        temperature=0.0,
+        objective=task.objective,
+        exact=task.exact,
+    )
+
+
+def _new_ids(vocabulary: int, key: str) -> Iterator[int]:
+    """Ids in an order of the run's own, each once; then all in another order."""
+    rng, order = random.Random(key), list(range(FIRST_ID, vocabulary))
+    while True:
+        rng.shuffle(order)
+        yield from order
+
+
+def _lengths(rng: random.Random, task: TaskPoint, mean: int) -> list[int]:
+    """As many as there are requests, `mean` on average, one at least."""
+    drawn = [rng.uniform(*LENGTHS) for _ in range(task.requests)]
+    return [max(1, round(mean * each / statistics.fmean(drawn))) for each in drawn]
+
+
+def _text(
+    rng: random.Random, new: Iterator[int], tokens: int, copied: float, before: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """What follows `before`: so many tokens, of which about the share `copied` repeats what stood earlier."""
+    ids, end = list(before), len(before) + tokens
+    while len(ids) < end:
+        stretch = min(rng.randint(*STRETCH_TOKENS), end - len(ids))
+        if rng.random() < copied and len(ids) > stretch:
+            start = rng.randrange(len(ids) - stretch)
+            ids += ids[start : start + stretch]
+        else:
+            ids += (next(new) for _ in range(stretch))
+    return tuple(ids[len(before) :])
+
+
+def _answer(
+    rng: random.Random, new: Iterator[int], prompt: tuple[int, ...], copied: float, tokens: int
+) -> tuple[int, ...]:
+    """The prompt from somewhere on, with the share 1 - `copied` of it replaced, a few tokens in each turn."""
+    start, replaced = rng.randrange(len(prompt)), round(TURN_TOKENS * (1 - copied))
+    return tuple(
+        next(new) if at % TURN_TOKENS < replaced else prompt[(start + at) % len(prompt)] for at in range(tokens)
+    )

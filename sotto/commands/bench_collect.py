@@ -1,0 +1,81 @@
+"""`sotto bench collect`: recorded performance of every strategy on a designed grid of contexts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sotto.commands.common import Json, errors, print_json
+
+
+def collect(
+    folder: Annotated[
+        Path | None, typer.Option(help="Where records, models and workers are. Default: in the data folder.")
+    ] = None,
+    hours: Annotated[float | None, typer.Option(min=0, help="Stop after the run that is under way then.")] = None,
+    only_route: Annotated[str | None, typer.Option(help="Runs over this route alone.")] = None,
+    limit: Annotated[int | None, typer.Option(min=0, help="So many runs at most.")] = None,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write the records so far as a long table (CSV) for 'sotto select'; run nothing."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run every strategy in every context of the grid, on real workers behind shaped links, and record what came of it.
+
+    It takes hours. What was cut short goes on where it stopped, also after days, on the same machine and version.
+    """
+    report: dict[str, Any] = {}
+    with errors(as_json):
+        from node.paths import data_dir
+        from simnet.bench.collect import table
+        from simnet.bench.collect.design import frozen
+        from simnet.bench.collect.run import Hear, Options, run
+        from sotto.demo import demo_checkpoint
+
+        place = (folder or data_dir() / "collect").expanduser().absolute()
+        if export is not None:
+            report = table.export(place, frozen(), export)
+        else:
+            options = Options(place, demo_checkpoint(), frozen(), hours, limit, only_route)
+            with _bar(as_json) as (update, say):
+                try:
+                    run(options, report, Hear(update, say))
+                except* KeyboardInterrupt:
+                    report["interrupted"] = True
+    if as_json:
+        print_json(report)
+        return
+    for name, value in report.items():
+        print(f"{name.replace('_', ' ')}: {_text(value)}")
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[tuple[Callable[[int, int, float | None], None], Callable[[str], None]]]:
+    """A bar with the time that is left by our own estimate: runs of one route are alike, those of two are not."""
+    from rich import progress
+    from rich.console import Console
+
+    columns = (
+        progress.TextColumn("runs"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TextColumn("{task.fields[left]}  {task.fields[now]}", markup=False),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task("runs", total=None, left="", now="")
+
+        def update(done: int, total: int, hours: float | None) -> None:
+            bar.update(task, completed=done, total=total, left="" if hours is None else f"{hours:.1f} h left")
+
+        yield update, lambda text: bar.update(task, now=text)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "  ".join(f"{name} {_text(each)}" for name, each in value.items())
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
