@@ -81,7 +81,7 @@ async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int
     with trio.move_on_after(CELL_S_MAX):
         try:
             return row | {"measured": await _measure(model, cell, drawn, pids)}
-        except* SottoError as group:
+        except* (SottoError, psutil.NoSuchProcess) as group:
             error = _first(group)
     return row | {"error": error}
 
@@ -152,7 +152,7 @@ def _busy() -> tuple[float, float]:
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0), trio.current_time()
 
 
-def _first(group: BaseExceptionGroup[SottoError]) -> str:
+def _first(group: BaseExceptionGroup) -> str:
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -3,7 +3,7 @@
 Each block has one cluster for each route, of as many workers as the route has hops, so that every model is on exactly
 these; a model is deployed once for all its runs there. Workers start with the route's round trips, and deployments
 come before its bandwidth, so that a slow route does not take an hour to load. After a run that failed the cluster is
-started anew. What cannot be deployed is left for the next start.
+started anew. Runs that failed, and what could not be deployed, are tried again at the next start.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from simnet.shape import Shape, Wiring
 
 SETTLE_S = 0.3  # until the proxy has read what the links are now
 KV_SPARE = 1.25  # room beside what the busiest task needs: for prefixes that are kept
-STARTS_MAX = 2  # of a cluster without a single row
+TRIES_MAX = 2  # at starting a cluster, or at deploying a model, without a single row
 WORKER = cluster.WorkerSpec(memory="4GiB", kv_memory="1GiB", threads=1)
 
 
@@ -91,7 +91,7 @@ class _Collection:
     hear: Hear
     started: float = field(default_factory=time.monotonic)
     made: int = 0  # rows of this process
-    _left_out: set[tuple[int, str, str]] = field(default_factory=set)  # what could not be deployed
+    _failed: Counter[tuple[int, str, str]] = field(default_factory=Counter)  # deployments that ended in an error
     _mark: float = field(default_factory=time.monotonic)  # the end of the last run
 
     def run(self) -> None:
@@ -105,7 +105,7 @@ class _Collection:
                 starts = 0
             except InputError:
                 starts += 1
-                if self.made == before and starts == STARTS_MAX:
+                if self.made == before and starts == TRIES_MAX:
                     raise
 
     def report(self) -> dict[str, Any]:
@@ -116,18 +116,20 @@ class _Collection:
             "made": len(self.rows.done),
             "made_now": self.made,
             **{kind: kinds[kind] for kind in ("measured", "infeasible", "error")},
-            "not_deployed": sorted(f"block {block}, {route}, {model}" for block, route, model in self._left_out),
+            "not_deployed": sorted(f"block {block}, {route}, {model}" for block, route, model in self._left_out()),
             "minutes": round((time.monotonic() - self.started) / 60, 2),
             "cells_per_minute": per_minute(rows),
             "hours_left": None if left is None else round(left, 2),
         }
 
     def _left(self) -> Iterator[Cell]:
-        only = self.options.route
+        only, left_out = self.options.route, self._left_out()
         for each in self.options.design.cells:
-            there = (each.block, each.context.route, each.context.model)
-            if each.key not in self.rows.done and there not in self._left_out and only in (None, each.context.route):
+            if each.key not in self.rows.done and _place(each) not in left_out and only in (None, each.context.route):
                 yield each
+
+    def _left_out(self) -> set[tuple[int, str, str]]:
+        return {place for place, times in self._failed.items() if times >= TRIES_MAX}
 
     def _next_cluster(self) -> list[Cell]:
         """The runs that the next cluster can serve; none when all are made."""
@@ -139,21 +141,23 @@ class _Collection:
         return late or (limit is not None and self.made >= limit)
 
     async def _serve(self, net: cluster.Cluster, here: list[Cell]) -> None:
-        """The runs on this cluster, until one fails."""
-        for _, same in groupby(here, lambda each: each.context.model):
-            group = list(same)
+        """The runs on this cluster, until something fails."""
+        for place, group in groupby(here, _place):
+            same = list(group)
             try:
-                async with self._deployed(net, group) as model:
-                    for each in group:
+                async with self._deployed(net, same) as model:
+                    for each in same:
                         if self._over() or not await self._made(model, each, net):
                             return
             except SottoError as error:
-                first = group[0]
-                self._left_out.add((first.block, first.context.route, first.context.model))
-                self.hear.say(f"{first.context.model} over {first.context.route} is left for later: {error}")
+                self._failed[place] += 1
+                self.hear.say(f"{same[0].context.model} over {same[0].context.route} could not be deployed: {error}")
+                return
 
     async def _made(self, model: DeployedModel, each: Cell, net: cluster.Cluster) -> bool:
-        """Whether the run went well; its row is kept in any case."""
+        """Whether the run went well; its row is kept in any case. Without all workers it is not made."""
+        if not all(process.alive for process in net.processes):
+            return False
         self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}")
         began, at_ms = time.monotonic(), int(time.time() * 1000)
         pids = tuple(worker.pid for worker in net.workers)
@@ -187,6 +191,10 @@ class _Collection:
                     raise RouteUnavailable(f"the route has {len(model.route.hops)} hops instead of {point.hops}")
                 await _reshape(net, shape(point))
                 yield model
+
+
+def _place(each: Cell) -> tuple[int, str, str]:
+    return each.block, each.context.route, each.context.model
 
 
 def _cluster(options: Options, route: str) -> AbstractContextManager[cluster.Cluster]:

@@ -44,12 +44,12 @@ class Origin:
 
 
 class Store:
-    """The rows so far. Made by `opened`."""
+    """The rows so far. Made by `opened`. `done`: what need not be run; runs that failed earlier are tried again."""
 
     def __init__(self, file: BinaryIO, rows: list[Row]) -> None:
         self._file = file
         self.rows = rows
-        self.done: set[Key] = {key(row) for row in rows}
+        self.done: set[Key] = {key(row) for row in rows if "error" not in row}
 
     def add(self, row: Row) -> None:
         """On disk when this returns."""

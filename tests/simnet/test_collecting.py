@@ -1,0 +1,182 @@
+"""Collections without workers: what a run is made of, the file of rows, the table that is made of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.metalearning.table import Columns, Scale
+from client.metalearning.table import read as read_table
+from protocol.errors import InputError
+from simnet.bench.collect import store, table
+from simnet.bench.collect.estimate import hours_left, per_minute
+from simnet.bench.collect.grid import Cell, Context
+from simnet.bench.collect.store import Origin
+from simnet.bench.collect.table import FEATURES
+from simnet.bench.collect.tasks import Drawn, Room, draw, known_before
+from tests.helpers.collecting import ALONE, STRATEGIES, TASK, design
+
+ROOM = Room(vocabulary=4000, context_tokens=2048)
+ORIGIN = Origin(grid="tiny", hardware="a machine")
+
+
+def drawn(strategy: str = "default", block: int = 0, **changes: Any) -> Drawn:
+    return draw(Cell(block, Context(7, "small", "here", replace(TASK, **changes)), strategy), ROOM)
+
+
+def test_lengths_are_the_contexts_on_average() -> None:
+    work = drawn(requests=32, prompt_tokens=200).work
+    lengths = [len(request.prompt) for request in work.requests]
+    assert sum(lengths) / 32 == pytest.approx(200, abs=1)
+    assert min(lengths) < 195 < 205 < max(lengths)
+    assert {len(request.output) for request in work.requests} == {32}
+
+
+def test_a_prompt_that_would_not_fit_is_cut() -> None:
+    short = draw(design().cells[0], Room(4000, 64, new_tokens=6))
+    assert short.longest_tokens <= 96 + 16
+    assert all(len(request.prompt) <= 58 for request in short.work.requests)
+
+
+def test_all_requests_of_a_run_share_its_prefix_and_nothing_more() -> None:
+    run = drawn(repetition=0.0)
+    prompts = [run.leader.prompt, *(request.prompt for request in run.work.requests)]
+    assert {prompt[:72] for prompt in prompts} == {prompts[0][:72]}
+    assert len({prompt[72] for prompt in prompts}) == len(prompts)
+
+
+def test_another_run_has_the_same_shape_and_other_tokens() -> None:
+    one, other = drawn("default"), drawn("wire=int8")
+    assert drawn("default") == one
+    for mine, theirs in zip(one.work.requests, other.work.requests, strict=True):
+        assert [mine.prompt.index(token) for token in mine.prompt] == [
+            theirs.prompt.index(token) for token in theirs.prompt
+        ]
+        assert mine.prompt[:8] != theirs.prompt[:8]
+    assert [len(r.prompt) for r in drawn(block=1).work.requests] != [len(r.prompt) for r in one.work.requests]
+
+
+@pytest.mark.parametrize("copied", [0.0, 0.5, 0.875])
+def test_an_answer_copies_its_prompt_in_order(copied: float) -> None:
+    for request in drawn(repetition=copied).work.requests:
+        place = {pair: at for at, pair in enumerate(zip(request.prompt, request.prompt[1:], strict=False))}
+        pairs = zip(request.output, request.output[1:], strict=False)
+        turns = 2 if copied > 0 else 0
+        expected = max(0, round(32 * copied) - turns)
+        assert sum(pair in place for pair in pairs) == pytest.approx(expected, abs=2)
+
+
+def test_a_client_sees_the_likeness_of_prompts_and_not_of_answers() -> None:
+    seen = known_before(drawn(requests=8), TASK)
+    assert seen.shared_prefix == pytest.approx(0.75, abs=0.15), "whole pages of 16, the leader has them all"
+    assert 0.1 < seen.repetition < 0.5
+    plain = known_before(drawn(repetition=0.0, shared_share=0.0), ALONE)
+    assert (plain.repetition, plain.shared_prefix, plain.exact, plain.concurrency) == (0.0, 0.0, True, 2)
+
+
+def row(number: int = 0, strategy: str = "default", block: int = 0, **found: Any) -> dict[str, Any]:
+    """As run.py makes them."""
+    context = design().cells[2 * number].context
+    known = known_before(draw(design().cells[2 * number], ROOM), context.task)
+    features = {"model": {"family": "llama"}, "route": {"hops": 1, "span_us": [1.0, 2.0]}, "task": asdict(known)}
+    found = found or {"measured": {"latency_per_token_s": 0.5, "tokens_per_s": 4.0}}
+    times = {"at_ms": 1, "seconds": 30.0, "setup_s": 0.0}
+    where = {"model": context.model, "route": context.route}
+    return {"block": block, "context": number, "strategy": strategy, "features": features, **where, **times, **found}
+
+
+def test_rows_come_back_and_a_torn_last_one_is_dropped(tmp_path: Path) -> None:
+    with store.opened(tmp_path, ORIGIN) as rows:
+        rows.add(row(0))
+        rows.add(row(1, error="Refused: no"))
+        assert len(rows.done) == 2
+    file = tmp_path / store.FILE
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"block": 0, "cont')
+    assert store.read(tmp_path) == (ORIGIN, [row(0), row(1, error="Refused: no")])
+    with store.opened(tmp_path, ORIGIN) as rows:
+        assert file.read_bytes() == whole
+        assert rows.done == {(0, 0, "default")}, "a run that failed is tried again"
+        rows.add(row(1))
+    assert len(store.read(tmp_path)[1]) == 3
+
+
+def test_records_of_something_else_are_not_mixed(tmp_path: Path) -> None:
+    with store.opened(tmp_path, ORIGIN) as rows:
+        rows.add(row())
+    kept = (tmp_path / store.FILE).read_bytes()
+    for other in ({"grid": "another"}, {"method": 99}, {"version": "0.0"}, {"hardware": "another"}):
+        with pytest.raises(InputError, match="must not mix"), store.opened(
+            tmp_path, replace(ORIGIN, **other)
+        ):  # fmt: skip
+            pass
+    assert (tmp_path / store.FILE).read_bytes() == kept
+
+
+def test_one_collection_at_a_time_and_no_other_files(tmp_path: Path) -> None:
+    busy = pytest.raises(InputError, match="another sotto collection")
+    with store.opened(tmp_path, ORIGIN), busy, store.opened(tmp_path, ORIGIN):
+        pass
+    with pytest.raises(InputError, match="no records"):
+        store.read(tmp_path / "elsewhere")
+    file = tmp_path / store.FILE
+    file.write_bytes(b"hello\n")
+    with pytest.raises(InputError, match="no file of records"):
+        store.read(tmp_path)
+    file.write_bytes(json.dumps(asdict(ORIGIN)).encode() + b"\n{}\n")
+    with pytest.raises(InputError, match="damaged"):
+        store.read(tmp_path)
+
+
+def test_the_table_has_what_a_choice_may_be_learnt_from() -> None:
+    later = row(0, "default", block=1)
+    later["features"]["route"]["hops"] = 99
+    exact = row(1, "default", measured={"latency_per_token_s": 0.5, "tokens_per_s": 4.0})
+    rows = [row(0), later, row(0, STRATEGIES[1], error="Refused: no"), exact, row(1, STRATEGIES[1])]
+    made = list(table.table(ORIGIN, rows, design()))
+    assert [(each["context"], each["block"], each["strategy"]) for each in made] == [
+        (0, 0, "default"),
+        (0, 1, "default"),
+        (1, 0, "default"),
+    ], "no run that failed, and none that loses precision where an exact answer was asked for"
+    assert [each["performance"] for each in made] == [2.0, 2.0, 4.0], "latency of a request; throughput of all"
+    assert {each["route_hops"] for each in made} == {1}, "what was known before the context's first run"
+    assert made[0]["route_span_us"] == "1.0;2.0"
+    assert (made[0]["workload"], made[2]["workload"]) == ("shared-copied-few", "plain-few")
+    assert (made[0]["links"], made[0]["simulated"], made[0]["hardware"]) == ("loopback", 0, "a machine")
+    assert list(made[0])[:7] == ["context", "block", "model", "route", "workload", "strategy", "performance"]
+
+
+def test_what_is_left_takes_as_long_as_it_took() -> None:
+    cells = list(design().cells)
+    assert hours_left([], cells) is None
+    first = row(0) | {"setup_s": 60.0}
+    assert hours_left([first], cells[1:2]) == pytest.approx((30 + 60) / 3600)
+    assert hours_left([first], cells[1:]) == pytest.approx((7 * 30 + 4 * 60) / 3600), "four deployments"
+    assert per_minute([first, row(1)]) == {"here": 1.0}
+
+
+def test_features_are_columns_of_the_history() -> None:
+    from client.learning.record import COLUMNS
+
+    assert set(FEATURES) <= set(COLUMNS)
+    assert not [name for name in FEATURES if name.startswith(("measured", "design"))]
+
+
+def test_the_selectors_read_it(tmp_path: Path) -> None:
+    with store.opened(tmp_path, ORIGIN) as rows:
+        for number in range(3):
+            rows.add(row(number))
+    report = table.export(tmp_path, design(), tmp_path / "runs.csv")
+    assert (report["rows"], report["contexts"], report["left_out"]) == (3, 3, 0)
+    columns = Columns(
+        tasks=("task_prompt_tokens", "model"), strategy="strategy", performance="performance", hold_out="model"
+    )
+    with (tmp_path / "runs.csv").open(newline="", encoding="utf-8") as lines:
+        assert len(read_table(lines, columns, Scale()).tasks) >= 2
+    with pytest.raises(InputError, match="another grid"):
+        table.export(tmp_path, design("another"), tmp_path / "runs.csv")
