@@ -19,6 +19,12 @@ def collect(
     hours: Annotated[float | None, typer.Option(min=0, help="Stop after the run that is under way then.")] = None,
     only_route: Annotated[str | None, typer.Option(help="Runs over this route alone.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="So many runs at most.")] = None,
+    calm: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Before a run wait, a minute at most, until others use no more of the processors."
+        ),
+    ] = None,
     export: Annotated[
         Path | None,
         typer.Option(help="Write the records so far as a long table (CSV) for 'sotto select'; run nothing."),
@@ -41,7 +47,7 @@ def collect(
         if export is not None:
             report = table.export(place, frozen(), export)
         else:
-            options = Options(place, demo_checkpoint(), frozen(), hours, limit, only_route)
+            options = Options(place, demo_checkpoint(), frozen(), hours, limit, only_route, calm)
             with _bar(as_json) as (update, say):
                 try:
                     run(options, report, Hear(update, say))

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from client.metalearning.table import Columns, Scale
 from client.metalearning.table import read as read_table
 from protocol.errors import InputError
-from simnet.bench.collect import store, table
+from simnet.bench.collect import cell, store, table
 from simnet.bench.collect.estimate import hours_left, per_minute
 from simnet.bench.collect.grid import Cell, Context
 from simnet.bench.collect.store import Origin
@@ -158,6 +160,24 @@ def test_what_is_left_takes_as_long_as_it_took() -> None:
     assert hours_left([first], cells[1:2]) == pytest.approx((30 + 60) / 3600)
     assert hours_left([first], cells[1:]) == pytest.approx((7 * 30 + 4 * 60) / 3600), "four deployments"
     assert per_minute([first, row(1)]) == {"here": 1.0}
+
+
+def test_a_run_waits_for_a_calm_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others use all of two processors for three looks, and then a quarter of them."""
+    monkeypatch.setattr(cell, "cores", lambda: 2)
+    monkeypatch.setattr(cell, "cpu_seconds", lambda _: 0.0)
+
+    def busy() -> tuple[float, float]:
+        now = trio.current_time()
+        return 2.0 * min(now, 3.0) + 0.5 * max(0.0, now - 3.0), now
+
+    monkeypatch.setattr(cell, "_busy", busy)
+
+    async def main() -> float:
+        await cell.calm(0.3)
+        return trio.current_time()
+
+    assert trio.run(main, clock=MockClock(autojump_threshold=0)) == pytest.approx(4 * cell.CALM_LOOK_S)
 
 
 def test_features_are_columns_of_the_history() -> None:

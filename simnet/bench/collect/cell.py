@@ -29,6 +29,7 @@ from simnet.bench.machine import cores, cpu_seconds
 from simnet.bench.serving import Served, Timed, serve
 from simnet.bench.workloads import Request
 
+CALM_LOOK_S = 1.0
 CELL_S_MAX = 240.0  # the longest should take a quarter of it
 
 
@@ -71,7 +72,7 @@ class _Meter:
 
 
 async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int] = ()) -> dict[str, Any]:
-    """`features`, and `measured`, or `error`, or the reason why the strategy is `infeasible`. `pids`: the workers'."""
+    """`features`, and `measured`, or `error`, or the reason why the strategy is `infeasible`. `pids`: the cluster's."""
     row: dict[str, Any] = {"features": features(model, cell, drawn)}
     try:
         model.strategy(Ask(strategy=parse(cell.strategy)))
@@ -150,6 +151,15 @@ def _busy() -> tuple[float, float]:
     """Processor seconds of this machine that were not idle, and the time."""
     times = psutil.cpu_times()
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0), trio.current_time()
+
+
+async def calm(share: float) -> None:
+    """Return when others use no more than `share` of this machine's processors. Our own must be idle meanwhile."""
+    others = 1.0
+    while others > share:
+        meter = _Meter(())
+        await trio.sleep(CALM_LOOK_S)
+        others = meter.figures()["others_cpu_share"]
 
 
 def _first(group: BaseExceptionGroup) -> str:

@@ -42,12 +42,14 @@ from simnet.shape import Shape, Wiring
 SETTLE_S = 0.3  # until the proxy has read what the links are now
 KV_SPARE = 1.25  # room beside what the busiest task needs: for prefixes that are kept
 TRIES_MAX = 2  # at starting a cluster, or at deploying a model, without a single row
+CALM_S = 60.0
 WORKER = cluster.WorkerSpec(memory="4GiB", kv_memory="1GiB", threads=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`hours`: stop after the run that is under way then. `limit`: runs to make at most. `route`: this one alone."""
+    """`hours`: stop after the run that is under way then. `limit`: runs to make at most. `route`: this one alone.
+    `calm`: the share of this machine's processors that others may use when a run begins; each waits CALM_S at most."""
 
     folder: Path
     tokenizer_from: Path
@@ -55,6 +57,7 @@ class Options:
     hours: float | None = None
     limit: int | None = None
     route: str | None = None
+    calm: float | None = None
     worker: cluster.WorkerSpec = WORKER
 
     def __post_init__(self) -> None:
@@ -158,9 +161,12 @@ class _Collection:
         """Whether the run went well; its row is kept in any case. Without all workers it is not made."""
         if not all(process.alive for process in net.processes):
             return False
+        if self.options.calm is not None:
+            with trio.move_on_after(CALM_S):
+                await cells.calm(self.options.calm)
         self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}")
         began, at_ms = time.monotonic(), int(time.time() * 1000)
-        pids = tuple(worker.pid for worker in net.workers)
+        pids = tuple(process.pid for process in net.processes)
         found = await cells.run(model, each, draw(each, _room(model.config, self.options.design)), pids)
         ended = time.monotonic()
         times = {"at_ms": at_ms, "seconds": round(ended - began, 3), "setup_s": round(began - self._mark, 3)}

@@ -9,7 +9,7 @@ that they name the context and know nothing of any outcome. The columns, in this
     model_..., route_..., task_...   features, as `sotto history` has them
     design_...                       what the grid asked for: no client knows it, so these are no features
     measured_...                     what came of it
-    links, simulated, hardware, version, torch, grid, method, at_ms
+    links, simulated, version, torch, hardware, grid, method, at_ms
 
 `performance` is in tokens per second, higher is better: where the objective is latency, of one request as its user
 feels it, the mean over requests; where it is throughput, of all together. Pure, but for the file.
