@@ -161,11 +161,11 @@ class _Collection:
         """Whether the run went well; its row is kept in any case. Without all workers it is not made."""
         if not all(process.alive for process in net.processes):
             return False
+        began, at_ms = time.monotonic(), int(time.time() * 1000)
         if self.options.calm is not None:
             with trio.move_on_after(CALM_S):
                 await cells.calm(self.options.calm)
         self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}")
-        began, at_ms = time.monotonic(), int(time.time() * 1000)
         pids = tuple(process.pid for process in net.processes)
         found = await cells.run(model, each, draw(each, _room(model.config, self.options.design)), pids)
         ended = time.monotonic()
