@@ -75,7 +75,7 @@ async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int
     """`features`, and `measured`, or `error`, or the reason why the strategy is `infeasible`. `pids`: the cluster's."""
     row: dict[str, Any] = {"features": features(model, cell, drawn)}
     try:
-        model.strategy(Ask(strategy=parse(cell.strategy)))
+        model.decide(drawn.leader.prompt, Ask(strategy=parse(cell.strategy)))
     except InputError as reason:
         return row | {"infeasible": str(reason)}
     error = "it took too long"
