@@ -29,6 +29,12 @@ def collect(
         Path | None,
         typer.Option(help="Write the records so far as a long table (CSV) for 'sotto select'; run nothing."),
     ] = None,
+    lossy: Annotated[
+        bool,
+        typer.Option(
+            "--lossy", help="Export runs that lose precision also where the answer must be exact: for a prior."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run every strategy in every context of the grid, on real workers behind shaped links, and record what came of it.
@@ -45,7 +51,7 @@ def collect(
 
         place = (folder or data_dir() / "collect").expanduser().absolute()
         if export is not None:
-            report = table.export(place, frozen(), export)
+            report = table.export(place, frozen(), export, lossy=lossy)
         else:
             options = Options(place, demo_checkpoint(), frozen(), hours, limit, only_route, calm)
             with _bar(as_json) as (update, say):

@@ -151,6 +151,8 @@ def test_the_table_has_what_a_choice_may_be_learnt_from() -> None:
     assert (made[0]["workload"], made[2]["workload"]) == ("shared-copied-few", "plain-few")
     assert (made[0]["links"], made[0]["simulated"], made[0]["hardware"]) == ("loopback", 0, "a machine")
     assert list(made[0])[:7] == ["context", "block", "model", "route", "workload", "strategy", "performance"]
+    assert [each["cost_s"] for each in made] == [0.5, 0.5, 0.25]
+    assert len(list(table.table(ORIGIN, rows, design(), lossy=True))) == 4
 
 
 def test_what_is_left_takes_as_long_as_it_took() -> None:

@@ -122,7 +122,7 @@ class _Collection:
             "not_deployed": sorted(f"block {block}, {route}, {model}" for block, route, model in self._left_out()),
             "minutes": round((time.monotonic() - self.started) / 60, 2),
             "cells_per_minute": per_minute(rows),
-            "hours_left": None if left is None else round(left, 2),
+            "hours_left": None if left is None else round(left, 4),
         }
 
     def _left(self) -> Iterator[Cell]:

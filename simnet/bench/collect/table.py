@@ -1,18 +1,20 @@
 """The records of a collection as one long table, which `sotto select` and the product's selector read.
 
 One row for each run from which a choice could be learnt: it went well, and the context allows the strategy (one that
-loses precision is measured everywhere, and may not be chosen where an exact answer is asked for). The rest stays in the
-collection's own file. Features are those that were known before the context's first run, the same in all its rows, so
-that they name the context and know nothing of any outcome. The columns, in this order:
+loses precision is measured everywhere, and may not be chosen where an exact answer is asked for; a prior, whose reader
+says itself what is allowed, takes these too). The rest stays in the collection's own file. Features are those that were
+known before the context's first run, the same in all its rows, so that they name the context and know nothing of any
+outcome. The columns, in this order:
 
-    context, block, model, route, workload, strategy, performance
+    context, block, model, route, workload, strategy, performance, cost_s
     model_..., route_..., task_...   features, as `sotto history` has them
     design_...                       what the grid asked for: no client knows it, so these are no features
     measured_...                     what came of it
     links, simulated, version, torch, hardware, grid, method, at_ms
 
 `performance` is in tokens per second, higher is better: where the objective is latency, of one request as its user
-feels it, the mean over requests; where it is throughput, of all together. Pure, but for the file.
+feels it, the mean over requests; where it is throughput, of all together. `cost_s` is the same as seconds per token,
+lower is better. Pure, but for the file.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from client.metalearning import described
 from protocol.errors import InputError
 from protocol.strategy import Facts, infeasible, parse
 from simnet.bench.collect.design import Design, shape
@@ -30,36 +33,19 @@ from simnet.bench.collect.grid import Context, TaskPoint
 from simnet.bench.collect.store import Origin, Row, read
 from simnet.shape import Shape
 
-# For `sotto select --task-columns`; `model`, `route` and `workload` are for --hold-out.
-FEATURES = (
-    "model_family",
-    "model_layers",
-    "model_width",
-    "model_heads",
-    "model_kv_heads",
-    "model_vocabulary",
-    "model_parameters",
-    "route_hops",
-    "route_compute_us",
-    "route_compute_us_max",
-    "route_rtt_ms",
-    "route_rtt_ms_max",
-    "task_prompt_tokens",
-    "task_concurrency",
-    "task_shared_prefix",
-    "task_repetition",
-    "task_objective",
-    "task_exact",
-)
+# For `sotto select --task-columns`: what the product's selector looks at, and what it is told is allowed. `model`,
+# `route` and `workload` are for --hold-out.
+FEATURES = (*described.FEATURES, "task_exact")
 BUSY = 8  # requests at once, from which on a workload is one of many
 
 
-def export(folder: Path, design: Design, file: Path) -> dict[str, Any]:
-    """Write the table into `file`; what is in it and how to judge selectors by it. Raises InputError."""
+def export(folder: Path, design: Design, file: Path, *, lossy: bool = False) -> dict[str, Any]:
+    """Write the table into `file`; what is in it and how to judge selectors by it. Raises InputError. `lossy`: with the
+    runs that lose precision where the answer must be exact."""
     origin, rows = read(folder)
     if origin.grid != design.digest:
         raise InputError(f"the records in {folder} are of another grid than this version's")
-    made = list(table(origin, rows, design))
+    made = list(table(origin, rows, design, lossy=lossy))
     if not made:
         raise InputError("no run has gone well yet: there is nothing to export")
     try:
@@ -79,20 +65,22 @@ def export(folder: Path, design: Design, file: Path) -> dict[str, Any]:
     }
 
 
-def table(origin: Origin, rows: list[Row], design: Design) -> Iterator[dict[str, Any]]:
+def table(origin: Origin, rows: list[Row], design: Design, *, lossy: bool = False) -> Iterator[dict[str, Any]]:
     """See the module's docstring."""
     contexts = {cell.context.number: cell.context for cell in design.cells}
     first: dict[int, dict[str, Any]] = {}
     for row in rows:
         context = contexts[row["context"]]
         known = first.setdefault(context.number, _flat(row["features"]))
-        if "measured" not in row or not _allowed(context, row["strategy"]):
+        if "measured" not in row or not (lossy or _allowed(context, row["strategy"])):
             continue
+        cost_s = cost(context.task, row["measured"])
         yield {
             **{name: row[name] for name in ("context", "block", "model", "route")},
             "workload": workload(context.task),
             "strategy": row["strategy"],
-            "performance": performance(context.task, row["measured"]),
+            "performance": round(1 / cost_s, 5),
+            "cost_s": round(cost_s, 8),
             **known,
             **_design(context, design),
             **{f"measured_{name}": value for name, value in row["measured"].items()},
@@ -105,9 +93,9 @@ def table(origin: Origin, rows: list[Row], design: Design) -> Iterator[dict[str,
         }
 
 
-def performance(task: TaskPoint, measured: dict[str, float]) -> float:
-    """Tokens per second by the task's objective."""
-    return round(1 / measured["latency_per_token_s"] if task.objective == "latency" else measured["tokens_per_s"], 5)
+def cost(task: TaskPoint, measured: dict[str, float]) -> float:
+    """Seconds per token by the task's objective."""
+    return measured["latency_per_token_s"] if task.objective == "latency" else 1 / measured["tokens_per_s"]
 
 
 def workload(task: TaskPoint) -> str:
