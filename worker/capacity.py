@@ -45,7 +45,9 @@ def _layer(rows: int, width: int, name: str, device: torch.device) -> Linear | I
     if name == INT8:
         weight = torch.full((rows, width), 1, dtype=torch.int8, device=device)
         return Int8Linear(weight, torch.ones(rows, device=device))
-    return Linear(torch.full((rows, width), 0.5, dtype=DTYPES[name], device=device))
+    # Of both signs, like real ones: sums of equal numbers round by more than the packed product's check allows.
+    weight = torch.rand((rows, width), generator=torch.Generator().manual_seed(0)) - 0.5
+    return Linear(weight.to(device=device, dtype=DTYPES[name]))
 
 
 def _best_s(run: Callable[[], object], device: torch.device) -> float:

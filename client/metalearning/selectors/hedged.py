@@ -5,8 +5,8 @@ seen, and a fixed ranking that they must beat.
 2. Models whose choices were three standard errors behind the best model's there have no say; the others have equal
    ones.
 3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds a quarter of the models'
-   disagreement about that gain, and nowhere if the mixture did not gain beyond doubt on those folds: then the ranking is
-   used.
+   disagreement about that gain, and nowhere if the mixture did not gain beyond doubt on those folds: then the ranking
+   is used.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on
