@@ -100,7 +100,9 @@ def test_what_was_sent_in_lower_precision_is_sent_again(swarm: Cluster, tmp_path
 
 
 @pytest.mark.parametrize(
-    "ask", [Ask(24), Ask(24, SamplingParams(0.8, seed=4), strategy=Strategy(speculation="draft"))], ids=str
+    "ask",
+    [Ask(24), Ask(24, SamplingParams(0.8, seed=4), strategy=Strategy(speculation="draft"))],
+    ids=["plain", "sampled with a draft"],
 )
 def test_turns_are_those_of_the_model_alone_and_send_what_is_new(ask: Ask, swarm: Cluster, tmp_path: Path) -> None:
     async def work(chat: Chat) -> None:
