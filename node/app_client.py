@@ -61,6 +61,7 @@ from protocol import limits
 from protocol.capabilities import Right
 from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
+from protocol.messages import RefusalReason
 from protocol.signed import Identity
 from protocol.swarm import Member, SwarmView
 
@@ -68,6 +69,8 @@ log = logging.getLogger("sotto.client")
 
 KV_TOKENS_DEFAULT = 4096  # KV room that a placement asks for: one long chat, or several short requests
 LEFT_OUT_MAX = 8  # workers that one deployment does without: more that decline, and the reason lies on this side
+RIVALS_S = 20.0  # how long to give way to another client of the same user, who brings the same model to workers
+RIVALS_PAUSE_S = 1.0  # and to twice that, by chance: an upload of a small model and an advert take as long
 SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
 
 
@@ -217,6 +220,7 @@ class Client:
         data, manifest = model.folder.manifest(self._owner)
         leasing = Leasing(self.leases, options.concurrency * options.kv_room)
         placement, view = await self.place(needs, where)
+        patience = trio.current_time() + RIVALS_S
         while True:
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
@@ -225,6 +229,13 @@ class Client:
                 return route, view, await deploy(self.ports, route, data, supply, leasing, options.on_upload)
             except (HopRefused, HopLost, HopViolation) as failure:
                 await self.leases.release(manifest.deployment)
+                if _rivalled(failure) and trio.current_time() < patience:
+                    await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
+                    held, view = await self._leased_route(model, data, options)
+                    if held is not None:
+                        return held, view, ()
+                    placement = await self._planned(view, needs, where)
+                    continue
                 where = replace(where, exclude=where.exclude | {failure.peer})
                 log.info("left out", extra={"peer": failure.peer, "why": str(failure)})
                 if len(where.exclude) > LEFT_OUT_MAX:
@@ -438,6 +449,12 @@ def _held(
         return choose_route(view, deployment, blocks, client_rtts_ms=client_rtts_ms)
     except RouteUnavailable:
         return None
+
+
+def _rivalled(failure: HopRefused | HopLost | HopViolation) -> bool:
+    """Another client of this user brings the same deployment to the same workers, in other spans: one of the two must
+    wait until the other is done, and use what it brought."""
+    return isinstance(failure, HopRefused) and failure.reason == RefusalReason.SESSIONS
 
 
 async def _told(ports: ClientPorts, hop: Hop, deployment: DeploymentId, serials: tuple[bytes, ...]) -> None:
