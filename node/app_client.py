@@ -29,7 +29,7 @@ from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
 from client.page_keys import plain_secret
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
-from client.placement.needs import Objective
+from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts, Credentials, Introduce, none_needed, to_nobody
 from client.revoking import revoke_at
 from client.routing import Hop, Route, choose_route, route_of
@@ -115,7 +115,7 @@ class DeployOptions:
     @property
     def kv_room(self) -> int:
         """Tokens that a stream takes at a worker: whole pages."""
-        return -(-self.kv_tokens // limits.PAGE_TOKENS) * limits.PAGE_TOKENS
+        return whole_pages(self.kv_tokens)
 
 
 @dataclass(frozen=True, slots=True)

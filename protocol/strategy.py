@@ -153,10 +153,15 @@ def infeasible(strategy: Strategy, facts: Facts) -> str | None:
         return "micro_batches above 1 keep several hops busy at the same time, and this route has one hop"
     if strategy.micro_batches > 1 and strategy.batching == "off":
         return "micro_batches above 1 split a batch, and with batching=off there is none"
-    lossy = next((name for name in PRECISIONS if getattr(strategy, name) != "float32"), None)
-    if facts.exact and lossy is not None:
-        return f"an exact answer was asked for, and {lossy}={getattr(strategy, lossy)} loses precision"
+    lost = lossy(strategy)
+    if facts.exact and lost:
+        return f"an exact answer was asked for, and {lost[0]}={getattr(strategy, lost[0])} loses precision"
     return None
+
+
+def lossy(strategy: Strategy) -> tuple[str, ...]:
+    """The fields by which `strategy` loses precision."""
+    return tuple(name for name in PRECISIONS if getattr(strategy, name) != "float32")
 
 
 def _value(name: str, text: str) -> str | int | bool:

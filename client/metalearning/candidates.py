@@ -6,7 +6,7 @@ protocol/strategy.py. A record of another strategy teaches nothing about these.
 
 from __future__ import annotations
 
-from protocol.strategy import PRECISIONS, Facts, Strategy, infeasible, parse
+from protocol.strategy import DEPLOYMENT_TIME, Facts, Strategy, infeasible, lossy, parse
 
 NONE = "batching=off,prefix_cache=false,prefill_chunk=2048"
 CANDIDATES: tuple[str, ...] = (
@@ -30,7 +30,7 @@ def possible(facts: Facts, weights: str, lossless: bool) -> dict[str, Strategy]:
     return {
         name: strategy
         for name, strategy in all_of_them.items()
-        if infeasible(strategy, facts) is None and not (lossless and _loses(strategy))
+        if infeasible(strategy, facts) is None and not (lossless and set(lossy(strategy)) - DEPLOYMENT_TIME)
     }
 
 
@@ -38,7 +38,3 @@ def name_of(strategy: Strategy) -> str | None:
     """The candidate that a recorded strategy is, whatever its weights; None when it is none of them."""
     texts = {parse(name, parse(f"weights={strategy.weights}")): name for name in CANDIDATES}
     return texts.get(strategy)
-
-
-def _loses(strategy: Strategy) -> bool:
-    return any(getattr(strategy, name) != "float32" for name in PRECISIONS if name != "weights")

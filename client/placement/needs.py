@@ -8,6 +8,7 @@ from typing import Literal
 
 from models.config import BlockConfig
 from models.precision import kv_token_bytes, weight_bytes
+from protocol import limits
 from protocol.ids import DeploymentId, PeerId
 from protocol.manifest import Manifest
 
@@ -67,3 +68,8 @@ class PlaceOptions:
     exclude: frozenset[PeerId] = frozenset()
     client_rtts_ms: Mapping[PeerId, float] = field(default_factory=dict)
     client_s: float = 0.0
+
+
+def whole_pages(tokens: int) -> int:
+    """Tokens of KV that a session of so many takes at a worker."""
+    return -(-tokens // limits.PAGE_TOKENS) * limits.PAGE_TOKENS

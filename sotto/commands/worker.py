@@ -73,6 +73,7 @@ Memory = Annotated[
 KvMemory = Annotated[str | None, typer.Option(help="The part of --memory that is for KV cache. Default: a quarter.")]
 Relay = Annotated[bool, typer.Option(help="Pass on the encrypted connections of workers that nobody can dial.")]
 Upnp = Annotated[bool, typer.Option(help="Ask the router to forward the port when nobody can dial this worker.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all cores that it may use.")]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus (port 0: any free one); 'off' for none.")]
 
 
@@ -87,9 +88,7 @@ def worker(
     memory: Memory = None,
     kv_memory: KvMemory = None,
     disk: Disk = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Compute threads. Default: all cores that it may use.")
-    ] = None,
+    threads: Threads = None,
     device: Annotated[str, typer.Option(help="cpu, or cuda where there is one.")] = "cpu",
     quota: Quota = None,
     schedule: Hours = None,

@@ -100,6 +100,33 @@ def test_two_clients_start_at_once_on_one_new_data_folder(swarm: Cluster, tmp_pa
     assert len(list((tmp_path / "data" / "sealed").iterdir())) == 1
 
 
+def test_a_client_gives_way_to_another_that_brings_the_model_in_other_spans(
+    swarm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", seed=47))
+    looks, look = list[str](), Client._leased_route
+
+    async def work(first: Client) -> None:
+        held = await deploy(first, checkpoint, workers=3)
+        async with open_client(ClientOptions(first.options.data_dir, (swarm.bootstrap,))) as second:
+
+            async def late(client: Client, *asked: Any) -> Any:
+                """As if the first client had begun only after the second had looked for holders."""
+                looks.append("looked")
+                return (None, client.watch.view) if len(looks) == 1 else await look(client, *asked)
+
+            monkeypatch.setattr(Client, "_leased_route", late)
+            await second.discover(lambda view: len(view.members) == 3)
+            ready = await deploy(second, checkpoint, workers=1)
+            assert [(hop.peer, hop.start, hop.end) for hop in ready.route.hops] == [
+                (hop.peer, hop.start, hop.end) for hop in held.route.hops
+            ]
+            assert (await ready.generate(PROMPT, SHORT)).ids == (await held.generate(PROMPT, SHORT)).ids
+
+    with_client(swarm, tmp_path / "data", work)
+    assert len(looks) == 2
+
+
 def test_a_guest_uses_a_granted_model_until_it_is_revoked(swarm: Cluster, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "m", seed=42)
     checkpoint, home, guest = Checkpoint.open(model), tmp_path / "home", tmp_path / "guest"

@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 
 from protocol import limits
 from protocol.errors import InputError
-from protocol.strategy import CHOICES, COUNTS, DEFAULT, FIELDS, Facts, Strategy, describe, infeasible, parse
+from protocol.strategy import (
+    CHOICES,
+    COUNTS,
+    DEFAULT,
+    FIELDS,
+    Auto,
+    Facts,
+    Strategy,
+    describe,
+    infeasible,
+    lossy,
+    parse,
+    parse_choice,
+)
 
 BOOLS = {"prefix_cache", "deterministic"}
 ANY_STRATEGY = st.builds(
@@ -97,3 +110,28 @@ def test_what_cannot_work_is_refused_with_the_reason(strategy: Strategy, facts: 
 def test_a_strategy_of_impossible_values_is_never_made(values: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Strategy(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("auto", Auto()),
+        ("auto,lossy", Auto(lossy=True)),
+        (" auto , no-explore,lossy", Auto(lossy=True, explore=False)),
+        ("default", Strategy()),
+        ("wire=int8", Strategy(wire="int8")),
+    ],
+)
+def test_a_choice_is_a_strategy_or_how_to_choose_one(text: str, choice: Strategy | Auto) -> None:
+    assert parse_choice(text) == choice
+
+
+@pytest.mark.parametrize("text", ["auto,wire=int8", "auto,", "automatic", "lossy", ""])
+def test_a_choice_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        parse_choice(text)
+
+
+def test_what_loses_precision_says_by_which_field() -> None:
+    assert lossy(Strategy()) == ()
+    assert lossy(Strategy(weights="int8", wire="bfloat16")) == ("weights", "wire")

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import trio
 
+from client.placement.needs import whole_pages
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from node.app_client import ClientOptions, DeployOptions, open_client
 from node.groups import ungrouped
 from node.keys import default_key
 from node.model import DeployedModel
-from protocol import limits
 from protocol.errors import InputError, RouteUnavailable, SottoError
 from simnet import cluster
 from simnet.bench.collect import cell as cells
@@ -226,10 +226,5 @@ def _wanted(here: list[Cell], hops: int, room: Room) -> DeployOptions:
     """Workers and KV for the task of `here` that needs most."""
     tasks = {each.context.number: each for each in here}.values()
     busiest = max(each.context.task.concurrency for each in tasks)
-    tokens = max(each.context.task.concurrency * _pages(draw(each, room).longest_tokens) for each in tasks)
+    tokens = max(each.context.task.concurrency * whole_pages(draw(each, room).longest_tokens) for each in tasks)
     return DeployOptions(hops_min=hops, concurrency=busiest, kv_tokens=math.ceil(KV_SPARE * tokens / busiest))
-
-
-def _pages(tokens: int) -> int:
-    """Tokens in whole pages."""
-    return -(-tokens // limits.PAGE_TOKENS) * limits.PAGE_TOKENS
