@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
-from client.learning.record import Record
 from client.metalearning.candidates import name_of, possible
 from client.metalearning.chooser import Asked, Choice, Chooser
 from client.metalearning.described import FEATURES, described, place, situation
+from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
+from client.metalearning.record import Record
 from node.recording import Plan
 from protocol.ports import Entropy
 from protocol.strategy import Auto, Facts

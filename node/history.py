@@ -2,7 +2,7 @@
 
 Invariant: rows are only ever added, and dropped when there are more than ROWS_MAX, the oldest first; a trigger refuses
 any change. Any number of processes may use the file (WAL: a writer waits for another, readers for nobody). The schema
-has a number, and MIGRATIONS leads from each to the next. What a row means is client/learning/record.py's.
+has a number, and MIGRATIONS leads from each to the next. What a row means is client/metalearning/record.py's.
 Synchronous: callers on an event loop use a thread (node/recording.py does).
 """
 
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from client.learning.record import COLUMNS, Record, Scalar, from_row, to_row
+from client.metalearning.record import COLUMNS, Record, Scalar, from_row, to_row
 from protocol.errors import InputError
 
 ROWS_MAX = 200_000  # about 100 MB

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 import trio
 
-from client.learning.features import (
+from client.metalearning.features import (
     ModelFeatures,
     PrefixMemory,
     RouteFeatures,
@@ -28,7 +28,7 @@ from client.learning.features import (
     repetition,
     route_features,
 )
-from client.learning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record
+from client.metalearning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record
 from client.placement import ModelNeeds, Placement
 from models.config import ModelConfig
 from node.history import History
@@ -131,7 +131,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a request is to be run, and what it is like. `chosen_by`: see client.learning.record.CHOOSERS."""
+    """How a request is to be run, and what it is like. `chosen_by`: see client.metalearning.record.CHOOSERS."""
 
     task: TaskFeatures
     strategy: Strategy

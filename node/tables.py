@@ -1,6 +1,6 @@
 """Tables of records as files: CSV always, Parquet where pyarrow is installed (the extra `parquet`).
 
-A file that is read is somebody else's: its size is bounded, and each row is checked by client/learning/record.py.
+A file that is read is somebody else's: its size is bounded, and each row is checked by client/metalearning/record.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from client.learning.record import COLUMNS, Record, from_row, to_row
+from client.metalearning.record import COLUMNS, Record, from_row, to_row
 from node.files import write_atomic
 from protocol.errors import InputError
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.metalearning.features import Encoder
+from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Prediction, Selector, ranking
 from client.metalearning.table import Array, Table, Task
 from client.metalearning.trees import randomised

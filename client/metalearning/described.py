@@ -1,13 +1,13 @@
 """A request as a task of the selectors: the features that choices are learnt from, in a fixed order.
 
-Only what was known before the request ran (client/learning/features.py). Sizes that follow from others are left out.
+Only what was known before the request ran (features.py here). Sizes that follow from others are left out.
 """
 
 from __future__ import annotations
 
 import math
 
-from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
+from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.metalearning.online import Situation
 from client.metalearning.table import Task
 
@@ -19,7 +19,7 @@ FEATURES: tuple[str, ...] = (
     *(f"route_{name}" for name in ROUTE),
     *(f"task_{name}" for name in TASK),
 )
-"""Columns of a table of records, as client/learning/record.py names them."""
+"""Columns of a table of records, as client/metalearning/record.py names them."""
 
 
 def described(model: ModelFeatures, route: RouteFeatures, task: TaskFeatures) -> Task:

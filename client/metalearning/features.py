@@ -1,114 +1,168 @@
-"""Tasks as numbers, the same for every selector; scales and categories are those of the tasks that it was fitted on.
+"""Features: what is known of a request before it runs. Each field states its unit and its meaning.
 
-Numbers that are positive and span a decade are taken as logarithms. Categories become one column each; one that was not
-seen is all zeros. A missing number is the median, with a column that says so.
+Invariant: nothing here depends on how the request went (its length, its acceptance, its hits), so that a choice that is
+learnt from these can be made before the request. Extraction is pure; the prompt's ids are read and not kept.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated
 
-import numpy as np
+from client.placement import ModelNeeds, Placement
+from client.placement.distances import rtt_matrix_ms
+from models.config import ModelConfig
+from protocol.ids import PeerId
+from protocol.swarm import Member, SwarmView
+from protocol.tensors import DTYPE_BYTES
 
-from client.metalearning.table import Array, Task
-
-CATEGORIES_MAX = 256  # of one feature; the rarest beyond it are as if unseen
-PAIRED_MAX = 6  # logarithms of which sums and differences are features too: 30 more columns
-
-
-@dataclass(frozen=True, slots=True)
-class _Number:
-    place: int
-    log: bool
-    median: float
-    scale: float
-    gaps: bool
-
-    @property
-    def width(self) -> int:
-        return 1 + self.gaps
-
-    def fill(self, cells: list[float | str | None], out: Array) -> None:
-        raw = np.array([cell if isinstance(cell, float) else math.nan for cell in cells])
-        if self.log:
-            raw = np.log(np.maximum(raw, 1e-300))
-        missing = np.isnan(raw)
-        out[:, 0] = (np.where(missing, self.median, raw) - self.median) / self.scale
-        if self.gaps:
-            out[:, 1] = missing
+NGRAM = 3  # shorter ones repeat in any text
+PAGE_TOKENS = 16
+PAGES_REMEMBERED = 1 << 16  # a million tokens of recent prompts, about 10 MB
+STATED_MAX = 1e12  # GB/s, GFLOP/s, us: a worker that states more would leave rows that cannot be read again
+WEIGHT_BYTES: Mapping[str, float] = {**DTYPE_BYTES, "int4": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
-class _Category:
-    place: int
-    places: dict[str | None, int]
+class About:
+    """What a field says; `unit` is "" for a name or a plain number."""
 
-    @property
-    def width(self) -> int:
-        return len(self.places)
-
-    def fill(self, cells: list[float | str | None], out: Array) -> None:
-        for row, cell in enumerate(cells):
-            place = self.places.get(cell if isinstance(cell, str) else None)
-            if place is not None:
-                out[row, place] = 1.0
+    unit: str
+    meaning: str
 
 
-class Encoder:
-    """Fitted on the tasks given; `encode` turns any tasks of the same table into an array, one row each."""
-
-    def __init__(self, tasks: tuple[Task, ...]) -> None:
-        self._parts: list[_Number | _Category] = []
-        width = len(tasks[0].cells) if tasks else 0
-        for place in range(width):
-            cells = [task.cells[place] for task in tasks]
-            if any(isinstance(cell, str) for cell in cells):
-                self._parts.append(_category(place, cells))
-            elif (part := _number(place, cells)) is not None:
-                self._parts.append(part)
-        self.owners = np.array([part.place for part in self._parts for _ in range(part.width)], dtype=np.int64)
-        """The feature that each column comes from."""
-        starts = np.cumsum([0, *(part.width for part in self._parts)])
-        self._logs = [
-            int(start)
-            for start, part in zip(starts[:-1], self._parts, strict=True)
-            if isinstance(part, _Number) and part.log
-        ]
-        self._pairs = [(a, b) for i, a in enumerate(self._logs[:PAIRED_MAX]) for b in self._logs[i + 1 : PAIRED_MAX]]
-        self._scales = np.array(
-            [part.scale if isinstance(part, _Number) else 1.0 for part in self._parts for _ in range(part.width)]
-        )
-
-    def encode(self, tasks: tuple[Task, ...]) -> Array:
-        out = np.zeros((len(tasks), len(self.owners)))
-        start = 0
-        for part in self._parts:
-            part.fill([task.cells[part.place] for task in tasks], out[:, start : start + part.width])
-            start += part.width
-        return out
-
-    def paired(self, encoded: Array) -> Array:
-        """With the logarithms of products and ratios of two features: what trees cannot make by one split."""
-        if not self._pairs:
-            return encoded
-        raw = encoded * self._scales
-        more = [raw[:, a] + sign * raw[:, b] for a, b in self._pairs for sign in (1.0, -1.0)]
-        return np.column_stack([encoded, *more])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFeatures:
+    family: Annotated[str, About("", "architecture")]
+    layers: Annotated[int, About("", "blocks")]
+    width: Annotated[int, About("", "hidden size")]
+    mlp_width: Annotated[int, About("", "inner size of the MLP")]
+    heads: Annotated[int, About("", "query heads of a block")]
+    kv_heads: Annotated[int, About("", "key and value heads of a block")]
+    vocabulary: Annotated[int, About("tokens", "size of the vocabulary")]
+    context: Annotated[int, About("tokens", "longest context")]
+    parameters: Annotated[int, About("", "numbers in all blocks; embedding and head are the client's")]
+    weight_bytes: Annotated[float, About("bytes", "of one number of the blocks, as deployed; 0 when not known")]
 
 
-def _number(place: int, cells: list[float | str | None]) -> _Number | None:
-    values = np.array([cell for cell in cells if isinstance(cell, float)])
-    if len(values) == 0 or (values.min() == values.max() and len(values) == len(cells)):
-        return None
-    log = bool(values.min() > 0 and values.max() >= 10 * values.min())
-    if log:
-        values = np.log(values)
-    return _Number(place, log, float(np.median(values)), float(values.std()) or 1.0, len(values) < len(cells))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteFeatures:
+    hops: Annotated[int, About("", "workers on the route")]
+    span_us: Annotated[
+        tuple[float, ...], About("us", "one token through each hop's blocks, by its own measurement, in order")
+    ]
+    leg_rtt_ms: Annotated[
+        tuple[float, ...], About("ms", "round trip of each leg: client to first hop, ..., last hop to client")
+    ]
+    compute_us: Annotated[float, About("us", "one token through all blocks")]
+    compute_us_max: Annotated[float, About("us", "the same at the slowest hop")]
+    rtt_ms: Annotated[float, About("ms", "sum of the legs' round trips, halved: the wire's part of one step")]
+    rtt_ms_max: Annotated[float, About("ms", "the longest leg's round trip")]
+    bandwidth_mbit_s: Annotated[float | None, About("Mbit/s", "of the narrowest leg; nothing when nobody measured it")]
+    read_gb_s_min: Annotated[
+        float, About("GB/s", "the slowest hop's memory, by its own measurement; 0 when it states none")
+    ]
+    gflop_s_min: Annotated[float, About("GFLOP/s", "the slowest hop's products in float32, the same way")]
+    gpus: Annotated[int, About("", "hops on something else than a CPU")]
+    kv_free_tokens: Annotated[int, About("tokens", "room in the KV memory of the hop that has least")]
+    load_percent_max: Annotated[int, About("%", "how busy the busiest hop said it was")]
+    relayed: Annotated[int, About("", "hops that are reached through a relay only")]
 
 
-def _category(place: int, cells: list[float | str | None]) -> _Category:
-    counts = Counter(cell if isinstance(cell, str) else None for cell in cells)
-    kept = [cell for cell, _ in counts.most_common(CATEGORIES_MAX)]
-    return _Category(place, {cell: number for number, cell in enumerate(kept)})
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFeatures:
+    prompt_tokens: Annotated[int, About("tokens", "length of the prompt")]
+    max_new_tokens: Annotated[int, About("tokens", "most that the answer may have; not how many it had")]
+    concurrency: Annotated[int, About("", "requests of this client under way when it began, this one included")]
+    shared_prefix: Annotated[
+        float, About("", "share of the prompt with which an earlier prompt of this client began, 0 to 1")
+    ]
+    repetition: Annotated[float, About("", f"share of the prompt's {NGRAM}-grams that occurred in it before, 0 to 1")]
+    temperature: Annotated[float, About("", "of sampling; 0 is greedy")]
+    objective: Annotated[str, About("", "what the user wants of it: latency or throughput")]
+    exact: Annotated[bool, About("", "a strategy that loses precision was ruled out")]
+
+
+def model_features(config: ModelConfig, dtype: str | None) -> ModelFeatures:
+    """Of a model whose blocks are sealed in `dtype`, None when that is not known."""
+    block = config.blocks[0]
+    return ModelFeatures(
+        family=config.family,
+        layers=config.num_blocks,
+        width=config.hidden_size,
+        mlp_width=block.intermediate_size,
+        heads=block.num_heads,
+        kv_heads=block.num_kv_heads,
+        vocabulary=config.vocab_size,
+        context=config.max_position,
+        parameters=sum(each.num_parameters for each in config.blocks),
+        weight_bytes=float(WEIGHT_BYTES[dtype]) if dtype else 0.0,
+    )
+
+
+def route_features(
+    view: SwarmView, placement: Placement, needs: ModelNeeds, client_rtts_ms: Mapping[PeerId, float]
+) -> RouteFeatures:
+    """Of the route over the hops of `placement`, all in `view`."""
+    members = [view.members[hop.peer] for hop in placement.hops]
+    rtts = rtt_matrix_ms(members, client_rtts_ms)
+    ends = [-1, *range(len(members)), -1]
+    legs = tuple(round(float(rtts[start, end]), 3) for start, end in pairwise(ends))
+    spans = tuple(min(float(hop.compute_us), STATED_MAX) for hop in placement.hops)
+    adverts = [member.advert for member in members]
+    room = [
+        advert.kv_free_bytes // max(1, sum(needs.kv_bytes_per_token[hop.start : hop.end]))
+        for advert, hop in zip(adverts, placement.hops, strict=True)
+    ]
+    return RouteFeatures(
+        hops=len(members),
+        span_us=spans,
+        leg_rtt_ms=legs,
+        compute_us=sum(spans),
+        compute_us_max=max(spans),
+        rtt_ms=round(sum(legs) / 2, 3),
+        rtt_ms_max=max(legs),
+        bandwidth_mbit_s=None,
+        read_gb_s_min=min(_speed(member)[0] for member in members),
+        gflop_s_min=min(_speed(member)[1] for member in members),
+        gpus=sum(advert.device != "cpu" for advert in adverts),
+        kv_free_tokens=min(room),
+        load_percent_max=max(advert.load_percent for advert in adverts),
+        relayed=sum(advert.relayed for advert in adverts),
+    )
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """Share of the n-grams of `ids` that occurred in it before: how much a lookup in the prompt may find."""
+    grams = [tuple(ids[start : start + NGRAM]) for start in range(len(ids) - NGRAM + 1)]
+    return round(1 - len(set(grams)) / len(grams), 4) if grams else 0.0
+
+
+@dataclass(slots=True)
+class PrefixMemory:
+    """What recent prompts began with, as one hash for each page: an estimate, for hashes may meet."""
+
+    pages_max: int = PAGES_REMEMBERED
+    _pages: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+    def share(self, ids: Sequence[int]) -> float:
+        """The share of `ids` with which a remembered prompt began; `ids` is remembered from now on."""
+        known, same, chain = 0, True, 0
+        for start in range(0, len(ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
+            chain = hash((chain, *ids[start : start + PAGE_TOKENS]))
+            same = same and chain in self._pages
+            known += same
+            self._pages[chain] = None
+            self._pages.move_to_end(chain)
+        while len(self._pages) > self.pages_max:
+            self._pages.popitem(last=False)
+        return round(known * PAGE_TOKENS / len(ids), 4) if ids else 0.0
+
+
+def _speed(member: Member) -> tuple[float, float]:
+    """GB/s and GFLOP/s in float32, else in whatever is stated first; zeros when nothing is."""
+    speeds = sorted(member.advert.speeds, key=lambda speed: speed.dtype != "float32")
+    return (min(speeds[0].read_gb_s, STATED_MAX), min(speeds[0].gflop_s, STATED_MAX)) if speeds else (0.0, 0.0)

@@ -10,7 +10,7 @@ import typer
 from sotto.commands.common import DataDir, Json, errors, print_json
 
 if TYPE_CHECKING:
-    from client.learning.record import Record
+    from client.metalearning.record import Record
 
 BECAUSE_MAX = 5  # features that are shown
 

@@ -11,7 +11,7 @@ import typer
 from sotto.commands.common import DataDir, Json, errors, print_json
 
 if TYPE_CHECKING:
-    from client.learning.record import Record
+    from client.metalearning.record import Record
     from node.history import History
 
 WIDTH = 160  # of a table that does not go to a terminal
@@ -37,7 +37,7 @@ def history(
     if context.invoked_subcommand is not None:
         return
     with errors(as_json):
-        from client.learning.record import to_row
+        from client.metalearning.record import to_row
 
         records = _found(data_dir, where, last)
         if plot is not None:

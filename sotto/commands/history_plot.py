@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.learning.record import Record
+from client.metalearning.record import Record
 from protocol.errors import InputError
 from protocol.strategy import describe
 

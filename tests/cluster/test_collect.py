@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from client.learning.record import COLUMNS
+from client.metalearning.record import COLUMNS
 from simnet import cluster
 from simnet.bench.collect import store, table
 from simnet.bench.collect.run import Hear, Options, run

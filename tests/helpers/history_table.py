@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from client.learning.record import COLUMNS, SERIES
+from client.metalearning.record import COLUMNS, SERIES
 from protocol.strategy import Strategy
 
 _KINDS = {str: "text", int: "whole number", bool: "0 or 1", float: "number", Strategy: "strategy", SERIES: "series"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
-from client.learning.record import Outcome, Prediction, Record
+from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
+from client.metalearning.record import Outcome, Prediction, Record
 from models.config import BlockConfig, ModelConfig, RopeConfig
 from protocol.strategy import Strategy
 

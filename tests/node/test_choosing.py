@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import trio
 
-from client.learning.record import Record
 from client.metalearning.candidates import CANDIDATES
 from client.metalearning.described import FEATURES, described, place
 from client.metalearning.online import Corrections
+from client.metalearning.record import Record
 from node.choosing import Choosing, Wanted, asked_of, replayed
 from protocol.strategy import Auto, Facts, Strategy, parse
 from tests.helpers.records import RECORD, numbered

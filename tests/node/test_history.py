@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from client.learning.record import COLUMNS
+from client.metalearning.record import COLUMNS
 from node.history import MIGRATIONS, Condition, History, parse_condition
 from protocol.errors import InputError
 from tests.helpers.records import RECORD, numbered

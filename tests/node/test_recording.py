@@ -14,8 +14,8 @@ import pytest
 import trio
 import trio.testing
 
-from client.learning.features import STATED_MAX
-from client.learning.record import Record, from_row, to_row
+from client.metalearning.features import STATED_MAX
+from client.metalearning.record import Record, from_row, to_row
 from client.placement import ModelNeeds, PlaceOptions, priced
 from node.clock import SystemClock
 from node.history import History

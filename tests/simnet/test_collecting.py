@@ -183,7 +183,7 @@ def test_a_run_waits_for_a_calm_machine(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_features_are_columns_of_the_history() -> None:
-    from client.learning.record import COLUMNS
+    from client.metalearning.record import COLUMNS
 
     assert set(FEATURES) <= set(COLUMNS)
     assert not [name for name in FEATURES if name.startswith(("measured", "design"))]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from client.learning.record import COLUMNS
+from client.metalearning.record import COLUMNS
 from node.history import History
 from node.paths import history_file
 from node.tables import read_table, write_table

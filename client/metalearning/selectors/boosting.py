@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
 
-from client.metalearning.features import Encoder
+from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
 from client.metalearning.table import Array, Table, Task, as_fractions
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.ensemble import RandomForestRegressor
 
-from client.metalearning.features import Encoder
+from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Greedy, Prediction, certain, filled
 from client.metalearning.table import Table, Task
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from client.metalearning.features import Encoder
+from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Greedy, Prediction, certain, filled
 from client.metalearning.table import Array, Table, Task, as_fractions
 from client.metalearning.trees import Trees

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import anderson
 from sklearn.cluster import KMeans
 
-from client.metalearning.features import Encoder
+from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
 from client.metalearning.table import Array, Numbers, Table, Task
 

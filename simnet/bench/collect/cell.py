@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import trio
 
-from client.learning.features import model_features
-from client.learning.record import Outcome
+from client.metalearning.features import model_features
+from client.metalearning.record import Outcome
 from node.model import Ask, DeployedModel
 from node.recording import Build, Journal
 from protocol.errors import InputError, SottoError
@@ -88,7 +88,7 @@ async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int
 
 
 def features(model: DeployedModel, cell: Cell, drawn: Drawn) -> dict[str, Any]:
-    """By part, as client/learning has them, with the route as it is now."""
+    """By part, as client/metalearning has them, with the route as it is now."""
     return {
         "model": asdict(model_features(model.config, model.dtype)),
         "route": asdict(model.recorder.route()),

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from client.learning.features import PrefixMemory, TaskFeatures, repetition
+from client.metalearning.features import PrefixMemory, TaskFeatures, repetition
 from simnet.bench.collect.grid import NEW_TOKENS, SEED, Cell, TaskPoint
 from simnet.bench.workloads import FIRST_ID, Request, Workload
 

@@ -9,7 +9,7 @@ import pytest
 
 from client.metalearning import evaluate, metrics
 from client.metalearning.advice import Advisor
-from client.metalearning.features import Encoder
+from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import filled, ranking
 from client.metalearning.selectors.forest import Forest
 from client.metalearning.selectors.hedged import Hedged

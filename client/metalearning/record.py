@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from client.learning.features import About, ModelFeatures, RouteFeatures, TaskFeatures
+from client.metalearning.features import About, ModelFeatures, RouteFeatures, TaskFeatures
 from protocol.errors import InputError
 from protocol.strategy import Strategy, describe, parse
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.learning.features import ModelFeatures, RouteFeatures, TaskFeatures
-from client.learning.record import COLUMNS, SERIES, Outcome, Prediction, Record, from_row, to_row
+from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
+from client.metalearning.record import COLUMNS, SERIES, Outcome, Prediction, Record, from_row, to_row
 from protocol.errors import InputError
 from protocol.strategy import Strategy
 from tests.helpers.history_table import filled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from client.learning.features import (
+from client.metalearning.features import (
     PAGE_TOKENS,
     PrefixMemory,
     RouteFeatures,

@@ -1,0 +1,114 @@
+"""Tasks as numbers, the same for every selector; scales and categories are those of the tasks that it was fitted on.
+
+Numbers that are positive and span a decade are taken as logarithms. Categories become one column each; one that was not
+seen is all zeros. A missing number is the median, with a column that says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from client.metalearning.table import Array, Task
+
+CATEGORIES_MAX = 256  # of one feature; the rarest beyond it are as if unseen
+PAIRED_MAX = 6  # logarithms of which sums and differences are features too: 30 more columns
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    place: int
+    log: bool
+    median: float
+    scale: float
+    gaps: bool
+
+    @property
+    def width(self) -> int:
+        return 1 + self.gaps
+
+    def fill(self, cells: list[float | str | None], out: Array) -> None:
+        raw = np.array([cell if isinstance(cell, float) else math.nan for cell in cells])
+        if self.log:
+            raw = np.log(np.maximum(raw, 1e-300))
+        missing = np.isnan(raw)
+        out[:, 0] = (np.where(missing, self.median, raw) - self.median) / self.scale
+        if self.gaps:
+            out[:, 1] = missing
+
+
+@dataclass(frozen=True, slots=True)
+class _Category:
+    place: int
+    places: dict[str | None, int]
+
+    @property
+    def width(self) -> int:
+        return len(self.places)
+
+    def fill(self, cells: list[float | str | None], out: Array) -> None:
+        for row, cell in enumerate(cells):
+            place = self.places.get(cell if isinstance(cell, str) else None)
+            if place is not None:
+                out[row, place] = 1.0
+
+
+class Encoder:
+    """Fitted on the tasks given; `encode` turns any tasks of the same table into an array, one row each."""
+
+    def __init__(self, tasks: tuple[Task, ...]) -> None:
+        self._parts: list[_Number | _Category] = []
+        width = len(tasks[0].cells) if tasks else 0
+        for place in range(width):
+            cells = [task.cells[place] for task in tasks]
+            if any(isinstance(cell, str) for cell in cells):
+                self._parts.append(_category(place, cells))
+            elif (part := _number(place, cells)) is not None:
+                self._parts.append(part)
+        self.owners = np.array([part.place for part in self._parts for _ in range(part.width)], dtype=np.int64)
+        """The feature that each column comes from."""
+        starts = np.cumsum([0, *(part.width for part in self._parts)])
+        self._logs = [
+            int(start)
+            for start, part in zip(starts[:-1], self._parts, strict=True)
+            if isinstance(part, _Number) and part.log
+        ]
+        self._pairs = [(a, b) for i, a in enumerate(self._logs[:PAIRED_MAX]) for b in self._logs[i + 1 : PAIRED_MAX]]
+        self._scales = np.array(
+            [part.scale if isinstance(part, _Number) else 1.0 for part in self._parts for _ in range(part.width)]
+        )
+
+    def encode(self, tasks: tuple[Task, ...]) -> Array:
+        out = np.zeros((len(tasks), len(self.owners)))
+        start = 0
+        for part in self._parts:
+            part.fill([task.cells[part.place] for task in tasks], out[:, start : start + part.width])
+            start += part.width
+        return out
+
+    def paired(self, encoded: Array) -> Array:
+        """With the logarithms of products and ratios of two features: what trees cannot make by one split."""
+        if not self._pairs:
+            return encoded
+        raw = encoded * self._scales
+        more = [raw[:, a] + sign * raw[:, b] for a, b in self._pairs for sign in (1.0, -1.0)]
+        return np.column_stack([encoded, *more])
+
+
+def _number(place: int, cells: list[float | str | None]) -> _Number | None:
+    values = np.array([cell for cell in cells if isinstance(cell, float)])
+    if len(values) == 0 or (values.min() == values.max() and len(values) == len(cells)):
+        return None
+    log = bool(values.min() > 0 and values.max() >= 10 * values.min())
+    if log:
+        values = np.log(values)
+    return _Number(place, log, float(np.median(values)), float(values.std()) or 1.0, len(values) < len(cells))
+
+
+def _category(place: int, cells: list[float | str | None]) -> _Category:
+    counts = Counter(cell if isinstance(cell, str) else None for cell in cells)
+    kept = [cell for cell, _ in counts.most_common(CATEGORIES_MAX)]
+    return _Category(place, {cell: number for number, cell in enumerate(kept)})
