@@ -2,8 +2,9 @@
 
 `measure` probes a worker first alone, then while an attacker in a process of its own keeps silent connections, sends
 malformed frames over real libp2p streams, and asks without ever reading. Turned away, it comes again, at will as
-somebody else. The attacker is niced, since it runs on this machine and its own work is not the worker's burden. It
-shows only what it tries; it is no proof.
+somebody else. The honest requests are a user's own, and below these the smallest that there are: messages of a
+millisecond, in which each delay shows. The attacker is niced, since it runs on this machine and its own work is not
+the worker's burden. It shows only what it tries; it is no proof.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import trio
 
@@ -30,7 +31,7 @@ from node.p2p.addresses import parse_bootstrap, tcp_endpoint
 from node.p2p.host import UPGRADE_S
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from protocol.channel import Channel
-from protocol.errors import RemoteProtocolError, TransportError
+from protocol.errors import SottoError, TransportError
 from protocol.framing import encode_frame
 from protocol.ids import PeerId
 from protocol.messages import CONTROL, FRAME_BYTES_MAX, Attach, CloseSession, Message, Ping, ShardPiece
@@ -38,6 +39,7 @@ from protocol.messages import CONTROL, FRAME_BYTES_MAX, Attach, CloseSession, Me
 REQUEST_S = 10.0  # an honest request that takes longer has failed
 PACE_S = 0.01  # between two honest requests
 AGAIN_S = 0.5
+ERRORS_SHOWN, ERROR_CHARS = 4, 200
 _VALID: tuple[tuple[Message, bytes], ...] = (
     (Ping(bytes(8)), b""),
     (Attach(bytes(16)), b""),  # type: ignore[arg-type]  # NewTypes are bytes
@@ -71,43 +73,47 @@ class _Victim(NamedTuple):
 
 @dataclass(slots=True)
 class Latencies:
-    """Of one kind of honest request, milliseconds."""
+    """Of one kind of honest request, milliseconds. `errors`: what those that failed ended with."""
 
     taken_ms: list[float] = field(default_factory=list)
-    failed: int = 0
+    errors: list[str] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
         ordered = sorted(self.taken_ms) or [float("nan")]
         at = {name: ordered[min(len(ordered) - 1, int(len(ordered) * q))] for name, q in (("p50", 0.5), ("p99", 0.99))}
-        return {"count": len(self.taken_ms), "failed": self.failed, **at, "max": ordered[-1]}
+        failed = {"failed": len(self.errors), "errors": dict(Counter(self.errors).most_common(ERRORS_SHOWN))}
+        return {"count": len(self.taken_ms), **failed, **at, "max": ordered[-1]}
 
 
-async def measure(addr: str, plan: Plan) -> dict[str, object]:
-    """Honest requests to the worker at `addr` (with /p2p/...) before, during and after the attack: `ping` over one
-    stream, `fresh` each over a stream of its own, `newcomer` each by a peer that nobody knew. Raises TransportError
-    when the worker does not answer before."""
+Request = Callable[[], Awaitable[object]]
+
+
+async def measure(addr: str, plan: Plan, whole: Request) -> dict[str, Any]:
+    """Honest requests to the worker at `addr` (with /p2p/...) before, during and after the attack: `whole` as a user
+    makes it; `ping` over one stream, `fresh` each over a stream of its own, `newcomer` each by a peer that nobody knew.
+    Raises TransportError when the worker does not answer before."""
     spare_imports()  # else collections here are counted as the worker's time
-    before = await probe(addr, plan.seconds / 2)
+    before = await probe(addr, plan.seconds, whole)
     command = [sys.executable, "-m", "simnet.hostile", addr, json.dumps(asdict(plan))]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         await process.stdout.receive_some(1)  # it has begun
-        during = await probe(addr, plan.seconds)
+        during = await probe(addr, plan.seconds, whole)
         said = b"".join([part async for part in process.stdout])
         await process.wait()
     finally:
         with trio.CancelScope(shield=True):
             process.kill()
             await process.wait()
-    after = await probe(addr, plan.seconds / 4)
+    after = await probe(addr, plan.seconds / 4, whole)
     counts = json.loads(said) if said else {}
     return {"before": before, "during": during, "after": after, "attack": counts}
 
 
-async def probe(addr: str, seconds: float) -> dict[str, dict[str, float]]:
+async def probe(addr: str, seconds: float, whole: Request) -> dict[str, dict[str, Any]]:
     """Honest requests for some seconds. Raises TransportError when the first of them is not answered."""
-    kinds = {"ping": Latencies(), "fresh": Latencies(), "newcomer": Latencies()}
+    kinds = {kind: Latencies() for kind in ("request", "ping", "fresh", "newcomer")}
     victim = _Victim.at(addr)
 
     async def ping(channel: Channel) -> None:
@@ -131,6 +137,7 @@ async def probe(addr: str, seconds: float) -> dict[str, dict[str, float]]:
         deadline = trio.current_time() + seconds
         while trio.current_time() < deadline:
             for _ in range(10):
+                await _timed(kinds["request"], whole)
                 await _timed(kinds["ping"], lambda: ping(channel))
                 await _timed(kinds["fresh"], lambda: fresh(mesh))
                 await trio.sleep(PACE_S)
@@ -138,13 +145,13 @@ async def probe(addr: str, seconds: float) -> dict[str, dict[str, float]]:
     return {name: latencies.summary() for name, latencies in kinds.items()}
 
 
-async def _timed(latencies: Latencies, request: Callable[[], Awaitable[None]]) -> None:
+async def _timed(latencies: Latencies, request: Request) -> None:
     started = time.perf_counter()
     try:
         with ungrouped(), trio.fail_after(REQUEST_S):
             await request()
-    except (TransportError, RemoteProtocolError, trio.TooSlowError):
-        latencies.failed += 1
+    except (SottoError, trio.TooSlowError) as error:
+        latencies.errors.append(f"{type(error).__name__}: {error}"[:ERROR_CHARS])
     else:
         latencies.taken_ms.append(1000 * (time.perf_counter() - started))
 

@@ -19,6 +19,8 @@ def collect(
     hours: Annotated[float | None, typer.Option(min=0, help="Stop after the run that is under way then.")] = None,
     only_route: Annotated[str | None, typer.Option(help="Runs over this route alone.")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="So many runs at most.")] = None,
+    contexts: Annotated[int | None, typer.Option(min=1, help="Runs of the first so many contexts alone.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="Runs of the first so many blocks alone.")] = None,
     calm: Annotated[
         float | None,
         typer.Option(
@@ -53,7 +55,7 @@ def collect(
         if export is not None:
             report = table.export(place, frozen(), export, lossy=lossy)
         else:
-            options = Options(place, demo_checkpoint(), frozen(), hours, limit, only_route, calm)
+            options = Options(place, demo_checkpoint(), frozen(), hours, limit, only_route, contexts, blocks, calm)
             with _bar(as_json) as (update, say):
                 try:
                     run(options, report, Hear(update, say))

@@ -17,6 +17,7 @@ from protocol.errors import InputError
 from simnet.bench.collect import cell, store, table
 from simnet.bench.collect.estimate import hours_left, per_minute
 from simnet.bench.collect.grid import Cell, Context
+from simnet.bench.collect.run import Options
 from simnet.bench.collect.store import Origin
 from simnet.bench.collect.table import FEATURES
 from simnet.bench.collect.tasks import Drawn, Room, draw, known_before
@@ -28,6 +29,18 @@ ORIGIN = Origin(grid="tiny", hardware="a machine")
 
 def drawn(strategy: str = "default", block: int = 0, **changes: Any) -> Drawn:
     return draw(Cell(block, Context(7, "small", "here", replace(TASK, **changes)), strategy), ROOM)
+
+
+def test_a_part_of_a_design_is_whole_contexts_and_whole_blocks() -> None:
+    cells = [replace(each, block=block) for block in range(3) for each in design().cells]
+
+    def part(**only: Any) -> set[tuple[int, int]]:
+        options = Options(Path(), Path(), design(), **only)
+        return {(each.block, each.context.number) for each in cells if options.has(each)}
+
+    assert part() == {(block, number) for block in range(3) for number in range(4)}
+    assert part(contexts=3, blocks=2) == {(block, number) for block in range(2) for number in range(3)}
+    assert part(route="there", blocks=1) == {(0, 2), (0, 3)}
 
 
 def test_lengths_are_the_contexts_on_average() -> None:

@@ -49,6 +49,7 @@ WORKER = cluster.WorkerSpec(memory="4GiB", kv_memory="1GiB", threads=1)
 @dataclass(frozen=True, slots=True)
 class Options:
     """`hours`: stop after the run that is under way then. `limit`: runs to make at most. `route`: this one alone.
+    `contexts`, `blocks`: only the first so many, whole, so that a collection which ends early is of some use.
     `calm`: the share of this machine's processors that others may use when a run begins; each waits CALM_S at most."""
 
     folder: Path
@@ -57,12 +58,19 @@ class Options:
     hours: float | None = None
     limit: int | None = None
     route: str | None = None
+    contexts: int | None = None
+    blocks: int | None = None
     calm: float | None = None
     worker: cluster.WorkerSpec = WORKER
 
     def __post_init__(self) -> None:
         if self.route is not None and self.route not in self.design.routes:
             raise InputError(f"--only-route {self.route!r} is not known: use one of {', '.join(self.design.routes)}")
+
+    def has(self, cell: Cell) -> bool:
+        """Whether this run was asked for."""
+        number, block = self.contexts or math.inf, self.blocks or math.inf
+        return cell.context.number < number and cell.block < block and self.route in (None, cell.context.route)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +134,9 @@ class _Collection:
         }
 
     def _left(self) -> Iterator[Cell]:
-        only, left_out = self.options.route, self._left_out()
+        left_out = self._left_out()
         for each in self.options.design.cells:
-            if each.key not in self.rows.done and _place(each) not in left_out and only in (None, each.context.route):
+            if self.options.has(each) and each.key not in self.rows.done and _place(each) not in left_out:
                 yield each
 
     def _left_out(self) -> set[tuple[int, str, str]]:
