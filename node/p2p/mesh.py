@@ -147,7 +147,19 @@ class Mesh:
         return await by_libp2p()
 
     async def _open_by_libp2p(self, peer: PeerId, maddrs: list[Multiaddr], protocol: str) -> Stream:
+        """A new connection may end before it served anything, pushed out by a crowd at the peer's door: it is dialled
+        once more."""
+        new = not self._host.is_live(_id_of(peer))
         await self._ensure_connected(peer, maddrs)
+        try:
+            return await self._open_on_connection(peer, protocol)
+        except TransportError:
+            if not new or self._host.is_live(_id_of(peer)):
+                raise
+        await self._ensure_connected(peer, maddrs)
+        return await self._open_on_connection(peer, protocol)
+
+    async def _open_on_connection(self, peer: PeerId, protocol: str) -> Stream:
         # In a task of its own: the library leaks a stream whose opening is cancelled.
         send, receive = trio.open_memory_channel[MeshStream | SottoError](0)
         self._nursery.start_soon(self._open, peer, protocol, send)

@@ -208,7 +208,8 @@ def hostile_peer_is_borne(scene: Scene) -> Figures:
     failed = {kind: sum(figures[when][kind]["failed"] for when in ("before", "during", "after")) for kind in before}
     whole: Figures = {"p99_ratio": ratios, "honest_requests_failed": failed, **figures}
     require(not any(failed.values()), f"honest requests failed: {failed}", whole)
-    require(ratios["request"] <= P99_RATIO_MAX, f"a request's p99 grew by {ratios['request']}", whole)
+    judged = {kind: ratios[kind] for kind in ("request", "ping", "fresh")}  # a newcomer waits its turn (THREATS.md)
+    require(all(ratio <= P99_RATIO_MAX for ratio in judged.values()), f"p99 grew by {judged}", whole)
     return whole
 
 

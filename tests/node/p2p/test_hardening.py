@@ -105,6 +105,29 @@ def test_malformed_gossip_does_not_end_the_node():
     run(body)
 
 
+@pytest.mark.parametrize(("pushed_out", "served"), [(1, True), (2, False)])
+def test_a_newcomer_that_a_crowd_pushed_out_comes_once_more(monkeypatch, pushed_out, served):
+    async def body(a, b):
+        opens, new_stream = [], b._host.new_stream
+
+        async def crowded(peer, protocols):
+            opens.extend(protocols)
+            if protocols == [ECHO] and opens.count(ECHO) <= pushed_out:
+                b._host.drop(peer)
+                await until(lambda: not b._host.is_live(peer))
+            return await new_stream(peer, protocols)
+
+        monkeypatch.setattr(b._host, "new_stream", crowded)
+        if served:
+            await (await b.open(a.peer, a.addrs, ECHO)).aclose()
+        else:
+            with pytest.raises(TransportError):
+                await b.open(a.peer, a.addrs, ECHO)
+        assert opens.count(ECHO) == 2
+
+    run(body)
+
+
 def test_an_exception_in_a_handler_of_the_library_costs_its_stream():
     async def body(a, b):
         async def fails(stream):
