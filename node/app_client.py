@@ -54,14 +54,16 @@ from node.measuring import time_ends
 from node.metrics import ClientMetrics, serve_metrics
 from node.model import DeployedModel, turns_over
 from node.p2p.mesh import MeshConfig, open_mesh
-from node.paths import history_file
+from node.paths import history_file, reports_file
 from node.recording import Journal, Origin, Recorder, Subject, wanted
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
+from node.sharing import COMPARED_MAX, Sharing, Sources
 from protocol import limits
 from protocol.capabilities import Right
 from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.messages import RefusalReason
+from protocol.reports import pen_of
 from protocol.signed import Identity
 from protocol.swarm import Member, SwarmView
 
@@ -79,7 +81,8 @@ class ClientOptions:
     """`data_dir` holds identity, keys and sealed models. `bootstrap` holds addresses and invites; when it is empty the
     local network is searched for a public swarm. `discover_s` is how long to wait for workers. `capability`: what the
     owner of another's deployment gave, for a client that uses that one. `origin`: what the history says that this
-    client's requests are. `draft`: see node.draft.Draft."""
+    client's requests are. `draft`: see node.draft.Draft. `share_records`: tell other clients how strategies compared
+    here, and heed what they tell (node/sharing.py)."""
 
     data_dir: Path
     bootstrap: tuple[str, ...]
@@ -88,6 +91,7 @@ class ClientOptions:
     capability: Token | None = None
     origin: Origin = "request"
     draft: str | None = None
+    share_records: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +146,18 @@ class Client:
         self.journal = Journal(history_file(options.data_dir) if wanted() else None)
         self.choosing = Choosing(ports.entropy)
         self._owner = owner
+        self.sharing = self._sharing() if options.share_records else None
         self._driver = driver
         self._started = trio.current_time()
         self._asked: dict[PeerId, None] = {}
         self._rtts_ms: dict[PeerId, float] = {}
+
+    def _sharing(self) -> Sharing:
+        records = partial(self.journal.newest, COMPARED_MAX)
+        sources = Sources(pen_of(self._owner), records, reports_file(self.options.data_dir))
+        sharing = Sharing(self.ports.gossip, self.ports.clock, sources)
+        self.choosing.chooser.peers = sharing.hearsay
+        return sharing
 
     async def discover(self, enough: Callable[[SwarmView], bool] = lambda view: bool(view.members)) -> SwarmView:
         """The swarm as gossip tells it: as soon as it is `enough`, but not before every worker had time to speak.
@@ -429,16 +441,23 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                 client = Client(options, who.owner, ports, driver)
                 metrics.watch(lambda: client.watch.view)
                 await client.watch.start()
+                if client.sharing is not None:
+                    await client.sharing.start()
                 async with in_touch(mesh, leads, entry):
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
                     nursery.start_soon(client.journal.run)
                     nursery.start_soon(client.choosing.prepare, partial(client.journal.newest, REPLAYED_MAX))
+                    if client.sharing is not None:
+                        nursery.start_soon(client.sharing.tell_on)
+                        nursery.start_soon(client.sharing.keep)
                     try:
                         yield client
                     finally:
                         await client.leases.aclose()
                         await client.journal.aclose()
+                        if client.sharing is not None:
+                            await client.sharing.aclose()
             nursery.cancel_scope.cancel()
 
 

@@ -37,6 +37,7 @@ from node.notebook import FileNotebook
 from node.owner import Owner
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.p2p.reaching import Reaching, ReachOptions
+from node.passing import pass_on_reports
 from node.private import PrivateDirectory, PrivateGossip, PrivateTransport
 from node.store import DiskStore
 from node.version import VERSION
@@ -167,6 +168,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
         async with trio.open_nursery() as nursery:
             service = WorkerService(ports, config)
             await nursery.start(service.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio
+            await pass_on_reports(gossip, ports.clock)
             nursery.start_soon(stay_joined, transport, leads, random.random)
             if options.lan or (options.lan is None and allowed() and not options.bootstrap):
                 nursery.start_soon(_meet_neighbours, mesh, key, leads)

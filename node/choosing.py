@@ -16,6 +16,7 @@ import trio
 
 from client.metalearning.candidates import name_of, possible
 from client.metalearning.chooser import Asked, Choice, Chooser
+from client.metalearning.comparing import cost_s, kind_of
 from client.metalearning.described import FEATURES, described, place, situation
 from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.metalearning.record import Record
@@ -64,15 +65,16 @@ class Choosing:
         able = possible(wanted.facts, wanted.weights, lossless=wanted.facts.exact or not wanted.how.lossy)
         draw = int.from_bytes(self.entropy(4), "big") / 2**32 if wanted.how.explore else 1.0
         where = place(wanted.name, wanted.model, wanted.route)
-        asked = Asked(where, described(wanted.model, wanted.route, wanted.task), able.keys(), draw)
+        kind = kind_of(wanted.model, wanted.route, wanted.task)
+        asked = Asked(where, described(wanted.model, wanted.route, wanted.task), able.keys(), draw, kind)
         choice = self.chooser.choose(asked)
         return Decided(Plan(wanted.task, able[choice.strategy], "auto"), choice, asked)
 
     def learn(self, decided: Decided, token_times_s: Sequence[float]) -> None:
         """When each token of the answer was there, in seconds from the request's start."""
         if decided.choice is not None and decided.asked is not None and token_times_s and token_times_s[-1] > 0:
-            cost_s = token_times_s[-1] / len(token_times_s)
-            self.chooser.note(decided.asked, decided.choice.strategy, situation(decided.plan.task), cost_s)
+            cost = token_times_s[-1] / len(token_times_s)
+            self.chooser.note(decided.asked, decided.choice.strategy, situation(decided.plan.task), cost)
 
     async def prepare(self, history: Callable[[], Sequence[Record]]) -> None:
         """Fit the prior, where there is one, and replay `history` (read in a thread). Cancelled, it leaves the
@@ -86,18 +88,16 @@ class Choosing:
 def replayed(chooser: Chooser, records: Sequence[Record]) -> None:
     """Let `chooser` know what earlier requests showed, the oldest first."""
     for record in records[-REPLAYED_MAX:]:
-        name, measured = name_of(record.strategy), record.measured
-        if name is None or measured.error or measured.ttft_s is None:
-            continue
-        took_s = measured.ttft_s + (measured.token_s or 0.0) * (measured.tokens - 1)
-        if took_s > 0:
-            chooser.note(asked_of(record, (name,)), name, situation(record.task), took_s / measured.tokens)
+        name, cost = name_of(record.strategy), cost_s(record)
+        if name is not None and cost is not None:
+            chooser.note(asked_of(record, (name,)), name, situation(record.task), cost)
 
 
 def asked_of(record: Record, possible: Collection[str]) -> Asked:
     """The question that a recorded request was."""
     model, route = record.model_features, record.route
-    return Asked(place(record.model, model, route), described(model, route, record.task), possible, 1.0)
+    task, kind = described(model, route, record.task), kind_of(model, route, record.task)
+    return Asked(place(record.model, model, route), task, possible, 1.0, kind)
 
 
 def _begun(history: Callable[[], Sequence[Record]]) -> tuple[Advisor | None, Sequence[Record]]:

@@ -19,6 +19,11 @@ def history_file(data: Path) -> Path:
     return data / "client" / "history.db"
 
 
+def reports_file(data: Path) -> Path:
+    """What other clients reported of strategies (node/sharing.py)."""
+    return data / "client" / "reports"
+
+
 def state_dir() -> Path:
     """What may be lost: records of running simulation clusters."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"

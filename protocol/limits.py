@@ -44,6 +44,16 @@ CLOCK_SKEW_MAX_S = 30.0  # machines on NTP are within 1 s; a minute-old replay m
 PEERS_MAX = 20_000  # SwarmView entries: about 20 MB
 ADVERT_LIFE_MAX_S = ADVERT_LIFE_INTERVALS * PEERS_MAX / ADVERTS_RECEIVED_PER_S  # what the largest swarm needs
 
+# Reports: what clients tell each other of strategies. Beside adverts a node should receive far fewer of them.
+REPORT_BYTES_MAX = KIB
+REPORT_COMPARISONS_MAX = 32  # of about 21 bytes: seven strategies in four or five kinds of situation
+REPORT_LOG_RATIO_MAX = 300  # percent of a log: 20 times as dear, or a 20th; no strategy differs more
+REPORT_FRESH_S = 300  # to be passed on; clients keep what they heard for longer
+REPORT_INTERVAL_MIN_S = 60  # of one signer
+REPORT_INTERVAL_S = 600.0  # of an honest one: requests change a summary slowly
+REPORTS_RECEIVED_PER_S = 1.0  # of all signers, for identities are free: a hundredth of a core
+REPORTS_BURST = 60  # in a row, after a quiet minute
+
 # Sessions.
 TICKET_LIFE_MAX_S = 3600.0
 TICKETS_SEEN_MAX = 1 << 17  # nonces remembered: about 25 MB, 36 new sessions a second for a ticket's whole life

@@ -86,13 +86,20 @@ class AsyncSwarm:
 
     `bootstrap`: addresses, or an invite; none of them: a public swarm of the local network.
     `data_dir` holds the user's identity, keys and sealed models; any number of clients may use it. `capability`: a
-    token from the owner of another deployment, for a client that uses that one.
+    token from the owner of another deployment, for a client that uses that one. `share_records`: tell the swarm how
+    strategies compared in your requests, and heed what others tell (docs/SCHEDULER.md).
     """
 
-    def __init__(self, *bootstrap: str, data_dir: Path | str | None = None, capability: str | None = None) -> None:
+    def __init__(
+        self,
+        *bootstrap: str,
+        data_dir: Path | str | None = None,
+        capability: str | None = None,
+        share_records: bool = False,
+    ) -> None:
         folder = default_data_dir(None if data_dir is None else Path(data_dir))
         token = None if capability is None else read_token(capability)
-        self._options = ClientOptions(folder, bootstrap, capability=token)
+        self._options = ClientOptions(folder, bootstrap, capability=token, share_records=share_records)
         self._context = open_client(self._options)
         self._client: Client | None = None
 
@@ -192,11 +199,20 @@ class Swarm:
 
     `bootstrap`: addresses, or an invite; none of them: a public swarm of the local network.
     `data_dir` holds the user's identity, keys and sealed models; any number of clients may use it. `capability`: a
-    token from the owner of another deployment, for a client that uses that one.
+    token from the owner of another deployment, for a client that uses that one. `share_records`: tell the swarm how
+    strategies compared in your requests, and heed what others tell (docs/SCHEDULER.md).
     """
 
-    def __init__(self, *bootstrap: str, data_dir: Path | str | None = None, capability: str | None = None) -> None:
-        self._portal = Portal(partial(AsyncSwarm, *bootstrap, data_dir=data_dir, capability=capability))
+    def __init__(
+        self,
+        *bootstrap: str,
+        data_dir: Path | str | None = None,
+        capability: str | None = None,
+        share_records: bool = False,
+    ) -> None:
+        self._portal = Portal(
+            partial(AsyncSwarm, *bootstrap, data_dir=data_dir, capability=capability, share_records=share_records)
+        )
         self._swarm: AsyncSwarm | None = None
 
     def __enter__(self) -> Swarm:

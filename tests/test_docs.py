@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol import adverts, capabilities, leases, limits, manifest, tickets
+from protocol import adverts, capabilities, leases, limits, manifest, reports, tickets
 from protocol.messages import FRAME_BYTES_MAX, LINK, MESSAGES, SESSION, Operation, body_fits
 from protocol.session import TABLES, Role
 from tests.helpers.protocol_samples import SAMPLES
@@ -55,14 +55,22 @@ def test_every_limit_that_the_prose_names_exists() -> None:
 
 
 def test_names_in_the_prose_are_those_of_the_code() -> None:
-    domains = {module._DOMAIN for module in (adverts, capabilities, leases, manifest, tickets)}
+    domains = {module._DOMAIN for module in (adverts, capabilities, leases, manifest, reports, tickets)}
     line = next(line for line in DOCUMENT.splitlines() if "domains:" in line)
     assert set(line.partition("domains:")[2].split()) == domains
-    words = {adverts.TOPIC, *manifest.TIERS, *tickets.RETURNS, *(operation.value for operation in Operation)}
+    words = {
+        adverts.TOPIC,
+        reports.TOPIC,
+        *manifest.TIERS,
+        *tickets.RETURNS,
+        *(operation.value for operation in Operation),
+    }
     assert {word for word in words if f"`{word}`" not in DOCUMENT} == set()
     assert "sotto-ticket-box" in DOCUMENT
     assert "sotto-peer-tag" in DOCUMENT
-    assert "sotto-deployment" in DOCUMENT
+    assert {
+        name for name in ("sotto-deployment", "sotto-pen", "sotto-strategy") if f"`{name}`" not in DOCUMENT
+    } == set()
     assert {right for right in capabilities.Right if f"`{right}`" not in DOCUMENT} == set()
 
 

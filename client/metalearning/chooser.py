@@ -5,6 +5,10 @@ corrected by `online.Corrections` of this deployment and route; a strategy is ta
 its expected gain exceeds the doubt about it. Without records, the ranking. Now and then, when allowed, one that may be
 better than is known is tried: never one expected to lose more than `REGRET_MAX`, and never more often than `explore`.
 
+What peers report (`hearsay.py`) is used in the same way, as a hint what to try: it shifts a prediction by at most
+SHIFT_MAX, the less the more is known here, and decides at most a share SWAYED_MAX of the choices. Both hold whatever
+peers say and however many they are. What was tried on their word is measured, and the measurement is what counts then.
+
 Pure: a random number comes in as an argument.
 """
 
@@ -18,6 +22,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from client.metalearning.candidates import CANDIDATES, RANKING
+from client.metalearning.hearsay import Hearsay
 from client.metalearning.online import Corrections, Situation, corrected
 from client.metalearning.table import Array, Task
 
@@ -26,8 +31,12 @@ REGRET_MAX = 0.2  # a trial may be expected to cost a fifth more, no more
 TRUST = 1.0  # deviations by which a gain must exceed nothing
 SPREAD_UNKNOWN = 0.15  # of a fraction of the oracle, without records
 ROUTES_REMEMBERED = 256
+DEFAULT = "default"
+SHIFT_MAX = 0.05  # of a strategy's log cost beside the default's, by all that peers say
+SHIFT_MIN = 0.02  # a smaller gain on peers' word is not worth a try
+SWAYED_MAX = 0.1  # of choices, that peers may decide
 
-Why = Literal["only one is possible", "records", "ranking", "trial"]
+Why = Literal["only one is possible", "records", "ranking", "trial", "peers"]
 
 
 class Advice(Protocol):
@@ -43,30 +52,36 @@ class Advice(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`fractions`: of the best possible, for each strategy that was possible; `spreads`: one deviation of each."""
+    """`fractions`: of the best possible, for each strategy that was possible; `spreads`: one deviation of each;
+    `from_peers`: by how much more of it peers' word would have each be (the default is what they compare with)."""
 
     strategy: str
     why: Why
     fractions: dict[str, float]
     spreads: dict[str, float]
+    from_peers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request: `place` names deployment and route, `possible` what could work, `draw` is even in 0..1."""
+    """One request: `place` names deployment and route, `possible` what could work, `draw` is even in 0..1; `kind` is
+    the kind of situation (comparing.kind_of), by which peers' reports are found."""
 
     place: str
     task: Task
     possible: Collection[str]
     draw: float
+    kind: bytes = b""
 
 
 @dataclass(slots=True)
 class Chooser:
-    """`advisor` may come later, when it has been fitted. `explore` 0 tries nothing."""
+    """`advisor` may come later, when it has been fitted. `explore` 0 tries nothing of its own; a request with a `draw`
+    of 1 tries nothing at all. `peers`: None heeds none."""
 
     advisor: Advice | None = None
     explore: float = EXPLORE
+    peers: Hearsay | None = None
     _corrections: OrderedDict[str, Corrections] = field(default_factory=OrderedDict)
 
     def choose(self, asked: Asked) -> Choice:
@@ -75,7 +90,9 @@ class Chooser:
         if not names:
             raise ValueError("no strategy is possible, not even the default")
         fractions, spreads = self._expected(asked, names)
-        known = [dict(zip(names, map(float, each), strict=True)) for each in (fractions, spreads)]
+        shifts = self._shifts(asked.kind, names, fractions, spreads)
+        more = fractions * np.expm1(shifts)
+        known = [dict(zip(names, map(float, each), strict=True)) for each in (fractions, spreads, more)]
         shown = Choice("", "records", *known)
         if len(names) == 1:
             return _because(shown, names[0], "only one is possible")
@@ -87,6 +104,9 @@ class Chooser:
         trial = self._trial(asked.draw, fractions, spreads, best)
         if trial is not None:
             return _because(shown, names[trial], "trial")
+        hint = _hinted(fractions, shifts, best)
+        if hint is not None and self.explore <= asked.draw < self.explore + SWAYED_MAX:
+            return _because(shown, names[hint], "peers")
         return _because(shown, names[best], "ranking" if best == safe else "records")
 
     def note(self, asked: Asked, strategy: str, at: Situation, cost_s: float) -> None:
@@ -121,6 +141,22 @@ class Chooser:
         hope = int(hopes.argmax())
         return hope if hopes[hope] > fractions[best] else None
 
+    def _shifts(self, kind: bytes, names: list[str], fractions: Array, spreads: Array) -> Array:
+        """What peers' word adds to the log of each fraction, in -SHIFT_MAX..SHIFT_MAX; 0 for the default."""
+        shifts = np.zeros(len(names))
+        if self.peers is None or not len(self.peers) or DEFAULT not in names:
+            return shifts
+        logs, doubts = np.log(np.maximum(fractions, 1e-6)), spreads / np.maximum(fractions, 1e-6)
+        usual = names.index(DEFAULT)
+        for at, name in enumerate(names):
+            word = self.peers.word((kind, name)) if at != usual else None
+            if word is not None:
+                doubt = float(doubts[at] ** 2 + doubts[usual] ** 2)
+                weight = doubt / (doubt + word.deviation**2) if doubt else 0.0
+                apart = -word.log_ratio - float(logs[at] - logs[usual])
+                shifts[at] = min(SHIFT_MAX, max(-SHIFT_MAX, weight * apart))
+        return shifts
+
     def _of(self, place: str) -> Corrections:
         """The corrections of a deployment and route; those that were not used for longest are forgotten."""
         corrections = self._corrections.setdefault(place, Corrections(len(CANDIDATES)))
@@ -128,6 +164,14 @@ class Chooser:
         while len(self._corrections) > ROUTES_REMEMBERED:
             self._corrections.popitem(last=False)
         return corrections
+
+
+def _hinted(fractions: Array, shifts: Array, best: int) -> int | None:
+    """The strategy that peers' word puts before `best`, by at least SHIFT_MIN; None when there is none."""
+    shifted = np.log(np.maximum(fractions, 1e-6)) + shifts
+    gains = np.where(shifts - shifts[best] >= SHIFT_MIN, shifted - shifted[best], -np.inf)
+    hint = int(gains.argmax())
+    return hint if gains[hint] >= SHIFT_MIN else None
 
 
 def _because(choice: Choice, strategy: str, why: Why) -> Choice:

@@ -20,6 +20,7 @@ from sotto.commands.common import (
     Key,
     Model,
     Privacy,
+    ShareRecords,
     complaint,
     errors,
     print_json,
@@ -71,6 +72,7 @@ def chat(
     strategy: StrategyText = "auto",
     draft: Draft = None,
     capability: Capability = None,
+    share_records: ShareRecords = False,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
     as_json: JsonLines = False,
@@ -90,7 +92,7 @@ def chat(
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
-        portal = Portal(partial(deployed, replace(where, kv_tokens=context)))
+        portal = Portal(partial(deployed, replace(where, kv_tokens=context, share_records=share_records)))
         ready = portal.open()
         try:
             options = ChatOptions(system, context, lambda text: typer.echo(f"[{text}]", err=True))

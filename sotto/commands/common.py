@@ -47,6 +47,14 @@ Capability = Annotated[
     str | None,
     typer.Option(help="Use another user's deployment: the token that 'sotto grant' printed for you."),
 ]
+ShareRecords = Annotated[
+    bool,
+    typer.Option(
+        "--share-records",
+        envvar="SOTTO_SHARE_RECORDS",
+        help="Tell the swarm how strategies compared in your requests, and heed what others tell (docs/SCHEDULER.md).",
+    ),
+]
 Key = Annotated[str | None, typer.Option(help="Name of the root key. Default: 'default', made on first use.")]
 
 

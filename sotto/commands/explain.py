@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sotto.commands.common import DataDir, Json, errors, print_json
+from sotto.commands.common import DataDir, Json, ShareRecords, errors, print_json
 
 if TYPE_CHECKING:
     from client.metalearning.record import Record
@@ -18,15 +18,17 @@ BECAUSE_MAX = 5  # features that are shown
 def explain(
     uid: Annotated[str | None, typer.Argument(help="A request of 'sotto history --json'. Default: the newest.")] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Consider strategies that lose precision, too.")] = False,
+    share_records: ShareRecords = False,
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
     """Show which strategy 'auto' would take for a request of the history now, what it expects of each, and why.
 
-    Expected is the share of the best possible speed, the doubt one standard deviation. Later requests count, too.
+    Expected is the share of the best possible speed, the doubt one standard deviation. Later requests count, too. With
+    --share-records it also says by how much what other clients told would move each, if it is heeded.
     """
     with errors(as_json):
-        report = _report(uid, lossy, data_dir)
+        report = _report(uid, (lossy, share_records), data_dir)
     if as_json:
         print_json(report)
         return
@@ -35,20 +37,27 @@ def explain(
     )
     print(f"auto takes {report['strategy']} ({report['why']})")
     for each in report["strategies"]:
-        print(f"  {each['strategy']:<60} {each['expected']:6.1%} of the best  (doubt {each['doubt']:.1%})")
+        peers = f"; peers {each['from_peers']:+.1%}" if each["from_peers"] else ""
+        print(f"  {each['strategy']:<60} {each['expected']:6.1%} of the best  (doubt {each['doubt']:.1%}{peers})")
     for each in report["because"]:
         print(f"  {each['feature']} = {each['value']}: {each['gain']:+.1%}")
+    if report["peers_heard"]:
+        most = f"{report['peers_share_max']:.0%} of choices"
+        print(f"{report['peers_heard']} other clients are heard; what they say may decide {most}, and is then measured")
     if not report["records"]:
         print("no records came with sotto: what is known is this user's own requests")
 
 
-def _report(uid: str | None, lossy: bool, given: Any) -> dict[str, Any]:
+def _report(uid: str | None, allowed: tuple[bool, bool], given: Any) -> dict[str, Any]:
+    import time
+
     from client.metalearning.candidates import possible
-    from client.metalearning.chooser import Chooser
+    from client.metalearning.chooser import SWAYED_MAX, Chooser
     from client.metalearning.described import FEATURES
-    from node.choosing import REPLAYED_MAX, asked_of, fitted_prior, replayed
+    from node.choosing import asked_of, fitted_prior, replayed
     from node.history import History, parse_condition
-    from node.paths import data_dir, history_file
+    from node.paths import data_dir, history_file, reports_file
+    from node.sharing import COMPARED_MAX, heeded
     from protocol.errors import InputError
     from protocol.strategy import Facts, describe
 
@@ -56,12 +65,14 @@ def _report(uid: str | None, lossy: bool, given: Any) -> dict[str, Any]:
         found = history.records([parse_condition(f"uid={uid}")] if uid else [], 1)
         if not found:
             raise InputError("there is no such request: see 'sotto history'")
-        records = history.records(last=REPLAYED_MAX)
+        records = history.records(last=COMPARED_MAX)
     (record,) = found
+    lossy, shared = allowed
     facts = Facts(hops=record.route.hops, exact=record.task.exact, deployed=record.strategy.weights)
     able = possible(facts, record.strategy.weights, lossless=facts.exact or not lossy)
     advisor = fitted_prior()
-    chooser = Chooser(advisor)
+    peers = heeded(reports_file(data_dir(given)), records, int(time.time() * 1000)) if shared else None
+    chooser = Chooser(advisor, peers=peers)
     replayed(chooser, records)
     asked = asked_of(record, able.keys())
     choice = chooser.choose(asked)
@@ -73,11 +84,18 @@ def _report(uid: str | None, lossy: bool, given: Any) -> dict[str, Any]:
         "strategy": choice.strategy,
         "why": choice.why,
         "strategies": [
-            {"strategy": name, "expected": choice.fractions[name], "doubt": choice.spreads[name]}
+            {
+                "strategy": name,
+                "expected": choice.fractions[name],
+                "doubt": choice.spreads[name],
+                "from_peers": choice.from_peers[name],
+            }
             for name in sorted(choice.fractions, key=lambda name: -choice.fractions[name])
         ],
         "because": [{"feature": name, "value": cells[name], "gain": gain} for name, gain in because],
         "records": advisor is not None,
+        "peers_heard": len(peers) if peers is not None else 0,
+        "peers_share_max": SWAYED_MAX,
         "features": cells,
     }
 

@@ -21,6 +21,7 @@ from sotto.commands.common import (
     Key,
     Model,
     Privacy,
+    ShareRecords,
     bootstrap_addrs,
     errors,
     print_json,
@@ -78,6 +79,7 @@ class Where:
     capability: str | None
     draft: str | None = None
     kv_tokens: int = KV_TOKENS
+    share_records: bool = False
 
 
 def run(
@@ -98,6 +100,7 @@ def run(
     draft: Draft = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, per hop.")] = False,
     capability: Capability = None,
+    share_records: ShareRecords = False,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
     as_json: Json = False,
@@ -113,7 +116,7 @@ def run(
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), trace=trace)
 
         async def work() -> tuple[GenerationResult, float, TraceReport | None]:
-            async with deployed(where) as ready:
+            async with deployed(replace(where, share_records=share_records)) as ready:
                 async with ready.ask(prompt, ask) as answer:
                     async for piece in answer.pieces:
                         if not as_json:
@@ -155,6 +158,7 @@ def submit(
     draft: Draft = None,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
+    share_records: ShareRecords = False,
     data_dir: DataDir = None,
     metrics: Metrics = "off",
     as_json: Json = False,
@@ -174,7 +178,7 @@ def submit(
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), objective="throughput")
 
         async def work() -> list[dict[str, Any]]:
-            async with deployed(where) as ready:
+            async with deployed(replace(where, share_records=share_records)) as ready:
                 with progress_bar("prompts", bytes_=False, quiet=as_json) as update:
                     return await run_job(ready, lines, ask, concurrency, update)
 
@@ -208,7 +212,14 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
             typer.echo("\n".join(describe_placement(placement, view)), err=True)
 
     token = None if where.capability is None else read_token(where.capability)
-    client_options = ClientOptions(where.data_dir, where.bootstrap, where.metrics, capability=token, draft=where.draft)
+    client_options = ClientOptions(
+        where.data_dir,
+        where.bootstrap,
+        where.metrics,
+        capability=token,
+        draft=where.draft,
+        share_records=where.share_records,
+    )
     async with open_client(client_options) as client:
         if token is not None:
             yield await client.attach(checkpoint, key)

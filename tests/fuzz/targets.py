@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import zeros
 
+from client.metalearning.comparing import heard
+from client.metalearning.hearsay import Hearsay
 from node.joining import Leads
 from node.p2p.addresses import dialable, parse_bootstrap, parse_listen
 from node.p2p.yamux_wire import Flag, Frame, Kind, Parser, Violation
@@ -39,6 +42,8 @@ from protocol.membership import NONCE_BYTES, SwarmKey, swarm_of
 from protocol.messages import FRAME_BYTES_MAX, SHARD, ShardAsk, ShardOffer, ShardPiece
 from protocol.pieces import PieceList
 from protocol.pieces import _digest as digest_of
+from protocol.reports import _DOMAIN as REPORT_DOMAIN
+from protocol.reports import ReportGate, sign_report
 from protocol.sealedbox import seal, unseal
 from protocol.signed import Signed
 from protocol.tensors import TensorHeader
@@ -55,6 +60,7 @@ from tests.helpers.protocol_samples import (
     MANIFEST,
     NEXT,
     NOW_MS,
+    REPORT,
     SAMPLES,
     TICKET,
     WORKER,
@@ -161,6 +167,22 @@ def advert(data: bytes) -> None:
 def advert_payload(data: bytes) -> None:
     said = AdvertGate().admit(encode(WORKER.sign(ADVERT_DOMAIN, data)), WORKER.peer, NOW_MS)
     dialable(said.addrs)
+
+
+@target("report", [sign_report(REPORT, CLIENT)], RemoteProtocolError)
+def report(data: bytes) -> None:
+    assert ReportGate().admit(data, NOW_MS) == (CLIENT.peer, REPORT), "a report that its signer did not sign"
+
+
+@target("report payload", [encode(REPORT)], RemoteProtocolError)
+def report_payload(data: bytes) -> None:
+    signer, said = ReportGate().admit(encode(CLIENT.sign(REPORT_DOMAIN, data)), NOW_MS)
+    hearsay = Hearsay()
+    assert hearsay.hear(signer, said)
+    for each in said.comparisons:
+        if (known := heard(each)) is not None:
+            word = hearsay.word(known[0])
+            assert word is None or math.isfinite(word.log_ratio + word.deviation)
 
 
 @target("ticket", [issue_ticket(TICKET, CLIENT)], RemoteProtocolError)

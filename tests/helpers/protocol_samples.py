@@ -56,6 +56,7 @@ from protocol.messages import (
     StepTimes,
 )
 from protocol.pieces import piece_count
+from protocol.reports import RANGES_MAX, Comparison, Report, strategy_tag
 from protocol.schema import Between, Record, Scalar, Size
 from protocol.signed import Identity, Signed
 from protocol.tensors import DTYPE_BYTES, DTYPES, TensorHeader
@@ -92,6 +93,13 @@ CAPABILITY = Capability(
     holder=NEXT.peer,
     rights=("fetch", "use"),
     expires_ms=NOW_MS + 86_400_000,
+)
+REPORT = Report(
+    issued_ms=NOW_MS,
+    comparisons=(
+        Comparison(bytes((0, 1, 2, 1, 0, 2, 1)), strategy_tag("speculation=lookup"), -31, 4, 3),
+        Comparison(bytes((0, 1, 2, 1, 0, 2, 1)), strategy_tag("wire=int8"), 8, 2, 5),
+    ),
 )
 INVITE = Invite(
     swarm=PUBLIC_SWARM,
@@ -165,7 +173,7 @@ SAMPLES: tuple[Message, ...] = (
     SessionFailed(SESSION, "hop_lost", ""),
     CloseSession(SESSION, bytes(48)),
 )
-RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Ticket, Capability, Lease, Manifest, Signed, Invite)
+RECORDS: tuple[type[Record], ...] = (*MESSAGES, Advert, Report, Ticket, Capability, Lease, Manifest, Signed, Invite)
 
 
 def body_of(message: Message) -> bytes:
@@ -293,6 +301,11 @@ def _advert(values: Values) -> st.SearchStrategy[Values]:
     return lives.map(lambda life: {**values, **fixed, "issued_ms": issued, "expires_ms": issued + life})
 
 
+def _report(values: Values) -> st.SearchStrategy[Values]:
+    named = {(each.kind, each.strategy): each for each in values["comparisons"]}
+    return st.just({**values, "comparisons": tuple(named.values())})
+
+
 def _choose(**choices: tuple[str, ...]) -> Callable[[Values], st.SearchStrategy[Values]]:
     drawn = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in choices.items()})
     return lambda values: drawn.map(lambda chosen: values | chosen)
@@ -321,5 +334,7 @@ _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] =
     Ticket: _ticket,
     Invite: _invite,
     Advert: _advert,
+    Comparison: _amend(kind=lambda ranges: bytes(number % RANGES_MAX for number in ranges)),
+    Report: _report,
 }
 assert {operation.value for operation in Operation} == {"span", "linear"}  # what _step chooses between

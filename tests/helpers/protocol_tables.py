@@ -17,6 +17,7 @@ from protocol.invites import Invite, InvitePeer
 from protocol.leases import Lease
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.messages import CONTROL, FRAME_BYTES_MAX, LINK, MESSAGES, SESSION, SHARD, Message, RefusalReason
+from protocol.reports import Comparison, Report
 from protocol.schema import Between, Record, Scalar
 from protocol.session import TABLES, State
 from protocol.signed import Signed
@@ -50,7 +51,7 @@ BODIES: dict[type[Message], str] = {
     messages.ShardPiece: "1..PIECE_BYTES bytes",
 }
 STRUCTURES: tuple[type[Record], ...] = (
-    TensorHeader, messages.Source, Signed, Advert, Speed, HeldSpan, Rtt, Ticket, Capability, Lease,
+    TensorHeader, messages.Source, Signed, Advert, Speed, HeldSpan, Rtt, Report, Comparison, Ticket, Capability, Lease,
     Manifest, BlockEntry, ConfigPair, TensorEntry, Invite, InvitePeer,
 )  # fmt: skip
 

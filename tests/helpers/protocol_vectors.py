@@ -20,6 +20,7 @@ from protocol.leases import sign_lease
 from protocol.manifest import sign_manifest
 from protocol.membership import NONCE_BYTES, Side, SwarmKey
 from protocol.messages import CONTROL
+from protocol.reports import sign_report
 from protocol.sealedbox import seal
 from protocol.tickets import issue_ticket
 from tests.helpers.protocol_samples import (
@@ -30,6 +31,7 @@ from tests.helpers.protocol_samples import (
     LEASE,
     MANIFEST,
     NOW_MS,
+    REPORT,
     SAMPLES,
     TICKET,
     WORKER,
@@ -63,6 +65,7 @@ def statements() -> Json:
         "worker": {"seed": WORKER.seed.hex(), "peer": WORKER.peer},
         "now_ms": NOW_MS,
         "advert": {"payload": encode(ADVERT).hex(), "signed": sign_advert(ADVERT, WORKER).hex()},
+        "report": {"payload": encode(REPORT).hex(), "signed": sign_report(REPORT, CLIENT).hex()},
         "ticket": {"payload": encode(TICKET).hex(), "box": issue_ticket(TICKET, CLIENT).hex()},
         "capability": {"payload": encode(CAPABILITY).hex(), "signed": issue_capability(CAPABILITY, CLIENT).hex()},
         "lease": {"payload": encode(LEASE).hex(), "signed": sign_lease(LEASE, WORKER).hex()},

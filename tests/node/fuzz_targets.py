@@ -24,6 +24,7 @@ from node.grants import _PREFIX, Token, read_token
 from node.lan import ASKED_MAX, HOSTS_MAX, SERVICE, _Seeker
 from node.p2p.addresses import parse_bootstrap
 from node.private import PrivateTransport
+from node.sharing import joined, unjoined
 from node.worker_socket import PAUSE_S_MAX, Controls, _serve
 from protocol.capabilities import issue_capability
 from protocol.errors import InputError, TransportError
@@ -192,3 +193,13 @@ def proof_of_listener(data: bytes) -> None:
     transport = PrivateTransport(_Inner(Script(data, NEXT.peer)), KEY)  # type: ignore[arg-type]
     run(lambda: transport.open(NEXT.peer, (), _PROTOCOL))
     assert data.startswith(_proof(Side.ACCEPT))
+
+
+# peers' reports on disk
+
+
+@target("kept reports", [joined([b"one", b"another"])])
+def kept_reports(data: bytes) -> None:
+    kept = unjoined(data)
+    assert data.startswith(joined(kept))
+    assert all(kept)

@@ -63,7 +63,7 @@ BYTES_ALLOWED = {
     "OpenSession.tickets": "sealed Tickets",
     "OpenSession.page_keys": "keyed digests of 16 bytes each, without whose key nobody can test a guess at a prompt",
     "CloseSession.page_keys": "as OpenSession's",
-    "Signed.payload": "an Advert, Ticket, Capability, Lease or Manifest, checked by who verifies it",
+    "Signed.payload": "an Advert, Report, Ticket, Capability, Lease or Manifest, checked by who verifies it",
     "ShardOffer.capability": "a signed Capability, or nothing",
     "ShardAsk.capability": "a signed Capability",
 }

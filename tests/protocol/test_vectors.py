@@ -16,11 +16,12 @@ from protocol.ids import peer_id_of, public_key_of
 from protocol.limits import STEP_FRAME_BYTES_MAX
 from protocol.manifest import open_manifest
 from protocol.messages import MESSAGES
+from protocol.reports import ReportGate
 from protocol.sealedbox import unseal
 from protocol.signed import Identity
 from protocol.tickets import TicketGate
 from tests.helpers import protocol_vectors
-from tests.helpers.protocol_samples import ADVERT, CLIENT, MANIFEST, SAMPLES, TICKET, WORKER, body_of
+from tests.helpers.protocol_samples import ADVERT, CLIENT, MANIFEST, REPORT, SAMPLES, TICKET, WORKER, body_of
 
 FOLDER = Path(__file__).parents[1] / "vectors"
 # (public key, peer id): the key of the peer id specification and one of ours, with the ids that py-libp2p 0.8.1 gives.
@@ -72,6 +73,7 @@ def test_signed_and_sealed_statements_open() -> None:
     vectors = stored("statements.json")
     now_ms = vectors["now_ms"]
     assert AdvertGate().admit(bytes.fromhex(vectors["advert"]["signed"]), WORKER.peer, now_ms) == ADVERT
+    assert ReportGate().admit(bytes.fromhex(vectors["report"]["signed"]), now_ms) == (CLIENT.peer, REPORT)
     assert open_manifest(bytes.fromhex(vectors["manifest"]["signed"])) == (MANIFEST, CLIENT.peer)
     assert TicketGate(WORKER).admit(bytes.fromhex(vectors["ticket"]["box"]), CLIENT.peer, now_ms) == TICKET
     assert unseal(bytes.fromhex(vectors["sealed"]["box"]), WORKER) == bytes.fromhex(vectors["sealed"]["data"])

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import pytest
 
 from client.metalearning.candidates import CANDIDATES, NONE, name_of, possible
-from client.metalearning.chooser import EXPLORE, REGRET_MAX, Asked, Chooser
+from client.metalearning.chooser import EXPLORE, REGRET_MAX, SHIFT_MAX, SWAYED_MAX, Asked, Chooser
+from client.metalearning.hearsay import Hearsay
 from client.metalearning.online import Situation
 from client.metalearning.table import Task
+from protocol.ids import PeerId
+from protocol.reports import Comparison, Report, strategy_tag
 from protocol.strategy import Facts, parse
 
 ALL = frozenset(CANDIDATES)
@@ -102,3 +105,57 @@ def test_records_name_their_candidates() -> None:
         assert name_of(parse(name)) == name
         assert name_of(parse(name, parse("weights=bfloat16"))) == name
     assert name_of(parse("prefill_chunk=17")) is None
+
+
+KIND = bytes(7)
+
+
+def praise(name: str, log_ratio_percent: int = -300) -> Hearsay:
+    """A hundred peers who say so."""
+    hearsay = Hearsay()
+    for number in range(100):
+        told = Report(number, (Comparison(KIND, strategy_tag(name), log_ratio_percent, 1, 16),))
+        hearsay.hear(PeerId(f"peer {number}"), told)
+    return hearsay
+
+
+def swayed(chooser: Chooser, kind: bytes = KIND) -> list[str]:
+    choices = [chooser.choose(Asked("here", Task(cells=()), ALL, index / 1000, kind)) for index in range(1000)]
+    return [choice.strategy for choice in choices if choice.why == "peers"]
+
+
+def test_peers_decide_a_stated_share_and_no_more() -> None:
+    assert swayed(Chooser(peers=praise("wire=int8"))) == ["wire=int8"] * int(1000 * SWAYED_MAX)
+    assert swayed(Chooser(peers=Hearsay())) == swayed(Chooser()) == []
+    assert swayed(Chooser(peers=praise("wire=int8")), bytes([1]) * 7) == [], "of another kind of situation"
+    no_trials = Asked("here", Task(cells=()), ALL, 1.0, KIND)
+    assert Chooser(peers=praise("wire=int8")).choose(no_trials).why == "ranking"
+
+
+def test_peers_cannot_talk_anybody_into_what_is_known_to_cost_more() -> None:
+    def known(fraction: float) -> Chooser:
+        return Chooser(Known(dict.fromkeys(CANDIDATES, 0.5) | {"default": 1.0, "wire=int8": fraction}, 0.15))
+
+    for within, fraction in ((True, 1 - SHIFT_MAX / 2), (False, 1 - SHIFT_MAX)):
+        chooser = known(fraction)
+        chooser.peers = praise("wire=int8")
+        assert bool(swayed(chooser)) == within
+        shifts = chooser.choose(Asked("here", Task(cells=()), ALL, 1.0, KIND)).from_peers
+        assert shifts["wire=int8"] == pytest.approx(fraction * (2.718281828**SHIFT_MAX - 1))
+        assert shifts["default"] == 0.0
+
+
+def test_peers_can_warn() -> None:
+    chooser = Chooser(Known(dict.fromkeys(CANDIDATES, 0.5) | {"default": 0.98, "wire=int8": 1.0}, 0.15))
+    assert chooser.choose(asked()).strategy == "wire=int8"
+    chooser.peers = praise("wire=int8", 100)
+    assert set(swayed(chooser)) == {"default"}
+
+
+def test_own_requests_outweigh_peers() -> None:
+    chooser = Chooser(peers=praise("wire=int8"))
+    assert swayed(chooser)
+    for _ in range(10):
+        chooser.note(asked(), "default", AT, 0.01)
+        chooser.note(asked(), "wire=int8", AT, 0.02)
+    assert swayed(chooser) == []
