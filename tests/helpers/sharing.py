@@ -49,6 +49,7 @@ class World:
     """`truth[name]` is the log cost beside the default's on machines of this class; the prior says `believed`."""
 
     seed: int
+    prior_error: float = PRIOR_ERROR
     truth: dict[str, float] = field(init=False)
     believed: dict[str, float] = field(init=False)
     drawn: random.Random = field(init=False)
@@ -58,7 +59,7 @@ class World:
         self.drawn = random.Random(self.seed)
         gauss = self.drawn.gauss
         self.believed = {name: gauss(0.05, 0.1) for name in CANDIDATES}
-        self.truth = {name: at + gauss(0, PRIOR_ERROR) for name, at in self.believed.items()}
+        self.truth = {name: at + gauss(0, self.prior_error) for name, at in self.believed.items()}
         self.truth[DEFAULT] = self.believed[DEFAULT] = 0.0
 
     @property
@@ -95,31 +96,29 @@ def honest(world: World, number: int, at_ms: int) -> Report:
     return told
 
 
-def lie(world: World, at_ms: int) -> Report:
-    """What does most harm, by one who knows the prior and the truth: of what the newcomer may be talked into, the
-    dearest is praised beyond measure, and all else is run down, with all certainty."""
-    within = [name for name, at in world.believed.items() if name != DEFAULT and at < 2 * SHIFT_MAX]
+def lie(world: World, at_ms: int, number: int = 0, reach: float = 2 * SHIFT_MAX) -> Report:
+    """What does most harm, by one who knows the prior and the truth. Of what is predicted to cost at most `reach` more
+    (as a log) than the default, which is as far as a newcomer may be talked into anything, the dearest is praised
+    beyond measure; what it would choose is run down; with all certainty, in situations of all kinds. A report has no
+    room for both everywhere, so every second liar (`number`) begins with the other."""
+    within = [name for name, at in world.believed.items() if name != DEFAULT and at < reach]
     praised = max(within or [name for name in CANDIDATES if name != DEFAULT], key=lambda name: world.truth[name])
-    most, kinds = limits.REPORT_LOG_RATIO_MAX, sorted({kind(task) for task in range(0, len(TASKS), 4)})
-    return Report(
-        at_ms,
-        tuple(
-            Comparison(each, strategy_tag(name), -most if name == praised else most, 1, 16)
-            for each in kinds
-            for name in CANDIDATES
-            if name != DEFAULT
-        )[: limits.REPORT_COMPARISONS_MAX],
-    )
+    rest = [name for name in CANDIDATES if name not in (DEFAULT, praised)]
+    run_down = min(rest, key=lambda name: world.believed[name])
+    most, kinds = limits.REPORT_LOG_RATIO_MAX, sorted({kind(task) for task in range(len(TASKS))})
+    lies = [[Comparison(each, strategy_tag(name), ratio, 1, 16) for each in kinds]
+            for name, ratio in ((praised, -most), (run_down, most))]  # fmt: skip
+    first, then = lies if number % 2 == 0 else reversed(lies)
+    return Report(at_ms, (*first, *then)[: limits.REPORT_COMPARISONS_MAX])
 
 
-def told(world: World, honest_peers: int, liars: int) -> Hearsay:
+def told(world: World, honest_peers: int, liars: int, reach: float = 2 * SHIFT_MAX) -> Hearsay:
     """What a newcomer has heard."""
     hearsay = Hearsay()
     for number in range(honest_peers):
         hearsay.hear(pen(1 + number).peer, honest(world, number, 1))
-    lies = lie(world, 2)
     for number in range(liars):
-        hearsay.hear(pen(1000 + number).peer, lies)
+        hearsay.hear(pen(1000 + number).peer, lie(world, 2, number, reach))
     return hearsay
 
 
@@ -180,6 +179,12 @@ def over_worlds(heard: Callable[[World], Hearsay | None], worlds: int, requests:
     return Life(sum(life.regret for life in lives) / worlds, sum(life.swayed for life in lives) / worlds)
 
 
+def price_of_lies(seed: int, requests: int = 100) -> float:
+    """What a flood costs where the prior is right, so that a newcomer alone goes wrong least."""
+    alone, flooded = World(seed, prior_error=0.0), World(seed, prior_error=0.0)
+    return live(flooded, told(flooded, 0, 248), requests).regret - live(alone, None, requests).regret
+
+
 if __name__ == "__main__":
     WORLDS = int(sys.argv[1]) if len(sys.argv) > 1 else 40
     CASES: dict[str, Callable[[World], Hearsay | None]] = {
@@ -194,6 +199,8 @@ if __name__ == "__main__":
         for name, case in CASES.items():
             life = over_worlds(case, WORLDS, requests)
             sys.stdout.write(f"{requests:4} requests, {name:20} regret {life.regret:6.2%}  swayed {life.swayed:.1%}\n")
+    prices = [price_of_lies(seed) for seed in range(WORLDS)]
+    sys.stdout.write(f"248 liars, the prior is right: {sum(prices) / WORLDS:+.2%}, {max(prices):+.2%} at worst\n")
     for name in ("1 liar", "248 liars", "8 honest"):
         for prior in (True, False):
             grids = [moved(world, CASES[name](world) or Hearsay(), prior) for world in map(World, range(5))]

@@ -23,7 +23,7 @@ from protocol.signed import Identity
 from simnet.endpoint import VirtualEndpoint
 from simnet.network import open_network
 from simnet.runtime import VirtualClock, run
-from tests.helpers.sharing import World, lie, live, moved, over_worlds, pen, told
+from tests.helpers.sharing import World, lie, live, moved, over_worlds, pen, price_of_lies, told
 
 WORLDS = 6
 WORKER, NEWCOMER, HONEST, LIAR = (Identity(bytes([number]) * 32) for number in (71, 72, 73, 74))
@@ -40,9 +40,9 @@ class Mesh:
 
     async def flood(self, identities: int) -> None:
         """As fast as it can, each report under another name."""
-        told = lie(self.world, int(VirtualClock().time() * 1000))
+        at_ms = int(VirtualClock().time() * 1000)
         for number in range(identities):
-            await self.liar.publish(TOPIC, sign_report(told, pen(1000 + number)))
+            await self.liar.publish(TOPIC, sign_report(lie(self.world, at_ms, number), pen(1000 + number)))
         await trio.sleep(1)
 
 
@@ -125,9 +125,9 @@ def test_without_the_bounds_liars_would_decide(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(chooser, "SWAYED_MAX", 1.0)
     assert moved(world, told(world, 0, 1), prior=False).share > 0.9
     monkeypatch.setattr(chooser, "SHIFT_MAX", 3.0)
-    unbounded = moved(world, told(world, 0, 1))
+    unbounded = moved(world, told(world, 0, 1, reach=1.0))
     assert unbounded.share > bounded.share
-    assert unbounded.loss > 2 * 0.05
+    assert unbounded.loss > 0.15
 
 
 def test_honest_peers_help_a_newcomer() -> None:
@@ -136,11 +136,10 @@ def test_honest_peers_help_a_newcomer() -> None:
     assert 0 < helped.swayed <= chooser.SWAYED_MAX
 
 
-def test_lies_cost_a_newcomer_little_and_never_for_long() -> None:
-    """Mean cost over the best strategy's, of 100 requests."""
-    alone = over_worlds(lambda _: None, WORLDS)
-    flooded = over_worlds(lambda world: told(world, 0, PEERS_KEPT), WORLDS)
-    assert flooded.regret < alone.regret + 0.02
+def test_lies_cost_a_newcomer_no_more_than_is_stated() -> None:
+    """Where the prior is right there is nothing to gain by trying, so all that liars decide is lost."""
+    prices = [price_of_lies(seed) for seed in range(WORLDS)]
+    assert sum(prices) / WORLDS <= chooser.SWAYED_MAX * 2 * chooser.SHIFT_MAX
 
 
 def test_liars_lose_their_trust_to_what_is_measured() -> None:
