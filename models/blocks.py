@@ -159,7 +159,7 @@ class Block:
         return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
 
     def turns_of(self, segments: Sequence[Segment]) -> Turns:
-        """What `rotate` takes, [R, hd] each, for the rows of `segments`; the same for all blocks that share a rotary table."""
+        """What `rotate` takes for the rows of `segments`, [R, hd] each: equal for blocks that share a rotary table."""
         turns = [self._rotary.at(segment.position, segment.count) for segment in segments]
         return turns[0] if len(turns) == 1 else (torch.cat([t[0] for t in turns]), torch.cat([t[1] for t in turns]))
 
