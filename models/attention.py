@@ -15,6 +15,8 @@ from torch import Tensor
 from models.config import BlockConfig
 from models.pages import PagedKv
 
+FUSED_KEYS_MAX = 512  # in bfloat16: up to here the fused kernel beats two products, whose fixed cost is higher
+
 
 class KvCache:
     """Keys and values of one sequence in one block: [nk, capacity, hd] each, allocated at once.
@@ -88,7 +90,8 @@ def attend_runs(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]], window: 
     """`attend` over keys and values [nk, n, hd] that lie in `runs`, one after another."""
     if queries.shape[1] == 1 and queries.device.type == "cpu":
         length = sum(keys.shape[1] for keys, _ in runs)
-        if not 0 < window < length:
+        whole = not 0 < window < length
+        if whole and (queries.dtype != torch.bfloat16 or len(runs) > 1 or length > FUSED_KEYS_MAX):
             return _attend_one(queries, runs)
     if len(runs) == 1:
         return attend(queries, *runs[0], window)
@@ -99,20 +102,24 @@ def attend_runs(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]], window: 
 def _attend_one(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Attention of one token [nq, 1, hd] to all keys. The query heads of a group are the rows of one product.
 
-    Two products and a softmax, scores in at least float32: on a CPU that beats the fused kernel at one query, in
-    bfloat16 by up to five times, and sequences in several runs need no copy.
+    Two products and a softmax, scores in at least float32: on a CPU that beats the fused kernel at one query, and
+    sequences in several runs need no copy.
     """
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    num_queries, _, head_dim = queries.shape
-    num_keys = runs[0][0].shape[0]
-    rows = queries.reshape(num_keys, -1, head_dim).to(wide) * head_dim**-0.5
-    scores = [torch.bmm(rows, keys.to(wide).transpose(1, 2)) for keys, _ in runs]
-    weights = torch.softmax(scores[0] if len(runs) == 1 else torch.cat(scores, dim=2), dim=2).to(queries.dtype)
+    dtype, head_dim = queries.dtype, queries.shape[2]
+    wide, num_keys = torch.promote_types(dtype, torch.float32), runs[0][0].shape[0]
+    rows = queries.reshape(num_keys, -1, head_dim)
+    if wide is dtype and len(runs) == 1:
+        (keys, values), scale = runs[0], head_dim**-0.5
+        scores = torch.baddbmm(rows.new_empty(1), rows, keys.transpose(1, 2), beta=0, alpha=scale)
+        return torch.bmm(torch.softmax(scores, dim=2), values).view(-1, 1, head_dim)
+    rows = rows.to(wide) * head_dim**-0.5
+    parts = [torch.bmm(rows, keys.to(wide).transpose(1, 2)) for keys, _ in runs]
+    weights = torch.softmax(torch.cat(parts, dim=2), dim=2).to(dtype)
     mixed, start = queries.new_zeros(()), 0
     for _, values in runs:
         part = torch.bmm(weights[:, :, start : start + values.shape[1]], values)
         mixed, start = part if start == 0 else mixed + part, start + values.shape[1]
-    return mixed.reshape(num_queries, 1, head_dim)
+    return mixed.reshape(-1, 1, head_dim)
 
 
 def attend_tile(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]], window: int) -> Tensor:

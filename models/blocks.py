@@ -122,15 +122,22 @@ class Block:
         is at hand. Raises ValueError when a position lies beyond what is cached, on a wrong shape or dtype and when a
         `kv` is full, ContextExceeded beyond the model's context; every `kv` is then unchanged.
         """
+        self.check(x, segments)
+        return self.run(x, segments, turns or self.turns_of(segments))
+
+    def check(self, x: Tensor, segments: Sequence[Segment]) -> None:
+        """Raises what `forward_batch` raises."""
         self._check_rows(x, segments)
         for segment in segments:
             self._check_segment(segment)
+
+    def run(self, x: Tensor, segments: Sequence[Segment], turns: Turns) -> Tensor:
+        """`forward_batch` of what `check` has passed, in inference mode. At one row it is calls that cost, not sums."""
         for segment in segments:
             segment.kv.truncate(segment.position)
         eps = self.config.rms_norm_eps
-        turns = turns or self.turns_of(segments)
-        x = x + self._attention(rms_norm(x, self._attn_norm, eps), segments, turns)
-        return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
+        x = self._attention(rms_norm(x, self._attn_norm, eps), segments, turns).add_(x)
+        return self._mlp(rms_norm(x, self._mlp_norm, eps)).add_(x)
 
     @torch.inference_mode()
     def forward_tile(self, x: Tensor, kv: Kv, position: int, rows: slice) -> Tensor:
@@ -152,7 +159,7 @@ class Block:
         return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
 
     def turns_of(self, segments: Sequence[Segment]) -> Turns:
-        """Cosines and sines [R, hd/2] for the rows of `segments`; the same for all blocks that share a rotary table."""
+        """What `rotate` takes for the rows of `segments`, [R, hd] each: equal for blocks that share a rotary table."""
         turns = [self._rotary.at(segment.position, segment.count) for segment in segments]
         return turns[0] if len(turns) == 1 else (torch.cat([t[0] for t in turns]), torch.cat([t[1] for t in turns]))
 
@@ -209,8 +216,8 @@ class Block:
         return normed if self._head_post is None else torch.bmm(normed, self._head_post)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(F.silu(gate) * up)
+        both, width = self._gate_up(x), self.config.intermediate_size
+        return self._down(F.silu(both[:, :width]).mul_(both[:, width:]))
 
 
 def check_tensors(config: BlockConfig, tensors: Mapping[str, Tensor]) -> None:

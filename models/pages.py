@@ -132,9 +132,9 @@ class PagedKv:
         for run in self._runs:
             low, high = max(start, run.first), min(end, run.first + run.count)
             if low < high:
-                here = slice(run.at + low - run.first, run.at + high - run.first)
-                self._slab.keys[:, here] = keys[:, low - start : high - start]
-                self._slab.values[:, here] = values[:, low - start : high - start]
+                here, whole = slice(run.at + low - run.first, run.at + high - run.first), high - low == end - start
+                self._slab.keys[:, here] = keys if whole else keys[:, low - start : high - start]
+                self._slab.values[:, here] = values if whole else values[:, low - start : high - start]
         self._length = end
 
     def read(self, start: int) -> list[tuple[Tensor, Tensor]]:

@@ -90,11 +90,12 @@ class Rotary:
         self._cos, self._sin = self._rows(0)
 
     def at(self, position: int, count: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [count, hd/2] of positions [position, position + count), all below max_position."""
+        """What `rotate` takes, [count, hd] each, for positions [position, position + count), all below max_position."""
         end = position + count
         if end > len(self._cos):
             self._cos, self._sin = self._rows(min(self.max_position, max(end, 2 * len(self._cos), _FIRST_ROWS)))
-        return self._cos[position:end], self._sin[position:end]
+        cos, sin = self._cos[position:end], self._sin[position:end]
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _rows(self, count: int) -> tuple[Tensor, Tensor]:
         angles = torch.arange(count, dtype=torch.float32, device=self.device)[:, None] * self._frequencies
@@ -103,6 +104,5 @@ class Rotary:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads [H, T, hd] by the rows of cos and sin [T, hd/2]."""
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    """Turn heads [H, T, hd] by what `Rotary.at` gives, [T, hd] each: sines of first halves are negative."""
+    return (heads * cos).add_(heads.roll(heads.shape[-1] // 2, -1).mul_(sin))

@@ -29,7 +29,8 @@ def decode(kind: type[R], data: bytes) -> R:
         record = from_plain(kind, plain)
     except ValueError as error:
         raise RemoteProtocolError(str(error)) from None
-    if encode(record) != data:
+    # A field's plain value is the only one that gives its typed value, so these are the record's own bytes.
+    if _pack(plain) != data:
         raise RemoteProtocolError(f"{kind.__name__} is not in canonical form")
     return record
 
@@ -51,7 +52,7 @@ def decode_message(data: bytes) -> Message:
         message = from_plain(kind, plain[1:])
     except ValueError as error:
         raise RemoteProtocolError(str(error)) from None
-    if encode_message(message) != data:
+    if _pack(plain) != data:
         raise RemoteProtocolError(f"{kind.__name__} is not in canonical form")
     return message
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class Engine:
             return read_shard(self._shard_path(entries[index].digest), entries[index])
 
         blocks: FloatBlocks | IntegerBlocks
-        with self._refusals(RefusalReason.BAD_SHARD):
+        with _Refusals(RefusalReason.BAD_SHARD):
             if span.manifest.dtype == INTEGER_DTYPE:
                 if self._device.type != "cpu":
                     raise Refused(RefusalReason.UNSUPPORTED, "integer maps need a worker on a CPU")
@@ -157,7 +157,7 @@ class Engine:
         span = self._spans.get(spec.deployment)
         if span is None or session in self._sessions:
             raise LocalProtocolError("sessions open once, over a loaded span")
-        with self._refusals(RefusalReason.KV_MEMORY):
+        with _Refusals(RefusalReason.KV_MEMORY):
             kv = span.kv.open(spec.tenant, spec.kv_tokens, spec.page_keys) if span.kv else None
         self._sessions[session] = _Session(span, spec, kv)
         return kv.held if kv else 0
@@ -179,7 +179,7 @@ class Engine:
         session = self._sessions.get(work.session)
         if session is None or session.step is not None:
             raise LocalProtocolError("a step of a session that is not open, or has one under way")
-        with self._refusals(RefusalReason.BAD_STEP):
+        with _Refusals(RefusalReason.BAD_STEP):
             x = self._linear_input(session, work) if work.operation == Operation.LINEAR else self._input(session, work)
         now = time.perf_counter()
         waited_s = 0.0 if asked_s is None else max(0.0, self._ended_s - asked_s)
@@ -226,7 +226,7 @@ class Engine:
     def _compute(self, taken: list[tuple[_Step, int]]) -> None:
         started = time.perf_counter()
         try:
-            with self._refusals(RefusalReason.BAD_STEP), torch.inference_mode():
+            with _Refusals(RefusalReason.BAD_STEP):
                 rows = self._forward(taken)
         except Exception as error:  # it is the steps' failure, whatever it is: the engine serves the others on
             if len(taken) > 1:  # one of them may have been too much for the memory: each by itself
@@ -246,7 +246,7 @@ class Engine:
             start += count
             if not step.rows_left:
                 try:
-                    with self._refusals(RefusalReason.BAD_STEP):
+                    with _Refusals(RefusalReason.BAD_STEP):
                         self._finish(step)
                 except Exception as error:  # an answer takes memory too
                     self._fail(step, error)
@@ -312,18 +312,25 @@ class Engine:
             raise Refused(RefusalReason.BAD_STEP, f"a step of {list(shape)} where the width is {width}")
         return to_tensor(work.payload).to(self._device)
 
-    @contextmanager
-    def _refusals(self, reason: str) -> Iterator[None]:
-        """Translate what models and torch raise: a model that does not fit is the peer's to hear of, not a bug."""
-        try:
-            yield
-        except ModelError as error:
-            raise Refused(reason, str(error)) from None
-        except (MemoryError, RuntimeError) as error:
-            # torch has a class for this on CUDA and only a text on the CPU
-            if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise Refused(RefusalReason.MEMORY, "the machine has less memory free than its owner gave") from None
-            raise
+
+class _Refusals:
+    """Translates what models and torch raise: a model that does not fit is the peer's to hear of, not a bug."""
+
+    __slots__ = ("_reason",)
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, ModelError):
+            raise Refused(self._reason, str(error)) from None
+        # torch has a class for this on CUDA and only a text on the CPU
+        missing = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        if missing or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            raise Refused(RefusalReason.MEMORY, "the machine has less memory free than its owner gave") from None
 
 
 def _check_answer(rows: int, width: int, itemsize: int) -> None:

@@ -113,15 +113,19 @@ class Hop:
             self._begin(work)
         begun, self._begun = self._begun, None
         assert begun is not None
-        result = await begun
-        self._note_engine(result)
-        positions = step.tensor.shape[0]
-        self.observer.step_computed(positions, result.compute_us / 1e6, positions > 1)
+        result, computed_at = await begun, self.table.clock.monotonic()
         kept = len(result.forward.data) + (len(result.returned.data) if result.returned else 0)
         lease.ledger.record(step.step, result, kept)
         self.table.weigh_answers(self.session)
         waited_us = max(0, round(1e6 * (self._free_at - work.arrived_at)))  # for the step before it
-        await self._answer(step, replace(result, queue_us=result.queue_us + waited_us), work.arrived_at)
+        if waited_us:
+            result = replace(result, queue_us=result.queue_us + waited_us)
+        try:
+            await self._answer(step, result, work.arrived_at)
+        finally:
+            self._note_computed(
+                step, result, computed_at
+            )  # the next hop does not wait for what only the owner is shown
         self._free_at = self.table.clock.monotonic()
 
     def _begin(self, work: Pass) -> None:
@@ -142,9 +146,11 @@ class Hop:
             )
         )
 
-    def _note_engine(self, result: StepResult) -> None:
-        house, now = self.table.house, self.table.clock.monotonic()
-        busy_s = house.load.computed(result.compute_us / 1e6, now)
+    def _note_computed(self, step: Step, result: StepResult, now: float) -> None:
+        positions, compute_s = step.tensor.shape[0], result.compute_us / 1e6
+        self.observer.step_computed(positions, compute_s, positions > 1)
+        house = self.table.house
+        busy_s = house.load.computed(compute_s, now)
         self.observer.engine_used(busy_s, house.bubbles.computed(busy_s, now))
 
     async def _answer(self, step: Step, result: StepResult, arrived_at: float) -> None:

@@ -36,8 +36,8 @@ def to_payload(tensor: Tensor, wire: str | None = None) -> Payload:
     wire, shape = wire or NAMES[tensor.dtype], tuple(tensor.shape)
     if wire == INT8_BLOCKS:
         return Payload(TensorHeader(wire, shape), to_blocks(tensor, WIRE_BLOCK))
-    flat = tensor.to(DTYPES[wire]).contiguous().cpu()
-    return Payload(TensorHeader(wire, shape), flat.reshape(-1).view(torch.uint8).numpy().tobytes())
+    flat = tensor.to("cpu", DTYPES[wire]).reshape(-1)
+    return Payload(TensorHeader(wire, shape), flat.view(torch.uint8).numpy().tobytes())
 
 
 def answer_dtype(wire: str, dtype: torch.dtype) -> str:

@@ -42,7 +42,9 @@ class FloatBlocks:
         self.blocks = tuple(blocks)
         self.dtype, self.device = self.blocks[0].dtype, self.blocks[0].device
         self.width = self.blocks[0].config.hidden_size
-        self._configs = frozenset(block.config for block in self.blocks)
+        configs = [block.config for block in self.blocks]
+        self._configs = frozenset(configs)
+        self._first_of_kind = frozenset(configs.index(config) for config in self._configs)
 
     @torch.inference_mode()
     def forward(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -55,9 +57,11 @@ class FloatBlocks:
         turns: dict[int, Turns] = {}
         for index, block in enumerate(self.blocks):
             segments = [Segment(part.kv.of_block[index], part.position, part.count) for part in parts]
+            if index in self._first_of_kind:
+                block.check(x, segments)
             if block.rotary_id not in turns:
                 turns[block.rotary_id] = block.turns_of(segments)
-            x = block.forward_batch(x, segments, turns[block.rotary_id])
+            x = block.run(x, segments, turns[block.rotary_id])
         for part in parts:
             part.kv.commit(part.position + part.count)
         return x

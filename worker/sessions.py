@@ -375,10 +375,10 @@ class SessionTable:
             session.send_work.send_nowait(work)
         except trio.WouldBlock:  # what was taken goes back with the session
             raise Refused(RefusalReason.BAD_STEP, f"more than {INBOX_MAX} steps wait") from None
-        self._weigh(session, work, 1)
         begin, session.begin = session.begin, None
         if begin is not None and isinstance(work, Pass):
-            begin(work)
+            begin(work)  # before all that may wait: the engine's thread wakes meanwhile
+        self._weigh(session, work, 1)
 
     def weigh_answers(self, session: Session) -> None:
         """Count what the session's recorded answers take by now. Raises Refused when there is no memory for it."""

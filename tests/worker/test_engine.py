@@ -112,13 +112,13 @@ def test_a_step_too_large_for_the_workspace_is_computed_in_parts(shop: Shop, mon
     shop.load()
     x = inputs(33)
     seen: list[int] = []
-    forward = Block.forward_batch
+    forward = Block.run
 
     def watched(self: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(len(x))
         return forward(self, x, *rest)
 
-    monkeypatch.setattr(Block, "forward_batch", watched)
+    monkeypatch.setattr(Block, "run", watched)
     monkeypatch.setattr(runner, "WORKSPACE_BYTES", 16_000)
     got = shop.step(x, 0)
     assert len(seen) > 3 * len(shop.blocks)
@@ -363,14 +363,14 @@ def test_one_step_that_fails_in_a_batch_fails_alone(shop: Shop, monkeypatch: pyt
     shop.load()
     other = SessionId(b"o" * 16)
     shop.engine.open(other, shop.spec(10))
-    forward = Block.forward_batch
+    forward = Block.run
 
     def short_of_memory(self: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         if len(x) > 1:
             raise MemoryError
         return forward(self, x, *rest)
 
-    monkeypatch.setattr(Block, "forward_batch", short_of_memory)
+    monkeypatch.setattr(Block, "run", short_of_memory)
     ended: dict[str, StepResult | Exception] = {}
     shop.engine.submit(work(inputs(2), 0), lambda result: ended.update(large=result))
     shop.engine.submit(work(inputs(1), 0, session=other), lambda result: ended.update(small=result))
@@ -426,14 +426,14 @@ def test_a_bug_in_batches_costs_no_step_and_is_seen(
     shop.load()
     other = SessionId(b"o" * 16)
     shop.engine.open(other, shop.spec(10))
-    forward = Block.forward_batch
+    forward = Block.run
 
     def broken(self: Block, x: torch.Tensor, segments: Any, *rest: Any) -> torch.Tensor:
         if len(segments) > 1:
             raise TypeError("a bug")
         return forward(self, x, segments, *rest)
 
-    monkeypatch.setattr(Block, "forward_batch", broken)
+    monkeypatch.setattr(Block, "run", broken)
     ended: list[StepResult | Exception] = []
     for step in (work(inputs(2), 0), work(inputs(1), 0, session=other)):
         shop.engine.submit(step, ended.append)

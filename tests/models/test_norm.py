@@ -1,0 +1,39 @@
+"""RMSNorm beside its formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.norm import rms_norm
+
+EPS = 1e-5
+
+
+def rows(width: int) -> torch.Tensor:
+    """Rows as models have them: plain ones, one huge feature, far from zero, tiny, huge, zeros."""
+    plain = torch.randn(6, width, generator=torch.Generator().manual_seed(0))
+    plain[1, 3] = 3000.0
+    plain[2] = plain[2] / 100 + 5
+    plain[3] *= 1e-6
+    plain[4] *= 1e15
+    plain[5] = 0
+    return plain
+
+
+@pytest.mark.parametrize("width", [64, 768, 5120])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rms_norm_is_its_formula_within_a_few_roundings(width: int, dtype: torch.dtype) -> None:
+    x = rows(width).to(dtype)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt()
+    largest = expected.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    normed = rms_norm(x, None, EPS)
+    assert normed.dtype == dtype
+    assert float(((normed.double() - expected).abs() / largest).max()) < 4 * torch.finfo(dtype).eps
+
+
+def test_a_row_has_the_same_bits_in_every_batch() -> None:
+    x, gain = rows(768), torch.linspace(0.5, 2.0, 768)
+    whole = rms_norm(x, gain, EPS)
+    assert all(torch.equal(rms_norm(x[i : i + 1], gain, EPS), whole[i : i + 1]) for i in range(len(x)))
