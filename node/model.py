@@ -44,14 +44,13 @@ from node.choosing import Choosing, Decided, Wanted
 from node.draft import Draft
 from node.guessing import Guessing
 from node.recording import Plan, Progress, Recorder
-from protocol import limits
 from protocol.errors import InputError
 from protocol.ids import ID_BYTES
 from protocol.strategy import CHOICES, DEFAULT, Auto, Facts, Strategy, infeasible, parse
 
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
-MISSING = frozenset({"weights=int4"} | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)})
+MISSING = frozenset({"weights=int4"})
 # Products on the event loop, rows times weights: some 5 ms, for which a lone request does better without a thread.
 INLINE_PRODUCTS_MAX = 32 << 20
 
@@ -235,8 +234,13 @@ class DeployedModel:
 
     def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
         """What a session of a request with `strategy` is opened with."""
-        alone, request = strategy.batching == "off", self.ports.entropy(ID_BYTES)
-        return SessionTerms(kv_tokens, deterministic=strategy.deterministic, alone=alone, request=request)
+        return SessionTerms(
+            kv_tokens,
+            deterministic=strategy.deterministic,
+            alone=strategy.batching == "off",
+            micro_batches=strategy.micro_batches,
+            request=self.ports.entropy(ID_BYTES),
+        )
 
     def _page_keys(self, strategy: Strategy) -> PageKeys | None:
         if not strategy.prefix_cache:

@@ -462,6 +462,7 @@ def _spec(arrival: Arrival) -> SessionSpec:
         page_keys=_keys(message.page_keys, ticket),
         deterministic=message.deterministic,
         alone=message.alone,
+        micro_batches=message.micro_batches,
     )
 
 

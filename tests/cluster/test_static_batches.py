@@ -48,3 +48,26 @@ def test_an_arrival_waits_for_the_batch_before_it(batching: str, swarm: Cluster,
     assert sorted(ended) == [0, 1, 2, 3]
     late = len(LENGTHS)
     assert (ended.index(late) > ended.index(0)) == (batching == "static")
+
+
+def test_micro_batches_change_no_answer(swarm: Cluster, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", max_position_embeddings=512))
+    prompts = [[7 + number, 8, 9] for number in range(4)]
+
+    async def work(client: Client) -> list[list[tuple[int, ...]]]:
+        model, answers = await deploy(client, checkpoint), list[list[tuple[int, ...]]]()
+        for parts in (1, 3):
+            found = dict[int, tuple[int, ...]]()
+
+            async def one(number: int, parts: int, found: dict[int, tuple[int, ...]]) -> None:
+                ask = Ask(20, ignore_eos=True, strategy=Strategy(micro_batches=parts))
+                found[number] = (await model.generate(prompts[number], ask)).ids
+
+            async with trio.open_nursery() as nursery:
+                for number in range(len(prompts)):
+                    nursery.start_soon(one, number, parts, found)
+            answers.append([found[number] for number in range(len(prompts))])
+        return answers
+
+    whole, parted = with_client(swarm, tmp_path / "data", work)
+    assert parted == whole
