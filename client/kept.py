@@ -3,7 +3,8 @@
 Of a request only what follows the longest common beginning of its prompt and of what the hops' KV holds is sent;
 the first step truncates the rest there. When the session is lost, also in the middle of an answer, another one is
 opened (over the same route, then over one that is found anew), and what was known is computed again: tokens depend on
-their positions alone, so the answer goes on as if nothing had happened.
+their positions alone, so the answer goes on as if nothing had happened. The same when it is preempted: a worker took
+its memory for a client that holds less. Then the same route is waited for, as long as it takes within reason.
 
 Invariant: `held` is what the KV holds for certain. One request at a time. Where sessions come from is the opener's.
 """
@@ -13,14 +14,22 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Protocol
+
+import trio
 
 from client.errors import short
 from client.generate import FinishReason, Generation, GenerationHost, GenerationParams, GenerationResult, Steps
+from client.page_keys import PageKeys
 from client.turns import Ends
 from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable, SottoError, TransportError
+from protocol.messages import RefusalReason
 
 LOSSES_MAX = 3  # in a row, without a token between them
+PREEMPTIONS_MAX = 32  # of one request: honest workers take hours to come to that
+NO_ROOM_S = 300.0  # how long who was preempted looks for room again
+PAUSE_S = 1.0  # between two refusals that came at once
 
 _LOST = (RouteUnavailable, Refused, TransportError)
 
@@ -28,43 +37,97 @@ _LOST = (RouteUnavailable, Refused, TransportError)
 class OpenedSession(Steps, Protocol):
     """The part of client.session.RouteSession that is used here."""
 
+    keep_pages: bytes
+    bytes_out: int
+    bytes_in: int
+
+    @property
+    def held_tokens(self) -> int: ...
     def abandon(self) -> None: ...
     async def aclose(self) -> None: ...
 
 
-Opener = Callable[[bool], Awaitable[OpenedSession]]
-"""Opens a session; with True over a route that is found anew. Raises SottoError."""
+Opener = Callable[[Sequence[int], bool], Awaitable[OpenedSession]]
+"""Opens a session for a sequence that begins with these tokens; with True over a route that is found anew. Raises
+SottoError."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTerms:
+    """`losses_max`: how many losses in a row are made good; preemptions are, whatever it says. `notice` is told in a
+    sentence what befell the session. `keys`: of pages that hops shall keep when it ends."""
+
+    losses_max: int = LOSSES_MAX
+    notice: Callable[[str], None] = lambda _: None
+    keys: PageKeys | None = None
 
 
 class KeptSession:
-    """`notice` is told in a sentence when the session was lost."""
+    """Opened when it is first needed; closed by its owner."""
 
-    def __init__(self, opener: Opener, notice: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(self, opener: Opener, terms: KeptTerms | None = None) -> None:
         self.held: list[int] = []
-        self.losses = 0  # over its whole life
+        self.losses = self.preemptions = 0  # over its whole life
         self._opener = opener
-        self._notice = notice
+        self._terms = terms or KeptTerms()
         self._session: OpenedSession | None = None
+        self._moved_before = (0, 0)
         self._in_a_row = 0
+        self._preemptions_left = PREEMPTIONS_MAX
+        self._roomless_since = inf  # when it was preempted, while it has no room again
 
-    async def ready(self) -> OpenedSession:
-        """The open session; one is opened when there is none. Raises SottoError."""
-        if self._session is None:
-            self._session = await self._opener(self._in_a_row > 1)
+    @property
+    def moved(self) -> tuple[int, int]:
+        """Bytes of activations over its whole life, out and in."""
+        (out, in_), session = self._moved_before, self._session
+        return (out + session.bytes_out, in_ + session.bytes_in) if session is not None else (out, in_)
+
+    def begin(self) -> None:
+        """Another request begins."""
+        self._preemptions_left = PREEMPTIONS_MAX
+
+    async def ready(self, known: Sequence[int]) -> OpenedSession:
+        """The open session; one is opened when there is none, for a sequence that begins with `known`. Raises
+        SottoError when that fails again and again."""
+        while self._session is None:
+            try:
+                session = await self._opener(known, self._in_a_row > 1)
+            except _LOST as error:
+                await self.lost(error)
+                continue
+            self._session, self._roomless_since = session, inf
+            self.held = list(known[: session.held_tokens])
         return self._session
 
     async def lost(self, error: SottoError) -> None:
-        """The session failed with `error`, or could not be opened. Raises it when that happens again and again."""
+        """The session failed with `error`, or could not be opened. Raises it when nothing more can be done."""
         await self.aclose()
+        reason = error.reason if isinstance(error, Refused) else ""
+        if reason == RefusalReason.PREEMPTED:
+            self._note_preemption(error)
+        elif reason == RefusalReason.KV_MEMORY and 0 <= trio.current_time() - self._roomless_since < NO_ROOM_S:
+            await trio.sleep(PAUSE_S)
+        else:
+            self._note_loss(error)
+
+    def _note_preemption(self, error: SottoError) -> None:
+        if not self._preemptions_left:
+            raise error
+        self._preemptions_left -= 1
+        self.preemptions += 1
+        self._roomless_since = min(self._roomless_since, trio.current_time())
+        self._terms.notice("a worker needs its memory for another client: the answer goes on when there is room again")
+
+    def _note_loss(self, error: SottoError) -> None:
         self._in_a_row += 1
-        if self._in_a_row > LOSSES_MAX:
+        if self._in_a_row > self._terms.losses_max:
             self._in_a_row = 0
             raise error
         if self._in_a_row == 1:
             self.losses += 1
             peer = getattr(error, "peer", None)
             who = f"worker {short(peer)} is" if peer else "the workers are"
-            self._notice(f"{who} lost to this session: it is opened again, and what was said is computed anew")
+            self._terms.notice(f"{who} lost to this session: it is opened again, and what was said is computed anew")
 
     def settle(self, ids: list[int]) -> None:
         """A request has ended, well or early: the KV holds `ids`."""
@@ -78,8 +141,12 @@ class KeptSession:
 
     async def aclose(self) -> None:
         """Free the KV on all hops. The next request opens a session."""
-        session, self._session, self.held = self._session, None, []
+        self._moved_before = self.moved
+        session, self._session = self._session, None
+        held, self.held = self.held, []
         if session is not None:
+            if self._terms.keys is not None:
+                session.keep_pages = self._terms.keys.of(held)
             await session.aclose()
 
 
@@ -97,11 +164,12 @@ class KeptRequest:
 
     def __init__(self, kept: KeptSession, ask: KeptAsk, host: GenerationHost) -> None:
         self.ids: list[int] = []
-        self.reused_tokens = 0  # of the prompt, that the KV held at the start
+        self.reused_tokens = 0  # of the prompt, that were held and never computed for this request
         self._kept = kept
         self._ask = ask
         self._host = host
         self._times_s: list[float] = []
+        self._computed_again = 0  # tokens of the answer, by the newest session
         self._generation: Generation | None = None
 
     def stop(self) -> None:
@@ -119,22 +187,34 @@ class KeptRequest:
         """None before the end."""
         return self._generation.finish_reason if self._generation is not None else None
 
+    @property
+    def prompt_tokens(self) -> int:
+        """What the newest session was sent, or held: the prompt, and the answer as far as it came before."""
+        return len(self._ask.prompt) + self._computed_again
+
     def result(self, text: str = "") -> GenerationResult:
         """Raises ValueError before the stream has ended."""
         if self._generation is None:
             raise ValueError("the generation has not begun")
         last = self._generation.result(text)
-        prompt_tokens, times_s = len(self._ask.prompt), tuple(self._times_s)
-        return replace(last, ids=tuple(self.ids), prompt_tokens=prompt_tokens, token_times_s=times_s)
+        return replace(
+            last,
+            ids=tuple(self.ids),
+            prompt_tokens=len(self._ask.prompt),
+            token_times_s=tuple(self._times_s),
+            held_tokens=self.reused_tokens,
+        )
 
     async def tokens(self) -> AsyncGenerator[int, None]:
         """The new token ids, each as soon as it is known. Raises SottoError when the session cannot be had again."""
-        started_at, first = self._host.clock.monotonic(), True
+        begun = self._host.started_at
+        started_at = self._host.clock.monotonic() if begun is None else begun
+        self._kept.begin()
         while True:
+            known = [*self._ask.prompt, *self.ids]
+            session = await self._kept.ready(known)
+            generation = self._next(session, known)
             try:
-                session = await self._kept.ready()
-                self._generation = generation = self._next(session, first)
-                first = False
                 try:
                     async with aclosing(generation.tokens()) as tokens:
                         async for token in tokens:
@@ -151,13 +231,17 @@ class KeptRequest:
                 await self._kept.aclose()
                 raise
 
-    def _next(self, session: OpenedSession, first: bool) -> Generation:
+    def _next(self, session: OpenedSession, known: list[int]) -> Generation:
         """What is left of the request, over `session`."""
-        known, params = [*self._ask.prompt, *self.ids], self._ask.params
-        held = min(common(self._kept.held, known), len(known) - 1)
-        self.reused_tokens = held if first else 0
-        left = replace(params, max_new_tokens=params.max_new_tokens - len(self.ids))
-        return Generation(session, self._ask.ends, known, left, self._host, held)
+        held, host = min(common(self._kept.held, known), len(known) - 1), self._host
+        if self._generation is None:
+            self.reused_tokens = held
+        else:  # its first token is not the request's
+            self.reused_tokens, host = min(self.reused_tokens, held), replace(host, started_at=None)
+        self._computed_again = len(self.ids)
+        left = replace(self._ask.params, max_new_tokens=self._ask.params.max_new_tokens - len(self.ids))
+        self._generation = Generation(session, self._ask.ends, known, left, host, held)
+        return self._generation
 
 
 def common(left: Sequence[int], right: Sequence[int]) -> int:

@@ -50,6 +50,10 @@ class StepTrace:
 
     steps: OrderedDict[int, TracedStep] = field(default_factory=OrderedDict)
 
+    def begin(self) -> None:
+        """Another session takes the place of the one before."""
+        self.steps.clear()
+
     def sent(self, step: int, position: int, now: float) -> None:
         self.steps[step] = TracedStep(position, now)
         if len(self.steps) > STEPS_MAX:
@@ -91,7 +95,8 @@ class HopReport:
 
 @dataclass(frozen=True, slots=True)
 class TraceReport:
-    """`step`: a whole decode step, the client's own work included. `wire_back_us`: from the last hop to the client."""
+    """`step`: a whole decode step, the client's own work included. `wire_back_us`: from the last hop to the client.
+    `preemptions`: how often the request was computed again; the steps are those of its last session."""
 
     decode_steps: int
     hops: tuple[HopReport, ...]
@@ -99,6 +104,7 @@ class TraceReport:
     rest: Spread
     own: Spread
     step: Spread
+    preemptions: int = 0
 
 
 def report(trace: StepTrace, prompt_tokens: int, route: Route, leg_rtt_ms: Sequence[float]) -> TraceReport:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import trio
 
+from client.batches import Batches
 from client.deploy import DeployedHop, deploy
 from client.deploy import Progress as UploadProgress
 from client.driver import Driver, run_all
@@ -344,6 +345,7 @@ class Client:
                 origin=self.options.origin,
             ),
             turns=turns_over(ends),
+            batches=Batches(),
             choosing=self.choosing,
         )
 

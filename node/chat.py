@@ -16,15 +16,15 @@ import trio
 
 from client.chat import ChatPrompt, Transcript
 from client.generate import GenerationResult
-from client.kept import KeptAsk, KeptRequest, KeptSession
+from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms
 from client.session import RouteSession, SessionTerms
 from client.speculation import Speculation
 from client.text import TextStream
 from models.chat_template import ChatMessage, ChatTemplate
 from models.tokenizer import Tokenizer
-from node.model import Ask, DeployedModel
-from node.recording import Progress
+from node.model import Ask, Before, DeployedModel, progress
 from protocol.errors import InputError
+from protocol.ids import ID_BYTES
 from protocol.strategy import Auto, Strategy
 
 CONTEXT_TOKENS_DEFAULT = 4096  # what a deployment leases KV room for unless told otherwise
@@ -74,10 +74,9 @@ class Chat:
         self._context_tokens = min(options.context_tokens, model.config.max_position)
         self._terms = SessionTerms(self._context_tokens)
         self._wire = ""  # the precision in which what the KV holds was sent
-        self._kept = KeptSession(self._open, options.notice)
+        self._kept = KeptSession(self._open, KeptTerms(notice=options.notice))
+        self._id = model.ports.entropy(ID_BYTES)  # to workers all turns are one request
         self._guessing = model.guessing()
-        self._session: RouteSession | None = None  # the newest
-        self._moved_before = (0, 0)  # by those before it
         self._strategy: Strategy | None = None
         self.transcript = Transcript(partial(_ids, template, model.tokenizer), self._context_tokens, options.system)
 
@@ -103,8 +102,11 @@ class Chat:
 
         try:
             with self._model.recorder.request(decided.plan) as entry:
-                entry.progress = partial(self._progress, request, guesses, self._moved())
-                async with aclosing(_noting(stream.pieces(), said)) as pieces:
+                entry.progress = partial(progress, request, self._kept, guesses, Before.of(self._kept))
+                async with (
+                    self._model.seat(decided.plan.strategy),
+                    aclosing(_noting(stream.pieces(), said)) as pieces,
+                ):
                     yield Reply(pieces, finished)
         finally:
             if said or request.ids:
@@ -130,7 +132,7 @@ class Chat:
         if not ask.ignore_eos:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
         host = await model.host(ask, strategy, self._guessing)
-        terms = model.terms(self._context_tokens, strategy)
+        terms = replace(model.terms(self._context_tokens, strategy), request=self._id)
         # What a session was opened with cannot be changed, and what its KV holds is as exact as it was sent.
         if (terms, params.wire_dtype) != (self._terms, self._wire):
             await self._kept.aclose()
@@ -144,29 +146,10 @@ class Chat:
         end = self._model.tokenizer.vocabulary().get(self._template.tokens.get("eos_token", ""))
         return frozenset() if end is None else frozenset({end})
 
-    async def _open(self, anew: bool) -> RouteSession:
+    async def _open(self, _: Sequence[int], anew: bool) -> RouteSession:
         if anew:
             self._model = await self._model.deploy_again()
-        self._moved_before, self._session = self._moved(), None
-        self._session = await self._model.driver.open_session(self._model.route, self._terms)
-        return self._session
-
-    def _moved(self) -> tuple[int, int]:
-        """Bytes of activations so far, out and in."""
-        (out, in_), session = self._moved_before, self._session
-        return (out + session.bytes_out, in_ + session.bytes_in) if session is not None else (out, in_)
-
-    def _progress(self, request: KeptRequest, guesses: Speculation | None, before: tuple[int, int]) -> Progress:
-        out, in_ = self._moved()
-        return Progress(
-            times_s=request.token_times_s,
-            finish=request.finish_reason or "",
-            bytes_out=out - before[0],
-            bytes_in=in_ - before[1],
-            drafted=guesses.drafted if guesses else 0,
-            accepted=guesses.accepted if guesses else 0,
-            prefix_tokens=request.reused_tokens,
-        )
+        return await self._model.driver.open_session(self._model.route, self._terms)
 
 
 async def open_chat(model: DeployedModel, options: ChatOptions | None = None) -> Chat:

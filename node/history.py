@@ -51,6 +51,7 @@ MIGRATIONS = (
     );
     CREATE TRIGGER append_only BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'rows are never changed'); END;
     """,
+    "ALTER TABLE records ADD COLUMN measured_preemptions INTEGER;",
 )
 
 

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from protocol.errors import InputError
 from protocol.ids import PeerId
+from protocol.messages import RefusalReason
 from protocol.swarm import SwarmView
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -76,6 +77,7 @@ class WorkerMetrics:
         self._prefix_held = Counter("vllm:prefix_cache_hits", "Of these, tokens that were kept.", registry=registry)
         self._dropped = Counter("sotto_outputs_dropped", "Returned copies dropped.", registry=registry)
         self._failed = Counter("sotto_sessions_failed", "Sessions failed.", ["reason"], registry=registry)
+        self._preempted = Counter("vllm:num_preemptions", "Sessions whose memory went to others.", registry=registry)
         self._refused = Counter("sotto_requests_refused", "Requests refused.", ["reason"], registry=registry)
         self._bytes = Counter("sotto_network_bytes", "Bytes moved.", ["protocol", "direction"], registry=registry)
         self._weights = Gauge("sotto_weight_bytes", "Bytes of weights reserved.", registry=registry)
@@ -118,6 +120,8 @@ class WorkerMetrics:
 
     def session_failed(self, reason: str) -> None:
         self._failed.labels(reason).inc()
+        if reason == RefusalReason.PREEMPTED:
+            self._preempted.inc()
 
     def request_refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()

@@ -1,29 +1,30 @@
 """A deployed model at the client: prompts in, text out, over a route of workers.
 
-One session per request: opened before the first token, closed after the last, whatever happens between. It holds the
-model's ends and the tokenizer, which never leave this process.
+One session per request: opened before the first token, closed after the last, whatever happens between, and opened
+again when workers preempt it. It holds the model's ends and the tokenizer, which never leave this process.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import trio
 
+from client.batches import Batches
 from client.deploy import DeployedHop
 from client.driver import Driver
 from client.generate import (
     Choose,
-    Generation,
     GenerationHost,
     GenerationParams,
     GenerationResult,
     kv_tokens_for,
 )
+from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms
 from client.page_keys import PageKeys, page_context
 from client.placement import Placement
 from client.placement.needs import Objective
@@ -43,15 +44,13 @@ from node.choosing import Choosing, Decided, Wanted
 from node.draft import Draft
 from node.guessing import Guessing
 from node.recording import Plan, Progress, Recorder
-from protocol import limits
 from protocol.errors import InputError
+from protocol.ids import ID_BYTES
 from protocol.strategy import CHOICES, DEFAULT, Auto, Facts, Strategy, infeasible, parse
 
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
-MISSING = frozenset(
-    {"batching=static", "weights=int4"} | {f"micro_batches={count}" for count in range(2, limits.MICRO_BATCHES_MAX + 1)}
-)
+MISSING = frozenset({"weights=int4"})
 # Products on the event loop, rows times weights: some 5 ms, for which a lone request does better without a thread.
 INLINE_PRODUCTS_MAX = 32 << 20
 
@@ -121,6 +120,7 @@ class DeployedModel:
     draft: Draft
     deploy_again: Callable[[], Awaitable[DeployedModel]]  # over workers that are there now
     turns: Turns  # of all requests here
+    batches: Batches  # of those with batching=static
     choosing: Choosing
 
     @asynccontextmanager
@@ -132,23 +132,40 @@ class DeployedModel:
         decided = self.decide(ids, ask)
         strategy = decided.plan.strategy
         params, host = self.params(ask, strategy), await self.host(ask, strategy, self.guessing())
-        host = replace(host, started_at=self.ports.clock.monotonic())  # opening the session counts
-        keys = self._page_keys(strategy)
-        # The last token is always computed: the page that it fills is not asked for.
-        terms = replace(self.terms(kv_tokens, strategy), page_keys=keys.of(ids[:-1]) if keys else b"")
+        host = replace(host, started_at=self.ports.clock.monotonic())  # waiting for a batch and for a session counts
+        trace = StepTrace() if ask.trace else None
+        kept = self._kept_session(kv_tokens, strategy, trace)
+        request = KeptRequest(kept, KeptAsk(ids, params, self.ends), host)
+        stream = TextStream(request, self.tokenizer.stream(), ask.stop)
+        report = partial(self._report, trace, request, kept) if trace else None
         with self.recorder.request(decided.plan) as entry:
-            trace = StepTrace() if ask.trace else None
-            async with self.driver.session(self.route, replace(terms, trace=trace)) as session:
-                generation = Generation(session, self.ends, ids, params, host, session.held_tokens)
-                entry.progress = partial(_progress, session, generation, host.speculation)
-                stream = TextStream(generation, self.tokenizer.stream(), ask.stop)
+            entry.progress = partial(progress, request, kept, host.speculation, Before())
+            async with self.seat(strategy):
                 try:
+                    await kept.ready(ids)
                     async with aclosing(stream.pieces()) as pieces:
-                        yield Answer(stream, pieces, partial(self._report, trace, len(ids)) if trace else None, decided)
+                        yield Answer(stream, pieces, report, decided)
                 finally:
-                    session.keep_pages = keys.of(generation.held_ids) if keys else b""
-        if generation.finish_reason is not None:
-            self.choosing.learn(decided, generation.token_times_s)
+                    await kept.aclose()
+        if request.finish_reason is not None:
+            self.choosing.learn(decided, request.token_times_s)
+
+    def _kept_session(self, kv_tokens: int, strategy: Strategy, trace: StepTrace | None) -> KeptSession:
+        """For one request. What a worker keeps of it is found by page keys, after a preemption too."""
+        keys, terms = self._page_keys(strategy), self.terms(kv_tokens, strategy)
+
+        async def opened(known: Sequence[int], _: bool) -> RouteSession:
+            if trace is not None:
+                trace.begin()
+            # The last token is always computed: the page that it fills is not asked for.
+            page_keys = keys.of(known[:-1]) if keys else b""
+            return await self.driver.open_session(self.route, replace(terms, page_keys=page_keys, trace=trace))
+
+        return KeptSession(opened, KeptTerms(losses_max=0, keys=keys))
+
+    def seat(self, strategy: Strategy) -> AbstractAsyncContextManager[None]:
+        """The block is a request with `strategy`: a static one begins with its batch."""
+        return self.batches.seat() if strategy.batching == "static" else nullcontext()
 
     async def generate(
         self, prompt: str | list[int], ask: Ask | None = None, on_piece: Callable[[str], None] = lambda _: None
@@ -211,12 +228,19 @@ class DeployedModel:
         turns = None if alone else self.turns
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, turns)
 
-    def _report(self, trace: StepTrace, prompt_tokens: int) -> TraceReport:
-        return report(trace, prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
+    def _report(self, trace: StepTrace, request: KeptRequest, kept: KeptSession) -> TraceReport:
+        summed = report(trace, request.prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
+        return replace(summed, preemptions=kept.preemptions)
 
     def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
         """What a session of a request with `strategy` is opened with."""
-        return SessionTerms(kv_tokens, deterministic=strategy.deterministic, alone=strategy.batching == "off")
+        return SessionTerms(
+            kv_tokens,
+            deterministic=strategy.deterministic,
+            alone=strategy.batching == "off",
+            micro_batches=strategy.micro_batches,
+            request=self.ports.entropy(ID_BYTES),
+        )
 
     def _page_keys(self, strategy: Strategy) -> PageKeys | None:
         if not strategy.prefix_cache:
@@ -233,15 +257,30 @@ def turns_over(ends: ClientEnds) -> Turns:
     return Turns(ends, in_thread, INLINE_PRODUCTS_MAX // (ends.head.in_features * ends.head.out_features))
 
 
-def _progress(session: RouteSession, generation: Generation, guesses: Speculation | None) -> Progress:
+class Before(NamedTuple):
+    """What a kept session had done when a request began. Bytes of activations."""
+
+    out: int = 0
+    in_: int = 0
+    preemptions: int = 0
+
+    @classmethod
+    def of(cls, kept: KeptSession) -> Before:
+        return cls(*kept.moved, kept.preemptions)
+
+
+def progress(request: KeptRequest, kept: KeptSession, guesses: Speculation | None, before: Before) -> Progress:
+    """What a request came to, for its record."""
+    out, in_, preemptions = Before.of(kept)
     return Progress(
-        times_s=tuple(generation.token_times_s),
-        finish=generation.finish_reason or "",
-        bytes_out=session.bytes_out,
-        bytes_in=session.bytes_in,
+        times_s=request.token_times_s,
+        finish=request.finish_reason or "",
+        bytes_out=out - before.out,
+        bytes_in=in_ - before.in_,
         drafted=guesses.drafted if guesses else 0,
         accepted=guesses.accepted if guesses else 0,
-        prefix_tokens=session.held_tokens,
+        prefix_tokens=request.reused_tokens,
+        preemptions=preemptions - before.preemptions,
     )
 
 

@@ -140,7 +140,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a request came: when each token was there, bytes of activations, guesses, prompt not computed."""
+    """How far a request came: when each token was there, bytes of activations, guesses, prompt that was not computed,
+    how often it was preempted."""
 
     times_s: tuple[float, ...] = ()
     finish: str = ""
@@ -149,6 +150,7 @@ class Progress:
     drafted: int = 0
     accepted: int = 0
     prefix_tokens: int = 0
+    preemptions: int = 0
 
 
 @dataclass(slots=True)
@@ -262,6 +264,7 @@ def _outcome(entry: Entry, total_s: float) -> Outcome:
         drafted=progress.drafted,
         accepted=progress.accepted,
         prefix_tokens=progress.prefix_tokens,
+        preemptions=progress.preemptions,
         finish="" if entry.error else finish,
         error=entry.error or ("" if finish else "cancelled"),
     )

@@ -66,7 +66,8 @@ def _csv_rows(path: Path) -> Iterable[Mapping[str, object]]:
 def _parquet_rows(path: Path) -> Iterable[Mapping[str, object]]:
     arrow, parquet = _pyarrow()
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(path, columns=list(COLUMNS)).to_pylist()
+        there = [name for name in parquet.read_schema(path).names if name in COLUMNS]
+        rows: list[dict[str, Any]] = parquet.read_table(path, columns=there).to_pylist()
     except (arrow.ArrowException, OSError) as error:
         raise InputError(f"{path} is no table in Parquet ({' '.join(str(error).split())[:200]})") from None
     return rows

@@ -63,6 +63,7 @@ class RefusalReason(StrEnum):
     BAD_TICKET = "bad_ticket"
     BAD_STEP = "bad_step"
     UNSUPPORTED = "unsupported"
+    PREEMPTED = "preempted"  # the session's memory went to a client that holds less: open it again, and go on
     HOP_LOST = "hop_lost"  # the next hop cannot be reached
     FORBIDDEN = "forbidden"
     RATE = "rate"  # more requests than a peer may make in the time; the detail says when to come again
@@ -311,7 +312,10 @@ class OpenSession(Message):
 
     `page_keys` name the session's first pages: what the hop kept under them for this client need not be computed.
     `deterministic`: the same rows come out bit for bit, whatever is computed beside them and however a prompt is cut.
-    `alone`: steps share no forward with other sessions'. Both hold from the session's first opening on.
+    `alone`: steps share no forward with other sessions'. `micro_batches`: a forward takes the short steps of one in so
+    many of the client's sessions, and the others are at other hops meanwhile. All three hold from the session's first
+    opening on. `request`: the same random bytes for all sessions of a request that is preempted: a hop does not do that
+    to one again and again.
     """
 
     TAG: ClassVar[int] = 32
@@ -320,6 +324,8 @@ class OpenSession(Message):
     page_keys: PageKeys = b""
     deterministic: bool = False
     alone: bool = False
+    micro_batches: Annotated[int, Between(1, limits.MICRO_BATCHES_MAX)] = 1
+    request: Annotated[bytes, Size(0, ID_BYTES)] = b""
 
     def check(self) -> None:
         _check_page_keys(self.page_keys)

@@ -182,7 +182,7 @@ class LoadedSpan:
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """What a session is opened with over a loaded span; OpenSession says what the last three mean."""
+    """What a session is opened with over a loaded span; OpenSession says what the last four mean."""
 
     deployment: DeploymentId
     tenant: PeerId
@@ -190,6 +190,7 @@ class SessionSpec:
     page_keys: tuple[bytes, ...] = ()
     deterministic: bool = False
     alone: bool = False
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from worker.spans import INTEGER_DTYPE, block_config, check_block, loaded_bytes
 log = logging.getLogger("sotto.worker")
 ANSWER_BYTES_MAX = limits.STEP_BYTES_MAX
 KV_BYTES_DEFAULT = 1 << 30
+ALL = 1 << 30  # more than any number of sessions
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class _Session:
 
 
 Done = Callable[[StepResult | Exception], None]
+_Party = tuple[DeploymentId, PeerId, int]  # sessions that are divided into micro-batches together
 
 
 @dataclass(slots=True, eq=False)
@@ -65,6 +68,7 @@ class _Step:
     session: _Session
     x: Tensor
     done: Done
+    beside_max: int = ALL
     rows: list[Tensor] = field(default_factory=list)
     rows_done: int = 0
     compute_s: float = 0.0
@@ -111,6 +115,7 @@ class Engine:
         self.kv_budget = KvBudget(kv_bytes)
         self._spans: dict[DeploymentId, _Span] = {}
         self._sessions: dict[SessionId, _Session] = {}
+        self._parties: Counter[_Party] = Counter()  # how many sessions each has
         self._scheduler: Scheduler[_Step] = Scheduler()
         self._ended_s = 0.0  # when the last forward ended
 
@@ -160,6 +165,7 @@ class Engine:
         with _Refusals(RefusalReason.KV_MEMORY):
             kv = span.kv.open(spec.tenant, spec.kv_tokens, spec.page_keys) if span.kv else None
         self._sessions[session] = _Session(span, spec, kv)
+        self._parties[_party(spec)] += 1
         return kv.held if kv else 0
 
     def kv_stats(self, deployment: DeploymentId) -> KvStats:
@@ -183,7 +189,7 @@ class Engine:
             x = self._linear_input(session, work) if work.operation == Operation.LINEAR else self._input(session, work)
         now = time.perf_counter()
         waited_s = 0.0 if asked_s is None else max(0.0, self._ended_s - asked_s)
-        session.step = _Step(work, session, x, done, waits_since=now - waited_s)
+        session.step = _Step(work, session, x, done, self._beside_max(session), waits_since=now - waited_s)
         self._scheduler.add(session.step)
 
     @property
@@ -217,11 +223,17 @@ class Engine:
         gone = self._sessions.pop(session, None)
         if gone is None:
             return
+        self._parties[_party(gone.spec)] -= 1
+        self._parties += Counter()  # drops zeros
         if gone.step is not None:
             self._scheduler.remove(gone.step)
             gone.step.done(Refused(RefusalReason.UNKNOWN_SESSION, "the session was closed"))
         if gone.kv is not None:
             gone.kv.close(page_keys)
+
+    def _beside_max(self, session: _Session) -> int:
+        parts = session.spec.micro_batches
+        return -(-self._parties[_party(session.spec)] // parts) if parts > 1 else ALL
 
     def _compute(self, taken: list[tuple[_Step, int]]) -> None:
         started = time.perf_counter()
@@ -341,6 +353,10 @@ def _check_answer(rows: int, width: int, itemsize: int) -> None:
 def _widest(dtype: torch.dtype, returns: str) -> int:
     """Bytes of one number in the larger of the two answers."""
     return dtype.itemsize if returns == "none" else max(dtype.itemsize, DTYPES[returns].itemsize)
+
+
+def _party(spec: SessionSpec) -> _Party:
+    return spec.deployment, spec.tenant, spec.micro_batches
 
 
 def _kv(step: _Step) -> SessionKv:

@@ -16,7 +16,7 @@ import trio
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused, TransportError
-from protocol.messages import Operation, RefusalReason, SessionOpened, Step, StepOutput, StepTimes
+from protocol.messages import CloseSession, Operation, RefusalReason, SessionOpened, Step, StepOutput, StepTimes
 from protocol.ports import Compute, StepResult, StepWork
 from protocol.tensors import Payload
 from protocol.tickets import TIMES, Ticket
@@ -50,6 +50,9 @@ class Hop:
     async def free(self) -> None:
         """Leave the link, and give memory back once the engine has."""
         if self.link is not None:
+            if self.session.preempted:
+                # The next hop hears of it before it hears of whom the room is for, and preempts nobody else.
+                self.links.close_session(CloseSession(self.session.id), self.link.peer)
             self.links.leave(self.session.id, self.link)
         try:
             keys = self.session.lease.kept_keys if self.session.lease else ()

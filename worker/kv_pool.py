@@ -2,14 +2,16 @@
 so that no admitted step can run out.
 
 Invariant: all reservations together never exceed the capacity. A session draws on its holder's lease first and on the
-free pool for the rest; when the lease ends before the session does, what the session drew stays its own. The pool
-counts bytes and knows no tensors: what a session really takes grows inside the engine, below its reservation.
+free pool for the rest; when the lease ends before the session does, what the session drew stays its own. Room that is
+made for a session (worker/preemption.py) is claimed: no other session gets it meanwhile. The pool counts bytes and
+knows no tensors: what a session really takes grows inside the engine, below its reservation.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId
@@ -42,6 +44,7 @@ class KvPool:
     capacity_bytes: int
     _shares: dict[LeaseKey, _Share] = field(default_factory=dict)
     _sessions: dict[SessionId, _Drawn] = field(default_factory=dict)
+    _claims: dict[SessionId, int] = field(default_factory=dict)
     used_bytes: int = 0
 
     @property
@@ -75,11 +78,36 @@ class KvPool:
             if drawn.key == key:
                 drawn.pool_bytes, drawn.leased_bytes = drawn.pool_bytes + drawn.leased_bytes, 0
 
-    def fits(self, needed_bytes: int, key: LeaseKey) -> bool:
-        """Would `reserve` find room now?"""
+    def from_pool(self, needed_bytes: int, key: LeaseKey) -> int:
+        """What a session of `needed_bytes` would draw from the free pool, when its client's lease gives what it has."""
         share = self._shares.get(key)
-        own = share.reserved_bytes - share.drawn_bytes if share else 0
-        return needed_bytes <= own + self.free_bytes
+        return max(0, needed_bytes - (share.reserved_bytes - share.drawn_bytes if share else 0))
+
+    def pool_bytes(self, session: SessionId) -> int:
+        """What an open session drew from the free pool."""
+        return self._sessions[session].pool_bytes
+
+    def claim(self, session: SessionId, pool_bytes: int) -> None:
+        """Keep room for a session that will open soon: from what is free, or becomes free."""
+        self._claims[session] = pool_bytes
+
+    def claims(self, session: SessionId) -> bool:
+        """Whether room is kept for it."""
+        return session in self._claims
+
+    def disclaim(self, session: SessionId) -> None:
+        """Idempotent."""
+        self._claims.pop(session, None)
+
+    def unclaimed_bytes(self, session: SessionId) -> int:
+        """What is free for `session`, but for claims made before its own: less than nothing while they are not met."""
+        ahead = takewhile(lambda each: each != session, self._claims)
+        return self.free_bytes - sum(self._claims[each] for each in ahead)
+
+    def fits(self, session: SessionId, needed_bytes: int, key: LeaseKey) -> bool:
+        """Would `reserve` find room now?"""
+        needed = self.from_pool(needed_bytes, key)
+        return not needed or needed <= self.unclaimed_bytes(session)
 
     def could_fit(self, needed_bytes: int, key: LeaseKey) -> bool:
         """Would there be room for a session of `needed_bytes` if no other session were open?"""
@@ -100,17 +128,18 @@ class KvPool:
         nothing changed."""
         if session in self._sessions:
             raise LocalProtocolError("a session reserves KV once")
-        share = self._shares.get(key)
-        leased = min(needed_bytes, share.reserved_bytes - share.drawn_bytes) if share else 0
-        missing = needed_bytes - leased - self.free_bytes
-        if missing > 0:
+        from_pool = self.from_pool(needed_bytes, key)
+        if not self.fits(session, needed_bytes, key):
+            missing = from_pool - self.unclaimed_bytes(session)
             raise Refused(
                 RefusalReason.KV_MEMORY, f"the session needs {needed_bytes} bytes of KV: {missing} bytes are missing"
             )
+        share, leased = self._shares.get(key), needed_bytes - from_pool
         if share is not None:
             share.drawn_bytes += leased
-        self._sessions[session] = _Drawn(key, leased, needed_bytes - leased)
-        self.used_bytes += needed_bytes - leased
+        self._sessions[session] = _Drawn(key, leased, from_pool)
+        self.disclaim(session)
+        self.used_bytes += from_pool
 
     def release(self, session: SessionId) -> None:
         """Give the session's bytes back, to its lease or to all. Idempotent."""

@@ -3,7 +3,8 @@
 One forward serves one deployment, or one job that runs alone; deployments, and tenants with such jobs, take turns.
 Steps of a few rows (decoding, speculation) always go first, all that fit; what room is left goes to long steps
 (prefill), a chunk each, to the tenant who was served least. So a long prompt slows nobody down by more than one chunk,
-and one tenant's prompts do not keep another's waiting.
+and one tenant's prompts do not keep another's waiting. Short steps of a tenant that wants micro-batches go a part at a
+time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by themselves.
 
 Invariant: every job that was added is taken in the end, its rows in order and each once. No torch, no clock.
 """
@@ -38,6 +39,10 @@ class Job(Protocol):
     @property
     def rows_at_once(self) -> int:
         """The most rows of it that one forward may take; at least 1."""
+
+    @property
+    def beside_max(self) -> int:
+        """As a short step, it is one of at most so many of its tenant in a forward; at least 1."""
 
 
 J = TypeVar("J", bound=Job)
@@ -86,23 +91,30 @@ class Scheduler(Generic[J]):
         return taken
 
     def _together(self, queue: deque[J]) -> list[tuple[J, int]]:
-        taken = self._short(queue)
-        rest = [job for job in queue if not any(job is other for other, _ in taken)]
+        taken, held_back = self._short(queue)
+        seen = [*(job for job, _ in taken), *held_back]
+        rest = [job for job in queue if not any(job is other for other in seen)]
         return taken + self._long(rest, self._left(taken))
 
     def _left(self, taken: list[tuple[J, int]]) -> int:
         return self.rows_per_forward - sum(rows for _, rows in taken)
 
-    def _short(self, queue: deque[J]) -> list[tuple[J, int]]:
+    def _short(self, queue: deque[J]) -> tuple[list[tuple[J, int]], list[J]]:
+        """What is taken, and what waits for a later forward though there is room."""
         taken: list[tuple[J, int]] = []
+        held_back: list[J] = []
+        counts: Counter[str] = Counter()
         short = [job for job in queue if _is_short(job)]
         # Decodes alone could fill every forward: some rows of each are for prompts, where there are any.
         room = self.rows_per_forward - (self.rows_per_forward // PROMPT_SHARE if len(short) < len(queue) else 0)
         for job in short:
-            if job.rows_left <= room:
+            if counts[job.tenant] >= job.beside_max:
+                held_back.append(job)
+            elif job.rows_left <= room:
                 taken.append((job, job.rows_left))
                 room -= job.rows_left
-        return taken
+                counts[job.tenant] += 1
+        return taken, held_back
 
     def _long(self, jobs: list[J], room: int) -> list[tuple[J, int]]:
         taken: list[tuple[J, int]] = []

@@ -60,6 +60,9 @@ class Lease:
     ticket: Ticket  # the newest one admitted; work before it in the inbox belongs to older ones
     capability: Capability | None  # what gives the client the right; None when the deployment is its own
     spec: SessionSpec
+    request: bytes  # the session's own id, when its client named none
+    seated_at: float  # monotonic seconds
+    safe_until: float  # it is not preempted before
     opened: bool = False  # by the engine: `ledger` knows what is held from here on
     kept_keys: tuple[bytes, ...] = ()  # of pages that shall stay when the session closes
 
@@ -85,6 +88,7 @@ class Session:
     queued_bytes: int = 0  # all that is counted of it in the worker's QueueBook
     begin: Callable[[Pass], None] | None = None  # while its task has nothing to do: the engine can have a pass now
     lease: Lease | None = None
+    preempted: bool = False
 
 
 def body_bytes(work: Work) -> int:

@@ -40,15 +40,15 @@ from protocol.tensors import Payload
 from protocol.tickets import Ticket, TicketGate
 from worker.admission import SessionQuota, SpanLease, SpanLedger, SpanState
 from worker.duty import Duty, State
-from worker.kv_pages import pages_for
 from worker.kv_pool import KvPool
 from worker.load import Bubbles, LoadMeter
 from worker.observer import WorkerObserver
 from worker.outbox import Outbox
+from worker.preemption import Preemptor
 from worker.quotas import QueueBook
 from worker.rights import Rights
 from worker.session import Again, Lease, Pass, Route, Session, Work, body_bytes
-from worker.waiting import KV_WAIT_S, Arrival, WaitingRoom
+from worker.waiting import KV_WAIT_S, Arrival, WaitingRoom, needed_bytes
 
 ATTACH_LIFE_S = 30.0  # from Attach to OpenSession; the client opens as soon as all hops are attached
 INBOX_MAX = 2 * limits.ANSWERS_KEPT_MAX  # steps that wait, and as many repeats
@@ -83,6 +83,10 @@ class SessionTable:
     _waiting_steps: int = 0
     _waiting: WaitingRoom = field(default_factory=WaitingRoom)
     _leaving: set[SessionId] = field(default_factory=set)  # ended, but the engine still holds something of them
+    preemptor: Preemptor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.preemptor = Preemptor(self.house.pool, self.house.spans)
 
     @property
     def sessions_waiting(self) -> int:
@@ -148,6 +152,7 @@ class SessionTable:
                 self._enqueue(session, Route(ticket, message))
             elif not self._seat(arrival := Arrival(session, ticket, message, self.clock.monotonic())):
                 self._waiting.add(arrival)
+                self._make_room(arrival)
         except Refused as refusal:
             self.fail(session, refusal.reason, refusal.detail)
         return True
@@ -247,6 +252,9 @@ class SessionTable:
         drained for long enough, all."""
         now, now_ms = self.clock.monotonic(), self._now_ms()
         self.seat_waiting()  # leases may have ended
+        firsts = {each.session.client: each for each in reversed(self._waiting.in_turn(self.house.pool.held_bytes))}
+        for arrival in reversed(firsts.values()):  # of each client one: this counts all sessions every time
+            self._make_room(arrival)
         for arrival in self._waiting.late(now):
             self.fail(arrival.session, RefusalReason.KV_MEMORY, f"no room for the session's KV within {KV_WAIT_S:g} s")
         drained = self.house.duty.state(now) is State.DRAINED
@@ -297,10 +305,20 @@ class SessionTable:
         while changed and len(self._waiting):
             changed = any(self._try(arrival) for arrival in self._waiting.in_turn(self.house.pool.held_bytes))
 
+    def _make_room(self, arrival: Arrival) -> None:
+        """Preempt what has to give way to `arrival`, if that is fair. Their clients open them again, and wait then."""
+        now, leaving = self.clock.monotonic(), sorted(self._leaving)
+        for each in self.preemptor.choose(arrival, self.live.values(), leaving, self._waiting, now):
+            session = self.live[each]
+            assert session.lease is not None
+            self.preemptor.preempted(session.client, session.lease.request)
+            session.preempted = True
+            self.fail(session, RefusalReason.PREEMPTED, "a client that holds less needs the room")
+
     def _try(self, arrival: Arrival) -> bool:
         """Open a waiting session, or fail it. False when there is still no room."""
         try:
-            return self._may_fit(arrival.ticket) and self._seat(arrival)
+            return self._may_fit(arrival) and self._seat(arrival)
         except Refused as refusal:
             self.fail(arrival.session, refusal.reason, refusal.detail)
             return True
@@ -318,34 +336,43 @@ class SessionTable:
             raise Refused(RefusalReason.BAD_TICKET, str(error)) from None
         lease.ticket = ticket
 
-    def _may_fit(self, ticket: Ticket) -> bool:
+    def _may_fit(self, arrival: Arrival) -> bool:
         # Checking a right takes a signature, and a thousand sessions may wait whenever one closes: room comes first.
         self.house.duty.require()
+        ticket = arrival.ticket
         span = self.house.spans.leases.get(ticket.deployment)
         if span is None or span.state is not SpanState.LOADED:
             return True  # to hear why not
-        return self.house.pool.fits(_needed_bytes(ticket, span), (ticket.deployment, ticket.client))
+        key = (ticket.deployment, ticket.client)
+        return self.house.pool.fits(arrival.session.id, needed_bytes(ticket, span), key)
 
     def _seat(self, arrival: Arrival) -> bool:
         """Reserve what the ticket asks for, and begin. False when there is no room yet. Raises Refused."""
         session, ticket = arrival.session, arrival.ticket
         self.house.duty.require()
         span, capability = self._span_for(ticket)
-        needed_bytes = _needed_bytes(ticket, span)
-        key = (ticket.deployment, ticket.client)
+        needed, key = needed_bytes(ticket, span), (ticket.deployment, ticket.client)
         try:
-            self.house.pool.reserve(session.id, needed_bytes, key)
+            self.house.pool.reserve(session.id, needed, key)
         except Refused:
-            if not self.house.pool.could_fit(needed_bytes, key):
+            if not self.house.pool.could_fit(needed, key):
                 raise
             return False
         self._waiting.remove(session)
+        now = self.clock.monotonic()
         session.lease = Lease(
-            span, StepLedger(ticket.kv_tokens, epoch=ticket.epoch), ticket, capability, _spec(arrival)
+            span=span,
+            ledger=StepLedger(ticket.kv_tokens, epoch=ticket.epoch),
+            ticket=ticket,
+            capability=capability,
+            spec=_spec(arrival),
+            request=arrival.request,
+            seated_at=now,
+            safe_until=now + self.preemptor.safe_s(session.client, arrival.request),
         )
         span.sessions += 1
-        span.touched = self.clock.monotonic()
-        self.house.bubbles.opened(span.touched)
+        span.touched = now
+        self.house.bubbles.opened(now)
         self.report_memory()
         self.spawn(session)
         self._enqueue(session, Route(ticket, arrival.message))
@@ -411,6 +438,7 @@ class SessionTable:
             return
         del self.live[session.id]
         self._waiting.remove(session)
+        self.house.pool.disclaim(session.id)
         session.scope.cancel()
         if session.lease is not None:
             self._leaving.add(session.id)
@@ -425,10 +453,6 @@ class SessionTable:
         return math.floor(self.clock.time() * 1000)
 
 
-def _needed_bytes(ticket: Ticket, span: SpanLease) -> int:
-    return pages_for(ticket.kv_tokens) * limits.PAGE_TOKENS * span.request.kv_token_bytes
-
-
 def _spec(arrival: Arrival) -> SessionSpec:
     ticket, message = arrival.ticket, arrival.message
     return SessionSpec(
@@ -438,6 +462,7 @@ def _spec(arrival: Arrival) -> SessionSpec:
         page_keys=_keys(message.page_keys, ticket),
         deterministic=message.deterministic,
         alone=message.alone,
+        micro_batches=message.micro_batches,
     )
 
 

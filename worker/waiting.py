@@ -1,18 +1,21 @@
 """Sessions that wait for KV memory, and who of them is next. Pure: time comes in as an argument.
 
-Sessions hold what they reserved until they close, so none is ever pushed out by another; who finds no room waits for a
-while instead. What becomes free goes first to the tenant that holds least, in the order of arrival within a tenant. Who
-does not fit is passed over: a large session must not keep small ones waiting for room that they cannot use.
+Who finds no room waits for a while. What becomes free goes first to the tenant that holds least, in the order of
+arrival within a tenant. Who does not fit is passed over: a large session must not keep small ones waiting for room that
+they cannot use. For whom others make room is preemption.py's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from protocol import limits
 from protocol.ids import PeerId, SessionId
 from protocol.messages import OpenSession
 from protocol.tickets import Ticket
+from worker.admission import SpanLease
+from worker.kv_pages import pages_for
 from worker.session import Session
 
 KV_WAIT_S = 10.0  # shorter than a client's patience with an opening, by more than a sweep
@@ -27,6 +30,16 @@ class Arrival:
     message: OpenSession
     since: float
 
+    @property
+    def request(self) -> bytes:
+        """What it belongs to: one that its client named, or itself."""
+        return self.message.request or self.session.id
+
+
+def needed_bytes(ticket: Ticket, span: SpanLease) -> int:
+    """KV of the session that `ticket` asks for: whole pages."""
+    return pages_for(ticket.kv_tokens) * limits.PAGE_TOKENS * span.request.kv_token_bytes
+
 
 @dataclass(slots=True)
 class WaitingRoom:
@@ -34,6 +47,10 @@ class WaitingRoom:
 
     def __len__(self) -> int:
         return len(self._arrivals)
+
+    def __iter__(self) -> Iterator[Arrival]:
+        """In the order of arrival."""
+        return iter(self._arrivals.values())
 
     def add(self, arrival: Arrival) -> None:
         self._arrivals[arrival.session.id] = arrival

@@ -48,6 +48,9 @@ class Outcome:
     prefix_tokens: Annotated[int, About("tokens", "of the prompt that hops still held, and did not compute")]
     finish: Annotated[str, About("", "stop or length; empty when it failed")]
     error: Annotated[str, About("", "class of the error; empty when it ended well")]
+    preemptions: Annotated[
+        int | None, About("", "times that a worker took its memory for another; nothing where nobody counted")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,15 +122,16 @@ def to_row(record: Record) -> dict[str, Scalar]:
 
 
 def from_row(row: Mapping[str, object]) -> Record:
-    """The record of a flat row; texts are read as numbers where those belong. Raises InputError naming the column."""
-    missing = [name for name in COLUMNS if name not in row]
+    """The record of a flat row; texts are read as numbers where those belong, and what may be nothing may be missing.
+    Raises InputError naming the column."""
+    missing = [name for name, column in COLUMNS.items() if name not in row and not column.optional]
     if missing:
         raise InputError(f"the columns {', '.join(missing[:5])} are missing: is this an export of 'sotto history'?")
-    values: dict[str, Any] = {name: _read(column, row[name]) for name, column in _OWN.items()}
+    values: dict[str, Any] = {name: _read(column, row.get(name)) for name, column in _OWN.items()}
     for part, (attribute, kind) in PARTS.items():
         columns = _INNER[part]
         values[attribute] = kind(
-            **{name.removeprefix(f"{part}_"): _read(column, row[name]) for name, column in columns.items()}
+            **{name.removeprefix(f"{part}_"): _read(column, row.get(name)) for name, column in columns.items()}
         )
     record = Record(**values)
     if not re.fullmatch("[0-9a-f]{32}", record.uid):

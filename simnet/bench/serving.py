@@ -1,8 +1,8 @@
 """A workload served by a deployed model, and what each request felt of it.
 
-Two ways to admit: `continuous` sends each request when it arrives, as soon as a slot is free; `static` gathers what has
-arrived into a batch, and the next batch waits until the last answer of this one is whole, as engines without
-continuous batching do. Both are the client's doing: the workers are the same.
+A request is sent when it arrives, as soon as a slot is free. How requests meet at the workers is their strategy's
+(`batching`). For engines that take whole batches, `serve_batches` gathers what has arrived into a batch, and the next
+one waits until the last answer of this one is whole.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import trio
 
 from simnet.bench.workloads import Request, Workload
 
-Admission = Literal["continuous", "static"]
 PERCENTILES = (50, 90, 95, 99)
 
 
@@ -96,56 +94,25 @@ def percentiles_ms(values_s: Sequence[float]) -> dict[str, float]:
     return {name: round(1000 * ordered[rank], 3) for name, rank in ranks.items()}
 
 
-async def serve(
-    workload: Workload,
-    answer: Answer,
-    slots: int,
-    admission: Admission = "continuous",
-    done: Callable[[], None] = lambda: None,
-) -> Served:
+async def serve(workload: Workload, answer: Answer, slots: int, done: Callable[[], None] = lambda: None) -> Served:
     """Every request of `workload`, at most `slots` at a time. Raises what `answer` raises."""
-    start, timed = trio.current_time(), dict[int, Timed]()
+    start, timed, free = trio.current_time(), dict[int, Timed](), trio.Semaphore(slots)
 
     async def run(number: int, request: Request) -> None:
         sent = trio.current_time() - start
-        result = await answer(request)
+        try:
+            result = await answer(request)
+        finally:
+            free.release()
         timed[number] = Timed(request.arrival_s, tuple(sent + at for at in result.token_times_s))
         done()
 
-    numbered = list(enumerate(workload.requests))
-    if admission == "continuous":
-        await _continuous(numbered, run, slots, start)
-    else:
-        await _static(numbered, run, slots, start)
-    return Served(tuple(timed[number] for number, _ in numbered))
-
-
-_Run = Callable[[int, Request], Awaitable[None]]
-
-
-async def _continuous(numbered: Sequence[tuple[int, Request]], run: _Run, slots: int, start: float) -> None:
-    free = trio.Semaphore(slots)
-
-    async def one(number: int, request: Request) -> None:
-        try:
-            await run(number, request)
-        finally:
-            free.release()
-
     async with trio.open_nursery() as nursery:
-        for number, request in numbered:
+        for number, request in enumerate(workload.requests):
             await trio.sleep_until(start + request.arrival_s)
             await free.acquire()
-            nursery.start_soon(one, number, request)
-
-
-async def _static(numbered: Sequence[tuple[int, Request]], run: _Run, slots: int, start: float) -> None:
-    async def whole(batch: Sequence[tuple[int, Request]]) -> None:
-        async with trio.open_nursery() as nursery:
-            for number, request in batch:
-                nursery.start_soon(partial(run, number, request))
-
-    await _batches(numbered, whole, slots, start)
+            nursery.start_soon(run, number, request)
+    return Served(tuple(timed[number] for number in range(len(timed))))
 
 
 async def serve_batches(
@@ -161,21 +128,11 @@ async def serve_batches(
         for number, request in batch:
             timed[number] = Timed(request.arrival_s, tuple(sent + at for at in times[: request.new_tokens]))
 
-    numbered = list(enumerate(workload.requests))
-    await _batches(numbered, whole, slots, start)
-    return Served(tuple(timed[number] for number, _ in numbered))
-
-
-async def _batches(
-    waiting: Sequence[tuple[int, Request]],
-    whole: Callable[[Sequence[tuple[int, Request]]], Awaitable[None]],
-    slots: int,
-    start: float,
-) -> None:
-    """Batch after batch of what has arrived, `slots` at most."""
+    waiting = list(enumerate(workload.requests))
     while waiting:
         await trio.sleep_until(start + waiting[0][1].arrival_s)
         now = trio.current_time() - start
         batch = [each for each in waiting[:slots] if each[1].arrival_s <= now] or waiting[:1]
         waiting = waiting[len(batch) :]
         await whole(batch)
+    return Served(tuple(timed[number] for number in range(len(timed))))

@@ -41,6 +41,8 @@ def show_trace(trace: TraceReport) -> None:
         f"a step: {_figures(trace.step)} us, the median and the 95th percentile of {trace.decode_steps} steps"
     )
     console.print(table)
+    if trace.preemptions:
+        console.print(f"preempted {trace.preemptions} times; the steps are those since the last time")
 
 
 def _figures(spread: Spread) -> str:

@@ -11,7 +11,17 @@ import trio
 
 from client.errors import HopLost, HopRefused, HopViolation
 from client.generate import GenerationHost, GenerationParams
-from client.kept import LOSSES_MAX, KeptAsk, KeptRequest, KeptSession, common
+from client.kept import (
+    LOSSES_MAX,
+    NO_ROOM_S,
+    PREEMPTIONS_MAX,
+    KeptAsk,
+    KeptRequest,
+    KeptSession,
+    KeptTerms,
+    common,
+)
+from client.page_keys import PageKeys
 from client.speculation import PromptLookup, Speculation
 from models.sampling import SamplingParams
 from protocol.errors import SottoError
@@ -33,6 +43,8 @@ class Session(Machine):
         super().__init__()
         self.lost_at, self.error = lost_at, error or HopLost(PEER, "was lost")
         self.abandoned = self.closed = False
+        self.held_tokens = self.bytes_out = self.bytes_in = 0
+        self.keep_pages = b""
 
     async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
         assert not self.closed
@@ -53,17 +65,19 @@ class Opener:
 
     sessions: list[Session | None]
     anew: list[bool] = field(default_factory=list)
+    known: list[list[int]] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
-    async def __call__(self, anew: bool) -> Session:
+    async def __call__(self, known: Sequence[int], anew: bool) -> Session:
         self.anew.append(anew)
+        self.known.append(list(known))
         session = self.sessions[len(self.anew) - 1]
         if session is None:
             raise HopRefused(PEER, "kv_memory")
         return session
 
     def kept(self) -> KeptSession:
-        return KeptSession(self, self.notices.append)
+        return KeptSession(self, KeptTerms(notice=self.notices.append))
 
 
 def params(tokens: int = 12, temperature: float = 1.0) -> GenerationParams:
@@ -207,6 +221,64 @@ def test_an_answer_that_is_stopped_leaves_what_it_computed(after_s: float) -> No
 
     following, answer = virtual(main)
     assert answer == alone(following)
+
+
+def preempted() -> HopRefused:
+    return HopRefused(PEER, "preempted", "a client that holds less needs the room")
+
+
+@pytest.mark.parametrize("losses_max", [0, LOSSES_MAX])
+@pytest.mark.parametrize("lost_at", range(14))
+def test_a_session_preempted_at_any_step_goes_on_with_the_same_answer(lost_at: int, losses_max: int) -> None:
+    again = Session()
+    opener = Opener([Session(lost_at, preempted()), None, None, again])
+    notices = list[str]()
+    kept = KeptSession(opener, KeptTerms(losses_max, notices.append))
+    assert virtual(lambda: ids(request(kept, PROMPT))) == alone(PROMPT)
+    happened = lost_at < 13
+    assert (kept.preemptions, len(notices), kept.losses) == (happened, happened, 0)
+    assert opener.anew == [False] * (4 if happened else 1), "it waits for the same route, which had no room twice"
+
+
+def test_what_hops_kept_of_a_preempted_request_is_not_computed_again() -> None:
+    again = Session()
+    opener = Opener([Session(8, preempted()), again])
+    again.held_tokens, again.held = 6, [*PROMPT, *alone(PROMPT)][:6]
+    kept = KeptSession(opener, KeptTerms(losses_max=0, keys=PageKeys(bytes(32), b"")))
+    asked = request(kept, PROMPT)
+    assert virtual(lambda: ids(asked)) == alone(PROMPT)
+    known = len(PROMPT) + 6
+    assert opener.known == [PROMPT, [*PROMPT, *alone(PROMPT)][:known]]
+    assert again.rows[:2] == [3, 1], "the prompt's chunks from there on"
+    assert (asked.reused_tokens, asked.prompt_tokens) == (0, known)
+    result = asked.result()
+    assert (result.held_tokens, result.prompt_tokens, len(result.token_times_s)) == (0, 4, 12)
+    assert list(result.token_times_s) == sorted(result.token_times_s)
+
+
+def test_a_request_that_is_preempted_again_and_again_gives_up() -> None:
+    opener = Opener([Session(4, preempted()) for _ in range(PREEMPTIONS_MAX + 1)])
+    with pytest.raises(HopRefused, match="preempted"):
+        virtual(lambda: ids(request(KeptSession(opener), PROMPT, params(200))))
+
+
+def test_room_that_does_not_come_back_is_waited_for_within_reason() -> None:
+    opener = Opener([Session(4, preempted()), *[None] * 1000])
+
+    async def main() -> float:
+        started = trio.current_time()
+        with pytest.raises(HopRefused, match="kv_memory"):
+            await ids(request(KeptSession(opener, KeptTerms(losses_max=0)), PROMPT))
+        return trio.current_time() - started
+
+    assert NO_ROOM_S <= virtual(main) < NO_ROOM_S + 10
+
+
+def test_no_room_at_the_first_opening_is_the_callers_to_hear() -> None:
+    opener = Opener([None])
+    with pytest.raises(HopRefused, match="kv_memory"):
+        virtual(lambda: ids(request(KeptSession(opener, KeptTerms(losses_max=0)), PROMPT)))
+    assert len(opener.anew) == 1
 
 
 def test_closing_ends_the_session() -> None:

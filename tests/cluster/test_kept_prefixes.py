@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,11 +52,9 @@ def test_the_next_turn_of_a_chat_begins_on_kept_pages(swarm: Cluster, tmp_path: 
 class SlowDriver(Driver):
     """Opens sessions as when workers have no room at first."""
 
-    @asynccontextmanager
-    async def session(self, route: Route, terms: SessionTerms) -> AsyncIterator[RouteSession]:
+    async def open_session(self, route: Route, terms: SessionTerms) -> RouteSession:
         await trio.sleep(SLOW_S)
-        async with super().session(route, terms) as session:
-            yield session
+        return await super().open_session(route, terms)
 
 
 def test_waiting_for_a_session_counts_as_waiting_for_the_first_token(swarm: Cluster, tmp_path: Path) -> None:

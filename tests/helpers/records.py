@@ -96,6 +96,7 @@ RECORD = Record(
         prefix_tokens=0,
         finish="length",
         error="",
+        preemptions=0,
     ),
 )
 

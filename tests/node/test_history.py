@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from client.metalearning.record import COLUMNS
+from client.metalearning.record import COLUMNS, to_row
 from node.history import MIGRATIONS, Condition, History, parse_condition
 from protocol.errors import InputError
 from tests.helpers.records import RECORD, numbered
@@ -43,6 +43,20 @@ def test_the_migrations_lead_to_the_columns_of_a_record(path: Path) -> None:
     assert {name for _, name, _, required, *_ in table if not required} - {"id"} == {
         column.name for column in COLUMNS.values() if column.optional
     }
+
+
+def test_a_file_of_the_first_version_is_brought_up_to_date(path: Path) -> None:
+    """What it did not count is nothing."""
+    row = {name: value for name, value in to_row(RECORD).items() if name != "measured_preemptions"}
+    path.parent.mkdir()
+    with sqlite3.connect(path) as db:
+        db.executescript(MIGRATIONS[0])
+        db.execute(f"INSERT INTO records ({', '.join(row)}) VALUES ({', '.join(f':{name}' for name in row)})", row)
+        db.execute("PRAGMA user_version = 1")
+    with History(path) as history:
+        assert history.records() == [replace(RECORD, measured=replace(RECORD.measured, preemptions=None))]
+        history.add([numbered(7)])
+        assert len(history) == 2
 
 
 def test_a_record_is_added_once(path: Path) -> None:

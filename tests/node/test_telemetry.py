@@ -36,6 +36,7 @@ def worker_metrics() -> str:
     observer.queue_changed(3)
     observer.sessions_changed(2)
     observer.session_failed(RefusalReason.HOP_LOST)
+    observer.session_failed(RefusalReason.PREEMPTED)
     observer.request_refused(RefusalReason.MEMORY)
     observer.bytes_moved(CONTROL, 10, 20)
     observer.memory_changed(500, 250)
@@ -79,6 +80,7 @@ def client_metrics() -> str:
                 "vllm:prefix_cache_queries_total 640.0",
                 "vllm:prefix_cache_hits_total 512.0",
                 'sotto_sessions_failed_total{reason="hop_lost"} 1.0',
+                "vllm:num_preemptions_total 1.0",
                 'sotto_requests_refused_total{reason="memory"} 1.0',
                 'sotto_network_bytes_total{direction="sent",protocol="/sotto/control/1"} 20.0',
                 "sotto_weight_bytes 500.0",

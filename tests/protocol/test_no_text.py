@@ -62,6 +62,7 @@ BYTES_ALLOWED = {
     "LeaseRenewed.lease": "a signed Lease, checked by the client",
     "OpenSession.tickets": "sealed Tickets",
     "OpenSession.page_keys": "keyed digests of 16 bytes each, without whose key nobody can test a guess at a prompt",
+    "OpenSession.request": "random bytes, or nothing",
     "CloseSession.page_keys": "as OpenSession's",
     "Signed.payload": "an Advert, Report, Ticket, Capability, Lease or Manifest, checked by who verifies it",
     "ShardOffer.capability": "a signed Capability, or nothing",

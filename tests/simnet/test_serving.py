@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from simnet.bench.serving import Admission, Served, Timed, percentiles_ms, serve, serve_batches
+from simnet.bench.serving import Served, Timed, percentiles_ms, serve, serve_batches
 from simnet.bench.workloads import Request, Workload
 
 TOKEN_S = 0.1
@@ -24,7 +24,7 @@ def workload(*requests: tuple[float, int]) -> Workload:
     return Workload("made up", "built-in", tuple(Request(at, (1,), new) for at, new in requests))
 
 
-def served(work: Workload, slots: int, admission: Admission) -> tuple[Served, int]:
+def served(work: Workload, slots: int) -> tuple[Served, int]:
     """By an engine that takes TOKEN_S for a token, however many requests there are; and how many there were at most."""
     most = running = 0
 
@@ -37,7 +37,7 @@ def served(work: Workload, slots: int, admission: Admission) -> tuple[Served, in
         return Result(tuple(TOKEN_S * (number + 1) for number in range(request.new_tokens)))
 
     async def main() -> Served:
-        return await serve(work, answer, slots, admission)
+        return await serve(work, answer, slots)
 
     return trio.run(main, clock=MockClock(autojump_threshold=0)), most
 
@@ -46,28 +46,20 @@ MIXED = workload((0.0, 10), (0.0, 1), (0.0, 1), (0.0, 1))
 
 
 def test_continuous_fills_a_slot_as_soon_as_it_is_free() -> None:
-    result, most = served(MIXED, 2, "continuous")
+    result, most = served(MIXED, 2)
     assert most == 2
     assert result.seconds == pytest.approx(1.0), "the short ones pass beside the long one"
     assert result.tokens_per_s == pytest.approx(13.0)
     assert [each.total_s for each in result.requests] == pytest.approx([1.0, 0.1, 0.2, 0.3])
 
 
-def test_static_batches_wait_for_their_longest() -> None:
-    result, most = served(MIXED, 2, "static")
-    assert most == 2
-    assert result.seconds == pytest.approx(1.1)
-    assert [each.total_s for each in result.requests] == pytest.approx([1.0, 0.1, 1.1, 1.1])
-
-
 def test_nobody_is_served_before_they_arrive() -> None:
     late = workload((0.0, 1), (5.0, 2))
-    for admission in ("continuous", "static"):
-        result, most = served(late, 4, admission)  # type: ignore[arg-type]
-        assert most == 1
-        assert result.requests[1].first_token_s == pytest.approx(0.1)
-        assert result.requests[1].per_token_s == pytest.approx(0.1)
-        assert result.seconds == pytest.approx(5.2)
+    result, most = served(late, 4)
+    assert most == 1
+    assert result.requests[1].first_token_s == pytest.approx(0.1)
+    assert result.requests[1].per_token_s == pytest.approx(0.1)
+    assert result.seconds == pytest.approx(5.2)
 
 
 def test_an_engine_of_whole_batches() -> None:

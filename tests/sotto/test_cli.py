@@ -335,8 +335,8 @@ def test_run_takes_a_strategy_and_refuses_what_cannot_be_had(swarm: Cluster, mod
     words = ["run", "-m", str(model), "-b", swarm.bootstrap, "-n", "12", PROMPT, "--json"]
     plain = one_object(sotto(*words))["ids"]
     assert one_object(sotto(*words, "--strategy", "speculation=lookup,prefill_chunk=2"))["ids"] == plain
-    error = str(one_object(sotto(*words, "--strategy", "batching=static"))["error"])
-    assert "batching=static is not supported" in error
+    error = str(one_object(sotto(*words, "--strategy", "weights=int4"))["error"])
+    assert "weights=int4 is not supported" in error
 
 
 def test_run_shows_where_the_time_went(swarm: Cluster, model: Path) -> None:

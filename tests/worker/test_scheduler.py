@@ -18,6 +18,7 @@ class FakeJob:
     rows_left: int
     rows_at_once: int = 1 << 30
     alone: bool = False
+    beside_max: int = 1 << 30
 
 
 def run(scheduler: Scheduler[FakeJob]) -> list[tuple[FakeJob, int]]:
@@ -34,6 +35,7 @@ JOBS = st.lists(
         tenant=st.sampled_from(["x", "y", "z"]),
         rows_left=st.integers(1, 700),
         rows_at_once=st.integers(1, 300),
+        beside_max=st.integers(1, 4),
     ),
     max_size=30,
 )

@@ -23,6 +23,7 @@ from models.checkpoint import Checkpoint
 from node.app_client import ClientOptions, DeployOptions, open_client
 from node.keys import default_key
 from node.model import Ask, DeployedModel
+from protocol.strategy import Strategy
 from protocol.tensors import DTYPE_BYTES
 from simnet.bench.library import Library
 from simnet.bench.machine import Memory, cores, cpu_seconds
@@ -217,11 +218,10 @@ def in_thread(work: Callable[[], float]) -> Contestant:
     return lambda: trio.to_thread.run_sync(work)
 
 
-async def answer(model: DeployedModel, request: Request) -> GenerationResult:
+async def answer(model: DeployedModel, request: Request, strategy: Strategy | None = None) -> GenerationResult:
     """The whole answer to a request, of the length that it asks for."""
-    return await model.generate(
-        list(request.prompt), Ask(request.new_tokens, ignore_eos=True, strategy=model.default_strategy)
-    )
+    strategy = strategy or model.default_strategy
+    return await model.generate(list(request.prompt), Ask(request.new_tokens, ignore_eos=True, strategy=strategy))
 
 
 async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: int) -> float:

@@ -1,4 +1,4 @@
-"""Traffic as users make it: the chat trace, served as requests arrive and in static batches; agents with long
+"""Traffic as users make it: the chat trace as requests arrive, with continuous and static batching; agents with long
 instructions in common."""
 
 from __future__ import annotations
@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 from node.model import Ask, DeployedModel
+from protocol.strategy import parse
 from simnet.bench.engine.rig import Rig, answer, in_thread
 from simnet.bench.paired import Contestant, Rounds
-from simnet.bench.serving import Admission, serve
+from simnet.bench.serving import serve
 from simnet.bench.workloads import ChatShape, Request, Workload, agents, chat
 
 CHAT_SCALE = 0.125  # of the trace's lengths: a CPU serves in minutes what the trace's machines serve in hours
@@ -18,17 +19,19 @@ LOAD = 1.25  # requests arrive so much faster than they can be served: what is c
 
 
 async def batching_section(rig: Rig) -> dict[str, object]:
-    """Continuous batching against static batches of as many slots, at the same workers: tokens per second, and the
-    mean latency per token (a ratio above 1: continuous is faster)."""
+    """Continuous against static batching, with as many requests at a time, at the same workers: tokens per second, and
+    the mean latency per token (a ratio above 1: continuous is faster)."""
     sizes, model = rig.sizes, await rig.deployed()
     shape = ChatShape(scale=CHAT_SCALE, tokens_max=sizes.trace_tokens_max)
     trace = chat(rig.source(), sizes.trace_requests, shape)
     paced = await _paced(rig, model, trace)
     latency: dict[str, list[float]] = {"continuous": [], "static": []}
 
-    async def turn(admission: Admission) -> float:
-        served = await serve(paced.unseen(rig.source()), partial(answer, model), sizes.batch, admission)
-        latency[admission].append(1 / served.latency_per_token_s)
+    async def turn(batching: str) -> float:
+        strategy = parse(f"batching={batching}", model.default_strategy)
+        answered = partial(answer, model, strategy=strategy)
+        served = await serve(paced.unseen(rig.source()), answered, sizes.batch)
+        latency[batching].append(1 / served.latency_per_token_s)
         return served.tokens_per_s
 
     contestants: dict[str, Contestant] = {name: partial(turn, name) for name in ("static", "continuous")}

@@ -93,6 +93,12 @@ def test_a_row_without_a_column_is_refused() -> None:
         from_row(row)
 
 
+def test_a_column_that_may_be_empty_may_be_missing() -> None:
+    row = to_row(RECORD)
+    del row["measured_preemptions"]
+    assert from_row(row) == replace(RECORD, measured=replace(RECORD.measured, preemptions=None))
+
+
 @given(st.sampled_from(sorted(COLUMNS)), st.none() | st.text() | st.floats() | st.integers() | st.binary())
 def test_any_row_is_a_record_or_an_input_error(column: str, value: object) -> None:
     try:

@@ -1,0 +1,180 @@
+"""Preemption between clients of real services over the virtual network, with a toy engine."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from protocol.capabilities import Right
+from protocol.messages import CloseSession, OpenSession, RefusalReason, SessionFailed, SessionOpened
+from protocol.ports import Compute
+from simnet.compute import CostModel, ToyCompute
+from tests.helpers.workers import DEPLOYMENT, HandRoute, Swarm, in_swarm
+from tests.worker.test_service_kv import KEYS, ROWS, SESSION_BYTES, TOKENS, attached, begun, toy
+from tests.worker.test_service_leases import capability
+from worker.preemption import DOUBLINGS_MAX, RUN_S
+from worker.waiting import KV_WAIT_S
+
+REQUEST = bytes(range(16))
+
+
+async def asks(route: HandRoute, shown: bytes = b"", request: bytes = b"", tokens: int = TOKENS) -> None:
+    boxes = route.boxes(route.tickets(kv_tokens=tokens, capability=shown))
+    await route.send(OpenSession(route.session, boxes, KEYS, request=request))
+
+
+async def opened(route: HandRoute) -> list[int]:
+    """What each hop holds already."""
+    held = []
+    for worker in route.workers:
+        message, _ = await route.next(worker)
+        assert isinstance(message, SessionOpened), message
+        held.append(message.held_tokens)
+    return held
+
+
+async def preempted_at(route: HandRoute, first: int = 0) -> None:
+    message, _ = await route.next(route.workers[first])
+    assert isinstance(message, SessionFailed), message
+    assert message.reason == RefusalReason.PREEMPTED
+
+
+def test_the_youngest_session_of_who_holds_most_makes_room_and_comes_back() -> None:
+    """Two hops with room for three sessions, which the owner holds when a guest asks for one."""
+
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        routes = [await attached(swarm, f"route {number}") for number in range(3)]
+        for route in routes:
+            await begun(route)
+            await route.do(0, 0, ROWS[:200])
+        await trio.sleep(RUN_S)
+        guest = await swarm.another("guest")
+        late, started = await attached(swarm, "late", guest), trio.current_time()
+        await asks(late, capability(swarm, guest.peer, Right.USE))
+        assert await opened(late) == [0, 0], "another's pages are not its own"
+        assert trio.current_time() - started < 1
+        await preempted_at(routes[2])
+        for route in routes[:2]:
+            await route.do(1, 200, ROWS[200:210])
+        again = await attached(swarm, "again")
+        await asks(again, request=REQUEST)
+        await trio.sleep(1)
+        assert [worker.service.sessions.sessions_waiting for worker in swarm.workers] == [1, 0]
+        await late.send(CloseSession(late.session))
+        assert await opened(again) == [192, 192], "what was computed of the prompt was kept"
+        for worker in swarm.workers:
+            assert worker.counts.failed.count("preempted") == (worker is swarm.workers[0]), "the other hop is told"
+            assert not worker.counts.violations
+            assert worker.service.house.pool.used_bytes == 3 * SESSION_BYTES
+        for route in (*routes[:2], again):
+            await route.send(CloseSession(route.session))
+        await trio.sleep(1)
+        for worker in swarm.workers:
+            worker.assert_idle()
+
+    in_swarm(2, test, compute=toy, kv_memory_bytes=3 * SESSION_BYTES)
+
+
+def test_who_was_seated_a_moment_ago_stays_and_an_arrival_gets_in_before_it_gives_up() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        first, second = await attached(swarm, "first"), await attached(swarm, "second")
+        await begun(first)
+        await begun(second)
+        guest = await swarm.another("guest")
+        late, started = await attached(swarm, "late", guest), trio.current_time()
+        await asks(late, capability(swarm, guest.peer, Right.USE))
+        assert await opened(late) == [0]
+        assert RUN_S - 1 < trio.current_time() - started < KV_WAIT_S + 5
+        await preempted_at(second)
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=2 * SESSION_BYTES)
+
+
+def test_a_request_that_was_preempted_is_safe_for_longer() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        guest = await swarm.another("guest")
+        shown = capability(swarm, guest.peer, Right.USE)
+        keeps, victim = await attached(swarm, "keeps"), await attached(swarm, "victim 0")
+        for _ in range(DOUBLINGS_MAX):
+            swarm.workers[0].service.sessions.preemptor.preempted(swarm.client.peer, b"kept")
+        await asks(keeps, request=b"kept")
+        await opened(keeps)
+        await asks(victim, request=REQUEST)
+        await opened(victim)
+        took = []
+        for number in range(3):
+            safe_s = RUN_S * 2**number
+            late, started = await attached(swarm, f"late {number}", guest), trio.current_time()
+            while True:
+                await asks(late, shown)
+                message, _ = await late.next()
+                if isinstance(message, SessionOpened):
+                    break
+                assert isinstance(message, SessionFailed)  # nobody waits for longer than KV_WAIT_S
+                late = await attached(swarm, f"late {number} at {trio.current_time()}", guest)
+            await preempted_at(victim)
+            took.append(trio.current_time() - started)
+            assert took[-1] >= safe_s - 1
+            victim = await attached(swarm, f"victim {number + 1}")
+            await asks(victim, request=REQUEST)
+            await trio.sleep(1)
+            await late.send(CloseSession(late.session))
+            await opened(victim)
+        assert took == sorted(took)
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=2 * SESSION_BYTES)
+
+
+@pytest.mark.parametrize("how", ["more than its share", "the same client", "leased memory"])
+def test_nobody_is_preempted(how: str) -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        if how == "leased memory":
+            worker.service.house.pool.set_aside((DEPLOYMENT, swarm.client.peer), 2 * SESSION_BYTES)
+        first, second = await attached(swarm, "first"), await attached(swarm, "second")
+        await begun(first)
+        await begun(second)
+        await trio.sleep(2 * RUN_S)
+        guest = await swarm.another("guest")
+        late = await attached(swarm, "late", None if how == "the same client" else guest)
+        shown = b"" if how == "the same client" else capability(swarm, guest.peer, Right.USE)
+        await asks(late, shown, tokens=2 * TOKENS if how == "more than its share" else TOKENS)
+        message, _ = await late.next()
+        assert isinstance(message, SessionFailed)
+        assert message.reason == RefusalReason.KV_MEMORY
+        assert not worker.counts.failed.count("preempted")
+        for route in (first, second):
+            await route.do(0, 0, ROWS[:8])
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=2 * SESSION_BYTES)
+
+
+def test_what_was_preempted_while_it_computes_leaves_when_its_step_has_committed() -> None:
+    def slow(_: object) -> Compute:
+        return ToyCompute(CostModel(step_s=0.0, block_position_s=0.01))
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        first, second = await attached(swarm, "first"), await attached(swarm, "second")
+        await begun(first)
+        await begun(second)
+        await trio.sleep(RUN_S)
+        await second.send(*second.step(0, 0, ROWS[:200]))  # 4 s of computing
+        await trio.sleep(1)
+        guest = await swarm.another("guest")
+        late, started = await attached(swarm, "late", guest), trio.current_time()
+        await asks(late, capability(swarm, guest.peer, Right.USE))
+        await preempted_at(second)
+        again = await attached(swarm, "again")
+        await asks(again)
+        assert worker.service.house.pool.used_bytes == 2 * SESSION_BYTES
+        assert await opened(late) == [0], "the room is its own, whoever else waits"
+        assert 2 < trio.current_time() - started < 4
+        await again.send(CloseSession(again.session))
+
+    in_swarm(1, test, compute=slow, kv_memory_bytes=2 * SESSION_BYTES)
