@@ -79,6 +79,8 @@ def test_the_table_shows_the_newest_and_conditions_choose(folder: Path) -> None:
         "40+64",
         "0.10",
         "82.5",
+        "13.5",
+        "-",
     ]
     assert "HopLost" in shown.stdout
     assert "other" not in sotto(folder, "history", "--where", "model=demo").stdout
