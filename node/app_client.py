@@ -15,7 +15,7 @@ import os
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from pathlib import Path
 import trio
 
 from client.batches import Batches
-from client.deploy import DeployedHop, deploy
+from client.deploy import DeployedHop, DeployProgress, deploy
 from client.deploy import Progress as UploadProgress
 from client.driver import Driver, run_all
 from client.errors import HopLost, HopRefused, HopViolation
@@ -56,6 +56,7 @@ from node.metrics import ClientMetrics, serve_metrics
 from node.model import DeployedModel, turns_over
 from node.p2p.mesh import MeshConfig, open_mesh
 from node.paths import history_file, reports_file
+from node.rates import note_rate
 from node.recording import Journal, Origin, Recorder, Subject, wanted
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
 from node.sharing import COMPARED_MAX, Sharing, Sources
@@ -145,7 +146,7 @@ class Client:
         self.leases = LeaseKeeper(ports)
         self.grants = Grants(options.data_dir / "client" / "grants")
         self.journal = Journal(history_file(options.data_dir) if wanted() else None)
-        self.choosing = Choosing(ports.entropy)
+        self.choosing = Choosing(ports.entropy, ports.clock)
         self._owner = owner
         self.sharing = self._sharing() if options.share_records else None
         self._driver = driver
@@ -189,8 +190,12 @@ class Client:
     async def seal(self, model: Checkpoint, dtype: str, key: RootKey | None, progress: Progress) -> SealedModel:
         """Seal `model` into the data folder, or find it there from an earlier run."""
         place = sealed_place(self.options.data_dir / "sealed", model, dtype, key)
+        fresh, started = not place.exists(), self.ports.clock.monotonic()
         work = partial(seal_into, place, model, dtype, key, self._owner.peer, progress)
         folder, _ = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; a seal resumes
+        if fresh:
+            weights = ModelNeeds.of_configs(model.config.blocks, dtype, 1).block_bytes
+            self._note_rate("seal_bytes_s", sum(weights), started)
         return SealedModel(model, folder, key)
 
     async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
@@ -238,8 +243,17 @@ class Client:
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
             supply = Supply(FolderSource(model.folder), holders_in(view, manifest.deployment))
+            lacking = dict[PeerId, int]()
+            started = self.ports.clock.monotonic()
+
+            def noted(progress: DeployProgress, lacking: dict[PeerId, int] = lacking) -> None:
+                lacking[progress.peer] = progress.total_bytes
+                options.on_upload(progress)
+
             try:
-                return route, view, await deploy(self.ports, route, data, supply, leasing, options.on_upload)
+                hops = await deploy(self.ports, route, data, supply, leasing, noted)
+                self._note_rate("bring_bytes_s", sum(lacking.values()), started)
+                return route, view, hops
             except (HopRefused, HopLost, HopViolation) as failure:
                 await self.leases.release(manifest.deployment)
                 if _rivalled(failure) and trio.current_time() < patience:
@@ -258,6 +272,10 @@ class Client:
                     placement = await self._planned(view, needs, where)
                 except RouteUnavailable:
                     raise failure from None
+
+    def _note_rate(self, name: str, moved_bytes: int, started: float) -> None:
+        with suppress(OSError):  # a disk that is full fails what matters, not this
+            note_rate(self.options.data_dir, name, moved_bytes, self.ports.clock.monotonic() - started)
 
     async def attach(self, checkpoint: Checkpoint, key: RootKey | None) -> DeployedModel:
         """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,

@@ -29,6 +29,8 @@ from protocol.strategy import Auto, Strategy
 
 CONTEXT_TOKENS_DEFAULT = 4096  # what a deployment leases KV room for unless told otherwise
 
+OVER_BUDGET = "no strategy is expected to stay within the budget: the cheapest is used"
+
 
 @dataclass(frozen=True, slots=True)
 class ChatOptions:
@@ -94,6 +96,8 @@ class Chat:
         decided = self._model.decide(prompt.ids, self._as_before(ask))
         if decided.choice is not None:
             self._strategy = decided.plan.strategy
+            if decided.choice.over_budget:
+                self._options.notice(OVER_BUDGET)
         request, stream, guesses = await self._request(prompt, ask, decided.plan.strategy)
         before, said = self._kept.losses, list[str]()
 

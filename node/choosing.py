@@ -6,6 +6,7 @@ that is done the ranking is used. Corrections begin with the history's newest re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +17,14 @@ import trio
 
 from client.metalearning.candidates import name_of, possible
 from client.metalearning.chooser import Asked, Choice, Chooser
-from client.metalearning.comparing import cost_s, kind_of
+from client.metalearning.comparing import kind_of
 from client.metalearning.described import FEATURES, described, place, situation
 from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
-from client.metalearning.record import Record
+from client.metalearning.price import Money
+from client.metalearning.record import Prediction, Record
+from node.clock import SystemClock
 from node.recording import Plan
-from protocol.ports import Entropy
+from protocol.ports import Clock, Entropy
 from protocol.strategy import Auto, Facts
 
 if TYPE_CHECKING:
@@ -29,11 +32,13 @@ if TYPE_CHECKING:
 
 PRIOR = "prior.csv"
 REPLAYED_MAX = 500  # requests of the history that corrections begin with
+DAY_S = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One request to choose for. `name` is the model's."""
+    """One request to choose for. `name` is the model's; `token_s` what the placement predicts of the default strategy;
+    `money` what the user pays, and wants to pay at most."""
 
     name: str
     model: ModelFeatures
@@ -42,6 +47,8 @@ class Wanted:
     facts: Facts
     weights: str
     how: Auto
+    token_s: float | None = None
+    money: Money | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +65,30 @@ class Choosing:
     """Of all deployed models of one client."""
 
     entropy: Entropy
+    clock: Clock = field(default_factory=SystemClock)
     chooser: Chooser = field(default_factory=Chooser)
 
     def decide(self, wanted: Wanted) -> Decided:
         """Takes a few milliseconds at most. Never fails: the default is always possible."""
         able = possible(wanted.facts, wanted.weights, lossless=wanted.facts.exact or not wanted.how.lossy)
         draw = int.from_bytes(self.entropy(4), "big") / 2**32 if wanted.how.explore else 1.0
-        where = place(wanted.name, wanted.model, wanted.route)
-        kind = kind_of(wanted.model, wanted.route, wanted.task)
-        asked = Asked(where, described(wanted.model, wanted.route, wanted.task), able.keys(), draw, kind)
+        asked = Asked(
+            place=place(wanted.name, wanted.model, wanted.route),
+            task=described(wanted.model, wanted.route, wanted.task),
+            possible=able.keys(),
+            draw=draw,
+            kind=kind_of(wanted.model, wanted.route, wanted.task),
+            day=self.clock.time() / DAY_S,
+            at=situation(wanted.task),
+            token_s=wanted.token_s,
+            token_s_max=wanted.money.token_s_max(wanted.route.hops) if wanted.money else None,
+        )
         choice = self.chooser.choose(asked)
-        return Decided(Plan(wanted.task, able[choice.strategy], "auto"), choice, asked)
+        predicted = Prediction()
+        if choice.token_s:
+            predicted = Prediction(answer_token_s=choice.token_s[choice.strategy], spread=choice.token_spread)
+        plan = Plan(wanted.task, able[choice.strategy], "auto", choice.why, predicted, wanted.money)
+        return Decided(plan, choice, asked)
 
     def learn(self, decided: Decided, token_times_s: Sequence[float]) -> None:
         """When each token of the answer was there, in seconds from the request's start."""
@@ -82,22 +102,32 @@ class Choosing:
         work = partial(_begun, history)
         advisor, records = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
         self.chooser.advisor = advisor
-        replayed(self.chooser, records)
+        replayed(self.chooser, records, self.clock.time())
 
 
-def replayed(chooser: Chooser, records: Sequence[Record]) -> None:
-    """Let `chooser` know what earlier requests showed, the oldest first."""
-    for record in records[-REPLAYED_MAX:]:
-        name, cost = name_of(record.strategy), cost_s(record)
-        if name is not None and cost is not None:
-            chooser.note(asked_of(record, (name,)), name, situation(record.task), cost)
+def replayed(chooser: Chooser, records: Sequence[Record], now_s: float = math.inf) -> None:
+    """Let `chooser` know what earlier requests showed, the oldest first; what is old counts less (Corrections.age).
+    `now_s`: Unix time; a record from after it is taken for one of now."""
+    for record in sorted(records[-REPLAYED_MAX:], key=lambda record: record.at_ms):
+        name, token_s = name_of(record.strategy), record.measured.answer_token_s
+        if name is not None and not record.measured.error and token_s:
+            asked = asked_of(record, (name,), now_s)
+            chooser.note(asked, name, situation(record.task), token_s)
 
 
-def asked_of(record: Record, possible: Collection[str]) -> Asked:
+def asked_of(record: Record, possible: Collection[str], now_s: float = math.inf) -> Asked:
     """The question that a recorded request was."""
     model, route = record.model_features, record.route
-    task, kind = described(model, route, record.task), kind_of(model, route, record.task)
-    return Asked(place(record.model, model, route), task, possible, 1.0, kind)
+    return Asked(
+        place=place(record.model, model, route),
+        task=described(model, route, record.task),
+        possible=possible,
+        draw=1.0,
+        kind=kind_of(model, route, record.task),
+        day=min(record.at_ms / 1000, now_s) / DAY_S,
+        at=situation(record.task),
+        token_s=record.predicted.token_s,
+    )
 
 
 def _begun(history: Callable[[], Sequence[Record]]) -> tuple[Advisor | None, Sequence[Record]]:

@@ -52,6 +52,13 @@ MIGRATIONS = (
     CREATE TRIGGER append_only BEFORE UPDATE ON records BEGIN SELECT RAISE(ABORT, 'rows are never changed'); END;
     """,
     "ALTER TABLE records ADD COLUMN measured_preemptions INTEGER;",
+    """
+    ALTER TABLE records ADD COLUMN why TEXT NOT NULL DEFAULT '';
+    ALTER TABLE records ADD COLUMN price_per_hour REAL;
+    ALTER TABLE records ADD COLUMN budget REAL;
+    ALTER TABLE records ADD COLUMN predicted_answer_token_s REAL;
+    ALTER TABLE records ADD COLUMN predicted_spread REAL;
+    """,
 )
 
 

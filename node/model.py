@@ -25,9 +25,9 @@ from client.generate import (
     kv_tokens_for,
 )
 from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms
+from client.metalearning.price import Goal, Money
 from client.page_keys import PageKeys, page_context
 from client.placement import Placement
-from client.placement.needs import Objective
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
@@ -61,8 +61,8 @@ NO_TRIALS = Auto(explore=False)
 class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
     `strategy`: the one to use, or how to choose one. `exact`: refuse one that loses precision. `objective`: the time of
-    this request, or the rate of all that run beside it. `trace`: keep account of where the time goes. `choose`: how a
-    token is chosen; benchmarks dictate answers."""
+    this request, the rate of all that run beside it, or the price. `money`: what workers cost, and the answer may.
+    `trace`: keep account of where the time goes. `choose`: how a token is chosen; benchmarks dictate answers."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -71,7 +71,8 @@ class Ask:
     strategy: Strategy | Auto = NO_TRIALS
     exact: bool = False
     trace: bool = False
-    objective: Objective = "latency"
+    objective: Goal = "latency"
+    money: Money | None = None
     choose: Choose = sample
 
 
@@ -198,13 +199,22 @@ class DeployedModel:
         if isinstance(ask.strategy, Auto):
             weights = self.default_strategy.weights
             wanted = Wanted(
-                recorder.subject.name, recorder.model(), recorder.route(), task, facts, weights, ask.strategy
+                name=recorder.subject.name,
+                model=recorder.model(),
+                route=recorder.route(),
+                task=task,
+                facts=facts,
+                weights=weights,
+                how=ask.strategy,
+                token_s=self.predicted.predicted_ms_per_token / 1000,
+                money=ask.money,
             )
             return self.choosing.decide(wanted)
         reason = infeasible(ask.strategy, facts)
         if reason is not None:
             raise InputError(reason)
-        return Decided(Plan(task, ask.strategy, "default" if ask.strategy == self.default_strategy else "user"))
+        chosen_by = "default" if ask.strategy == self.default_strategy else "user"
+        return Decided(Plan(task, ask.strategy, chosen_by, money=ask.money))
 
     def params(self, ask: Ask, strategy: Strategy) -> GenerationParams:
         return GenerationParams(

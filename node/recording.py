@@ -12,13 +12,14 @@ import platform
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 import trio
 
+from client.metalearning.candidates import Why
 from client.metalearning.features import (
     ModelFeatures,
     PrefixMemory,
@@ -28,6 +29,7 @@ from client.metalearning.features import (
     repetition,
     route_features,
 )
+from client.metalearning.price import Money
 from client.metalearning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record
 from client.placement import ModelNeeds, Placement
 from models.config import ModelConfig
@@ -131,11 +133,15 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a request is to be run, and what it is like. `chosen_by`: see client.metalearning.record.CHOOSERS."""
+    """How a request is to be run, and what it is like. `chosen_by`: see client.metalearning.record.CHOOSERS. `why` and
+    `predicted` are of who chose; `money` is the user's."""
 
     task: TaskFeatures
     strategy: Strategy
     chosen_by: str
+    why: Why | Literal[""] = ""
+    predicted: Prediction = field(default_factory=Prediction)
+    money: Money | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,10 +235,13 @@ class Recorder:
             tier=subject.tier,
             chosen_by=plan.chosen_by,
             strategy=plan.strategy,
+            why=plan.why,
+            price_per_hour=plan.money.of_route(len(subject.placement.hops)) if plan.money else None,
+            budget=plan.money.budget if plan.money else None,
             model_features=self.model(),
             route=self.route(view),
             task=plan.task,
-            predicted=Prediction(token_s=subject.placement.predicted_ms_per_token / 1000),
+            predicted=replace(plan.predicted, token_s=subject.placement.predicted_ms_per_token / 1000),
             measured=outcome,
         )
 

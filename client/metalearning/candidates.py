@@ -6,6 +6,8 @@ protocol/strategy.py. A record of another strategy teaches nothing about these.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from protocol.strategy import DEPLOYMENT_TIME, Facts, Strategy, infeasible, lossy, parse
 
 NONE = "batching=off,prefix_cache=false,prefill_chunk=2048"
@@ -20,6 +22,12 @@ CANDIDATES: tuple[str, ...] = (
     "speculation=lookup,wire=int8",
 )
 RANKING = ("default", "speculation=lookup")  # before there are records: what loses nothing and seldom costs
+
+Why = Literal["only one is possible", "records", "unsure", "ranking", "trial", "peers", "budget"]
+"""records: the best by what is known. unsure: something else may be better, by less than the doubt, so the ranking's
+first. ranking: nothing is known. peers: a hint of theirs is tried. budget: nothing else is within it, or nothing at
+all."""
+WHYS: tuple[Why, ...] = get_args(Why)
 
 
 def possible(facts: Facts, weights: str, lossless: bool) -> dict[str, Strategy]:

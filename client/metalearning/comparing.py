@@ -66,11 +66,7 @@ def kind_of(model: ModelFeatures, route: RouteFeatures, task: TaskFeatures) -> b
 
 def cost_s(record: Record) -> float | None:
     """Seconds per token of the answer; None for a request that failed."""
-    measured = record.measured
-    if measured.error or measured.ttft_s is None or measured.tokens < 1:
-        return None
-    took_s = measured.ttft_s + (measured.token_s or 0.0) * (measured.tokens - 1)
-    return took_s / measured.tokens if took_s > 0 else None
+    return None if record.measured.error else record.measured.answer_token_s or None
 
 
 def compared(records: Iterable[Record]) -> dict[Place, Compared]:

@@ -6,6 +6,7 @@ Only what was known before the request ran (features.py here). Sizes that follow
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.metalearning.online import Situation
@@ -24,6 +25,8 @@ FEATURES: tuple[str, ...] = (
 
 def described(model: ModelFeatures, route: RouteFeatures, task: TaskFeatures) -> Task:
     """The cells of FEATURES."""
+    if task.objective == "cost":  # who pays by the hour wants the most tokens of it
+        task = replace(task, objective="throughput")
     values = [getattr(part, name) for part, names in ((model, MODEL), (route, ROUTE), (task, TASK)) for name in names]
     return Task(cells=tuple(value if value is None or isinstance(value, str) else float(value) for value in values))
 

@@ -82,7 +82,7 @@ class TaskFeatures:
     ]
     repetition: Annotated[float, About("", f"share of the prompt's {NGRAM}-grams that occurred in it before, 0 to 1")]
     temperature: Annotated[float, About("", "of sampling; 0 is greedy")]
-    objective: Annotated[str, About("", "what the user wants of it: latency or throughput")]
+    objective: Annotated[str, About("", "what the user wants of it: latency, throughput or cost")]
     exact: Annotated[bool, About("", "a strategy that loses precision was ruled out")]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from client.metalearning.candidates import WHYS
 from client.metalearning.features import About, ModelFeatures, RouteFeatures, TaskFeatures
 from protocol.errors import InputError
 from protocol.strategy import Strategy, describe, parse
@@ -28,8 +29,14 @@ SERIES = "tuple"
 class Prediction:
     """What was expected before the request; nothing where nobody predicted it."""
 
-    token_s: Annotated[float | None, About("s", "time per output token")] = None
+    token_s: Annotated[
+        float | None, About("s", "time per output token with the default strategy, by the placement")
+    ] = None
     ttft_s: Annotated[float | None, About("s", "time to the first token")] = None
+    answer_token_s: Annotated[
+        float | None, About("s", "time to the answer's end over its tokens, with this strategy, by what chose it")
+    ] = None
+    spread: Annotated[float | None, About("", "one deviation of the logarithm of that")] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +59,13 @@ class Outcome:
         int | None, About("", "times that a worker took its memory for another; nothing where nobody counted")
     ] = None
 
+    @property
+    def answer_token_s(self) -> float | None:
+        """Time to the last token over the answer's tokens; None when there was none."""
+        if self.ttft_s is None or not self.tokens:
+            return None
+        return (self.ttft_s + (self.token_s or 0.0) * (self.tokens - 1)) / self.tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
@@ -66,6 +80,9 @@ class Record:
     tier: Annotated[str, About("", "privacy: ee or plain")]
     chosen_by: Annotated[str, About("", "who chose the strategy: default, user or auto")]
     strategy: Annotated[Strategy, About("", "what differs from the default strategy")]
+    why: Annotated[str, About("", "why auto chose it: " + ", ".join(WHYS))] = ""
+    price_per_hour: Annotated[float | None, About("", "of all workers of the route, as the user stated it")] = None
+    budget: Annotated[float | None, About("", "the most that 1,000 tokens of the answer might cost")] = None
     model_features: ModelFeatures
     route: RouteFeatures
     task: TaskFeatures
@@ -138,6 +155,8 @@ def from_row(row: Mapping[str, object]) -> Record:
         raise InputError("uid is not 16 bytes in hex")
     if record.origin not in ORIGINS or record.chosen_by not in CHOOSERS:
         raise InputError(f"origin must be one of {', '.join(ORIGINS)}, and chosen_by of {', '.join(CHOOSERS)}")
+    if record.why not in ("", *WHYS):
+        raise InputError(f"why must be empty, or one of {', '.join(WHYS)}")
     return record
 
 

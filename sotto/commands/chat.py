@@ -16,7 +16,6 @@ from sotto.commands.common import (
     Bootstrap,
     Capability,
     DataDir,
-    Dtype,
     Key,
     Model,
     Privacy,
@@ -26,8 +25,13 @@ from sotto.commands.common import (
     print_json,
 )
 from sotto.commands.generation import (
+    Budget,
+    ChosenDtype,
     Draft,
+    ExpectTokens,
     Metrics,
+    Objective,
+    Price,
     Seed,
     Stop,
     StrategyText,
@@ -37,6 +41,7 @@ from sotto.commands.generation import (
     Workers,
     ask_of,
     deployed,
+    paid,
     result_json,
     strategy_of,
     where_of,
@@ -59,7 +64,7 @@ def chat(
     model: Model = None,
     bootstrap: Bootstrap = None,
     privacy: Privacy = "ee",
-    dtype: Dtype = "float32",
+    dtype: ChosenDtype = None,
     key: Key = None,
     workers: Workers = 1,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of each answer.")] = 512,
@@ -70,6 +75,10 @@ def chat(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "auto",
+    objective: Objective = "latency",
+    price_per_hour: Price = None,
+    budget: Budget = None,
+    expect_tokens: ExpectTokens = None,
     draft: Draft = None,
     capability: Capability = None,
     share_records: ShareRecords = False,
@@ -92,6 +101,8 @@ def chat(
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
+        ask = paid(ask, objective, price_per_hour, budget)
+        where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
         portal = Portal(partial(deployed, replace(where, kv_tokens=context, share_records=share_records)))
         ready = portal.open()
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from sotto.commands.common import DataDir, Json, ShareRecords, errors, print_json
 
 if TYPE_CHECKING:
+    from client.metalearning.deployment import Rates
     from client.metalearning.record import Record
 
 BECAUSE_MAX = 5  # features that are shown
@@ -38,25 +40,27 @@ def explain(
     print(f"auto takes {report['strategy']} ({report['why']})")
     for each in report["strategies"]:
         peers = f"; peers {each['from_peers']:+.1%}" if each["from_peers"] else ""
-        print(f"  {each['strategy']:<60} {each['expected']:6.1%} of the best  (doubt {each['doubt']:.1%}{peers})")
+        doubt = f"(doubt {each['doubt']:.1%}{peers}){_ms(each)}"
+        print(f"  {each['strategy']:<60} {each['expected']:6.1%} of the best  {doubt}")
     for each in report["because"]:
         print(f"  {each['feature']} = {each['value']}: {each['gain']:+.1%}")
     if report["peers_heard"]:
         most = f"{report['peers_share_max']:.0%} of choices"
         print(f"{report['peers_heard']} other clients are heard; what they say may decide {most}, and is then measured")
+    print(f"weights, deployed with auto,lossy: {report['deployment']['reason']}")
     if not report["records"]:
         print("no records came with sotto: what is known is this user's own requests")
 
 
 def _report(uid: str | None, allowed: tuple[bool, bool], given: Any) -> dict[str, Any]:
-    import time
 
     from client.metalearning.candidates import possible
     from client.metalearning.chooser import SWAYED_MAX, Chooser
     from client.metalearning.described import FEATURES
-    from node.choosing import asked_of, fitted_prior, replayed
+    from node.choosing import DAY_S, asked_of, fitted_prior, replayed
     from node.history import History, parse_condition
     from node.paths import data_dir, history_file, reports_file
+    from node.rates import read_rates
     from node.sharing import COMPARED_MAX, heeded
     from protocol.errors import InputError
     from protocol.strategy import Facts, describe
@@ -71,10 +75,11 @@ def _report(uid: str | None, allowed: tuple[bool, bool], given: Any) -> dict[str
     facts = Facts(hops=record.route.hops, exact=record.task.exact, deployed=record.strategy.weights)
     able = possible(facts, record.strategy.weights, lossless=facts.exact or not lossy)
     advisor = fitted_prior()
-    peers = heeded(reports_file(data_dir(given)), records, int(time.time() * 1000)) if shared else None
+    now_s = time.time()
+    peers = heeded(reports_file(data_dir(given)), records, int(now_s * 1000)) if shared else None
     chooser = Chooser(advisor, peers=peers)
-    replayed(chooser, records)
-    asked = asked_of(record, able.keys())
+    replayed(chooser, records, now_s)
+    asked = replace(asked_of(record, able.keys(), now_s), day=now_s / DAY_S)
     choice = chooser.choose(asked)
     because = advisor.advise(asked.task, frozenset(able)).because[:BECAUSE_MAX] if advisor else ()
     cells = dict(zip(FEATURES, asked.task.cells, strict=True))
@@ -89,15 +94,46 @@ def _report(uid: str | None, allowed: tuple[bool, bool], given: Any) -> dict[str
                 "expected": choice.fractions[name],
                 "doubt": choice.spreads[name],
                 "from_peers": choice.from_peers[name],
+                "token_s": choice.token_s.get(name),
             }
             for name in sorted(choice.fractions, key=lambda name: -choice.fractions[name])
         ],
         "because": [{"feature": name, "value": cells[name], "gain": gain} for name, gain in because],
+        "deployment": _deployment(record, records, read_rates(data_dir(given)), int(now_s * 1000)),
         "records": advisor is not None,
         "peers_heard": len(peers) if peers is not None else 0,
         "peers_share_max": SWAYED_MAX,
         "features": cells,
     }
+
+
+def _deployment(record: Record, records: list[Record], rates: Rates, now_ms: int) -> dict[str, Any]:
+    """What another precision of the weights would bring for the work that is to be expected, and what it would take."""
+    from client.metalearning import deployment
+    from client.metalearning.features import WEIGHT_BYTES
+
+    model, weights = record.model_features, record.strategy.weights
+    alike = [each for each in records if each.model == record.model]
+    options = []
+    for name in deployment.PRECISIONS:
+        weight_bytes = int(model.parameters * WEIGHT_BYTES[name])
+        switch_s = rates.switch_s(weight_bytes, sealed=name == weights, held=name == weights)
+        options.append(deployment.Option(name, deployment.predicted_token_s(model, record.route, name), switch_s))
+    tokens = deployment.expected_tokens(alike, now_ms)
+    verdict = deployment.decide(deployment.corrected(options, alike, now_ms), weights, tokens)
+    return {
+        "weights": verdict.weights,
+        "reason": verdict.reason(),
+        "expected_tokens": verdict.tokens,
+        "kv_room_tokens": deployment.kv_room_tokens(alike, 1, model.context),
+        "options": [
+            {**asdict(each), "pays_after_tokens": verdict.pays_after.get(each.weights)} for each in verdict.options
+        ],
+    }
+
+
+def _ms(strategy: dict[str, Any]) -> str:
+    return "" if strategy["token_s"] is None else f"  {1000 * strategy['token_s']:.1f} ms per token"
 
 
 def _facts(record: Record) -> dict[str, Any]:

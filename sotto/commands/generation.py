@@ -16,7 +16,6 @@ from sotto.commands.common import (
     Bootstrap,
     Capability,
     DataDir,
-    Dtype,
     Json,
     Key,
     Model,
@@ -32,8 +31,13 @@ from sotto.commands.tracing import show_trace
 
 if TYPE_CHECKING:
     from client.generate import GenerationResult
+    from client.metalearning.price import Goal
     from client.placement import Placement
     from client.tracing import TraceReport
+    from equivariant.keys import RootKey
+    from models.checkpoint import Checkpoint
+    from node.app_client import Client
+    from node.choosing import Decided
     from node.model import Ask, DeployedModel
     from protocol.strategy import Auto, Strategy, Weights
     from protocol.swarm import SwarmView
@@ -57,6 +61,27 @@ Draft = Annotated[
     str | None,
     typer.Option(help="Let a smaller model with the same tokenizer guess at tokens; the answer is the same."),
 ]
+ChosenDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="Precision of the sealed blocks: float32 (answers identical to the unsealed model's), bfloat16, or int8 "
+        "(a quarter of the bytes, faster). Default: float32; with --strategy auto,lossy the one that pays.",
+    ),
+]
+Objective = Annotated[
+    str, typer.Option(help="What to choose for: latency of an answer, throughput of all together, or cost in money.")
+]
+Price = Annotated[
+    float | None, typer.Option(help="What one worker costs an hour, in any currency; every worker of a route counts.")
+]
+Budget = Annotated[
+    float | None, typer.Option(help="The most that 1,000 tokens of an answer may cost; needs --price-per-hour.")
+]
+ExpectTokens = Annotated[
+    int | None,
+    typer.Option(min=0, help="Tokens of answers to come, for the choice of weights. Default: as many as lately."),
+]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
 
 
@@ -70,7 +95,7 @@ class Where:
     model: str | None
     bootstrap: tuple[str, ...]
     privacy: str
-    dtype: str
+    dtype: str | None  # None: the one that pays
     key: str | None
     workers: int
     data_dir: Path
@@ -80,6 +105,8 @@ class Where:
     draft: str | None = None
     kv_tokens: int = KV_TOKENS
     share_records: bool = False
+    goal: Goal = "latency"
+    expect_tokens: int | None = None
 
 
 def run(
@@ -87,7 +114,7 @@ def run(
     model: Model = None,
     bootstrap: Bootstrap = None,
     privacy: Privacy = "ee",
-    dtype: Dtype = "float32",
+    dtype: ChosenDtype = None,
     key: Key = None,
     workers: Workers = 1,
     max_new_tokens: MaxTokens = 64,
@@ -97,6 +124,10 @@ def run(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "auto",
+    objective: Objective = "latency",
+    price_per_hour: Price = None,
+    budget: Budget = None,
+    expect_tokens: ExpectTokens = None,
     draft: Draft = None,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, per hop.")] = False,
     capability: Capability = None,
@@ -114,20 +145,25 @@ def run(
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), trace=trace)
+        ask = paid(ask, objective, price_per_hour, budget)
+        where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
 
-        async def work() -> tuple[GenerationResult, float, TraceReport | None]:
+        async def work() -> tuple[GenerationResult, float, TraceReport | None, Decided]:
             async with deployed(replace(where, share_records=share_records)) as ready:
                 async with ready.ask(prompt, ask) as answer:
+                    if not as_json:
+                        tell_over_budget(answer.decided)
                     async for piece in answer.pieces:
                         if not as_json:
                             _stream(piece)
-                return answer.result, ready.predicted.predicted_ms_per_token, answer.trace
+                return answer.result, ready.predicted.predicted_ms_per_token, answer.trace, answer.decided
 
-        result, predicted_ms, traced = run_async(work)
+        result, predicted_ms, traced, decided = run_async(work)
         if as_json:
             measured_ms = 1000 / result.tokens_per_second if result.tokens_per_second else None
             figures = {"predicted_ms_per_token": predicted_ms, "measured_ms_per_token": measured_ms}
-            print_json({**result_json(result), **figures, **({"trace": asdict(traced)} if traced else {})})
+            trace_part = {"trace": asdict(traced)} if traced else {}
+            print_json({**result_json(result), **figures, **decided_json(decided), **trace_part})
             return
         typer.echo()
         typer.echo(
@@ -145,7 +181,7 @@ def submit(
     model: Model = None,
     bootstrap: Bootstrap = None,
     privacy: Privacy = "ee",
-    dtype: Dtype = "float32",
+    dtype: ChosenDtype = None,
     key: Key = None,
     workers: Workers = 1,
     max_new_tokens: MaxTokens = 64,
@@ -155,6 +191,10 @@ def submit(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "auto",
+    objective: Objective = "throughput",
+    price_per_hour: Price = None,
+    budget: Budget = None,
+    expect_tokens: ExpectTokens = None,
     draft: Draft = None,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
@@ -175,7 +215,9 @@ def submit(
         lines = read_prompts(prompts)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
-        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), objective="throughput")
+        ask = ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
+        ask = paid(ask, objective, price_per_hour, budget)
+        where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
 
         async def work() -> list[dict[str, Any]]:
             async with deployed(replace(where, share_records=share_records)) as ready:
@@ -224,8 +266,9 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
         if token is not None:
             yield await client.attach(checkpoint, key)
             return
+        weights = where.dtype or await _weights(client, checkpoint, key, where)
         with progress_bar("sealing", bytes_=False, quiet=where.quiet) as update:
-            sealed = await client.seal(checkpoint, where.dtype, key, update)
+            sealed = await client.seal(checkpoint, weights, key, update)
         with progress_bar("uploading", bytes_=True, quiet=where.quiet) as upload:
             options = DeployOptions(
                 hops_min=where.workers,
@@ -235,6 +278,49 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
             )
             ready = await client.deploy(sealed, options)
         yield ready
+
+
+async def _weights(client: Client, checkpoint: Checkpoint, key: RootKey | None, where: Where) -> str:
+    """The precision that pays, and a line that says why."""
+    from node.weights import Wish, choose_weights
+
+    wish = Wish(where.expect_tokens, where.goal, where.workers, where.kv_tokens)
+    verdict = await choose_weights(client, checkpoint, key, wish)
+    if not where.quiet:
+        typer.echo(f"weights: {verdict.reason()}", err=True)
+    return verdict.weights
+
+
+def paid(ask: Ask, objective: str, per_hour: float | None, budget: float | None) -> Ask:
+    """`ask` for what the user wants of it, and may pay. Raises InputError."""
+    from client.metalearning.price import GOALS, money_of
+    from protocol.errors import InputError
+
+    known = {goal: goal for goal in GOALS}
+    if objective not in known:
+        raise InputError(f"unknown --objective {objective!r}: use one of {', '.join(GOALS)}")
+    return replace(ask, objective=known[objective], money=money_of(per_hour, budget))
+
+
+def tell_over_budget(decided: Decided) -> None:
+    """A line for people when no strategy is expected to stay within the budget."""
+    from node.chat import OVER_BUDGET
+
+    if decided.choice is not None and decided.choice.over_budget:
+        typer.echo(f"[{OVER_BUDGET}]", err=True)
+
+
+def decided_json(decided: Decided) -> dict[str, Any]:
+    """What was chosen, and what was expected of it."""
+    from protocol.strategy import describe
+
+    plan, choice = decided.plan, decided.choice
+    return {
+        "strategy": describe(plan.strategy),
+        "why": plan.why,
+        "predicted_answer_token_s": plan.predicted.answer_token_s,
+        "over_budget": choice is not None and choice.over_budget,
+    }
 
 
 def result_json(result: GenerationResult) -> dict[str, Any]:
@@ -255,7 +341,7 @@ def result_json(result: GenerationResult) -> dict[str, Any]:
 def where_of(
     model: str | None,
     bootstrap: list[str] | None,
-    sealed: tuple[str, str, str | None],
+    sealed: tuple[str, str | None, str | None],
     workers: int,
     rest: tuple[Path | None, str, bool, str | None, str | None],
 ) -> Where:
@@ -270,7 +356,7 @@ def where_of(
         model=model,
         bootstrap=bootstrap_addrs(bootstrap),
         privacy=privacy,
-        dtype=check_dtype(dtype),
+        dtype=None if dtype is None else check_dtype(dtype),
         key=key,
         workers=workers,
         data_dir=data_dir(given),
@@ -281,19 +367,23 @@ def where_of(
     )
 
 
-def strategy_of(text: str, dtype: str, draft: str | None, capability: str | None) -> tuple[Strategy | Auto, str]:
-    """The strategy of a command line, or how to choose one, and the weights to seal. `dtype` says these unless the
-    strategy does; who names a draft model wants it to guess. Raises InputError."""
+def strategy_of(
+    text: str, dtype: str | None, draft: str | None, capability: str | None
+) -> tuple[Strategy | Auto, str | None]:
+    """The strategy of a command line, or how to choose one, and the weights to seal: None to have them chosen. `dtype`
+    says these unless the strategy does; who names a draft model wants it to guess. Raises InputError."""
     from protocol.errors import InputError
     from protocol.strategy import DEFAULT, Auto, Strategy, parse_choice
 
-    base = Strategy(weights=cast("Weights", dtype), speculation="draft" if draft else "off")
+    base = Strategy(weights=cast("Weights", dtype or DEFAULT.weights), speculation="draft" if draft else "off")
     chosen = parse_choice(text, base)
     if isinstance(chosen, Auto):
-        return (base, dtype) if draft else (chosen, dtype)
+        if draft:
+            return base, base.weights
+        return chosen, dtype if chosen.lossy else base.weights
     if draft and chosen.speculation != "draft":
         raise InputError(f"--draft and speculation={chosen.speculation} contradict each other: leave one out")
-    if chosen.weights != dtype and dtype != DEFAULT.weights:
+    if dtype not in (None, DEFAULT.weights, chosen.weights):
         raise InputError(f"--dtype {dtype} and weights={chosen.weights} contradict each other: give one of them")
     if chosen.weights != DEFAULT.weights and capability is not None:
         raise InputError("the owner of a deployment chooses its weights: leave them out")

@@ -114,22 +114,32 @@ def _print_table(records: list[Record]) -> None:
     table.add_column("when", no_wrap=True)
     for name, width in (("model", 5), ("strategy", 14), ("end", 6)):
         table.add_column(name, overflow="fold", min_width=width)
-    for name in ("hops", "in+out", "first s", "tokens/s"):
+    for name in ("hops", "in+out", "first s", "tokens/s", "ms/token", "expected"):
         table.add_column(name, justify="right", no_wrap=True)
     for record in records:
         measured = record.measured
         table.add_row(
             datetime.fromtimestamp(record.at_ms / 1000, UTC).astimezone().strftime("%m-%d %H:%M"),
             record.model,
-            describe(record.strategy),
+            describe(record.strategy) + (f" ({record.why})" if record.why else ""),
             measured.error or measured.finish,
             str(record.route.hops),
             f"{record.task.prompt_tokens}+{measured.tokens}",
             "-" if measured.ttft_s is None else f"{measured.ttft_s:.2f}",
             "-" if measured.tokens_per_s is None else f"{measured.tokens_per_s:.1f}",
+            "-" if measured.answer_token_s is None else f"{1000 * measured.answer_token_s:.1f}",
+            _expected(record),
         )
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
     console.print(table if records else "no requests yet")
+
+
+def _expected(record: Record) -> str:
+    """What was predicted of `ms/token`, the first token's time included, and by how much that is usually off."""
+    token_s, spread = record.predicted.answer_token_s, record.predicted.spread
+    if token_s is None:
+        return "-"
+    return f"{1000 * token_s:.1f}" + ("" if spread is None else f" ±{spread:.0%}")
 
 
 def _say(value: dict[str, Any], line: str, as_json: bool) -> None:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import pytest
 import trio
 
 from client.metalearning.candidates import CANDIDATES
 from client.metalearning.described import FEATURES, described, place
 from client.metalearning.online import Corrections
+from client.metalearning.price import Money
 from client.metalearning.record import Record
-from node.choosing import Choosing, Wanted, asked_of, replayed
+from node.choosing import DAY_S, Choosing, Wanted, asked_of, replayed
 from protocol.strategy import Auto, Facts, Strategy, parse
 from tests.helpers.records import RECORD, numbered
 
 FACTS = Facts(hops=2, deployed="float32")
+NOW_S = RECORD.at_ms / 1000
+
+
+@dataclass
+class At:
+    """A clock that stands."""
+
+    now_s: float
+
+    def time(self) -> float:
+        return self.now_s
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+def choosing_at(now_s: float) -> Choosing:
+    return Choosing(lambda size: bytes(size), At(now_s))
 
 
 def wanted(how: Auto = Auto(explore=False), **task: object) -> Wanted:  # noqa: B008  # frozen
@@ -28,34 +48,76 @@ def ran(number: int, strategy: str, token_s: float, **changes: object) -> Record
 
 
 def test_a_choice_is_a_plan_for_the_recorder() -> None:
-    decided = Choosing(lambda size: bytes(size)).decide(wanted())
+    decided = choosing_at(NOW_S).decide(wanted())
     assert decided.plan.strategy == Strategy()
     assert decided.plan.chosen_by == "auto"
     assert decided.choice is not None
 
 
 def test_the_history_is_learnt_from() -> None:
-    choosing = Choosing(lambda size: bytes(size))
+    choosing = choosing_at(NOW_S)
     records = [
         ran(number, "speculation=lookup" if number % 2 else "default", 0.01 if number % 2 else 0.05)
         for number in range(60)
     ]
-    replayed(choosing.chooser, records)
+    replayed(choosing.chooser, records, NOW_S)
     assert choosing.decide(wanted()).plan.strategy == Strategy(speculation="lookup")
     other = replace(wanted(), name="another model")
     assert choosing.decide(other).plan.strategy == Strategy(), "what one model showed says nothing of another"
 
 
+def test_what_is_old_counts_less() -> None:
+    def errors(days: float) -> float:
+        choosing = choosing_at(NOW_S + days * DAY_S)
+        records = [ran(n, "speculation=lookup" if n % 2 else "default", 0.01 if n % 2 else 0.05) for n in range(60)]
+        replayed(choosing.chooser, records, choosing.clock.time())
+        choice = choosing.decide(wanted()).choice
+        assert choice is not None
+        return choice.fractions["default"]
+
+    assert errors(0) < 0.3 < errors(14) < 0.6 < errors(60)
+    choosing = choosing_at(NOW_S)
+    future = replace(ran(1, "default", 0.05), at_ms=RECORD.at_ms + 10**11)
+    replayed(choosing.chooser, [future, *(ran(n, "default", 0.05) for n in range(2, 5))], NOW_S)
+    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route)) == 4
+
+
+def test_a_plan_says_why_and_what_is_expected() -> None:
+    choosing = choosing_at(NOW_S)
+    first = choosing.decide(replace(wanted(), token_s=0.05)).plan
+    assert (first.why, first.predicted.answer_token_s) == ("ranking", pytest.approx(0.05))
+    replayed(choosing.chooser, [ran(n, "default", 0.02) for n in range(20)], NOW_S)
+    later = choosing.decide(replace(wanted(), token_s=0.05)).plan
+    assert later.why == "records"
+    assert later.predicted.answer_token_s == pytest.approx(0.02, rel=0.05), "own requests before the placement's figure"
+    assert later.predicted.spread is not None
+    assert later.predicted.spread < 0.2
+
+
+def test_a_budget_rules_out_and_leaves_the_cheapest() -> None:
+    choosing = choosing_at(NOW_S)
+    records = [ran(n, "speculation=lookup" if n % 2 else "default", 0.01 if n % 2 else 0.05) for n in range(60)]
+    replayed(choosing.chooser, records, NOW_S)
+    hour = 3600 / RECORD.route.hops  # of a worker: one unit of money a second for the route
+    for budget, over in ((20.0, False), (1.0, True)):
+        decided = choosing.decide(replace(wanted(), money=Money(hour, budget)))
+        assert decided.choice is not None
+        assert (decided.plan.strategy, decided.choice.over_budget) == (Strategy(speculation="lookup"), over)
+        assert decided.plan.money == Money(hour, budget)
+
+
 def test_requests_that_failed_or_ran_otherwise_teach_nothing() -> None:
-    choosing = Choosing(lambda size: bytes(size))
+    choosing = choosing_at(NOW_S)
     failed = replace(RECORD.measured, error="HopLost", ttft_s=None)
-    replayed(choosing.chooser, [numbered(1, strategy=Strategy(), measured=failed), ran(2, "prefill_chunk=17", 0.01)])
+    replayed(
+        choosing.chooser, [numbered(1, strategy=Strategy(), measured=failed), ran(2, "prefill_chunk=17", 0.01)], NOW_S
+    )
     key = place(RECORD.model, RECORD.model_features, RECORD.route)
     assert choosing.chooser.seen(key) == 0
 
 
 def test_own_requests_are_learnt_from_at_once() -> None:
-    choosing = Choosing(lambda size: bytes(size))
+    choosing = choosing_at(NOW_S)
     decided = choosing.decide(wanted())
     choosing.learn(decided, (0.1, 0.2, 0.3))
     choosing.learn(decided, ())
@@ -66,13 +128,13 @@ def test_lossy_strategies_and_trials_need_leave() -> None:
     exact = replace(wanted(Auto(lossy=True, explore=False)), facts=replace(FACTS, exact=True))
     assert not any("int8" in name for name in _offered(exact))
     assert any("int8" in name for name in _offered(wanted(Auto(lossy=True, explore=False))))
-    always = Choosing(lambda size: bytes(size))  # draws 0
+    always = choosing_at(NOW_S)  # draws 0
     assert always.decide(wanted(Auto(explore=True))).choice.why == "trial"  # type: ignore[union-attr]
     assert always.decide(wanted(Auto(explore=False))).choice.why == "ranking"  # type: ignore[union-attr]
 
 
 def test_a_client_begins_with_its_history() -> None:
-    choosing = Choosing(lambda size: bytes(size))
+    choosing = choosing_at(NOW_S)
     trio.run(choosing.prepare, lambda: [ran(number, "default", 0.02) for number in range(5)])
     assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route)) == 5
 
@@ -80,11 +142,11 @@ def test_a_client_begins_with_its_history() -> None:
 def test_a_task_has_a_cell_for_each_feature() -> None:
     task = described(RECORD.model_features, RECORD.route, RECORD.task)
     assert len(task.cells) == len(FEATURES)
-    assert task == asked_of(RECORD, CANDIDATES).task
+    assert task == asked_of(RECORD, CANDIDATES, NOW_S).task
     assert len(Corrections(len(CANDIDATES)).errors()[0]) == len(CANDIDATES)
 
 
 def _offered(request: Wanted) -> set[str]:
-    choice = Choosing(lambda size: bytes(size)).decide(request).choice
+    choice = choosing_at(NOW_S).decide(request).choice
     assert choice is not None
     return set(choice.fractions)

@@ -149,3 +149,17 @@ def test_two_processes_write_at_the_same_time(path: Path) -> None:
     with History(path) as history:
         assert len(history) == 200
         assert len(set(history.records())) == 200
+
+
+def test_a_file_of_the_first_schema_keeps_its_rows(path: Path) -> None:
+    with History(path) as history:
+        history.add([numbered(1)])
+    new = ("why", "price_per_hour", "budget", "predicted_answer_token_s", "predicted_spread")
+    with sqlite3.connect(path) as db:
+        for column in new:
+            db.execute(f"ALTER TABLE records DROP COLUMN {column}")
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    with History(path) as history:
+        assert history.records() == [numbered(1)]
+        assert history.add([numbered(2, why="trial", price_per_hour=0.5)]) == 1

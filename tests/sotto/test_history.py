@@ -69,7 +69,8 @@ def test_the_table_shows_the_newest_and_conditions_choose(folder: Path) -> None:
     shown = sotto(folder, "history")
     assert shown.exit_code == 0, shown.output
     lines = shown.stdout.splitlines()
-    assert lines[0].split() == ["when", "model", "strategy", "end", "hops", "in+out", "first", "s", "tokens/s"]
+    columns = ["when", "model", "strategy", "end", "hops", "in+out", "first", "s", "tokens/s", "ms/token", "expected"]
+    assert lines[0].split() == columns
     assert lines[1].split()[2:] == [
         "demo",
         "prefix_cache=false,speculation=lookup",
@@ -78,6 +79,8 @@ def test_the_table_shows_the_newest_and_conditions_choose(folder: Path) -> None:
         "40+64",
         "0.10",
         "82.5",
+        "13.5",
+        "-",
     ]
     assert "HopLost" in shown.stdout
     assert "other" not in sotto(folder, "history", "--where", "model=demo").stdout

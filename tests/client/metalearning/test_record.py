@@ -48,7 +48,7 @@ def test_no_column_could_hold_a_prompt() -> None:
     texts = {column.name for column in COLUMNS.values() if column.kind is str}
     assert texts == {
         "uid", "origin", "version", "torch", "hardware", "model", "tier", "chosen_by", "model_family",
-        "task_objective", "measured_finish", "measured_error",
+        "task_objective", "measured_finish", "measured_error", "why",
     }  # fmt: skip
     assert {column.name for column in COLUMNS.values() if column.kind == SERIES} == {
         "route_span_us",
@@ -63,6 +63,8 @@ def test_no_column_could_hold_a_prompt() -> None:
         ("uid", "Z" * 32),
         ("origin", "rumour"),
         ("chosen_by", "nobody"),
+        ("why", "a prompt, say"),
+        ("price_per_hour", -1),
         ("strategy", "speed=11"),
         ("model", "x" * 201),
         ("model", "two\nlines"),

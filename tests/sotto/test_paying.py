@@ -1,0 +1,80 @@
+"""The words of a command line about price, objective and weights, made into what a request and a deployment are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from client.metalearning.price import Money
+from node.history import History
+from node.model import Ask
+from node.paths import history_file
+from protocol.errors import InputError
+from protocol.strategy import Auto
+from simnet.cluster import Cluster
+from sotto.__main__ import app
+from sotto.commands.generation import paid, strategy_of
+from tests.helpers.tiny_models import make_checkpoint
+
+
+def test_a_price_and_an_objective_are_the_requests() -> None:
+    ask = paid(Ask(), "cost", 0.4, 0.02)
+    assert (ask.objective, ask.money) == ("cost", Money(0.4, 0.02))
+    assert paid(Ask(), "latency", None, None).money is None
+    with pytest.raises(InputError, match="--objective 'speed'"):
+        paid(Ask(), "speed", None, None)
+    with pytest.raises(InputError, match="--price-per-hour"):
+        paid(Ask(), "latency", None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "dtype", "weights"),
+    [
+        ("auto", None, "float32"),
+        ("auto", "int8", "int8"),
+        ("auto,lossy", None, None),
+        ("auto,lossy", "float32", "float32"),
+        ("default", None, "float32"),
+        ("weights=int8", None, "int8"),
+        ("weights=int8", "float32", "int8"),
+    ],
+)
+def test_weights_are_chosen_only_where_loss_is_allowed_and_none_are_named(
+    text: str, dtype: str | None, weights: str | None
+) -> None:
+    chosen, found = strategy_of(text, dtype, None, None)
+    assert found == weights
+    assert isinstance(chosen, Auto) == text.startswith("auto")
+
+
+def test_a_draft_model_and_precisions_that_contradict_each_other() -> None:
+    chosen, weights = strategy_of("auto,lossy", None, "draft", None)
+    assert (weights, chosen) == ("float32", strategy_of("speculation=draft", None, "draft", None)[0])
+    with pytest.raises(InputError, match="contradict"):
+        strategy_of("weights=int8", "bfloat16", None, None)
+
+
+def test_weights_are_chosen_before_the_deployment_and_a_budget_is_kept_in_mind(swarm: Cluster, tmp_path: Path) -> None:
+    model, data = make_checkpoint(tmp_path / "model", seed=37), tmp_path / "data"
+    words = ["run", "-m", str(model), "-b", swarm.bootstrap, "-n", "4", "--data-dir", str(data), "--json"]
+    paying = ["--price-per-hour", "1", "--budget", "0.000000001", "--objective", "cost"]
+    first = CliRunner().invoke(
+        app, [*words, "--strategy", "auto,lossy,no-explore", "--expect-tokens", "0", *paying, "brook"]
+    )
+    assert first.exit_code == 0, first.output
+    said = json.loads(first.stdout)
+    assert "weights=int8" in said["strategy"], "nothing stands, and int8 is least to send"
+    assert (said["over_budget"], said["why"]) == (True, "budget")
+    again = CliRunner().invoke(app, [*words, "--strategy", "auto,lossy,no-explore", "mill"])
+    assert "weights=int8" in json.loads(again.stdout)["strategy"], "what stands is kept"
+    exact = CliRunner().invoke(app, [*words, "mill"])
+    assert "weights" not in json.loads(exact.stdout)["strategy"]
+    with History(history_file(data)) as history:
+        record = history.records()[0]
+    assert (record.why, record.price_per_hour, record.budget) == ("budget", float(record.route.hops), 1e-9)
+    assert record.task.objective == "cost"
+    assert record.predicted.answer_token_s
+    assert record.measured.answer_token_s
