@@ -153,17 +153,63 @@ def test_nobody_is_preempted(how: str) -> None:
     in_swarm(1, test, compute=toy, kv_memory_bytes=2 * SESSION_BYTES)
 
 
-def test_what_was_preempted_while_it_computes_leaves_when_its_step_has_committed() -> None:
-    def slow(_: object) -> Compute:
-        return ToyCompute(CostModel(step_s=0.0, block_position_s=0.01))
+def slow(_: object) -> Compute:
+    return ToyCompute(CostModel(step_s=0.0, block_position_s=0.01))
+
+
+async def opened_and_aged(swarm: Swarm, count: int) -> list[HandRoute]:
+    """Sessions of the owner that may be preempted."""
+    await swarm.client.deploy_route(swarm.workers)
+    routes = [await attached(swarm, f"route {number}") for number in range(count)]
+    for route in routes:
+        await begun(route)
+    await trio.sleep(RUN_S)
+    return routes
+
+
+def test_room_that_was_made_is_kept_until_all_of_it_is_there() -> None:
+    """For a large session two give way; a small one that waits too would fit into the room of whichever goes first."""
 
     async def test(swarm: Swarm) -> None:
+        routes = await opened_and_aged(swarm, 4)
+        await routes[2].send(*routes[2].step(0, 0, ROWS[:200]))  # 4 s of computing
+        await trio.sleep(1)
+        guest = await swarm.another("guest")
+        late, again = await attached(swarm, "late", guest), await attached(swarm, "again")
+        await asks(late, capability(swarm, guest.peer, Right.USE), tokens=2 * TOKENS)
+        await preempted_at(routes[2])
+        await preempted_at(routes[3])
+        await asks(again)
+        assert await opened(late) == [0]
+        assert swarm.workers[0].service.sessions.sessions_waiting == 1
+        await late.send(CloseSession(late.session))
+        await opened(again)
+
+    in_swarm(1, test, compute=slow, kv_memory_bytes=4 * SESSION_BYTES)
+
+
+def test_nobody_is_preempted_for_room_that_is_about_to_be_free() -> None:
+    async def test(swarm: Swarm) -> None:
+        first, second, third = await opened_and_aged(swarm, 3)
+        await second.send(*second.step(0, 0, ROWS[:200]))  # 4 s of computing
+        await trio.sleep(1)
+        await second.send(CloseSession(second.session))
+        guest = await swarm.another("guest")
+        late, started = await attached(swarm, "late", guest), trio.current_time()
+        await asks(late, capability(swarm, guest.peer, Right.USE))
+        assert await opened(late) == [0]
+        assert 2 < trio.current_time() - started < 4
+        assert not swarm.workers[0].counts.failed
+        for route in (first, third):
+            await route.do(0, 0, ROWS[:1])
+
+    in_swarm(1, test, compute=slow, kv_memory_bytes=3 * SESSION_BYTES)
+
+
+def test_what_was_preempted_while_it_computes_leaves_when_its_step_has_committed() -> None:
+    async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
-        await swarm.client.deploy_route(swarm.workers)
-        first, second = await attached(swarm, "first"), await attached(swarm, "second")
-        await begun(first)
-        await begun(second)
-        await trio.sleep(RUN_S)
+        _, second = await opened_and_aged(swarm, 2)
         await second.send(*second.step(0, 0, ROWS[:200]))  # 4 s of computing
         await trio.sleep(1)
         guest = await swarm.another("guest")
