@@ -85,13 +85,11 @@ class EngineThread:
     def _serve(self, on_start: Callable[[], None]) -> None:
         on_start()
         while True:
-            try:
-                call = self._calls.get(block=self._engine.idle)
-            except queue.Empty:
+            if self._calls.empty() and not self._engine.idle:
                 self._engine.advance()
+            elif (call := self._calls.get()) is None:
+                return
             else:
-                if call is None:
-                    return
                 _attempt(*call)
             if self._settled:
                 self._tell()

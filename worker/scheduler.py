@@ -79,6 +79,8 @@ class Scheduler(Generic[J]):
             return []
         name, queue = next(iter(self._queues.items()))
         del self._queues[name]
+        if len(queue) == 1 and not queue[0].alone and 1 == queue[0].rows_left <= queue[0].rows_at_once:
+            return [(queue[0], 1)]  # a lone decode: there is nothing to choose
         if queue[0].alone:
             queue.rotate(-1)  # a tenant's jobs that run alone take turns too
             taken = [(queue[-1], min(self.rows_per_forward, queue[-1].rows_left, queue[-1].rows_at_once))]
