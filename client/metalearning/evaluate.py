@@ -86,11 +86,10 @@ def judge(table: Table, make: Make, clock: Callable[[], float], on_fold: Callabl
     return Judged(choices, expected, float(np.median(times)))
 
 
-def report(
+def judge_all(
     table: Table, clock: Callable[[], float], update: Update, makers: Mapping[str, Make] = SELECTORS
-) -> dict[str, Any]:
-    """Every selector's figures, with 95 % intervals over groups and tasks, and those of the product's own as
-    `chosen`."""
+) -> dict[str, Judged]:
+    """Every selector's choices, and those of an oracle."""
     total, done = len(folds(table)) * len(makers), 0
 
     def step() -> None:
@@ -101,6 +100,12 @@ def report(
     update(0, total)
     judged = {name: judge(table, make, clock, step) for name, make in makers.items()}
     judged[ORACLE] = Judged(np.nanargmax(table.fractions, axis=1), table.fractions, None)
+    return judged
+
+
+def report(table: Table, judged: Mapping[str, Judged]) -> dict[str, Any]:
+    """Figures of what `judge_all` found, with 95 % intervals over groups and tasks, and those of the product's own as
+    `chosen`."""
     figures = {name: _figures(table, one, judged) for name, one in judged.items()}
     return {
         "tasks": len(table.tasks),

@@ -61,12 +61,17 @@ def tolerably_right(table: Table, choices: Numbers) -> npt.NDArray[np.bool_]:
 
 def macro_f1(table: Table, choices: Numbers) -> float:
     """Averaged over the strategies that are the best somewhere or were chosen somewhere; ties count as right."""
-    truth = np.where(right(table, choices), choices, np.nanargmax(table.fractions, axis=1))
+    truth = truths(table, choices)
     each = []
     for strategy in np.union1d(truth, choices):
         hits = np.sum((truth == strategy) & (choices == strategy))
         each.append(2 * hits / (np.sum(truth == strategy) + np.sum(choices == strategy)))
     return float(np.mean(each))
+
+
+def truths(table: Table, choices: Numbers) -> Numbers:
+    """Of each task, the strategy that was best; the one chosen, where several were."""
+    return np.asarray(np.where(right(table, choices), choices, np.nanargmax(table.fractions, axis=1)))
 
 
 def worst_decile(fractions: Array) -> float:

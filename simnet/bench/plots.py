@@ -41,14 +41,14 @@ def breakdown(report: Mapping[str, Any], folder: Path) -> list[Path]:
     parts = {dtype: each["software"]["token_us"] for dtype, each in report.items() if _has_software(each)}
     if not parts:
         return []
-    figure, axes = _figure("Where the time of a token goes", "precision", "microseconds per token")
+    figure, axes = blank("Where the time of a token goes", "precision", "microseconds per token")
     below = [0.0] * len(parts)
     for part in PARTS:
         heights = [each[part] for each in parts.values()]
         axes.bar(list(parts), heights, bottom=below, label=part)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.legend()
-    return [_saved(figure, folder / "token.png")]
+    return [saved(figure, folder / "token.png")]
 
 
 def _has_software(part: Any) -> bool:
@@ -57,7 +57,7 @@ def _has_software(part: Any) -> bool:
 
 def _axis(name: str, axis: Mapping[str, Any], folder: Path) -> Path:
     cost = axis["cost"]
-    figure, axes = _figure(f"Cost along {name}", axis["unit"], cost.replace("_", " "))
+    figure, axes = blank(f"Cost along {name}", axis["unit"], cost.replace("_", " "))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for who, key in ((OURS, cost), (THEIRS, f"library_{cost}"), ("theory", f"theory_{cost}")):
@@ -69,22 +69,22 @@ def _axis(name: str, axis: Mapping[str, Any], folder: Path) -> Path:
             if fitted and fitted["bend"]:
                 axes.axvline(fitted["bend"]["at"], color=COLOURS[who], linestyle=":")
     axes.legend()
-    return _saved(figure, folder / f"growth-{name}.png")
+    return saved(figure, folder / f"growth-{name}.png")
 
 
 def _throughput(report: Mapping[str, Any], folder: Path) -> Path:
-    figure, axes = _figure(f"Throughput, {report['workload']['name']}", "requests at once", "new tokens per second")
+    figure, axes = blank(f"Throughput, {report['workload']['name']}", "requests at once", "new tokens per second")
     axes.set_xscale("log", base=2)
     for who in (OURS, THEIRS):
         points = [(each["concurrency"], each[who]["tokens_per_s"]) for each in report["points"] if who in each]
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[who], label=who)
     axes.legend()
-    return _saved(figure, folder / "throughput.png")
+    return saved(figure, folder / "throughput.png")
 
 
 def _percentiles(report: Mapping[str, Any], folder: Path) -> Path:
-    figure, axes = _figure(f"Latency, {report['workload']['name']}", "requests at once", "ms, p50 full, p99 dotted")
+    figure, axes = blank(f"Latency, {report['workload']['name']}", "requests at once", "ms, p50 full, p99 dotted")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     for measure, colour in (("first_token_ms", "tab:blue"), ("per_token_ms", "tab:green")):
@@ -97,10 +97,11 @@ def _percentiles(report: Mapping[str, Any], folder: Path) -> Path:
             if points:
                 axes.plot(*zip(*points, strict=True), line, color=colour, label=f"{measure[:-3]} {percentile}")
     axes.legend()
-    return _saved(figure, folder / "latency.png")
+    return saved(figure, folder / "latency.png")
 
 
-def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+def blank(title: str, x: str, y: str) -> tuple[Any, Any]:
+    """A figure without anything in it, and its axes. Raises InputError without matplotlib."""
     require()
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure alive
 
@@ -113,7 +114,8 @@ def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _saved(figure: Any, path: Path) -> Path:
+def saved(figure: Any, path: Path) -> Path:
+    """Write it; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return path

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sotto.commands.common import Json, errors, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from client.metalearning.evaluate import Judged
+    from client.metalearning.table import Table
 
 METRICS = ("accuracy", "tolerant_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
 
@@ -33,6 +37,9 @@ def select(
             "the task's range; needed where values are zero or negative."
         ),
     ] = "ratio",
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Draw regret, confusion and prediction there; needs matplotlib.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge every selector on a table of recorded performance, leaving one group of tasks out at a time."""
@@ -43,6 +50,10 @@ def select(
 
         if regret not in ("ratio", "absolute"):
             raise InputError(f"unknown --regret {regret!r}: use ratio or absolute")
+        if plots is not None:
+            from simnet.bench.plots import require
+
+            require()
         columns = Columns(
             tasks=tuple(dict.fromkeys(name.strip() for name in task_columns.split(",") if name.strip())),
             strategy=strategy_column,
@@ -56,11 +67,30 @@ def select(
         except UnicodeDecodeError:
             raise InputError(f"{table} is not UTF-8 text") from None
         with progress_bar("folds", bytes_=False, quiet=as_json) as update:
-            result = evaluate.report(recorded, time.process_time, update)
+            judged = evaluate.judge_all(recorded, time.process_time, update)
+        result = evaluate.report(recorded, judged)
+        if plots is not None:
+            result["plots"] = [str(path) for path in _draw(plots, recorded, judged[evaluate.OURS], result)]
     if as_json:
         print_json(result)
     else:
         _print(result)
+
+
+def _draw(folder: Path, table: Table, ours: Judged, report: dict[str, Any]) -> list[Path]:
+    """What every selector loses; what the product's own confused and predicted."""
+    from client.metalearning.metrics import truths
+    from simnet.bench import selection_plots
+
+    best = truths(table, ours.choices).tolist()
+    measured = table.measured
+    return [
+        selection_plots.regret(folder / "regret.png", report),
+        selection_plots.confusion(folder / "confusion.png", ours.choices.tolist(), best, table.strategies),
+        selection_plots.predicted(
+            folder / "predicted.png", ours.expected[measured].tolist(), table.fractions[measured].tolist()
+        ),
+    ]
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -75,3 +105,5 @@ def _print(result: dict[str, Any]) -> None:
         print(f"{name:<19}{cells}  {low:+.3f} to {high:+.3f}")
     chosen = result["chosen"]
     print(f"chosen: {chosen['name']}, " + ", ".join(f"{name} {chosen[name]:.3f}" for name in METRICS))
+    for path in result.get("plots", ()):
+        print(f"drawn: {path}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,24 @@ def test_text_has_one_line_per_selector(few: Path) -> None:
     done = select(few, *WORDS, "--lower-is-better", "--hold-out", "group")
     assert done.exit_code == 0, done.output
     assert {line.split()[0] for line in done.stdout.splitlines()} >= {*SELECTORS, "oracle", "chosen:"}
+
+
+@pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is an extra")
+def test_pictures_are_drawn_and_named(few: Path, tmp_path: Path) -> None:
+    words = (*WORDS, "--lower-is-better", "--hold-out", "group", "--json")
+    done = select(few, *words, "--plots", str(tmp_path / "new"))
+    assert done.exit_code == 0, done.output
+    drawn = [Path(path) for path in json.loads(done.stdout)["plots"]]
+    assert [path.name for path in drawn] == ["regret.png", "confusion.png", "predicted.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_without_matplotlib_nothing_is_fitted_first(few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simnet.bench.plots.find_spec", lambda _: None)
+    monkeypatch.setattr("client.metalearning.evaluate.judge_all", lambda *_: pytest.fail("fitted for nothing"))
+    done = select(few, *WORDS, "--hold-out", "group", "--plots", str(tmp_path), "--json")
+    assert done.exit_code == 1
+    assert "sotto[plots]" in json.loads(done.stdout)["error"]
 
 
 @pytest.mark.parametrize(
