@@ -1,9 +1,10 @@
 """Which strategy a request gets: what the records say of requests like it, corrected by what this user's own showed.
 
-In this order: what cannot work, or loses precision unasked, is out. With records, the advisor's prediction counts,
-corrected by `online.Corrections` of this deployment and route; a strategy is taken over the ranking's first only when
-its expected gain exceeds the doubt about it. Without records, the ranking. Now and then, when allowed, one that may be
-better than is known is tried: never one expected to lose more than `REGRET_MAX`, and never more often than `explore`.
+In this order: what cannot work, or loses precision unasked, is out. With records, the advisor's choice stands (which
+leaves the ranking only where that held on records it had not seen); without, the ranking's. Predictions are corrected
+by `online.Corrections` of this deployment and route, and another strategy is taken only when its corrected gain exceeds
+the doubt about it. Now and then, when allowed, one that may be better than is known is tried: never one expected to lose
+more than `REGRET_MAX`, and never more often than `explore`.
 
 What peers report (`hearsay.py`) is used in the same way, as a hint what to try: it shifts a prediction by at most
 SHIFT_MAX, the less the more is known here, and decides at most a share SWAYED_MAX of the choices. Both hold whatever
@@ -49,6 +50,9 @@ class Advice(Protocol):
     def expect(self, task: Task) -> dict[str, tuple[float, float]]:
         """Each one's expected fraction of the best possible, and one deviation of it."""
 
+    def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
+        """`expect`, and the one to take of `allowed`; None where the records name none of these."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -89,7 +93,7 @@ class Chooser:
         names = [name for name in CANDIDATES if name in asked.possible]
         if not names:
             raise ValueError("no strategy is possible, not even the default")
-        fractions, spreads = self._expected(asked, names)
+        fractions, spreads, advised = self._expected(asked, names)
         shifts = self._shifts(asked.kind, names, fractions, spreads)
         more = fractions * np.expm1(shifts)
         known = [dict(zip(names, map(float, each), strict=True)) for each in (fractions, spreads, more)]
@@ -97,7 +101,8 @@ class Chooser:
         if len(names) == 1:
             return _because(shown, names[0], "only one is possible")
         ranked = self.advisor.ranking if self.advisor else RANKING
-        safe = next((names.index(name) for name in ranked if name in names), 0)
+        usual = next((names.index(name) for name in ranked if name in names), 0)
+        safe = usual if advised is None else names.index(advised)
         bold = int(fractions.argmax())
         doubt = float(np.hypot(spreads[bold], spreads[safe]))
         best = bold if fractions[bold] - fractions[safe] > TRUST * doubt else safe
@@ -107,31 +112,26 @@ class Chooser:
         hint = _hinted(fractions, shifts, best)
         if hint is not None and self.explore <= asked.draw < self.explore + SWAYED_MAX:
             return _because(shown, names[hint], "peers")
-        return _because(shown, names[best], "ranking" if best == safe else "records")
+        return _because(shown, names[best], "ranking" if best == usual else "records")
 
     def note(self, asked: Asked, strategy: str, at: Situation, cost_s: float) -> None:
         """A request cost `cost_s` seconds per token of its answer with `strategy`, one of CANDIDATES."""
         place = CANDIDATES.index(strategy)
-        predicted, _ = self._predicted(asked.task)
+        predicted, _ = _of_all(self.advisor.expect(asked.task) if self.advisor else {})
         self._of(asked.place).note(at, place, cost_s, max(float(predicted[place]), 1e-3))
 
     def seen(self, place: str) -> int:
         """How many requests were noted there."""
         return self._corrections[place].seen if place in self._corrections else 0
 
-    def _expected(self, asked: Asked, names: list[str]) -> tuple[Array, Array]:
-        """Fractions of the best possible, corrected, and their deviations."""
+    def _expected(self, asked: Asked, names: list[str]) -> tuple[Array, Array, str | None]:
+        """Fractions of the best possible, corrected; their deviations; and what the records alone would take."""
         places = [CANDIDATES.index(name) for name in names]
         errors, deviations = self._of(asked.place).errors()
-        predicted, doubts = self._predicted(asked.task)
+        known, advised = self.advisor.consider(asked.task, names) if self.advisor else ({}, None)
+        predicted, doubts = _of_all(known)
         fractions = corrected(predicted[places], errors[places])
-        return fractions, np.hypot(fractions * deviations[places], doubts[places])
-
-    def _predicted(self, task: Task) -> tuple[Array, Array]:
-        """What the records alone say of all CANDIDATES."""
-        known = self.advisor.expect(task) if self.advisor else {}
-        each = [known.get(name, (1.0, SPREAD_UNKNOWN)) for name in CANDIDATES]
-        return np.array([fraction for fraction, _ in each]), np.array([spread for _, spread in each])
+        return fractions, np.hypot(fractions * deviations[places], doubts[places]), advised
 
     def _trial(self, draw: float, fractions: Array, spreads: Array, best: int) -> int | None:
         if draw >= self.explore:
@@ -172,6 +172,12 @@ def _hinted(fractions: Array, shifts: Array, best: int) -> int | None:
     gains = np.where(shifts - shifts[best] >= SHIFT_MIN, shifted - shifted[best], -np.inf)
     hint = int(gains.argmax())
     return hint if gains[hint] >= SHIFT_MIN else None
+
+
+def _of_all(known: dict[str, tuple[float, float]]) -> tuple[Array, Array]:
+    """Fractions and spreads of all CANDIDATES by what is known of some."""
+    each = [known.get(name, (1.0, SPREAD_UNKNOWN)) for name in CANDIDATES]
+    return np.array([fraction for fraction, _ in each]), np.array([spread for _, spread in each])
 
 
 def _because(choice: Choice, strategy: str, why: Why) -> Choice:

@@ -1,0 +1,96 @@
+"""`sotto bench scheduler`: the scheduler judged on the records that come with it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sotto.commands.common import Json, errors, print_json, progress_bar
+
+SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
+
+
+def scheduler(
+    records: Annotated[
+        Path | None,
+        typer.Option(help="An export of 'sotto bench collect --lossy'. Default: the records that come with sotto."),
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Sections beside the splits: curve, ablation, text; with commas, or none. Default: all."),
+    ] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw pictures into this folder; needs matplotlib.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Judge every selector on models, routes and workloads that it never saw; how it learns; what features are worth.
+
+    One thread; minutes for the records that come with sotto. See docs/SCHEDULER.md for what the figures mean.
+    """
+    with errors(as_json):
+        from simnet.bench import plots as pictures
+        from simnet.bench.scheduler import records as tables
+        from simnet.bench.scheduler import run as bench
+
+        if plots is not None:
+            pictures.require()
+        sections = (
+            bench.SECTIONS if only is None else tuple(word for word in only.split(",") if word not in ("", "none"))
+        )
+        options = bench.Options(time.process_time, sections)
+        with progress_bar("folds", bytes_=False, quiet=as_json) as update:
+            report, found = bench.run(tables.load(records or _shipped()), options, update)
+        if plots is not None:
+            report["plots"] = [str(path) for path in bench.plot(report, found, plots)]
+    if as_json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def _shipped() -> Path:
+    from importlib.resources import files
+
+    from node.choosing import PRIOR
+    from protocol.errors import InputError
+
+    prior = files("client.metalearning") / PRIOR
+    if not prior.is_file():
+        raise InputError(
+            "no records come with this version: export some with 'sotto bench collect', and name --records"
+        )
+    return Path(str(prior))
+
+
+def _print(report: dict[str, Any]) -> None:
+    about = report["records"]
+    print(
+        f"{about['rows']} runs of {about['contexts']} contexts, {about['model']} models, {about['route']} routes, "
+        f"{about['workload']} workloads; one run's noise {about['noise_of_one_run']:.1%}"
+    )
+    for split, found in report["splits"].items():
+        print(f"\nleave one {split} out" + "".join(f"{name.replace('_', ' '):>25}" for name in SHOWN) + "  - ranking")
+        for name, figures in found["selectors"].items():
+            low, high = figures["gain_over_fixed_ranking_interval"]
+            cells = "".join(f"{figures[metric]:>25.3f}" for metric in SHOWN)
+            print(f"{name:<{len(split) + 14}}{cells}  {low:+.3f} to {high:+.3f}")
+        if found["ceiling"]:
+            best = found["ceiling"]["remeasured_oracle"]
+            print(
+                f"  an oracle, measured again on {found['ceiling']['contexts']} contexts: strict "
+                f"{best['strict_accuracy']:.3f}, tolerant {best['tolerant_accuracy']:.3f}"
+            )
+    for point in report["curve"] or []:
+        if point["selector"] == "sotto":
+            figures = f"{point['mean_fraction_of_oracle']:.3f}, tolerant {point['tolerant_accuracy']:.3f}"
+            print(f"learnt from {point['contexts']} contexts, {point['split']} out: {figures}")
+    for name, splits in {**(report["ablation"] or {}), "words": (report["text"] or {}).get("splits", {})}.items():
+        for split, each in splits.items():
+            low, high = each["gain_interval"]
+            print(f"{name}, {split} out: it is worth {each['gain']:+.4f} ({low:+.4f} to {high:+.4f})")
+    if report["text_left_out"]:
+        print(f"descriptions in words: {report['text_left_out']}")
+    for outcome, names in report["goals"].items():
+        print(f"{outcome}: " + ("; ".join(names) or "none"))
