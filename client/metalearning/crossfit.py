@@ -50,15 +50,15 @@ class Parts:
 
     def strict(self, choices: Numbers) -> Array:
         """Of each task, the share of the parts by which the choice is the best."""
-        return np.mean([choices == self.best(part) for part in range(len(self.scores))], axis=0)
+        return np.asarray(np.mean([choices == self.best(part) for part in range(len(self.scores))], axis=0))
 
     def tolerant(self, choices: Numbers) -> Array:
         """The share of the ways round in which the choice is within 5 % of the best, or two standard errors."""
-        return np.mean([self._near(choices, way) for way in self._ways(2)], axis=0)
+        return np.asarray(np.mean([self._near(choices, way) for way in self._ways(2)], axis=0))
 
     def near(self, choices: Numbers) -> Array:
         """The same within 5 %, whatever the noise is."""
-        return np.mean([self._near(choices, way, noisy=False) for way in self._ways(2)], axis=0)
+        return np.asarray(np.mean([self._near(choices, way, noisy=False) for way in self._ways(2)], axis=0))
 
     def fractions(self, choices: Numbers) -> Array:
         """Of each task, the fraction of the best that the choice reaches; above 1 where the pick was not the best."""

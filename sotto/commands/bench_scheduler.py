@@ -33,15 +33,16 @@ def scheduler(
         from simnet.bench import plots as pictures
         from simnet.bench.scheduler import records as tables
         from simnet.bench.scheduler import run as bench
+        from simnet.bench.scheduler.judge import Judge
 
         if plots is not None:
             pictures.require()
         sections = (
             bench.SECTIONS if only is None else tuple(word for word in only.split(",") if word not in ("", "none"))
         )
-        options = bench.Options(time.process_time, sections)
+        judge = Judge(tables.load(records or _shipped()), time.process_time)
         with progress_bar("folds", bytes_=False, quiet=as_json) as update:
-            report, found = bench.run(tables.load(records or _shipped()), options, update)
+            report, found = bench.run(judge, sections, update)
         if plots is not None:
             report["plots"] = [str(path) for path in bench.plot(report, found, plots)]
     if as_json:

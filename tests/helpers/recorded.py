@@ -62,7 +62,7 @@ def _features(context: Context) -> dict[str, Any]:
         "model_layers": point.num_hidden_layers,
         "model_width": point.hidden_size,
         "model_kv_heads": point.num_key_value_heads,
-        "model_vocabulary": point.vocab_size,
+        "model_vocabulary": point.vocab_size or 4_000,
         "model_parameters": round(1e6 * size),
         "model_weight_bytes": 4.0,
         "route_hops": route.hops,

@@ -13,10 +13,9 @@ from typing import Any
 from client.metalearning.crossfit import Parts
 from client.metalearning.evaluate import OURS, Judged, Make
 from client.metalearning.resampling import Draws
-from client.metalearning.selectors.hedged import Hedged
 from simnet.bench.scheduler.auto import Auto
 from simnet.bench.scheduler.cards import Described, Embedded, with_text
-from simnet.bench.scheduler.judge import SELECTORS, Judge
+from simnet.bench.scheduler.judge import Judge
 from simnet.bench.scheduler.records import SPLITS, seeing
 
 PARTS = ("model", "route", "task")
@@ -28,14 +27,14 @@ def without_parts(judge: Judge, whole: Mapping[str, Mapping[str, Judged]]) -> di
     report = {}
     for part in PARTS:
         records = seeing(judge.records, lambda name, part=part: not name.startswith(f"{part}_"))  # type: ignore[misc]
-        report[f"without_{part}"] = _compared(replace(judge, records=records), SELECTORS[OURS], whole, -1.0)
+        report[f"without_{part}"] = _compared(replace(judge, records=records), judge.selectors[OURS], whole, -1.0)
     return report
 
 
 def with_words(judge: Judge, embedded: Embedded, whole: Mapping[str, Mapping[str, Judged]]) -> dict[str, Any]:
     """By split; `earned`: it gains beyond doubt somewhere, and loses nowhere."""
     richer = replace(judge, records=with_text(judge.records, embedded))
-    splits = _compared(richer, lambda: Auto(Described(Hedged(), embedded.width)), whole, 1.0)
+    splits = _compared(richer, lambda: Auto(Described(judge.product(), embedded.width)), whole, 1.0)
     gains = [each["gain_interval"] for each in splits.values()]
     earned = any(low > 0 for low, _ in gains) and all(low >= -LOSS_MAX for low, _ in gains)
     return {"earned": earned, "embedding_ms": embedded.ms, "splits": splits}

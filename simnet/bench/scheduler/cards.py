@@ -35,7 +35,7 @@ class Embedded:
 
     @property
     def width(self) -> int:
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
 
 def missing() -> str | None:
@@ -134,10 +134,9 @@ def minilm() -> Embed:
     folder = Path(next(iter(spec.submodule_search_locations or ()))) / "model"
     model = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
     weights = load_file(folder / "model.safetensors")
-    model.load_state_dict(
-        {name: value for name, value in weights.items() if not name.startswith("pooler")}, strict=False
-    )
-    model.eval()
+    known = {name for name, _ in model.named_parameters()}
+    model.load_state_dict({name: weights[name] for name in known}, strict=False)
+    model.train(False)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.enable_padding()
     tokenizer.enable_truncation(256)

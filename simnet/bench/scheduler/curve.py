@@ -16,7 +16,7 @@ from client.metalearning.crossfit import Parts
 from client.metalearning.evaluate import FIXED, OURS, Judged
 from client.metalearning.resampling import Draws
 from client.metalearning.table import Array, Mask, Table
-from simnet.bench.scheduler.judge import SELECTORS, Judge, Learnt
+from simnet.bench.scheduler.judge import Judge, Learnt
 from simnet.bench.scheduler.records import SPLITS
 
 SIZES = (15, 30, 60, 120)
@@ -36,7 +36,7 @@ def sizes(judge: Judge) -> list[int]:
 
 def steps(judge: Judge) -> int:
     """Folds to be fitted."""
-    return len(sizes(judge)) * SEEDS * len(LEARNERS) * judge.folds()
+    return len(sizes(judge)) * SEEDS * len(_learners(judge)) * judge.folds()
 
 
 def curve(judge: Judge, whole: Mapping[str, Mapping[str, Judged]]) -> list[dict[str, Any]]:
@@ -47,13 +47,17 @@ def curve(judge: Judge, whole: Mapping[str, Mapping[str, Judged]]) -> list[dict[
         table = judge.records.judged.held_out(split)
         draws, halves = Draws.of(table.groups), Parts.of(table)
         assert halves is not None
-        for name in LEARNERS:
+        for name in _learners(judge):
             for size in sizes(judge):
-                found = [judge.choices(split, SELECTORS[name], _first(size, seed)) for seed in range(SEEDS)]
+                found = [judge.choices(split, judge.selectors[name], _first(size, seed)) for seed in range(SEEDS)]
                 points.append({"split": split, "selector": name, "contexts": size, **_figures(found, halves, draws)})
             every = [whole[split][name]]
             points.append({"split": split, "selector": name, "contexts": "all", **_figures(every, halves, draws)})
     return points
+
+
+def _learners(judge: Judge) -> list[str]:
+    return [name for name in LEARNERS if name in judge.selectors]
 
 
 def _first(size: int, seed: int) -> Learnt:

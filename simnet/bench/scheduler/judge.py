@@ -7,7 +7,7 @@ runs say is looked at only to score the choice made for it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,17 +22,24 @@ from simnet.bench.scheduler.auto import Auto
 from simnet.bench.scheduler.records import SPLITS, Records
 
 CEILING_RUNS = 6  # of every strategy of a context: enough to say how well its best can be known at all
-SELECTORS: Mapping[str, Make] = {**evaluate.SELECTORS, OURS: lambda: Auto(Hedged())}
+BASELINES: Mapping[str, Make] = {name: make for name, make in evaluate.SELECTORS.items() if name != OURS}
 Learnt = Callable[[Table, Mask], Table]
 
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """`clock` in seconds of processor time; `on_fold` hears of each fold that is done."""
+    """`clock` in seconds of processor time; `on_fold` hears of each fold that is done. `product` is the selector that
+    the product gives its chooser."""
 
     records: Records
     clock: Callable[[], float]
     on_fold: Callable[[], None] = lambda: None
+    product: Make = Hedged
+    baselines: Mapping[str, Make] = field(default_factory=lambda: BASELINES)
+
+    @property
+    def selectors(self) -> Mapping[str, Make]:
+        return {**self.baselines, OURS: lambda: Auto(self.product())}
 
     def folds(self) -> int:
         """Of one selector over all splits."""
@@ -44,10 +51,10 @@ class Judge:
         return evaluate.judge(judged, make, self.clock, self.on_fold, lambda held: learnt(known, held))
 
 
-def judged(judge: Judge, split: str, makers: Mapping[str, Make] = SELECTORS) -> dict[str, Judged]:
-    """By name; with the oracle, which knows all runs."""
+def judged(judge: Judge, split: str) -> dict[str, Judged]:
+    """Every selector by name; with the oracle, which knows all runs."""
     table = judge.records.judged
-    found = {name: judge.choices(split, make) for name, make in makers.items()}
+    found = {name: judge.choices(split, make) for name, make in judge.selectors.items()}
     best = np.asarray(np.nanargmax(table.fractions, axis=1))
     return {**found, ORACLE: Judged(best, table.fractions, None)}
 
@@ -129,7 +136,7 @@ def _halves(table: Table) -> Parts:
     return halves
 
 
-GOALS = {
+GOALS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "tolerant_accuracy >= 0.90": lambda each: each["tolerant_accuracy"] >= 0.90,
     "mean_fraction_of_oracle >= 0.97": lambda each: each["mean_fraction_of_oracle"] >= 0.97,
     "gain over ranking, lower bound >= -0.005": lambda each: each["gain_over_fixed_ranking_interval"][0] >= -0.005,

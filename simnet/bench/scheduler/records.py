@@ -55,8 +55,8 @@ def load(file: Path) -> Records:
 def of(lines: Sequence[str], name: str = "") -> Records:
     """From the lines of a CSV file with a header."""
     known = read(lines, COLUMNS, Scale(lower_is_better=True))
-    about = _origin(lines)
-    if about["simulated"] != {"0": len(lines) - 1}:
+    origin = _origin(lines)
+    if origin["simulated"] != {"0": len(lines) - 1}:
         raise InputError("there are simulated rows among the records: nothing can be claimed from these")
     twice = _runs(known) >= 2
     judged = known.only(twice & _allowed(known))
@@ -67,7 +67,7 @@ def of(lines: Sequence[str], name: str = "") -> Records:
         )
     runs = _runs(known)[known.measured]
     known, judged = known.of(there), judged.of(there)
-    about = {
+    about: dict[str, Any] = {
         "file": name,
         "rows": len(lines) - 1,
         "contexts": len(judged.tasks),
@@ -77,7 +77,7 @@ def of(lines: Sequence[str], name: str = "") -> Records:
         "runs_per_cell": float(np.mean(runs)),
         "noise_of_one_run": float(np.median(noise(judged))),
         **{split: len(set(judged.labels[split])) for split in SPLITS},
-        **about,
+        **origin,
     }
     return Records(known, judged, about)
 
