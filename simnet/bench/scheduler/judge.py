@@ -95,6 +95,7 @@ def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Mappin
         add("acceleration_over_none", _log_gain(table, choices, base[NONE]), lambda log: float(np.exp(log)))
     if FIXED in base:
         add("gain_over_fixed_ranking", fractions - halves.fractions(base[FIXED]))
+        report["leaves_the_ranking"] = float(np.mean(choices != base[FIXED]))
     report["decision_ms"] = one.decision_ms
     return report
 
