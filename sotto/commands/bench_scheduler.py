@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json, progress_bar
+from sotto.commands.bench_engine import status
+from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
 
 SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
 
@@ -20,9 +22,16 @@ def scheduler(
     ] = None,
     only: Annotated[
         str | None,
-        typer.Option(help="Sections beside the splits: curve, ablation, text; with commas, or none. Default: all."),
+        typer.Option(
+            help="Sections beside the splits: curve, ablation, text; with commas, or none. With --live: workloads. "
+            "Default: all."
+        ),
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Draw pictures into this folder; needs matplotlib.")] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Run 'auto' beside every fixed strategy on swarms of real workers instead.")
+    ] = False,
+    minutes: Annotated[float, typer.Option(min=0, help="With --live: at most so long for each workload.")] = 30.0,
     as_json: Json = False,
 ) -> None:
     """Judge every selector on models, routes and workloads that it never saw; how it learns; what features are worth.
@@ -30,25 +39,53 @@ def scheduler(
     One thread; minutes for the records that come with sotto. See docs/SCHEDULER.md for what the figures mean.
     """
     with errors(as_json):
-        from simnet.bench import plots as pictures
-        from simnet.bench.scheduler import records as tables
-        from simnet.bench.scheduler import run as bench
-        from simnet.bench.scheduler.judge import Judge
-
-        if plots is not None:
-            pictures.require()
-        sections = (
-            bench.SECTIONS if only is None else tuple(word for word in only.split(",") if word not in ("", "none"))
-        )
-        judge = Judge(tables.load(records or _shipped()), time.process_time)
-        with progress_bar("folds", bytes_=False, quiet=as_json) as update:
-            report, found = bench.run(judge, sections, update)
-        if plots is not None:
-            report["plots"] = [str(path) for path in bench.plot(report, found, plots)]
+        report = _live(records, only, minutes, as_json) if live else _judged(records, only, plots, as_json)
     if as_json:
         print_json(report)
+    elif live:
+        _print_live(report)
     else:
         _print(report)
+
+
+def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: bool) -> dict[str, Any]:
+    from simnet.bench import plots as pictures
+    from simnet.bench.scheduler import records as tables
+    from simnet.bench.scheduler import run as bench
+    from simnet.bench.scheduler.judge import Judge
+
+    if plots is not None:
+        pictures.require()
+    judge = Judge(tables.load(records or _shipped()), time.process_time)
+    with progress_bar("folds", bytes_=False, quiet=quiet) as update:
+        report, found = bench.run(judge, bench.SECTIONS if only is None else _words(only), update)
+    if plots is not None:
+        report["plots"] = [str(path) for path in bench.plot(report, found, plots)]
+    return report
+
+
+def _live(records: Path | None, only: str | None, minutes: float, quiet: bool) -> dict[str, Any]:
+    from client.metalearning.advice import Advisor
+    from client.metalearning.selectors.hedged import Hedged
+    from simnet.bench.scheduler import live as bench
+    from simnet.bench.scheduler import records as tables
+    from sotto.demo import demo_checkpoint
+
+    report: dict[str, Any] = {}
+    advisor = Advisor(Hedged(), tables.load(records or _shipped()).known)
+    with tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
+        names = tuple(bench.WORKLOADS) if only is None else _words(only)
+        options = bench.Live(Path(folder), demo_checkpoint(), minutes, names, advisor)
+        with status(quiet) as say, terminate_as_interrupt():
+            try:
+                bench.run(options, report, say)
+            except* KeyboardInterrupt:
+                report["interrupted"] = True
+    return report
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip() not in ("", "none"))
 
 
 def _shipped() -> Path:
@@ -94,4 +131,20 @@ def _print(report: dict[str, Any]) -> None:
     if report["text_left_out"]:
         print(f"descriptions in words: {report['text_left_out']}")
     for outcome, names in report["goals"].items():
+        print(f"{outcome}: " + ("; ".join(names) or "none"))
+
+
+def _print_live(report: dict[str, Any]) -> None:
+    for name, found in report["workloads"].items():
+        if "error" in found:
+            print(f"{name}: {found['error']}")
+            continue
+        took = ", ".join(f"{strategy} {count}" for strategy, count in found["auto_took"].items())
+        print(f"{name}: {found['rounds']} rounds; the best fixed one is {found['best_fixed']}; auto took {took}")
+        for strategy, ratio in found["ratios"].items():
+            print(f"  {ratio['ratio']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) times {strategy}")
+    for strategy, ratio in report.get("geometric_mean_of_ratios", {}).items():
+        ends = f"{ratio['low']:.3f} to {ratio['high']:.3f}"
+        print(f"over {ratio['workloads']} workloads {ratio['ratio']:.3f} ({ends}) times {strategy}")
+    for outcome, names in report.get("goals", {}).items():
         print(f"{outcome}: " + ("; ".join(names) or "none"))
