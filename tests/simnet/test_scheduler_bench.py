@@ -78,6 +78,11 @@ def test_simulated_rows_are_refused() -> None:
         records.of([head, ",".join(cells), *rest])
 
 
+def test_strategies_of_another_version_are_refused() -> None:
+    with pytest.raises(InputError, match="prefill_chunk=17"):
+        records.of([line.replace("wire=int8", "prefill_chunk=17") for line in LINES])
+
+
 def test_a_context_is_not_learnt_from_while_it_is_judged(known: Records, judge: Judge) -> None:
     """Whatever the runs of one model say, choices for it stay the same."""
     held = np.array(known.known.labels["model"]) == known.known.labels["model"][0]

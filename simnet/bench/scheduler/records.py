@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from client.metalearning.candidates import CANDIDATES
 from client.metalearning.crossfit import noise
 from client.metalearning.described import FEATURES
 from client.metalearning.table import Columns, Mask, Scale, Table, read
@@ -58,6 +59,8 @@ def of(lines: Sequence[str], name: str = "") -> Records:
     origin = _origin(lines)
     if origin["simulated"] != {"0": len(lines) - 1}:
         raise InputError("there are simulated rows among the records: nothing can be claimed from these")
+    if unknown := set(known.strategies) - set(CANDIDATES):
+        raise InputError(f"'auto' does not know the strategy {min(unknown)}: these records are of another version")
     twice = _runs(known) >= 2
     judged = known.only(twice & _allowed(known))
     there = judged.measured.sum(axis=1) >= 2
