@@ -21,7 +21,7 @@ from simnet.bench.scheduler.records import SPLITS
 
 SIZES = (15, 30, 60, 120)
 SEEDS = 3
-LEARNERS = (FIXED, "random_forest", "gradient_boosting", OURS)
+LEARNERS = (FIXED, "gradient_boosting", OURS)
 METRICS = ("tolerant_accuracy", "mean_fraction_of_oracle")
 
 

@@ -90,6 +90,7 @@ def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Mappin
     truth = metrics.truths(table, choices)
     add_any("macro_f1", lambda places: metrics.f1(truth[places], choices[places]))
     add("mean_fraction_of_oracle", fractions)
+    add("fraction_of_measured_best", metrics.reached(table, choices))
     add_any("worst_decile", lambda places: metrics.worst_decile(fractions[places]))
     if NONE in base:
         add("acceleration_over_none", _log_gain(table, choices, base[NONE]), lambda log: float(np.exp(log)))
