@@ -3,8 +3,8 @@
 In this order: what cannot work, or loses precision unasked, is out. With records, the advisor's choice stands (which
 leaves the ranking only where that held on records it had not seen); without, the ranking's. Predictions are corrected
 by `online.Corrections` of this deployment and route, and another strategy is taken only when its corrected gain exceeds
-the doubt about it. Now and then, when allowed, one that may be better than is known is tried: never one expected to lose
-more than `REGRET_MAX`, and never more often than `explore`.
+the doubt about it. Now and then, when allowed, one that may be better than is known is tried: never one expected to
+lose more than `REGRET_MAX`, and never more often than `explore`.
 
 What peers report (`hearsay.py`) is used in the same way, as a hint what to try: it shifts a prediction by at most
 SHIFT_MAX, the less the more is known here, and decides at most a share SWAYED_MAX of the choices. Both hold whatever
