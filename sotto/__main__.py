@@ -12,6 +12,7 @@ from sotto.commands import (
     bench_engine,
     bench_growth,
     bench_placement,
+    bench_scheduler,
     bench_speculation,
     chat,
     check,
@@ -62,6 +63,7 @@ bench.app.command(epilog="Example: sotto bench growth --axis hops,context --plot
 bench.app.command(epilog="Example: sotto bench serve --workload chat --concurrency 1,4,16")(bench_growth.serve)
 bench.app.command(epilog="Example: sotto bench collect --hours 8")(bench_collect.collect)
 bench.app.command(epilog="Example: sotto bench placement --swarms 20 --reference-s 6")(bench_placement.placement)
+bench.app.command(epilog="Example: sotto bench scheduler --plots pictures")(bench_scheduler.scheduler)
 bench.app.command(epilog="Example: sotto bench speculation --rtt-ms 100 --json")(bench_speculation.speculation)
 app.add_typer(bench.app, name="bench")
 app.command(

@@ -6,6 +6,7 @@ prediction of the oracle's level. The level says nothing about the choice, which
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +54,10 @@ class Advisor:
 
     def choose(self, task: Task, allowed: frozenset[str]) -> str:
         """Of the strategies that are possible now; at least one that the records name."""
-        mask = np.array([[name in allowed for name in self._table.strategies]])
-        return self._table.strategies[int(self._selector.choose((task,), mask)[0])]
+        chosen = self.consider(task, allowed)[1]
+        if chosen is None:
+            raise ValueError("the records name none of these strategies")
+        return chosen
 
     @property
     def ranking(self) -> tuple[str, ...]:
@@ -62,8 +65,18 @@ class Advisor:
         return tuple(self._table.strategies[place] for place in np.argsort(-ranking(self._table.fractions)))
 
     def expect(self, task: Task) -> dict[str, tuple[float, float]]:
-        """Each strategy's expected fraction of the oracle, and one standard deviation of it."""
-        expected = self._selector.predict((task,))
+        """Each one's expected fraction of the oracle, and one standard deviation of it."""
+        return self._each(self._selector.predict((task,)))
+
+    def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
+        """`expect`, and the one to take of `allowed`; None where the records name none of these."""
+        mask = np.array([[name in allowed for name in self._table.strategies]])
+        if not mask.any():
+            return self.expect(task), None
+        expected, chosen = self._selector.consider((task,), mask)
+        return self._each(expected), self._table.strategies[int(chosen[0])]
+
+    def _each(self, expected: Prediction) -> dict[str, tuple[float, float]]:
         fractions = np.clip(expected.fractions[0], FRACTION_MIN, 1.0)
         names = self._table.strategies
         return {name: (float(fractions[at]), float(expected.spread[0, at])) for at, name in enumerate(names)}

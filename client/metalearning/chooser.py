@@ -1,11 +1,12 @@
 """Which strategy a request gets: what the records say of requests like it, corrected by what this user's own showed.
 
 In this order: what cannot work, or loses precision unasked, is out. What would take longer than the budget pays for is
-out; when that is all, the fastest is taken. With records, the advisor's prediction counts, corrected by
-`online.Corrections` of this deployment and route; a strategy is taken over the ranking's first only when its expected
-gain exceeds the doubt about it. Without records, the ranking. Now and then, when allowed, one that may be better than
-is known is tried: never one expected to lose more than `REGRET_MAX`, and never more often than `explore`. For the
-`online.LOOKING` requests after something changed it is `LOOK_REGRET_MAX`, and `LOOK` times as often.
+out; when that is all, the fastest is taken. With records, the advisor's choice stands (which leaves the ranking only
+where that held on records it had not seen); without, the ranking's. Predictions are corrected by `online.Corrections`
+of this deployment and route, and another strategy is taken only when its corrected gain exceeds the doubt about it. Now
+and then, when allowed, one that may be better than is known is tried: never one expected to lose more than
+`REGRET_MAX`, and never more often than `explore`. For the `online.LOOKING` requests after something changed it is
+`LOOK_REGRET_MAX`, and `LOOK` times as often.
 
 What peers report (`hearsay.py`) is used in the same way, as a hint what to try: it shifts a prediction by at most
 SHIFT_MAX, the less the more is known here, and decides at most a share SWAYED_MAX of the choices. Both hold whatever
@@ -54,6 +55,9 @@ class Advice(Protocol):
 
     def expect(self, task: Task) -> dict[str, tuple[float, float]]:
         """Each one's expected fraction of the best possible, and one deviation of it."""
+
+    def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
+        """`expect`, and the one to take of `allowed`; None where the records name none of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,15 +130,15 @@ class Chooser:
         names = [name for name in CANDIDATES if name in asked.possible]
         if not names:
             raise ValueError("no strategy is possible, not even the default")
-        known = self._known(asked)
+        known, advised = self._known(asked, names)
         token_s, spread = self._times(asked, known, names)
         within = [name for name in names if not token_s or token_s[name] <= (asked.token_s_max or math.inf)]
-        choice = replace(self._best(asked, known, within or names), token_s=token_s, token_spread=spread)
+        choice = replace(self._best(asked, known, within or names, advised), token_s=token_s, token_spread=spread)
         if not within:
             return replace(_because(choice, min(names, key=lambda name: token_s[name]), "budget"), over_budget=True)
         return _because(choice, within[0], "budget") if len(within) == 1 < len(names) else choice
 
-    def _best(self, asked: Asked, known: _Known, names: list[str]) -> Choice:
+    def _best(self, asked: Asked, known: _Known, names: list[str], advised: str | None) -> Choice:
         fractions, learnt, told = known.of(names)
         spreads = np.sqrt(np.diag(learnt) + np.square(told))
         shifts = self._shifts(asked.kind, names, fractions, spreads)
@@ -144,7 +148,8 @@ class Chooser:
         if len(names) == 1:
             return _because(shown, names[0], "only one is possible")
         ranked = self.advisor.ranking if self.advisor else RANKING
-        safe = next((names.index(name) for name in ranked if name in names), 0)
+        usual = next((names.index(name) for name in ranked if name in names), 0)
+        safe = names.index(advised) if advised in names else usual
         bold = int(fractions.argmax())
         # A change makes trials worth more; what is done meanwhile is what was right before.
         doubt = np.hypot(min(_doubts(learnt, safe)[bold], DOUBT_MAX), np.hypot(told[bold], told[safe]))
@@ -159,20 +164,23 @@ class Chooser:
             return _because(shown, names[hint], "peers")
         if self.advisor is None and not self.seen(asked.place):
             return _because(shown, names[best], "ranking")
-        return _because(shown, names[best], "records" if best == bold or gain <= 0 else "unsure")
+        unsure = best == usual != bold and gain > 0
+        return _because(shown, names[best], "unsure" if unsure else "records")
 
     def note(self, asked: Asked, strategy: str, at: Situation, cost_s: float) -> None:
         """A request cost `cost_s` seconds per token of its answer with `strategy`, one of CANDIDATES."""
         place = CANDIDATES.index(strategy)
-        predicted, _ = self._predicted(asked.task)
+        predicted, _ = _of_all(self.advisor.expect(asked.task) if self.advisor else {})
         self._of(asked).note(at, place, cost_s, max(float(predicted[place]), FRACTION_MIN))
 
     def seen(self, place: str) -> int:
         """How many requests were noted there."""
         return self._corrections[place].seen if place in self._corrections else 0
 
-    def _known(self, asked: Asked) -> _Known:
-        return _Known(*self._predicted(asked.task), *self._of(asked).errors())
+    def _known(self, asked: Asked, names: list[str]) -> tuple[_Known, str | None]:
+        """What is known of all CANDIDATES, and which of `names` the records alone would take."""
+        predicted, advised = self.advisor.consider(asked.task, names) if self.advisor else ({}, None)
+        return _Known(*_of_all(predicted), *self._of(asked).errors()), advised
 
     def _times(self, asked: Asked, known: _Known, names: list[str]) -> tuple[dict[str, float], float]:
         """Seconds per token of the answer, and one deviation of the logarithm of any; nothing when nobody knows."""
@@ -184,12 +192,6 @@ class Chooser:
         else:
             return {}, 0.0
         return {name: float(np.exp(level + logs[CANDIDATES.index(name)])) for name in names}, spread
-
-    def _predicted(self, task: Task) -> tuple[Array, Array]:
-        """What the records alone say of all CANDIDATES."""
-        known = self.advisor.expect(task) if self.advisor else {}
-        each = [known.get(name, (1.0, SPREAD_UNKNOWN)) for name in CANDIDATES]
-        return np.array([fraction for fraction, _ in each]), np.array([spread for _, spread in each])
 
     def _trial(self, asked: Asked, fractions: Array, doubts: Array, best: int) -> int | None:
         """Of those that may be better than the best that is known, the one that promises most (expected improvement;
@@ -251,6 +253,12 @@ def _doubts(covariance: Array, other: int) -> Array:
 
 
 _erf = np.vectorize(math.erf)
+
+
+def _of_all(known: dict[str, tuple[float, float]]) -> tuple[Array, Array]:
+    """Fractions and spreads of all CANDIDATES by what is known of some."""
+    each = [known.get(name, (1.0, SPREAD_UNKNOWN)) for name in CANDIDATES]
+    return np.array([fraction for fraction, _ in each]), np.array([spread for _, spread in each])
 
 
 def _because(choice: Choice, strategy: str, why: Why) -> Choice:

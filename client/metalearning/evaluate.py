@@ -14,6 +14,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from client.metalearning import metrics
+from client.metalearning.resampling import Draws
 from client.metalearning.selectors.alors import Alors
 from client.metalearning.selectors.base import Selector
 from client.metalearning.selectors.boosting import Boosting
@@ -22,7 +23,7 @@ from client.metalearning.selectors.hedged import Hedged
 from client.metalearning.selectors.isac import Isac
 from client.metalearning.selectors.neighbours import Neighbours
 from client.metalearning.selectors.simple import Always, FixedRanking, Random, SingleBest
-from client.metalearning.table import Array, Numbers, Table
+from client.metalearning.table import Array, Mask, Numbers, Table
 from protocol.errors import InputError
 
 FOLDS_MAX = 64
@@ -65,8 +66,15 @@ def folds(table: Table) -> list[Numbers]:
     return [lot for lot in np.array_split(groups, min(len(groups), FOLDS_MAX)) if len(lot)]
 
 
-def judge(table: Table, make: Make, clock: Callable[[], float], on_fold: Callable[[], None] = lambda: None) -> Judged:
-    """Choices of a selector that is fitted anew for each fold; `clock` in seconds."""
+def judge(
+    table: Table,
+    make: Make,
+    clock: Callable[[], float],
+    on_fold: Callable[[], None] = lambda: None,
+    learnt: Callable[[Mask], Table] | None = None,
+) -> Judged:
+    """Choices of a selector that is fitted anew for each fold; `clock` in seconds. `learnt` gives what it is fitted on,
+    from the mask of the tasks that are held out; all the others by default."""
     choices = np.zeros(len(table.tasks), dtype=np.int64)
     expected = np.zeros(table.performance.shape)
     times: list[float] = []
@@ -74,7 +82,7 @@ def judge(table: Table, make: Make, clock: Callable[[], float], on_fold: Callabl
         for held in folds(table):
             out = np.isin(table.groups, held)
             selector = make()
-            selector.fit(table.of(~out))
+            selector.fit(table.of(~out) if learnt is None else learnt(out))
             tested = table.of(out)
             choices[out] = selector.choose(tested.tasks, tested.measured)
             expected[out] = selector.predict(tested.tasks).fractions
@@ -106,7 +114,8 @@ def judge_all(
 def report(table: Table, judged: Mapping[str, Judged]) -> dict[str, Any]:
     """Figures of what `judge_all` found, with 95 % intervals over groups and tasks, and those of the product's own as
     `chosen`."""
-    figures = {name: _figures(table, one, judged) for name, one in judged.items()}
+    draws = Draws.of(table.groups)
+    figures = {name: _figures(table, one, judged, draws) for name, one in judged.items()}
     return {
         "tasks": len(table.tasks),
         "strategies": len(table.strategies),
@@ -121,18 +130,18 @@ def report(table: Table, judged: Mapping[str, Judged]) -> dict[str, Any]:
     }
 
 
-def _figures(table: Table, one: Judged, judged: Mapping[str, Judged]) -> dict[str, Any]:
+def _figures(table: Table, one: Judged, judged: Mapping[str, Judged], draws: Draws) -> dict[str, Any]:
     reached = metrics.reached(table, one.choices)
     found: dict[str, Any] = {
         **asdict(metrics.quality(table, one.choices)),
-        "mean_fraction_of_oracle_interval": metrics.interval(reached, table.groups),
+        "mean_fraction_of_oracle_interval": draws.mean(reached),
         "cross_fitted_fraction_of_oracle": metrics.cross_fitted(table, one.choices),
         "decision_ms": one.decision_ms,
     }
     if FIXED in judged:
         gain = reached - metrics.reached(table, judged[FIXED].choices)
         found["gain_over_fixed_ranking"] = float(gain.mean())
-        found["gain_over_fixed_ranking_interval"] = metrics.interval(gain, table.groups)
+        found["gain_over_fixed_ranking_interval"] = draws.mean(gain)
     if NONE in judged:
         found["acceleration_over_none"] = metrics.acceleration(table, one.choices, judged[NONE].choices)
     if table.scale.absolute:

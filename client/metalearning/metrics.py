@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from client.metalearning.table import Array, Numbers, Table, scores
-
-TOLERANCE = 0.05
-STANDARD_ERRORS = 2.0
+from client.metalearning.crossfit import STANDARD_ERRORS, TOLERANCE, Parts
+from client.metalearning.table import Array, Numbers, Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +59,15 @@ def tolerably_right(table: Table, choices: Numbers) -> npt.NDArray[np.bool_]:
 
 def macro_f1(table: Table, choices: Numbers) -> float:
     """Averaged over the strategies that are the best somewhere or were chosen somewhere; ties count as right."""
-    truth = truths(table, choices)
-    each = []
-    for strategy in np.union1d(truth, choices):
-        hits = np.sum((truth == strategy) & (choices == strategy))
-        each.append(2 * hits / (np.sum(truth == strategy) + np.sum(choices == strategy)))
-    return float(np.mean(each))
+    return f1(truths(table, choices), choices)
+
+
+def f1(wanted: Numbers, choices: Numbers) -> float:
+    """Averaged over the strategies that either names."""
+    size = int(max(wanted.max(), choices.max())) + 1
+    named = np.bincount(wanted, minlength=size) + np.bincount(choices, minlength=size)
+    hits = np.bincount(choices[wanted == choices], minlength=size)
+    return float(np.mean(2 * hits[named > 0] / named[named > 0]))
 
 
 def truths(table: Table, choices: Numbers) -> Numbers:
@@ -81,47 +82,15 @@ def worst_decile(fractions: Array) -> float:
 def cross_fitted(table: Table, choices: Numbers) -> float | None:
     """Mean fraction of an oracle that picks on one half of the repeats and is scored on the other, both ways; so is the
     choice, so the figure may exceed 1. None unless every measured cell has two runs."""
-    if min(map(len, table.repeats.values())) < 2:
-        return None
-    halves = []
-    for half in (0, 1):
-        values = np.full(table.performance.shape, np.nan)
-        for place, runs in table.repeats.items():
-            values[place] = np.median(runs[half::2])
-        halves.append(scores(values, table.scale))
-    rows, each = np.arange(len(choices)), []
-    for picked, scored in (halves, halves[::-1]):
-        loss = scored[rows, choices] - scored[rows, np.nanargmax(picked, axis=1)]
-        each.append(1.0 + loss if table.scale.absolute else np.exp(loss))
-    return float(np.mean(each))
+    halves = Parts.of(table)
+    return None if halves is None else float(halves.fractions(choices).mean())
 
 
 def remeasured_oracle_accuracy(table: Table) -> float | None:
     """How often the best of one half of the repeats is the best of the other: what a perfect selector can reach. None
     unless every measured cell has two runs."""
-    if min(map(len, table.repeats.values())) < 2:
-        return None
-    best = []
-    for half in (0, 1):
-        values = np.full(table.performance.shape, np.nan)
-        for place, runs in table.repeats.items():
-            values[place] = np.median(runs[half::2])
-        best.append(np.nanargmax(scores(values, table.scale), axis=1))
-    return float(np.mean(best[0] == best[1]))
-
-
-def interval(per_task: Array, groups: Numbers, seed: int = 0, rounds: int = 1000) -> tuple[float, float]:
-    """95 % interval of the mean: groups are drawn with replacement, then tasks within each."""
-    random = np.random.default_rng(seed)
-    members = [per_task[groups == group] for group in np.unique(groups)]
-    sizes = np.array([len(values) for values in members])
-    # Within a group the mean of n draws is drawn at once for all rounds.
-    drawn = np.stack([random.choice(values, (rounds, len(values))).mean(axis=1) for values in members], axis=1)
-    picks = random.integers(len(members), size=(rounds, len(members)))
-    weights = sizes[picks]
-    means = (np.take_along_axis(drawn, picks, axis=1) * weights).sum(axis=1) / weights.sum(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    halves = Parts.of(table)
+    return None if halves is None else halves.oracle_strict()
 
 
 def acceleration(table: Table, choices: Numbers, plain: Numbers) -> float | None:

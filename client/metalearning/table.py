@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -26,12 +26,14 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a long table mean what; `hold_out` may be one of `tasks`, and is then no feature."""
+    """Which columns of a long table mean what; `hold_out` may be one of `tasks`, and is then no feature. `labels`
+    identify a task as well, are kept by name, and are no features."""
 
     tasks: tuple[str, ...]
     strategy: str
     performance: str
     hold_out: str
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,8 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Table:
-    """Tasks by strategies. `repeats` has the runs of each measured (task, strategy), in the order of the rows."""
+    """Tasks by strategies. `repeats` has the runs of each measured (task, strategy), in the order of the rows; `labels`
+    what the columns of that name say of each task."""
 
     features: tuple[str, ...]
     tasks: tuple[Task, ...]
@@ -60,6 +63,7 @@ class Table:
     strategies: tuple[str, ...]
     repeats: dict[tuple[int, int], tuple[float, ...]]
     scale: Scale
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @cached_property
     def performance(self) -> Array:
@@ -103,7 +107,23 @@ class Table:
             strategies=self.strategies,
             repeats={(new[task], s): runs for (task, s), runs in self.repeats.items() if task in new},
             scale=self.scale,
+            labels={name: tuple(values[place] for place in places) for name, values in self.labels.items()},
         )
+
+    def only(self, kept: Mask) -> Table:
+        """The same tasks, as if nothing but `kept` (tasks x strategies) had been measured."""
+        return replace(self, repeats={place: runs for place, runs in self.repeats.items() if kept[place]})
+
+    def held_out(self, label: str) -> Table:
+        """The same tasks, grouped by a label."""
+        numbers: dict[str, int] = {}
+        groups = [numbers.setdefault(value, len(numbers)) for value in self.labels[label]]
+        return replace(self, groups=np.array(groups, dtype=np.int64))
+
+    def seen(self, kept: Sequence[int]) -> Table:
+        """The same tasks with the features at these places alone."""
+        tasks = tuple(Task(cells=tuple(task.cells[place] for place in kept)) for task in self.tasks)
+        return replace(self, features=tuple(self.features[place] for place in kept), tasks=tasks)
 
 
 def scores(performance: Array, scale: Scale) -> Array:
@@ -126,6 +146,7 @@ def as_fractions(given: Array, scale: Scale) -> Array:
 def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
     """A table from the lines of a CSV file with a header. Raises InputError, with the line where one is at fault."""
     rows = csv.DictReader(lines, strict=True)
+    columns = replace(columns, tasks=(*columns.tasks, *columns.labels))
     wanted = (*columns.tasks, columns.strategy, columns.performance, columns.hold_out)
     tasks: dict[tuple[float | str | None, ...], int] = {}
     strategies: dict[str, int] = {}
@@ -140,7 +161,10 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
         raise InputError(f"line {rows.line_num} is not CSV: {error}") from None
     if not cells:
         raise InputError("the table has no rows below its header")
-    numeric = [all(_is_number(row[0][i]) for row in cells) for i in range(len(columns.tasks))]
+    numeric = [
+        name not in columns.labels and all(_is_number(row[0][i]) for row in cells)
+        for i, name in enumerate(columns.tasks)
+    ]
     for task, group, strategy, performance in cells:
         key = tuple(_cell(text, number) for text, number in zip(task, numeric, strict=True))
         place = tasks.setdefault(key, len(tasks))
@@ -149,7 +173,8 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
         if group not in names[place]:
             names[place].append(group)
         runs.setdefault((place, strategies.setdefault(strategy, len(strategies))), []).append(performance)
-    kept = [i for i, name in enumerate(columns.tasks) if name != columns.hold_out]
+    kept = [i for i, name in enumerate(columns.tasks) if name not in (columns.hold_out, *columns.labels)]
+    places = {name: columns.tasks.index(name) for name in columns.labels}
     return Table(
         features=tuple(columns.tasks[i] for i in kept),
         tasks=tuple(Task(cells=tuple(key[i] for i in kept)) for key in tasks),
@@ -157,6 +182,7 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
         strategies=tuple(strategies),
         repeats={place: tuple(values) for place, values in runs.items()},
         scale=scale,
+        labels={name: tuple(str(key[place] or "") for key in tasks) for name, place in places.items()},
     )
 
 

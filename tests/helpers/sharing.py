@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 
 from client.metalearning.candidates import CANDIDATES
@@ -70,6 +70,10 @@ class World:
         """The prior (client.metalearning.chooser.Advice)."""
         best = min(self.believed.values())
         return {name: (math.exp(best - at), PRIOR_SPREAD) for name, at in self.believed.items()}
+
+    def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
+        """It keeps to the ranking."""
+        return self.expect(task), next((name for name in self.ranking if name in allowed), None)
 
     def record(self, name: str, task: int, user: str) -> Record:
         """A request of `user` as it would be measured."""

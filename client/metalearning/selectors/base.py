@@ -32,6 +32,10 @@ class Selector(Protocol):
         """A strategy per task, of those allowed there (tasks x strategies, at least one in each row)."""
         ...
 
+    def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
+        """`predict` and `choose` at the price of one."""
+        ...
+
 
 class Greedy:
     """A selector that takes the best prediction."""
@@ -40,7 +44,11 @@ class Greedy:
         raise NotImplementedError
 
     def choose(self, tasks: tuple[Task, ...], allowed: Mask) -> Numbers:
-        return best(self.predict(tasks).fractions, allowed)
+        return self.consider(tasks, allowed)[1]
+
+    def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
+        expected = self.predict(tasks)
+        return expected, best(expected.fractions, allowed)
 
 
 def best(fractions: Array, allowed: Mask) -> Numbers:

@@ -56,14 +56,22 @@ class Hedged:
             member.fit(table)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
-        each = np.stack([member.predict(tasks).fractions for member in self._members])
-        mean = np.tensordot(self.weights, each, axes=1)
-        return Prediction(mean, np.sqrt(np.tensordot(self.weights, (each - mean) ** 2, axes=1)))
+        return self._mixed(self._each(tasks))
 
     def choose(self, tasks: tuple[Task, ...], allowed: Mask) -> Numbers:
-        each = np.stack([member.predict(tasks).fractions for member in self._members])
+        return self.consider(tasks, allowed)[1]
+
+    def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
+        each = self._each(tasks)
         safe, bold, gain, doubt = self._compared(each, np.tile(self._ranking, (len(tasks), 1)), allowed)
-        return np.where(self.trusted & (gain > CAUTION * doubt), bold, safe)
+        return self._mixed(each), np.where(self.trusted & (gain > CAUTION * doubt), bold, safe)
+
+    def _each(self, tasks: tuple[Task, ...]) -> Array:
+        return np.stack([member.predict(tasks).fractions for member in self._members])
+
+    def _mixed(self, each: Array) -> Prediction:
+        mean = np.tensordot(self.weights, each, axes=1)
+        return Prediction(mean, np.sqrt(np.tensordot(self.weights, (each - mean) ** 2, axes=1)))
 
     def _calibrate(self, table: Table) -> None:
         """Sets the weights, and whether to trust the mixture, by predictions of tasks whose groups were held out."""

@@ -17,12 +17,12 @@ import psutil
 import trio
 
 from client.metalearning.features import model_features
-from client.metalearning.record import Outcome
+from client.metalearning.record import Outcome, Record
 from node.model import Ask, DeployedModel
 from node.recording import Build, Journal
 from protocol.errors import InputError, SottoError
 from protocol.strategy import parse
-from simnet.bench.collect.grid import Cell
+from simnet.bench.collect.grid import Cell, TaskPoint
 from simnet.bench.collect.tasks import Drawn, known_before
 from simnet.bench.dictated import Dictated
 from simnet.bench.machine import cores, cpu_seconds
@@ -40,7 +40,7 @@ class _Answered:
     token_times_s: tuple[float, ...]
 
 
-class _Kept(Journal):
+class Kept(Journal):
     """Keeps what each request would leave in the history; made only after the run, for it takes time."""
 
     def __init__(self) -> None:
@@ -50,8 +50,8 @@ class _Kept(Journal):
     def add(self, build: Build) -> None:
         self._builds.append(build)
 
-    def outcomes(self) -> list[Outcome]:
-        return [build().measured for build in self._builds]
+    def records(self) -> list[Record]:
+        return [build() for build in self._builds]
 
 
 @dataclass(slots=True)
@@ -81,7 +81,8 @@ async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int
     error = "it took too long"
     with trio.move_on_after(CELL_S_MAX):
         try:
-            return row | {"measured": await _measure(model, cell, drawn, pids)}
+            ask = Ask(ignore_eos=True, strategy=parse(cell.strategy), objective=cell.context.task.objective)
+            return row | {"measured": (await measure(model, ask, cell.context.task, drawn, pids))[0]}
         except* (SottoError, psutil.NoSuchProcess) as group:
             error = _first(group)
     return row | {"error": error}
@@ -96,14 +97,18 @@ def features(model: DeployedModel, cell: Cell, drawn: Drawn) -> dict[str, Any]:
     }
 
 
-async def _measure(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int]) -> dict[str, Any]:
-    kept, task = _Kept(), cell.context.task
-    ask = Ask(ignore_eos=True, strategy=parse(cell.strategy), objective=task.objective)
+async def measure(
+    model: DeployedModel, ask: Ask, task: TaskPoint, drawn: Drawn, pids: Sequence[int] = ()
+) -> tuple[dict[str, Any], list[Record]]:
+    """What came of it, and what each request would have left in the history."""
+    kept = Kept()
     await _answer(model, ask, drawn.leader)
     meter = _Meter(pids)
     noted = replace(model, recorder=replace(model.recorder, journal=kept))
     served = await serve(drawn.work, partial(_answer, noted, ask), task.concurrency)
-    return figures(served) | meter.figures() | _totals(kept.outcomes(), drawn)
+    measured = figures(served) | meter.figures()
+    records = kept.records()
+    return measured | _totals([record.measured for record in records], drawn), records
 
 
 async def _answer(model: DeployedModel, ask: Ask, request: Request) -> _Answered:

@@ -111,7 +111,7 @@ class _Collection:
         while (here := self._next_cluster()) and not self._over():
             before = self.made
             try:
-                with _cluster(self.options, here[0].context.route) as net, ungrouped():
+                with workers(self.options, here[0].context.route) as net, ungrouped():
                     trio.run(self._serve, net, here)
                 starts = 0
             except InputError:
@@ -156,7 +156,8 @@ class _Collection:
         for place, group in groupby(here, _place):
             same = list(group)
             try:
-                async with self._deployed(net, same) as model:
+                self.hear.say(f"block {same[0].block}: deploying {same[0].context.model} over {same[0].context.route}")
+                async with deployed(self.options, net, same) as model:
                     for each in same:
                         if self._over() or not await self._made(model, each, net):
                             return
@@ -175,7 +176,7 @@ class _Collection:
                 await cells.calm(self.options.calm)
         self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}")
         pids = tuple(process.pid for process in net.processes)
-        found = await cells.run(model, each, draw(each, _room(model.config, self.options.design)), pids)
+        found = await cells.run(model, each, draw(each, room(model.config, self.options.design)), pids)
         ended = time.monotonic()
         times = {"at_ms": at_ms, "seconds": round(ended - began, 3), "setup_s": round(began - self._mark, 3)}
         block, number, strategy = each.key
@@ -188,30 +189,31 @@ class _Collection:
     def _hours_left(self) -> float | None:
         return hours_left(self.rows.rows, list(self._left()))
 
-    @asynccontextmanager
-    async def _deployed(self, net: cluster.Cluster, here: list[Cell]) -> AsyncIterator[DeployedModel]:
-        """The model of `here` on every worker of its route, behind links as the route has them."""
-        options, name, route = self.options, here[0].context.model, here[0].context.route
-        point, folder = options.design.routes[route], options.folder / "client"
-        self.hear.say(f"block {here[0].block}: deploying {name} over {route}")
-        path = checkpoint(options.folder / "models", name, options.design.models[name], options.tokenizer_from)
-        await _reshape(net, shape(point, limited=False))
-        with ungrouped():
-            async with open_client(ClientOptions(folder, (net.bootstrap,), origin="bench")) as client:
-                sealed = await client.seal(Checkpoint.open(path), "float32", default_key(folder), lambda *_: None)
-                wanted = _wanted(here, point.hops, _room(sealed.checkpoint.config, options.design))
-                model = await client.deploy(sealed, wanted)
-                if len(model.route.hops) != point.hops:
-                    raise RouteUnavailable(f"the route has {len(model.route.hops)} hops instead of {point.hops}")
-                await _reshape(net, shape(point))
-                yield model
+
+@asynccontextmanager
+async def deployed(options: Options, net: cluster.Cluster, here: list[Cell]) -> AsyncIterator[DeployedModel]:
+    """The model of `here` on every worker of its route, behind links as the route has them."""
+    name, route = here[0].context.model, here[0].context.route
+    point, folder = options.design.routes[route], options.folder / "client"
+    path = checkpoint(options.folder / "models", name, options.design.models[name], options.tokenizer_from)
+    await _reshape(net, shape(point, limited=False))
+    with ungrouped():
+        async with open_client(ClientOptions(folder, (net.bootstrap,), origin="bench")) as client:
+            sealed = await client.seal(Checkpoint.open(path), "float32", default_key(folder), lambda *_: None)
+            wanted = _wanted(here, point.hops, room(sealed.checkpoint.config, options.design))
+            model = await client.deploy(sealed, wanted)
+            if len(model.route.hops) != point.hops:
+                raise RouteUnavailable(f"the route has {len(model.route.hops)} hops instead of {point.hops}")
+            await _reshape(net, shape(point))
+            yield model
 
 
 def _place(each: Cell) -> tuple[int, str, str]:
     return each.block, each.context.route, each.context.model
 
 
-def _cluster(options: Options, route: str) -> AbstractContextManager[cluster.Cluster]:
+def workers(options: Options, route: str) -> AbstractContextManager[cluster.Cluster]:
+    """A cluster of as many workers as the route has hops."""
     point = options.design.routes[route]
     specs = [options.worker] * point.hops
     plain = shape(point) == Shape()
@@ -226,13 +228,14 @@ async def _reshape(net: cluster.Cluster, every: Shape) -> None:
         await trio.sleep(SETTLE_S)
 
 
-def _room(config: ModelConfig, design: Design) -> Room:
+def room(config: ModelConfig, design: Design) -> Room:
+    """What a request of `design` has room for in a model."""
     return Room(config.vocab_size, config.max_position, design.new_tokens)
 
 
-def _wanted(here: list[Cell], hops: int, room: Room) -> DeployOptions:
+def _wanted(here: list[Cell], hops: int, space: Room) -> DeployOptions:
     """Workers and KV for the task of `here` that needs most."""
     tasks = {each.context.number: each for each in here}.values()
     busiest = max(each.context.task.concurrency for each in tasks)
-    tokens = max(each.context.task.concurrency * whole_pages(draw(each, room).longest_tokens) for each in tasks)
+    tokens = max(each.context.task.concurrency * whole_pages(draw(each, space).longest_tokens) for each in tasks)
     return DeployOptions(hops_min=hops, concurrency=busiest, kv_tokens=math.ceil(KV_SPARE * tokens / busiest))

@@ -72,7 +72,7 @@ def table(origin: Origin, rows: list[Row], design: Design, *, lossy: bool = Fals
     for row in rows:
         context = contexts[row["context"]]
         known = first.setdefault(context.number, _flat(row["features"]))
-        if "measured" not in row or not (lossy or _allowed(context, row["strategy"])):
+        if "measured" not in row or not (lossy or allowed(row["strategy"], exact=context.task.exact)):
             continue
         cost_s = cost(context.task, row["measured"])
         yield {
@@ -104,8 +104,9 @@ def workload(task: TaskPoint) -> str:
     return "-".join([*(kinds or ["plain"]), "many" if task.concurrency >= BUSY else "few"])
 
 
-def _allowed(context: Context, strategy: str) -> bool:
-    return infeasible(parse(strategy), Facts(exact=context.task.exact, deployed="float32")) is None
+def allowed(strategy: str, *, exact: bool) -> bool:
+    """Whether a request of the collection, over float32 blocks, may be given `strategy`."""
+    return infeasible(parse(strategy), Facts(exact=exact, deployed="float32")) is None
 
 
 def _design(context: Context, design: Design) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from client.metalearning import metrics
+from client.metalearning.resampling import Draws
 from client.metalearning.table import Columns, Scale, Table, read
 
 COLUMNS = Columns(tasks=("task",), strategy="how", performance="s", hold_out="task")
@@ -74,9 +75,9 @@ def test_acceleration_is_a_geometric_mean() -> None:
 def test_intervals_see_groups() -> None:
     """The same values: one interval for independent tasks, a wider one where whole groups agree."""
     values = np.repeat([0.0, 1.0], 50)
-    alone = metrics.interval(values, np.arange(100))
-    together = metrics.interval(values, np.repeat(np.arange(4), 25))
+    alone = Draws.of(np.arange(100)).mean(values)
+    together = Draws.of(np.repeat(np.arange(4), 25)).mean(values)
     assert alone[0] == pytest.approx(0.4, abs=0.03)
     assert alone[1] == pytest.approx(0.6, abs=0.03)
     assert together[0] < 0.1 < 0.9 < together[1]
-    assert metrics.interval(np.full(10, 0.7), np.arange(10)) == pytest.approx((0.7, 0.7))
+    assert Draws.of(np.arange(10)).mean(np.full(10, 0.7)) == pytest.approx((0.7, 0.7))

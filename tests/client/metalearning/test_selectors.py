@@ -172,7 +172,7 @@ def test_advice_says_what_it_expects_and_why() -> None:
 
 def test_one_group_cannot_be_held_out() -> None:
     with pytest.raises(InputError, match="one group"):
-        evaluate.report(small("crossover", 1), clock, lambda done, total: None)
+        evaluate.judge_all(small("crossover", 1), clock, lambda done, total: None)
 
 
 def test_many_groups_are_held_out_in_lots() -> None:

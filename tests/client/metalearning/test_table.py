@@ -78,3 +78,26 @@ def test_groups_that_share_a_task_are_one() -> None:
 def test_what_is_wrong_is_said_with_its_line(lines: list[str], says: str) -> None:
     with pytest.raises(InputError, match=says):
         read(lines, COLUMNS, LOWER)
+
+
+def test_labels_name_a_task_and_are_no_features() -> None:
+    columns = Columns(tasks=("size",), strategy="how", performance="s", hold_out="place", labels=("number", "place"))
+    lines = ["number,size,place,how,s", "1,5,a,x,1", "1,5,a,y,2", "2,5,b,x,3", "2,5,b,y,4", "3,5,a,y,5"]
+    table = read(lines, columns, Scale(lower_is_better=True))
+    assert table.features == ("size",)
+    assert len(table.tasks) == 3, "the same features, and two contexts"
+    assert table.labels == {"number": ("1", "2", "3"), "place": ("a", "b", "a")}
+    assert table.groups.tolist() == table.held_out("place").groups.tolist() == [0, 1, 0]
+    assert table.held_out("number").groups.tolist() == [0, 1, 2]
+    part = table.of(np.array([1, 2]))
+    assert part.labels["number"] == ("2", "3")
+    assert part.held_out("number").groups.tolist() == [0, 1]
+
+
+def test_a_table_can_be_seen_in_part() -> None:
+    columns = Columns(tasks=("model", "tokens"), strategy="how", performance="ms", hold_out="model", labels=("model",))
+    table = read(LINES, columns, LOWER)
+    kept = np.array([[True, False, True], [True, True, False]])  # x, y, z
+    assert table.only(kept).repeats == {(0, 0): (10.0, 30.0), (1, 0): (5.0,)}
+    assert table.seen(()).features == ()
+    assert [task.cells for task in table.seen((0,)).tasks] == [(1.0,), (2.0,)]

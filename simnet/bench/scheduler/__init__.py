@@ -1,0 +1,1 @@
+"""The scheduler judged: `sotto bench scheduler`."""

@@ -1,0 +1,248 @@
+"""The judge of the scheduler: what may be chosen, what is learnt from, and that goals are computed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from client.metalearning.evaluate import FIXED, NONE, OURS, SELECTORS
+from client.metalearning.selectors.base import Prediction
+from client.metalearning.selectors.hedged import Hedged
+from client.metalearning.selectors.neighbours import Neighbours
+from client.metalearning.table import Array, Table, Task
+from protocol.errors import InputError
+from protocol.strategy import lossy, parse
+from simnet.bench.scheduler import ablation, cards, curve, records
+from simnet.bench.scheduler.auto import Auto
+from simnet.bench.scheduler.judge import SOMEWHERE, Judge, figures, goals, judged
+from simnet.bench.scheduler.records import EXACT, SPLITS, Records
+from simnet.bench.scheduler.run import plot, run
+from sotto.__main__ import app
+from tests.helpers.recorded import lines
+
+CHEAP = {name: SELECTORS[name] for name in (NONE, FIXED)}
+LINES = lines(contexts=30, noisy=4)
+
+
+def clock() -> float:
+    return 0.0
+
+
+@pytest.fixture(scope="module")
+def known() -> Records:
+    return records.of(LINES)
+
+
+@pytest.fixture
+def judge(known: Records) -> Judge:
+    return Judge(known, clock, product=Neighbours, baselines=CHEAP)
+
+
+def test_contexts_keep_their_features_and_their_names(known: Records) -> None:
+    about = known.about
+    assert (about["contexts"], about["rows"], about["model"]) == (30, len(LINES) - 1, 6)
+    assert 0.02 < about["noise_of_one_run"] < 0.06
+    assert "context" not in known.judged.features
+    assert set(known.judged.held_out("route").groups) == set(range(about["route"]))
+
+
+def test_an_exact_context_never_offers_what_loses_precision(known: Records) -> None:
+    loses = np.array([bool(lossy(parse(name))) for name in known.known.strategies])
+    exact = np.array([text == "1" for text in known.judged.labels[EXACT]])
+    assert not known.judged.measured[np.ix_(exact, loses)].any()
+    assert known.judged.measured[np.ix_(~exact, loses)].all()
+    assert known.known.measured.all(), "what is learnt from knows them everywhere"
+
+
+def test_what_ran_once_is_learnt_from_and_not_judged() -> None:
+    """Of a context without its second block nothing can be judged."""
+    found = records.of([line for line in LINES if not line.startswith("7,1,")])
+    assert (found.about["contexts"], found.about["contexts_left_out"]) == (29, 1)
+    with pytest.raises(InputError, match="second block"):
+        records.of(lines(contexts=6, noisy=0, runs=1))
+
+
+def test_simulated_rows_are_refused() -> None:
+    head, first, *rest = LINES
+    at = head.split(",").index("simulated") - len(head.split(","))
+    cells = first.split(",")
+    cells[at] = "1"
+    with pytest.raises(InputError, match="simulated"):
+        records.of([head, ",".join(cells), *rest])
+
+
+def test_strategies_of_another_version_are_refused() -> None:
+    with pytest.raises(InputError, match="prefill_chunk=17"):
+        records.of([line.replace("wire=int8", "prefill_chunk=17") for line in LINES])
+
+
+def test_a_context_is_not_learnt_from_while_it_is_judged(known: Records, judge: Judge) -> None:
+    """Whatever the runs of one model say, choices for it stay the same."""
+    held = np.array(known.known.labels["model"]) == known.known.labels["model"][0]
+    others = replace(judge, records=Records(_reversed(known.known, held), _reversed(known.judged, held), {}))
+    choices = [one.choices("model", one.selectors[OURS]).choices[held] for one in (judge, others)]
+    assert choices[0].tolist() == choices[1].tolist()
+    outside = [one.choices("model", one.selectors[OURS]).choices[~held] for one in (judge, others)]
+    assert outside[0].tolist() != outside[1].tolist(), "but those for others learn from it"
+
+
+def _reversed(table: Table, where: np.ndarray) -> Table:
+    """What was slow is fast there."""
+    repeats = {
+        place: tuple(1 / run for run in runs) if where[place[0]] else runs for place, runs in table.repeats.items()
+    }
+    return replace(table, repeats=repeats)
+
+
+def test_auto_is_what_its_selector_advises(known: Records) -> None:
+    """Before it has learnt from requests, the chooser adds nothing to the records' advice and takes nothing off."""
+    table, alone = known.known, Hedged()
+    chooser = Auto(Hedged())
+    for selector in (alone, chooser):
+        selector.fit(table)
+    assert alone.trusted
+    choices = chooser.choose(known.judged.tasks, known.judged.measured)
+    assert choices.tolist() == alone.choose(known.judged.tasks, known.judged.measured).tolist()
+    assert len(set(choices.tolist())) > 1
+
+
+def test_figures_of_a_split(known: Records, judge: Judge) -> None:
+    table = known.judged.held_out("model")
+    found = figures(table, judged(judge, "model"))
+    each = found["selectors"]
+    assert set(each) == {NONE, FIXED, OURS, "oracle"}
+    assert each[NONE]["acceleration_over_none"] == 1.0
+    assert each[FIXED]["gain_over_fixed_ranking"] == 0.0
+    assert each[NONE]["mean_fraction_of_oracle"] < each[FIXED]["mean_fraction_of_oracle"] < 1.02
+    assert each["oracle"]["macro_f1"] == 1.0
+    for one in each.values():
+        assert one["strict_accuracy"] <= one["tolerant_accuracy"] <= 1
+        assert one["within_5_percent"] <= one["tolerant_accuracy"]
+        low, high = one["macro_f1_interval"]
+        assert 0 <= low <= high <= 1
+    assert found["ceiling"]["contexts"] == 4
+    assert 0 < found["ceiling"]["remeasured_oracle"]["tolerant_accuracy"] <= 1
+
+
+def test_goals_are_what_the_figures_say() -> None:
+    good = {
+        "tolerant_accuracy": 0.95,
+        "mean_fraction_of_oracle": 0.98,
+        "gain_over_fixed_ranking_interval": [0.0, 0.02],
+        "decision_ms": 2.0,
+    }
+    splits = {split: {"selectors": {OURS: good}} for split in SPLITS}
+    assert goals(splits)["failed"] == [SOMEWHERE]
+    bad = good | {"tolerant_accuracy": 0.89, "gain_over_fixed_ranking_interval": [-0.01, 0.02]}
+    splits["route"] = {"selectors": {OURS: bad}}
+    splits["model"] = {"selectors": {OURS: good | {"gain_over_fixed_ranking_interval": [0.001, 0.02]}}}
+    assert goals(splits)["failed"] == [
+        "route: tolerant_accuracy >= 0.90",
+        "route: gain over ranking, lower bound >= -0.005",
+    ]
+    assert SOMEWHERE in goals(splits)["passed"]
+
+
+def test_a_point_of_the_curve_learns_from_so_many(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt: list[int] = []
+
+    class Spy(Neighbours):
+        def fit(self, table: Table) -> None:
+            learnt.append(len(table.tasks))
+            super().fit(table)
+
+    monkeypatch.setattr(curve, "SIZES", (5, 10, 500))
+    spying = replace(judge, product=Spy)
+    whole = {split: {name: spying.choices(split, make) for name, make in spying.selectors.items()} for split in SPLITS}
+    learnt.clear()
+    points = curve.curve(spying, whole)
+    assert set(learnt) == {5, 10}
+    assert len(learnt) * 2 == curve.steps(spying), "the ranking learns as often"
+    assert [point["contexts"] for point in points if (point["split"], point["selector"]) == ("route", OURS)] == [
+        5,
+        10,
+        "all",
+    ]
+
+
+def test_features_are_left_out_by_their_group(judge: Judge) -> None:
+    whole = {split: {OURS: judge.choices(split, judge.selectors[OURS])} for split in SPLITS}
+    report = ablation.without_parts(judge, whole)
+    assert set(report) == {"without_model", "without_route", "without_task"}
+    assert any(each["gain"] for splits in report.values() for each in splits.values())
+
+
+def words(texts: Sequence[str]) -> Array:
+    """Not a language model: what a card says of the load, and a number that means nothing."""
+    return np.array([[text.count("1"), text.count("2"), len(text), 1.0] for text in texts], dtype=np.float64)
+
+
+def test_words_are_compared_with_numbers(judge: Judge, known: Records) -> None:
+    text = cards.embedded(known, words, clock)
+    assert text.values.shape == (30, 4)
+    whole = {split: {OURS: judge.choices(split, judge.selectors[OURS])} for split in SPLITS}
+    report = ablation.with_words(judge, text, whole)
+    assert set(report["splits"]) == set(SPLITS)
+    assert report["earned"] in (True, False)
+
+
+def test_principal_components_are_those_of_what_was_fitted(known: Records) -> None:
+    """What a new task's words are changes nothing about the others'."""
+
+    class Seen(Neighbours):
+        def fit(self, table: Table) -> None:
+            self.table = table
+
+        def predict(self, tasks: tuple[Task, ...]) -> Prediction:
+            self.tasks = tasks
+            return Prediction(np.zeros((len(tasks), 1)), np.zeros((len(tasks), 1)))
+
+    rich = cards.with_text(known, cards.embedded(known, words, clock)).known
+    inner = Seen()
+    described = cards.Described(inner, 4)
+    described.fit(rich.of(np.arange(20)))
+    assert len(inner.table.features) == len(inner.table.tasks[0].cells) == len(known.known.features) + 4
+    described.predict(rich.tasks[:1])
+    alone = inner.tasks[0]
+    far = Task(cells=(*rich.tasks[0].cells[:-4], 1e6, 1e6, 1e6, 1.0))
+    described.predict((rich.tasks[0], far))
+    for task in (inner.tasks[0], inner.table.tasks[0]):
+        assert task.cells[-4:] == pytest.approx(alone.cells[-4:])
+
+
+def test_a_card_says_what_is_known(known: Records) -> None:
+    names = known.known.features
+    text = cards.card(dict(zip(names, known.known.tasks[0].cells, strict=True)))
+    assert "None" not in text
+    assert "workers" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is an extra")
+def test_the_whole_report_and_its_pictures(judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve, "SIZES", (8,))
+    monkeypatch.setattr(curve, "SEEDS", 1)
+    monkeypatch.setattr(cards, "missing", lambda: "not installed: words")
+    heard: list[tuple[int, int]] = []
+    report, found = run(judge, ("curve", "ablation", "text"), lambda done, total: heard.append((done, total)))
+    assert heard[0][0] == 0
+    assert heard[-1][0] == heard[-1][1] == len(heard) - 1, "the bar ends when the work does"
+    assert (report["text"], report["text_left_out"]) == (None, "not installed: words")
+    assert json.loads(json.dumps(report)) == report
+    assert len(plot(report, found, tmp_path)) == 12
+    with pytest.raises(InputError, match="curve, ablation, text"):
+        run(judge, ("curves",), lambda *_: None)
+
+
+def test_the_command_needs_records(tmp_path: Path) -> None:
+    file = tmp_path / "records.csv"
+    file.write_text("a,b\n1,2\n")
+    result = CliRunner().invoke(app, ["bench", "scheduler", "--records", str(file), "--json"])
+    assert result.exit_code == 1
+    assert "no column" in json.loads(result.stdout)["error"]
