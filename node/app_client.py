@@ -126,13 +126,12 @@ class DeployOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """By what a route's prediction goes, and how another route is found. `dtype`: of the blocks, None when it is not
-    known."""
+    """By what a route's prediction goes, and how another route is found. `dtype`: of the blocks."""
 
     view: SwarmView
     needs: ModelNeeds
     where: PlaceOptions
-    dtype: str | None
+    dtype: str
     again: Callable[[], Awaitable[DeployedModel]]
 
 
@@ -294,10 +293,10 @@ class Client:
         view = await self.discover(lambda view: _held(view, deployment, config.num_blocks, {}) is not None)
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
         route = choose_route(view, deployment, config.num_blocks, client_rtts_ms=rtts_ms)
-        needs = ModelNeeds.of_configs(config.blocks, "float32", KV_TOKENS_DEFAULT)
-        sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, "float32", key, deployment)
+        needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS_DEFAULT)
+        sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
         again = partial(self.attach, checkpoint, key)
-        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), None, again))
+        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), token.dtype, again))
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were

@@ -115,7 +115,7 @@ class DeployedModel:
     page_secret: bytes
     tokenizer: Tokenizer
     config: ModelConfig
-    dtype: str | None  # of the sealed blocks; None when another's deployment does not say
+    dtype: str  # of the sealed blocks
     recorder: Recorder
     checkpoint: Checkpoint
     draft: Draft
@@ -185,7 +185,7 @@ class DeployedModel:
     def decide(self, ids: Sequence[int], ask: Ask) -> Decided:
         """The strategy of a request with the prompt `ids`: the one that `ask` names, or the best by what is known.
 
-        Raises InputError when the named one cannot be used here, with the reason.
+        Raises InputError when the named one cannot be used here, or none can, with the reason.
         """
         wish = (ask.max_new_tokens, ask.sampling.temperature, ask.objective, ask.exact)
         task, recorder = self.recorder.task(ids, *wish), self.recorder
@@ -196,6 +196,9 @@ class DeployedModel:
             draft_model=self.draft.found,
             missing=MISSING,
         )
+        reason = infeasible(self.default_strategy if isinstance(ask.strategy, Auto) else ask.strategy, facts)
+        if reason is not None:
+            raise InputError(reason)
         if isinstance(ask.strategy, Auto):
             weights = self.default_strategy.weights
             wanted = Wanted(
@@ -210,9 +213,6 @@ class DeployedModel:
                 money=ask.money,
             )
             return self.choosing.decide(wanted)
-        reason = infeasible(ask.strategy, facts)
-        if reason is not None:
-            raise InputError(reason)
         chosen_by = "default" if ask.strategy == self.default_strategy else "user"
         return Decided(Plan(task, ask.strategy, chosen_by, money=ask.money))
 
