@@ -74,8 +74,11 @@ def grant_to(peer: str, folder: Path, info: SealInfo, rights: str, life: str) ->
     try:
         public_key_of(peer)
         chosen = rights_of(Right(name.strip()) for name in rights.split(","))
+        if Right.OWN in chosen:
+            raise ValueError("nobody else can be the owner")
     except (RemoteProtocolError, ValueError) as error:
-        raise InputError(f"{error}: give a peer id (12D3KooW…), and rights out of {', '.join(Right)}") from None
+        others = ", ".join(right for right in Right if right is not Right.OWN)
+        raise InputError(f"{error}: give a peer id (12D3KooW…), and rights out of {others}") from None
     life_s = parse_life(life)
     if life_s > limits.CAPABILITY_LIFE_MAX_S - limits.CLOCK_SKEW_MAX_S:
         raise InputError(f"{life} is too long: {limits.CAPABILITY_LIFE_MAX_S / 86_400 - 1:.0f}d at most")

@@ -198,7 +198,8 @@ class StepWork:
     """One admitted step for the engine: truncate KV to `position`, then apply `operation` to `payload`.
 
     `forward_tail` > 0 keeps only that many trailing positions of the result (the last hop); `returns` is the dtype of a
-    second copy for the client, or "none". Steps of one `tenant` share its part of the engine's time.
+    second copy for the client, or "none". Steps of one `tenant` share its part of the engine's time. `keeps` False: the
+    session's route has changed, and its keys name no page that is full from now on.
     """
 
     session: SessionId
@@ -210,6 +211,7 @@ class StepWork:
     payload: Payload
     forward_tail: int
     returns: str
+    keeps: bool = True
 
 
 @dataclass(frozen=True, slots=True)

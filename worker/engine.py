@@ -187,6 +187,8 @@ class Engine:
             raise LocalProtocolError("a step of a session that is not open, or has one under way")
         with _Refusals(RefusalReason.BAD_STEP):
             x = self._linear_input(session, work) if work.operation == Operation.LINEAR else self._input(session, work)
+        if session.kv is not None and not work.keeps:
+            session.kv.forget_keys()
         now = time.perf_counter()
         waited_s = 0.0 if asked_s is None else max(0.0, self._ended_s - asked_s)
         session.step = _Step(work, session, x, done, self._beside_max(session), waits_since=now - waited_s)

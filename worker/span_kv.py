@@ -104,6 +104,10 @@ class SessionKv:
         self.length = length
         self._keep(self._keys)
 
+    def forget_keys(self) -> None:
+        """What is full from now on was computed over another route, and the keys do not stand for it."""
+        self._keys = ()
+
     def close(self, keys: Sequence[bytes]) -> None:
         """The session is over; its full pages stay under `keys` for as long as there is room."""
         self._keep(keys)

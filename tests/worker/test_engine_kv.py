@@ -38,6 +38,16 @@ def begin(shop: Shop, number: int, tokens: int, **other: Any) -> int:
     return shop.engine.open(named(number), spec)
 
 
+def test_after_a_new_route_full_pages_have_no_key(shop: Shop) -> None:
+    shop, x = loaded(shop), inputs(3 * PAGE_TOKENS)
+    begin(shop, 1, len(x) + 1, page_keys=KEYS)
+    shop.engine.step(work(x[:70], 0, session=named(1)))
+    shop.engine.step(work(x[70:], 70, session=named(1), keeps=False))
+    shop.engine.close(named(1))
+    assert begin(shop, 2, len(x) + 1, page_keys=KEYS) == PAGE_TOKENS
+    check(shop)
+
+
 def check(shop: Shop) -> None:
     engine = shop.engine
     for span in engine._spans.values():
