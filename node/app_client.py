@@ -132,7 +132,7 @@ class _Priced:
     needs: ModelNeeds
     where: PlaceOptions
     dtype: str
-    again: Callable[[], Awaitable[DeployedModel]]
+    again: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]]
 
 
 class Client:
@@ -213,21 +213,24 @@ class Client:
         self._rtts_ms.update(await measure_rtts_ms(self.ports, asked))
         return dict(self._rtts_ms)
 
-    async def deploy(self, model: SealedModel, options: DeployOptions) -> DeployedModel:
+    async def deploy(
+        self, model: SealedModel, options: DeployOptions, without: frozenset[PeerId] = frozenset()
+    ) -> DeployedModel:
         """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts.
 
-        Workers that decline or are lost meanwhile are left out. Raises what the last one said when no others are left.
+        Workers that decline or are lost meanwhile are left out, as are those of `without`. Raises what the last one
+        said when no others are left.
         """
         data, manifest = model.folder.manifest(self._owner)
         needs = ModelNeeds.of_manifest(manifest, options.kv_room)
-        where = PlaceOptions(options.objective, options.concurrency, options.hops_min)
+        where = PlaceOptions(options.objective, options.concurrency, options.hops_min, without)
         hops: tuple[DeployedHop, ...] = ()
-        route, view = await self._leased_route(model, data, options)
+        route, view = await self._leased_route(model, data, options, without)
         if route is None:
             route, view, hops = await self._brought(model, needs, where, options)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
-        again = partial(self.deploy, model, options)
+        again = partial(self._again, route, partial(self.deploy, model, options))
         return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
 
     async def _brought(
@@ -257,7 +260,7 @@ class Client:
                 await self.leases.release(manifest.deployment)
                 if _rivalled(failure) and trio.current_time() < patience:
                     await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
-                    held, view = await self._leased_route(model, data, options)
+                    held, view = await self._leased_route(model, data, options, where.exclude)
                     if held is not None:
                         return held, view, ()
                     placement = await self._planned(view, needs, where)
@@ -276,7 +279,23 @@ class Client:
         with suppress(OSError):  # a disk that is full fails what matters, not this
             note_rate(self.options.data_dir, name, moved_bytes, self.ports.clock.monotonic() - started)
 
-    async def attach(self, checkpoint: Checkpoint, key: RootKey | None) -> DeployedModel:
+    async def _again(
+        self, left: Route, deployed: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]], without: frozenset[PeerId]
+    ) -> DeployedModel:
+        """The model over a route that is found now, past the workers `without` where there are others. What was leased
+        for the route that is left and the new one has no use for is given up."""
+        try:
+            ready = await deployed(without)
+        except RouteUnavailable:
+            if not without:
+                raise
+            ready = await deployed(frozenset())
+        self.leases.part(left.deployment, [hop.peer for hop in ready.route.hops])
+        return ready
+
+    async def attach(
+        self, checkpoint: Checkpoint, key: RootKey | None, without: frozenset[PeerId] = frozenset()
+    ) -> DeployedModel:
         """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,
         sent or leased. Raises InputError (wrong key, no capability), RouteUnavailable."""
         token = self.options.capability
@@ -290,12 +309,12 @@ class Client:
         if key is not None:
             require_key(key, deployment, bytes.fromhex(token.key_check))
         config = checkpoint.config
-        view = await self.discover(lambda view: _held(view, deployment, config.num_blocks, {}) is not None)
+        view = await self.discover(lambda view: _held(view, deployment, config.num_blocks, without, {}) is not None)
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = choose_route(view, deployment, config.num_blocks, client_rtts_ms=rtts_ms)
+        route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS_DEFAULT)
         sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
-        again = partial(self.attach, checkpoint, key)
+        again = partial(self._again, route, partial(self.attach, checkpoint, key))
         return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), token.dtype, again))
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
@@ -346,7 +365,7 @@ class Client:
             hops=hops,
             predicted=predicted,
             ends=ends,
-            page_secret=sealer.page_secret() or plain_secret(self.ports.identity),
+            page_secret=sealer.page_secret() or plain_secret(self._owner),
             tokenizer=Tokenizer.open(checkpoint.tokenizer_file),
             config=checkpoint.config,
             checkpoint=checkpoint,
@@ -367,12 +386,12 @@ class Client:
         )
 
     async def _leased_route(
-        self, model: SealedModel, manifest: bytes, options: DeployOptions
+        self, model: SealedModel, manifest: bytes, options: DeployOptions, without: frozenset[PeerId]
     ) -> tuple[Route | None, SwarmView]:
         """A route over workers that hold the model and lease it to us, None when there is none; and the view."""
         view, deployment = await self.discover(), model.folder.deployment
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = _held(view, deployment, model.folder.info.num_blocks, rtts_ms)
+        route = _held(view, deployment, model.folder.info.num_blocks, without, rtts_ms)
         if route is None or len(route.hops) < options.hops_min:
             return None, view
         leasing = Leasing(self.leases, options.concurrency * options.kv_room)
@@ -481,10 +500,14 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
 
 
 def _held(
-    view: SwarmView, deployment: DeploymentId, blocks: int, client_rtts_ms: Mapping[PeerId, float]
+    view: SwarmView,
+    deployment: DeploymentId,
+    blocks: int,
+    without: frozenset[PeerId],
+    client_rtts_ms: Mapping[PeerId, float],
 ) -> Route | None:
     try:
-        return choose_route(view, deployment, blocks, client_rtts_ms=client_rtts_ms)
+        return choose_route(view, deployment, blocks, without, client_rtts_ms)
     except RouteUnavailable:
         return None
 
