@@ -49,6 +49,10 @@ class Stream(Protocol):
 class PromptStream(Stream, Protocol):
     """A stream that can often take a small message at once: no task has to be woken to write it."""
 
+    @property
+    def at_once_bytes(self) -> int:
+        """The longest message that `send_at_once` takes now; 0 for none."""
+
     def send_at_once(self, data: bytes) -> bool:
         """Send all of `data` without waiting. False when that cannot be: nothing was sent then, and `send` either does
         it or says why not. Never between two parts of what another task sends. Never raises."""
@@ -84,8 +88,9 @@ class Transport(Protocol):
         Raises TransportError: unreachable, wrong peer at the address, protocol not spoken there.
         """
 
-    async def connect(self, addr: str) -> PeerId:
-        """Join through a bootstrap multiaddr that ends in /p2p/<peer id>. Raises TransportError or InputError."""
+    async def connect(self, *addrs: str) -> PeerId:
+        """Dial a peer by name: multiaddrs that end in its /p2p/<peer id>, tried beside each other. Raises InputError,
+        TransportError."""
 
     def connected(self) -> tuple[PeerId, ...]:
         """Peers with a live connection now, sorted."""
