@@ -166,6 +166,8 @@ def test_peers_and_place(swarm: Cluster, model: Path) -> None:
     peers = one_object(sotto("peers", "-b", swarm.bootstrap, "--json"))["peers"]
     assert isinstance(peers, list)
     assert {row["peer"] for row in peers} >= {worker.peer for worker in swarm.workers}
+    assert {(row["accepting"], row["relayed"]) for row in peers} == {(True, False)}
+    assert all(0 <= row["load_percent"] <= 100 for row in peers)
     plan = one_object(sotto("place", str(model), "-b", swarm.bootstrap, "--workers", "3", "--json"))["hops"]
     assert isinstance(plan, list)
     assert [(hop["start"], hop["end"]) for hop in plan] == [(0, 1), (1, 2), (2, 3)]
