@@ -50,6 +50,7 @@ def _row(member: Member) -> dict[str, Any]:
         "addrs": list(advert.addrs),
         "memory_free_bytes": advert.memory_free_bytes,
         "kv_free_bytes": advert.kv_free_bytes,
+        "disk_free_bytes": advert.disk_free_bytes,
         "speeds": {speed.dtype: {"read_gb_s": speed.read_gb_s, "gflop_s": speed.gflop_s} for speed in advert.speeds},
         "spans": [{"deployment": span.deployment.hex(), "start": span.start, "end": span.end} for span in advert.spans],
         "sequence": advert.sequence,
@@ -70,7 +71,16 @@ def _table(rows: list[dict[str, Any]]) -> None:
     from node.files import show_bytes
 
     table = Table(
-        "peer", "takes work", "load", "free memory", "free KV", "reads float32", "holds", "reached", "heard from"
+        "peer",
+        "takes work",
+        "load",
+        "free memory",
+        "free KV",
+        "free disk",
+        "reads float32",
+        "holds",
+        "reached",
+        "heard from",
     )
     for row in rows:
         speed = row["speeds"].get("float32", {}).get("read_gb_s")
@@ -81,6 +91,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
             f"{row['load_percent']} %",
             show_bytes(row["memory_free_bytes"]),
             show_bytes(row["kv_free_bytes"]),
+            show_bytes(row["disk_free_bytes"]),
             f"{speed:.1f} GB/s" if speed else "?",
             spans or "nothing",
             "through a relay" if row["relayed"] else "directly",
