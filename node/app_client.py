@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,15 +25,15 @@ import trio
 from client.batches import Batches
 from client.deploy import DeployedHop, DeployProgress, deploy
 from client.deploy import Progress as UploadProgress
-from client.driver import Driver, run_all
+from client.driver import Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
 from client.page_keys import plain_secret
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
 from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts, Credentials, Introduce, none_needed, to_nobody
-from client.revoking import revoke_at
-from client.routing import Hop, Route, choose_route, route_of
+from client.revoking import remind, revoke_everywhere
+from client.routing import Route, choose_route, held_route, route_of
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
@@ -62,7 +62,7 @@ from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed
 from node.sharing import COMPARED_MAX, Sharing, Sources
 from protocol import limits
 from protocol.capabilities import Right
-from protocol.errors import InputError, Refused, RouteUnavailable
+from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.messages import RefusalReason
 from protocol.reports import pen_of
@@ -309,7 +309,9 @@ class Client:
         if key is not None:
             require_key(key, deployment, bytes.fromhex(token.key_check))
         config = checkpoint.config
-        view = await self.discover(lambda view: _held(view, deployment, config.num_blocks, without, {}) is not None)
+        view = await self.discover(
+            lambda view: held_route(view, deployment, config.num_blocks, without, {}) is not None
+        )
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
         route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS_DEFAULT)
@@ -324,20 +326,7 @@ class Client:
             raise InputError("the capability was issued by another identity: only its owner can revoke it")
         self.grants.revoke(token)
         view = await self.discover(lambda _: False)
-        told: list[PeerId] = []
-        missed: list[PeerId] = []
-
-        async def tell(hop: Hop) -> None:
-            try:
-                if await revoke_at(self.ports, hop, token.capability.deployment, (token.capability.serial,)):
-                    told.append(hop.peer)
-            except (Refused, RouteUnavailable):
-                missed.append(hop.peer)
-
-        holders = view.holders(token.capability.deployment)
-        hops = [Hop(member.peer, member.advert.addrs, span.start, span.end) for member, span in holders]
-        await run_all(*(partial(tell, hop) for hop in hops))
-        return sorted(told), sorted(missed)
+        return await revoke_everywhere(self.ports, view, token.capability.deployment, token.capability.serial)
 
     async def _ready(
         self, route: Route, hops: tuple[DeployedHop, ...], sealer: Sealer, priced_as: _Priced
@@ -391,7 +380,7 @@ class Client:
         """A route over workers that hold the model and lease it to us, None when there is none; and the view."""
         view, deployment = await self.discover(), model.folder.deployment
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = _held(view, deployment, model.folder.info.num_blocks, without, rtts_ms)
+        route = held_route(view, deployment, model.folder.info.num_blocks, without, rtts_ms)
         if route is None or len(route.hops) < options.hops_min:
             return None, view
         leasing = Leasing(self.leases, options.concurrency * options.kv_room)
@@ -408,7 +397,7 @@ class Client:
         now_ms = int(self.ports.clock.time() * 1000)
         serials = self.grants.revoked(route.deployment, now_ms)
         if serials:
-            await run_all(*(partial(_told, self.ports, hop, route.deployment, serials) for hop in route.hops))
+            await remind(self.ports, route, serials)
 
 
 @asynccontextmanager
@@ -499,24 +488,7 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
             nursery.cancel_scope.cancel()
 
 
-def _held(
-    view: SwarmView,
-    deployment: DeploymentId,
-    blocks: int,
-    without: frozenset[PeerId],
-    client_rtts_ms: Mapping[PeerId, float],
-) -> Route | None:
-    try:
-        return choose_route(view, deployment, blocks, without, client_rtts_ms)
-    except RouteUnavailable:
-        return None
-
-
 def _rivalled(failure: HopRefused | HopLost | HopViolation) -> bool:
     """Another client of this user brings the same deployment to the same workers, in other spans: one of the two must
     wait until the other is done, and use what it brought."""
     return isinstance(failure, HopRefused) and failure.reason == RefusalReason.SESSIONS
-
-
-async def _told(ports: ClientPorts, hop: Hop, deployment: DeploymentId, serials: tuple[bytes, ...]) -> None:
-    await revoke_at(ports, hop, deployment, serials)
