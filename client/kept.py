@@ -2,9 +2,10 @@
 
 Of a request only what follows the longest common beginning of its prompt and of what the hops' KV holds is sent;
 the first step truncates the rest there. When the session is lost, also in the middle of an answer, another one is
-opened (over the same route, then over one that is found anew), and what was known is computed again: tokens depend on
-their positions alone, so the answer goes on as if nothing had happened. The same when it is preempted: a worker took
-its memory for a client that holds less. Then the same route is waited for, as long as it takes within reason.
+opened (over the same route, then over one that is found anew, past the workers that were lost), and what was known and
+is not in kept pages is computed again: tokens depend on their positions alone, so the answer goes on as if nothing had
+happened. The same when it is preempted: a worker took its memory for a client that holds less. Then the same route is
+waited for, as long as it takes within reason. When a session is closed its pages stay, under their names on its route.
 
 Invariant: `held` is what the KV holds for certain. One request at a time. Where sessions come from is the opener's.
 """
@@ -21,15 +22,16 @@ import trio
 
 from client.errors import short
 from client.generate import FinishReason, Generation, GenerationHost, GenerationParams, GenerationResult, Steps
-from client.page_keys import PageKeys
 from client.turns import Ends
 from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable, SottoError, TransportError
+from protocol.ids import PeerId
 from protocol.messages import RefusalReason
 
 LOSSES_MAX = 3  # in a row, without a token between them
 PREEMPTIONS_MAX = 32  # of one request: honest workers take hours to come to that
 NO_ROOM_S = 300.0  # how long who was preempted looks for room again
 PAUSE_S = 1.0  # between two refusals that came at once
+BACKOFF_S = 0.5  # after a refusal or a second loss, twice as long each time; a lost session is opened again at once
 
 _LOST = (RouteUnavailable, Refused, TransportError)
 
@@ -47,19 +49,35 @@ class OpenedSession(Steps, Protocol):
     async def aclose(self) -> None: ...
 
 
-Opener = Callable[[Sequence[int], bool], Awaitable[OpenedSession]]
-"""Opens a session for a sequence that begins with these tokens; with True over a route that is found anew. Raises
-SottoError."""
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a session is opened for: a sequence that begins with `known`. `anew`: over a route that is found anew, past
+    the workers `without` where there are others."""
+
+    known: Sequence[int]
+    anew: bool = False
+    without: frozenset[PeerId] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A session that may hold the first tokens already, and the keys of the pages of a sequence on its route."""
+
+    session: OpenedSession
+    page_keys: Callable[[Sequence[int]], bytes] = lambda _: b""
+
+
+Opener = Callable[[Opening], Awaitable[Opened]]
+"""Raises SottoError."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeptTerms:
     """`losses_max`: how many losses in a row are made good; preemptions are, whatever it says. `notice` is told in a
-    sentence what befell the session. `keys`: of pages that hops shall keep when it ends."""
+    sentence what befell the session."""
 
     losses_max: int = LOSSES_MAX
     notice: Callable[[str], None] = lambda _: None
-    keys: PageKeys | None = None
 
 
 class KeptSession:
@@ -70,17 +88,18 @@ class KeptSession:
         self.losses = self.preemptions = 0  # over its whole life
         self._opener = opener
         self._terms = terms or KeptTerms()
-        self._session: OpenedSession | None = None
+        self._opened: Opened | None = None
         self._moved_before = (0, 0)
         self._in_a_row = 0
+        self._without: frozenset[PeerId] = frozenset()  # the workers that were lost in a row
         self._preemptions_left = PREEMPTIONS_MAX
         self._roomless_since = inf  # when it was preempted, while it has no room again
 
     @property
     def moved(self) -> tuple[int, int]:
         """Bytes of activations over its whole life, out and in."""
-        (out, in_), session = self._moved_before, self._session
-        return (out + session.bytes_out, in_ + session.bytes_in) if session is not None else (out, in_)
+        (out, in_), opened = self._moved_before, self._opened
+        return (out + opened.session.bytes_out, in_ + opened.session.bytes_in) if opened is not None else (out, in_)
 
     def begin(self) -> None:
         """Another request begins."""
@@ -89,18 +108,19 @@ class KeptSession:
     async def ready(self, known: Sequence[int]) -> OpenedSession:
         """The open session; one is opened when there is none, for a sequence that begins with `known`. Raises
         SottoError when that fails again and again."""
-        while self._session is None:
+        while self._opened is None:
             try:
-                session = await self._opener(known, self._in_a_row > 1)
+                opened = await self._opener(Opening(known, self._in_a_row > 1, self._without))
             except _LOST as error:
                 await self.lost(error)
                 continue
-            self._session, self._roomless_since = session, inf
-            self.held = list(known[: session.held_tokens])
-        return self._session
+            self._opened, self._roomless_since = opened, inf
+            self.held = list(known[: opened.session.held_tokens])
+        return self._opened.session
 
     async def lost(self, error: SottoError) -> None:
-        """The session failed with `error`, or could not be opened. Raises it when nothing more can be done."""
+        """The session failed with `error`, or could not be opened. Raises it when nothing more can be done; comes back
+        when it is time to try again."""
         await self.aclose()
         reason = error.reason if isinstance(error, Refused) else ""
         if reason == RefusalReason.PREEMPTED:
@@ -109,6 +129,8 @@ class KeptSession:
             await trio.sleep(PAUSE_S)
         else:
             self._note_loss(error)
+            if self._in_a_row > 1 or reason:
+                await trio.sleep(BACKOFF_S * 2 ** (self._in_a_row - 1))
 
     def _note_preemption(self, error: SottoError) -> None:
         if not self._preemptions_left:
@@ -121,33 +143,34 @@ class KeptSession:
     def _note_loss(self, error: SottoError) -> None:
         self._in_a_row += 1
         if self._in_a_row > self._terms.losses_max:
-            self._in_a_row = 0
+            self.progressed()
             raise error
+        peer: PeerId | None = getattr(error, "peer", None)
+        self._without |= {peer} if peer else set()
         if self._in_a_row == 1:
             self.losses += 1
-            peer = getattr(error, "peer", None)
             who = f"worker {short(peer)} is" if peer else "the workers are"
             self._terms.notice(f"{who} lost to this session: it is opened again, and what was said is computed anew")
 
     def settle(self, ids: list[int]) -> None:
         """A request has ended, well or early: the KV holds `ids`."""
-        if self._session is not None:
-            self._session.abandon()
+        if self._opened is not None:
+            self._opened.session.abandon()
             self.held = ids
 
     def progressed(self) -> None:
         """A token came: whatever fails next is another failure."""
-        self._in_a_row = 0
+        self._in_a_row, self._without = 0, frozenset()
 
-    async def aclose(self) -> None:
-        """Free the KV on all hops. The next request opens a session."""
+    async def aclose(self, keep: bool = True) -> None:
+        """Free the KV on all hops, which `keep` its full pages as long as they have room. The next request opens a
+        session."""
         self._moved_before = self.moved
-        session, self._session = self._session, None
+        opened, self._opened = self._opened, None
         held, self.held = self.held, []
-        if session is not None:
-            if self._terms.keys is not None:
-                session.keep_pages = self._terms.keys.of(held)
-            await session.aclose()
+        if opened is not None:
+            opened.session.keep_pages = opened.page_keys(held) if keep else b""
+            await opened.session.aclose()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +251,7 @@ class KeptRequest:
             except _LOST as error:
                 await self._kept.lost(error)
             except RemoteProtocolError:  # never again with that peer; a later request opens a session of its own
-                await self._kept.aclose()
+                await self._kept.aclose(keep=False)
                 raise
 
     def _next(self, session: OpenedSession, known: list[int]) -> Generation:

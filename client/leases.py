@@ -7,7 +7,7 @@ be reached, is asked until the lease would have ended, and then left: the next s
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -56,6 +56,7 @@ class LeaseKeeper:
 
     ports: ClientPorts
     kept: dict[tuple[DeploymentId, PeerId], KeptLease] = field(default_factory=dict)
+    _parting: list[KeptLease] = field(default_factory=list)  # given up, and not told yet
     _changed: trio.Event = field(default_factory=trio.Event)
 
     async def lease(self, channel: Channel, hop: Hop, deployment: DeploymentId, request: LeaseSpan) -> SpanLeased:
@@ -68,9 +69,11 @@ class LeaseKeeper:
         return answer
 
     async def run(self) -> None:
-        """Renew what is due, for ever."""
+        """Renew what is due, and tell workers of what was parted with, for ever."""
         while True:
             self._changed = trio.Event()
+            parting, self._parting = self._parting, []
+            await self._give_up(parting)
             now = self.ports.clock.monotonic()
             await run_all(*(partial(self._renew, kept) for kept in self.kept.values() if kept.due <= now))
             now = self.ports.clock.monotonic()
@@ -83,10 +86,17 @@ class LeaseKeeper:
         gone = [key for key in self.kept if key[0] == deployment]
         await self._give_up([self.kept.pop(key) for key in gone])
 
+    def part(self, deployment: DeploymentId, staying: Collection[PeerId]) -> None:
+        """Give up the leases of `deployment`, but for those at `staying`, without waiting until workers know."""
+        gone = [key for key in self.kept if key[0] == deployment and key[1] not in staying]
+        self._parting += [self.kept.pop(key) for key in gone]
+        self._changed.set()
+
     async def aclose(self) -> None:
         """Give up all leases, cancelled or not."""
-        gone = list(self.kept.values())
+        gone = [*self.kept.values(), *self._parting]
         self.kept.clear()
+        self._parting.clear()
         await self._give_up(gone)
 
     async def _give_up(self, gone: list[KeptLease]) -> None:

@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from client.asking import ANSWER_S, ask, channel_to
+from client.driver import run_all
 from client.errors import HopRefused
 from client.ports import ClientPorts
-from client.routing import Hop
-from protocol.ids import DeploymentId
+from client.routing import Hop, Route
+from protocol.errors import Refused, RouteUnavailable
+from protocol.ids import DeploymentId, PeerId
 from protocol.messages import CONTROL, CapabilityRevoked, RefusalReason, RevokeCapability
+from protocol.swarm import SwarmView
+
+
+async def revoke_everywhere(
+    ports: ClientPorts, view: SwarmView, deployment: DeploymentId, serial: bytes
+) -> tuple[list[PeerId], list[PeerId]]:
+    """Have all workers in `view` that hold the deployment refuse the capability `serial`. Gives those that were told,
+    and those that could not be."""
+    told: list[PeerId] = []
+    missed: list[PeerId] = []
+
+    async def tell(hop: Hop) -> None:
+        try:
+            if await revoke_at(ports, hop, deployment, (serial,)):
+                told.append(hop.peer)
+        except (Refused, RouteUnavailable):
+            missed.append(hop.peer)
+
+    holders = view.holders(deployment)
+    hops = [Hop(member.peer, member.advert.addrs, span.start, span.end) for member, span in holders]
+    await run_all(*(partial(tell, hop) for hop in hops))
+    return sorted(told), sorted(missed)
+
+
+async def remind(ports: ClientPorts, route: Route, serials: tuple[bytes, ...]) -> None:
+    """Tell the workers of `route` of capabilities that were revoked, perhaps before they held the deployment. Raises
+    what `revoke_at` raises."""
+
+    async def tell(hop: Hop) -> None:
+        await revoke_at(ports, hop, route.deployment, serials)
+
+    await run_all(*(partial(tell, hop) for hop in route.hops))
 
 
 async def revoke_at(ports: ClientPorts, hop: Hop, deployment: DeploymentId, serials: tuple[bytes, ...]) -> bool:

@@ -70,6 +70,20 @@ def choose_route(
     return Route(deployment, tuple(held[index][1] for index in chain))
 
 
+def held_route(
+    view: SwarmView,
+    deployment: DeploymentId,
+    num_blocks: int,
+    exclude: Collection[PeerId] = (),
+    client_rtts_ms: Mapping[PeerId, float] | None = None,
+) -> Route | None:
+    """As `choose_route`; None when there is none."""
+    try:
+        return choose_route(view, deployment, num_blocks, exclude, client_rtts_ms)
+    except RouteUnavailable:
+        return None
+
+
 _Held = list[tuple[Member, Hop, float]]  # with the seconds that the span takes
 
 

@@ -63,10 +63,10 @@ class Sealer:
         return None if self.secrets is None else self.secrets.stream.derive(None, "pages").read(SECRET_BYTES)
 
     def ends(self) -> ClientEnds:
-        """Embedding, final norm and head: what stays here."""
+        """Embedding, final norm and head: what stays here. The head's weights are as exact as the blocks'."""
         rotation = None if self.secrets is None else self.secrets.rotation
         ends, eps = self.checkpoint.ends(), self.checkpoint.config.rms_norm_eps
-        return ClientEnds.open(ends, eps, rotation, torch.float32, int8_head=self.dtype == INT8)
+        return ClientEnds.open(ends, eps, rotation, torch.float32, DTYPES[self.dtype])
 
 
 def block_entry(

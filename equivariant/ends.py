@@ -55,18 +55,19 @@ class ClientEnds:
         rms_norm_eps: float,
         rotation: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
-        int8_head: bool = False,
+        head: torch.dtype | None = None,
     ) -> ClientEnds:
         """Ends that compute in `dtype`. `rotation` is DeploymentSecrets.rotation for `ee`, None for `plain`.
 
-        `int8_head`: the head is rounded to int8, as the blocks of an int8 deployment are; `dtype` is float32 then.
+        `head`: what the head's weights are rounded to if not to `dtype`: the head is most of what a client reads for a
+        token. bfloat16 is for processors that multiply in it, elsewhere the head stays in `dtype`.
         """
         if rotation is not None and tuple(rotation.shape) != (ends.head.shape[1],) * 2:
             raise ValueError(f"a rotation of {tuple(rotation.shape)} does not fit hidden size {ends.head.shape[1]}")
         return cls(
             embedding=ends.embedding,
             gain=ends.final_norm.to(dtype),
-            head=Int8Linear(*quantise_rows(ends.head)) if int8_head else Linear(ends.head.to(dtype)),
+            head=_head(ends.head, head or dtype, dtype),
             rotation=None if rotation is None else rotation.to(_wide(dtype)),
             rms_norm_eps=rms_norm_eps,
             dtype=dtype,
@@ -90,7 +91,15 @@ class ClientEnds:
     def logits(self, hidden: Tensor) -> Tensor:
         """[T, V] from the last block's output [T, d]: final norm, then head."""
         plain = self.residual(hidden)
-        return self.head(rms_norm(plain, None, self.rms_norm_eps).to(self.dtype) * self.gain)
+        normed = rms_norm(plain, None, self.rms_norm_eps).to(self.dtype) * self.gain
+        return self.head(normed.to(self.head.dtype)).to(self.dtype)
+
+
+def _head(weight: Tensor, kept: torch.dtype, dtype: torch.dtype) -> Linear | Int8Linear:
+    if kept == torch.int8:
+        return Int8Linear(*quantise_rows(weight))
+    head = Linear(weight.to(kept))
+    return head if kept == dtype or head.is_packed else Linear(weight.to(dtype))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,15 +25,15 @@ import trio
 from client.batches import Batches
 from client.deploy import DeployedHop, DeployProgress, deploy
 from client.deploy import Progress as UploadProgress
-from client.driver import Driver, run_all
+from client.driver import Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
 from client.page_keys import plain_secret
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
 from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts, Credentials, Introduce, none_needed, to_nobody
-from client.revoking import revoke_at
-from client.routing import Hop, Route, choose_route, route_of
+from client.revoking import remind, revoke_everywhere
+from client.routing import Route, choose_route, held_route, route_of
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
@@ -62,7 +62,7 @@ from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed
 from node.sharing import COMPARED_MAX, Sharing, Sources
 from protocol import limits
 from protocol.capabilities import Right
-from protocol.errors import InputError, Refused, RouteUnavailable
+from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.messages import RefusalReason
 from protocol.reports import pen_of
@@ -126,14 +126,13 @@ class DeployOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """By what a route's prediction goes, and how another route is found. `dtype`: of the blocks, None when it is not
-    known."""
+    """By what a route's prediction goes, and how another route is found. `dtype`: of the blocks."""
 
     view: SwarmView
     needs: ModelNeeds
     where: PlaceOptions
-    dtype: str | None
-    again: Callable[[], Awaitable[DeployedModel]]
+    dtype: str
+    again: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]]
 
 
 class Client:
@@ -214,21 +213,24 @@ class Client:
         self._rtts_ms.update(await measure_rtts_ms(self.ports, asked))
         return dict(self._rtts_ms)
 
-    async def deploy(self, model: SealedModel, options: DeployOptions) -> DeployedModel:
+    async def deploy(
+        self, model: SealedModel, options: DeployOptions, without: frozenset[PeerId] = frozenset()
+    ) -> DeployedModel:
         """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts.
 
-        Workers that decline or are lost meanwhile are left out. Raises what the last one said when no others are left.
+        Workers that decline or are lost meanwhile are left out, as are those of `without`. Raises what the last one
+        said when no others are left.
         """
         data, manifest = model.folder.manifest(self._owner)
         needs = ModelNeeds.of_manifest(manifest, options.kv_room)
-        where = PlaceOptions(options.objective, options.concurrency, options.hops_min)
+        where = PlaceOptions(options.objective, options.concurrency, options.hops_min, without)
         hops: tuple[DeployedHop, ...] = ()
-        route, view = await self._leased_route(model, data, options)
+        route, view = await self._leased_route(model, data, options, without)
         if route is None:
             route, view, hops = await self._brought(model, needs, where, options)
         await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
-        again = partial(self.deploy, model, options)
+        again = partial(self._again, route, partial(self.deploy, model, options))
         return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
 
     async def _brought(
@@ -258,7 +260,7 @@ class Client:
                 await self.leases.release(manifest.deployment)
                 if _rivalled(failure) and trio.current_time() < patience:
                     await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
-                    held, view = await self._leased_route(model, data, options)
+                    held, view = await self._leased_route(model, data, options, where.exclude)
                     if held is not None:
                         return held, view, ()
                     placement = await self._planned(view, needs, where)
@@ -277,7 +279,23 @@ class Client:
         with suppress(OSError):  # a disk that is full fails what matters, not this
             note_rate(self.options.data_dir, name, moved_bytes, self.ports.clock.monotonic() - started)
 
-    async def attach(self, checkpoint: Checkpoint, key: RootKey | None) -> DeployedModel:
+    async def _again(
+        self, left: Route, deployed: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]], without: frozenset[PeerId]
+    ) -> DeployedModel:
+        """The model over a route that is found now, past the workers `without` where there are others. What was leased
+        for the route that is left and the new one has no use for is given up."""
+        try:
+            ready = await deployed(without)
+        except RouteUnavailable:
+            if not without:
+                raise
+            ready = await deployed(frozenset())
+        self.leases.part(left.deployment, [hop.peer for hop in ready.route.hops])
+        return ready
+
+    async def attach(
+        self, checkpoint: Checkpoint, key: RootKey | None, without: frozenset[PeerId] = frozenset()
+    ) -> DeployedModel:
         """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,
         sent or leased. Raises InputError (wrong key, no capability), RouteUnavailable."""
         token = self.options.capability
@@ -291,13 +309,15 @@ class Client:
         if key is not None:
             require_key(key, deployment, bytes.fromhex(token.key_check))
         config = checkpoint.config
-        view = await self.discover(lambda view: _held(view, deployment, config.num_blocks, {}) is not None)
+        view = await self.discover(
+            lambda view: held_route(view, deployment, config.num_blocks, without, {}) is not None
+        )
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = choose_route(view, deployment, config.num_blocks, client_rtts_ms=rtts_ms)
-        needs = ModelNeeds.of_configs(config.blocks, "float32", KV_TOKENS_DEFAULT)
-        sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, "float32", key, deployment)
-        again = partial(self.attach, checkpoint, key)
-        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), None, again))
+        route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
+        needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS_DEFAULT)
+        sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
+        again = partial(self._again, route, partial(self.attach, checkpoint, key))
+        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), token.dtype, again))
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
@@ -306,20 +326,7 @@ class Client:
             raise InputError("the capability was issued by another identity: only its owner can revoke it")
         self.grants.revoke(token)
         view = await self.discover(lambda _: False)
-        told: list[PeerId] = []
-        missed: list[PeerId] = []
-
-        async def tell(hop: Hop) -> None:
-            try:
-                if await revoke_at(self.ports, hop, token.capability.deployment, (token.capability.serial,)):
-                    told.append(hop.peer)
-            except (Refused, RouteUnavailable):
-                missed.append(hop.peer)
-
-        holders = view.holders(token.capability.deployment)
-        hops = [Hop(member.peer, member.advert.addrs, span.start, span.end) for member, span in holders]
-        await run_all(*(partial(tell, hop) for hop in hops))
-        return sorted(told), sorted(missed)
+        return await revoke_everywhere(self.ports, view, token.capability.deployment, token.capability.serial)
 
     async def _ready(
         self, route: Route, hops: tuple[DeployedHop, ...], sealer: Sealer, priced_as: _Priced
@@ -347,7 +354,7 @@ class Client:
             hops=hops,
             predicted=predicted,
             ends=ends,
-            page_secret=sealer.page_secret() or plain_secret(self.ports.identity),
+            page_secret=sealer.page_secret() or plain_secret(self._owner),
             tokenizer=Tokenizer.open(checkpoint.tokenizer_file),
             config=checkpoint.config,
             checkpoint=checkpoint,
@@ -368,12 +375,12 @@ class Client:
         )
 
     async def _leased_route(
-        self, model: SealedModel, manifest: bytes, options: DeployOptions
+        self, model: SealedModel, manifest: bytes, options: DeployOptions, without: frozenset[PeerId]
     ) -> tuple[Route | None, SwarmView]:
         """A route over workers that hold the model and lease it to us, None when there is none; and the view."""
         view, deployment = await self.discover(), model.folder.deployment
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = _held(view, deployment, model.folder.info.num_blocks, rtts_ms)
+        route = held_route(view, deployment, model.folder.info.num_blocks, without, rtts_ms)
         if route is None or len(route.hops) < options.hops_min:
             return None, view
         leasing = Leasing(self.leases, options.concurrency * options.kv_room)
@@ -390,7 +397,7 @@ class Client:
         now_ms = int(self.ports.clock.time() * 1000)
         serials = self.grants.revoked(route.deployment, now_ms)
         if serials:
-            await run_all(*(partial(_told, self.ports, hop, route.deployment, serials) for hop in route.hops))
+            await remind(self.ports, route, serials)
 
 
 @asynccontextmanager
@@ -481,20 +488,7 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
             nursery.cancel_scope.cancel()
 
 
-def _held(
-    view: SwarmView, deployment: DeploymentId, blocks: int, client_rtts_ms: Mapping[PeerId, float]
-) -> Route | None:
-    try:
-        return choose_route(view, deployment, blocks, client_rtts_ms=client_rtts_ms)
-    except RouteUnavailable:
-        return None
-
-
 def _rivalled(failure: HopRefused | HopLost | HopViolation) -> bool:
     """Another client of this user brings the same deployment to the same workers, in other spans: one of the two must
     wait until the other is done, and use what it brought."""
     return isinstance(failure, HopRefused) and failure.reason == RefusalReason.SESSIONS
-
-
-async def _told(ports: ClientPorts, hop: Hop, deployment: DeploymentId, serials: tuple[bytes, ...]) -> None:
-    await revoke_at(ports, hop, deployment, serials)

@@ -16,8 +16,8 @@ import trio
 
 from client.chat import ChatPrompt, Transcript
 from client.generate import GenerationResult
-from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms
-from client.session import RouteSession, SessionTerms
+from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms, Opened, Opening
+from client.session import SessionTerms
 from client.speculation import Speculation
 from client.text import TextStream
 from models.chat_template import ChatMessage, ChatTemplate
@@ -75,7 +75,7 @@ class Chat:
         self._options = options
         self._context_tokens = min(options.context_tokens, model.config.max_position)
         self._terms = SessionTerms(self._context_tokens)
-        self._wire = ""  # the precision in which what the KV holds was sent
+        self._used = Strategy()  # by the newest request
         self._kept = KeptSession(self._open, KeptTerms(notice=options.notice))
         self._id = model.ports.entropy(ID_BYTES)  # to workers all turns are one request
         self._guessing = model.guessing()
@@ -138,9 +138,9 @@ class Chat:
         host = await model.host(ask, strategy, self._guessing)
         terms = replace(model.terms(self._context_tokens, strategy), request=self._id)
         # What a session was opened with cannot be changed, and what its KV holds is as exact as it was sent.
-        if (terms, params.wire_dtype) != (self._terms, self._wire):
+        if (terms, strategy.wire) != (self._terms, self._used.wire):
             await self._kept.aclose()
-            self._terms, self._wire = terms, params.wire_dtype
+        self._terms, self._used = terms, strategy
         request = KeptRequest(self._kept, KeptAsk(prompt.ids, params, model.ends), host)
         stream = TextStream(request, model.tokenizer.stream(), (*ask.stop, *self._template.stops))
         return request, stream, host.speculation
@@ -150,10 +150,10 @@ class Chat:
         end = self._model.tokenizer.vocabulary().get(self._template.tokens.get("eos_token", ""))
         return frozenset() if end is None else frozenset({end})
 
-    async def _open(self, _: Sequence[int], anew: bool) -> RouteSession:
-        if anew:
-            self._model = await self._model.deploy_again()
-        return await self._model.driver.open_session(self._model.route, self._terms)
+    async def _open(self, opening: Opening) -> Opened:
+        if opening.anew:
+            self._model = await self._model.deploy_again(opening.without)
+        return await self._model.opened(opening, self._terms, self._used)
 
 
 async def open_chat(model: DeployedModel, options: ChatOptions | None = None) -> Chat:

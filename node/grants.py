@@ -1,8 +1,9 @@
 """What the owner of a deployment lets others do: capabilities issued, shown, kept and revoked.
 
-A token is what people hand on: the capability, and a check value of the root key (never the key) so that a wrong one is
-noticed before anything is computed. Issued ones are kept in `client/grants/`, one file each, so that they can be named
-by their serial; a revoked one keeps its name there, and every worker that takes the deployment later is told.
+A token is what people hand on: the capability, the precision of the blocks, and a check value of the root key (never
+the key) so that a wrong one is noticed before anything is computed. Issued ones are kept in `client/grants/`, one file
+each, so that they can be named by their serial; a revoked one keeps its name there, and every worker that takes the
+deployment later is told.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from models.precision import PRECISIONS
 from node.files import parse_life, write_atomic
 from node.identity import load_identity
 from node.sealing import SealInfo
@@ -31,16 +33,18 @@ _PREFIX = "sotto-use-"
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A capability as it is handed on. `key_check` is "" in the plain tier."""
+    """A capability as it is handed on. `key_check` is "" in the plain tier; `dtype` is that of the sealed blocks."""
 
     signed: bytes
     key_check: str
+    dtype: str
     capability: Capability
     owner: PeerId
 
     @property
     def text(self) -> str:
-        fields = {"capability": base64.b64encode(self.signed).decode(), "key_check": self.key_check}
+        signed = base64.b64encode(self.signed).decode()
+        fields = {"capability": signed, "key_check": self.key_check, "dtype": self.dtype}
         return _PREFIX + base64.urlsafe_b64encode(json.dumps(fields).encode()).decode().rstrip("=")
 
     @property
@@ -55,7 +59,9 @@ def read_token(text: str) -> Token:
         fields = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
         signed = base64.b64decode(fields["capability"], validate=True)
         capability, owner = open_capability(signed)
-        return Token(signed, str(fields["key_check"]), capability, owner)
+        if fields["dtype"] not in PRECISIONS:
+            raise ValueError
+        return Token(signed, str(fields["key_check"]), fields["dtype"], capability, owner)
     except (ValueError, KeyError, TypeError, RecursionError, RemoteProtocolError):
         raise InputError(
             "this is no capability, or it was changed: copy the whole token that 'sotto grant' printed"
@@ -68,8 +74,11 @@ def grant_to(peer: str, folder: Path, info: SealInfo, rights: str, life: str) ->
     try:
         public_key_of(peer)
         chosen = rights_of(Right(name.strip()) for name in rights.split(","))
+        if Right.OWN in chosen:
+            raise ValueError("nobody else can be the owner")
     except (RemoteProtocolError, ValueError) as error:
-        raise InputError(f"{error}: give a peer id (12D3KooW…), and rights out of {', '.join(Right)}") from None
+        others = ", ".join(right for right in Right if right is not Right.OWN)
+        raise InputError(f"{error}: give a peer id (12D3KooW…), and rights out of {others}") from None
     life_s = parse_life(life)
     if life_s > limits.CAPABILITY_LIFE_MAX_S - limits.CLOCK_SKEW_MAX_S:
         raise InputError(f"{life} is too long: {limits.CAPABILITY_LIFE_MAX_S / 86_400 - 1:.0f}d at most")
@@ -79,7 +88,7 @@ def grant_to(peer: str, folder: Path, info: SealInfo, rights: str, life: str) ->
     if deployment != deployment_id(owner.peer, bytes.fromhex(info.salt)):
         raise InputError("the model was sealed under another identity: only its owner can grant its use")
     capability = Capability(os.urandom(ID_BYTES), deployment, PeerId(peer), chosen, expires_ms)
-    return Token(issue_capability(capability, owner), info.key_check, capability, owner.peer)
+    return Token(issue_capability(capability, owner), info.key_check, info.dtype, capability, owner.peer)
 
 
 @dataclass(frozen=True, slots=True)

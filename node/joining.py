@@ -2,8 +2,8 @@
 invite), and peers that were found on the local network.
 
 Invariant: at least one given peer is connected, or is being tried; peers that were found fill up to NEIGHBOURS_ENOUGH
-connections beside it. Each lead backs off by itself, with jitter, so that a swarm whose node comes back is not stormed,
-and a lead that never answers holds up no other for longer than one dial.
+connections beside it. Leads are dialled side by side; each backs off by itself, with jitter, so that a swarm whose node
+comes back is not stormed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
 from node.p2p.addresses import parse_bootstrap
+from node.p2p.racing import side_by_side
 from protocol.errors import TransportError
 from protocol.ids import PeerId
 from protocol.ports import Transport
@@ -29,7 +31,8 @@ CHECK_S = 5.0  # how soon a lost neighbour is noticed
 NEIGHBOURS_ENOUGH = 6  # gossip's degree: more connections carry no advert further
 FOUND_MAX = 32  # peers of the local network that are remembered; anybody there can invent some
 FOUND_DIAL_S = 1.0  # for all addresses of one: a network this near answers in milliseconds, an invented peer never
-BESIDE_DIAL_S = 2.0  # for all addresses of a given one, when another has answered and a client waits to begin
+BESIDE_DIAL_S = 2.0  # for all that have not answered, when one has and a client waits to begin
+DIALS_MAX = 8  # peers at a time: an invite names as many
 ADDRS_PER_PEER_MAX = 8
 Jitter = Callable[[], float]
 """Uniform in [0, 1)."""
@@ -102,17 +105,22 @@ async def join(transport: Transport, leads: Leads) -> None:
     """Connect to every lead once. Raises InputError (malformed), TransportError (none answers)."""
     failures: list[TransportError] = []
     answered = False
-    for lead in leads.wanted(transport.peer, transport.connected()):
+
+    async def attempt(lead: Lead) -> None:
+        nonlocal answered
         if not lead.given and leads.enough(transport.connected()):
-            break
+            return
         try:
-            with trio.fail_after(BESIDE_DIAL_S if answered else math.inf):
-                await _dial(transport, lead)
-            answered = True
-        except trio.TooSlowError:
-            continue
+            await _dial(transport, lead)
         except TransportError as error:
             failures.append(error)
+            return
+        answered = True
+        scope.deadline = min(scope.deadline, trio.current_time() + BESIDE_DIAL_S)
+
+    with trio.CancelScope() as scope:
+        wanted = leads.wanted(transport.peer, transport.connected())
+        await side_by_side([partial(attempt, lead) for lead in wanted], DIALS_MAX)
     if failures and not answered:
         raise TransportError(f"no bootstrap address answers ({failures[0]})")
 
@@ -134,15 +142,17 @@ async def stay_joined(transport: Transport, leads: Leads, jitter: Jitter) -> Non
     """
     while True:
         changed = leads.changed
-        for lead in leads.wanted(transport.peer, transport.connected()):
-            if lead.due <= trio.current_time() and (lead.given or not leads.enough(transport.connected())):
-                await _try(transport, lead, jitter)
+        wanted = leads.wanted(transport.peer, transport.connected())
+        due = [lead for lead in wanted if lead.due <= trio.current_time()]
+        await side_by_side([partial(_try, transport, leads, lead, jitter) for lead in due], DIALS_MAX)
         missing = leads.wanted(transport.peer, transport.connected())
         with trio.move_on_at(min([trio.current_time() + CHECK_S, *(lead.due for lead in missing)])):
             await changed.wait()
 
 
-async def _try(transport: Transport, lead: Lead, jitter: Jitter) -> None:
+async def _try(transport: Transport, leads: Leads, lead: Lead, jitter: Jitter) -> None:
+    if not lead.given and leads.enough(transport.connected()):
+        return
     try:
         await _dial(transport, lead)
     except TransportError as error:
@@ -154,13 +164,8 @@ async def _try(transport: Transport, lead: Lead, jitter: Jitter) -> None:
 
 
 async def _dial(transport: Transport, lead: Lead) -> None:
-    """One address after the other. Raises InputError (malformed), TransportError (none answers)."""
-    failure: TransportError | None = None
+    """Raises InputError (malformed), TransportError (none answers)."""
     with trio.move_on_after(math.inf if lead.given else FOUND_DIAL_S):
-        for addr in lead.addrs:
-            try:
-                await transport.connect(addr)
-                return
-            except TransportError as error:
-                failure = failure or error
-    raise failure or TransportError(f"{lead.peer} does not answer")
+        await transport.connect(*lead.addrs)
+        return
+    raise TransportError(f"{lead.peer} does not answer")

@@ -24,7 +24,7 @@ from client.generate import (
     GenerationResult,
     kv_tokens_for,
 )
-from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms
+from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms, Opened, Opening
 from client.metalearning.price import Goal, Money
 from client.page_keys import PageKeys, page_context
 from client.placement import Placement
@@ -45,7 +45,7 @@ from node.draft import Draft
 from node.guessing import Guessing
 from node.recording import Plan, Progress, Recorder
 from protocol.errors import InputError
-from protocol.ids import ID_BYTES
+from protocol.ids import ID_BYTES, PeerId
 from protocol.strategy import CHOICES, DEFAULT, Auto, Facts, Strategy, infeasible, parse
 
 T = TypeVar("T")
@@ -115,11 +115,11 @@ class DeployedModel:
     page_secret: bytes
     tokenizer: Tokenizer
     config: ModelConfig
-    dtype: str | None  # of the sealed blocks; None when another's deployment does not say
+    dtype: str  # of the sealed blocks
     recorder: Recorder
     checkpoint: Checkpoint
     draft: Draft
-    deploy_again: Callable[[], Awaitable[DeployedModel]]  # over workers that are there now
+    deploy_again: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]]  # on workers of now, past those if possible
     turns: Turns  # of all requests here
     batches: Batches  # of those with batching=static
     choosing: Choosing
@@ -153,16 +153,20 @@ class DeployedModel:
 
     def _kept_session(self, kv_tokens: int, strategy: Strategy, trace: StepTrace | None) -> KeptSession:
         """For one request. What a worker keeps of it is found by page keys, after a preemption too."""
-        keys, terms = self._page_keys(strategy), self.terms(kv_tokens, strategy)
+        terms = replace(self.terms(kv_tokens, strategy), trace=trace)
 
-        async def opened(known: Sequence[int], _: bool) -> RouteSession:
+        async def opened(opening: Opening) -> Opened:
             if trace is not None:
                 trace.begin()
-            # The last token is always computed: the page that it fills is not asked for.
-            page_keys = keys.of(known[:-1]) if keys else b""
-            return await self.driver.open_session(self.route, replace(terms, page_keys=page_keys, trace=trace))
+            return await self.opened(opening, terms, strategy)
 
-        return KeptSession(opened, KeptTerms(losses_max=0, keys=keys))
+        return KeptSession(opened, KeptTerms(losses_max=0))
+
+    async def opened(self, opening: Opening, terms: SessionTerms, strategy: Strategy) -> Opened:
+        """A session over this route for a request with `strategy`. Raises SottoError."""
+        page_keys = self.page_keys(strategy)
+        terms = replace(terms, page_keys=page_keys(opening.known[:-1]))  # the last token is always computed
+        return Opened(await self.driver.open_session(self.route, terms), page_keys)
 
     def seat(self, strategy: Strategy) -> AbstractAsyncContextManager[None]:
         """The block is a request with `strategy`: a static one begins with its batch."""
@@ -185,7 +189,7 @@ class DeployedModel:
     def decide(self, ids: Sequence[int], ask: Ask) -> Decided:
         """The strategy of a request with the prompt `ids`: the one that `ask` names, or the best by what is known.
 
-        Raises InputError when the named one cannot be used here, with the reason.
+        Raises InputError when the named one cannot be used here, or none can, with the reason.
         """
         wish = (ask.max_new_tokens, ask.sampling.temperature, ask.objective, ask.exact)
         task, recorder = self.recorder.task(ids, *wish), self.recorder
@@ -196,6 +200,9 @@ class DeployedModel:
             draft_model=self.draft.found,
             missing=MISSING,
         )
+        reason = infeasible(self.default_strategy if isinstance(ask.strategy, Auto) else ask.strategy, facts)
+        if reason is not None:
+            raise InputError(reason)
         if isinstance(ask.strategy, Auto):
             weights = self.default_strategy.weights
             wanted = Wanted(
@@ -210,9 +217,6 @@ class DeployedModel:
                 money=ask.money,
             )
             return self.choosing.decide(wanted)
-        reason = infeasible(ask.strategy, facts)
-        if reason is not None:
-            raise InputError(reason)
         chosen_by = "default" if ask.strategy == self.default_strategy else "user"
         return Decided(Plan(task, ask.strategy, chosen_by, money=ask.money))
 
@@ -252,10 +256,11 @@ class DeployedModel:
             request=self.ports.entropy(ID_BYTES),
         )
 
-    def _page_keys(self, strategy: Strategy) -> PageKeys | None:
+    def page_keys(self, strategy: Strategy) -> Callable[[Sequence[int]], bytes]:
+        """Names the pages of a sequence of tokens on this route; all the same, nothing, where `strategy` keeps none."""
         if not strategy.prefix_cache:
-            return None
-        return PageKeys(self.page_secret, page_context(self.route, strategy.wire, strategy.deterministic))
+            return lambda _: b""
+        return PageKeys(self.page_secret, page_context(self.route, strategy.wire, strategy.deterministic)).of
 
     def session(self, kv_tokens: int) -> AbstractAsyncContextManager[RouteSession]:
         """A session of its own over the route, for those who do the steps themselves."""

@@ -63,9 +63,9 @@ class PrivateTransport:
     def shun(self, peer: PeerId, seconds: float) -> None:
         self.inner.shun(peer, seconds)
 
-    async def connect(self, addr: str) -> PeerId:
+    async def connect(self, *addrs: str) -> PeerId:
         """Connecting proves nothing yet: a stranger that answers is found out at its first stream."""
-        return await self.inner.connect(addr)
+        return await self.inner.connect(*addrs)
 
     def handle(self, protocol: str, handler: StreamHandler) -> None:
         async def for_members(stream: Stream) -> None:

@@ -15,7 +15,7 @@ from client.metalearning.deployment import PRECISIONS, Option, Verdict, correcte
 from client.metalearning.price import Goal
 from client.metalearning.record import Record
 from client.placement import ModelNeeds, PlaceOptions
-from client.routing import choose_route
+from client.routing import held_route
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
 from node.app_client import Client
@@ -23,7 +23,6 @@ from node.rates import read_rates
 from node.sealing import SealedFolder, sealed_place
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId
-from protocol.swarm import SwarmView
 
 RECORDS_MAX = 2000  # the newest requests that are looked at
 
@@ -53,7 +52,7 @@ async def choose_weights(client: Client, checkpoint: Checkpoint, key: RootKey | 
         except RouteUnavailable as error:
             failure = error
             continue
-        held = sealed is not None and _held(view, sealed, len(needs.block_bytes))
+        held = sealed is not None and held_route(view, sealed, len(needs.block_bytes)) is not None
         stands = stands or (weights if held else None)
         switch_s = rates.switch_s(sum(needs.block_bytes), sealed=sealed is not None, held=held)
         token_s = placement.predicted_ms_per_token / 1000
@@ -78,11 +77,3 @@ def sealed_id(data_dir: Path, checkpoint: Checkpoint, weights: str, key: RootKey
         return None
     whole = all(folder.entry(index) is not None for index in range(folder.info.num_blocks))
     return folder.deployment if whole else None
-
-
-def _held(view: SwarmView, deployment: DeploymentId, blocks: int) -> bool:
-    try:
-        choose_route(view, deployment, blocks, client_rtts_ms={})
-    except RouteUnavailable:
-        return False
-    return True

@@ -74,6 +74,7 @@ class Advert(Record):
     memory_bytes: Count  # what the owner gives, weights and KV together
     memory_free_bytes: Count  # for weights
     kv_free_bytes: Count
+    disk_free_bytes: Count  # for shards of spans that are leased
     speeds: Annotated[tuple[Speed, ...], Size(0, 4)]
     spans: Annotated[tuple[HeldSpan, ...], Size(0, limits.ADVERT_SPANS_MAX)]
     rtts: Annotated[tuple[Rtt, ...], Size(0, limits.ADVERT_RTTS_MAX)]

@@ -31,6 +31,7 @@ class Right(StrEnum):
     USE = "use"  # open sessions
     MANAGE = "manage"  # lease, load, renew and release spans, revoke capabilities
     FETCH = "fetch"  # read shards from workers that hold them
+    OWN = "own"  # count as the owner where pages of KV are kept; for the owner's own processes alone
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class Channel:
     def send_at_once(self, message: Message, body: bytes = b"") -> bool:
         """`send` without waiting, when the stream can do that now; False: nothing was sent. Raises LocalProtocolError
         for what the peer would refuse."""
-        if self._prompt is None:
+        if self._prompt is None or len(body) >= self._prompt.at_once_bytes:  # a frame is longer than its body
             return False
         frame = self._frame(message, body)
         if not self._prompt.send_at_once(frame):

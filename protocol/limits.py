@@ -73,7 +73,7 @@ PAGE_KEY_BYTES = 16  # of the keys of one tenant only, which would deceive itsel
 PAGE_KEYS_MAX = 2048  # a prefix of 131,072 tokens; 32 KiB
 
 # Capabilities.
-CAPABILITY_BYTES_MAX = 512  # a signed record of an id, two names, three rights and a time
+CAPABILITY_BYTES_MAX = 512  # a signed record of an id, two names, four rights and a time
 CAPABILITY_LIFE_MAX_S = 30 * 86_400.0  # how long a worker must remember that one was revoked
 REVOKED_PER_OWNER_MAX = 256
 REVOKED_MAX = 4096  # by all owners together: about 1 MB

@@ -310,7 +310,7 @@ class Attached(Message):
 class OpenSession(Message):
     """Client -> first hop -> ... -> last: each hop opens the first box and forwards the rest.
 
-    `page_keys` name the session's first pages: what the hop kept under them for this client need not be computed.
+    `page_keys` name the session's first pages: what the hop kept under them for this user need not be computed.
     `deterministic`: the same rows come out bit for bit, whatever is computed beside them and however a prompt is cut.
     `alone`: steps share no forward with other sessions'. `micro_batches`: a forward takes the short steps of one in so
     many of the client's sessions, and the others are at other hops meanwhile. All three hold from the session's first
@@ -434,7 +434,7 @@ class SessionFailed(Message):
 @dataclass(frozen=True, slots=True)
 class CloseSession(Message):
     """Client -> first hop -> ... -> last: free everything, but keep the first full pages, which `page_keys` name, for
-    later sessions of this client."""
+    later sessions of this user."""
 
     TAG: ClassVar[int] = 37
     session: Session

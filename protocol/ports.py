@@ -49,6 +49,10 @@ class Stream(Protocol):
 class PromptStream(Stream, Protocol):
     """A stream that can often take a small message at once: no task has to be woken to write it."""
 
+    @property
+    def at_once_bytes(self) -> int:
+        """The longest message that `send_at_once` takes now; 0 for none."""
+
     def send_at_once(self, data: bytes) -> bool:
         """Send all of `data` without waiting. False when that cannot be: nothing was sent then, and `send` either does
         it or says why not. Never between two parts of what another task sends. Never raises."""
@@ -84,8 +88,9 @@ class Transport(Protocol):
         Raises TransportError: unreachable, wrong peer at the address, protocol not spoken there.
         """
 
-    async def connect(self, addr: str) -> PeerId:
-        """Join through a bootstrap multiaddr that ends in /p2p/<peer id>. Raises TransportError or InputError."""
+    async def connect(self, *addrs: str) -> PeerId:
+        """Dial a peer by name: multiaddrs that end in its /p2p/<peer id>, tried beside each other. Raises InputError,
+        TransportError."""
 
     def connected(self) -> tuple[PeerId, ...]:
         """Peers with a live connection now, sorted."""
@@ -198,7 +203,8 @@ class StepWork:
     """One admitted step for the engine: truncate KV to `position`, then apply `operation` to `payload`.
 
     `forward_tail` > 0 keeps only that many trailing positions of the result (the last hop); `returns` is the dtype of a
-    second copy for the client, or "none". Steps of one `tenant` share its part of the engine's time.
+    second copy for the client, or "none". Steps of one `tenant` share its part of the engine's time. `keeps` False: the
+    session's route has changed, and its keys name no page that is full from now on.
     """
 
     session: SessionId
@@ -210,6 +216,7 @@ class StepWork:
     payload: Payload
     forward_tail: int
     returns: str
+    keeps: bool = True
 
 
 @dataclass(frozen=True, slots=True)

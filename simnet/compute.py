@@ -8,7 +8,7 @@ while the engine stays busy, as the port promises, and the same seed gives the s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import shake_128
 
 import numpy as np
@@ -92,6 +92,8 @@ class ToyCompute:
         out = rows
         for block, kv in zip(range(session.span.start, session.span.end), session.kv, strict=True):
             out = apply_block(block, kv, work.position, out)
+        if not work.keeps:
+            session.spec = replace(session.spec, page_keys=())
         self._keep(session, session.spec.page_keys)
         self.steps += 1
         self.positions += len(rows)

@@ -95,18 +95,23 @@ class VirtualEndpoint:
         self._network.record("open", self._peer, peer, 0)
         return near
 
-    async def connect(self, addr: str) -> PeerId:
-        where, separator, name = addr.strip().rpartition("/p2p/")
-        try:
-            public_key_of(name)
-        except RemoteProtocolError:
-            separator = ""
-        if not separator or not where.startswith("/ip4/"):
-            raise InputError(f"{addr!r} is not a multiaddr that ends in /p2p/<peer id>")
-        peer = PeerId(name)
+    async def connect(self, *addrs: str) -> PeerId:
+        named: dict[PeerId, list[str]] = {}
+        for addr in addrs:
+            where, separator, name = addr.strip().rpartition("/p2p/")
+            try:
+                public_key_of(name)
+            except RemoteProtocolError:
+                separator = ""
+            if not separator or not where.startswith("/ip4/"):
+                raise InputError(f"{addr!r} is not a multiaddr that ends in /p2p/<peer id>")
+            named.setdefault(PeerId(name), []).append(where)
+        if len(named) != 1:
+            raise LocalProtocolError(f"{len(named)} peers are dialled as one")
+        ((peer, wheres),) = named.items()
         if peer == self._peer:
-            raise InputError(f"{addr} is this node itself: give the address of another one")
-        await self._ensure_connected(peer, [where])
+            raise InputError(f"{addrs[0]} is this node itself: give the address of another one")
+        await self._ensure_connected(peer, wheres)
         return peer
 
     def speaks(self, protocol: str) -> bool:

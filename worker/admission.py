@@ -63,6 +63,9 @@ class SpanLease:
         return bool(self.holders) or self.state is SpanState.LOADING
 
 
+DISK_MAX = 1 << 52  # where no budget is set
+
+
 @dataclass(slots=True)
 class SpanLedger:
     """All spans of a worker, one per deployment, within `memory_bytes` for weights. The shards of those that are leased
@@ -86,6 +89,15 @@ class SpanLedger:
     def available_bytes(self) -> int:
         """Bytes that a new span could have: free, or held by idle deployments that would make room."""
         return self.free_bytes + sum(lease.request.weight_bytes for lease in self.leases.values() if lease.idle)
+
+    @property
+    def available_disk_bytes(self) -> int:
+        """Bytes that the shards of a new span could take on disk."""
+        pinned: dict[ShardDigest, int] = {}
+        for lease in self.leases.values():
+            if lease.pinned:
+                pinned.update(lease.request.shards)
+        return max(0, round(min(self.disk_bytes, DISK_MAX)) - sum(pinned.values()))
 
     def prepare(self, request: SpanRequest, now: float, peer: PeerId) -> tuple[SpanLease, ...]:
         """Book memory for `request`; gives the spans that had to go, for the caller to unload.

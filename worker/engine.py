@@ -39,6 +39,7 @@ log = logging.getLogger("sotto.worker")
 ANSWER_BYTES_MAX = limits.STEP_BYTES_MAX
 KV_BYTES_DEFAULT = 1 << 30
 ALL = 1 << 30  # more than any number of sessions
+GIVEN_BACK_BYTES = 16 << 20  # of free KV between two forwards: 1 or 2 ms, where all at once takes 0.2 s a GiB
 
 
 @dataclass(slots=True)
@@ -99,6 +100,11 @@ class _Step:
             return tile_rows_left(self.work.position + self.rows_done)
         return blocks.rows_at_once(self.work.position + len(self.x))
 
+    @property
+    def token_bytes(self) -> int:
+        """KV that each row takes."""
+        return self.session.span.kv.token_bytes if self.session.span.kv is not None else 0
+
     def take(self, count: int) -> Tensor:
         return self.x[self.rows_done : self.rows_done + count]
 
@@ -117,6 +123,7 @@ class Engine:
         self._sessions: dict[SessionId, _Session] = {}
         self._parties: Counter[_Party] = Counter()  # how many sessions each has
         self._scheduler: Scheduler[_Step] = Scheduler()
+        self._leaving: list[SpanKv] = []  # of spans that are gone, until their memory is given back
         self._ended_s = 0.0  # when the last forward ended
 
     def load(self, span: SpanSpec) -> LoadedSpan:
@@ -156,6 +163,7 @@ class Engine:
         self._spans.pop(deployment, None)
         if span is not None and span.kv is not None:
             span.kv.close()
+            self._leaving.append(span.kv)
 
     def open(self, session: SessionId, spec: SessionSpec) -> int:
         """A session over the loaded span. Gives how many of its first tokens are there already. Raises Refused."""
@@ -187,6 +195,8 @@ class Engine:
             raise LocalProtocolError("a step of a session that is not open, or has one under way")
         with _Refusals(RefusalReason.BAD_STEP):
             x = self._linear_input(session, work) if work.operation == Operation.LINEAR else self._input(session, work)
+        if session.kv is not None and not work.keeps:
+            session.kv.forget_keys()
         now = time.perf_counter()
         waited_s = 0.0 if asked_s is None else max(0.0, self._ended_s - asked_s)
         session.step = _Step(work, session, x, done, self._beside_max(session), waits_since=now - waited_s)
@@ -194,12 +204,14 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """True when no step is under way."""
-        return self._scheduler.idle
+        """True when no step is under way, and there is nothing to tidy up."""
+        return self._scheduler.idle and not self._leaving and not any(kv.book.stale for kv in self._kvs())
 
     def advance(self) -> None:
-        """Run one forward, if there is anything to do."""
+        """Run one forward, if there is anything to do; give some of the free KV back."""
         taken = self._scheduler.take()
+        # At least as much as is written now, so that memory never exceeds the budget by more than one forward's KV.
+        self._give_back(max(GIVEN_BACK_BYTES, sum(count * step.token_bytes for step, count in taken)))
         passes = [(step, count) for step, count in taken if step.work.operation == Operation.SPAN]
         for step, count in taken:
             if step.work.operation == Operation.LINEAR:
@@ -234,6 +246,15 @@ class Engine:
     def _beside_max(self, session: _Session) -> int:
         parts = session.spec.micro_batches
         return -(-self._parties[_party(session.spec)] // parts) if parts > 1 else ALL
+
+    def _kvs(self) -> list[SpanKv]:
+        return [*self._leaving, *(span.kv for span in self._spans.values() if span.kv is not None)]
+
+    def _give_back(self, bytes_max: int) -> None:
+        stale = next((kv for kv in self._kvs() if kv.book.stale), None)
+        if stale is not None:
+            stale.give_back(bytes_max)
+        self._leaving = [kv for kv in self._leaving if kv.book.stale]
 
     def _compute(self, taken: list[tuple[_Step, int]]) -> None:
         started = time.perf_counter()

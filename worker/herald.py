@@ -124,6 +124,7 @@ class Herald:
                 memory_bytes=self.config.memory_bytes,
                 memory_free_bytes=self.house.spans.available_bytes,
                 kv_free_bytes=self.house.pool.free_bytes,
+                disk_free_bytes=self.house.spans.available_disk_bytes,
                 speeds=self.config.speeds,
                 spans=tuple(spans),
                 rtts=tuple(rtts),

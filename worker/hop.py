@@ -41,6 +41,7 @@ class Hop:
     _free_at: float = 0.0  # when the last step had been answered
     _begun: Awaitable[StepResult] | None = None  # of the one pass in the inbox
     _held: int = 0  # tokens that earlier sessions left
+    _rerouted: bool = False
 
     async def run(self) -> None:
         """Until the session fails or closes; `free` must follow, whatever happened. Raises only what is a bug."""
@@ -101,6 +102,7 @@ class Hop:
         if self.link is not None:
             self.links.leave(self.session.id, self.link)
             self.link = None
+        self._rerouted = self._ticket is not None
         ticket = self._ticket = work.ticket
         if ticket.successor:
             self.link = await self.links.join(self.session.id, ticket.successor, ticket.successor_addrs)
@@ -146,6 +148,7 @@ class Hop:
                 payload=work.payload,
                 forward_tail=step.tail if last and operation is Operation.SPAN else 0,
                 returns="none" if last or self.ticket.returns == TIMES else self.ticket.returns,
+                keeps=not self._rerouted,
             )
         )
 

@@ -13,9 +13,9 @@ here (kv_pool.py): as sessions never use more pages than they reserved, room is 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
@@ -62,17 +62,16 @@ class KvBudget:
 
 
 class PageBook:
-    """The pages of one span: `pages` of them, of `page_bytes` each. `freed` hears of pages that become free."""
+    """The pages of one span: `pages` of them, of `page_bytes` each. `stale` ones are free, and were written to since
+    their memory was given back."""
 
-    def __init__(
-        self, budget: KvBudget, pages: int, page_bytes: int, freed: Callable[[list[int]], None] = lambda _: None
-    ) -> None:
+    def __init__(self, budget: KvBudget, pages: int, page_bytes: int) -> None:
         self.page_bytes = page_bytes
         self.tokens_asked = self.tokens_hit = 0
         self._budget = budget
         self.pages = pages
-        self._freed = freed
         self._free = FreeRuns([(0, pages)])
+        self.stale: dict[int, None] = {}  # in the order in which they became free
         self._users: Counter[int] = Counter()
         self._kept: dict[Kept, int] = {}
         self._key_of: dict[int, Kept] = {}
@@ -151,11 +150,20 @@ class PageBook:
         self._forget_key(page)
         self._free_all([page])
 
+    def take_stale(self, most: int) -> list[int]:
+        """Up to `most` stale pages in order, whose memory the caller gives back now."""
+        taken = sorted(islice(self.stale, most))
+        for page in taken:
+            del self.stale[page]
+        return taken
+
     def retire(self) -> None:
-        """The span goes: leave the budget. Raises LocalProtocolError while a session uses a page."""
+        """The span goes: leave the budget, and free all pages. Raises LocalProtocolError while a session uses one."""
         if self._users:
             raise LocalProtocolError("pages are in use")
         self._budget.books.remove(self)
+        while self.unused:
+            self.give_up_oldest()
 
     def check(self, tables: Iterable[PageTable]) -> None:
         """Raises AssertionError unless all is consistent; `tables` are those of all open sessions."""
@@ -166,6 +174,7 @@ class PageBook:
         assert self._kept == {kept: page for page, kept in self._key_of.items()}, "keys and pages agree"
         assert self.unused.keys() == self._key_of.keys() - users.keys(), "what nobody uses has a key"
         assert list(self.unused.values()) == sorted(self.unused.values()), "the oldest is first"
+        assert self.stale.keys() <= set(free), "only free pages wait for their memory to be given back"
         ends = [(start, start + count) for start, count in self._free.runs]
         assert all(end < start for (_, end), (start, _) in pairwise(ends)), "free runs are merged"
         assert self._budget.used_bytes <= self._budget.bytes_max, "within the budget"
@@ -174,6 +183,8 @@ class PageBook:
         self._budget.make_room(count * self.page_bytes)
         pages = self._free.take(count)
         self._users.update(pages)
+        for page in pages:
+            self.stale.pop(page, None)
         return pages
 
     def _use(self, page: int) -> None:
@@ -200,4 +211,4 @@ class PageBook:
     def _free_all(self, pages: list[int]) -> None:
         for page in pages:
             self._free.put(page)
-        self._freed(sorted(pages))
+        self.stale.update(dict.fromkeys(pages))

@@ -67,7 +67,7 @@ from worker.rights import Rights
 from worker.session import Session
 from worker.sessions import House, SessionTable
 from worker.suppliers import Suppliers, Way
-from worker.throttle import ThrottledStream
+from worker.throttle import throttled
 
 log = logging.getLogger("sotto.worker")
 STREAMS_PER_PEER_MAX = 64  # our own client needs four
@@ -370,7 +370,7 @@ class WorkerService:
                 failed()
 
     def _slowed(self, stream: Stream) -> Stream:
-        return ThrottledStream(stream, self._bytes, self._ports.clock) if self._throttled else stream
+        return throttled(stream, self._bytes, self._ports.clock) if self._throttled else stream
 
     def _reach(self, peer: PeerId, stated: tuple[str, ...]) -> tuple[str, ...]:
         """Where to dial a worker that a client names: a next hop, a source of shards. Raises TransportError."""

@@ -360,12 +360,13 @@ class SessionTable:
             return False
         self._waiting.remove(session)
         now = self.clock.monotonic()
+        tenant = ticket.client if _is_guest(capability) else span.request.owner
         session.lease = Lease(
             span=span,
             ledger=StepLedger(ticket.kv_tokens, epoch=ticket.epoch),
             ticket=ticket,
             capability=capability,
-            spec=_spec(arrival),
+            spec=_spec(arrival, tenant),
             request=arrival.request,
             seated_at=now,
             safe_until=now + self.preemptor.safe_s(session.client, arrival.request),
@@ -453,11 +454,17 @@ class SessionTable:
         return math.floor(self.clock.time() * 1000)
 
 
-def _spec(arrival: Arrival) -> SessionSpec:
+def _is_guest(capability: Capability | None) -> bool:
+    """Whether who showed it is another user than the owner, who needs none, and whose processes have one that says
+    so."""
+    return capability is not None and Right.OWN not in capability.rights
+
+
+def _spec(arrival: Arrival, tenant: PeerId) -> SessionSpec:
     ticket, message = arrival.ticket, arrival.message
     return SessionSpec(
         deployment=ticket.deployment,
-        tenant=ticket.client,
+        tenant=tenant,
         kv_tokens=ticket.kv_tokens,
         page_keys=_keys(message.page_keys, ticket),
         deterministic=message.deterministic,

@@ -44,7 +44,7 @@ class SpanKv:
         self.token_bytes = dtype.itemsize * sum(config.kv_values_per_token for config in configs)
         page_bytes = limits.PAGE_TOKENS * self.token_bytes
         pages = budget.bytes_max // page_bytes * (SLACK if can_be_lazy(device) else 1)
-        self.book = PageBook(budget, pages, page_bytes, self._forget)
+        self.book = PageBook(budget, pages, page_bytes)
         self._slabs: list[KvSlab] = []
 
     def open(self, tenant: PeerId, tokens: int, keys: Sequence[bytes] = ()) -> SessionKv:
@@ -61,12 +61,12 @@ class SpanKv:
         return KvStats(self.token_bytes, book.page_bytes, in_use, book.kept_bytes, book.tokens_asked, book.tokens_hit)
 
     def close(self) -> None:
-        """The span goes; no session is open. All memory is given back with the slabs."""
+        """The span goes; no session is open. Its memory is there until `give_back` has nothing left to do."""
         self.book.retire()
-        self._slabs = []
 
-    def _forget(self, pages: list[int]) -> None:
-        for run in runs_of(pages, limits.PAGE_TOKENS):
+    def give_back(self, bytes_max: int) -> None:
+        """Give memory of free pages back to the system: so much, or one page."""
+        for run in runs_of(self.book.take_stale(max(1, bytes_max // self.book.page_bytes)), limits.PAGE_TOKENS):
             for slab in self._slabs:
                 slab.forget(run.at, run.count)
 
@@ -103,6 +103,10 @@ class SessionKv:
         """All blocks have computed the tokens below `length`."""
         self.length = length
         self._keep(self._keys)
+
+    def forget_keys(self) -> None:
+        """What is full from now on was computed over another route, and the keys do not stand for it."""
+        self._keys = ()
 
     def close(self, keys: Sequence[bytes]) -> None:
         """The session is over; its full pages stay under `keys` for as long as there is room."""

@@ -8,8 +8,14 @@ from dataclasses import dataclass
 import trio
 
 from protocol.ids import PeerId
-from protocol.ports import Clock, Stream
+from protocol.ports import Clock, PromptStream, Stream
 from worker.quotas import Rates
+
+
+def throttled(stream: Stream, rates: Rates, clock: Clock) -> Stream:
+    """`stream` within `rates`; it takes small messages at once if `stream` does."""
+    kind = ThrottledPromptStream if isinstance(stream, PromptStream) else ThrottledStream
+    return kind(stream, rates, clock)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +49,22 @@ class ThrottledStream:
         wait_s = self.rates.take(self.remote, nbytes, self.clock.monotonic())
         if wait_s > 0:
             await trio.sleep(wait_s)
+
+
+class ThrottledPromptStream(ThrottledStream):
+    """Implements protocol.ports.PromptStream too: nothing goes at once while bytes are owed."""
+
+    __slots__ = ()
+
+    @property
+    def at_once_bytes(self) -> int:
+        assert isinstance(self.stream, PromptStream)
+        owing = self.rates.wait_s(self.remote, self.clock.monotonic()) > 0
+        return 0 if owing else self.stream.at_once_bytes
+
+    def send_at_once(self, data: bytes) -> bool:
+        assert isinstance(self.stream, PromptStream)
+        if not self.at_once_bytes or not self.stream.send_at_once(data):
+            return False
+        self.rates.take(self.remote, len(data), self.clock.monotonic())
+        return True

@@ -180,8 +180,10 @@ def firsts(members: Sequence[Member], needs: ModelNeeds, room: Room) -> Ints:
 
 
 def offer(member: Member) -> tuple[int, int]:
-    """Free bytes for weights and for KV. What idle deployments hold is free: they make room."""
-    return member.advert.memory_free_bytes, member.advert.kv_free_bytes
+    """Free bytes for weights and for KV. What idle deployments hold is free: they make room. Weights must fit on the
+    disk too: shards are a few KiB longer, and a worker that lacks just these declines."""
+    advert = member.advert
+    return min(advert.memory_free_bytes, advert.disk_free_bytes), advert.kv_free_bytes
 
 
 def legs_s(members: Sequence[Member], rtt_ms: Floats, measured: Sequence[bool] = ()) -> Floats:

@@ -90,9 +90,14 @@ class DirectStream:
             self._sending = False
         await trio.lowlevel.cancel_shielded_checkpoint()
 
+    @property
+    def at_once_bytes(self) -> int:
+        """PromptStream's."""
+        return 0 if self._sending or self._words or self._why_not() else RECORD_BYTES
+
     def send_at_once(self, data: bytes) -> bool:
         """PromptStream's. What the socket does not take now waits among the words, for `keep` or the next `send`."""
-        if self._sending or self._words or not 0 < len(data) <= RECORD_BYTES or self._why_not():
+        if not 0 < len(data) <= self.at_once_bytes:
             return False
         pieces = seal_data(self._cipher, memoryview(data))
         sent = self._put(pieces)

@@ -184,11 +184,15 @@ class Mesh:
             except trio.BrokenResourceError:  # nobody waits for it any more
                 await stream.reset()
 
-    async def connect(self, addr: str) -> PeerId:
-        peer, maddr = addresses.parse_bootstrap(addr)
+    async def connect(self, *addrs: str) -> PeerId:
+        parsed = [addresses.parse_bootstrap(addr) for addr in addrs]
+        peers = {peer for peer, _ in parsed}
+        if len(peers) != 1:
+            raise LocalProtocolError(f"{len(peers)} peers are dialled as one")
+        (peer,) = peers
         if peer == self._peer:
-            raise InputError(f"{addr} is this node itself: give the address of another one")
-        await self._ensure_connected(peer, [maddr])
+            raise InputError(f"{addrs[0]} is this node itself: give the address of another one")
+        await self._ensure_connected(peer, [maddr for _, maddr in parsed])
         return peer
 
     def shun(self, peer: PeerId, seconds: float) -> None:

@@ -1,5 +1,5 @@
 """Several addresses, one peer: each gets a head start before the next is tried beside it, and the first that answers
-wins (RFC 8305). It sets no deadline: callers do."""
+wins (RFC 8305). Several peers: some at a time. It sets no deadline: callers do."""
 
 from __future__ import annotations
 
@@ -51,3 +51,19 @@ async def race(
     if won:
         return won[0]
     raise failures[0] if failures else TransportError("no usable address is known")
+
+
+async def side_by_side(attempts: Sequence[Callable[[], Awaitable[None]]], most: int) -> None:
+    """Run `attempts`, up to `most` at a time, the first first. What one raises cancels the others."""
+    free = trio.Semaphore(most)
+
+    async def run(attempt: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await attempt()
+        finally:
+            free.release()
+
+    async with trio.open_nursery() as nursery:
+        for attempt in attempts:
+            await free.acquire()
+            nursery.start_soon(run, attempt)

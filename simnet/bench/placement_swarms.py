@@ -138,6 +138,7 @@ def _machines(rng: np.random.Generator, count: int, model_bytes: int) -> list[Ad
                 memory_bytes=memory,
                 memory_free_bytes=memory,
                 kv_free_bytes=memory,
+                disk_free_bytes=4 * memory,
                 speeds=(Speed("bfloat16", speed, 50 * speed),),
                 spans=(),
                 rtts=(),

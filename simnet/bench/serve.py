@@ -2,7 +2,8 @@
 
 Real workers as processes, sealed; beside every figure transformers in this process on the same requests, in static
 batches of as many, padded to the longest. Random weights repeat themselves: speed alone is measured, and answers have
-the lengths that the workload asks for.
+the lengths that the workload asks for. Where it says what is answered (editing), answers are dictated, and the same
+requests are served with guesses by prompt lookup too: how many were sent, and how many held, is part of the figures.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from typing import Any
 import torch
 import trio
 
+from client.generate import GenerationResult
 from models.tokenizer import Tokenizer
 from node.groups import ungrouped
+from node.model import DeployedModel
 from protocol.errors import InputError
+from protocol.strategy import Strategy, parse
 from simnet import cluster
 from simnet.bench import workloads
 from simnet.bench.engine import checkpoint_of, describe
@@ -30,6 +34,7 @@ from simnet.bench.serving import Served, serve, serve_batches
 from simnet.bench.workloads import ChatShape, Request, Source, Workload
 from simnet.topology import profile
 
+GUESSING = "sotto_lookup"
 WORKLOADS = ("chat", "agents", "long", "editing", "single")
 HOPS = 3
 
@@ -114,7 +119,11 @@ async def _measure(bench: Bench, options: Options, report: dict[str, Any], hear:
         library = await rig.library() if options.library else None
         report["threads"] = {"workers": HOPS, "client": 1}
         await answer(model, Request(0.0, work.requests[0].prompt[:8], 2))
-        done, total = 0, len(work.requests) * len(options.concurrency)
+        lookup = parse("speculation=lookup", model.default_strategy)
+        served_by = {"sotto": model.default_strategy}
+        if any(request.output for request in work.requests):
+            served_by[GUESSING] = lookup
+        done, total = 0, len(work.requests) * len(options.concurrency) * len(served_by)
 
         def count() -> None:
             nonlocal done
@@ -122,15 +131,37 @@ async def _measure(bench: Bench, options: Options, report: dict[str, Any], hear:
             hear.update(done, total)
 
         for index, slots in enumerate(options.concurrency):
-            work = work.unseen(replace(source, seed=index))
             point: dict[str, Any] = {"concurrency": slots}
-            point["sotto"] = (await serve(work, partial(answer, model), slots, done=count)).figures()
+            for number, (name, strategy) in enumerate(served_by.items()):
+                work = work.unseen(replace(source, seed=index * len(served_by) + number))
+                guesses = Guesses()
+                served = await serve(work, partial(_answer, model, strategy, guesses), slots, done=count)
+                point[name] = served.figures() | (guesses.figures() if name == GUESSING else {})
             if library is not None:
                 threads = await rig.library_threads(slots)
-                served = await _library(library, work, slots, threads)
-                point["transformers"] = served.figures() | {"threads": threads}
+                batches = await _library(library, work, slots, threads)
+                point["transformers"] = batches.figures() | {"threads": threads}
             report["points"].append(point)
             hear.found(point)
+
+
+@dataclass(slots=True)
+class Guesses:
+    """Of all requests of a point."""
+
+    drafted: int = 0
+    accepted: int = 0
+
+    def figures(self) -> dict[str, Any]:
+        share = self.accepted / self.drafted if self.drafted else 0.0
+        return {"drafted": self.drafted, "accepted": self.accepted, "acceptance": round(share, 3)}
+
+
+async def _answer(model: DeployedModel, strategy: Strategy, guesses: Guesses, request: Request) -> GenerationResult:
+    result = await answer(model, request, strategy)
+    guesses.drafted += result.drafted
+    guesses.accepted += result.accepted
+    return result
 
 
 async def _library(library: Library, work: Workload, slots: int, threads: int) -> Served:

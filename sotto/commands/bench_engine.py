@@ -72,9 +72,9 @@ def engine(
             minutes=minutes,
             data=data,
         )
-        with status(as_json) as say, terminate_as_interrupt():
+        with _bar(as_json) as (update, say), terminate_as_interrupt():
             try:
-                bench.run(options, report, found if as_json else _shown(found), say)
+                bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))
             except* KeyboardInterrupt:
                 report["interrupted"] = True
         if plots is not None:
@@ -91,17 +91,37 @@ def end(report: dict[str, Any]) -> None:
         raise typer.Exit(1)
 
 
-@contextmanager
-def status(quiet: bool) -> Iterator[Callable[[str], None]]:
+def say_line(text: str) -> None:
     """A line on standard error that says what is measured now."""
+    from rich.console import Console
+
+    Console(stderr=True).print(text, markup=False, highlight=False)
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[tuple[Callable[[float, int], None], Callable[[str], None]]]:
+    """A bar of parts with the time that is left and what is measured now; lines where there is no terminal."""
+    from rich import progress
     from rich.console import Console
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield lambda text: console.print(text, markup=False, highlight=False)
+        yield lambda done, total: None, say_line
         return
-    with console.status("starting") as line:
-        yield lambda text: line.update(text)
+    columns = (
+        progress.TextColumn("parts"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.fields[now]}", markup=False),
+    )
+    with progress.Progress(*columns, console=console, speed_estimate_period=3600) as bar:
+        task = bar.add_task("parts", total=None, now="starting")
+        yield (
+            lambda done, total: bar.update(task, completed=done, total=total),
+            lambda text: bar.update(task, now=text),
+        )
 
 
 def _shown(found: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:

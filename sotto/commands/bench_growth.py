@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, end, lines, status, words
+from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, end, lines, say_line, words
 from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
 
 OneDtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
@@ -122,7 +122,7 @@ def serve(
         print_json(report)
         return end(report)
     for point in report.get("points", []):
-        for who in ("sotto", "transformers"):
+        for who in ("sotto", "sotto_lookup", "transformers"):
             if who in point:
                 print(f"{who}, {point['concurrency']} at once: {_line(point[who])}")
     end(report)
@@ -131,8 +131,8 @@ def serve(
 @contextmanager
 def _working() -> Iterator[Callable[[str], None]]:
     """SIGTERM ends a benchmark as an interrupt does, with what was measured."""
-    with status(True) as say, terminate_as_interrupt():
-        yield say
+    with terminate_as_interrupt():
+        yield say_line
 
 
 def known_points(out: Path | None, run: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -165,7 +165,8 @@ def _line(figures: dict[str, Any]) -> str:
         for name in ("first_token_ms", "per_token_ms", "total_ms")
         if figures[name]
     )
-    return f"{figures['tokens_per_s']} tokens/s  {waits}"
+    guesses = f"  {figures['accepted']} of {figures['drafted']} guesses held" if "drafted" in figures else ""
+    return f"{figures['tokens_per_s']} tokens/s  {waits}{guesses}"
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from sotto.commands.generation import (
     Budget,
     ChosenDtype,
     Draft,
+    Exact,
     ExpectTokens,
     Metrics,
     Objective,
@@ -75,6 +76,7 @@ def chat(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "auto",
+    exact: Exact = False,
     objective: Objective = "latency",
     price_per_hour: Price = None,
     budget: Budget = None,
@@ -97,10 +99,10 @@ def chat(
         from sotto.chat import AsyncChat, Chat
         from sotto.portal import Portal
 
-        chosen, weights = strategy_of(strategy, dtype, draft, capability)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
-        ask = ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
+        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)
         ask = paid(ask, objective, price_per_hour, budget)
         where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
         portal = Portal(partial(deployed, replace(where, kv_tokens=context, share_records=share_records)))

@@ -57,6 +57,9 @@ StrategyText = Annotated[
         "'default'; or name=value with commas, such as speculation=lookup,wire=bfloat16.",
     ),
 ]
+Exact = Annotated[
+    bool, typer.Option("--exact", help="Never a strategy that loses precision: one that does is refused, none chosen.")
+]
 Draft = Annotated[
     str | None,
     typer.Option(help="Let a smaller model with the same tokenizer guess at tokens; the answer is the same."),
@@ -124,6 +127,7 @@ def run(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "auto",
+    exact: Exact = False,
     objective: Objective = "latency",
     price_per_hour: Price = None,
     budget: Budget = None,
@@ -141,10 +145,10 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        chosen, weights = strategy_of(strategy, dtype, draft, capability)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
-        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), trace=trace)
+        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact, trace=trace)
         ask = paid(ask, objective, price_per_hour, budget)
         where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
 
@@ -191,6 +195,7 @@ def submit(
     seed: Seed = 0,
     stop: Stop = None,
     strategy: StrategyText = "auto",
+    exact: Exact = False,
     objective: Objective = "throughput",
     price_per_hour: Price = None,
     budget: Budget = None,
@@ -211,11 +216,11 @@ def submit(
         from node.files import write_atomic
         from sotto.commands.job import read_prompts, run_job
 
-        chosen, weights = strategy_of(strategy, dtype, draft, capability)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact)
         lines = read_prompts(prompts)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
-        ask = ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen)
+        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)
         ask = paid(ask, objective, price_per_hour, budget)
         where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
 
@@ -368,26 +373,43 @@ def where_of(
 
 
 def strategy_of(
-    text: str, dtype: str | None, draft: str | None, capability: str | None
+    text: str, dtype: str | None, draft: str | None, capability: str | None, exact: bool
 ) -> tuple[Strategy | Auto, str | None]:
     """The strategy of a command line, or how to choose one, and the weights to seal: None to have them chosen. `dtype`
-    says these unless the strategy does; who names a draft model wants it to guess. Raises InputError."""
+    says these unless the strategy does, or the owner of the deployment that `capability` is for; who names a draft
+    model wants it to guess. Raises InputError."""
     from protocol.errors import InputError
     from protocol.strategy import DEFAULT, Auto, Strategy, parse_choice
 
-    base = Strategy(weights=cast("Weights", dtype or DEFAULT.weights), speculation="draft" if draft else "off")
+    named = dtype if capability is None else _owners_dtype(capability, dtype)
+    base = Strategy(weights=cast("Weights", named or DEFAULT.weights), speculation="draft" if draft else "off")
     chosen = parse_choice(text, base)
+    weights: str | None
     if isinstance(chosen, Auto):
-        if draft:
-            return base, base.weights
-        return chosen, dtype if chosen.lossy else base.weights
-    if draft and chosen.speculation != "draft":
-        raise InputError(f"--draft and speculation={chosen.speculation} contradict each other: leave one out")
-    if dtype not in (None, DEFAULT.weights, chosen.weights):
-        raise InputError(f"--dtype {dtype} and weights={chosen.weights} contradict each other: give one of them")
-    if chosen.weights != DEFAULT.weights and capability is not None:
-        raise InputError("the owner of a deployment chooses its weights: leave them out")
-    return chosen, chosen.weights
+        weights = named if chosen.lossy and not draft and not exact else base.weights
+        chosen = base if draft else chosen
+    else:
+        weights = chosen.weights
+        if draft and chosen.speculation != "draft":
+            raise InputError(f"--draft and speculation={chosen.speculation} contradict each other: leave one out")
+        if weights != base.weights and capability is not None:
+            raise InputError(f"the owner of a deployment chooses its weights, here {base.weights}: leave them out")
+        if dtype not in (None, DEFAULT.weights, weights):
+            raise InputError(f"--dtype {dtype} and weights={weights} contradict each other: give one of them")
+    if exact and weights != DEFAULT.weights:
+        raise InputError(f"--exact is an answer as in float32, and weights={weights} loses precision: leave one out")
+    return chosen, weights
+
+
+def _owners_dtype(capability: str, dtype: str | None) -> str:
+    from node.grants import read_token
+    from protocol.errors import InputError
+    from protocol.strategy import DEFAULT
+
+    owners = read_token(capability).dtype
+    if dtype not in (None, DEFAULT.weights, owners):
+        raise InputError(f"the owner of a deployment chooses its weights, here {owners}: leave --dtype out")
+    return owners
 
 
 def ask_of(

@@ -50,10 +50,14 @@ def _row(member: Member) -> dict[str, Any]:
         "addrs": list(advert.addrs),
         "memory_free_bytes": advert.memory_free_bytes,
         "kv_free_bytes": advert.kv_free_bytes,
+        "disk_free_bytes": advert.disk_free_bytes,
         "speeds": {speed.dtype: {"read_gb_s": speed.read_gb_s, "gflop_s": speed.gflop_s} for speed in advert.speeds},
         "spans": [{"deployment": span.deployment.hex(), "start": span.start, "end": span.end} for span in advert.spans],
         "sequence": advert.sequence,
         "received_from": member.received_from,
+        "accepting": advert.accepting,
+        "relayed": advert.relayed,
+        "load_percent": advert.load_percent,
         "device": advert.device,
         "version": advert.version,
     }
@@ -66,16 +70,31 @@ def _table(rows: list[dict[str, Any]]) -> None:
     from client.errors import short
     from node.files import show_bytes
 
-    table = Table("peer", "free memory", "free KV", "reads float32", "holds", "heard from")
+    table = Table(
+        "peer",
+        "takes work",
+        "load",
+        "free memory",
+        "free KV",
+        "free disk",
+        "reads float32",
+        "holds",
+        "reached",
+        "heard from",
+    )
     for row in rows:
         speed = row["speeds"].get("float32", {}).get("read_gb_s")
         spans = ", ".join(f"{s['deployment'][:8]} [{s['start']}, {s['end']})" for s in row["spans"])
         table.add_row(
             row["peer"],
+            "yes" if row["accepting"] else "no: paused",
+            f"{row['load_percent']} %",
             show_bytes(row["memory_free_bytes"]),
             show_bytes(row["kv_free_bytes"]),
+            show_bytes(row["disk_free_bytes"]),
             f"{speed:.1f} GB/s" if speed else "?",
             spans or "nothing",
+            "through a relay" if row["relayed"] else "directly",
             "itself" if row["received_from"] == row["peer"] else short(row["received_from"]),
         )
     Console().print(table)

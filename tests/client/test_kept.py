@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 import pytest
@@ -12,6 +13,7 @@ import trio
 from client.errors import HopLost, HopRefused, HopViolation
 from client.generate import GenerationHost, GenerationParams
 from client.kept import (
+    BACKOFF_S,
     LOSSES_MAX,
     NO_ROOM_S,
     PREEMPTIONS_MAX,
@@ -19,9 +21,10 @@ from client.kept import (
     KeptRequest,
     KeptSession,
     KeptTerms,
+    Opened,
+    Opening,
     common,
 )
-from client.page_keys import PageKeys
 from client.speculation import PromptLookup, Speculation
 from models.sampling import SamplingParams
 from protocol.errors import SottoError
@@ -43,7 +46,8 @@ class Session(Machine):
         super().__init__()
         self.lost_at, self.error = lost_at, error or HopLost(PEER, "was lost")
         self.abandoned = self.closed = False
-        self.held_tokens = self.bytes_out = self.bytes_in = 0
+        self.held_tokens = self.bytes_out = self.bytes_in = 0  # held by kept pages
+        self.keep_pages = b""
         self.keep_pages = b""
 
     async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
@@ -64,17 +68,27 @@ class Opener:
     """Gives `sessions` one after the other; None cannot be opened."""
 
     sessions: list[Session | None]
-    anew: list[bool] = field(default_factory=list)
-    known: list[list[int]] = field(default_factory=list)
+    openings: list[Opening] = field(default_factory=list)
+    opened_at: list[float] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
-    async def __call__(self, known: Sequence[int], anew: bool) -> Session:
-        self.anew.append(anew)
-        self.known.append(list(known))
-        session = self.sessions[len(self.anew) - 1]
+    @property
+    def anew(self) -> list[bool]:
+        return [opening.anew for opening in self.openings]
+
+    @property
+    def known(self) -> list[list[int]]:
+        return [list(opening.known) for opening in self.openings]
+
+    async def __call__(self, opening: Opening) -> Opened:
+        self.openings.append(opening)
+        self.opened_at.append(trio.current_time())
+        number = len(self.openings)
+        session = self.sessions[number - 1]
         if session is None:
             raise HopRefused(PEER, "kv_memory")
-        return session
+        session.held = list(opening.known[: session.held_tokens])
+        return Opened(session, lambda ids: bytes([number, *ids]))
 
     def kept(self) -> KeptSession:
         return KeptSession(self, KeptTerms(notice=self.notices.append))
@@ -170,6 +184,62 @@ def test_a_route_that_cannot_be_opened_again_is_found_anew() -> None:
     assert len(opener.notices) == 1, "the user is told once"
 
 
+def test_a_session_begins_on_pages_that_were_kept() -> None:
+    session = Session()
+    session.held_tokens = 3
+
+    async def main() -> tuple[list[int], int]:
+        asked = request(Opener([session]).kept(), PROMPT)
+        return await ids(asked), asked.reused_tokens
+
+    assert virtual(main) == (alone(PROMPT), 3)
+    assert session.rows[0] == 1, "the rest of the prompt"
+
+
+def test_pages_stay_under_the_names_of_the_route_that_computed_them() -> None:
+    sessions = [Session(6), None, Session()]
+    opener = Opener(sessions)
+
+    async def main() -> list[int]:
+        kept = opener.kept()
+        answer = await ids(request(kept, PROMPT))
+        await kept.aclose()
+        return answer
+
+    answer = virtual(main)
+    first, _, last = sessions
+    assert first is not None
+    assert last is not None
+    assert first.keep_pages[0] == 1
+    assert list(last.keep_pages) == [3, *PROMPT, *answer[:-1]], "its own names, of what it holds for certain"
+    assert list(opener.openings[2].known) == [*PROMPT, *answer[: len(opener.openings[2].known) - len(PROMPT)]]
+
+
+def test_the_next_route_passes_over_whom_was_lost_and_a_token_ends_that() -> None:
+    opener = Opener([Session(6), None, Session(5), Session()])
+    virtual(lambda: ids(request(opener.kept(), PROMPT)))
+    assert [opening.without for opening in opener.openings] == [set(), {PEER}, {PEER}, {PEER}]
+    assert opener.anew == [False, False, True, False], "after a token, the same route is tried first"
+
+
+def test_who_was_refused_waits_longer_each_time() -> None:
+    opener = Opener([None] * (LOSSES_MAX + 1))
+
+    async def main() -> None:
+        with pytest.raises(HopRefused):
+            await ids(request(opener.kept(), PROMPT))
+
+    virtual(main)
+    gaps = [later - earlier for earlier, later in pairwise(opener.opened_at)]
+    assert gaps == pytest.approx([BACKOFF_S * 2**count for count in range(LOSSES_MAX)])
+
+
+def test_a_lost_session_is_opened_again_at_once() -> None:
+    opener = Opener([Session(0), Session()])
+    virtual(lambda: ids(request(opener.kept(), PROMPT)))
+    assert opener.opened_at[0] == opener.opened_at[1]
+
+
 def test_it_gives_up_when_nothing_helps_and_begins_anew_with_the_next_request() -> None:
     opener = Opener([None] * (LOSSES_MAX + 1) + [Session()])
 
@@ -199,6 +269,7 @@ def test_a_peer_that_breaks_the_protocol_is_not_asked_again() -> None:
         with pytest.raises(HopViolation):
             await ids(request(kept, PROMPT))
         assert broken.closed
+        assert broken.keep_pages == b"", "what it computed is not to be met again"
         return await ids(request(kept, PROMPT))
 
     assert virtual(main) == alone(PROMPT)
@@ -244,7 +315,7 @@ def test_what_hops_kept_of_a_preempted_request_is_not_computed_again() -> None:
     again = Session()
     opener = Opener([Session(8, preempted()), again])
     again.held_tokens, again.held = 6, [*PROMPT, *alone(PROMPT)][:6]
-    kept = KeptSession(opener, KeptTerms(losses_max=0, keys=PageKeys(bytes(32), b"")))
+    kept = KeptSession(opener, KeptTerms(losses_max=0))
     asked = request(kept, PROMPT)
     assert virtual(lambda: ids(asked)) == alone(PROMPT)
     known = len(PROMPT) + 6

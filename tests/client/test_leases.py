@@ -21,6 +21,7 @@ from protocol.messages import (
     RefusalReason,
     ReleaseSpan,
     RenewLease,
+    SpanReleased,
 )
 from simnet.runtime import run
 from tests.client.test_deploy import MANIFEST
@@ -64,6 +65,35 @@ def with_keeper(body: Callable[[Case], Awaitable[None]]) -> None:
 
 def answering(kind: type[Message], answer: Message | None) -> Callable[[Message], Message | None]:
     return lambda given: answer if isinstance(given, kind) else given
+
+
+def test_what_a_route_that_was_left_leased_is_given_up_at_once() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        staying = case.depots[1].endpoint.peer
+        case.keeper.part(DEPLOYMENT, [staying])
+        await trio.sleep(1)
+        assert [case.asked(ReleaseSpan, depot) for depot in (0, 1)] == [1, 0]
+        await trio.sleep(2 * LEASE_S)
+        assert case.asked(RenewLease, 0) == 0
+        assert case.asked(RenewLease, 1) > 1
+        assert {peer for _, peer in case.keeper.kept} == {staying}
+
+    with_keeper(body)
+
+
+def test_a_worker_that_does_not_answer_keeps_nobody_waiting_for_its_release() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        case.depots[0].replace = answering(SpanReleased, None)
+        began = trio.current_time()
+        case.keeper.part(DEPLOYMENT, [])
+        assert trio.current_time() == began
+        await case.keeper.aclose()
+        assert trio.current_time() <= began + RELEASE_S
+        assert case.asked(ReleaseSpan, 1) == 1, "closing tells who was not told yet"
+
+    with_keeper(body)
 
 
 def test_a_lease_is_renewed_at_half_time_for_as_long_as_it_is_kept() -> None:

@@ -27,6 +27,7 @@ offers = st.builds(
     advert,
     memory_mib=st.integers(0, 8),
     kv_mib=st.integers(0, 8),
+    disk_mib=st.sampled_from([1.0, 4.0, 1024.0]),
     read_gb_s=st.sampled_from([0.1, 0.5, 1.0, 2.0, 16.0]),
     relayed=st.booleans(),
     accepting=st.sampled_from([True, True, True, False]),
@@ -132,9 +133,15 @@ def test_more_memory_never_makes_it_slower(judge: Judge, number: int, more_mib: 
         member.advert,
         memory_bytes=member.advert.memory_bytes + more,
         memory_free_bytes=member.advert.memory_free_bytes + more,
+        disk_free_bytes=member.advert.disk_free_bytes + more,
     )
     after = plan(judge.swarm.with_advert(member.peer, richer, member.peer), judge.model, options)
     assert after.predicted_ms_per_token <= before.predicted_ms_per_token + 0.002 * (len(after.hops) + 1)
+
+
+def test_a_worker_without_room_on_its_disk_is_passed_over() -> None:
+    swarm = view(advert(read_gb_s=20, disk_mib=1), advert(read_gb_s=5))
+    assert [hop.peer for hop in plan(swarm, needs(2, 2)).hops] == [peer(1)]
 
 
 def test_with_memory_for_all_one_fast_worker_serves_alone() -> None:

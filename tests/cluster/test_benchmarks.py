@@ -72,7 +72,10 @@ def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) 
     options = engine.Options(tmp_path, demo_checkpoint(), tiny, dtypes=("float32",), minutes=0, sizes=SIZES)
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
-    engine.measure(options, swarm, report, found.append, silent)
+    told: list[tuple[float, int]] = []
+    engine.measure(options, swarm, report, engine.Hear(found.append, silent, lambda *each: told.append(each)))
+    assert told[-1] == (len(options.plan()), options.parts)
+    assert [done for done, _ in told] == sorted(done for done, _ in told), "a bar never goes back"
     assert [(each["dtype"], each["section"]) for each in found] == [("float32", name) for name in engine.SECTIONS]
     assert json.loads(json.dumps(report)) == report
     assert report["model"]["blocks"] == 3
@@ -99,7 +102,8 @@ def test_guessing_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, mo
     monkeypatch.setattr(engine.speculation, "run", run)
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
-    engine.run(engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",)), report, found.append, silent)
+    options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",))
+    engine.run(options, report, engine.Hear(found.append, silent))
     assert (asked[0].rtts_ms, asked[0].workloads, asked[0].model) == ((100.0,), ("editing",), Path(tiny))
     assert report["speculation"]["speculation_at_100ms_rtt"] == {"ratio": 3.0}
     assert [each["section"] for each in found] == ["speculation"]
@@ -155,6 +159,28 @@ def test_a_workload_is_served(swarm: Cluster, tmp_path: Path, tiny: str) -> None
             assert point[who]["first_token_ms"]["p99"] >= point[who]["first_token_ms"]["p50"] > 0
 
 
+def test_edited_texts_are_dictated_and_guessed_at(swarm: Cluster, tmp_path: Path, tiny: str) -> None:
+    options = serve.Options(
+        tmp_path,
+        demo_checkpoint(),
+        tiny,
+        workload="editing",
+        requests=2,
+        concurrency=(1,),
+        tokens_max=128,
+        library=False,
+    )
+    report: dict[str, Any] = {}
+    counts: list[tuple[int, int]] = []
+    serve.measure(options, swarm, report, serve.Hear(silent, lambda *each: counts.append(each), silent))
+    (point,) = report["points"]
+    assert "drafted" not in point["sotto"]
+    guessed = point["sotto_lookup"]
+    assert 0 < guessed["accepted"] <= guessed["drafted"]
+    assert guessed["acceptance"] > 0.5, "answers are texts of the prompt with a few words changed"
+    assert counts[-1] == (4, 4)
+
+
 @pytest.mark.parametrize("name", serve.WORKLOADS)
 @pytest.mark.parametrize("per_s", [0.0, 4.0])
 def test_every_workload_fits_into_what_was_leased(tmp_path: Path, name: str, per_s: float) -> None:
@@ -185,6 +211,7 @@ def test_time_that_one_set_leaves_is_the_others(monkeypatch: pytest.MonkeyPatch)
     budget = Budget(90.0, 3, started=0.0)
     assert budget.next() == 30.0
     now = 10.0
+    assert budget.share() == pytest.approx(1 / 3)
     assert budget.next() == 40.0
     now = 95.0
     assert budget.next() == 0.0

@@ -24,6 +24,7 @@ from node.app_client import Client
 from node.chat import Chat, ChatOptions, Turn, open_chat
 from node.model import Ask
 from protocol.errors import InputError
+from protocol.limits import PAGE_TOKENS
 from protocol.strategy import Strategy
 from simnet import cluster
 from simnet.cluster import Cluster
@@ -34,6 +35,8 @@ from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
 
 SYSTEM, TEXTS = "You are Python.", ("What is a list?", "And a tuple?", "So which one?")
+
+SYSTEM_LONG = "You are Python, and you answer in one sentence which says what is asked and nothing beside it. "
 
 
 @pytest.fixture
@@ -97,6 +100,21 @@ def test_what_was_sent_in_lower_precision_is_sent_again(swarm: Cluster, tmp_path
         assert [bool(turn.reused_tokens) for turn in turns] == [False, True, False]
 
     chatting(swarm, tmp_path / "data", work)
+
+
+def test_the_next_process_finds_what_a_chat_left(swarm: Cluster, tmp_path: Path) -> None:
+    reused, ids = list[int](), list[tuple[int, ...]]()
+
+    async def work(chat: Chat) -> None:
+        turn = await said(chat, TEXTS[0], Ask(8))
+        reused.append(turn.reused_tokens)
+        ids.append(turn.result.ids)
+
+    for _ in range(2):
+        chatting(swarm, tmp_path / "data", work, workers=2, system=4 * SYSTEM_LONG)
+    assert reused[0] == 0
+    assert reused[1] >= PAGE_TOKENS, "under another identity of the moment"
+    assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import trio
 
 from client.errors import HopRefused
 from models.checkpoint import Checkpoint
+from models.int8 import Int8Linear
 from node.app_client import Client, ClientOptions, open_client
 from node.grants import read_token
 from node.groups import ungrouped
@@ -133,10 +135,10 @@ def test_a_guest_uses_a_granted_model_until_it_is_revoked(swarm: Cluster, tmp_pa
     key, name = default_key(home), load_identity(guest / "client").peer
 
     async def owner(client: Client) -> tuple[int, ...]:
-        return (await (await deploy(client, checkpoint)).generate(PROMPT, SHORT)).ids
+        return (await (await deploy(client, checkpoint, dtype="int8")).generate(PROMPT, SHORT)).ids
 
     expected = with_client(swarm, home, owner)
-    granted = sotto("grant", name, "-m", str(model), "--for", "1h", "--data-dir", str(home))
+    granted = sotto("grant", name, "-m", str(model), "--dtype", "int8", "--for", "1h", "--data-dir", str(home))
 
     async def use(revoke: bool) -> tuple[int, ...]:
         options = ClientOptions(guest, (swarm.bootstrap,), discover_s=5.0, capability=read_token(granted["token"]))
@@ -146,6 +148,10 @@ def test_a_guest_uses_a_granted_model_until_it_is_revoked(swarm: Cluster, tmp_pa
             with pytest.raises(InputError, match="another sotto client"):  # a guest's identity is its own
                 await _open(options)
             ready = await client.attach(checkpoint, key)
+            assert ready.dtype == "int8"
+            assert isinstance(ready.ends.head, Int8Linear), "as the owner's"
+            with pytest.raises(InputError, match="exact"):
+                ready.decide([1, 2], replace(SHORT, exact=True))
             ids = (await ready.generate(PROMPT, SHORT)).ids
             if revoke:
                 async with ready.session(32):

@@ -79,5 +79,23 @@ def test_sixteen_bit_ends_round_once() -> None:
     assert torch.equal(client.embed(range(50)), (TABLE.float() @ ROTATION.float()).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("head", [torch.bfloat16, torch.int8])
+def test_a_rounded_head_leaves_everything_else_in_float32(head: torch.dtype) -> None:
+    exact, rounded = (ClientEnds.open(UNTIED, EPS, ROTATION, head=each) for each in (None, head))
+    hidden = draw(6, 24).float()
+    assert rounded.head.dtype in (torch.bfloat16, torch.float32)
+    assert torch.equal(rounded.embed([1, 2]), exact.embed([1, 2]))
+    assert torch.equal(rounded.residual(hidden), exact.residual(hidden))
+    got, want = rounded.logits(hidden), exact.logits(hidden)
+    assert got.dtype == torch.float32
+    assert not torch.equal(got, want)
+    assert float((got - want).norm() / want.norm()) < 0.03
+
+
+def test_a_head_that_the_processor_does_not_multiply_in_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.linear.HAS_ONEDNN", False)
+    assert ClientEnds.open(UNTIED, EPS, head=torch.bfloat16).head.dtype == torch.float32
+
+
 def test_ends_do_not_show_the_rotation() -> None:
     assert "tensor" not in repr(ClientEnds.open(UNTIED, EPS, ROTATION))

@@ -27,6 +27,7 @@ def advert(
     accepting: bool = True,
     relayed: bool = False,
     load_percent: int = 0,
+    disk_mib: float = 1 << 20,
 ) -> Advert:
     """A worker that gives so much for weights and for KV, all free, with arithmetic that never bounds."""
     weights, kv = int(memory_mib * MIB), int(kv_mib * MIB)
@@ -38,6 +39,7 @@ def advert(
         memory_bytes=weights + kv,
         memory_free_bytes=weights,
         kv_free_bytes=kv,
+        disk_free_bytes=int(disk_mib * MIB),
         speeds=(Speed("float32", float(read_gb_s), 1e6),) if read_gb_s else (),
         spans=spans,
         rtts=tuple(Rtt(bytes([i]) * 8, rtt) for i, rtt in enumerate(rtts_ms)),

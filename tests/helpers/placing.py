@@ -68,7 +68,8 @@ class Judge:
     def fits(self, member: Member, start: int, end: int) -> bool:
         weights = sum(self.model.block_bytes[start:end])
         kv = sum(self.model.kv_bytes_per_token[start:end]) * self.model.kv_tokens * self.concurrency
-        return weights <= member.advert.memory_free_bytes and kv <= member.advert.kv_free_bytes
+        advert = member.advert
+        return weights <= min(advert.memory_free_bytes, advert.disk_free_bytes) and kv <= advert.kv_free_bytes
 
     def check(self, placement: Placement) -> None:
         """Covers all blocks exactly, each worker once, within memory and KV, on workers that accept."""

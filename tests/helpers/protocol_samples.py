@@ -78,6 +78,7 @@ ADVERT = Advert(
     memory_bytes=8 << 30,
     memory_free_bytes=6 << 30,
     kv_free_bytes=1 << 30,
+    disk_free_bytes=24 << 30,
     speeds=(Speed("float32", 21.5, 310.0), Speed("bfloat16", 20.25, 150.5)),
     spans=(HeldSpan(DEPLOYMENT, 0, 4, 812),),
     rtts=(Rtt(peer_tag(NEXT.peer), 1.5),),

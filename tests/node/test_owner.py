@@ -176,7 +176,12 @@ def test_a_grant_is_handed_on_found_again_and_revoked(tmp_path: Path) -> None:
 
 def test_what_is_no_grant_is_said(tmp_path: Path) -> None:
     owner = load_identity(tmp_path)
-    for peer, rights, life in ((HOLDER.peer, "all", "7d"), ("bob", "use", "7d"), (HOLDER.peer, "use", "30d")):
+    for peer, rights, life in (
+        (HOLDER.peer, "all", "7d"),
+        (HOLDER.peer, "use,own", "7d"),
+        ("bob", "use", "7d"),
+        (HOLDER.peer, "use", "30d"),
+    ):
         with pytest.raises(InputError):
             grant_to(peer, tmp_path, sealed_by(owner), rights, life)
     with pytest.raises(InputError, match="another identity"):

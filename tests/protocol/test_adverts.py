@@ -140,6 +140,7 @@ def full_advert(addrs: tuple[str, ...]) -> Advert:
         memory_bytes=1 << 40,
         memory_free_bytes=1 << 39,
         kv_free_bytes=1 << 38,
+        disk_free_bytes=1 << 40,
         speeds=tuple(Speed(dtype, 3350.75, 989_000.5) for dtype in ("float32", "bfloat16", "float16", "int8")),
         spans=tuple(HeldSpan(DeploymentId(fill(16, n)), 128, 256, 98_765) for n in range(limits.ADVERT_SPANS_MAX)),
         rtts=tuple(Rtt(fill(8, n), 123.456 * n) for n in range(limits.ADVERT_RTTS_MAX)),

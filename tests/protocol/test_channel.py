@@ -13,7 +13,7 @@ from protocol.channel import Channel
 from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
 from protocol.framing import encode_frame
 from protocol.ids import ShardDigest
-from protocol.messages import CONTROL, FRAME_BYTES_MAX, SESSION, SHARD, Ping, Pong, ShardPiece, Step
+from protocol.messages import CONTROL, FRAME_BYTES_MAX, SESSION, SHARD, Message, Ping, Pong, ShardPiece, Step
 from protocol.tensors import TensorHeader
 from tests.helpers.protocol_samples import SAMPLES, WORKER, body_of
 from tests.helpers.protocol_samples import SESSION as SESSION_ID
@@ -115,3 +115,32 @@ def test_what_the_peer_would_refuse_is_not_sent() -> None:
     with pytest.raises(LocalProtocolError, match="smaller frames"):
         done(Channel(script, CONTROL).send(step, bytes(tensor.nbytes)))
     assert script.sent == []
+
+
+class Prompt(Script):
+    """Takes small messages at once."""
+
+    at_once_bytes = 100
+
+    def send_at_once(self, data: bytes) -> bool:
+        self.sent.append(data)
+        return True
+
+
+def test_what_is_too_large_to_be_sent_at_once_is_not_encoded_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+
+    def encode(message: Message, body: bytes) -> bytes:
+        encoded.append(len(body))
+        return encode_frame(message, body)
+
+    monkeypatch.setattr("protocol.channel.encode_frame", encode)
+    stream = Prompt()
+    channel = Channel(stream, SHARD)
+    large = ShardPiece(ShardDigest(bytes(32)), 0)
+    assert not channel.send_at_once(large, bytes(1 << 20))
+    assert channel.send_at_once(PING)
+    assert (encoded, len(stream.sent)) == ([0], 1)
+    stream.at_once_bytes = 0
+    assert not channel.send_at_once(PING), "it is busy"
+    assert encoded == [0]

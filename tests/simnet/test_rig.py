@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from client.sealing import Sealer
 from models.checkpoint import Checkpoint
 from models.int8 import Int8Linear
 from protocol.ids import ID_BYTES, DeploymentId
+from simnet.bench.engine.decode import message_bytes
 from simnet.bench.engine.rig import Bench, Budget, Rig, Sizes
 from tests.helpers.tiny_models import make_checkpoint
 
@@ -23,3 +25,8 @@ def test_a_token_reads_blocks_and_head_as_they_are_kept(tmp_path: Path, dtype: s
     assert Rig(bench, dtype).bytes_per_token(dtype) == size * numbers
     head = Sealer.open(model, dtype, None, DeploymentId(bytes(ID_BYTES))).ends().head
     assert isinstance(head, Int8Linear) == (dtype == "int8"), "the head is kept as the blocks are"
+    assert head.dtype == (torch.bfloat16 if dtype == "bfloat16" and head.is_packed else torch.float32)
+
+
+def test_a_message_in_eight_bits_has_factors_too() -> None:
+    assert [message_bytes(wire, 768) for wire in ("float32", "bfloat16", "int8")] == [3072, 1536, 768 + 2 * 12]

@@ -166,6 +166,8 @@ def test_peers_and_place(swarm: Cluster, model: Path) -> None:
     peers = one_object(sotto("peers", "-b", swarm.bootstrap, "--json"))["peers"]
     assert isinstance(peers, list)
     assert {row["peer"] for row in peers} >= {worker.peer for worker in swarm.workers}
+    assert {(row["accepting"], row["relayed"]) for row in peers} == {(True, False)}
+    assert all(0 <= row["load_percent"] <= 100 for row in peers)
     plan = one_object(sotto("place", str(model), "-b", swarm.bootstrap, "--workers", "3", "--json"))["hops"]
     assert isinstance(plan, list)
     assert [(hop["start"], hop["end"]) for hop in plan] == [(0, 1), (1, 2), (2, 3)]
@@ -323,6 +325,8 @@ def test_a_worker_whose_port_is_taken(swarm: Cluster, tmp_path: Path) -> None:
         (["--strategy", "speed=11"], "no part of a strategy"),
         (["--strategy", "wire=int3"], "wire must be one of float32, bfloat16, int8"),
         (["--strategy", "weights=int8", "--dtype", "bfloat16"], "contradict each other"),
+        (["--exact", "--dtype", "int8"], "--exact is an answer as in float32"),
+        (["--exact", "--strategy", "weights=bfloat16"], "weights=bfloat16 loses precision"),
     ],
 )
 def test_a_strategy_that_cannot_be_meant_is_refused_before_anything_starts(words: list[str], why: str) -> None:
@@ -337,6 +341,9 @@ def test_run_takes_a_strategy_and_refuses_what_cannot_be_had(swarm: Cluster, mod
     assert one_object(sotto(*words, "--strategy", "speculation=lookup,prefill_chunk=2"))["ids"] == plain
     error = str(one_object(sotto(*words, "--strategy", "weights=int4"))["error"])
     assert "weights=int4 is not supported" in error
+    error = str(one_object(sotto(*words, "--exact", "--strategy", "wire=int8"))["error"])
+    assert "wire=int8 loses precision" in error
+    assert one_object(sotto(*words, "--exact"))["ids"] == plain
 
 
 def test_run_shows_where_the_time_went(swarm: Cluster, model: Path) -> None:

@@ -126,8 +126,10 @@ def test_the_disk_is_bounded_before_a_byte_is_uploaded() -> None:
     ledger = SpanLedger(1 << 30, disk_bytes=2 * size)
     prepared(ledger, request(1), 0.0)
     second = prepared(ledger, request(2), 0.0)
+    assert ledger.available_disk_bytes == 0
     assert reason_of(lambda: ledger.prepare(request(3), 1.0, ANN.peer)) == RefusalReason.DISK
     second.holders.clear()
+    assert ledger.available_disk_bytes == size, "what nobody leases makes room"
     ledger.prepare(request(3), 1.0, ANN.peer)
 
 

@@ -451,6 +451,7 @@ def test_closing_a_session_drops_the_rest_of_its_step(shop: Shop) -> None:
         shop.engine.submit(work(inputs(1), 0), ended.append)
     shop.engine.advance()
     shop.engine.close(SESSION)
+    shop.engine.advance()
     assert shop.engine.idle
     assert [type(end) for end in ended] == [Refused]
     shop.engine.unload(shop.manifest.deployment)

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from models.pages import KvSlab
 from protocol.errors import Refused
 from protocol.ids import PeerId, SessionId
 from protocol.limits import PAGE_TOKENS
 from protocol.ports import SessionSpec, StepResult
 from tests.worker.test_engine import SESSION, Shop, direct, inputs, random_tensors, work
-from worker import span_kv
+from worker import engine, span_kv
 from worker.engine import Engine
 from worker.payloads import to_tensor
 
@@ -38,6 +39,60 @@ def begin(shop: Shop, number: int, tokens: int, **other: Any) -> int:
     return shop.engine.open(named(number), spec)
 
 
+def test_memory_of_free_pages_is_given_back_a_little_at_a_time(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded(shop)
+    x, forgotten, forget = inputs(9 * PAGE_TOKENS), list[int](), KvSlab.forget
+
+    def counted(slab: KvSlab, start: int, count: int) -> None:
+        forgotten.append(count * slab.token_bytes)
+        forget(slab, start, count)
+
+    monkeypatch.setattr(KvSlab, "forget", counted)
+    monkeypatch.setattr(engine, "GIVEN_BACK_BYTES", 3 * PAGE_TOKENS * TOKEN_BYTES)
+    begin(shop, 1, len(x))
+    run(shop, 1, x, 0, [len(x)])
+    shop.engine.close(named(1))
+    assert not forgotten, "closing waits for nothing"
+    begin(shop, 2, 3 * PAGE_TOKENS)
+    given = []
+    while not shop.engine.idle:
+        forgotten.clear()
+        shop.engine.advance()
+        given.append(sum(forgotten) // (PAGE_TOKENS * TOKEN_BYTES))
+        check(shop)
+    assert given == [3, 3], "all that nobody took again"
+    assert torch.allclose(run(shop, 2, x, 0, [150]), direct(shop.blocks, x[:150]), atol=1e-5)
+    shop.engine.close(named(2))
+    shop.engine.unload(shop.manifest.deployment)
+    tidied(shop)
+    assert not shop.engine._leaving
+
+
+def test_a_forward_gives_back_as_much_as_it_writes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded(shop)
+    x = inputs(9 * PAGE_TOKENS)
+    monkeypatch.setattr(engine, "GIVEN_BACK_BYTES", 1)
+    begin(shop, 1, len(x))
+    run(shop, 1, x, 0, [len(x)])
+    shop.engine.close(named(1))
+    begin(shop, 2, PAGE_TOKENS)
+    (book,) = shop.engine.kv_budget.books
+    assert len(book.stale) == 8
+    shop.engine.submit(work(x[:PAGE_TOKENS], 0, session=named(2)), lambda _: None)
+    shop.engine.advance()
+    assert len(book.stale) == 7
+
+
+def test_after_a_new_route_full_pages_have_no_key(shop: Shop) -> None:
+    shop, x = loaded(shop), inputs(3 * PAGE_TOKENS)
+    begin(shop, 1, len(x) + 1, page_keys=KEYS)
+    shop.engine.step(work(x[:70], 0, session=named(1)))
+    shop.engine.step(work(x[70:], 70, session=named(1), keeps=False))
+    shop.engine.close(named(1))
+    assert begin(shop, 2, len(x) + 1, page_keys=KEYS) == PAGE_TOKENS
+    check(shop)
+
+
 def check(shop: Shop) -> None:
     engine = shop.engine
     for span in engine._spans.values():
@@ -51,7 +106,14 @@ def loaded(shop: Shop, kv_bytes: int | None = None) -> Shop:
         shop.engine = Engine(shop.path, kv_bytes=kv_bytes)
     shop.load(kv_tokens=1)
     shop.engine.close(SESSION)
+    tidied(shop)
     return shop
+
+
+def tidied(shop: Shop) -> None:
+    """Until the engine has nothing to do."""
+    while not shop.engine.idle:
+        shop.engine.advance()
 
 
 def run(shop: Shop, number: int, x: torch.Tensor, start: int, cuts: list[int]) -> torch.Tensor:
@@ -231,6 +293,7 @@ def test_a_slab_gives_back_what_nobody_needs(shop: Shop) -> None:
         pytest.skip("memory cannot be given back here")
     assert slab.keys[:, :600].count_nonzero()
     shop.engine.close(named(0))
+    tidied(shop)
     pages = slab.keys[:, : 9 * PAGE_TOKENS].reshape(-1)
     assert pages.count_nonzero() < len(pages) // 2, "forgotten memory reads as zeros, but for the rims of its pages"
 

@@ -54,6 +54,7 @@ def test_adverts_reach_all_at_the_swarms_interval_and_rise() -> None:
             advert = own[-1].advert
             assert advert.memory_bytes == (1 << 20) + QUEUE_BYTES
             assert (advert.memory_free_bytes, advert.kv_free_bytes) == ((1 << 20) - (1 << 16), 1 << 16)
+            assert advert.disk_free_bytes > 0
             assert advert.expires_ms - advert.issued_ms == 6000
             assert advert.addrs == worker.endpoint.addrs
         for worker in swarm.workers:
@@ -100,8 +101,8 @@ def test_bad_adverts_are_neither_believed_nor_forwarded() -> None:
         own = swarm.client.identity
         good = Advert(
             sequence=now_ms, issued_ms=now_ms, expires_ms=now_ms + 60_000, addrs=(), memory_bytes=1,
-            memory_free_bytes=1, kv_free_bytes=1, speeds=(), spans=(), rtts=(), device="cpu", version="0",
-            accepting=True, relayed=False, load_percent=0,
+            memory_free_bytes=1, kv_free_bytes=1, disk_free_bytes=1, speeds=(), spans=(), rtts=(), device="cpu",
+            version="0", accepting=True, relayed=False, load_percent=0,
         )  # fmt: skip
         minute = 60_000
         bad = [

@@ -5,12 +5,15 @@ from __future__ import annotations
 from math import inf
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import PeerId
 from protocol.messages import RefusalReason
+from protocol.ports import PromptStream
+from simnet.runtime import VirtualClock, run
 from worker.load import Bubbles, LoadMeter
 from worker.quotas import (
     BURST_S,
@@ -21,6 +24,7 @@ from worker.quotas import (
     RequestGate,
     TokenBucket,
 )
+from worker.throttle import throttled
 
 ANN, BOB = PeerId("ann"), PeerId("bob")
 
@@ -137,3 +141,41 @@ def test_bubbles_are_the_idle_time_between_the_first_open_session_and_the_last()
     bubbles.opened(200.0)  # nobody was there meanwhile
     assert bubbles.computed(1.0, 201.0) == 0.0
     assert bubbles.computed(9.0, 202.0) == 0.0  # clocks differ: never negative
+
+
+class _Link:
+    """A stream that takes messages of up to 1,000 bytes at once."""
+
+    remote = ANN
+    at_once_bytes = 1000
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def send_at_once(self, data: bytes) -> bool:
+        self.sent += len(data)
+        return True
+
+    async def send(self, data: bytes) -> None:
+        self.sent += len(data)
+
+    async def receive(self, max_bytes: int) -> bytes:
+        return b""
+
+    async def finish(self) -> None: ...
+    async def aclose(self) -> None: ...
+
+
+def test_small_messages_go_at_once_within_the_quota_and_wait_beyond_it() -> None:
+    async def main() -> None:
+        link = _Link()
+        stream = throttled(link, Rates(100, inf), VirtualClock())
+        assert isinstance(stream, PromptStream)
+        assert stream.send_at_once(bytes(300))
+        assert stream.send_at_once(bytes(300)), "into debt"
+        assert not stream.send_at_once(b"more")
+        assert (stream.at_once_bytes, link.sent) == (0, 600)
+        await trio.sleep(2.1)
+        assert stream.send_at_once(b"more")
+
+    run(main, seed=1)

@@ -114,3 +114,14 @@ def test_a_removed_job_is_not_taken() -> None:
     scheduler.remove(job)
     assert scheduler.idle
     assert scheduler.take() == []
+
+
+def test_each_tenant_who_runs_alone_costs_the_others_one_forward_in_a_round() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    shared = [FakeJob(b"a", f"shared {number}", 600, rows_at_once=1) for number in range(8)]
+    alone = [FakeJob(b"a", tenant, 600, rows_at_once=1, alone=True) for tenant in ("x", "x", "x", "y")]
+    for job in [*shared, *alone]:
+        scheduler.add(job)
+    served = [[job.tenant for job, _ in run(scheduler)] for _ in range(12)]
+    assert [len(tenants) for tenants in served] == [8, 1, 1] * 4
+    assert [tenants[0] for tenants in served if len(tenants) == 1] == ["x", "y"] * 4, "however many sessions one has"

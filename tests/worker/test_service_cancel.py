@@ -92,6 +92,10 @@ class _Prompt(_Deaf):
         self.full = False
         self.taken: list[bytes] = []
 
+    @property
+    def at_once_bytes(self) -> int:
+        return 1 << 16
+
     def send_at_once(self, data: bytes) -> bool:
         if not self.full:
             self.taken.append(data)

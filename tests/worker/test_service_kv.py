@@ -107,6 +107,20 @@ def test_another_tenant_with_the_same_keys_gets_no_hit() -> None:
     in_swarm(2, test, compute=toy)
 
 
+def test_processes_of_the_owner_share_what_they_left() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        route = await attached(swarm, "one")
+        await begun(route)
+        await route.do(0, 0, ROWS[:200])
+        process = await swarm.another("process")
+        other = await attached(swarm, "two", process)
+        shown = capability(swarm, process.peer, Right.OWN, Right.USE)
+        assert await begun(other, capability=shown) == [192, 192]
+
+    in_swarm(2, test, compute=toy)
+
+
 def test_a_step_beyond_what_a_hop_holds_ends_the_session() -> None:
     async def test(swarm: Swarm) -> None:
         await swarm.client.deploy_route(swarm.workers)
@@ -302,6 +316,23 @@ def test_a_cancelled_sessions_memory_is_free_when_its_running_step_has_committed
 
     cost = CostModel(step_s=0.0, block_position_s=0.01)
     in_swarm(1, test, compute=lambda _: ToyCompute(cost), kv_memory_bytes=SESSION_BYTES)
+
+
+def test_a_new_route_keeps_nothing_under_the_keys_of_the_old_one() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        route = await attached(swarm, "one")
+        assert await begun(route) == [0]
+        await route.do(0, 0, ROWS[:70])
+        tickets = [replace(ticket, epoch=1) for ticket in route.tickets(kv_tokens=TOKENS)]
+        await route.send(OpenSession(route.session, route.boxes(tickets)))
+        assert isinstance((await route.next())[0], SessionOpened)
+        await route.do(1, 70, ROWS[70:200], epoch=1)
+        await route.send(CloseSession(route.session))
+        await trio.sleep(1)
+        assert await begun(await attached(swarm, "two")) == [64], "what the first route computed alone"
+
+    in_swarm(1, test, compute=toy)
 
 
 def test_a_session_keeps_its_first_terms_when_it_is_rerouted() -> None:

@@ -55,6 +55,19 @@ Found = Callable[[dict[str, Any]], None]
 """Gets each section's figures as soon as they are there."""
 
 
+def _to_nobody(done: float, total: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """`found`: see Found. `say`: what is done now. `update`: how many parts are done, the one under way in proportion
+    to its time, of how many."""
+
+    found: Found
+    say: Callable[[str], None]
+    update: Callable[[float, int], None] = _to_nobody
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """`model`: one of MODELS, or a folder. `only`: names of PARTS. `minutes`: of measuring, in all."""
@@ -79,28 +92,32 @@ class Options:
         names = [name for name in SECTIONS if name in self.only]
         return [(dtype, name) for dtype in self.dtypes for name in names if name not in ONCE or dtype == self.dtypes[0]]
 
+    @property
+    def parts(self) -> int:
+        return len(self.plan()) + (SPECULATION in self.only)
 
-def run(options: Options, report: dict[str, Any], found: Found, say: Callable[[str], None]) -> None:
+
+def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     """`measure` with workers of its own, and guessing behind links with delay. Raises InputError."""
     if any(name in SECTIONS for name in options.only):
-        _run_sections(options, report, found, say)
+        _run_sections(options, report, hear)
     if SPECULATION in options.only:
-        say("guesses behind links with delay")
+        hear.say("guesses behind links with delay")
+        hear.update(options.parts - 1, options.parts)
         report[SPECULATION] = _speculation(options)
-        found({"dtype": "float32", "section": SPECULATION, **report[SPECULATION]})
+        hear.found({"dtype": "float32", "section": SPECULATION, **report[SPECULATION]})
+    hear.update(options.parts, options.parts)
 
 
-def _run_sections(options: Options, report: dict[str, Any], found: Found, say: Callable[[str], None]) -> None:
+def _run_sections(options: Options, report: dict[str, Any], hear: Hear) -> None:
     specs = [cluster.WorkerSpec("6GiB", "2GiB", 1)] * options.sizes.hops
     with cluster.running(options.folder / "cluster", specs) as net:
-        measure(options, net, report, found, say)
+        measure(options, net, report, hear)
 
 
-def measure(
-    options: Options, net: cluster.Cluster, report: dict[str, Any], found: Found, say: Callable[[str], None]
-) -> None:
-    """All that `options` ask for, into `report`; `found` hears of each part as it is measured, and what is cut short
-    leaves what there is. Raises InputError."""
+def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear: Hear) -> None:
+    """All that `options` ask for, into `report`; each part is told of as it is measured, and what is cut short leaves
+    what there is. Raises InputError."""
     torch.set_num_threads(1)
     model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
     report |= {
@@ -110,6 +127,21 @@ def measure(
         "threads_per_process": 1,
     }
     budget, pids = Budget(60 * options.minutes, len(options.plan())), tuple(worker.pid for worker in net.workers)
+    done, shown = 0, 0.0
+
+    def say(text: str) -> None:
+        nonlocal shown
+        shown = max(shown, done + budget.share())  # a part may take its time in several sets
+        hear.update(shown, options.parts)
+        hear.say(text)
+
+    def found(figures: dict[str, Any]) -> None:
+        nonlocal done
+        done += 1
+        budget.end()
+        hear.update(done, options.parts)
+        hear.found(figures)
+
     bench = Bench(options.folder, model, net.bootstrap, options.sizes, budget, say, options.data, pids)
     for dtype in options.dtypes:
         names = [name for each, name in options.plan() if each == dtype]

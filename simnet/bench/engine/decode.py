@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from functools import partial
 
+import torch
+
 from client.generate import GenerationResult
+from client.tensors import WIRE_DTYPES, to_payload
 from node.measuring import measure, time_ends
 from node.model import MISSING, Ask, DeployedModel
 from protocol.strategy import CHOICES, parse
-from protocol.tensors import DTYPE_BYTES
 from simnet.bench.engine.rig import Rig, cpu_figures, decoding, in_thread, prefilling
 from simnet.bench.machine import echo_us, raw_tcp
 from simnet.bench.paired import Contestant, Pair, Rounds
@@ -77,9 +79,14 @@ async def wire_section(rig: Rig) -> dict[str, object]:
     width = rig.checkpoint.config.hidden_size
     return {
         **{f"{kind}_vs_float32_wire": rounds.ratio(kind, base).figures() for kind, base in pairs},
-        "bytes_per_token_and_message": {wire: DTYPE_BYTES[wire] * width for wire in wires},
+        "bytes_per_token_and_message": {wire: message_bytes(wire, width) for wire in wires},
         "medians": rounds.medians(),
     }
+
+
+def message_bytes(wire: str, width: int) -> int:
+    """One token's activations as they travel, factors included."""
+    return len(to_payload(torch.zeros(1, width), WIRE_DTYPES[wire]).data)
 
 
 async def long_prefill_section(rig: Rig) -> dict[str, object]:

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from node.keys import default_key
 from node.model import Ask, DeployedModel
 from protocol.strategy import Strategy
 from protocol.tensors import DTYPE_BYTES
+from simnet.bench.dictated import Dictated
 from simnet.bench.library import Library
 from simnet.bench.machine import Memory, cores, cpu_seconds
 from simnet.bench.paired import Contestant, Pair, Patience, Rounds, take_turns
@@ -70,13 +71,25 @@ class Budget:
     seconds: float
     sets: int
     started: float = field(default_factory=time.monotonic)
+    _set: tuple[float, float] = (0.0, 0.0)  # when the newest began, and its seconds
 
     def next(self) -> float:
         """Seconds for the next set."""
-        left = max(0.0, self.seconds - (time.monotonic() - self.started))
+        now = time.monotonic()
+        left = max(0.0, self.seconds - (now - self.started))
         self.sets = max(1, self.sets)
         self.sets -= 1
-        return left / (self.sets + 1)
+        self._set = now, left / (self.sets + 1)
+        return self._set[1]
+
+    def end(self) -> None:
+        """The newest set is over."""
+        self._set = (0.0, 0.0)
+
+    def share(self) -> float:
+        """Of the time of the set under way, how much is over: 0 to 1; 0 where none is."""
+        began, seconds = self._set
+        return min(1.0, (time.monotonic() - began) / seconds) if seconds > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,9 +232,11 @@ def in_thread(work: Callable[[], float]) -> Contestant:
 
 
 async def answer(model: DeployedModel, request: Request, strategy: Strategy | None = None) -> GenerationResult:
-    """The whole answer to a request, of the length that it asks for."""
-    strategy = strategy or model.default_strategy
-    return await model.generate(list(request.prompt), Ask(request.new_tokens, ignore_eos=True, strategy=strategy))
+    """The whole answer to a request, of the length that it asks for, and dictated where it says what comes out."""
+    ask = Ask(request.new_tokens, ignore_eos=True, strategy=strategy or model.default_strategy)
+    if request.output:
+        ask = replace(ask, choose=Dictated(len(request.prompt), request.output).choose)
+    return await model.generate(list(request.prompt), ask)
 
 
 async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: int) -> float:
