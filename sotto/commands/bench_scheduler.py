@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import status
 from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
 
 SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
@@ -64,6 +65,19 @@ def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: b
     return report
 
 
+@contextmanager
+def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that says what is measured now."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda text: console.print(text, markup=False, highlight=False)
+        return
+    with console.status("starting") as line:
+        yield lambda text: line.update(text)
+
+
 def _live(records: Path | None, only: str | None, minutes: float, quiet: bool) -> dict[str, Any]:
     from client.metalearning.advice import Advisor
     from client.metalearning.selectors.hedged import Hedged
@@ -76,7 +90,7 @@ def _live(records: Path | None, only: str | None, minutes: float, quiet: bool) -
     with tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
         names = tuple(bench.WORKLOADS) if only is None else _words(only)
         options = bench.Live(Path(folder), demo_checkpoint(), minutes, names, advisor)
-        with status(quiet) as say, terminate_as_interrupt():
+        with _status(quiet) as say, terminate_as_interrupt():
             try:
                 bench.run(options, report, say)
             except* KeyboardInterrupt:
