@@ -71,7 +71,7 @@ def test_a_request_within_another_is_refused_and_the_outer_one_goes_on() -> None
     async def main() -> None:
         batches = Batches()
         async with batches.seat():
-            with pytest.raises(InputError, match="within another"):
+            with pytest.raises(InputError, match="end the first one before"):
                 async with batches.seat():
                     raise AssertionError
         async with batches.seat():
