@@ -5,7 +5,8 @@ the first step truncates the rest there. When the session is lost, also in the m
 opened (over the same route, then over one that is found anew, past the workers that were lost), and what was known and
 is not in kept pages is computed again: tokens depend on their positions alone, so the answer goes on as if nothing had
 happened. The same when it is preempted: a worker took its memory for a client that holds less. Then the same route is
-waited for, as long as it takes within reason. When a session is closed its pages stay, under their names on its route.
+waited for, as long as it takes within reason; preempted again without a token between, it is lost like any other. When
+a session is closed its pages stay, under their names on its route.
 
 Invariant: `held` is what the KV holds for certain. One request at a time. Where sessions come from is the opener's.
 """
@@ -73,8 +74,8 @@ Opener = Callable[[Opening], Awaitable[Opened]]
 
 @dataclass(frozen=True, slots=True)
 class KeptTerms:
-    """`losses_max`: how many losses in a row are made good; preemptions are, whatever it says. `notice` is told in a
-    sentence what befell the session."""
+    """`losses_max`: how many losses in a row are made good; preemptions are, LOSSES_MAX in a row at least. `notice` is
+    told in a sentence what befell the session."""
 
     losses_max: int = LOSSES_MAX
     notice: Callable[[str], None] = lambda _: None
@@ -94,6 +95,7 @@ class KeptSession:
         self._without: frozenset[PeerId] = frozenset()  # the workers that were lost in a row
         self._preemptions_left = PREEMPTIONS_MAX
         self._roomless_since = inf  # when it was preempted, while it has no room again
+        self._preempted = False  # since the last token
 
     @property
     def moved(self) -> tuple[int, int]:
@@ -103,7 +105,7 @@ class KeptSession:
 
     def begin(self) -> None:
         """Another request begins."""
-        self._preemptions_left = PREEMPTIONS_MAX
+        self._preemptions_left, self._preempted = PREEMPTIONS_MAX, False
 
     async def ready(self, known: Sequence[int]) -> OpenedSession:
         """The open session; one is opened when there is none, for a sequence that begins with `known`. Raises
@@ -123,12 +125,15 @@ class KeptSession:
         when it is time to try again."""
         await self.aclose()
         reason = error.reason if isinstance(error, Refused) else ""
+        again, self._preempted = self._preempted, self._preempted or reason == RefusalReason.PREEMPTED
         if reason == RefusalReason.PREEMPTED:
             self._note_preemption(error)
-        elif reason == RefusalReason.KV_MEMORY and 0 <= trio.current_time() - self._roomless_since < NO_ROOM_S:
+        if reason == RefusalReason.PREEMPTED and not again:
+            return
+        if reason == RefusalReason.KV_MEMORY and 0 <= trio.current_time() - self._roomless_since < NO_ROOM_S:
             await trio.sleep(PAUSE_S)
         else:
-            self._note_loss(error)
+            self._note_loss(error, max(self._terms.losses_max, LOSSES_MAX if again else 0))
             if self._in_a_row > 1 or reason:
                 await trio.sleep(BACKOFF_S * 2 ** (self._in_a_row - 1))
 
@@ -140,9 +145,9 @@ class KeptSession:
         self._roomless_since = min(self._roomless_since, trio.current_time())
         self._terms.notice("a worker needs its memory for another client: the answer goes on when there is room again")
 
-    def _note_loss(self, error: SottoError) -> None:
+    def _note_loss(self, error: SottoError, most: int) -> None:
         self._in_a_row += 1
-        if self._in_a_row > self._terms.losses_max:
+        if self._in_a_row > most:
             self.progressed()
             raise error
         peer: PeerId | None = getattr(error, "peer", None)
@@ -160,7 +165,7 @@ class KeptSession:
 
     def progressed(self) -> None:
         """A token came: whatever fails next is another failure."""
-        self._in_a_row, self._without = 0, frozenset()
+        self._in_a_row, self._without, self._preempted = 0, frozenset(), False
 
     async def aclose(self, keep: bool = True) -> None:
         """Free the KV on all hops, which `keep` its full pages as long as they have room. The next request opens a

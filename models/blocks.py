@@ -115,15 +115,15 @@ class Block:
         return self.forward_batch(x, (Segment(kv, position, len(x)),))
 
     @torch.inference_mode()
-    def forward_batch(self, x: Tensor, segments: Sequence[Segment], turns: Turns | None = None) -> Tensor:
+    def forward_batch(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
         """x [R, d], the rows of all `segments` one after another, through the block: [R, d]. Writes keys and values.
 
-        Truncates each `kv` to its segment's position first. `turns`: what `turns_of` gives for these segments, when it
-        is at hand. Raises ValueError when a position lies beyond what is cached, on a wrong shape or dtype and when a
-        `kv` is full, ContextExceeded beyond the model's context; every `kv` is then unchanged.
+        Truncates each `kv` to its segment's position first. Raises ValueError when a position lies beyond what is
+        cached, on a wrong shape or dtype and when a `kv` is full, ContextExceeded beyond the model's context; every
+        `kv` is then unchanged.
         """
         self.check(x, segments)
-        return self.run(x, segments, turns or self.turns_of(segments))
+        return self.run(x, segments, self.turns_of(segments))
 
     def check(self, x: Tensor, segments: Sequence[Segment]) -> None:
         """Raises what `forward_batch` raises."""

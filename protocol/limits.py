@@ -32,7 +32,7 @@ ADDR_CHARS_MAX = 128
 ADDRS_MAX = 4
 TICKET_BYTES_MAX = 2 * KIB
 
-# Gossip. One node saturates at 60-100 messages a second; it should receive at most 5.
+# Gossip. One node saturates at 60-100 messages a second; it should receive at most 6, reports included.
 GOSSIP_BYTES_MAX = 4 * KIB  # any topic; larger RPCs risk the silent loss above 1 MiB and cost every node
 ADVERT_BYTES_MAX = KIB
 ADVERT_RTTS_MAX = 16

@@ -329,6 +329,8 @@ class OpenSession(Message):
 
     def check(self) -> None:
         _check_page_keys(self.page_keys)
+        if len(self.request) not in (0, ID_BYTES):
+            raise ValueError(f"a request is named by {ID_BYTES} bytes or by none")
 
 
 @dataclass(frozen=True, slots=True)

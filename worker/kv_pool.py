@@ -3,8 +3,8 @@ so that no admitted step can run out.
 
 Invariant: all reservations together never exceed the capacity. A session draws on its holder's lease first and on the
 free pool for the rest; when the lease ends before the session does, what the session drew stays its own. Room that is
-made for a session (worker/preemption.py) is claimed: no other session gets it meanwhile. The pool counts bytes and
-knows no tensors: what a session really takes grows inside the engine, below its reservation.
+made for a session (worker/preemption.py) is claimed: no other session and no lease gets it meanwhile. The pool counts
+bytes and knows no tensors: what a session really takes grows inside the engine, below its reservation.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class KvPool:
     _shares: dict[LeaseKey, _Share] = field(default_factory=dict)
     _sessions: dict[SessionId, _Drawn] = field(default_factory=dict)
     _claims: dict[SessionId, int] = field(default_factory=dict)
+    _claimed_bytes: int = 0
     used_bytes: int = 0
 
     @property
@@ -54,7 +55,8 @@ class KvPool:
     def missing(self, key: LeaseKey, reserved_bytes: int) -> int:
         """Bytes that are missing for the lease `key` to set `reserved_bytes` aside; 0 when there is room."""
         share = self._shares.get(key)
-        return max(0, reserved_bytes - (share.reserved_bytes if share else 0) - self.free_bytes)
+        grows = reserved_bytes - (share.reserved_bytes if share else 0)
+        return max(0, grows - max(0, self.free_bytes - self._claimed_bytes))
 
     def set_aside(self, key: LeaseKey, reserved_bytes: int) -> None:
         """Let the lease `key` have `reserved_bytes`, or what its sessions have drawn already if that is more. Raises
@@ -89,7 +91,9 @@ class KvPool:
 
     def claim(self, session: SessionId, pool_bytes: int) -> None:
         """Keep room for a session that will open soon: from what is free, or becomes free."""
+        self.disclaim(session)
         self._claims[session] = pool_bytes
+        self._claimed_bytes += pool_bytes
 
     def claims(self, session: SessionId) -> bool:
         """Whether room is kept for it."""
@@ -97,10 +101,12 @@ class KvPool:
 
     def disclaim(self, session: SessionId) -> None:
         """Idempotent."""
-        self._claims.pop(session, None)
+        self._claimed_bytes -= self._claims.pop(session, 0)
 
     def unclaimed_bytes(self, session: SessionId) -> int:
         """What is free for `session`, but for claims made before its own: less than nothing while they are not met."""
+        if session not in self._claims:
+            return self.free_bytes - self._claimed_bytes
         ahead = takewhile(lambda each: each != session, self._claims)
         return self.free_bytes - sum(self._claims[each] for each in ahead)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import inf
 
 WINDOW_S = 10.0
 STEP_PERCENT = 10  # coarse: an advert should not differ from the last one for nothing
@@ -13,12 +14,15 @@ STEP_PERCENT = 10  # coarse: an advert should not differ from the last one for n
 @dataclass(slots=True)
 class LoadMeter:
     _busy: deque[tuple[float, float]] = field(default_factory=deque)  # (end, seconds) of each computation
+    _counted_to: float = -inf
 
     def computed(self, seconds: float, now: float) -> float:
         """The engine computed for `seconds` until `now`: how many of them are new. Steps that were computed together
-        count once."""
-        since_s = now - self._busy[-1][0] if self._busy else seconds
-        new_s = min(seconds, max(0.0, since_s))
+        count once, and one that is told of after later ones not at all: its answer was held up."""
+        if now <= self._counted_to:
+            return 0.0
+        new_s = min(seconds, now - self._counted_to)
+        self._counted_to = now
         self._busy.append((now, new_s))
         self._forget(now)
         return new_s
@@ -55,5 +59,5 @@ class Bubbles:
     def computed(self, busy_s: float, now: float) -> float:
         """The engine was busy for `busy_s` until `now`. Seconds of bubbles before that, not counted yet."""
         idle_s = max(0.0, now - self._counted_to - busy_s)
-        self._counted_to = now
+        self._counted_to = max(self._counted_to, now)  # what was held up is told of late
         return idle_s

@@ -388,10 +388,13 @@ class WorkerService:
             await trio.sleep(SWEEP_S)
             self._meter.report()
             self._arrivals.sweep()
-            self.sessions.sweep()
+            await self._supervised(self._sweep_sessions)
             connected = frozenset(self._ports.transport.connected())
             present = partial(self._is_present, connected)
             await self._supervised(partial(self._control.sweep, present))
+
+    async def _sweep_sessions(self) -> None:
+        self.sessions.sweep()
 
     def _is_present(self, connected: frozenset[PeerId], peer: PeerId) -> bool:
         return peer in connected or self._streams[peer] > 0

@@ -44,7 +44,7 @@ from worker.kv_pool import KvPool
 from worker.load import Bubbles, LoadMeter
 from worker.observer import WorkerObserver
 from worker.outbox import Outbox
-from worker.preemption import Preemptor
+from worker.preemption import Contest, Preemptor
 from worker.quotas import QueueBook
 from worker.rights import Rights
 from worker.session import Again, Lease, Pass, Route, Session, Work, body_bytes
@@ -82,6 +82,7 @@ class SessionTable:
     _emptied: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     _waiting_steps: int = 0
     _waiting: WaitingRoom = field(default_factory=WaitingRoom)
+    _seating: bool = False
     _leaving: set[SessionId] = field(default_factory=set)  # ended, but the engine still holds something of them
     preemptor: Preemptor = field(init=False)
 
@@ -152,7 +153,7 @@ class SessionTable:
                 self._enqueue(session, Route(ticket, message))
             elif not self._seat(arrival := Arrival(session, ticket, message, self.clock.monotonic())):
                 self._waiting.add(arrival)
-                self._make_room(arrival)
+                self._make_room(arrival, self._contest())
         except Refused as refusal:
             self.fail(session, refusal.reason, refusal.detail)
         return True
@@ -252,11 +253,14 @@ class SessionTable:
         drained for long enough, all."""
         now, now_ms = self.clock.monotonic(), self._now_ms()
         self.seat_waiting()  # leases may have ended
-        firsts = {each.session.client: each for each in reversed(self._waiting.in_turn(self.house.pool.held_bytes))}
-        for arrival in reversed(firsts.values()):  # of each client one: this counts all sessions every time
-            self._make_room(arrival)
+        contest = self._contest()
+        for arrival in self._waiting.in_turn(self.house.pool.held_bytes):
+            if self._make_room(arrival, contest):
+                contest = self._contest()
         for arrival in self._waiting.late(now):
-            self.fail(arrival.session, RefusalReason.KV_MEMORY, f"no room for the session's KV within {KV_WAIT_S:g} s")
+            if arrival.session.lease is None:  # the room that was kept for one before it may be its own by now
+                detail = f"no room for the session's KV within {KV_WAIT_S:g} s"
+                self.fail(arrival.session, RefusalReason.KV_MEMORY, detail)
         drained = self.house.duty.state(now) is State.DRAINED
         for session in list(self.live.values()):
             if drained:
@@ -301,19 +305,29 @@ class SessionTable:
     def seat_waiting(self) -> None:
         """Memory may have become free: open what fits of the sessions that wait for it, and fail those that cannot be
         opened any more."""
-        changed = True
-        while changed and len(self._waiting):
-            changed = any(self._try(arrival) for arrival in self._waiting.in_turn(self.house.pool.held_bytes))
+        if self._seating:
+            return  # one that waited has failed below: the next turn finds its room
+        self._seating = changed = True
+        try:
+            while changed and len(self._waiting):
+                changed = any(self._try(arrival) for arrival in self._waiting.in_turn(self.house.pool.held_bytes))
+        finally:
+            self._seating = False
 
-    def _make_room(self, arrival: Arrival) -> None:
-        """Preempt what has to give way to `arrival`, if that is fair. Their clients open them again, and wait then."""
-        now, leaving = self.clock.monotonic(), sorted(self._leaving)
-        for each in self.preemptor.choose(arrival, self.live.values(), leaving, self._waiting, now):
+    def _contest(self) -> Contest:
+        return self.preemptor.contest(self.live.values(), self._leaving, self._waiting, self.clock.monotonic())
+
+    def _make_room(self, arrival: Arrival, contest: Contest) -> bool:
+        """Preempt what has to give way to `arrival`, if that is fair. Their clients open them again, and wait then.
+        True when some did: `contest` is out of date."""
+        chosen = self.preemptor.choose(arrival, contest)
+        for each in chosen:
             session = self.live[each]
             assert session.lease is not None
             self.preemptor.preempted(session.client, session.lease.request)
             session.preempted = True
             self.fail(session, RefusalReason.PREEMPTED, "a client that holds less needs the room")
+        return bool(chosen)
 
     def _try(self, arrival: Arrival) -> bool:
         """Open a waiting session, or fail it. False when there is still no room."""
@@ -361,15 +375,16 @@ class SessionTable:
         self._waiting.remove(session)
         now = self.clock.monotonic()
         tenant = ticket.client if _is_guest(capability) else span.request.owner
+        request = self.preemptor.request_of(arrival, self.live.values())
         session.lease = Lease(
             span=span,
             ledger=StepLedger(ticket.kv_tokens, epoch=ticket.epoch),
             ticket=ticket,
             capability=capability,
             spec=_spec(arrival, tenant),
-            request=arrival.request,
+            request=request,
             seated_at=now,
-            safe_until=now + self.preemptor.safe_s(session.client, arrival.request),
+            safe_until=now + self.preemptor.safe_s(session.client, request),
         )
         span.sessions += 1
         span.touched = now
@@ -439,6 +454,7 @@ class SessionTable:
             return
         del self.live[session.id]
         self._waiting.remove(session)
+        claimed = self.house.pool.claims(session.id)
         self.house.pool.disclaim(session.id)
         session.scope.cancel()
         if session.lease is not None:
@@ -446,6 +462,8 @@ class SessionTable:
         else:
             self.house.quota.give(session.client)
             self.observer.sessions_changed(self.house.quota.taken)
+        if claimed:
+            self.seat_waiting()
 
     def report_memory(self) -> None:
         self.observer.memory_changed(self.house.spans.used_bytes, self.house.pool.used_bytes)

@@ -39,7 +39,9 @@ log = logging.getLogger(__name__)
 GOSSIPSUB = TProtocol("/meshsub/1.1.0")  # 1.2 costs 1.5 times the CPU for messages as small as ours
 DEGREE, DEGREE_LOW, DEGREE_HIGH = 6, 4, 12
 HEARTBEAT_S = 1
-FORWARDED_PER_S = 20.0  # four times what a node should receive in all; a burst of ten seconds' worth passes
+FORWARDED_PER_S = (
+    20.0  # three times what a node should receive in all, adverts and reports; a burst of ten seconds' worth passes
+)
 FORWARDED_BURST = 200.0
 NEIGHBOURS_REMEMBERED = 4096  # rate limits kept; the connection limit is below it
 TOPICS_PER_NEIGHBOUR = 64  # that it says it follows; foreign nodes may follow topics of their own

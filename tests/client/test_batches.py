@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.batches import GATHER_S, Batches
+from protocol.errors import InputError
 from simnet.runtime import run
 
 T = TypeVar("T")
@@ -64,6 +65,40 @@ def test_whoever_gives_up_holds_up_nobody() -> None:
     times = virtual(lambda: served(batches, [(0.0, 9.0), (0.0, 5.0), (0.5, 9.0), (2.0, 1.0)], frozenset({0, 2})))
     assert times.keys() == {1, 3}
     assert times[3][0] == pytest.approx(5 + GATHER_S)
+
+
+def test_a_request_within_another_is_refused_and_the_outer_one_goes_on() -> None:
+    async def main() -> None:
+        batches = Batches()
+        async with batches.seat():
+            with pytest.raises(InputError, match="end the first one before"):
+                async with batches.seat():
+                    raise AssertionError
+        async with batches.seat():
+            pass
+
+    virtual(main)
+
+
+def test_whoever_waits_for_a_batch_that_does_not_move_gives_up() -> None:
+    """The outer request asks in a task of its own, and waits for that."""
+
+    async def main() -> None:
+        batches = Batches(patience_s=50.0)
+
+        async def inner() -> None:
+            started = trio.current_time()
+            with pytest.raises(InputError, match="has not moved for 50 s"):
+                async with batches.seat():
+                    raise AssertionError
+            assert trio.current_time() - started == pytest.approx(50)
+
+        async with batches.seat(), trio.open_nursery() as nursery:
+            nursery.start_soon(inner)
+        times = await served(batches, [(0.0, 40.0), (0.0, 80.0), (1.0, 1.0)])
+        assert times[2][0] == pytest.approx(80 + GATHER_S), "one that ended is news"
+
+    virtual(main)
 
 
 @given(

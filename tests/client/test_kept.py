@@ -333,6 +333,35 @@ def test_a_request_that_is_preempted_again_and_again_gives_up() -> None:
         virtual(lambda: ids(request(KeptSession(opener), PROMPT, params(200))))
 
 
+@pytest.mark.parametrize("losses_max", [0, LOSSES_MAX])
+def test_preempted_again_without_a_token_is_a_loss(losses_max: int) -> None:
+    """A worker that says so for ever costs a few pauses, and the route is found anew without it."""
+    opener = Opener([Session(0, preempted()) for _ in range(PREEMPTIONS_MAX)])
+
+    async def main() -> None:
+        with pytest.raises(HopRefused, match="preempted"):
+            await ids(request(KeptSession(opener, KeptTerms(losses_max)), PROMPT))
+
+    virtual(main)
+    assert opener.anew == [False, False, False, True, True]
+    assert opener.openings[-1].without == {PEER}
+    gaps = [later - earlier for earlier, later in pairwise(opener.opened_at)]
+    assert gaps == pytest.approx([0, *(BACKOFF_S * 2**count for count in range(LOSSES_MAX))])
+
+
+def test_preempted_between_tokens_is_no_loss() -> None:
+    opener = Opener([*(Session(3, preempted()) for _ in range(5)), Session()])
+    kept = KeptSession(opener, KeptTerms(losses_max=0))
+    assert virtual(lambda: ids(request(kept, [1], params(8)))) == alone([1], params(8))
+    assert kept.preemptions > 1
+    assert not any(opener.anew)
+
+
+def test_no_room_after_a_second_preemption_is_waited_for_too() -> None:
+    opener = Opener([Session(0, preempted()), Session(0, preempted()), *[None] * 20, Session()])
+    assert virtual(lambda: ids(request(KeptSession(opener, KeptTerms(losses_max=0)), PROMPT))) == alone(PROMPT)
+
+
 def test_room_that_does_not_come_back_is_waited_for_within_reason() -> None:
     opener = Opener([Session(4, preempted()), *[None] * 1000])
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from protocol import limits
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
 from protocol.capabilities import Capability, Right, issue_capability, rights_of
-from protocol.ids import PeerId, SessionId, ShardDigest, deployment_id, public_key_of
+from protocol.ids import ID_BYTES, PeerId, SessionId, ShardDigest, deployment_id, public_key_of
 from protocol.invites import Invite, InvitePeer
 from protocol.leases import Lease, sign_lease
 from protocol.manifest import TIERS, BlockEntry, ConfigPair, Manifest, TensorEntry
@@ -328,7 +328,7 @@ _AMENDMENTS: dict[type[Record], Callable[[Values], st.SearchStrategy[Values]]] =
     Speed: _amend(read_gb_s=lambda value: abs(value) + 0.5, gflop_s=lambda value: abs(value) + 0.5),
     Rtt: _amend(rtt_ms=abs),
     Step: _step,
-    OpenSession: _amend(page_keys=_whole_keys),
+    OpenSession: _amend(page_keys=_whole_keys, request=lambda named: named and named.ljust(ID_BYTES, named[-1:])),
     CloseSession: _amend(page_keys=_whole_keys),
     BlockEntry: _block,
     Manifest: _choose(tier=TIERS, dtype=tuple(DTYPE_BYTES)),

@@ -33,6 +33,19 @@ def test_rms_norm_is_its_formula_within_a_few_roundings(width: int, dtype: torch
     assert float(((normed.double() - expected).abs() / largest).max()) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("width", [64, 576, 768, 896, 1536, 3584, 5120, 8192])
+@pytest.mark.parametrize("outliers", [[12000.0], [12000.0, -4000.0, 2500.0]])
+def test_every_feature_is_right_beside_huge_ones(width: int, outliers: list[float]) -> None:
+    """Relative to each entry: the ordinary ones carry most of what a row says."""
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(64, width, generator=generator) / 2
+    x[:, torch.randint(0, width, (len(outliers),), generator=generator)] = torch.tensor(outliers)
+    wide = x.double()
+    expected = wide / (wide.square().mean(-1, keepdim=True) + EPS).sqrt()
+    error = (rms_norm(x, None, EPS).double() - expected).abs() / expected.abs()
+    assert float(error.max()) < 4 * torch.finfo(x.dtype).eps
+
+
 def test_a_row_has_the_same_bits_in_every_batch() -> None:
     x, gain = rows(768), torch.linspace(0.5, 2.0, 768)
     whole = rms_norm(x, gain, EPS)

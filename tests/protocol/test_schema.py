@@ -9,7 +9,7 @@ import pytest
 
 from protocol import limits
 from protocol.ids import PeerId
-from protocol.messages import Attach, LeaseSpan, Operation, SessionFailed, ShardOffer, Source, Step
+from protocol.messages import Attach, LeaseSpan, OpenSession, Operation, SessionFailed, ShardOffer, Source, Step
 from protocol.schema import Between, Record, Scalar, Size, from_plain, to_plain
 from protocol.tensors import TensorHeader
 from tests.helpers.protocol_samples import DIGEST, RECORDS, SESSION
@@ -143,3 +143,10 @@ def test_other_rules_across_fields() -> None:
 def test_records_do_not_change() -> None:
     with pytest.raises(AttributeError):
         Attach(SESSION).session = SESSION  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("length", [1, 15])
+def test_a_request_is_named_in_full_or_not_at_all(length: int) -> None:
+    with pytest.raises(ValueError, match="16 bytes or by none"):
+        OpenSession(SESSION, (b"ticket",), request=bytes(length))
+    assert OpenSession(SESSION, (b"ticket",), request=bytes(16)).request != OpenSession(SESSION, (b"ticket",)).request

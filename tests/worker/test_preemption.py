@@ -16,7 +16,7 @@ from protocol.errors import Refused
 from protocol.ids import DeploymentId, PeerId, SessionId
 from protocol.limits import PAGE_TOKENS
 from worker.kv_pool import KvPool
-from worker.preemption import DOUBLINGS_MAX, RUN_S, Held, Preemptor, Tenant, Wanted, shares, victims
+from worker.preemption import DOUBLINGS_MAX, RUN_S, Contest, Held, Preemptor, Tenant, Wanted, shares
 from worker.waiting import WaitingRoom
 
 ANN, BEN, CARL, DORA = (Tenant(PeerId("one"), PeerId(name)) for name in ("ann", "ben", "carl", "dora"))
@@ -30,7 +30,8 @@ def held(tenant: Tenant, pool_bytes: int, seated_at: float, safe_until: float = 
 
 def chosen(wanted: Wanted, sessions: list[Held], contested: int = 100) -> list[bytes]:
     tenants = [wanted.tenant, *(each.tenant for each in sessions)]
-    return [bytes(each) for each in victims(wanted, sessions, shares(contested, tenants), 10.0)]
+    contest = Contest.of(shares(contested, tenants), sessions, 10.0)
+    return [bytes(each) for each in contest.victims(wanted)]
 
 
 def test_owners_share_alike_and_the_clients_of_an_owner() -> None:
@@ -152,19 +153,21 @@ class Model:
         except Refused:
             return False
         self.waiting.remove(session)
-        safe_s = self.preemptor.safe_s(session.client, arrival.request)
+        tag = self.preemptor.request_of(arrival, [other for other, _ in self.seated.values()])
+        safe_s = self.preemptor.safe_s(session.client, tag)
         session.lease = SimpleNamespace(
             span=self.leases[ticket.deployment],
             seated_at=self.now,
             safe_until=self.now + safe_s,
-            request=arrival.request,
+            request=tag,
         )
         self.seated[session.id] = session, request
         return True
 
     def make_room(self, arrival: Any) -> None:
         live = [session for session, _ in self.seated.values()]
-        for gone in self.preemptor.choose(arrival, live, self.leaving, self.waiting, self.now):
+        contest = self.preemptor.contest(live, self.leaving, self.waiting, self.now)
+        for gone in self.preemptor.choose(arrival, contest):
             session, request = self.seated.pop(gone)
             self.leaving.append(gone)
             self.preemptor.preempted(session.client, session.lease.request)
@@ -232,6 +235,36 @@ def test_the_time_that_a_request_is_safe_doubles_and_is_bounded() -> None:
         preemptor.preempted(ann, b"one")
     assert seen == [1, 2, 4, 8, 16, 32, 64, 64]
     assert preemptor.safe_s(ann, b"two") == preemptor.safe_s(PeerId("ben"), b"one") == RUN_S
+
+
+def test_a_request_is_carried_by_one_seated_session() -> None:
+    preemptor = Preemptor(KvPool(0), SimpleNamespace(leases={}))  # type: ignore[arg-type]
+
+    def session(name: bytes, client: str, request: bytes | None = None) -> Any:
+        lease = SimpleNamespace(request=request) if request else None
+        return SimpleNamespace(id=SessionId(name), client=PeerId(client), lease=lease)
+
+    arrival: Any = SimpleNamespace(session=session(b"new", "ann"), request=b"R")
+    assert preemptor.request_of(arrival, []) == b"R"
+    assert preemptor.request_of(arrival, [session(b"old", "ann", b"S"), session(b"waits", "ann")]) == b"R"
+    assert preemptor.request_of(arrival, [session(b"old", "ben", b"R")]) == b"R", "another client's"
+    assert preemptor.request_of(arrival, [session(b"old", "ann", b"R")]) == b"new"
+
+
+def test_a_lease_leaves_what_is_claimed() -> None:
+    pool, ann, ben = KvPool(10), (DeploymentId(b"d"), PeerId("ann")), (DeploymentId(b"d"), PeerId("ben"))
+    old, late = SessionId(b"old"), SessionId(b"late")
+    pool.reserve(old, 8, ann)
+    pool.claim(late, 4)
+    assert pool.missing(ben, 1) == 1, "what is free is not enough for the claim"
+    pool.release(old)
+    assert pool.missing(ben, 6) == 0
+    with pytest.raises(Refused, match="1 bytes are missing"):
+        pool.set_aside(ben, 7)
+    pool.set_aside(ben, 6)
+    pool.set_aside(ben, 6)
+    pool.reserve(late, 4, ann)
+    assert pool.free_bytes == 0
 
 
 @pytest.mark.parametrize("first_gives_up", [False, True])

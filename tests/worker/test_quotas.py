@@ -129,6 +129,18 @@ def test_what_was_computed_together_is_new_once() -> None:
     assert meter.computed(2.0, 11.0) == 1.0
 
 
+def test_what_is_told_of_late_is_neither_busy_nor_idle_again() -> None:
+    """A session computed until 1 and could not get its answer through until 100; the engine was busy all the time."""
+    meter, bubbles = LoadMeter(), Bubbles()
+    bubbles.opened(0.0)
+    bubbles.opened(0.0)
+    times = [*map(float, range(1, 101)), 1.0, 101.0]
+    busy = [meter.computed(1.0, now) for now in times]
+    assert sum(busy) == 101
+    assert sum(bubbles.computed(seconds, now) for seconds, now in zip(busy, times, strict=True)) == 0
+    assert meter.percent(101.0) == 100
+
+
 def test_bubbles_are_the_idle_time_between_the_first_open_session_and_the_last() -> None:
     bubbles = Bubbles()
     bubbles.opened(100.0)
