@@ -101,7 +101,8 @@ async def measure(
     model: DeployedModel, ask: Ask, task: TaskPoint, drawn: Drawn, pids: Sequence[int] = ()
 ) -> tuple[dict[str, Any], list[Record]]:
     """What came of it, and what each request would have left in the history."""
-    kept = Kept()
+    kept, ask = Kept(), replace(ask, concurrency=task.concurrency)
+    kept.prefixes = model.recorder.journal.prefixes  # which knows the leader's
     await _answer(model, ask, drawn.leader)
     meter = _Meter(pids)
     noted = replace(model, recorder=replace(model.recorder, journal=kept))
