@@ -250,6 +250,27 @@ def test_the_whole_report_and_its_pictures(judge: Judge, tmp_path: Path, monkeyp
         run(judge, ("curves",), lambda *_: None)
 
 
+@pytest.mark.parametrize(
+    ("words", "says"), [(("--live", "--plots", "there"), "--plots"), (("--minutes", "3"), "--live")]
+)
+def test_options_that_mean_nothing_together_are_refused(words: tuple[str, ...], says: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "scheduler", *words, "--json"])
+    assert result.exit_code == 1
+    assert says in json.loads(result.stdout)["error"]
+
+
+def test_a_context_that_ran_once_is_neither_learnt_from_nor_judged() -> None:
+    """A strategy that ran once in a context is learnt from there, and not judged."""
+    rows = [LINES[0], *(line for line in LINES[1:] if not line.startswith(("7,1,", "8,1,")))]
+    rows += [line for line in LINES[1:] if line.startswith("8,1,")][:3]
+    found = records.of(rows)
+    assert (found.about["contexts"], found.about["contexts_left_out"]) == (29, 1)
+    assert len(found.known.tasks) == len(found.judged.tasks) == 29
+    (once,) = [place for place, name in enumerate(found.known.labels["context"]) if name == "8"]
+    assert found.known.measured[once].sum() > found.judged.measured[once].sum() >= 2
+    assert "7" not in found.known.labels["context"]
+
+
 def test_the_command_needs_records(tmp_path: Path) -> None:
     file = tmp_path / "records.csv"
     file.write_text("a,b\n1,2\n")
