@@ -95,6 +95,10 @@ class Advisor:
         return {name: (float(fractions[at]), float(expected.spread[task, at])) for at, name in enumerate(names)}
 
     def advise(self, task: Task, allowed: frozenset[str]) -> Advice:
+        with self._one_thread():
+            return self._advise(task, allowed)
+
+    def _advise(self, task: Task, allowed: frozenset[str]) -> Advice:
         chosen = self.choose(task, allowed)
         expected = self._selector.predict((task,))
         best = float(np.exp(self._sign * self._level.predict(self._rows((task,)))[0, 0]))

@@ -129,6 +129,7 @@ def test_requests_at_the_same_time_are_counted_and_prefixes_remembered(tmp_path:
             async with recorder.journal.under_way():
                 with recorder.request(plan(recorder)) as entry:
                     serve(entry, (0.1,), "stop")
+                    await trio.lowlevel.checkpoint()
 
         async with trio.open_nursery() as burst:
             for _ in range(3):
