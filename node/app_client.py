@@ -84,7 +84,8 @@ class ClientOptions:
     local network is searched for a public swarm. `discover_s` is how long to wait for workers. `capability`: what the
     owner of another's deployment gave, for a client that uses that one. `origin`: what the history says that this
     client's requests are. `draft`: see node.draft.Draft. `share_records`: tell other clients how strategies compared
-    here, and heed what they tell (node/sharing.py)."""
+    here, and heed what they tell (node/sharing.py). `chooses`: have strategies chosen by records, which takes seconds
+    of a processor to get ready."""
 
     data_dir: Path
     bootstrap: tuple[str, ...]
@@ -94,6 +95,7 @@ class ClientOptions:
     origin: Origin = "request"
     draft: str | None = None
     share_records: bool = False
+    chooses: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,7 +431,7 @@ async def open_client(options: ClientOptions) -> AsyncIterator[Client]:
 async def observe(options: ClientOptions) -> AsyncIterator[Client]:
     """A client that only looks: under an identity of the moment, so it never stands in a deploying client's way."""
     identity = Identity(os.urandom(32))
-    async with _joined(options, _Who(identity, identity, none_needed)) as client:
+    async with _joined(replace(options, chooses=False), _Who(identity, identity, none_needed)) as client:
         yield client
 
 
@@ -474,7 +476,8 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
                     nursery.start_soon(client.journal.run)
-                    nursery.start_soon(client.choosing.prepare, partial(client.journal.newest, REPLAYED_MAX))
+                    if options.chooses and options.origin == "request":
+                        nursery.start_soon(client.choosing.prepare, partial(client.journal.newest, REPLAYED_MAX))
                     if client.sharing is not None:
                         nursery.start_soon(client.sharing.tell_on)
                         nursery.start_soon(client.sharing.keep)

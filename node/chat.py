@@ -22,10 +22,11 @@ from client.speculation import Speculation
 from client.text import TextStream
 from models.chat_template import ChatMessage, ChatTemplate
 from models.tokenizer import Tokenizer
+from node.choosing import Decided
 from node.model import Ask, Before, DeployedModel, progress
 from protocol.errors import InputError
 from protocol.ids import ID_BYTES
-from protocol.strategy import Auto, Strategy
+from protocol.strategy import Strategy
 
 CONTEXT_TOKENS_DEFAULT = 4096  # what a deployment leases KV room for unless told otherwise
 
@@ -79,7 +80,7 @@ class Chat:
         self._kept = KeptSession(self._open, KeptTerms(notice=options.notice))
         self._id = model.ports.entropy(ID_BYTES)  # to workers all turns are one request
         self._guessing = model.guessing()
-        self._strategy: Strategy | None = None
+        self._chosen: Decided | None = None  # by the newest turn that had it chosen
         self.transcript = Transcript(partial(_ids, template, model.tokenizer), self._context_tokens, options.system)
 
     @asynccontextmanager
@@ -93,11 +94,12 @@ class Chat:
         if prompt.dropped:
             self._options.notice(f"the context is full: the oldest {_turns(prompt.dropped)} left it")
         ask = replace(ask, max_new_tokens=prompt.room)
-        decided = self._model.decide(prompt.ids, self._as_before(ask))
-        if decided.choice is not None:
-            self._strategy = decided.plan.strategy
-            if decided.choice.over_budget:
-                self._options.notice(OVER_BUDGET)
+        async with self._model.recorder.journal.under_way(), self._reply(text, prompt, ask) as reply:
+            yield reply
+
+    @asynccontextmanager
+    async def _reply(self, text: str, prompt: ChatPrompt, ask: Ask) -> AsyncGenerator[Reply, None]:
+        decided = self._decide(prompt, ask)
         request, stream, guesses = await self._request(prompt, ask, decided.plan.strategy)
         before, said = self._kept.losses, list[str]()
 
@@ -115,12 +117,18 @@ class Chat:
         finally:
             if said or request.ids:
                 self.transcript.said(text, "".join(said), prompt.dropped)
+        if request.finish_reason is not None:
+            self._model.choosing.learn(decided, request.token_times_s)
 
-    def _as_before(self, ask: Ask) -> Ask:
-        """A chat that chooses keeps to what it chose first: another strategy may need another session."""
-        if self._strategy is None or not isinstance(ask.strategy, Auto):
-            return ask
-        return replace(ask, strategy=self._strategy)
+    def _decide(self, prompt: ChatPrompt, ask: Ask) -> Decided:
+        """A chat that chooses keeps to what it chose first: another strategy may need another session. What is expected
+        of it is said, and learnt from, anew at each turn."""
+        decided = self._model.decide(prompt.ids, ask, self._chosen)
+        if decided.choice is not None:
+            if decided.choice.over_budget and self._chosen is None:
+                self._options.notice(OVER_BUDGET)
+            self._chosen = decided
+        return decided
 
     def reset(self) -> None:
         """Forget what was said, but for the system message. The KV is kept for what it is worth."""

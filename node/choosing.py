@@ -1,14 +1,15 @@
 """`--strategy auto`: the chooser of a client, with records to learn from and its own requests to be corrected by.
 
 The prior (recorded cells of a designed grid) comes with sotto where there is one; it is fitted in a thread, and until
-that is done the ranking is used. Corrections begin with the history's newest requests. No trio here but the thread.
+that is done the ranking is used. Corrections begin with the history's newest requests, replayed in the same thread. No
+trio here but the thread.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from client.metalearning.chooser import Asked, Choice, Chooser
 from client.metalearning.comparing import kind_of
 from client.metalearning.described import FEATURES, described, place, situation
 from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
+from client.metalearning.online import Situation
 from client.metalearning.price import Money
 from client.metalearning.record import Prediction, Record
 from node.clock import SystemClock
@@ -38,7 +40,8 @@ DAY_S = 86_400.0
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """One request to choose for. `name` is the model's; `token_s` what the placement predicts of the default strategy;
-    `money` what the user pays, and wants to pay at most."""
+    `money` what the user pays, and wants to pay at most. `kept`: what was decided before and is to stay, as long as
+    it is possible."""
 
     name: str
     model: ModelFeatures
@@ -49,6 +52,7 @@ class Wanted:
     how: Auto
     token_s: float | None = None
     money: Money | None = None
+    kept: Decided | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,19 @@ class Decided:
     asked: Asked | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What a request cost per token of its answer."""
+
+    asked: Asked
+    strategy: str
+    at: Situation
+    cost_s: float
+
+    def tell(self, chooser: Chooser) -> None:
+        chooser.note(self.asked, self.strategy, self.at, self.cost_s)
+
+
 @dataclass(slots=True)
 class Choosing:
     """Of all deployed models of one client."""
@@ -67,10 +84,15 @@ class Choosing:
     entropy: Entropy
     clock: Clock = field(default_factory=SystemClock)
     chooser: Chooser = field(default_factory=Chooser)
+    _meanwhile: list[_Seen] | None = None  # what was learnt while the prior is being fitted
 
     def decide(self, wanted: Wanted) -> Decided:
         """Takes a few milliseconds at most. Never fails: the default is always possible."""
         able = possible(wanted.facts, wanted.weights, lossless=wanted.facts.exact or not wanted.how.lossy)
+        before = wanted.kept.choice if wanted.kept is not None else None
+        stays = before is not None and before.strategy in able
+        if before is not None and stays:
+            able = {before.strategy: able[before.strategy]}
         draw = int.from_bytes(self.entropy(4), "big") / 2**32 if wanted.how.explore else 1.0
         asked = Asked(
             place=place(wanted.name, wanted.model, wanted.route),
@@ -87,32 +109,49 @@ class Choosing:
         predicted = Prediction()
         if choice.token_s:
             predicted = Prediction(answer_token_s=choice.token_s[choice.strategy], spread=choice.token_spread)
-        plan = Plan(wanted.task, able[choice.strategy], "auto", choice.why, predicted, wanted.money)
-        return Decided(plan, choice, asked)
+        why = before.why if before is not None and stays else choice.why
+        plan = Plan(wanted.task, able[choice.strategy], "auto", why, predicted, wanted.money)
+        choice = replace(choice, why=why)
+        return Decided(plan, choice, replace(asked, recorded=choice.recorded))
 
     def learn(self, decided: Decided, token_times_s: Sequence[float]) -> None:
         """When each token of the answer was there, in seconds from the request's start."""
         if decided.choice is not None and decided.asked is not None and token_times_s and token_times_s[-1] > 0:
             cost = token_times_s[-1] / len(token_times_s)
-            self.chooser.note(decided.asked, decided.choice.strategy, situation(decided.plan.task), cost)
+            seen = _Seen(decided.asked, decided.choice.strategy, situation(decided.plan.task), cost)
+            seen.tell(self.chooser)
+            if self._meanwhile is not None:
+                self._meanwhile.append(seen)
 
     async def prepare(self, history: Callable[[], Sequence[Record]]) -> None:
         """Fit the prior, where there is one, and replay `history` (read in a thread). Cancelled, it leaves the
         ranking."""
-        work = partial(_begun, history)
-        advisor, records = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
-        self.chooser.advisor = advisor
-        replayed(self.chooser, records, self.clock.time())
+        work = partial(_begun, history, self.clock.time())
+        self._meanwhile = []
+        begun = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
+        self.chooser.take_over(begun)
+        for seen in self._meanwhile:
+            seen.tell(self.chooser)
+        self._meanwhile = None
 
 
 def replayed(chooser: Chooser, records: Sequence[Record], now_s: float = math.inf) -> None:
     """Let `chooser` know what earlier requests showed, the oldest first; what is old counts less (Corrections.age).
     `now_s`: Unix time; a record from after it is taken for one of now."""
+    seen = list[_Seen]()
     for record in sorted(records[-REPLAYED_MAX:], key=lambda record: record.at_ms):
         name, token_s = name_of(record.strategy), record.measured.answer_token_s
         if name is not None and not record.measured.error and token_s:
-            asked = asked_of(record, (name,), now_s)
-            chooser.note(asked, name, situation(record.task), token_s)
+            seen.append(_Seen(asked_of(record, (name,), now_s), name, situation(record.task), token_s))
+    if chooser.advisor is not None:
+        known = chooser.advisor.expect([each.asked.task for each in seen])
+        seen = [replace(each, asked=_recalled(each.asked, of)) for each, of in zip(seen, known, strict=True)]
+    for each in seen:
+        each.tell(chooser)
+
+
+def _recalled(asked: Asked, known: Mapping[str, tuple[float, float]]) -> Asked:
+    return replace(asked, recorded={name: fraction for name, (fraction, _) in known.items()})
 
 
 def asked_of(record: Record, possible: Collection[str], now_s: float = math.inf) -> Asked:
@@ -130,8 +169,12 @@ def asked_of(record: Record, possible: Collection[str], now_s: float = math.inf)
     )
 
 
-def _begun(history: Callable[[], Sequence[Record]]) -> tuple[Advisor | None, Sequence[Record]]:
-    return fitted_prior(), history()
+def _begun(history: Callable[[], Sequence[Record]], now_s: float) -> Chooser:
+    """History first: what runs while the prior is fitted is told later."""
+    records = history()
+    begun = Chooser(fitted_prior())
+    replayed(begun, records, now_s)
+    return begun
 
 
 def fitted_prior() -> Advisor | None:

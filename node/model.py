@@ -62,7 +62,8 @@ class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
     `strategy`: the one to use, or how to choose one. `exact`: refuse one that loses precision. `objective`: the time of
     this request, the rate of all that run beside it, or the price. `money`: what workers cost, and the answer may.
-    `trace`: keep account of where the time goes. `choose`: how a token is chosen; benchmarks dictate answers."""
+    `concurrency`: requests that the caller keeps under way, this one included. `trace`: keep account of where the time
+    goes. `choose`: how a token is chosen; benchmarks dictate answers."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -73,6 +74,7 @@ class Ask:
     trace: bool = False
     objective: Goal = "latency"
     money: Money | None = None
+    concurrency: int = 1
     choose: Choose = sample
 
 
@@ -129,6 +131,11 @@ class DeployedModel:
         """A request over a session of its own. Raises InputError before anything is sent when it cannot fit."""
         ask = ask or Ask()
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        async with self.recorder.journal.under_way(), self._answer(ids, ask) as answer:
+            yield answer
+
+    @asynccontextmanager
+    async def _answer(self, ids: list[int], ask: Ask) -> AsyncGenerator[Answer, None]:
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
         decided = self.decide(ids, ask)
         strategy = decided.plan.strategy
@@ -186,13 +193,16 @@ class DeployedModel:
         """The default with the weights that this deployment has."""
         return parse(f"weights={self.dtype}") if self.dtype in CHOICES["weights"] else DEFAULT
 
-    def decide(self, ids: Sequence[int], ask: Ask) -> Decided:
-        """The strategy of a request with the prompt `ids`: the one that `ask` names, or the best by what is known.
+    def decide(self, ids: Sequence[int], ask: Ask, kept: Decided | None = None) -> Decided:
+        """The strategy of a request with the prompt `ids`: the one that `ask` names, or the best by what is known. Who
+        has it chosen keeps to what was `kept`, while that is possible.
 
         Raises InputError when the named one cannot be used here, or none can, with the reason.
         """
         wish = (ask.max_new_tokens, ask.sampling.temperature, ask.objective, ask.exact)
-        task, recorder = self.recorder.task(ids, *wish), self.recorder
+        recorder = self.recorder
+        task = recorder.task(ids, *wish)
+        task = replace(task, concurrency=max(task.concurrency, ask.concurrency))
         facts = Facts(
             hops=len(self.route.hops),
             exact=ask.exact,
@@ -215,6 +225,7 @@ class DeployedModel:
                 how=ask.strategy,
                 token_s=self.predicted.predicted_ms_per_token / 1000,
                 money=ask.money,
+                kept=kept,
             )
             return self.choosing.decide(wanted)
         chosen_by = "default" if ask.strategy == self.default_strategy else "user"

@@ -10,8 +10,8 @@ import logging
 import os
 import platform
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -66,6 +66,17 @@ class Journal:
         self._added = trio.Event()
         self._history: History | None = None
         self._turn = trio.Lock()
+
+    @asynccontextmanager
+    async def under_way(self) -> AsyncIterator[None]:
+        """The block is one request, the choice of its strategy included. Requests that begin together, in one turn of
+        the event loop, all count each other."""
+        self.running += 1
+        try:
+            await trio.lowlevel.checkpoint()
+            yield
+        finally:
+            self.running -= 1
 
     def newest(self, last: int) -> list[Record]:
         """What is in the file by now; none where there is no file. Blocks: call it in a thread."""
@@ -183,11 +194,12 @@ class Recorder:
     def task(
         self, ids: Sequence[int], max_new_tokens: int, temperature: float, objective: str, exact: bool
     ) -> TaskFeatures:
-        """What is known of a request with the prompt `ids` before it runs; the prompt counts as seen from now on."""
+        """What is known of a request with the prompt `ids` before it runs; the prompt counts as seen from now on. It is
+        counted as under way by its caller (Journal.under_way)."""
         return TaskFeatures(
             prompt_tokens=len(ids),
             max_new_tokens=max_new_tokens,
-            concurrency=self.journal.running + 1,
+            concurrency=max(1, self.journal.running),
             shared_prefix=self.journal.prefixes.share(ids),
             repetition=repetition(ids),
             temperature=temperature,
@@ -202,7 +214,6 @@ class Recorder:
     def request(self, plan: Plan) -> Iterator[Entry]:
         """The block is one request; how it ends is how the request ended."""
         journal, entry = self.journal, Entry()
-        journal.running += 1
         view, at_ms, started = self.view(), int(self.clock.time() * 1000), self.clock.monotonic()
         try:
             yield entry
@@ -210,7 +221,6 @@ class Recorder:
             entry.error = type(error).__name__ if isinstance(error, SottoError) else "cancelled"
             raise
         finally:
-            journal.running -= 1
             outcome = _outcome(entry, self.clock.monotonic() - started)
             journal.add(lambda: self._record(plan, outcome, (view, at_ms)))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +56,7 @@ class Sharing:
 
     def __init__(self, gossip: Gossip, clock: Clock, sources: Sources) -> None:
         self.hearsay = Hearsay()
-        self.own: dict[Place, Compared] = {}
+        self.own: Mapping[Place, Compared] = {}
         self._gossip, self._clock, self._sources = gossip, clock, sources
         self._gate = ReportGate()
         self._signed: dict[PeerId, bytes] = {}
@@ -73,7 +73,7 @@ class Sharing:
         """Compare and tell, now and again, until cancelled."""
         pause_s = FIRST_S
         while True:
-            self.judge(await trio.to_thread.run_sync(self._sources.records))
+            self.judge(await trio.to_thread.run_sync(self._compared))
             await trio.sleep(pause_s)
             await self.tell()
             pause_s = limits.REPORT_INTERVAL_S
@@ -90,11 +90,15 @@ class Sharing:
         with trio.CancelScope(deadline=trio.current_time() + LAST_WORDS_S, shield=True):
             await self._save()
 
-    def judge(self, records: Sequence[Record]) -> None:
-        """Compare own requests anew, and peers with them."""
-        self.own = compared(records)
-        self.hearsay.judge_by(self.own)
+    def judge(self, own: Mapping[Place, Compared]) -> None:
+        """Tell what own requests showed (comparing.compared) from now on, and hold peers against it."""
+        self.own = own
+        self.hearsay.judge_by(own)
         self.hearsay.forget(self._now_ms())
+
+    def _compared(self) -> dict[Place, Compared]:
+        """Of thousands of requests: called in a thread."""
+        return compared(self._sources.records())
 
     async def tell(self) -> bool:
         """Publish what own requests showed; False when there is nothing to tell."""

@@ -6,10 +6,12 @@ prediction of the oracle's level. The level says nothing about the choice, which
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Prediction, Selector, ranking
@@ -46,11 +48,13 @@ class Advisor:
 
     def __init__(self, selector: Selector, table: Table) -> None:
         self._selector, self._table = selector, table
-        selector.fit(table)
+        self._threads = ThreadpoolController()  # looked for once: that takes milliseconds, a limit microseconds
         self._encoder = Encoder(table.tasks)
         self._sign = -1.0 if table.scale.lower_is_better else 1.0
         level = np.nanmax(self._sign * np.log(table.performance), axis=1)
-        self._level = randomised(self._rows(table.tasks), level[:, None], count=50, seed=0)
+        with self._one_thread():
+            selector.fit(table)
+            self._level = randomised(self._rows(table.tasks), level[:, None], count=50, seed=0)
 
     def choose(self, task: Task, allowed: frozenset[str]) -> str:
         """Of the strategies that are possible now; at least one that the records name."""
@@ -64,24 +68,37 @@ class Advisor:
         """The strategies by their mean fraction of the oracle, best first."""
         return tuple(self._table.strategies[place] for place in np.argsort(-ranking(self._table.fractions)))
 
-    def expect(self, task: Task) -> dict[str, tuple[float, float]]:
-        """Each one's expected fraction of the oracle, and one standard deviation of it."""
-        return self._each(self._selector.predict((task,)))
+    def expect(self, tasks: Sequence[Task]) -> list[dict[str, tuple[float, float]]]:
+        """Of each task, each one's expected fraction of the oracle, and one standard deviation of it."""
+        if not tasks:
+            return []
+        with self._one_thread():
+            expected = self._selector.predict(tuple(tasks))
+        return [self._each(expected, place) for place in range(len(tasks))]
 
     def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
         """`expect`, and the one to take of `allowed`; None where the records name none of these."""
         mask = np.array([[name in allowed for name in self._table.strategies]])
         if not mask.any():
-            return self.expect(task), None
-        expected, chosen = self._selector.consider((task,), mask)
+            return self.expect((task,))[0], None
+        with self._one_thread():
+            expected, chosen = self._selector.consider((task,), mask)
         return self._each(expected), self._table.strategies[int(chosen[0])]
 
-    def _each(self, expected: Prediction) -> dict[str, tuple[float, float]]:
-        fractions = np.clip(expected.fractions[0], FRACTION_MIN, 1.0)
+    def _one_thread(self) -> AbstractContextManager[object]:
+        """Models are small: threads that wait for each other cost more than they bring."""
+        return self._threads.limit(limits=1)  # type: ignore[no-any-return]  # it has no types
+
+    def _each(self, expected: Prediction, task: int = 0) -> dict[str, tuple[float, float]]:
+        fractions = np.clip(expected.fractions[task], FRACTION_MIN, 1.0)
         names = self._table.strategies
-        return {name: (float(fractions[at]), float(expected.spread[0, at])) for at, name in enumerate(names)}
+        return {name: (float(fractions[at]), float(expected.spread[task, at])) for at, name in enumerate(names)}
 
     def advise(self, task: Task, allowed: frozenset[str]) -> Advice:
+        with self._one_thread():
+            return self._advise(task, allowed)
+
+    def _advise(self, task: Task, allowed: frozenset[str]) -> Advice:
         chosen = self.choose(task, allowed)
         expected = self._selector.predict((task,))
         best = float(np.exp(self._sign * self._level.predict(self._rows((task,)))[0, 0]))

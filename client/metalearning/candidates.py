@@ -24,9 +24,9 @@ CANDIDATES: tuple[str, ...] = (
 RANKING = ("default", "speculation=lookup")  # before there are records: what loses nothing and seldom costs
 
 Why = Literal["only one is possible", "records", "unsure", "ranking", "trial", "peers", "budget"]
-"""records: the best by what is known. unsure: something else may be better, by less than the doubt, so the ranking's
-first. ranking: nothing is known. peers: a hint of theirs is tried. budget: nothing else is within it, or nothing at
-all."""
+"""records: what the records advise, or own requests showed to be better. unsure: something else may be better, but not
+beyond doubt, so what is usual stays. ranking: nothing is known. peers: a hint of theirs is tried. budget: nothing else
+is within it, or nothing at all."""
 WHYS: tuple[Why, ...] = get_args(Why)
 
 

@@ -3,7 +3,8 @@
 In this order: what cannot work, or loses precision unasked, is out. What would take longer than the budget pays for is
 out; when that is all, the fastest is taken. With records, the advisor's choice stands (which leaves the ranking only
 where that held on records it had not seen); without, the ranking's. Predictions are corrected by `online.Corrections`
-of this deployment and route, and another strategy is taken only when its corrected gain exceeds the doubt about it. Now
+of this deployment and route, and when own requests were seen there, another strategy is taken if its corrected gain
+exceeds the doubt about it. Now
 and then, when allowed, one that may be better than is known is tried: never one expected to lose more than
 `REGRET_MAX`, and never more often than `explore`. For the `online.LOOKING` requests after something changed it is
 `LOOK_REGRET_MAX`, and `LOOK` times as often.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -53,8 +54,9 @@ class Advice(Protocol):
     def ranking(self) -> tuple[str, ...]:
         """Strategies, the best on the whole first."""
 
-    def expect(self, task: Task) -> dict[str, tuple[float, float]]:
-        """Each one's expected fraction of the best possible, and one deviation of it."""
+    def expect(self, tasks: Sequence[Task]) -> list[dict[str, tuple[float, float]]]:
+        """Of each task, each one's expected fraction of the best possible, and one deviation of it. Many at once take
+        little longer than one."""
 
     def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
         """`expect`, and the one to take of `allowed`; None where the records name none of these."""
@@ -65,7 +67,8 @@ class Choice:
     """`fractions`: of the best possible, for each strategy that was possible; `spreads`: one deviation of each.
     `token_s`: the time that each is expected to take to the end of the answer, over its tokens, and `token_spread` one
     deviation of its logarithm; empty when nobody knows. `over_budget`: it is expected to cost more than was allowed.
-    `from_peers`: by how much more of the best each would be by peers' word (the default is what they compare with)."""
+    `from_peers`: by how much more of the best each would be by peers' word (the default is what they compare with).
+    `recorded`: the fraction by records alone; None when there were none."""
 
     strategy: str
     why: Why
@@ -75,6 +78,7 @@ class Choice:
     token_spread: float = 0.0
     over_budget: bool = False
     from_peers: dict[str, float] = field(default_factory=dict)
+    recorded: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class Asked:
     """One request: `place` names deployment and route, `possible` what could work, `draw` is even in 0..1, `day` is
     when, in days since any time. `at`: what its cost depends on beside. `token_s`: what a token takes with the default
     strategy, by the placement. `token_s_max`: the longest that one may take, for the budget. `kind`: of situation
-    (comparing.kind_of), by which peers' reports are found."""
+    (comparing.kind_of), by which peers' reports are found. `recorded`: see Choice, where that is known already."""
 
     place: str
     task: Task
@@ -93,6 +97,7 @@ class Asked:
     at: Situation | None = None
     token_s: float | None = None
     token_s_max: float | None = None
+    recorded: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +137,13 @@ class Chooser:
             raise ValueError("no strategy is possible, not even the default")
         known, advised = self._known(asked, names)
         token_s, spread = self._times(asked, known, names)
-        within = [name for name in names if not token_s or token_s[name] <= (asked.token_s_max or math.inf)]
-        choice = replace(self._best(asked, known, within or names, advised), token_s=token_s, token_spread=spread)
+        most_s = math.inf if asked.token_s_max is None else asked.token_s_max
+        within = [name for name in names if name not in token_s or most_s == math.inf or token_s[name] <= most_s]
+        if self.advisor and 0 < len(within) < len(names):
+            _, advised = self.advisor.consider(asked.task, within)
+        choice = self._best(asked, known, within or names, advised)
+        recorded = dict(zip(CANDIDATES, map(float, known.predicted), strict=True)) if self.advisor else None
+        choice = replace(choice, token_s=token_s, token_spread=spread, recorded=recorded)
         if not within:
             return replace(_because(choice, min(names, key=lambda name: token_s[name]), "budget"), over_budget=True)
         return _because(choice, within[0], "budget") if len(within) == 1 < len(names) else choice
@@ -154,7 +164,9 @@ class Chooser:
         # A change makes trials worth more; what is done meanwhile is what was right before.
         doubt = np.hypot(min(_doubts(learnt, safe)[bold], DOUBT_MAX), np.hypot(told[bold], told[safe]))
         gain = fractions[bold] - fractions[safe]
-        best = bold if gain > TRUST * doubt else safe
+        # A prediction alone does not overrule what was advised with that prediction at hand: own requests may.
+        free = advised not in names or self.seen(asked.place) > 0
+        best = bold if free and gain > TRUST * doubt else safe
         trial = self._trial(asked, fractions, np.hypot(_doubts(learnt, best), np.hypot(told, told[best])), best)
         if trial is not None:
             return _because(shown, names[trial], "trial")
@@ -169,9 +181,16 @@ class Chooser:
 
     def note(self, asked: Asked, strategy: str, at: Situation, cost_s: float) -> None:
         """A request cost `cost_s` seconds per token of its answer with `strategy`, one of CANDIDATES."""
-        place = CANDIDATES.index(strategy)
-        predicted, _ = _of_all(self.advisor.expect(asked.task) if self.advisor else {})
-        self._of(asked).note(at, place, cost_s, max(float(predicted[place]), FRACTION_MIN))
+        recorded = asked.recorded
+        if recorded is None and self.advisor:
+            recorded = {name: fraction for name, (fraction, _) in self.advisor.expect((asked.task,))[0].items()}
+        fraction = (recorded or {}).get(strategy, 1.0)
+        self._of(asked).note(at, CANDIDATES.index(strategy), cost_s, max(fraction, FRACTION_MIN))
+
+    def take_over(self, other: Chooser) -> None:
+        """From now on with the advisor of `other`, and with what it was told of requests instead of what was told
+        here."""
+        self.advisor, self._corrections = other.advisor, other._corrections
 
     def seen(self, place: str) -> int:
         """How many requests were noted there."""

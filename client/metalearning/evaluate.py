@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,6 @@ Update = Callable[[int, int], None]
 
 SELECTORS: Mapping[str, Make] = {
     "random": Random,
-    NONE: Always,
     "single_best": SingleBest,
     FIXED: FixedRanking,
     "knn": Neighbours,
@@ -44,6 +44,11 @@ SELECTORS: Mapping[str, Make] = {
     "gradient_boosting": Boosting,
     OURS: Hedged,
 }
+
+
+def selectors(plain: str | None) -> Mapping[str, Make]:
+    """SELECTORS, and as NONE the strategy `plain`, if the table has one that accelerates nothing."""
+    return SELECTORS if plain is None else {NONE: partial(Always, plain), **SELECTORS}
 
 
 @dataclass(frozen=True, slots=True)

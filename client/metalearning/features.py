@@ -76,7 +76,7 @@ class RouteFeatures:
 class TaskFeatures:
     prompt_tokens: Annotated[int, About("tokens", "length of the prompt")]
     max_new_tokens: Annotated[int, About("tokens", "most that the answer may have; not how many it had")]
-    concurrency: Annotated[int, About("", "requests of this client under way when it began, this one included")]
+    concurrency: Annotated[int, About("", "requests that this client had, or keeps, under way, this one included")]
     shared_prefix: Annotated[
         float, About("", "share of the prompt with which an earlier prompt of this client began, 0 to 1")
     ]

@@ -30,6 +30,7 @@ from client.metalearning.table import Array
 
 REMEMBERED = 0.99  # weight of the past per request: half of it is gone after 69
 HALF_LIFE_DAYS = 14.0  # and after so many days without one: machines, links and versions are others by then
+REMEMBERED_MIN = 1e-3  # of what was learnt: below, all is as before the first request
 ERROR_DEVIATION = 0.15  # of a strategy's log error before any request: predictions are believed to 15 %
 NOISE = 0.08  # of the log cost of one request, when the same is run again; real texts scatter more
 NOISE_MEMORY = 0.95
@@ -111,7 +112,10 @@ class Corrections:
         """It is `day`, in days since any time: what was learnt fades with those that passed. Never goes back."""
         if self.seen and day > self.day:
             remembered = 0.5 ** ((day - self.day) / HALF_LIFE_DAYS)
-            self._forget(remembered)
+            if remembered < REMEMBERED_MIN:  # also by a clock that was wrong: fading by that much is no number
+                self._covariance = np.diag(self._prior)
+            else:
+                self._forget(remembered)
             self._mean = np.concatenate([self._mean[:COMMON], self._mean[COMMON:] * remembered])
         self.day = max(self.day, day)
 

@@ -166,7 +166,7 @@ def _report(options: SpeculationBench, points: list[dict[str, Any]]) -> dict[str
 @asynccontextmanager
 async def _deployed(options: SpeculationBench, way_in: str) -> AsyncIterator[DeployedModel]:
     folder = options.folder / "client"
-    async with open_client(ClientOptions(folder, (way_in,), draft=options.draft)) as client:
+    async with open_client(ClientOptions(folder, (way_in,), draft=options.draft, chooses=False)) as client:
         sealed = await client.seal(Checkpoint.open(options.model), "float32", default_key(folder), lambda *_: None)
         yield await client.deploy(sealed, DeployOptions(hops_min=HOPS, kv_tokens=1024))
 

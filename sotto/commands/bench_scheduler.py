@@ -19,7 +19,9 @@ SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_o
 def scheduler(
     records: Annotated[
         Path | None,
-        typer.Option(help="An export of 'sotto bench collect --lossy'. Default: the records that come with sotto."),
+        typer.Option(
+            help="An export of 'sotto bench collect --lossy'. Default: the records that come with sotto, once some do."
+        ),
     ] = None,
     only: Annotated[
         str | None,
@@ -32,14 +34,17 @@ def scheduler(
     live: Annotated[
         bool, typer.Option("--live", help="Run 'auto' beside every fixed strategy on swarms of real workers instead.")
     ] = False,
-    minutes: Annotated[float, typer.Option(min=0, help="With --live: at most so long for each workload.")] = 30.0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="With --live: at most so long for each workload. Default: 30.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Judge every selector on models, routes and workloads that it never saw; how it learns; what features are worth.
 
-    One thread; minutes for the records that come with sotto. See docs/SCHEDULER.md for what the figures mean.
+    One thread; minutes for a few thousand runs. See docs/SCHEDULER.md for what the figures mean.
     """
     with errors(as_json):
+        _check(live, plots, minutes)
         report = _live(records, only, minutes, as_json) if live else _judged(records, only, plots, as_json)
     if as_json:
         print_json(report)
@@ -47,6 +52,15 @@ def scheduler(
         _print_live(report)
     else:
         _print(report)
+
+
+def _check(live: bool, plots: Path | None, minutes: float | None) -> None:
+    from protocol.errors import InputError
+
+    if live and plots is not None:
+        raise InputError("--plots draws what was judged on records: leave it out with --live")
+    if minutes is not None and not live:
+        raise InputError("--minutes is how long --live takes: give both, or neither")
 
 
 def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: bool) -> dict[str, Any]:
@@ -78,7 +92,7 @@ def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda text: line.update(text)
 
 
-def _live(records: Path | None, only: str | None, minutes: float, quiet: bool) -> dict[str, Any]:
+def _live(records: Path | None, only: str | None, minutes: float | None, quiet: bool) -> dict[str, Any]:
     from client.metalearning.advice import Advisor
     from client.metalearning.selectors.hedged import Hedged
     from simnet.bench.scheduler import live as bench
@@ -89,7 +103,9 @@ def _live(records: Path | None, only: str | None, minutes: float, quiet: bool) -
     advisor = Advisor(Hedged(), tables.load(records or _shipped()).known)
     with tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
         names = tuple(bench.WORKLOADS) if only is None else _words(only)
-        options = bench.Live(Path(folder), demo_checkpoint(), minutes, names, advisor)
+        options = bench.Live(
+            Path(folder), demo_checkpoint(), bench.MINUTES if minutes is None else minutes, names, advisor
+        )
         with _status(quiet) as say, terminate_as_interrupt():
             try:
                 bench.run(options, report, say)

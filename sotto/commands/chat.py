@@ -42,6 +42,7 @@ from sotto.commands.generation import (
     Workers,
     ask_of,
     deployed,
+    for_what,
     paid,
     result_json,
     strategy_of,
@@ -104,7 +105,7 @@ def chat(
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)
         ask = paid(ask, objective, price_per_hour, budget)
-        where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
+        where = for_what(where, ask, expect_tokens)
         portal = Portal(partial(deployed, replace(where, kv_tokens=context, share_records=share_records)))
         ready = portal.open()
         try:

@@ -48,6 +48,8 @@ def explain(
         most = f"{report['peers_share_max']:.0%} of choices"
         print(f"{report['peers_heard']} other clients are heard; what they say may decide {most}, and is then measured")
     print(f"weights, deployed with auto,lossy: {report['deployment']['reason']}")
+    room = report["deployment"]["kv_room_tokens"]
+    print(f"KV room: nearly all of your requests of this model would have fitted into {room} tokens (--kv-tokens)")
     if not report["records"]:
         print("no records came with sotto: what is known is this user's own requests")
 

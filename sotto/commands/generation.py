@@ -110,6 +110,7 @@ class Where:
     share_records: bool = False
     goal: Goal = "latency"
     expect_tokens: int | None = None
+    chooses: bool = True
 
 
 def run(
@@ -150,7 +151,7 @@ def run(
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact, trace=trace)
         ask = paid(ask, objective, price_per_hour, budget)
-        where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
+        where = for_what(where, ask, expect_tokens)
 
         async def work() -> tuple[GenerationResult, float, TraceReport | None, Decided]:
             async with deployed(replace(where, share_records=share_records)) as ready:
@@ -214,7 +215,7 @@ def submit(
     """
     with errors(as_json):
         from node.files import write_atomic
-        from sotto.commands.job import read_prompts, run_job
+        from sotto.commands.job import Hear, read_prompts, run_job
 
         chosen, weights = strategy_of(strategy, dtype, draft, capability, exact)
         lines = read_prompts(prompts)
@@ -222,18 +223,25 @@ def submit(
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)
         ask = paid(ask, objective, price_per_hour, budget)
-        where = replace(where, goal=ask.objective, expect_tokens=expect_tokens)
+        where = for_what(where, ask, expect_tokens)
+
+        dear = 0  # lines that no strategy was expected to answer within the budget: the first says so
+
+        def heard(decided: Decided) -> None:
+            nonlocal dear
+            dear += is_over_budget(decided) if dear or as_json else tell_over_budget(decided)
 
         async def work() -> list[dict[str, Any]]:
             async with deployed(replace(where, share_records=share_records)) as ready:
                 with progress_bar("prompts", bytes_=False, quiet=as_json) as update:
-                    return await run_job(ready, lines, ask, concurrency, update)
+                    return await run_job(ready, lines, ask, concurrency, Hear(update, heard))
 
         answers = run_async(work)
         write_atomic(output, "".join(json.dumps(answer) + "\n" for answer in answers).encode())
         failed = sum("error" in answer for answer in answers)
         if as_json:
-            print_json({"answered": len(answers) - failed, "failed": failed, "output": str(output)})
+            counts = {"answered": len(answers) - failed, "failed": failed, "over_budget": dear}
+            print_json({**counts, "output": str(output)})
         else:
             typer.echo(f"{len(answers) - failed} answered, {failed} failed: {output}")
         if failed:
@@ -266,6 +274,7 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
         capability=token,
         draft=where.draft,
         share_records=where.share_records,
+        chooses=where.chooses,
     )
     async with open_client(client_options) as client:
         if token is not None:
@@ -300,31 +309,48 @@ def paid(ask: Ask, objective: str, per_hour: float | None, budget: float | None)
     """`ask` for what the user wants of it, and may pay. Raises InputError."""
     from client.metalearning.price import GOALS, money_of
     from protocol.errors import InputError
+    from protocol.strategy import Auto
 
+    if budget is not None and not isinstance(ask.strategy, Auto):
+        raise InputError("a budget is kept by choosing among strategies: leave it out, or use --strategy auto")
     known = {goal: goal for goal in GOALS}
     if objective not in known:
         raise InputError(f"unknown --objective {objective!r}: use one of {', '.join(GOALS)}")
     return replace(ask, objective=known[objective], money=money_of(per_hour, budget))
 
 
-def tell_over_budget(decided: Decided) -> None:
-    """A line for people when no strategy is expected to stay within the budget."""
+def tell_over_budget(decided: Decided) -> bool:
+    """A line for people when no strategy is expected to stay within the budget; whether that is so."""
     from node.chat import OVER_BUDGET
 
-    if decided.choice is not None and decided.choice.over_budget:
+    over = is_over_budget(decided)
+    if over:
         typer.echo(f"[{OVER_BUDGET}]", err=True)
+    return over
+
+
+def for_what(where: Where, ask: Ask, expect_tokens: int | None) -> Where:
+    """`where`, for requests like `ask`."""
+    from protocol.strategy import Auto
+
+    chooses = isinstance(ask.strategy, Auto)
+    return replace(where, goal=ask.objective, expect_tokens=expect_tokens, chooses=chooses)
+
+
+def is_over_budget(decided: Decided) -> bool:
+    return decided.choice is not None and decided.choice.over_budget
 
 
 def decided_json(decided: Decided) -> dict[str, Any]:
     """What was chosen, and what was expected of it."""
     from protocol.strategy import describe
 
-    plan, choice = decided.plan, decided.choice
+    plan = decided.plan
     return {
         "strategy": describe(plan.strategy),
         "why": plan.why,
         "predicted_answer_token_s": plan.predicted.answer_token_s,
-        "over_budget": choice is not None and choice.over_budget,
+        "over_budget": is_over_budget(decided),
     }
 
 

@@ -88,7 +88,8 @@ def revoke(
         token = Grants(base / "client" / "grants").find(capability)
 
         async def work() -> tuple[list[PeerId], list[PeerId]]:
-            async with open_client(ClientOptions(base, bootstrap_addrs(bootstrap))) as client:
+            options = ClientOptions(base, bootstrap_addrs(bootstrap), chooses=False)
+            async with open_client(options) as client:
                 return await client.revoke(token)
 
         told, missed = run_async(work)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from client.generate import GenerationResult
+    from node.choosing import Decided
     from node.model import Ask, DeployedModel
 
 
@@ -32,12 +35,16 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """`progress` gets how many of how many lines are done; `decided` what was decided for each, before it runs."""
+
+    progress: Callable[[int, int], None]
+    decided: Callable[[Decided], None] = lambda _: None
+
+
 async def run_job(
-    model: DeployedModel,
-    lines: list[dict[str, Any]],
-    ask: Ask,
-    concurrency: int,
-    progress: Callable[[int, int], None],
+    model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, concurrency: int, hear: Hear
 ) -> list[dict[str, Any]]:
     """Each line with its answer. A prompt that cannot be answered gets an "error"; a lost swarm ends the job."""
     import trio
@@ -46,13 +53,21 @@ async def run_job(
 
     answers: list[dict[str, Any]] = [{} for _ in lines]
     waiting = iter(range(len(lines)))
-    done = 0
+    done, streams = 0, min(concurrency, len(lines))
+    ask = replace(ask, concurrency=streams)
+
+    async def answered(prompt: str) -> GenerationResult:
+        async with model.ask(prompt, ask) as answer:
+            hear.decided(answer.decided)
+            async for _ in answer.pieces:
+                pass
+        return answer.result
 
     async def serve() -> None:
         nonlocal done
         for index in waiting:
             try:
-                result = await model.generate(lines[index]["prompt"], ask)
+                result = await answered(lines[index]["prompt"])
             except (InputError, Refused) as error:
                 answers[index] = {**lines[index], "error": str(error)}
             else:
@@ -63,10 +78,10 @@ async def run_job(
                     "finish_reason": result.finish_reason,
                 }
             done += 1
-            progress(done, len(lines))
+            hear.progress(done, len(lines))
 
-    progress(0, len(lines))
+    hear.progress(0, len(lines))
     async with trio.open_nursery() as nursery:
-        for _ in range(min(concurrency, len(lines))):
+        for _ in range(streams):
             nursery.start_soon(serve)
     return answers

@@ -87,7 +87,7 @@ def place(
         checkpoint = open_model(model)
         needs = ModelNeeds.of_configs(checkpoint.config.blocks, check_dtype(dtype), kv_tokens)
         streams = concurrency or (STREAMS if objective == "throughput" else 1)
-        client = ClientOptions(folder(data_dir), bootstrap_addrs(bootstrap))
+        client = ClientOptions(folder(data_dir), bootstrap_addrs(bootstrap), chooses=False)
         machine = this_machine(checkpoint.config, needs, streams)
         options = PlaceOptions(known[objective], streams, workers, client_s=machine.client_s)
         asked = _Asked(checkpoint, needs, machine, options, client, as_json)

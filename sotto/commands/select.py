@@ -37,6 +37,13 @@ def select(
             "the task's range; needed where values are zero or negative."
         ),
     ] = "ratio",
+    none: Annotated[
+        str | None,
+        typer.Option(
+            help="The strategy that accelerates nothing, which the others are compared with. Default: 'none', if the "
+            "table has one."
+        ),
+    ] = None,
     plots: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Draw regret, confusion and prediction there; needs matplotlib.")
     ] = None,
@@ -66,8 +73,11 @@ def select(
                 recorded = read(lines, columns, scale)
         except UnicodeDecodeError:
             raise InputError(f"{table} is not UTF-8 text") from None
+        plain = none or (evaluate.NONE if evaluate.NONE in recorded.strategies else None)
+        if plain is not None and plain not in recorded.strategies:
+            raise InputError(f"--none {plain!r}: the table has the strategies {', '.join(recorded.strategies)}")
         with progress_bar("folds", bytes_=False, quiet=as_json) as update:
-            judged = evaluate.judge_all(recorded, time.process_time, update)
+            judged = evaluate.judge_all(recorded, time.process_time, update, evaluate.selectors(plain))
         result = evaluate.report(recorded, judged)
         if plots is not None:
             result["plots"] = [str(path) for path in _draw(plots, recorded, judged[evaluate.OURS], result)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from client.metalearning.candidates import CANDIDATES
@@ -66,14 +66,14 @@ class World:
     def ranking(self) -> tuple[str, ...]:
         return (DEFAULT, *(name for name in CANDIDATES if name != DEFAULT))
 
-    def expect(self, task: Task) -> dict[str, tuple[float, float]]:
+    def expect(self, tasks: Sequence[Task]) -> list[dict[str, tuple[float, float]]]:
         """The prior (client.metalearning.chooser.Advice)."""
         best = min(self.believed.values())
-        return {name: (math.exp(best - at), PRIOR_SPREAD) for name, at in self.believed.items()}
+        return [{name: (math.exp(best - at), PRIOR_SPREAD) for name, at in self.believed.items()} for _ in tasks]
 
     def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
         """It keeps to the ranking."""
-        return self.expect(task), next((name for name in self.ranking if name in allowed), None)
+        return self.expect((task,))[0], next((name for name in self.ranking if name in allowed), None)
 
     def record(self, name: str, task: int, user: str) -> Record:
         """A request of `user` as it would be measured."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -12,6 +15,7 @@ from client.metalearning.described import FEATURES, described, place
 from client.metalearning.online import Corrections
 from client.metalearning.price import Money
 from client.metalearning.record import Record
+from client.metalearning.table import Task
 from node.choosing import DAY_S, Choosing, Wanted, asked_of, replayed
 from protocol.strategy import Auto, Facts, Strategy, parse
 from tests.helpers.records import RECORD, numbered
@@ -137,6 +141,78 @@ def test_a_client_begins_with_its_history() -> None:
     choosing = choosing_at(NOW_S)
     trio.run(choosing.prepare, lambda: [ran(number, "default", 0.02) for number in range(5)])
     assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route)) == 5
+
+
+class Records:
+    """An advisor that counts how often it is asked, and in which thread."""
+
+    ranking = ("default", "speculation=lookup")
+
+    def __init__(self) -> None:
+        self.asked = list[tuple[int, bool]]()
+
+    def expect(self, tasks: Sequence[Task]) -> list[dict[str, tuple[float, float]]]:
+        self.asked.append((len(tasks), threading.current_thread() is threading.main_thread()))
+        return [{"default": (1.0, 0.1), "speculation=lookup": (0.5, 0.1)} for _ in tasks]
+
+    def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
+        return self.expect((task,))[0], "default"
+
+
+def test_the_history_is_replayed_in_one_batch_away_from_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = Records()
+    monkeypatch.setattr("node.choosing.fitted_prior", lambda: records)
+    choosing = choosing_at(NOW_S)
+    trio.run(choosing.prepare, lambda: [ran(number, "default", 0.02) for number in range(50)])
+    assert records.asked == [(50, False)]
+    decided = choosing.decide(wanted())
+    choosing.learn(decided, (0.1, 0.2, 0.3))
+    assert records.asked[1:] == [(1, True)], "once to choose, and not again to learn"
+
+
+def test_requests_that_end_while_the_prior_is_fitted_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    choosing = choosing_at(NOW_S)
+    records = Records()
+
+    def fitted() -> Records:
+        decided = choosing.decide(wanted())
+        choosing.learn(decided, (0.1, 0.2))
+        return records
+
+    monkeypatch.setattr("node.choosing.fitted_prior", fitted)
+    trio.run(choosing.prepare, lambda: [ran(number, "default", 0.02) for number in range(5)])
+    here = place(RECORD.model, RECORD.model_features, RECORD.route)
+    assert choosing.chooser.seen(here) == 6
+    choosing.learn(choosing.decide(wanted()), (0.1, 0.2))
+    assert choosing.chooser.seen(here) == 7
+
+
+def test_a_very_old_record_spoils_nothing() -> None:
+    choosing = choosing_at(NOW_S)
+    old = replace(ran(1, "default", 0.05), at_ms=RECORD.at_ms // 1000)
+    replayed(choosing.chooser, [old, *(ran(n, "default", 0.02) for n in range(2, 9))], NOW_S)
+    for budget in (None, 1000.0):
+        decided = choosing.decide(replace(wanted(), money=Money(1.0, budget), token_s=0.05))
+        assert decided.choice is not None
+        assert not decided.choice.over_budget
+        assert decided.plan.predicted.answer_token_s == pytest.approx(0.02, rel=0.1)
+        assert all(math.isfinite(value) for value in decided.choice.fractions.values())
+
+
+def test_what_was_decided_first_is_kept_and_expected_anew() -> None:
+    choosing = choosing_at(NOW_S)
+    replayed(choosing.chooser, [ran(n, "speculation=lookup", 0.02) for n in range(20)], NOW_S)
+    tries = wanted(Auto(explore=True))  # draws 0
+    first = choosing.decide(tries)
+    assert first.plan.why == "trial"
+    later = choosing.decide(replace(wanted(prompt_tokens=400), kept=first))
+    assert (later.plan.strategy, later.plan.why, later.plan.chosen_by) == (first.plan.strategy, "trial", "auto")
+    assert later.plan.task.prompt_tokens == 400
+    assert later.plan.predicted.answer_token_s is not None
+    choosing.learn(later, (0.1, 0.2))
+    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route)) == 21
+    gone = replace(first, choice=replace(first.choice, strategy="wire=int8"))  # type: ignore[type-var]
+    assert choosing.decide(replace(wanted(), kept=gone)).plan.strategy != parse("wire=int8"), "not allowed any more"
 
 
 def test_a_task_has_a_cell_for_each_feature() -> None:

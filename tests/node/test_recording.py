@@ -125,12 +125,19 @@ def test_requests_that_fail_are_recorded_as_far_as_they_came(tmp_path: Path) -> 
 
 def test_requests_at_the_same_time_are_counted_and_prefixes_remembered(tmp_path: Path) -> None:
     async def body(recorder: Recorder) -> None:
-        with recorder.request(plan(recorder)) as first, recorder.request(plan(recorder)) as second:
-            serve(first, (0.1,), "stop")
-            serve(second, (0.1,), "stop")
+        async def one() -> None:
+            async with recorder.journal.under_way():
+                with recorder.request(plan(recorder)) as entry:
+                    serve(entry, (0.1,), "stop")
+                    await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as burst:
+            for _ in range(3):
+                burst.start_soon(one)
 
     records = recorded(tmp_path / "history.db", body)
-    assert sorted((each.task.concurrency, each.task.shared_prefix) for each in records) == [(1, 0.0), (2, 0.8)]
+    seen = sorted((each.task.concurrency, each.task.shared_prefix) for each in records)
+    assert seen == [(3, 0.0), (3, 0.8), (3, 0.8)], "the first of a burst knows of the others, too"
 
 
 def test_a_hop_that_left_the_swarm_since_is_recorded_as_it_was(tmp_path: Path) -> None:

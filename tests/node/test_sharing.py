@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from client.metalearning.comparing import compared
 from node.passing import pass_on_reports
 from node.private import PrivateGossip
 from node.sharing import FILE_BYTES_MAX, Sharing, Sources, heeded, joined, read_kept, unjoined
@@ -163,7 +164,7 @@ def test_in_a_private_swarm_members_alone_hear(same: bool) -> None:
             await body(*sharing)
 
     async def body(tells: Sharing, hears: Sharing) -> None:
-        tells.judge(World(1).experience("member"))
+        tells.judge(compared(World(1).experience("member")))
         assert await tells.tell()
         await trio.sleep(1)
         assert (CLIENT.peer in hears.hearsay) == same

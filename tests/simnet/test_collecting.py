@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,8 @@ from trio.testing import MockClock
 
 from client.metalearning.table import Columns, Scale
 from client.metalearning.table import read as read_table
+from node.model import Ask
+from node.recording import Journal
 from protocol.errors import InputError
 from simnet.bench.collect import cell, store, table
 from simnet.bench.collect.estimate import hours_left, per_minute
@@ -145,6 +150,39 @@ def test_one_collection_at_a_time_and_no_other_files(tmp_path: Path) -> None:
     file.write_bytes(json.dumps(asdict(ORIGIN)).encode() + b"\n{}\n")
     with pytest.raises(InputError, match="damaged"):
         store.read(tmp_path)
+
+
+def test_requests_of_a_run_say_how_many_are_under_way_and_know_the_leaders_prefix() -> None:
+    asked = list[tuple[int, float]]()
+
+    @dataclass(frozen=True)
+    class Recording:
+        journal: Journal
+
+    @dataclass(frozen=True)
+    class Model:
+        recorder: Recording
+
+        @asynccontextmanager
+        async def ask(self, prompt: list[int], ask: Ask) -> AsyncIterator[Any]:
+            asked.append((ask.concurrency, self.recorder.journal.prefixes.share(prompt)))
+
+            async def pieces() -> AsyncIterator[str]:
+                await trio.sleep(1)
+                yield ""
+
+            yield SimpleNamespace(pieces=pieces(), result=SimpleNamespace(token_times_s=(0.5, 1.0)))
+
+    async def main() -> None:
+        drawn = draw(design().cells[0], ROOM)
+        model: Any = Model(Recording(Journal(None)))
+        await cell.measure(model, Ask(), TASK, drawn)
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+    leader, *others = asked
+    assert leader == (1, 0.0)
+    assert {concurrency for concurrency, _ in others} == {TASK.concurrency}
+    assert others[0][1] > 0.5, "the first has the leader's prefix, as all have"
 
 
 def test_the_table_has_what_a_choice_may_be_learnt_from() -> None:

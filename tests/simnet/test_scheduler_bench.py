@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from client.metalearning.evaluate import FIXED, NONE, OURS, SELECTORS
+from client.metalearning import candidates
+from client.metalearning.evaluate import FIXED, NONE, OURS
 from client.metalearning.selectors.base import Prediction
 from client.metalearning.selectors.hedged import Hedged
 from client.metalearning.selectors.neighbours import Neighbours
@@ -21,13 +23,13 @@ from protocol.errors import InputError
 from protocol.strategy import lossy, parse
 from simnet.bench.scheduler import ablation, cards, curve, records
 from simnet.bench.scheduler.auto import Auto
-from simnet.bench.scheduler.judge import SOMEWHERE, Judge, figures, goals, judged
+from simnet.bench.scheduler.judge import BASELINES, SOMEWHERE, Judge, figures, goals, judged
 from simnet.bench.scheduler.records import EXACT, SPLITS, Records
 from simnet.bench.scheduler.run import plot, run
 from sotto.__main__ import app
 from tests.helpers.recorded import lines
 
-CHEAP = {name: SELECTORS[name] for name in (NONE, FIXED)}
+CHEAP = {name: BASELINES[name] for name in (NONE, FIXED)}
 LINES = lines(contexts=30, noisy=4)
 
 
@@ -111,6 +113,14 @@ def test_auto_is_what_its_selector_advises(known: Records) -> None:
     choices = chooser.choose(known.judged.tasks, known.judged.measured)
     assert choices.tolist() == alone.choose(known.judged.tasks, known.judged.measured).tolist()
     assert len(set(choices.tolist())) > 1
+
+
+def test_none_accelerates_nothing_in_whatever_order_the_rows_are() -> None:
+    for seed in range(3):
+        rows = random.Random(seed).sample(LINES[1:], len(LINES) - 1)
+        shuffled = records.of([LINES[0], *rows])
+        found = Judge(shuffled, clock, product=Neighbours, baselines=CHEAP).choices("model", CHEAP[NONE])
+        assert {shuffled.judged.strategies[choice] for choice in found.choices} == {candidates.NONE}
 
 
 def test_figures_of_a_split(known: Records, judge: Judge) -> None:
@@ -238,6 +248,27 @@ def test_the_whole_report_and_its_pictures(judge: Judge, tmp_path: Path, monkeyp
     assert len(plot(report, found, tmp_path)) == 12
     with pytest.raises(InputError, match="curve, ablation, text"):
         run(judge, ("curves",), lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), [(("--live", "--plots", "there"), "--plots"), (("--minutes", "3"), "--live")]
+)
+def test_options_that_mean_nothing_together_are_refused(words: tuple[str, ...], says: str) -> None:
+    result = CliRunner().invoke(app, ["bench", "scheduler", *words, "--json"])
+    assert result.exit_code == 1
+    assert says in json.loads(result.stdout)["error"]
+
+
+def test_a_context_that_ran_once_is_neither_learnt_from_nor_judged() -> None:
+    """A strategy that ran once in a context is learnt from there, and not judged."""
+    rows = [LINES[0], *(line for line in LINES[1:] if not line.startswith(("7,1,", "8,1,")))]
+    rows += [line for line in LINES[1:] if line.startswith("8,1,")][:3]
+    found = records.of(rows)
+    assert (found.about["contexts"], found.about["contexts_left_out"]) == (29, 1)
+    assert len(found.known.tasks) == len(found.judged.tasks) == 29
+    (once,) = [place for place, name in enumerate(found.known.labels["context"]) if name == "8"]
+    assert found.known.measured[once].sum() > found.judged.measured[once].sum() >= 2
+    assert "7" not in found.known.labels["context"]
 
 
 def test_the_command_needs_records(tmp_path: Path) -> None:

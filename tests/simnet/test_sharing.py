@@ -71,7 +71,7 @@ def test_a_newcomer_hears_an_honest_client_over_a_worker() -> None:
     async def body(mesh: Mesh) -> None:
         records = mesh.world.experience("somebody")
         assert not await mesh.honest.tell(), "who has no requests has nothing to tell"
-        mesh.honest.judge(records)
+        mesh.honest.judge(compared(records))
         assert await mesh.honest.tell()
         with trio.fail_after(5):
             await mesh.newcomer.wait_for(lambda heard: HONEST.peer in heard)
@@ -98,7 +98,7 @@ def test_a_flood_of_identities_is_slowed_down_on_its_way() -> None:
 
 def test_a_flood_moves_no_more_than_the_stated_share_of_choices() -> None:
     async def body(mesh: Mesh) -> None:
-        mesh.honest.judge(mesh.world.experience("somebody"))
+        mesh.honest.judge(compared(mesh.world.experience("somebody")))
         await mesh.honest.tell()
         await trio.sleep(1)
         await mesh.flood(300)

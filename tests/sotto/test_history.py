@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from client.metalearning.record import COLUMNS
+from node.choosing import Choosing, Decided
 from node.history import History
 from node.paths import history_file
 from node.tables import read_table, write_table
@@ -163,7 +164,9 @@ def test_a_plot_is_a_png_or_says_what_is_missing(folder: Path, tmp_path: Path) -
         assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_each_turn_of_a_chat_leaves_a_record(swarm: Cluster, tmp_path: Path) -> None:
+def test_each_turn_of_a_chat_leaves_a_record(swarm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt = list[Decided]()
+    monkeypatch.setattr(Choosing, "learn", lambda _, decided, times_s: learnt.append(decided))
     model, data = make_checkpoint(tmp_path / "model", seed=31), tmp_path / "data"
     words = [
         "chat",
@@ -189,6 +192,11 @@ def test_each_turn_of_a_chat_leaves_a_record(swarm: Cluster, tmp_path: Path) -> 
         sent = turn["prompt_tokens"] - turn["reused_tokens"] + len(turn["ids"]) - 1
         assert record["measured_bytes_out"] == 4 * record["model_width"] * sent
     assert records[1]["measured_prefix_tokens"] > 0
+    assert [each.choice is not None for each in learnt] == [True, True]
+    chosen = [(record["chosen_by"], record["why"], record["strategy"]) for record in records]
+    assert chosen[0] == chosen[1]
+    assert chosen[0][:2] in (("auto", "ranking"), ("auto", "trial"))
+    assert all(record["predicted_answer_token_s"] for record in records)
 
 
 def test_explain_says_what_would_be_chosen_and_why(folder: Path) -> None:
@@ -203,5 +211,7 @@ def test_explain_says_what_would_be_chosen_and_why(folder: Path) -> None:
     assert lossy["features"]["route_hops"] == numbered(2).route.hops
     shown = sotto(folder, "explain")
     assert (shown.exit_code, "auto takes" in shown.stdout) == (0, True)
+    room = json.loads(sotto(folder, "explain", "--json").stdout)["deployment"]["kv_room_tokens"]
+    assert f"fitted into {room} tokens (--kv-tokens)" in shown.stdout
     nobody = sotto(folder, "explain", "ff" * 16)
     assert nobody.exit_code != 0

@@ -9,11 +9,12 @@ import pytest
 from typer.testing import CliRunner
 
 from client.metalearning.price import Money
+from node.chat import OVER_BUDGET
 from node.history import History
 from node.model import Ask
 from node.paths import history_file
 from protocol.errors import InputError
-from protocol.strategy import Auto
+from protocol.strategy import DEFAULT, Auto
 from simnet.cluster import Cluster
 from sotto.__main__ import app
 from sotto.commands.generation import paid, strategy_of
@@ -24,6 +25,9 @@ def test_a_price_and_an_objective_are_the_requests() -> None:
     ask = paid(Ask(), "cost", 0.4, 0.02)
     assert (ask.objective, ask.money) == ("cost", Money(0.4, 0.02))
     assert paid(Ask(), "latency", None, None).money is None
+    assert paid(Ask(strategy=DEFAULT), "latency", 0.4, None).money == Money(0.4)
+    with pytest.raises(InputError, match="--strategy auto"):
+        paid(Ask(strategy=DEFAULT), "latency", 0.4, 0.02)
     with pytest.raises(InputError, match="--objective 'speed'"):
         paid(Ask(), "speed", None, None)
     with pytest.raises(InputError, match="--price-per-hour"):
@@ -78,8 +82,18 @@ def test_weights_are_chosen_before_the_deployment_and_a_budget_is_kept_in_mind(s
     assert "weights=int8" in json.loads(again.stdout)["strategy"], "what stands is kept"
     exact = CliRunner().invoke(app, [*words, "mill"])
     assert "weights" not in json.loads(exact.stdout)["strategy"]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "brook"}\n' * 3)
+    job = ["submit", str(prompts), "-o", str(tmp_path / "out"), *words[1:-1], "--strategy", "auto,no-explore"]
+    done = CliRunner().invoke(app, [*job, *paying])
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count(OVER_BUDGET) == 1, "once for the job"
+    counted = CliRunner().invoke(app, [*job, *paying, "--concurrency", "2", "--json"])
+    assert json.loads(counted.stdout)["over_budget"] == 3
     with History(history_file(data)) as history:
-        record = history.records()[0]
+        records = history.records()
+        record = records[0]
+    assert [each.task.concurrency for each in records] == [1, 1, 1, 3, 3, 3, 2, 2, 2]
     assert (record.why, record.price_per_hour, record.budget) == ("budget", float(record.route.hops), 1e-9)
     assert record.task.objective == "cost"
     assert record.predicted.answer_token_s

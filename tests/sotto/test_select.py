@@ -48,6 +48,17 @@ def test_text_has_one_line_per_selector(few: Path) -> None:
     assert {line.split()[0] for line in done.stdout.splitlines()} >= {*SELECTORS, "oracle", "chosen:"}
 
 
+def test_what_accelerates_nothing_is_named(few: Path) -> None:
+    columns = (*WORDS, "--lower-is-better", "--hold-out", "group", "--json")
+    named = "s17"
+    done = select(few, *columns, "--none", named)
+    assert done.exit_code == 0, done.output
+    each = json.loads(done.stdout)["selectors"]
+    assert each["none"]["acceleration_over_none"] == 1.0
+    assert "acceleration_over_none" in each["sotto"]
+    assert "the table has the strategies" in json.loads(select(few, *columns, "--none", "no such").stdout)["error"]
+
+
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is an extra")
 def test_pictures_are_drawn_and_named(few: Path, tmp_path: Path) -> None:
     words = (*WORDS, "--lower-is-better", "--hold-out", "group", "--json")

@@ -6,6 +6,7 @@ import numpy as np
 
 from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
 from client.metalearning.table import Table, Task
+from protocol.errors import InputError
 
 
 class Random(Greedy):
@@ -20,13 +21,17 @@ class Random(Greedy):
 
 
 class Always(Greedy):
-    """No acceleration: the strategy called `none`, or else the one that the table names first."""
+    """The strategy `name`: what no acceleration takes. Where it was not measured, the first of the others by name."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
 
     def fit(self, table: Table) -> None:
-        names = [name.lower() for name in table.strategies]
-        self._row = -np.arange(len(names), dtype=np.float64)
-        if "none" in names:
-            self._row[names.index("none")] = 1.0
+        """Raises InputError when the table has no such strategy."""
+        if self._name not in table.strategies:
+            raise InputError(f"the table has no strategy {self._name!r}; it has {', '.join(sorted(table.strategies))}")
+        order = sorted(table.strategies, key=lambda name: (name != self._name, name))
+        self._row = np.array([-order.index(name) for name in table.strategies], dtype=np.float64)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
         return certain(np.tile(self._row, (len(tasks), 1)))

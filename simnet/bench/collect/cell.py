@@ -102,9 +102,11 @@ async def measure(
 ) -> tuple[dict[str, Any], list[Record]]:
     """What came of it, and what each request would have left in the history."""
     kept = Kept()
+    kept.prefixes = model.recorder.journal.prefixes  # which knows the leader's
     await _answer(model, ask, drawn.leader)
     meter = _Meter(pids)
     noted = replace(model, recorder=replace(model.recorder, journal=kept))
+    ask = replace(ask, concurrency=task.concurrency)
     served = await serve(drawn.work, partial(_answer, noted, ask), task.concurrency)
     measured = figures(served) | meter.figures()
     records = kept.records()

@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from client.metalearning import described
+from client.metalearning import candidates, described
 from protocol.errors import InputError
 from protocol.strategy import Facts, infeasible, parse
 from simnet.bench.collect.design import Design, shape
@@ -61,7 +61,7 @@ def export(folder: Path, design: Design, file: Path, *, lossy: bool = False) -> 
         "contexts": len({row["context"] for row in made}),
         "left_out": len(rows) - len(made),
         "select": f"sotto select {file} --task-columns {','.join(FEATURES)} --strategy-column strategy "
-        "--performance-column performance --hold-out model",
+        f"--performance-column performance --hold-out model --none {candidates.NONE}",
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from client.metalearning import evaluate, metrics
+from client.metalearning import candidates, evaluate, metrics
 from client.metalearning.crossfit import Parts
 from client.metalearning.evaluate import FIXED, NONE, ORACLE, OURS, Judged, Make
 from client.metalearning.resampling import Draws
@@ -22,7 +22,9 @@ from simnet.bench.scheduler.auto import Auto
 from simnet.bench.scheduler.records import SPLITS, Records
 
 CEILING_RUNS = 6  # of every strategy of a context: enough to say how well its best can be known at all
-BASELINES: Mapping[str, Make] = {name: make for name, make in evaluate.SELECTORS.items() if name != OURS}
+BASELINES: Mapping[str, Make] = {
+    name: make for name, make in evaluate.selectors(candidates.NONE).items() if name != OURS
+}
 Learnt = Callable[[Table, Mask], Table]
 
 

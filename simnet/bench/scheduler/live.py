@@ -44,6 +44,7 @@ AUTO = "auto"
 ENOUGH = 0.02
 ROUNDS_MIN = 4  # of a half
 WORSE_MAX = 0.05
+MINUTES = 30.0
 
 MODELS: Mapping[str, RandomModel | None] = {
     "llama-15m": RandomModel(352, 960, 9, 11, 11, vocab_size=6_000),
@@ -72,7 +73,7 @@ class Live:
 
     folder: Path
     tokenizer_from: Path
-    minutes: float = 30.0
+    minutes: float = MINUTES
     only: tuple[str, ...] = tuple(WORKLOADS)
     advisor: Advisor | None = None
     worker: cluster.WorkerSpec = WORKER

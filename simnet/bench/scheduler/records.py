@@ -2,7 +2,8 @@
 
 `known` has every run, and is what selectors are fitted on; `judged` the same contexts with the strategies that may be
 chosen there alone: in a context that asks for an exact answer none that loses precision, and none that ran only once,
-for then nothing says how far to trust the run. Simulated rows are refused.
+for then nothing says how far to trust the run. Contexts that leave fewer than two strategies to choose between are in
+neither. Simulated rows are refused.
 """
 
 from __future__ import annotations

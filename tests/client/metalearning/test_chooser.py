@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -35,11 +35,11 @@ class Known:
     def ranking(self) -> tuple[str, ...]:
         return tuple(sorted(self.fractions, key=lambda name: -self.fractions[name]))
 
-    def expect(self, task: Task) -> dict[str, tuple[float, float]]:
-        return {name: (fraction, self.spread) for name, fraction in self.fractions.items()}
+    def expect(self, tasks: Sequence[Task]) -> list[dict[str, tuple[float, float]]]:
+        return [{name: (fraction, self.spread) for name, fraction in self.fractions.items()} for _ in tasks]
 
     def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
-        return self.expect(task), next((name for name in self.ranking if name in allowed), None)
+        return self.expect((task,))[0], next((name for name in self.ranking if name in allowed), None)
 
 
 def test_without_records_it_is_the_default() -> None:
@@ -73,6 +73,63 @@ def test_what_the_records_advise_stands_until_own_requests_contradict() -> None:
         chooser.note(asked(), "speculation=lookup", AT, 0.03)
     bold.spread = 0.02
     assert chooser.choose(asked()).strategy == "default"
+
+
+def test_a_prediction_alone_does_not_leave_what_is_advised() -> None:
+    @dataclass
+    class Cautious(Known):
+        @property
+        def ranking(self) -> tuple[str, ...]:
+            return ("default", "speculation=lookup")
+
+    records = Cautious(dict.fromkeys(CANDIDATES, 0.2) | {"default": 0.3, "speculation=lookup": 1.0}, spread=0.001)
+    chooser = Chooser(records)
+    assert chooser.choose(asked()).strategy == "default", "predicted to be three times as fast, and not advised"
+    for _ in range(5):
+        chooser.note(asked(), "default", AT, 0.03)
+        chooser.note(asked(), "speculation=lookup", AT, 0.01)
+    assert chooser.choose(asked()).strategy == "speculation=lookup", "seen to be"
+    assert chooser.choose(asked(place="there")).strategy == "default"
+
+
+def test_what_the_budget_leaves_is_advised_upon_again() -> None:
+    """Among what is left the advisor may leave the ranking, as it may among all."""
+
+    @dataclass
+    class Leaves(Known):
+        @property
+        def ranking(self) -> tuple[str, ...]:
+            return ("default", "wire=int8", "speculation=lookup")
+
+        def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
+            preferred = ("default", "speculation=lookup", "wire=int8")
+            return self.expect((task,))[0], next((name for name in preferred if name in allowed), None)
+
+    fast = {"wire=int8": 0.8, "speculation=lookup": 0.85, "speculation=lookup,wire=int8": 0.9}
+    chooser = Chooser(Leaves(dict.fromkeys(CANDIDATES, 0.3) | {"default": 0.5} | fast, spread=0.001))
+    tight = replace(asked(), token_s=0.05, token_s_max=0.04)  # of the default
+    choice = chooser.choose(tight)
+    assert choice.token_s["default"] > 0.04 > choice.token_s["wire=int8"]
+    assert (choice.strategy, choice.over_budget) == ("speculation=lookup", False)
+
+
+def test_a_prediction_is_not_made_again_to_learn_from_the_request() -> None:
+    class Counting(Known):
+        calls = 0
+
+        def expect(self, tasks: Sequence[Task]) -> list[dict[str, tuple[float, float]]]:
+            self.calls += 1
+            return super().expect(tasks)
+
+    records = Counting({"default": 1.0, "speculation=lookup": 0.5})
+    chooser = Chooser(records)
+    choice = chooser.choose(asked())
+    assert choice.recorded is not None
+    assert (choice.recorded["speculation=lookup"], records.calls) == (0.5, 1)
+    chooser.note(replace(asked(), recorded=choice.recorded), "default", AT, 0.01)
+    assert records.calls == 1
+    chooser.note(asked(), "default", AT, 0.01)
+    assert records.calls == 2, "it was chosen before there were records"
 
 
 def test_only_what_is_possible_is_chosen() -> None:

@@ -71,6 +71,21 @@ def test_variances_stay_below_the_priors() -> None:
     assert np.isfinite(deviations).all()
 
 
+@pytest.mark.parametrize("days", [20_000.0, 1e7])
+def test_centuries_without_a_request_leave_the_prior(days: float) -> None:
+    """As when a clock was in another age, or a time in other units."""
+    corrections = Corrections(3)
+    corrections.age(20.0)
+    run(corrections, 20, [0.0, -0.4, 0.0])
+    corrections.age(days)
+    errors, covariance = corrections.errors()
+    assert np.isfinite(errors).all()
+    assert np.abs(errors).max() < 1e-3
+    assert np.diag(covariance) == pytest.approx(np.diag(Corrections(3).errors()[1]), rel=0.05)
+    run(corrections, 60, [0.0, -0.4, 0.0], seed=1)
+    assert difference(corrections) == pytest.approx(-0.4, abs=0.1)
+
+
 @pytest.mark.parametrize(("cost", "fraction"), [(0.0, 1.0), (float("inf"), 1.0), (1.0, 0.0), (-1.0, 1.0)])
 def test_figures_that_cannot_be_are_refused(cost: float, fraction: float) -> None:
     with pytest.raises(ValueError, match="cost"):

@@ -14,7 +14,7 @@ from client.metalearning.selectors.base import filled, ranking
 from client.metalearning.selectors.forest import Forest
 from client.metalearning.selectors.hedged import Hedged
 from client.metalearning.selectors.isac import Isac
-from client.metalearning.selectors.simple import FixedRanking, SingleBest
+from client.metalearning.selectors.simple import Always, FixedRanking, SingleBest
 from client.metalearning.table import Table, Task
 from client.metalearning.trees import boosted, randomised
 from protocol.errors import InputError
@@ -103,6 +103,17 @@ def test_nothing_of_a_held_out_task_is_seen() -> None:
         before, after = (evaluate.judge(one, evaluate.SELECTORS[name], clock) for one in (table, other))
         np.testing.assert_array_equal(before.choices[table.groups == 0], after.choices[table.groups == 0])
         assert (before.expected[table.groups != 0] != after.expected[table.groups != 0]).any()
+
+
+def test_no_acceleration_is_what_it_was_said_to_be() -> None:
+    lines = ["task,how,s", "a,fast,1", "a,plain,9", "b,fast,1", "b,plain,9", "c,fast,1"]
+    table = _table(lines)
+    plain = Always("plain")
+    plain.fit(table)
+    chosen = plain.choose(table.tasks, table.measured)
+    assert [table.strategies[place] for place in chosen] == ["plain", "plain", "fast"]
+    with pytest.raises(InputError, match="no strategy 'none'"):
+        Always("none").fit(table)
 
 
 def test_single_best_is_by_sums_and_the_ranking_by_shares() -> None:
