@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,9 @@ settings.load_profile("deterministic")
 # No test meets a swarm of the network that it happens to run in; those of discovery switch it on for themselves.
 os.environ["SOTTO_LAN"] = "0"
 os.environ.pop("SOTTO_SWARM", None)
+
+# A shell ignores interrupts in what it starts in the background, and processes hand that down: tests interrupt commands.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread for matrices this small: waking a second one costs more than the product, far more on a busy machine.
 torch.set_num_threads(1)
