@@ -20,7 +20,7 @@ settings.load_profile("deterministic")
 os.environ["SOTTO_LAN"] = "0"
 os.environ.pop("SOTTO_SWARM", None)
 
-# A shell ignores interrupts in what it starts in the background, and processes hand that down: tests interrupt commands.
+# A shell ignores interrupts in what it starts in the background, and children inherit that: tests interrupt commands.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread for matrices this small: waking a second one costs more than the product, far more on a busy machine.
