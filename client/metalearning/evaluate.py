@@ -46,9 +46,9 @@ SELECTORS: Mapping[str, Make] = {
 }
 
 
-def selectors(plain: str | None) -> Mapping[str, Make]:
-    """SELECTORS, and as NONE the strategy `plain`, if the table has one that accelerates nothing."""
-    return SELECTORS if plain is None else {NONE: partial(Always, plain), **SELECTORS}
+def selectors(plain: str) -> Mapping[str, Make]:
+    """SELECTORS, and as NONE the strategy `plain`, which accelerates nothing."""
+    return {NONE: partial(Always, plain), **SELECTORS}
 
 
 @dataclass(frozen=True, slots=True)

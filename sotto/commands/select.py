@@ -40,8 +40,8 @@ def select(
     none: Annotated[
         str | None,
         typer.Option(
-            help="The strategy that accelerates nothing, which the others are compared with. Default: 'none', if the "
-            "table has one."
+            help="The strategy that accelerates nothing, which the others are compared with. Default: 'none', or the "
+            "first that the table names."
         ),
     ] = None,
     plots: Annotated[
@@ -73,12 +73,12 @@ def select(
                 recorded = read(lines, columns, scale)
         except UnicodeDecodeError:
             raise InputError(f"{table} is not UTF-8 text") from None
-        plain = none or (evaluate.NONE if evaluate.NONE in recorded.strategies else None)
-        if plain is not None and plain not in recorded.strategies:
+        plain = none or (evaluate.NONE if evaluate.NONE in recorded.strategies else recorded.strategies[0])
+        if plain not in recorded.strategies:
             raise InputError(f"--none {plain!r}: the table has the strategies {', '.join(recorded.strategies)}")
         with progress_bar("folds", bytes_=False, quiet=as_json) as update:
             judged = evaluate.judge_all(recorded, time.process_time, update, evaluate.selectors(plain))
-        result = evaluate.report(recorded, judged)
+        result = evaluate.report(recorded, judged) | {"none": plain}
         if plots is not None:
             result["plots"] = [str(path) for path in _draw(plots, recorded, judged[evaluate.OURS], result)]
     if as_json:

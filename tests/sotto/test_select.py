@@ -33,7 +33,7 @@ def test_json_has_every_selector_and_the_products_own(few: Path) -> None:
     done = select(few, *WORDS, "--lower-is-better", "--hold-out", "group", "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert set(report["selectors"]) == {*SELECTORS, "oracle"}
+    assert set(report["selectors"]) == {*SELECTORS, "none", "oracle"}
     for figures in report["selectors"].values():
         assert all(0 <= figures[key] <= 1 for key in KEYS)
     assert [report["selectors"]["oracle"][key] for key in KEYS] == [1.0] * 5
@@ -45,7 +45,7 @@ def test_json_has_every_selector_and_the_products_own(few: Path) -> None:
 def test_text_has_one_line_per_selector(few: Path) -> None:
     done = select(few, *WORDS, "--lower-is-better", "--hold-out", "group")
     assert done.exit_code == 0, done.output
-    assert {line.split()[0] for line in done.stdout.splitlines()} >= {*SELECTORS, "oracle", "chosen:"}
+    assert {line.split()[0] for line in done.stdout.splitlines()} >= {*SELECTORS, "none", "oracle", "chosen:"}
 
 
 def test_what_accelerates_nothing_is_named(few: Path) -> None:
@@ -56,6 +56,10 @@ def test_what_accelerates_nothing_is_named(few: Path) -> None:
     each = json.loads(done.stdout)["selectors"]
     assert each["none"]["acceleration_over_none"] == 1.0
     assert "acceleration_over_none" in each["sotto"]
+    unnamed = json.loads(select(few, *columns).stdout)
+    first = few.read_text().splitlines()[1].split(",")[few.read_text().splitlines()[0].split(",").index("strategy")]
+    assert unnamed["none"] == first, "a table of others seldom calls it so"
+    assert unnamed["selectors"]["none"]["acceleration_over_none"] == 1.0
     assert "the table has the strategies" in json.loads(select(few, *columns, "--none", "no such").stdout)["error"]
 
 
