@@ -183,11 +183,6 @@ class Generation:
         # the last token is known before it is computed
         return len(self._prompt) + len(self.ids) - 1 if self.ids else self._prompt_held
 
-    @property
-    def held_ids(self) -> list[int]:
-        """The tokens that the KV holds now, for certain."""
-        return [*self._prompt, *self.ids][: self.held_tokens]
-
     def result(self, text: str = "") -> GenerationResult:
         """Raises ValueError before the stream has ended."""
         if self.finish_reason is None:

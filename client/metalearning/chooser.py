@@ -4,10 +4,9 @@ In this order: what cannot work, or loses precision unasked, is out. What would 
 out; when that is all, the fastest is taken. With records, the advisor's choice stands (which leaves the ranking only
 where that held on records it had not seen); without, the ranking's. Predictions are corrected by `online.Corrections`
 of this deployment and route, and when own requests were seen there, another strategy is taken if its corrected gain
-exceeds the doubt about it. Now
-and then, when allowed, one that may be better than is known is tried: never one expected to lose more than
-`REGRET_MAX`, and never more often than `explore`. For the `online.LOOKING` requests after something changed it is
-`LOOK_REGRET_MAX`, and `LOOK` times as often.
+exceeds the doubt about it. Now and then, when allowed, one that may be better than is known is tried: never one
+expected to lose more than `REGRET_MAX`, and never more often than `explore`. For the `online.LOOKING` requests after
+something changed it is `LOOK_REGRET_MAX`, and `LOOK` times as often.
 
 What peers report (`hearsay.py`) is used in the same way, as a hint what to try: it shifts a prediction by at most
 SHIFT_MAX, the less the more is known here, and decides at most a share SWAYED_MAX of the choices. Both hold whatever
@@ -137,8 +136,8 @@ class Chooser:
             raise ValueError("no strategy is possible, not even the default")
         known, advised = self._known(asked, names)
         token_s, spread = self._times(asked, known, names)
-        most_s = math.inf if asked.token_s_max is None else asked.token_s_max
-        within = [name for name in names if name not in token_s or most_s == math.inf or token_s[name] <= most_s]
+        most_s = asked.token_s_max
+        within = names if most_s is None else [name for name in names if token_s.get(name, 0.0) <= most_s]
         if self.advisor and 0 < len(within) < len(names):
             _, advised = self.advisor.consider(asked.task, within)
         choice = self._best(asked, known, within or names, advised)

@@ -40,11 +40,6 @@ class Money:
         return None if self.budget is None else self.budget / 1000 / self.of_route(hops) * HOUR_S
 
 
-def price_of(seconds: float, per_hour: float) -> float:
-    """What it costs to keep hardware of that price for so long."""
-    return seconds * per_hour / HOUR_S
-
-
 def money_of(per_hour: float | None, budget: float | None) -> Money | None:
     """As the user gave them. Raises InputError for a budget without a price."""
     if per_hour is None:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from client.metalearning.price import Money, money_of, price_of
+from client.metalearning.price import Money, money_of
 from protocol.errors import InputError
 
 
@@ -14,7 +14,7 @@ def test_a_budget_is_time() -> None:
     money = Money(per_hour=0.9, budget=0.02)
     longest_s = money.token_s_max(hops=2)
     assert longest_s == pytest.approx(0.04)
-    assert price_of(1000 * 0.04, money.of_route(2)) == pytest.approx(0.02)
+    assert 1000 * longest_s / 3600 * 0.9 * 2 == pytest.approx(0.02), "what 1,000 tokens cost then"
     assert Money(1.0).token_s_max(3) is None
 
 
