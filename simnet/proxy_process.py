@@ -16,7 +16,7 @@ import trio
 from node.files import write_atomic
 from node.lifetime import until_told
 from protocol.errors import InputError
-from simnet.proxy import Wires, serve
+from simnet.proxy import Wires, dialling_host, serve
 from simnet.shape import load_wiring
 
 
@@ -30,9 +30,11 @@ async def run_proxy(folder: Path, lifeline: int | None) -> None:
     wires, ports = Wires(wiring), {}
     async with until_told(lifeline), trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGHUP) as changes:
-            for name in wiring.workers:
+            for index, name in enumerate(wiring.workers):
                 listeners = list(await trio.open_tcp_listeners(0, host="127.0.0.1"))
                 ports[name] = listeners[0].socket.getsockname()[1]
+                # Whoever dials a worker back does so where it saw it come from.
+                listeners += await trio.open_tcp_listeners(ports[name], host=dialling_host(index))
                 nursery.start_soon(serve, wires, name, listeners, _Reach(folder / name / "worker.json"))
             write_atomic(folder / "proxy.json", json.dumps({"ports": ports}).encode())
             async for _ in changes:

@@ -235,7 +235,9 @@ def _placement(instance: Instance, spans: Spans, needs: ModelNeeds, options: Pla
 
 def _shortage(members: list[Member], needs: ModelNeeds, concurrency: int) -> str:
     offers = [offer(member) for member in members]
-    kinds = (("weights", needs.block_bytes, "--memory"), ("KV cache", needs.kv_bytes(concurrency), "--kv-memory"))
+    on_disk = any(member.advert.disk_free_bytes < member.advert.memory_free_bytes for member in members)
+    weights = "--memory and --disk" if on_disk else "--memory"
+    kinds = (("weights", needs.block_bytes, weights), ("KV cache", needs.kv_bytes(concurrency), "--kv-memory"))
     who = f"the swarm's {len(members)} workers offer"
     for kind, (name, per_block, option) in enumerate(kinds):
         need, have, largest = sum(per_block), sum(o[kind] for o in offers), max(o[kind] for o in offers)
@@ -247,7 +249,7 @@ def _shortage(members: list[Member], needs: ModelNeeds, concurrency: int) -> str
     sizes = f"of up to {_mib(max(needs.block_bytes))}, and {_mib(max(needs.kv_bytes(concurrency)))} of KV cache each"
     return (
         f"{who} enough memory in all, but not in pieces that fit whole blocks ({sizes}); start workers with more "
-        "--memory and --kv-memory"
+        f"{weights} and --kv-memory"
     )
 
 

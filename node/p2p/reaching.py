@@ -30,7 +30,7 @@ log = logging.getLogger("sotto.node")
 
 ROUND_S = 1.0  # how soon a new neighbour is asked
 ASKED_MAX = 5  # peers per probe
-PROBE_FIRST_S, PROBE_S = 5.0, 300.0  # until somebody says something; afterwards
+PROBE_FIRST_S, PROBE_S = 5.0, 300.0  # who dialled back is asked again after the second; others ever later, up to it
 RELAYS_WANTED = 2
 RELAY_AGAIN_S = 60.0  # before a peer that is no relay, or has no room, is asked again
 UNMAP_S = 2.0
@@ -53,7 +53,7 @@ class Reaching:
         self.autonat = AutoNat(mesh)
         self.mapping: upnp.Mapping | None = None
         self._asked: dict[PeerId, float] = {}  # when to ask again
-        self._pauses_s: dict[PeerId, float] = {}  # of those who do not answer: clients never do
+        self._pauses_s: dict[PeerId, float] = {}  # of those who say no, or nothing: clients never do
         self._no_relay: dict[PeerId, float] = {}  # when to ask again
         self._reserved: dict[PeerId, tuple[Reservation, float]] = {}  # (reservation, when to renew)
 
@@ -108,8 +108,9 @@ class Reaching:
             log.debug("no verdict on reachability", extra={"peer": peer, "reason": str(error)})
             return
         now = trio.current_time()
-        self._asked[peer] = now + PROBE_S
-        self._pauses_s.pop(peer, None)
+        if addr is not None:  # "no" may be the first moment's: a port that opens later, a machine that was busy
+            self._asked[peer] = now + PROBE_S
+            self._pauses_s.pop(peer, None)
         before = self.mesh.reach.state
         ip = self.mesh.host.observed_ip(ID.from_base58(peer))
         self.mesh.reach.heard(peer, addr, ip is not None and ipaddress.ip_address(ip).is_global, now)

@@ -23,11 +23,12 @@ from node.app_client import Client, DeployOptions
 from node.keys import default_key
 from node.model import Ask, DeployedModel
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from node.sealing import seal_into
 from node.worker_socket import ask_worker
 from protocol.adverts import TOPIC
 from protocol.channel import Channel
 from protocol.errors import SottoError, TransportError
-from protocol.ids import DeploymentId, SessionId
+from protocol.ids import DeploymentId, SessionId, peer_id_of
 from protocol.invites import parse_invite
 from protocol.membership import SwarmKey
 from protocol.messages import (
@@ -145,7 +146,8 @@ def restart_serves_from_disk(scene: Scene) -> Figures:
 
 def quotas_refuse(scene: Scene) -> Figures:
     """Requests, sessions, disk and memory beyond an owner's quotas are refused with the reason, and others go on."""
-    quotas = ["--quota=peer-requests=5", "--quota=peer-sessions=3", "--disk=64KiB"]
+    # A plan goes by weights, and passes over a worker without disk for these; shards are longer, which it cannot know.
+    quotas = ["--quota=peer-requests=5", "--quota=peer-sessions=3", f"--disk={_shard_bytes(scene) - 1}"]
     with daemon(scene.folder / "a", "worker", *quotas) as worker:
         figures = {
             "rate": trio.run(_requests_refused, worker),
@@ -300,6 +302,14 @@ async def _sessions_refused(worker: Daemon) -> int:
     require(sum(isinstance(kind, Attached) for kind in kinds) == 3, f"expected 3 sessions of 10: {kinds}")
     require(len(refused) == 7, f"expected 7 refusals: {kinds}")
     return len(refused)
+
+
+def _shard_bytes(scene: Scene) -> int:
+    """What the shards of the model take on a disk."""
+    checkpoint, key, owner = Checkpoint.open(scene.model), default_key(scene.folder / "sized"), peer_id_of(bytes(32))
+    folder, _ = seal_into(scene.folder / "sized" / "model", checkpoint, "float32", key, owner, lambda *_: None)
+    entries = map(folder.entry, range(folder.info.num_blocks))
+    return sum(entry.shard_bytes for entry in entries if entry is not None)
 
 
 def _deploying_refused(scene: Scene, worker: Daemon, reason: RefusalReason) -> str:

@@ -222,6 +222,11 @@ def test_too_little_memory_says_how_much_is_missing() -> None:
     assert "--memory" in text
 
 
+def test_too_little_room_on_disks_says_so() -> None:
+    with pytest.raises(RouteUnavailable, match=r"needs 8.0 MiB.*6.0 MiB are missing.*--memory and --disk$"):
+        plan(view(advert(disk_mib=2)), needs(*[1] * 8))
+
+
 def test_too_little_room_for_kv_says_so() -> None:
     with pytest.raises(RouteUnavailable, match=r"needs 8.0 MiB for its KV cache.*6.0 MiB are missing.*--kv-memory"):
         plan(view(advert(kv_mib=2)), needs(*[1] * 4, kv_mib=2))

@@ -146,6 +146,7 @@ def test_shaped_links_are_felt(tmp_path: Path) -> None:
             result = await model.generate("the quiet brook", Ask(4, ignore_eos=True))
             took = trio.current_time() - started
             await client.watch.wait_for(lambda view: all(member.advert.rtts for member in view.ranked()))
+            await client.watch.wait_for(lambda view: not any(member.advert.relayed for member in view.ranked()))
             members = client.watch.view.members
             seen = {
                 f"{a} {b}": rtt.rtt_ms

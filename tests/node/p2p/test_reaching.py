@@ -96,7 +96,6 @@ def test_a_node_whose_port_is_closed_is_relayed_until_it_is_opened(monkeypatch):
             await until(lambda: second.reach.state is ReachState.PUBLIC)
             await until(lambda: second.addrs == second.listening)
 
-    monkeypatch.setattr(reaching_module, "PROBE_S", 0.5)
     monkeypatch.setattr(reaching_module, "PROBE_FIRST_S", 0.5)
     monkeypatch.setattr(autonat, "PAUSE_S", 0.0)
     run(body)
