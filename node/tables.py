@@ -84,5 +84,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise InputError("Parquet needs pyarrow: pip install 'sotto[parquet]', or use a .csv file") from None
+        raise InputError(
+            "Parquet needs pyarrow: pip install -e '.[parquet]' where sotto was cloned, or use a .csv file"
+        ) from None
     return pyarrow, pyarrow.parquet

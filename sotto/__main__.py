@@ -47,7 +47,7 @@ app.command(epilog="Example: sotto doctor --bootstrap /ip4/203.0.113.7/tcp/4517/
 app.command(epilog="Example: sotto run -m ./my-llama 'The Python language'")(generation.run)
 app.command(epilog="Example: sotto chat --system 'Answer in one sentence.'")(chat.chat)
 app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(generation.submit)
-app.command(name="seal", epilog="Example: sotto seal ./my-llama -o ./my-llama-sealed")(seal.seal)
+app.command(name="seal", epilog="Example: sotto seal ./my-llama")(seal.seal)
 app.command(epilog="Example: sotto peers --json")(mesh.peers)
 app.command(epilog="Example: sotto place ./my-llama")(place.place)
 app.command(name="id", epilog="Example: sotto id")(grant.identity)

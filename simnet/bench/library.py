@@ -26,7 +26,9 @@ class Library:
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
         except ImportError:
-            raise InputError("the comparison needs transformers: install sotto[train]") from None
+            raise InputError(
+                "the comparison needs transformers: pip install -e '.[train]' where sotto was cloned"
+            ) from None
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self._model: Any = loaded.eval()

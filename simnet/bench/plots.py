@@ -21,7 +21,7 @@ PARTS = ("compute", "client", "software")  # of a token's time
 def require() -> None:
     """Raises InputError when no pictures can be made."""
     if find_spec("matplotlib") is None:
-        raise InputError("plots need matplotlib: install sotto[plots]")
+        raise InputError("plots need matplotlib: pip install -e '.[plots]' where sotto was cloned")
 
 
 def growth(report: Mapping[str, Any], folder: Path) -> list[Path]:

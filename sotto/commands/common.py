@@ -28,6 +28,12 @@ DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Where identity, keys and sealed models live. Default: $XDG_DATA_HOME/sotto."),
 ]
+WorkerDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir", help="The worker's folder: identity, shards, swarm key. Default: $XDG_DATA_HOME/sotto/worker."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 Model = Annotated[
     str | None,
@@ -39,8 +45,8 @@ Privacy = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help="Precision of the sealed blocks: float32 (answers identical to the unsealed model's), bfloat16, or int8 "
-        "(a quarter of the bytes and several times the speed of float32)."
+        help="Precision of the sealed blocks: float32 (the unsealed model's answers but for rounding), bfloat16, or "
+        "int8 (a quarter of float32's bytes, about half of its processor time)."
     ),
 ]
 Capability = Annotated[

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sotto.commands.common import Bootstrap, DataDir, Json, bootstrap_addrs, errors, print_json, run_async
+from sotto.commands.common import Bootstrap, Json, WorkerDir, bootstrap_addrs, errors, print_json, run_async
 
 
 def doctor(
@@ -18,7 +18,7 @@ def doctor(
     memory: Annotated[
         str | None, typer.Option(help="Memory that you would give. Default: half of what is free.")
     ] = None,
-    data_dir: DataDir = None,
+    data_dir: WorkerDir = None,
     as_json: Json = False,
 ) -> None:
     """Say in plain words whether this machine can be a worker: who can reach it, how, and what to change.

@@ -89,6 +89,9 @@ Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this 
 
 
 KV_TOKENS = 4096  # node.app_client's default, which would load torch here
+KvTokens = Annotated[
+    int, typer.Option(min=1, max=1 << 22, help="KV room to lease at each worker: tokens of all requests together.")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,7 @@ def run(
     budget: Budget = None,
     expect_tokens: ExpectTokens = None,
     draft: Draft = None,
+    kv_tokens: KvTokens = KV_TOKENS,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, per hop.")] = False,
     capability: Capability = None,
     share_records: ShareRecords = False,
@@ -154,7 +158,7 @@ def run(
         where = for_what(where, ask, expect_tokens)
 
         async def work() -> tuple[GenerationResult, float, TraceReport | None, Decided]:
-            async with deployed(replace(where, share_records=share_records)) as ready:
+            async with deployed(replace(where, share_records=share_records, kv_tokens=kv_tokens)) as ready:
                 async with ready.ask(prompt, ask) as answer:
                     if not as_json:
                         tell_over_budget(answer.decided)
@@ -202,6 +206,7 @@ def submit(
     budget: Budget = None,
     expect_tokens: ExpectTokens = None,
     draft: Draft = None,
+    kv_tokens: KvTokens = KV_TOKENS,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
     capability: Capability = None,
     share_records: ShareRecords = False,
@@ -232,7 +237,7 @@ def submit(
             dear += is_over_budget(decided) if dear or as_json else tell_over_budget(decided)
 
         async def work() -> list[dict[str, Any]]:
-            async with deployed(replace(where, share_records=share_records)) as ready:
+            async with deployed(replace(where, share_records=share_records, kv_tokens=kv_tokens)) as ready:
                 with progress_bar("prompts", bytes_=False, quiet=as_json) as update:
                     return await run_job(ready, lines, ask, concurrency, Hear(update, heard))
 
@@ -404,8 +409,9 @@ def strategy_of(
     """The strategy of a command line, or how to choose one, and the weights to seal: None to have them chosen. `dtype`
     says these unless the strategy does, or the owner of the deployment that `capability` is for; who names a draft
     model wants it to guess. Raises InputError."""
+    from protocol import limits
     from protocol.errors import InputError
-    from protocol.strategy import DEFAULT, Auto, Strategy, parse_choice
+    from protocol.strategy import DEFAULT, Auto, Facts, Strategy, infeasible, parse_choice
 
     named = dtype if capability is None else _owners_dtype(capability, dtype)
     base = Strategy(weights=cast("Weights", named or DEFAULT.weights), speculation="draft" if draft else "off")
@@ -424,6 +430,10 @@ def strategy_of(
             raise InputError(f"--dtype {dtype} and weights={weights} contradict each other: give one of them")
     if exact and weights != DEFAULT.weights:
         raise InputError(f"--exact is an answer as in float32, and weights={weights} loses precision: leave one out")
+    if isinstance(chosen, Strategy):  # what no route can help is refused before a model is brought to one
+        reason = infeasible(chosen, Facts(hops=limits.HOPS_MAX, exact=exact, deployed=weights, draft_model=True))
+        if reason is not None:
+            raise InputError(reason)
     return chosen, weights
 
 

@@ -33,7 +33,10 @@ def history(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Show what your requests took, the newest last. No prompts or answers are kept; nothing leaves this machine."""
+    """Show what your requests took, the newest last. No prompts or answers are kept.
+
+    Rows leave this machine only by 'export', summaries of them only with --share-records.
+    """
     if context.invoked_subcommand is not None:
         return
     with errors(as_json):

@@ -23,7 +23,7 @@ def draw(records: Sequence[Record], file: Path) -> None:
         matplotlib.use("agg")
         from matplotlib import pyplot
     except ImportError:
-        raise InputError("plots need matplotlib: pip install 'sotto[plots]'") from None
+        raise InputError("plots need matplotlib: pip install -e '.[plots]' where sotto was cloned") from None
     figure, axes = pyplot.subplots(len(PANELS), 1, figsize=(9, 7), sharex=True, layout="constrained")
     for axis, (name, label) in zip(axes, PANELS, strict=True):
         for strategy in sorted({describe(record.strategy) for record in records}):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import DataDir, Json, errors, print_json
+from sotto.commands.common import Json, WorkerDir, errors, print_json
 from sotto.commands.worker import worker
 
 
@@ -22,7 +22,7 @@ def invite(
             "Default: the worker that runs on this machine.",
         ),
     ] = None,
-    data_dir: DataDir = None,
+    data_dir: WorkerDir = None,
     as_json: Json = False,
 ) -> None:
     """Print an invite: who has it can join the swarm, as a worker or as a client, as often as they like.

@@ -12,7 +12,9 @@ from sotto.commands.common import DataDir, Dtype, Json, Key, Privacy, errors, pr
 
 def seal(
     model: Annotated[str, typer.Argument(help="A folder in Hugging Face layout, or a hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the sealed model.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Another folder than the one where 'sotto run' looks.")
+    ] = None,
     privacy: Privacy = "ee",
     dtype: Dtype = "float32",
     key: Key = None,
@@ -28,12 +30,13 @@ def seal(
 
         from node.identity import load_identity
         from node.paths import data_dir as folder
-        from node.sealing import seal_into
+        from node.sealing import seal_into, sealed_place
         from sotto.commands.models import check_dtype, open_model, root_key
 
         checkpoint = open_model(model)
         root = root_key(privacy, key, folder(data_dir))
         owner = load_identity(folder(data_dir) / "client")
+        output = output or sealed_place(folder(data_dir) / "sealed", checkpoint, check_dtype(dtype), root)
         started = time.monotonic()
         with progress_bar("sealing", bytes_=False, quiet=as_json) as update:
             sealed, _ = seal_into(output, checkpoint, check_dtype(dtype), root, owner.peer, update)

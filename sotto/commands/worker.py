@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import DataDir, Json, errors, print_json
+from sotto.commands.common import Json, WorkerDir, errors, print_json
 
 app = typer.Typer(
     epilog="Example: sotto worker --memory 8GiB --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…",
@@ -55,7 +55,10 @@ Listen = Annotated[
 ]
 Announce = Annotated[
     list[str] | None,
-    typer.Option(help="Multiaddr that others should dial instead (port forwarding); may be repeated."),
+    typer.Option(
+        help="Multiaddr to announce in place of those listened on (port forwarding); may be repeated. What peers "
+        "dialled is announced too."
+    ),
 ]
 Bootstrap = Annotated[
     list[str] | None,
@@ -93,7 +96,7 @@ def worker(
     quota: Quota = None,
     schedule: Hours = None,
     yields: Yields = False,
-    data_dir: DataDir = None,
+    data_dir: WorkerDir = None,
     metrics: Metrics = "127.0.0.1:9517",
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     relay: Relay = True,
@@ -153,7 +156,7 @@ def worker(
 @app.command(epilog="Example: sotto worker pause --for 2h")
 def pause(
     for_: Annotated[str | None, typer.Option("--for", help="30m, 2h, 1d. Default: until resumed.")] = None,
-    data_dir: DataDir = None,
+    data_dir: WorkerDir = None,
     as_json: Json = False,
 ) -> None:
     """Have the running worker take no new work; open sessions go on for five minutes at most."""
@@ -164,14 +167,14 @@ def pause(
 
 
 @app.command(epilog="Example: sotto worker resume")
-def resume(data_dir: DataDir = None, as_json: Json = False) -> None:
+def resume(data_dir: WorkerDir = None, as_json: Json = False) -> None:
     """Have the running worker take work again."""
     with errors(as_json):
         _ask({"do": "resume"}, data_dir, as_json)
 
 
 @app.command(epilog="Example: sotto worker status --json")
-def status(data_dir: DataDir = None, as_json: Json = False) -> None:
+def status(data_dir: WorkerDir = None, as_json: Json = False) -> None:
     """Show whether the running worker takes work, and what it holds."""
     with errors(as_json):
         _ask({"do": "status"}, data_dir, as_json)

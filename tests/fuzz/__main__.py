@@ -1,7 +1,7 @@
 """`python -m tests.fuzz [SECONDS]`: all targets for SECONDS in all (600), each in a process of its own; one JSON line
 for each, exit status 1 when anything was found. `make fuzz` runs it.
 
-With atheris (pip install 'sotto[fuzz]') coverage guides the inputs; without it they come from the same edits by chance.
+With atheris (pip install -e '.[fuzz]') coverage guides the inputs; without it they come from the same edits by chance.
 The processes are forks of this one, which has read the program once. What is found goes into tests/fuzz/found.json, as
 a test, once it is mended.
 """
@@ -42,9 +42,7 @@ def main() -> int:
     else:
         from tests.fuzz.loop import run
 
-        print(
-            "atheris is not installed: inputs are not guided by coverage (pip install 'sotto[fuzz]')", file=sys.stderr
-        )
+        print("atheris is not installed: inputs are not guided by coverage (pip install -e '.[fuzz]')", file=sys.stderr)
     from tests.fuzz.every import TARGETS
 
     names = list(TARGETS) if given.only is None else [given.only]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import runpy
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -16,6 +20,7 @@ from models.tokenizer import Tokenizer
 from protocol.errors import InputError, TransportError
 from simnet.cluster import Cluster
 from sotto import AsyncSwarm, SamplingParams, Swarm
+from sotto.api import Model
 from sotto.demo import demo_checkpoint
 from tests.helpers.tiny_models import make_checkpoint
 
@@ -32,6 +37,18 @@ SNIPPETS = [
 @pytest.fixture(autouse=True)
 def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("name", "call"), [("Swarm", Swarm), ("swarm.deploy", Swarm.deploy), ("model.generate", Model.generate)]
+)
+def test_the_table_of_calls_has_the_defaults_of_the_code(name: str, call: Callable[..., Any]) -> None:
+    text = (ROOT / "docs" / "USING.md").read_text()
+    row = re.search(rf"^\| `{re.escape(name)}\(([^`]*)\)`", text, re.MULTILINE)
+    assert row is not None
+    stated = dict(part.split("=", 1) for part in row[1].split(", ") if "=" in part)
+    real = {p.name: p.default for p in inspect.signature(call).parameters.values() if p.default is not p.empty}
+    assert {each: ast.literal_eval(value) for each, value in stated.items()} == real
 
 
 def local_answer(folder: Path, new_tokens: int) -> str:

@@ -87,4 +87,4 @@ def test_pictures_that_cannot_be_drawn_are_known_before_measuring(
     monkeypatch.setattr(plots, "find_spec", lambda _: None)
     result = CliRunner().invoke(app, ["bench", command, "--plots", str(tmp_path), "--json"])
     assert result.exit_code == 1
-    assert "sotto[plots]" in json.loads(result.stdout)["error"]
+    assert "[plots]" in json.loads(result.stdout)["error"]

@@ -115,6 +115,21 @@ def test_version() -> None:
     assert "sotto demo" in sotto("--help").stdout
 
 
+@pytest.mark.parametrize("words", [["worker"], ["worker", "status"], ["join"], ["invite"], ["doctor"]])
+def test_the_folder_of_a_worker_is_named(words: list[str]) -> None:
+    command = get_command(app)
+    for word in words:
+        command = command.commands[word]  # type: ignore[attr-defined]
+    folder = next(each for each in command.params if each.name == "data_dir")
+    assert "sotto/worker" in folder.help  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["run", "submit"])
+def test_kv_room_can_be_leased_where_the_documents_say_so(name: str) -> None:
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    assert any("--kv-tokens" in parameter.opts for parameter in command.params)
+
+
 def test_help_loads_no_torch_and_import_loads_no_key_code() -> None:
     code = "import sys, sotto, sotto.__main__; print([m for m in sys.modules if m in ('torch', 'trio', 'equivariant')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -159,7 +159,7 @@ def test_a_plot_is_a_png_or_says_what_is_missing(folder: Path, tmp_path: Path) -
     file = tmp_path / "plot.png"
     result = sotto(folder, "history", "--plot", str(file))
     if result.exit_code:
-        assert "sotto[plots]" in result.stderr
+        assert "[plots]" in result.stderr
     else:
         assert file.read_bytes().startswith(b"\x89PNG")
 

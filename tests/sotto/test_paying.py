@@ -67,6 +67,15 @@ def test_a_draft_model_and_precisions_that_contradict_each_other() -> None:
         strategy_of("weights=int8", "bfloat16", None, None, exact=False)
 
 
+@pytest.mark.parametrize(
+    ("text", "exact", "reason"),
+    [("wire=int8", True, "wire=int8 loses precision"), ("micro_batches=2,batching=off", False, "there is none")],
+)
+def test_what_no_route_can_help_is_refused_at_once(text: str, exact: bool, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        strategy_of(text, None, None, None, exact=exact)
+
+
 def test_weights_are_chosen_before_the_deployment_and_a_budget_is_kept_in_mind(swarm: Cluster, tmp_path: Path) -> None:
     model, data = make_checkpoint(tmp_path / "model", seed=37), tmp_path / "data"
     words = ["run", "-m", str(model), "-b", swarm.bootstrap, "-n", "4", "--data-dir", str(data), "--json"]

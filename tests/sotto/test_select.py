@@ -78,7 +78,7 @@ def test_without_matplotlib_nothing_is_fitted_first(few: Path, tmp_path: Path, m
     monkeypatch.setattr("client.metalearning.evaluate.judge_all", lambda *_: pytest.fail("fitted for nothing"))
     done = select(few, *WORDS, "--hold-out", "group", "--plots", str(tmp_path), "--json")
     assert done.exit_code == 1
-    assert "sotto[plots]" in json.loads(done.stdout)["error"]
+    assert "[plots]" in json.loads(done.stdout)["error"]
 
 
 @pytest.mark.parametrize(

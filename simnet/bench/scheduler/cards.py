@@ -41,7 +41,7 @@ class Embedded:
 def missing() -> str | None:
     """Why nothing can be embedded here; None when it can."""
     names = [name for name in (PACKAGE, LIBRARY) if find_spec(name) is None]
-    return f"not installed: {', '.join(names)} (sotto[text])" if names else None
+    return f"not installed: {', '.join(names)} (the extra 'text')" if names else None
 
 
 def embedded(records: Records, embed: Embed, clock: Callable[[], float]) -> Embedded:
