@@ -13,21 +13,12 @@ from collections.abc import Callable
 import trio
 
 from client.observer import ClientObserver, NullObserver
-from protocol.adverts import TOPIC, AdvertGate
+from protocol.adverts import TOPIC, AdvertGate, AdvertRefused
 from protocol.errors import RemoteProtocolError
 from protocol.ids import PeerId
 from protocol.ports import Clock, Gossip, GossipMessage
 from protocol.swarm import SwarmView
 
-# AdvertGate says in words why it refused; counters need few names that no peer can choose.
-REFUSALS = {
-    "signed by another": "forged",
-    "bad signature": "forged",
-    "has expired": "expired",
-    "from the future": "future",
-    "a replay": "replay",
-    "too many peers": "full",
-}
 MALFORMED = "malformed"
 
 
@@ -72,7 +63,7 @@ class SwarmWatch:
         try:
             advert = self._gate.admit(message.data, message.author, now_ms)
         except RemoteProtocolError as error:
-            reason = next((name for words, name in REFUSALS.items() if words in str(error)), MALFORMED)
+            reason = error.reason if isinstance(error, AdvertRefused) else MALFORMED
             self.refused[reason] = self.refused.get(reason, 0) + 1
             self._observer.advert_refused(reason)
             return False

@@ -31,6 +31,7 @@ SUPERVISORS = {
     "node/p2p/upnp.py": 1,
     "node/p2p/yamux.py": 2,
     "sotto/portal.py": 2,  # threads' boundaries: what ends a thread is raised again in its caller's
+    "simnet/checks/core.py": 1,  # whatever a check raises is that check's failure
     # The edge's virtual twin: handlers and validators that raise are part of the ports' contract.
     "simnet/endpoint.py": 1,
     "simnet/gossip.py": 1,
