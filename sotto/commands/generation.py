@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from node.defaults import KV_TOKENS
 from sotto.commands.common import (
     Bootstrap,
     Capability,
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from client.tracing import TraceReport
     from equivariant.keys import RootKey
     from models.checkpoint import Checkpoint
-    from node.app_client import Client
     from node.choosing import Decided
+    from node.client import Client
     from node.model import Ask, DeployedModel
     from protocol.strategy import Auto, Strategy, Weights
     from protocol.swarm import SwarmView
@@ -87,8 +88,6 @@ ExpectTokens = Annotated[
 ]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
 
-
-KV_TOKENS = 4096  # node.app_client's default, which would load torch here
 KvTokens = Annotated[
     int, typer.Option(min=1, max=1 << 22, help="KV room to lease at each worker: tokens of all requests together.")
 ]
@@ -256,7 +255,8 @@ def submit(
 @asynccontextmanager
 async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     """The model of a command line, sealed and deployed, with progress for people."""
-    from node.app_client import ClientOptions, DeployOptions, open_client
+    from node.app_client import open_client
+    from node.client import ClientOptions, DeployOptions
     from node.grants import read_token
     from sotto.commands.models import UploadTotal, describe_placement, open_model, root_key
 

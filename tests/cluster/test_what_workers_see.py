@@ -24,7 +24,7 @@ from client.tensors import to_payload, to_tensor
 from equivariant.audit.cosine import SIGMAS, audit_block, max_cosine
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
-from node.app_client import Client
+from node.client import Client
 from node.model import DeployedModel
 from node.p2p.direct_stream import DirectStream
 from node.p2p.streams import MeshStream
