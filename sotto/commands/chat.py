@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from node.defaults import KV_TOKENS
+from sotto.commands.asked import ask_of, for_what, paid, strategy_of, where_of
 from sotto.commands.common import (
     Bootstrap,
     Capability,
@@ -41,13 +42,8 @@ from sotto.commands.generation import (
     TopK,
     TopP,
     Workers,
-    ask_of,
     deployed,
-    for_what,
-    paid,
     result_json,
-    strategy_of,
-    where_of,
 )
 
 if TYPE_CHECKING:
