@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from client.outputs import KeptOutputs
 from client.session import SessionTerms
 from client.tensors import to_payload, to_tensor
 from equivariant.audit.cosine import SIGMAS, audit_block, max_cosine
@@ -37,6 +36,7 @@ from protocol.messages import Message, Step
 from protocol.tensors import Payload
 from simnet.cluster import Cluster
 from sotto.demo import DEMO_PROMPTS, demo_checkpoint
+from tests.helpers.outputs import KeptOutputs
 from tests.helpers.swarm import deploy, with_client
 
 TEXT = " ".join(DEMO_PROMPTS)
