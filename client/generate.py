@@ -332,12 +332,5 @@ class Generation:
         return self._host.clock.monotonic() - self._started_at
 
 
-def generate(
-    session: Steps, ends: Ends, prompt_ids: Sequence[int], params: GenerationParams, host: GenerationHost
-) -> AsyncGenerator[int, None]:
-    """Generation.tokens for callers who want the ids alone."""
-    return Generation(session, ends, prompt_ids, params, host).tokens()
-
-
 def _embedder(ends: Ends, params: GenerationParams, ids: Sequence[int]) -> Callable[[], Payload]:
     return lambda: to_payload(ends.embed(ids), WIRE_DTYPES[params.wire_dtype])

@@ -15,7 +15,6 @@ import trio
 from client.observer import ClientObserver, NullObserver
 from protocol.adverts import TOPIC, AdvertGate, AdvertRefused
 from protocol.errors import RemoteProtocolError
-from protocol.ids import PeerId
 from protocol.ports import Clock, Gossip, GossipMessage
 from protocol.swarm import SwarmView
 
@@ -43,11 +42,6 @@ class SwarmWatch:
         """The workers whose adverts hold now."""
         self._view = self._view.at(self._now_ms())
         return self._view
-
-    def forget(self, peer: PeerId) -> None:
-        """`peer` was seen to be gone; it is back with its next advert."""
-        self._view = self._view.without(peer)
-        self._wake()
 
     async def wait_for(self, predicate: Callable[[SwarmView], bool]) -> SwarmView:
         """The first view for which `predicate` holds. Waits as long as it takes: callers own timeouts."""

@@ -108,7 +108,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class DeployedModel:
-    """Made by app_client.Client.deploy."""
+    """Made by node.client.Client.deploy."""
 
     ports: ClientPorts
     driver: Driver

@@ -19,6 +19,7 @@ import trio
 from client.metalearning.features import model_features
 from client.metalearning.record import Outcome, Record
 from client.tracing import at_percent
+from node.cores import cores
 from node.model import Ask, DeployedModel
 from node.recording import Build, Journal
 from protocol.errors import InputError, SottoError
@@ -26,7 +27,7 @@ from protocol.strategy import parse
 from simnet.bench.collect.grid import Cell, TaskPoint
 from simnet.bench.collect.tasks import Drawn, known_before
 from simnet.bench.dictated import Dictated
-from simnet.bench.machine import cores, cpu_seconds
+from simnet.bench.machine import cpu_seconds
 from simnet.bench.serving import Served, Timed, serve
 from simnet.bench.workloads import Request
 
