@@ -100,11 +100,10 @@ def test_a_replayed_ticket_is_refused() -> None:
         boxes = route.boxes(route.tickets())
         for expected in (SessionOpened, SessionFailed):
             await route.send(OpenSession(route.session, boxes))
-            assert isinstance((await route.next())[0], expected)
-        await trio.sleep(1)
-        await route.attach()
-        await route.send(OpenSession(route.session, boxes))
-        assert await refused(route) == RefusalReason.BAD_TICKET
+            message, _ = await route.next()
+            assert isinstance(message, expected)
+        assert isinstance(message, SessionFailed)
+        assert message.reason == RefusalReason.BAD_TICKET
 
     in_swarm(1, test)
 
@@ -181,6 +180,46 @@ def test_strangers_cannot_touch_an_open_session() -> None:
         np.testing.assert_array_equal(await route.do(0, 0, ROWS), toy_answer(range(2), ROWS)[-1:])
 
     in_swarm(1, test)
+
+
+def test_a_strangers_tickets_keep_nobody_out() -> None:
+    """They are its own and hold, but for the session that they name: nothing of them may stay."""
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        route = await attached(swarm)
+        await route.open()
+        await route.next()
+        mallory = await swarm.another("mallory")
+        link = await mallory.dial(worker, LINK)
+        for ticket in (route.tickets(epoch=1)[0] for _ in range(4)):
+            own = replace(ticket, client=mallory.peer, predecessor=mallory.peer)
+            await link.send(OpenSession(route.session, (issue_ticket(own, mallory.identity),)))
+        await trio.sleep(1)
+        assert worker.counts.violations == [(mallory.peer, LINK)] * 4
+        np.testing.assert_array_equal(await route.do(0, 0, ROWS), toy_answer(range(2), ROWS)[-1:])
+        await swarm.client.route([worker], "another")
+
+    in_swarm(1, test)
+
+
+def test_a_ticket_of_a_route_that_is_over_ends_nothing() -> None:
+    """The hop that it names as its predecessor may have kept it back."""
+
+    async def test(swarm: Swarm) -> None:
+        first, second = swarm.workers
+        await swarm.client.deploy_route(swarm.workers)
+        route = await swarm.client.route(swarm.workers)
+        kept = route.boxes(route.tickets(epoch=1))[1:]
+        await route.open(epoch=2)
+        for worker in swarm.workers:
+            assert isinstance((await route.next(worker))[0], SessionOpened)
+        first.service.links._links[second.peer].outbox.force(OpenSession(route.session, kept))
+        await trio.sleep(1)
+        assert second.counts.violations == [(first.peer, LINK)]
+        np.testing.assert_array_equal(await route.do(0, 0, ROWS, epoch=2), toy_answer(range(4), ROWS)[-1:])
+
+    in_swarm(2, test)
 
 
 def test_a_step_from_another_than_the_predecessor_is_dropped() -> None:
