@@ -516,6 +516,45 @@ def test_what_waits_is_bounded_for_each_client_and_comes_back() -> None:
     in_swarm(1, test, queue_memory_bytes=8192, compute=lambda _: ToyCompute(CostModel(step_s=3.0)))
 
 
+def test_answers_that_wait_to_be_sent_again_count_though_they_were_acknowledged() -> None:
+    rows = some_rows(60)
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        route = await attached(swarm)
+        await route.open()
+        await route.next()
+        await route.do(0, 0, rows, tail=60)
+        await route.send(*route.step(1, 60, ROWS[:1]))
+        for _ in range(8):
+            await route.send(*route.step(0, 0, rows, tail=60))
+        await route.send(*route.step(2, 61, ROWS[:1], acked=1))
+        await trio.sleep(1)
+        assert worker.service.house.queues.used_bytes >= 8 * rows.nbytes
+        await route.aclose()
+        await trio.sleep(20)
+        worker.assert_idle()
+
+    in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(step_s=2.0)))
+
+
+def test_repetitions_along_a_route_are_equal_at_every_hop() -> None:
+    """Also where a hop widens what it sends on: the next one sees the header that it saw before."""
+
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        route = await swarm.client.route(swarm.workers)
+        answer = await route.do(0, 0, ROWS)
+        np.testing.assert_array_equal(await route.do(0, 0, ROWS), answer)
+        await route.send(*route.step(0, 0, ROWS[:1]))
+        message, _ = await route.next(swarm.workers[0])
+        assert isinstance(message, SessionFailed)
+        assert message.reason == RefusalReason.BAD_STEP
+        assert [worker.counts.repeated for worker in swarm.workers] == [1, 1, 1]
+
+    in_swarm(3, test)
+
+
 def test_bytes_are_slowed_down_and_nothing_is_lost() -> None:
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
