@@ -11,7 +11,7 @@ from client.errors import HopLost, HopRefused, HopViolation
 from client.session import SessionTerms
 from protocol.errors import RouteUnavailable
 from protocol.ids import PeerId
-from protocol.messages import Attach, Message, OpenSession, RefusalReason, SessionFailed, Step
+from protocol.messages import Attach, CloseSession, Message, OpenSession, RefusalReason, SessionFailed, Step
 from protocol.tensors import Payload, TensorHeader
 from tests.helpers.driving import TERMS, fill_the_way, with_swarm
 from tests.helpers.fake_hop import FakeSwarm, Reply, activations, output
@@ -227,8 +227,21 @@ def test_a_hop_that_stops_reading_costs_the_step_budget_and_no_more() -> None:
             with pytest.raises(RouteUnavailable, match="no answer from the route"):
                 await fill_the_way(session)
             assert 15.0 <= trio.current_time() - at < 20.0
+        await trio.sleep(2)
+        assert swarm.hops[1].open_sessions == 0, "it was told, though the first could not be"
 
     with_swarm(2, body)
+
+
+def test_a_hop_that_passes_no_close_on_keeps_nobody_elses_session() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[0].conduct.mute = (CloseSession,)
+        async with driver.session(swarm.route, TERMS) as session:
+            await session.step(activations(1), position=0)
+        await trio.sleep(2)
+        assert [hop.open_sessions for hop in swarm.hops] == [1, 0, 0]
+
+    with_swarm(3, body)
 
 
 def test_a_lost_hop_is_noticed_while_a_step_waits_to_be_sent() -> None:
