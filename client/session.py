@@ -123,9 +123,9 @@ class RouteSession:
 
     async def open(self, tickets: tuple[bytes, ...]) -> None:
         """Attach to every hop, then open the route with `tickets`. Raises the failure of whichever hop objects."""
-        for machine, link in zip(self._machines, self._links, strict=True):
+        for number, (machine, link) in enumerate(zip(self._machines, self._links, strict=True)):
             machine.sent(Attach)
-            await self._send(link, Attach(self.id), b"", self._unready(State.ATTACHED))
+            await self._send(link, Attach(self.id), b"", self._unready(State.ATTACHED, number))
         await self._until(lambda: self._all(State.ATTACHED), self._unready(State.ATTACHED))
         for machine in self._machines:
             machine.sent(OpenSession)
@@ -358,12 +358,14 @@ class RouteSession:
             if trio.current_time() >= self._heard_at + patience.seconds and not ready():
                 self.fail(patience.error())
 
-    def _unready(self, state: State) -> _Patience:
-        """Names the first hop that has not reached `state`."""
+    def _unready(self, state: State, told: int = 0) -> _Patience:
+        """Names the first hop that was asked and has not reached `state`; if there is none, hop `told`: it answered
+        what it did not read, and still reads nothing."""
 
         def error() -> SottoError:
             hops = zip(self.route.hops, self._machines, strict=True)
-            late = next(hop for hop, machine in hops if machine.state is not state)
+            asked = (hop for hop, machine in hops if machine.state not in (state, State.IDLE))
+            late = next(asked, self.route.hops[told])
             return HopLost(late.peer, f"did not open the session within {self.terms.open_timeout_s:g} s")
 
         return _Patience(self.terms.open_timeout_s, error)
