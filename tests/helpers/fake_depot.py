@@ -56,6 +56,7 @@ class FakeDepot:
     pieces: int = 0
     streams: int = 0
     greedy: bool = False  # never has enough of the first piece
+    dawdling: bool = False  # wants nothing, and says so each second
 
     def serve(self) -> None:
         self.endpoint.handle(CONTROL, self._control)
@@ -116,6 +117,9 @@ class FakeDepot:
         """One piece after the other. False when the client left, or this side does."""
         parts = self.partial.setdefault(pieces.digest, {})
         await self._answer(channel, ShardProgress(pieces.digest, sum(map(len, parts.values()))))
+        while self.dawdling:
+            await trio.sleep(1)
+            await self._answer(channel, ShardProgress(pieces.digest, 0))
         for index in [0] * 99 if self.greedy else range(pieces.count):
             if index in parts and not self.greedy:
                 continue
