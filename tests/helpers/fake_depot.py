@@ -46,6 +46,7 @@ class FakeDepot:
     identity: Identity
     replace: Callable[[Message], Message | None] = lambda answer: answer
     leave_after: int | None = None
+    renewed_ms: int | None = None  # for how long leases are renewed, whatever was asked for
     store: dict[ShardDigest, bytes] = field(default_factory=dict)
     partial: dict[ShardDigest, dict[int, bytes]] = field(default_factory=dict)
     offers: list[ShardOffer] = field(default_factory=list)
@@ -77,7 +78,8 @@ class FakeDepot:
 
     def _extended(self, lease: Lease, lease_s: int) -> Lease:
         now_ms = int(VirtualClock().time() * 1000)
-        return replace(lease, granted_ms=now_ms, expires_ms=now_ms + lease_s * 1000)
+        life_ms = lease_s * 1000 if self.renewed_ms is None else self.renewed_ms
+        return replace(lease, granted_ms=now_ms, expires_ms=now_ms + life_ms)
 
     def _reply(self, request: Message, client: PeerId) -> Message:
         match request:
