@@ -29,7 +29,8 @@ def with_client(
 
     async def main() -> T:
         with trio.fail_after(DEADLINE_S):
-            async with open_client(ClientOptions(data_dir, (bootstrap or net.bootstrap,), discover_s=5.0)) as client:
+            options = ClientOptions(data_dir, (bootstrap or net.bootstrap,), discover_s=5.0, chooses=False)
+            async with open_client(options) as client:
                 return await work(client)
 
     with ungrouped():
