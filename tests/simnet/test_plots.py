@@ -34,7 +34,7 @@ ENGINE = {"model": {"name": "120m"}, "float32": {"software": {"token_us": TOKEN}
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(plots, "find_spec", lambda _: None)
-    with pytest.raises(InputError, match=r"install sotto\[plots\]"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[plots\]'"):
         plots.growth(GROWTH, tmp_path)
 
 
