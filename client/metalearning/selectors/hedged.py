@@ -4,9 +4,10 @@ seen, and a fixed ranking that they must beat.
 1. The recorded tasks are split by group into folds; every model predicts each fold from the others.
 2. Models whose choices were three standard errors behind the best model's there have no say; the others have equal
    ones.
-3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds a quarter of the models'
-   disagreement about that gain, and nowhere if the mixture did not gain beyond doubt on those folds: then the ranking
-   is used.
+3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds the models' disagreement about
+   that gain, times a caution. The caution is the one that gained most on those folds, of those by which no groups are
+   likely to lose; where there is none, the ranking is used. What is asked of it holds apart for tasks within the
+   ranges that were recorded and beyond them, and for every set of strategies that a task may be allowed.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on
@@ -16,10 +17,14 @@ held-out groups; quantiles of one model say nothing about a group that is unlike
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
+from sklearn.cluster import KMeans
 
+from client.metalearning.encoding import Encoder
+from client.metalearning.resampling import Draws
 from client.metalearning.selectors.base import Prediction, Selector, best, ranking
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.grown import Grown
@@ -27,11 +32,15 @@ from client.metalearning.selectors.kernel import Kernel
 from client.metalearning.table import Array, Mask, Numbers, Table, Task
 from client.metalearning.trees import boosted, randomised
 
-CAUTION = 0.25  # of the disagreement; 0 to 1 differ by less than the noise on the tables that this was tried on
+CAUTIONS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the models' disagreement
+LOST_MAX = 0.005  # of the fraction of the oracle: so far below nothing may the lower end of the gain's interval be
 BEHIND_MAX = 3.0  # standard errors behind the best model, beyond which a model has no say
 FOLDS, FOLDS_OF_MANY, MANY_TASKS = 5, 3, 1500
-GAIN_ERRORS = 2.0  # standard errors over groups by which the gain must exceed nothing, to be trusted on a new one
+FEW_GROUPS = 6  # each a fold of its own
 ERROR_MIN = 1e-3  # of a mean fraction: differences below it tell no model from another
+ROUNDS = 400  # of the interval
+
+Sets = Callable[[Table], Sequence[Mask]]
 
 
 def _members() -> list[Selector]:
@@ -44,12 +53,33 @@ def _members() -> list[Selector]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Gate:
+    """When the mixture counts, of tasks that allow no more than `names` (strategies): the caution for tasks `within`
+    the recorded ranges, and `beyond` them; None: never."""
+
+    names: Mask
+    within: float | None
+    beyond: float | None
+
+
 class Hedged:
-    def __init__(self, members: Callable[[], Sequence[Selector]] = _members) -> None:
-        self._make = members
+    """`sets`: which strategies tasks may be allowed (tasks x strategies each), the largest set first."""
+
+    def __init__(
+        self,
+        members: Callable[[], Sequence[Selector]] = _members,
+        sets: Sets = lambda table: [table.measured],
+    ) -> None:
+        self._make, self._sets = members, sets
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the mixture ever counts."""
+        return any(gate.within is not None or gate.beyond is not None for gate in self._gates)
 
     def fit(self, table: Table) -> None:
-        self._ranking = ranking(table.fractions)
+        self._ranking, self._ranges = ranking(table.fractions), _Ranges(table.tasks)
         self._calibrate(table)
         self._members = self._make()
         for member in self._members:
@@ -64,7 +94,21 @@ class Hedged:
     def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
         each = self._each(tasks)
         safe, bold, gain, doubt = self._compared(each, np.tile(self._ranking, (len(tasks), 1)), allowed)
-        return self._mixed(each), np.where(self.trusted & (gain > CAUTION * doubt), bold, safe)
+        chosen, beyond = safe.copy(), self._ranges.beyond(tasks)
+        gates = self._gate_of(allowed)
+        for number, gate in enumerate(self._gates):
+            for there, caution in ((~beyond, gate.within), (beyond, gate.beyond)):
+                if caution is not None:
+                    left = there & (gates == number) & (gain > caution * doubt)
+                    chosen[left] = bold[left]
+        return self._mixed(each), chosen
+
+    def _gate_of(self, allowed: Mask) -> Numbers:
+        """Of each task, the place of the smallest set that has all it is allowed; of the largest where none has."""
+        found = np.zeros(len(allowed), dtype=np.int64)
+        for number, gate in enumerate(self._gates):
+            found[~(allowed & ~gate.names).any(axis=1)] = number
+        return found
 
     def _each(self, tasks: tuple[Task, ...]) -> Array:
         return np.stack([member.predict(tasks).fractions for member in self._members])
@@ -74,31 +118,47 @@ class Hedged:
         return Prediction(mean, np.sqrt(np.tensordot(self.weights, (each - mean) ** 2, axes=1)))
 
     def _calibrate(self, table: Table) -> None:
-        """Sets the weights, and whether to trust the mixture, by predictions of tasks whose groups were held out."""
-        each, ranked = self._held_out(table)
+        """Sets the weights and the gates, by predictions of tasks whose groups were held out."""
+        count = len(self._make())
+        self.weights = np.full(count, 1 / count)
+        sets = self._sets(table)
+        self._gates = [_Gate(mask.any(axis=0), None, None) for mask in sets]
+        table = replace(table, groups=_groups(table))
+        if len(np.unique(table.groups)) < 2:
+            return
+        each, ranked, beyond = self._held_out(table)
         reached = [_reached(table, best(one, table.measured)) for one in each]
         leader = max(reached, key=lambda one: float(one.mean()))
         behind = [(one - leader).mean() / (_error(one - leader, table.groups) + ERROR_MIN) for one in reached]
         kept = np.array(behind) > -BEHIND_MAX
         self.weights = kept / kept.sum()
-        safe, bold, gain, doubt = self._compared(each, ranked, table.measured)
-        gained = np.where(gain > CAUTION * doubt, _reached(table, bold) - _reached(table, safe), 0.0)
-        self.trusted = bool(gained.mean() > GAIN_ERRORS * _error(gained, table.groups))
+        self._gates = [self._gate(table, each, ranked, (mask, beyond)) for mask in sets]
 
-    def _held_out(self, table: Table) -> tuple[Array, Array]:
-        """Models x tasks x strategies, and the ranking of each task's fold, tasks x strategies."""
+    def _gate(self, table: Table, each: Array, ranked: Array, tasks: tuple[Mask, Mask]) -> _Gate:
+        allowed, beyond = tasks
+        safe, bold, gain, doubt = self._compared(each, ranked, allowed)
+        gained = _reached(table, bold) - _reached(table, safe)
+        within, far = (
+            caution_of(gain[there], doubt[there], gained[there], table.groups[there])
+            for there in (allowed.any(axis=1) & ~beyond, allowed.any(axis=1) & beyond)
+        )
+        return _Gate(allowed.any(axis=0), within, far)
+
+    def _held_out(self, table: Table) -> tuple[Array, Array, Mask]:
+        """Models x tasks x strategies; the ranking of each task's fold, tasks x strategies; and which tasks lie beyond
+        their fold's ranges."""
         folds = _folds(table.groups)
-        ranked = np.zeros(table.performance.shape)
+        ranked, beyond = np.zeros(table.performance.shape), np.zeros(len(table.tasks), dtype=np.bool_)
         members = self._make()
         each = np.zeros((len(members), *ranked.shape))
         for fold in np.unique(folds):
             out = folds == fold
             known, tested = table.of(~out), table.of(out).tasks
-            ranked[out] = ranking(known.fractions)
+            ranked[out], beyond[out] = ranking(known.fractions), _Ranges(known.tasks).beyond(tested)
             for place, member in enumerate(members):
                 member.fit(known)
                 each[place, out] = member.predict(tested).fractions
-        return each, ranked
+        return each, ranked, beyond
 
     def _compared(self, each: Array, ranked: Array, allowed: Mask) -> tuple[Numbers, Numbers, Array, Array]:
         """Of each task: the ranking's choice, the mixture's, the gain that it expects, and the models' doubt of
@@ -111,27 +171,62 @@ class Hedged:
         return safe, bold, gain, np.sqrt(self.weights @ (gains - gain) ** 2)
 
 
+def caution_of(gain: Array, doubt: Array, gained: Array, groups: Numbers) -> float | None:
+    """The caution by which most was gained, of those by which groups are not likely to lose; None where there is none.
+    Each argument has a number per task: the gain expected and its doubt, the gain measured, the group."""
+    most, found = 0.0, None
+    draws = Draws.of(groups, rounds=ROUNDS) if len(groups) else None
+    for caution in CAUTIONS if draws else ():
+        values = np.where(gain > caution * doubt, gained, 0.0)
+        if draws is not None and values.mean() > most and draws.mean(values)[0] >= -LOST_MAX:
+            most, found = float(values.mean()), caution
+    return found
+
+
+class _Ranges:
+    """Of every feature that is a number, over the tasks given."""
+
+    def __init__(self, tasks: tuple[Task, ...]) -> None:
+        values = _numbers(tasks)
+        self._low, self._high = np.fmin.reduce(values, axis=0), np.fmax.reduce(values, axis=0)
+
+    def beyond(self, tasks: tuple[Task, ...]) -> Mask:
+        """Which tasks have a number outside."""
+        values = _numbers(tasks)
+        return np.asarray(((values < self._low) | (values > self._high)).any(axis=1))
+
+
+def _numbers(tasks: tuple[Task, ...]) -> Array:
+    return np.array([[cell if isinstance(cell, float) else np.nan for cell in task.cells] for task in tasks])
+
+
+def _groups(table: Table) -> Numbers:
+    """The table's; where that is one, clusters of alike tasks."""
+    if len(np.unique(table.groups)) > 1:
+        return table.groups
+    points = Encoder(table.tasks).encode(table.tasks)
+    count = min(FOLDS, len(np.unique(points, axis=0))) if points.shape[1] else 1
+    if count < 2:
+        return table.groups
+    return np.asarray(KMeans(count, n_init=3, random_state=0).fit_predict(points), dtype=np.int64)
+
+
 def _reached(table: Table, choices: Numbers) -> Array:
     return np.take_along_axis(table.fractions, choices[:, None], axis=1)[:, 0]
 
 
 def _error(values: Array, groups: Numbers) -> float:
-    """Standard error of the mean of values that are alike within a group."""
+    """Standard error of the mean of values that are alike within a group, of which there are two or more."""
     names, places = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        return float(values.std() / np.sqrt(len(values)))
     sums = np.bincount(places, values - values.mean())
     return float(np.sqrt((sums**2).sum() * len(names) / (len(names) - 1)) / len(values))
 
 
 def _folds(groups: Numbers) -> Numbers:
-    """A fold per task. Groups stay whole, unless there is only one; the largest are dealt out first."""
-    random = np.random.default_rng(0)
-    count = FOLDS if len(groups) <= MANY_TASKS else FOLDS_OF_MANY
+    """A fold per task. Groups stay whole; the largest are dealt out first."""
     names, places, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if len(names) < 2:
-        return random.permutation(np.arange(len(groups)) % min(count, len(groups)))
-    load = np.zeros(min(count, len(names)))
+    count = FOLDS if len(groups) <= MANY_TASKS else FOLDS_OF_MANY
+    load = np.zeros(len(names) if len(names) <= FEW_GROUPS else count)
     fold_of = np.zeros(len(names), dtype=np.int64)
     for group in np.argsort(-sizes, kind="stable"):
         fold_of[group] = np.argmin(load)
