@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -157,7 +158,7 @@ class Driver:
         async def dial(hop: Hop) -> None:
             links[hop.peer] = await self._link(hop)
 
-        await run_all(*(_bound(dial, hop) for hop in route.hops))
+        await run_all(*(partial(dial, hop) for hop in route.hops))
         ordered = [links[hop.peer] for hop in route.hops]
         identifier = SessionId(self._ports.entropy(ID_BYTES))
         session = RouteSession(identifier, route, terms, ordered, SessionHost(self._ports.observer, self._detach))
@@ -202,7 +203,7 @@ class Driver:
         """Read and write a link until it ends, whichever side ends it."""
         error: SottoError = LocalProtocolError("the driver has stopped")
         try:
-            await run_all(link.write, _bound(link.read, self._ports.observer.output_dropped))
+            await run_all(link.write, partial(link.read, self._ports.observer.output_dropped))
         except (TransportError, RemoteProtocolError) as failure:
             error = failure
             if isinstance(failure, RemoteProtocolError):
@@ -239,10 +240,3 @@ def _session_of(message: Message) -> SessionId:
     """The session that a message belongs to; an id that no session has when it belongs to none."""
     session: SessionId = getattr(message, "session", SessionId(b""))
     return session
-
-
-def _bound(call: Callable[..., Awaitable[None]], argument: object) -> Callable[[], Awaitable[None]]:
-    async def bound() -> None:
-        await call(argument)
-
-    return bound

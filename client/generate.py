@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
+import torch
 import trio
 from torch import Tensor
 
@@ -271,7 +272,7 @@ class Generation:
     def _choose(self, rows: Tensor, drafts: tuple[int, ...], position: int) -> list[int]:
         """The tokens for `position` and what follows, from logits, as far as `drafts` hold: one at least."""
         chosen = list[int]()
-        if not bool(rows.isfinite().all()):  # finite numbers can be so large that their sums are not
+        if not all(map(math.isfinite, torch.aminmax(rows))):  # finite numbers can be so large that their sums are not
             raise RemoteProtocolError("the route's answer is so large that no token follows from it: a worker lies")
         room = self._params.max_new_tokens - len(self.ids)
         for row, guess in zip(rows, (*drafts, None), strict=True):
@@ -329,13 +330,6 @@ class Generation:
 
     def _elapsed_s(self) -> float:
         return self._host.clock.monotonic() - self._started_at
-
-
-def generate(
-    session: Steps, ends: Ends, prompt_ids: Sequence[int], params: GenerationParams, host: GenerationHost
-) -> AsyncGenerator[int, None]:
-    """Generation.tokens for callers who want the ids alone."""
-    return Generation(session, ends, prompt_ids, params, host).tokens()
 
 
 def _embedder(ends: Ends, params: GenerationParams, ids: Sequence[int]) -> Callable[[], Payload]:

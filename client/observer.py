@@ -37,7 +37,7 @@ class ClientObserver(Protocol):
     def hop_lost(self, peer: PeerId) -> None: ...
     def violation(self, peer: PeerId) -> None: ...
     def advert_refused(self, reason: str) -> None:
-        """`reason` is one of client.swarm.REFUSALS' values."""
+        """`reason`: protocol.adverts.AdvertRefused has them; or "malformed"."""
 
     def uploaded(self, peer: PeerId, nbytes: int) -> None:
         """Bytes of sealed shards that a worker took."""

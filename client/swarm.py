@@ -13,21 +13,11 @@ from collections.abc import Callable
 import trio
 
 from client.observer import ClientObserver, NullObserver
-from protocol.adverts import TOPIC, AdvertGate
+from protocol.adverts import TOPIC, AdvertGate, AdvertRefused
 from protocol.errors import RemoteProtocolError
-from protocol.ids import PeerId
 from protocol.ports import Clock, Gossip, GossipMessage
 from protocol.swarm import SwarmView
 
-# AdvertGate says in words why it refused; counters need few names that no peer can choose.
-REFUSALS = {
-    "signed by another": "forged",
-    "bad signature": "forged",
-    "has expired": "expired",
-    "from the future": "future",
-    "a replay": "replay",
-    "too many peers": "full",
-}
 MALFORMED = "malformed"
 
 
@@ -53,11 +43,6 @@ class SwarmWatch:
         self._view = self._view.at(self._now_ms())
         return self._view
 
-    def forget(self, peer: PeerId) -> None:
-        """`peer` was seen to be gone; it is back with its next advert."""
-        self._view = self._view.without(peer)
-        self._wake()
-
     async def wait_for(self, predicate: Callable[[SwarmView], bool]) -> SwarmView:
         """The first view for which `predicate` holds. Waits as long as it takes: callers own timeouts."""
         while True:
@@ -72,7 +57,7 @@ class SwarmWatch:
         try:
             advert = self._gate.admit(message.data, message.author, now_ms)
         except RemoteProtocolError as error:
-            reason = next((name for words, name in REFUSALS.items() if words in str(error)), MALFORMED)
+            reason = error.reason if isinstance(error, AdvertRefused) else MALFORMED
             self.refused[reason] = self.refused.get(reason, 0) + 1
             self._observer.advert_refused(reason)
             return False

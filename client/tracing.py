@@ -152,4 +152,9 @@ def spread(values_us: Sequence[float]) -> Spread:
     ordered = sorted(values_us)
     if not ordered:
         return Spread(0.0, 0.0)
-    return Spread(round(median(ordered), 1), round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 1))
+    return Spread(round(median(ordered), 1), round(at_percent(ordered, 95), 1))
+
+
+def at_percent(ordered: Sequence[float], percent: int) -> float:
+    """The lowest of the sorted values (one or more) that `percent` % of them do not exceed: one that occurred."""
+    return ordered[-(-percent * len(ordered) // 100) - 1]

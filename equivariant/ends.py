@@ -6,6 +6,7 @@ ids, logits and un-keyed hidden states exist only here.
 The rotation is applied per call, not folded into the tables. Folding would cost V d^2 products per table at every
 start of a client (11 s for V 32,000 and d 4096 on 2 cores) and a second table beside a tied one; per call it costs d^2
 per token and side, d / V of the head's own work, and the embedding can stay as it is stored, mapped from its file.
+Both directions are kept, each in the layout that products want.
 No sampling here, no tokenizer, no files.
 """
 
@@ -44,7 +45,8 @@ class ClientEnds:
     embedding: Tensor  # [V, d], stored dtype
     gain: Tensor  # [d]
     head: Linear | Int8Linear  # [V, d]
-    rotation: Tensor | None  # [d, d], float32 or float64
+    outward: Linear | None  # x Q [d, d], in float32 or float64
+    inward: Linear | None  # x Q^T
     rms_norm_eps: float
     dtype: torch.dtype
 
@@ -64,11 +66,13 @@ class ClientEnds:
         """
         if rotation is not None and tuple(rotation.shape) != (ends.head.shape[1],) * 2:
             raise ValueError(f"a rotation of {tuple(rotation.shape)} does not fit hidden size {ends.head.shape[1]}")
+        wide = None if rotation is None else rotation.to(_wide(dtype))
         return cls(
             embedding=ends.embedding,
             gain=ends.final_norm.to(dtype),
             head=_head(ends.head, head or dtype, dtype),
-            rotation=None if rotation is None else rotation.to(_wide(dtype)),
+            outward=None if wide is None else Linear(wide.T.contiguous()),
+            inward=None if wide is None else Linear(wide),
             rms_norm_eps=rms_norm_eps,
             dtype=dtype,
         )
@@ -79,13 +83,13 @@ class ClientEnds:
         if any(not 0 <= token < len(self.embedding) for token in ids):
             raise ValueError(f"a token id is outside the vocabulary of {len(self.embedding)}")
         plain = self.embedding[torch.tensor(ids, dtype=torch.int64)].to(_wide(self.dtype))
-        return (plain if self.rotation is None else plain @ self.rotation).to(self.dtype)
+        return (plain if self.outward is None else self.outward(plain)).to(self.dtype)
 
     @torch.inference_mode()
     def residual(self, hidden: Tensor) -> Tensor:
         """[T, d] float32 or float64: a worker's hidden state back in the model's own basis."""
         wide = hidden.to(_wide(self.dtype))
-        return wide if self.rotation is None else wide @ self.rotation.T
+        return wide if self.inward is None else self.inward(wide)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

@@ -185,22 +185,24 @@ class Block:
             raise ValueError(f"{end} tokens do not fit into a cache of {kv.capacity}")
 
     def _attention(self, x: Tensor, segments: Sequence[Segment], turns: Turns) -> Tensor:
-        queries, keys, values = self._heads(x, turns)
-        mixed, start = [], 0
-        for segment in segments:
-            own = slice(start, start + segment.count)
-            segment.kv.append(keys[:, own], values[:, own])
-            mixed.append(self._attend(queries[:, own], segment))
-            start += segment.count
+        parts: list[tuple[Tensor, ...]] = [self._heads(x, turns)]
+        if len(segments) > 1:
+            counts = [segment.count for segment in segments]
+            parts = list(zip(*(heads.split_with_sizes(counts, 1) for heads in parts[0]), strict=True))
+        mixed = []
+        for (queries, keys, values), segment in zip(parts, segments, strict=True):
+            segment.kv.append(keys, values)
+            mixed.append(self._attend(queries, segment))
         whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
         return self._o(whole.transpose(0, 1).reshape(len(x), -1))
 
     def _heads(self, x: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [nq, R, hd], keys and values [nk, R, hd] of the rows x [R, d]."""
-        queries, turning = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
+        nq, nk = self.config.num_heads, self.config.num_kv_heads
         heads = self._qkv(x).view(len(x), -1, self.config.head_dim).transpose(0, 1)
-        turned = rotate(self._normed(heads[:turning]), *turns)
-        return turned[:queries], turned[queries:], heads[turning:]
+        turning, values = heads.split_with_sizes((nq + nk, nk))
+        queries, keys = rotate(self._normed(turning), *turns).split_with_sizes((nq, nk))
+        return queries, keys, values
 
     def _attend(self, queries: Tensor, segment: Segment) -> Tensor:
         # keys that no query of this step can see are not even read

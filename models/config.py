@@ -186,7 +186,6 @@ class ModelConfig:
     blocks: tuple[BlockConfig, ...]
     tie_word_embeddings: bool
     rms_norm_eps: float
-    bos_id: int | None
     eos_ids: tuple[int, ...]
     dtype: str  # as stored: "bfloat16", "float32", ...
     max_position: int  # context length in tokens

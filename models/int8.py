@@ -60,13 +60,17 @@ class Int8Linear:
     """x W^T + b for W = weight [out, in] int8 times scale [out] float32, computed in float32. Takes the tensors over:
     do not write to them. Raises ModelError when a factor is not finite and above zero."""
 
-    __slots__ = ("_bias", "_packed", "_scale", "_weight", "_zeros", "device", "dtype", "in_features", "out_features")
+    __slots__ = (
+        "_bias", "_packed", "_scale", "_weight", "_zeros",
+        "device", "dtype", "in_features", "out_features", "weight_bytes",
+    )  # fmt: skip
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
         if not bool(((scale > 0) & torch.isfinite(scale)).all()):
             raise ModelError("a factor of quantised weights is not a finite number above zero")
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = torch.float32, weight.device
+        self.weight_bytes = weight.nbytes
         self._bias, self._scale = bias, scale
         self._zeros = torch.zeros(self.out_features, dtype=torch.int32, device=weight.device)
         self._packed = self._pack(weight)

@@ -28,11 +28,12 @@ PROBE_ROUNDINGS = 8
 class Linear:
     """x W^T + b for a weight W [out, in] and a bias b [out] or none. Takes the tensors over: do not write to them."""
 
-    __slots__ = ("_bias", "_packed", "_weight", "device", "dtype", "in_features", "out_features")
+    __slots__ = ("_bias", "_packed", "_weight", "device", "dtype", "in_features", "out_features", "weight_bytes")
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.dtype, self.device = weight.dtype, weight.device
+        self.weight_bytes = weight.nbytes
         self._bias = bias
         self._packed = _pack(weight)
         self._weight = weight if self._packed is None else None

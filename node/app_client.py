@@ -1,405 +1,41 @@
-"""The client's composition root: a node that finds workers and deploys sealed models on them.
+"""The client's composition root: a node with a client (client.py) on it, and the tasks that both need.
 
 Each process runs under an identity of the moment and shows capabilities that the user's own identity, which owns the
 deployments, issued to it: so any number of clients work with one data folder. A client that uses somebody else's
 deployment runs under the user's own identity instead, which is the one that the capability names.
 
-The only root that meets keys. Everything that is started ends with the block it was started in. Sealing runs in a
-thread; the event loop stays free for the network.
+The only root that meets keys. Everything that is started ends with the block it was started in.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import trio
 
-from client.batches import Batches
-from client.deploy import DeployedHop, DeployProgress, deploy
-from client.deploy import Progress as UploadProgress
 from client.driver import Driver
-from client.errors import HopLost, HopRefused, HopViolation
-from client.leases import LeaseKeeper, Leasing
-from client.page_keys import plain_secret
-from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
-from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts, Credentials, Introduce, none_needed, to_nobody
-from client.revoking import remind, revoke_everywhere
-from client.routing import Route, choose_route, held_route, route_of
-from client.rtts import measure_rtts_ms, worth_asking
-from client.sealing import Sealer
-from client.swarm import SwarmWatch
-from client.upload import Supply, holders_in
-from equivariant.keys import RootKey, require_key
-from models.checkpoint import Checkpoint
-from models.tokenizer import Tokenizer
-from node.choosing import REPLAYED_MAX, Choosing
+from node.choosing import REPLAYED_MAX
+from node.client import Client, ClientOptions
 from node.clock import SystemClock
-from node.draft import Draft
 from node.entering import in_touch, member_ports
 from node.entry import read_entry
-from node.grants import Grants, OwnCredentials, Token
+from node.grants import OwnCredentials
 from node.groups import ungrouped
 from node.identity import load_identity
 from node.joining import Leads, stay_joined
 from node.lifetime import only_user_of
-from node.measuring import time_ends
 from node.metrics import ClientMetrics, serve_metrics
-from node.model import DeployedModel, turns_over
 from node.p2p.mesh import MeshConfig, open_mesh
-from node.paths import history_file, reports_file
-from node.rates import note_rate
-from node.recording import Journal, Origin, Recorder, Subject, wanted
-from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
-from node.sharing import COMPARED_MAX, Sharing, Sources
-from protocol import limits
-from protocol.capabilities import Right
-from protocol.errors import InputError, RouteUnavailable
-from protocol.ids import DeploymentId, PeerId
-from protocol.messages import RefusalReason
-from protocol.reports import pen_of
+from protocol.errors import InputError
+from protocol.ids import DeploymentId
 from protocol.signed import Identity
-from protocol.swarm import Member, SwarmView
-
-log = logging.getLogger("sotto.client")
-
-KV_TOKENS_DEFAULT = 4096  # KV room that a placement asks for: one long chat, or several short requests
-LEFT_OUT_MAX = 8  # workers that one deployment does without: more that decline, and the reason lies on this side
-RIVALS_S = 20.0  # how long to give way to another client of the same user, who brings the same model to workers
-RIVALS_PAUSE_S = 1.0  # and to twice that, by chance: an upload of a small model and an advert take as long
-SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
-
-
-@dataclass(frozen=True, slots=True)
-class ClientOptions:
-    """`data_dir` holds identity, keys and sealed models. `bootstrap` holds addresses and invites; when it is empty the
-    local network is searched for a public swarm. `discover_s` is how long to wait for workers. `capability`: what the
-    owner of another's deployment gave, for a client that uses that one. `origin`: what the history says that this
-    client's requests are. `draft`: see node.draft.Draft. `share_records`: tell other clients how strategies compared
-    here, and heed what they tell (node/sharing.py). `chooses`: have strategies chosen by records, which takes seconds
-    of a processor to get ready."""
-
-    data_dir: Path
-    bootstrap: tuple[str, ...]
-    metrics: tuple[str, int] | None = None
-    discover_s: float = 10.0
-    capability: Token | None = None
-    origin: Origin = "request"
-    draft: str | None = None
-    share_records: bool = False
-    chooses: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class SealedModel:
-    """A model ready to be deployed, and the key that opens what comes back (None in the plain tier)."""
-
-    checkpoint: Checkpoint
-    folder: SealedFolder
-    key: RootKey | None
-
-
-@dataclass(frozen=True, slots=True)
-class DeployOptions:
-    """`hops_min`: spread over at least so many workers. `kv_tokens`: room of one stream, of which there are
-    `concurrency`; it is leased, so that nobody else can take it. `objective`: see PlaceOptions. `on_placement` is
-    called again when a worker declines, or is lost, and the model is placed without it."""
-
-    hops_min: int = 1
-    objective: Objective = "latency"
-    concurrency: int = 1
-    kv_tokens: int = KV_TOKENS_DEFAULT
-    on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None
-    on_upload: UploadProgress = lambda _: None
-
-    @property
-    def kv_room(self) -> int:
-        """Tokens that a stream takes at a worker: whole pages."""
-        return whole_pages(self.kv_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Priced:
-    """By what a route's prediction goes, and how another route is found. `dtype`: of the blocks."""
-
-    view: SwarmView
-    needs: ModelNeeds
-    where: PlaceOptions
-    dtype: str
-    again: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]]
-
-
-class Client:
-    """Made by `open_client`."""
-
-    def __init__(self, options: ClientOptions, owner: Identity, ports: ClientPorts, driver: Driver) -> None:
-        self.options = options
-        self.ports = ports
-        self.watch = SwarmWatch(ports.gossip, ports.clock, ports.observer)
-        self.leases = LeaseKeeper(ports)
-        self.grants = Grants(options.data_dir / "client" / "grants")
-        self.journal = Journal(history_file(options.data_dir) if wanted() else None)
-        self.choosing = Choosing(ports.entropy, ports.clock)
-        self._owner = owner
-        self.sharing = self._sharing() if options.share_records else None
-        self._driver = driver
-        self._started = trio.current_time()
-        self._asked: dict[PeerId, None] = {}
-        self._rtts_ms: dict[PeerId, float] = {}
-
-    def _sharing(self) -> Sharing:
-        records = partial(self.journal.newest, COMPARED_MAX)
-        sources = Sources(pen_of(self._owner), records, reports_file(self.options.data_dir))
-        sharing = Sharing(self.ports.gossip, self.ports.clock, sources)
-        self.choosing.chooser.peers = sharing.hearsay
-        return sharing
-
-    async def discover(self, enough: Callable[[SwarmView], bool] = lambda view: bool(view.members)) -> SwarmView:
-        """The swarm as gossip tells it: as soon as it is `enough`, but not before every worker had time to speak.
-
-        When it is never enough, the view after `discover_s`. Raises RouteUnavailable when nobody was heard.
-        """
-        with trio.move_on_after(self.options.discover_s):
-            await self.watch.wait_for(lambda view: bool(view.members))
-            await trio.sleep_until(self._started + SETTLE_S)
-            await self.watch.wait_for(enough)
-        if not self.watch.view.members:
-            raise RouteUnavailable(self._nobody())
-        return self.watch.view
-
-    def _nobody(self) -> str:
-        refused = self.watch.refused
-        if refused:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(refused.items()))
-            return (
-                f"no workers found: every advert that came was refused ({reasons}); when they are expired or from the "
-                "future, set this machine's clock or the workers'"
-            )
-        return (
-            f"no workers found in {self.options.discover_s:g} s: the bootstrap node answers, but no worker advertises "
-            "through it; start one with 'sotto worker --bootstrap ADDRESS', or get an invite if the swarm is private"
-        )
-
-    async def seal(self, model: Checkpoint, dtype: str, key: RootKey | None, progress: Progress) -> SealedModel:
-        """Seal `model` into the data folder, or find it there from an earlier run."""
-        place = sealed_place(self.options.data_dir / "sealed", model, dtype, key)
-        fresh, started = not place.exists(), self.ports.clock.monotonic()
-        work = partial(seal_into, place, model, dtype, key, self._owner.peer, progress)
-        folder, _ = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; a seal resumes
-        if fresh:
-            weights = ModelNeeds.of_configs(model.config.blocks, dtype, 1).block_bytes
-            self._note_rate("seal_bytes_s", sum(weights), started)
-        return SealedModel(model, folder, key)
-
-    async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
-        """Who would hold what. Raises RouteUnavailable saying what is missing."""
-        view = await self.discover(lambda view: could_fit(view, needs, options))
-        return await self._planned(view, needs, options), view
-
-    async def _planned(self, view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> Placement:
-        options = replace(options, client_rtts_ms=await self.rtts_ms(view.ranked()))
-        return await trio.to_thread.run_sync(plan, view, needs, options)
-
-    async def rtts_ms(self, members: Iterable[Member]) -> dict[PeerId, float]:
-        """Round trips from here, measured now for those of `members` that were never asked; for many, for some."""
-        asked = worth_asking([member for member in members if member.peer not in self._asked])
-        self._asked.update(dict.fromkeys(member.peer for member in asked))
-        self._rtts_ms.update(await measure_rtts_ms(self.ports, asked))
-        return dict(self._rtts_ms)
-
-    async def deploy(
-        self, model: SealedModel, options: DeployOptions, without: frozenset[PeerId] = frozenset()
-    ) -> DeployedModel:
-        """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts.
-
-        Workers that decline or are lost meanwhile are left out, as are those of `without`. Raises what the last one
-        said when no others are left.
-        """
-        data, manifest = model.folder.manifest(self._owner)
-        needs = ModelNeeds.of_manifest(manifest, options.kv_room)
-        where = PlaceOptions(options.objective, options.concurrency, options.hops_min, without)
-        hops: tuple[DeployedHop, ...] = ()
-        route, view = await self._leased_route(model, data, options, without)
-        if route is None:
-            route, view, hops = await self._brought(model, needs, where, options)
-        await self._remind_of_revoked(route)
-        sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
-        again = partial(self._again, route, partial(self.deploy, model, options))
-        return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
-
-    async def _brought(
-        self, model: SealedModel, needs: ModelNeeds, where: PlaceOptions, options: DeployOptions
-    ) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
-        """Place the model and bring it there, again without whoever declines, as long as there are others."""
-        data, manifest = model.folder.manifest(self._owner)
-        leasing = Leasing(self.leases, options.concurrency * options.kv_room)
-        placement, view = await self.place(needs, where)
-        patience = trio.current_time() + RIVALS_S
-        while True:
-            options.on_placement(placement, view)
-            route = route_of(placement, view, manifest.deployment)
-            supply = Supply(FolderSource(model.folder), holders_in(view, manifest.deployment))
-            lacking = dict[PeerId, int]()
-            started = self.ports.clock.monotonic()
-
-            def noted(progress: DeployProgress, lacking: dict[PeerId, int] = lacking) -> None:
-                lacking[progress.peer] = progress.total_bytes
-                options.on_upload(progress)
-
-            try:
-                hops = await deploy(self.ports, route, data, supply, leasing, noted)
-                self._note_rate("bring_bytes_s", sum(lacking.values()), started)
-                return route, view, hops
-            except (HopRefused, HopLost, HopViolation) as failure:
-                await self.leases.release(manifest.deployment)
-                if _rivalled(failure) and trio.current_time() < patience:
-                    await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
-                    held, view = await self._leased_route(model, data, options, where.exclude)
-                    if held is not None:
-                        return held, view, ()
-                    placement = await self._planned(view, needs, where)
-                    continue
-                where = replace(where, exclude=where.exclude | {failure.peer})
-                log.info("left out", extra={"peer": failure.peer, "why": str(failure)})
-                if len(where.exclude) > LEFT_OUT_MAX:
-                    raise
-                view = self.watch.view
-                try:
-                    placement = await self._planned(view, needs, where)
-                except RouteUnavailable:
-                    raise failure from None
-
-    def _note_rate(self, name: str, moved_bytes: int, started: float) -> None:
-        with suppress(OSError):  # a disk that is full fails what matters, not this
-            note_rate(self.options.data_dir, name, moved_bytes, self.ports.clock.monotonic() - started)
-
-    async def _again(
-        self, left: Route, deployed: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]], without: frozenset[PeerId]
-    ) -> DeployedModel:
-        """The model over a route that is found now, past the workers `without` where there are others. What was leased
-        for the route that is left and the new one has no use for is given up."""
-        try:
-            ready = await deployed(without)
-        except RouteUnavailable:
-            if not without:
-                raise
-            ready = await deployed(frozenset())
-        self.leases.part(left.deployment, [hop.peer for hop in ready.route.hops])
-        return ready
-
-    async def attach(
-        self, checkpoint: Checkpoint, key: RootKey | None, without: frozenset[PeerId] = frozenset()
-    ) -> DeployedModel:
-        """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,
-        sent or leased. Raises InputError (wrong key, no capability), RouteUnavailable."""
-        token = self.options.capability
-        if token is None or Right.USE not in token.capability.rights:
-            raise InputError(
-                "give a capability with the right to use the deployment: its owner makes one with 'sotto grant'"
-            )
-        if bool(key) != bool(token.key_check):
-            raise InputError(f"the deployment is of tier {'ee' if token.key_check else 'plain'}: say so with --privacy")
-        deployment = token.capability.deployment
-        if key is not None:
-            require_key(key, deployment, bytes.fromhex(token.key_check))
-        config = checkpoint.config
-        view = await self.discover(
-            lambda view: held_route(view, deployment, config.num_blocks, without, {}) is not None
-        )
-        rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
-        needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS_DEFAULT)
-        sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
-        again = partial(self._again, route, partial(self.attach, checkpoint, key))
-        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), token.dtype, again))
-
-    async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
-        """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
-        told, and those that could not be. Raises InputError when it is not this user's to revoke."""
-        if token.owner != self._owner.peer:
-            raise InputError("the capability was issued by another identity: only its owner can revoke it")
-        self.grants.revoke(token)
-        view = await self.discover(lambda _: False)
-        return await revoke_everywhere(self.ports, view, token.capability.deployment, token.capability.serial)
-
-    async def _ready(
-        self, route: Route, hops: tuple[DeployedHop, ...], sealer: Sealer, priced_as: _Priced
-    ) -> DeployedModel:
-        ends = sealer.ends()
-        client_s = await trio.to_thread.run_sync(time_ends, ends)
-        where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=client_s)
-        spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
-        predicted = priced(priced_as.view, priced_as.needs, spans, where)
-        checkpoint = sealer.checkpoint
-        subject = Subject(
-            name=checkpoint.name,
-            tier="plain" if sealer.secrets is None else "ee",
-            config=checkpoint.config,
-            dtype=priced_as.dtype,
-            needs=priced_as.needs,
-            placement=predicted,
-            view=priced_as.view,
-            client_rtts_ms=dict(self._rtts_ms),
-        )
-        return DeployedModel(
-            ports=self.ports,
-            driver=self._driver,
-            route=route,
-            hops=hops,
-            predicted=predicted,
-            ends=ends,
-            page_secret=sealer.page_secret() or plain_secret(self._owner),
-            tokenizer=Tokenizer.open(checkpoint.tokenizer_file),
-            config=checkpoint.config,
-            checkpoint=checkpoint,
-            dtype=priced_as.dtype,
-            draft=Draft(checkpoint, self.options.draft),
-            deploy_again=priced_as.again,
-            recorder=Recorder(
-                journal=self.journal,
-                subject=subject,
-                view=lambda: self.watch.view,
-                clock=self.ports.clock,
-                entropy=self.ports.entropy,
-                origin=self.options.origin,
-            ),
-            turns=turns_over(ends),
-            batches=Batches(),
-            choosing=self.choosing,
-        )
-
-    async def _leased_route(
-        self, model: SealedModel, manifest: bytes, options: DeployOptions, without: frozenset[PeerId]
-    ) -> tuple[Route | None, SwarmView]:
-        """A route over workers that hold the model and lease it to us, None when there is none; and the view."""
-        view, deployment = await self.discover(), model.folder.deployment
-        rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = held_route(view, deployment, model.folder.info.num_blocks, without, rtts_ms)
-        if route is None or len(route.hops) < options.hops_min:
-            return None, view
-        leasing = Leasing(self.leases, options.concurrency * options.kv_room)
-        try:
-            supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
-            await deploy(self.ports, route, manifest, supply, leasing)
-        except (HopRefused, HopLost, HopViolation):  # others may have room
-            await self.leases.release(deployment)
-            return None, self.watch.view
-        return route, view
-
-    async def _remind_of_revoked(self, route: Route) -> None:
-        """A worker that did not hold the deployment when a capability was revoked has not heard of it."""
-        now_ms = int(self.ports.clock.time() * 1000)
-        serials = self.grants.revoked(route.deployment, now_ms)
-        if serials:
-            await remind(self.ports, route, serials)
 
 
 @asynccontextmanager
@@ -489,9 +125,3 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                         if client.sharing is not None:
                             await client.sharing.aclose()
             nursery.cancel_scope.cancel()
-
-
-def _rivalled(failure: HopRefused | HopLost | HopViolation) -> bool:
-    """Another client of this user brings the same deployment to the same workers, in other spans: one of the two must
-    wait until the other is done, and use what it brought."""
-    return isinstance(failure, HopRefused) and failure.reason == RefusalReason.SESSIONS

@@ -104,11 +104,6 @@ def default_memory_bytes() -> int:
     return int(psutil.virtual_memory().available // 2)
 
 
-def default_threads() -> int:
-    """As many as there are cores for this process: a container or `taskset` may leave it fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_disk_bytes(data_dir: Path, memory_bytes: int) -> int:
     """Four times the memory, so that what made room can come back without an upload; never over half of the disk's
     room, what is held already counted as room."""

@@ -23,12 +23,11 @@ from client.text import TextStream
 from models.chat_template import ChatMessage, ChatTemplate
 from models.tokenizer import Tokenizer
 from node.choosing import Decided
+from node.defaults import KV_TOKENS
 from node.model import Ask, Before, DeployedModel, progress
 from protocol.errors import InputError
 from protocol.ids import ID_BYTES
 from protocol.strategy import Strategy
-
-CONTEXT_TOKENS_DEFAULT = 4096  # what a deployment leases KV room for unless told otherwise
 
 OVER_BUDGET = "no strategy is expected to stay within the budget: the cheapest is used"
 
@@ -39,7 +38,7 @@ class ChatOptions:
     what the user should know: a lost session, a full context."""
 
     system: str | None = None
-    context_tokens: int = CONTEXT_TOKENS_DEFAULT
+    context_tokens: int = KV_TOKENS
     notice: Callable[[str], None] = lambda _: None
 
 

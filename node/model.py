@@ -38,6 +38,7 @@ from client.turns import Turns
 from equivariant.ends import ClientEnds
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
+from models.precision import compute_dtype
 from models.sampling import SamplingParams, sample
 from models.tokenizer import Tokenizer
 from node.choosing import Choosing, Decided, Wanted
@@ -51,8 +52,9 @@ from protocol.strategy import CHOICES, DEFAULT, Auto, Facts, Strategy, infeasibl
 T = TypeVar("T")
 # What a Strategy can say and this version cannot do yet.
 MISSING = frozenset({"weights=int4"})
-# Products on the event loop, rows times weights: some 5 ms, for which a lone request does better without a thread.
-INLINE_PRODUCTS_MAX = 32 << 20
+# Of a head's weights, times rows, on the event loop: 10 ms at most, for which a lone request does better without a
+# thread. At few rows it is bytes that cost, not products.
+INLINE_BYTES_MAX = 256 << 20
 
 NO_TRIALS = Auto(explore=False)
 
@@ -106,7 +108,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class DeployedModel:
-    """Made by app_client.Client.deploy."""
+    """Made by node.client.Client.deploy."""
 
     ports: ClientPorts
     driver: Driver
@@ -237,7 +239,7 @@ class DeployedModel:
             sampling=ask.sampling,
             stop_ids=frozenset() if ask.ignore_eos else frozenset(self.config.eos_ids),
             prefill_chunk=strategy.prefill_chunk,
-            wire_dtype=strategy.wire,
+            wire_dtype=wire_of(strategy, self.dtype),
         )
 
     def guessing(self) -> Guessing:
@@ -278,9 +280,14 @@ class DeployedModel:
         return self.driver.session(self.route, SessionTerms(kv_tokens))
 
 
+def wire_of(strategy: Strategy, dtype: str) -> str:
+    """What activations leave this client in: what the first hop rounds them to at once, or what was asked for."""
+    return compute_dtype(dtype) if strategy.wire == "float32" else strategy.wire
+
+
 def turns_over(ends: ClientEnds) -> Turns:
     """Few rows are computed where they are, many in a thread."""
-    return Turns(ends, in_thread, INLINE_PRODUCTS_MAX // (ends.head.in_features * ends.head.out_features))
+    return Turns(ends, in_thread, INLINE_BYTES_MAX // ends.head.weight_bytes)
 
 
 class Before(NamedTuple):

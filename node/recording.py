@@ -33,6 +33,7 @@ from client.metalearning.price import Money
 from client.metalearning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record
 from client.placement import ModelNeeds, Placement
 from models.config import ModelConfig
+from node.cores import cores
 from node.history import History
 from node.version import VERSION
 from protocol.errors import InputError, SottoError
@@ -264,8 +265,7 @@ def hardware() -> str:
             name = next((line.partition(":")[2] for line in file if line.startswith("model name")), name)
     except OSError:
         pass  # not Linux
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return _line(f"{name.strip()}, {cores} cores")
+    return _line(f"{name.strip()}, {cores()} cores")
 
 
 def _outcome(entry: Entry, total_s: float) -> Outcome:

@@ -18,7 +18,8 @@ from client.placement import ModelNeeds, PlaceOptions
 from client.routing import held_route
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
-from node.app_client import Client
+from node.client import Client
+from node.defaults import KV_TOKENS
 from node.rates import read_rates
 from node.sealing import SealedFolder, sealed_place
 from protocol.errors import InputError, RouteUnavailable
@@ -34,7 +35,7 @@ class Wish:
     tokens: float | None = None
     goal: Goal = "latency"
     hops_min: int = 1
-    kv_tokens: int = 4096
+    kv_tokens: int = KV_TOKENS
 
 
 async def choose_weights(client: Client, checkpoint: Checkpoint, key: RootKey | None, wish: Wish) -> Verdict:

@@ -91,6 +91,14 @@ class Advert(Record):
             raise ValueError("more free than there is")
 
 
+class AdvertRefused(RemoteProtocolError):
+    """`reason` is one of a few names, for counters: forged, expired, future, replay, full."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
 def peer_tag(peer: PeerId) -> bytes:
     """Eight bytes that name a peer where 52 characters would not fit."""
     return blake2b(peer.encode(), digest_size=8, person=b"sotto-peer-tag").digest()
@@ -115,8 +123,12 @@ def read_advert(data: bytes, author: PeerId) -> Advert:
         raise RemoteProtocolError(f"an advert of {len(data)} bytes; {limits.ADVERT_BYTES_MAX} at most")
     signed = decode(Signed, data)
     if signed.signer != author:
-        raise RemoteProtocolError("an advert signed by another than its author")
-    return decode(Advert, signed.verify(_DOMAIN))
+        raise AdvertRefused("forged", "an advert signed by another than its author")
+    try:
+        body = signed.verify(_DOMAIN)
+    except RemoteProtocolError as error:
+        raise AdvertRefused("forged", str(error)) from None
+    return decode(Advert, body)
 
 
 @dataclass(slots=True)
@@ -129,12 +141,12 @@ class AdvertGate:
         """The advert in `data`, published by `author`. Raises RemoteProtocolError, and then nothing changed."""
         advert = read_advert(data, author)
         if advert.expires_ms <= now_ms:
-            raise RemoteProtocolError("an advert that has expired")
+            raise AdvertRefused("expired", "an advert that has expired")
         if advert.issued_ms > now_ms + limits.CLOCK_SKEW_MAX_S * 1000:
-            raise RemoteProtocolError("an advert from the future: the peer's clock, or this one, is wrong")
+            raise AdvertRefused("future", "an advert from the future: the peer's clock, or this one, is wrong")
         known = self.latest.get(author)
         if known is not None and advert.sequence <= known[0]:
-            raise RemoteProtocolError("an advert that is not newer than the last one: a replay")
+            raise AdvertRefused("replay", "an advert that is not newer than the last one: a replay")
         if known is None and len(self.latest) >= limits.PEERS_MAX:
             self._make_room(now_ms)
         self.latest[author] = (advert.sequence, max(advert.expires_ms, known[1] if known else 0))
@@ -145,4 +157,4 @@ class AdvertGate:
         for peer in [peer for peer, (_, expires_ms) in self.latest.items() if expires_ms <= now_ms]:
             del self.latest[peer]
         if len(self.latest) >= limits.PEERS_MAX:
-            raise RemoteProtocolError("too many peers")
+            raise AdvertRefused("full", "too many peers")

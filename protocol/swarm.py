@@ -31,10 +31,6 @@ class SwarmView:
         """The view after an admitted advert."""
         return SwarmView(MappingProxyType({**self.members, peer: Member(peer, advert, received_from)}))
 
-    def without(self, peer: PeerId) -> SwarmView:
-        """The view after `peer` was seen to be gone."""
-        return SwarmView(MappingProxyType({key: value for key, value in self.members.items() if key != peer}))
-
     def at(self, now_ms: int) -> SwarmView:
         """The view without what has expired by `now_ms`."""
         if all(member.advert.expires_ms > now_ms for member in self.members.values()):

@@ -6,7 +6,6 @@ Time, faults and other peers are the network's.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from node.serving import serve
 from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError, TransportError
 from protocol.ids import PeerId, public_key_of
 from protocol.limits import GOSSIP_BYTES_MAX
@@ -23,8 +23,6 @@ from simnet.links import VirtualStream
 
 if TYPE_CHECKING:
     from simnet.network import Connection, VirtualNetwork
-
-log = logging.getLogger(__name__)
 
 OPEN_ROUND_TRIPS = 2.0  # protocol negotiation, before the stream carries data
 MESSAGES_SEEN = 4096  # gossip is low-rate
@@ -118,18 +116,7 @@ class VirtualEndpoint:
         return protocol in self._handlers
 
     def accept(self, protocol: str, stream: VirtualStream) -> None:
-        self._nursery.start_soon(self._serve, protocol, self._handlers[protocol], stream)
-
-    async def _serve(self, protocol: str, handler: StreamHandler, stream: VirtualStream) -> None:
-        try:
-            await handler(stream)
-            await stream.aclose()
-        except TransportError as error:
-            log.debug("%s with %s ended: %s", protocol, stream.remote, error)
-        except Exception as error:  # the port's contract: it costs this stream, never the node
-            log.warning("the handler of %s failed for %s: %r", protocol, stream.remote, error)
-        finally:
-            await stream.reset()  # unless it is closed: a handler that was cut short must not look finished
+        self._nursery.start_soon(serve, stream, protocol, self._handlers[protocol])
 
     async def _ensure_connected(self, peer: PeerId, addrs: Sequence[str]) -> None:
         async with self._dials.setdefault(peer, trio.Lock()):

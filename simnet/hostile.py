@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import trio
 
+from client.tracing import at_percent
 from node.garbage import spare_imports
 from node.groups import ungrouped
 from node.p2p.addresses import parse_bootstrap, tcp_endpoint
@@ -81,7 +82,7 @@ class Latencies:
 
     def summary(self) -> dict[str, Any]:
         ordered = sorted(self.taken_ms) or [float("nan")]
-        at = {name: ordered[min(len(ordered) - 1, int(len(ordered) * q))] for name, q in (("p50", 0.5), ("p99", 0.99))}
+        at = {f"p{percent}": at_percent(ordered, percent) for percent in (50, 99)}
         failed = {"failed": len(self.errors), "errors": dict(Counter(self.errors).most_common(ERRORS_SHOWN))}
         return {"count": len(self.taken_ms), **failed, **at, "max": ordered[-1]}
 

@@ -21,7 +21,8 @@ from client.placement import ModelNeeds, PlaceOptions
 from client.routing import route_of
 from client.upload import Supply, holders_in
 from models.checkpoint import Checkpoint
-from node.app_client import Client, ClientOptions, SealedModel, open_client
+from node.app_client import open_client
+from node.client import Client, ClientOptions, SealedModel
 from node.identity import load_identity
 from node.sealing import FolderSource
 from protocol.ids import ShardDigest

@@ -22,8 +22,10 @@ import trio
 from client.generate import GenerationResult
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
-from node.app_client import Client, ClientOptions, DeployOptions, open_client
-from node.chat import CONTEXT_TOKENS_DEFAULT, ChatOptions, open_chat
+from node.app_client import open_client
+from node.chat import ChatOptions, open_chat
+from node.client import Client, ClientOptions, DeployOptions
+from node.defaults import KV_TOKENS
 from node.grants import read_token
 from node.keys import default_key, load_key
 from node.model import Ask, DeployedModel
@@ -76,7 +78,7 @@ class AsyncModel:
             async for piece in answer.pieces:
                 yield piece
 
-    async def chat(self, system: str | None = None, *, context_tokens: int = CONTEXT_TOKENS_DEFAULT) -> AsyncChat:
+    async def chat(self, system: str | None = None, *, context_tokens: int = KV_TOKENS) -> AsyncChat:
         """A chat in the model's own template, over one session: `async with await model.chat() as chat`."""
         return AsyncChat(await open_chat(self._model, ChatOptions(system, context_tokens)))
 
@@ -188,7 +190,7 @@ class Model:
 
         return self._portal.stream(produce)
 
-    def chat(self, system: str | None = None, *, context_tokens: int = CONTEXT_TOKENS_DEFAULT) -> Chat:
+    def chat(self, system: str | None = None, *, context_tokens: int = KV_TOKENS) -> Chat:
         """A chat in the model's own template, over one session: `with model.chat() as chat`."""
         work = partial(self._model.chat, system, context_tokens=context_tokens)
         return Chat(self._portal, self._portal.call(work))

@@ -22,17 +22,18 @@ SUPERVISORS = {
     "worker/engine.py": 2,  # whatever goes wrong in a forward or an answer is its steps' failure
     "node/engine_thread.py": 1,  # a thread's boundary: what a call raises is raised again in its caller's
     "models/tokenizer.py": 1,  # the tokenizers library raises bare Exception, and anything else goes on
+    "node/serving.py": 1,  # the port's contract: what a handler raises costs its stream, never the node
     # The edge: libp2p raises anything, and one peer's failure must stay that peer's.
     "node/p2p/gossip.py": 2,
     "node/p2p/host.py": 1,
     "node/p2p/mesh.py": 1,
-    "node/p2p/streams.py": 3,
+    "node/p2p/streams.py": 2,
     "node/p2p/tcp.py": 1,
     "node/p2p/upnp.py": 1,
     "node/p2p/yamux.py": 2,
     "sotto/portal.py": 2,  # threads' boundaries: what ends a thread is raised again in its caller's
+    "simnet/checks/core.py": 1,  # whatever a check raises is that check's failure
     # The edge's virtual twin: handlers and validators that raise are part of the ports' contract.
-    "simnet/endpoint.py": 1,
     "simnet/gossip.py": 1,
     "simnet/network.py": 2,
 }

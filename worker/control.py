@@ -39,9 +39,10 @@ from worker.admission import SpanLease, SpanState
 from worker.cleanup import finish
 from worker.config import WorkerPorts
 from worker.fetches import Fetches
+from worker.house import House
 from worker.leases import LeaseBook, Terms
 from worker.saved import SavedSpan, read_saved
-from worker.sessions import House, SessionTable
+from worker.sessions import SessionTable
 from worker.spans import SpanRequest, read_span
 
 log = logging.getLogger("sotto.worker")

@@ -32,7 +32,7 @@ from worker.payloads import DTYPES, answer_dtype, to_payload, to_tensor
 from worker.runner import FloatBlocks, IntegerBlocks, Part, build_float_blocks, tile_rows_left
 from worker.scheduler import Scheduler
 from worker.shards import read_shard
-from worker.span_kv import KvStats, SessionKv, SpanKv
+from worker.span_kv import SessionKv, SpanKv
 from worker.spans import INTEGER_DTYPE, block_config, check_block, loaded_bytes
 
 log = logging.getLogger("sotto.worker")
@@ -175,13 +175,6 @@ class Engine:
         self._sessions[session] = _Session(span, spec, kv)
         self._parties[_party(spec)] += 1
         return kv.held if kv else 0
-
-    def kv_stats(self, deployment: DeploymentId) -> KvStats:
-        """The loaded span's KV. Raises LocalProtocolError when there is none."""
-        span = self._spans.get(deployment)
-        if span is None or span.kv is None:
-            raise LocalProtocolError("KV is of loaded spans of floats")
-        return span.kv.stats
 
     def submit(self, work: StepWork, done: Done, asked_s: float | None = None) -> None:
         """Queue one step; `done` is called with its result, or its error, in some later `advance` or `close`.

@@ -17,8 +17,8 @@ from protocol.pieces import PieceList
 from protocol.ports import Clock, ShardStore
 from worker.admission import SpanLease
 from worker.fetch import Fetch, FetchPorts, Together, Wait
+from worker.house import House
 from worker.piece_plan import Giver
-from worker.sessions import House
 from worker.suppliers import Suppliers
 
 

@@ -17,7 +17,7 @@ from protocol.messages import PiecesWanted, RefusalReason, ShardAsk, ShardOffer,
 from protocol.pieces import PieceList
 from protocol.ports import Clock, ShardStore
 from worker.duty import State
-from worker.sessions import House
+from worker.house import House
 
 
 @dataclass(slots=True)

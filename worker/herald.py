@@ -21,7 +21,7 @@ from protocol.messages import CONTROL, Ping, Pong
 from protocol.ports import GossipMessage
 from protocol.swarm import Member, SwarmView
 from worker.config import WorkerConfig, WorkerPorts
-from worker.sessions import House
+from worker.house import House
 
 log = logging.getLogger("sotto.worker")
 GAP_S = 1.0  # between two adverts, whatever happens

@@ -23,7 +23,7 @@ from protocol.tickets import TIMES, Ticket
 from worker.cleanup import finish
 from worker.links import Link, LinkPool
 from worker.observer import WorkerObserver
-from worker.session import Again, Lease, Pass, Route, Session, Work
+from worker.session import Again, Pass, Place, Seat, Session, Work
 from worker.sessions import SessionTable
 
 
@@ -56,20 +56,20 @@ class Hop:
                 self.links.close_session(CloseSession(self.session.id), self.link.peer)
             self.links.leave(self.session.id, self.link)
         try:
-            keys = self.session.lease.kept_keys if self.session.lease else ()
+            keys = self.session.seat.kept_keys if self.session.seat else ()
             await finish(partial(self.compute.close, self.session.id, keys))
         finally:
             self.table.freed(self.session)
 
     async def _work(self) -> None:
         session = self.session
-        assert session.lease is not None
+        assert session.seat is not None
         try:
-            await self._open(session.lease)
+            await self._open(session.seat)
             while True:
                 work = await self._next()
                 match work:
-                    case Route():
+                    case Place():
                         await self._take_place(work)
                     case Pass():
                         await self._compute(work)
@@ -77,16 +77,16 @@ class Hop:
                         await self._answer(step, answer, self.table.clock.monotonic())
                     case _:
                         assert_never(work)
-                self.table.done(session, work)
+                self.table.inboxes.done(session, work)
         except Refused as refusal:
             self.table.fail(session, refusal.reason, refusal.detail)
         except TransportError as error:
             self.table.fail(session, RefusalReason.HOP_LOST, str(error))
 
-    async def _open(self, lease: Lease) -> None:
-        lease.ledger.held = self._held = await self.compute.open(self.session.id, lease.spec)
-        lease.opened = True
-        self.observer.prefix_asked(limits.PAGE_TOKENS * len(lease.spec.page_keys), self._held)
+    async def _open(self, seat: Seat) -> None:
+        seat.ledger.held = self._held = await self.compute.open(self.session.id, seat.spec)
+        seat.opened = True
+        self.observer.prefix_asked(limits.PAGE_TOKENS * len(seat.spec.page_keys), self._held)
 
     async def _next(self) -> Work:
         session = self.session
@@ -98,7 +98,7 @@ class Hop:
         await trio.lowlevel.checkpoint()
         return work
 
-    async def _take_place(self, work: Route) -> None:
+    async def _take_place(self, work: Place) -> None:
         if self.link is not None:
             self.links.leave(self.session.id, self.link)
             self.link = None
@@ -112,16 +112,16 @@ class Hop:
         self.session.outbox.force(SessionOpened(self.session.id, ticket.epoch, ticket.kv_tokens, self._held))
 
     async def _compute(self, work: Pass) -> None:
-        step, lease = work.step, self.session.lease
-        assert lease is not None
+        step, seat = work.step, self.session.seat
+        assert seat is not None
         if self._begun is None:
             self._begin(work)
         begun, self._begun = self._begun, None
         assert begun is not None
         result, computed_at = await begun, self.table.clock.monotonic()
         kept = len(result.forward.data) + (len(result.returned.data) if result.returned else 0)
-        lease.ledger.record(step.step, result, kept)
-        self.table.weigh_answers(self.session)
+        seat.ledger.record(step.step, result, kept)
+        self.table.inboxes.weigh_answers(self.session)
         waited_us = max(0, round(1e6 * (self._free_at - work.arrived_at)))  # for the step before it
         if waited_us:
             result = replace(result, queue_us=result.queue_us + waited_us)

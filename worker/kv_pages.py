@@ -67,7 +67,6 @@ class PageBook:
 
     def __init__(self, budget: KvBudget, pages: int, page_bytes: int) -> None:
         self.page_bytes = page_bytes
-        self.tokens_asked = self.tokens_hit = 0
         self._budget = budget
         self.pages = pages
         self._free = FreeRuns([(0, pages)])
@@ -109,8 +108,6 @@ class PageBook:
         except Refused:
             self.close(table)
             raise
-        self.tokens_asked += len(keys) * limits.PAGE_TOKENS
-        self.tokens_hit += table.hits * limits.PAGE_TOKENS
         return table
 
     def keep(self, table: PageTable, index: int, key: bytes) -> None:

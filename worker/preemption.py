@@ -25,7 +25,7 @@ from typing import NamedTuple
 from protocol.ids import PeerId, SessionId
 from worker.admission import SpanLedger
 from worker.kv_pool import KvPool
-from worker.session import Lease, Session
+from worker.session import Seat, Session
 from worker.waiting import Arrival, needed_bytes
 
 RUN_S = 5.0  # half of what an arrival waits for room: who is over its share makes some in time
@@ -129,7 +129,7 @@ class Preemptor:
         honest request has one session: more would make a round of preemptions count many times, and one request's past
         make all of them safe."""
         wanted = arrival.session.client, arrival.request
-        carried = any((each.client, each.lease.request) == wanted for each in seated if each.lease is not None)
+        carried = any((each.client, each.seat.request) == wanted for each in seated if each.seat is not None)
         return arrival.session.id if carried else arrival.request
 
     def preempted(self, client: PeerId, request: bytes) -> None:
@@ -166,11 +166,11 @@ class Preemptor:
         return chosen
 
     def _held(self, session: Session) -> Held | None:
-        lease = session.lease
-        if lease is None:
+        seat = session.seat
+        if seat is None:
             return None
         drawn = self.pool.pool_bytes(session.id)
-        return Held(session.id, _tenant_of(session, lease), drawn, lease.seated_at, lease.safe_until)
+        return Held(session.id, _tenant_of(session, seat), drawn, seat.seated_at, seat.safe_until)
 
     def _wants(self, arrival: Arrival) -> int | None:
         """None when its span has gone."""
@@ -185,5 +185,5 @@ class Preemptor:
         return Tenant(span.request.owner if span else PeerId(""), arrival.session.client)
 
 
-def _tenant_of(session: Session, lease: Lease) -> Tenant:
-    return Tenant(lease.span.request.owner, session.client)
+def _tenant_of(session: Session, seat: Seat) -> Tenant:
+    return Tenant(seat.span.request.owner, session.client)

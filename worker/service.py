@@ -54,6 +54,7 @@ from worker.fetches import Fetches
 from worker.giving import Giving
 from worker.herald import Herald
 from worker.hop import Hop
+from worker.house import House
 from worker.kv_pool import KvPool
 from worker.leases import LeaseBook
 from worker.links import OPEN_S, Link, LinkPool
@@ -65,7 +66,7 @@ from worker.providing import Held, Providing
 from worker.quotas import QueueBook, Rates, RequestGate, Room
 from worker.rights import Rights
 from worker.session import Session
-from worker.sessions import House, SessionTable
+from worker.sessions import SessionTable
 from worker.suppliers import Suppliers, Way
 from worker.throttle import throttled
 

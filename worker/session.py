@@ -1,6 +1,6 @@
 """One session at this hop: what it is, what it holds, and what waits to be done for it. Data only.
 
-sessions.py decides what becomes work, hop.py does it. Invariant: `lease` is None until the session opens, and from then
+sessions.py decides what becomes work, hop.py does it. Invariant: `seat` is None until the session opens, and from then
 on to its end names everything that must be given back.
 """
 
@@ -24,7 +24,7 @@ from worker.outbox import Outbox
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class Place:
     """Work: take the place in the route that `ticket` gives, and pass `message` on without it."""
 
     ticket: Ticket
@@ -48,11 +48,11 @@ class Again:
     answer: StepResult
 
 
-Work = Route | Pass | Again
+Work = Place | Pass | Again
 
 
 @dataclass(slots=True)
-class Lease:
+class Seat:
     """What an open session holds."""
 
     span: SpanLease
@@ -72,7 +72,7 @@ class Lease:
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One session at this hop. `lease` is None until it opens."""
+    """One session at this hop. `seat` is None until it opens."""
 
     id: SessionId
     client: PeerId
@@ -87,7 +87,7 @@ class Session:
     answer_bytes: int = 0
     queued_bytes: int = 0  # all that is counted of it in the worker's QueueBook
     begin: Callable[[Pass], None] | None = None  # while its task has nothing to do: the engine can have a pass now
-    lease: Lease | None = None
+    seat: Seat | None = None
     preempted: bool = False
 
 

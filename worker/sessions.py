@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 import trio
 
 from protocol import limits
-from protocol.capabilities import Capability, Claim, Right
 from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import PeerId, SessionId
 from protocol.messages import (
@@ -31,42 +30,24 @@ from protocol.messages import (
     RefusalReason,
     SessionFailed,
     Step,
-    split_page_keys,
 )
-from protocol.ports import Clock, SessionSpec
+from protocol.ports import Clock
 from protocol.session import Role, SessionMachine
 from protocol.steps import StepLedger, Verdict
 from protocol.tensors import Payload
-from protocol.tickets import Ticket, TicketGate
-from worker.admission import SessionQuota, SpanLease, SpanLedger, SpanState
-from worker.duty import Duty, State
-from worker.kv_pool import KvPool
-from worker.load import Bubbles, LoadMeter
+from protocol.tickets import Ticket
+from worker.admission import SpanLease, SpanState
+from worker.duty import State
+from worker.house import House
+from worker.inbox import Inboxes, open_inbox
 from worker.observer import WorkerObserver
+from worker.opening import checked_ticket, is_guest, keys_of, reroute, span_for, spec_of
 from worker.outbox import Outbox
 from worker.preemption import Contest, Preemptor
-from worker.quotas import QueueBook
-from worker.rights import Rights
-from worker.session import Again, Lease, Pass, Route, Session, Work, body_bytes
+from worker.session import Again, Pass, Place, Seat, Session
 from worker.waiting import KV_WAIT_S, Arrival, WaitingRoom, needed_bytes
 
 ATTACH_LIFE_S = 30.0  # from Attach to OpenSession; the client opens as soon as all hops are attached
-INBOX_MAX = 2 * limits.ANSWERS_KEPT_MAX  # steps that wait, and as many repeats
-
-
-@dataclass(frozen=True, slots=True)
-class House:
-    """What sessions draw on, and what decides about them."""
-
-    gate: TicketGate
-    rights: Rights
-    spans: SpanLedger
-    pool: KvPool
-    queues: QueueBook
-    duty: Duty
-    quota: SessionQuota = field(default_factory=SessionQuota)
-    load: LoadMeter = field(default_factory=LoadMeter)
-    bubbles: Bubbles = field(default_factory=Bubbles)
 
 
 @dataclass(slots=True)
@@ -80,13 +61,14 @@ class SessionTable:
     live: dict[SessionId, Session] = field(default_factory=dict)
     stopping: bool = False
     _emptied: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
-    _waiting_steps: int = 0
     _waiting: WaitingRoom = field(default_factory=WaitingRoom)
     _seating: bool = False
     _leaving: set[SessionId] = field(default_factory=set)  # ended, but the engine still holds something of them
+    inboxes: Inboxes = field(init=False)
     preemptor: Preemptor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.inboxes = Inboxes(self.house.queues, self.observer)
         self.preemptor = Preemptor(self.house.pool, self.house.spans)
 
     @property
@@ -113,7 +95,7 @@ class SessionTable:
             outbox.force(SessionFailed(message.session, refusal.reason, refusal.detail))
             self.observer.session_failed(refusal.reason)
             return
-        send_work, receive_work = trio.open_memory_channel[Work](INBOX_MAX)
+        send_work, receive_work = open_inbox()
         machine = SessionMachine(Role.WORKER)
         machine.received(Attach)
         self.live[message.session] = Session(
@@ -136,11 +118,11 @@ class SessionTable:
         if session is None:
             return False
         try:
-            ticket = self._ticket(message, session, remote)
+            ticket = checked_ticket(self.house, message, session, remote, self._now_ms())
         except RemoteProtocolError as error:
             # A peer that learned the session's id could send rubbish in its name: that must not end an open session.
             self.observer.violation(remote, LINK if remote != session.client else SESSION)
-            if remote == session.client or session.lease is None:
+            if remote == session.client or session.seat is None:
                 self.fail(session, RefusalReason.BAD_TICKET, str(error))
             return True
         except Refused as refusal:
@@ -148,9 +130,9 @@ class SessionTable:
             return True
         try:
             session.machine.received(OpenSession)
-            if session.lease is not None:
-                self._move(session.lease, ticket)
-                self._enqueue(session, Route(ticket, message))
+            if session.seat is not None:
+                reroute(session.seat, ticket)
+                self.inboxes.put(session, Place(ticket, message))
             elif not self._seat(arrival := Arrival(session, ticket, message, self.clock.monotonic())):
                 self._waiting.add(arrival)
                 self._make_room(arrival, self._contest())
@@ -164,27 +146,27 @@ class SessionTable:
         session = self.live.get(message.session)
         if session is None:
             return False
-        lease = session.lease
-        if lease is None or not lease.opened:  # SessionOpened tells the client from where steps may begin
+        seat = session.seat
+        if seat is None or not seat.opened:  # SessionOpened tells the client from where steps may begin
             raise RemoteProtocolError("a step of a session that is not open")
-        if message.epoch < lease.ledger.epoch:
+        if message.epoch < seat.ledger.epoch:
             return True  # it was on its way when the client re-routed
-        if remote != lease.ticket.predecessor:
+        if remote != seat.ticket.predecessor:
             raise RemoteProtocolError("a step from a peer that is not the predecessor")
         session.machine.received(Step)
         try:
-            verdict = lease.ledger.admit(message)
+            verdict = seat.ledger.admit(message)
         except RemoteProtocolError as error:
             self.observer.violation(session.client, SESSION)
             self.fail(session, RefusalReason.BAD_STEP, str(error))
             return True
         try:
-            self.weigh_answers(session)
+            self.inboxes.weigh_answers(session)
             if verdict is Verdict.COMPUTE:
-                self._enqueue(session, Pass(message, Payload(message.tensor, body), self.clock.monotonic()))
+                self.inboxes.put(session, Pass(message, Payload(message.tensor, body), self.clock.monotonic()))
             elif verdict is Verdict.REPEAT:
                 self.observer.step_repeated()
-                self._enqueue(session, Again(message, lease.ledger.answer(message.step)))
+                self.inboxes.put(session, Again(message, seat.ledger.answer(message.step)))
         except Refused as refusal:
             self.fail(session, refusal.reason, refusal.detail)
         return True
@@ -196,15 +178,15 @@ class SessionTable:
         session = self.live.get(message.session)
         if session is None:
             return None
-        ticket = session.lease.ticket if session.lease else None
+        ticket = session.seat.ticket if session.seat else None
         if remote != session.client:
             if ticket is None:
                 return None
             if remote != ticket.predecessor:
                 raise RemoteProtocolError("a session closed by a peer that has no part in it")
         session.machine.received(CloseSession)
-        if session.lease is not None:
-            session.lease.kept_keys = _keys(message.page_keys, session.lease.ticket)
+        if session.seat is not None:
+            session.seat.kept_keys = keys_of(message.page_keys, session.seat.ticket)
         self._drop(session)
         return ticket
 
@@ -226,21 +208,15 @@ class SessionTable:
         for session in [self.live[each] for each in ids if each in self.live]:
             self.fail(session, reason, detail)
 
-    def done(self, session: Session, work: Work) -> None:
-        """A piece of work has left the inbox and is finished."""
-        self._weigh(session, work, -1)
-        self.house.queues.give(session.client, body_bytes(work))
-        session.queued_bytes -= body_bytes(work)
-
     def freed(self, session: Session) -> None:
-        """The engine holds nothing of the session any more: its leases end here, and only here."""
-        assert session.lease is not None
+        """The engine holds nothing of the session any more: its seat ends here, and only here."""
+        assert session.seat is not None
         self._drop(session)
         self._leaving.remove(session.id)
-        self._weigh_rest(session)
+        self.inboxes.empty(session)
         self.house.pool.release(session.id)
-        session.lease.span.sessions -= 1
-        session.lease.span.touched = now = self.clock.monotonic()
+        session.seat.span.sessions -= 1
+        session.seat.span.touched = now = self.clock.monotonic()
         self.observer.engine_used(0.0, self.house.bubbles.closed(now))
         self.house.quota.give(session.client)
         self.observer.sessions_changed(self.house.quota.taken)
@@ -258,30 +234,30 @@ class SessionTable:
             if self._make_room(arrival, contest):
                 contest = self._contest()
         for arrival in self._waiting.late(now):
-            if arrival.session.lease is None:  # the room that was kept for one before it may be its own by now
+            if arrival.session.seat is None:  # the room that was kept for one before it may be its own by now
                 detail = f"no room for the session's KV within {KV_WAIT_S:g} s"
                 self.fail(arrival.session, RefusalReason.KV_MEMORY, detail)
         drained = self.house.duty.state(now) is State.DRAINED
         for session in list(self.live.values()):
             if drained:
                 self.fail(session, RefusalReason.PAUSED, self.house.duty.refusal().detail)
-            elif session.lease is None and now - session.attached_at >= ATTACH_LIFE_S:
+            elif session.seat is None and now - session.attached_at >= ATTACH_LIFE_S:
                 self.fail(session, RefusalReason.UNKNOWN_SESSION, "attached, but not opened in time")
-            elif session.lease is not None and session.lease.has_expired(now_ms):
+            elif session.seat is not None and session.seat.has_expired(now_ms):
                 self.fail(session, RefusalReason.FORBIDDEN, "the capability that it was opened with has expired")
 
     def end_granted_under(self, owner: PeerId, serial: bytes) -> None:
         """The owner revoked the capability `serial`: its sessions end at once."""
         for session in list(self.live.values()):
-            lease = session.lease
-            shown = lease.capability if lease else None
-            if lease is not None and shown is not None and shown.serial == serial and lease.span.request.owner == owner:
+            seat = session.seat
+            shown = seat.capability if seat else None
+            if seat is not None and shown is not None and shown.serial == serial and seat.span.request.owner == owner:
                 self.fail(session, RefusalReason.FORBIDDEN, "the deployment's owner revoked the capability")
 
     async def evacuate(self, lease: SpanLease) -> None:
         """End the deployment's sessions and wait until the engine is rid of them."""
         for session in list(self.live.values()):
-            if session.lease is not None and session.lease.span is lease:
+            if session.seat is not None and session.seat.span is lease:
                 self.fail(session, RefusalReason.UNKNOWN_DEPLOYMENT, "its owner released the deployment")
         while lease.sessions:
             await self._emptied.park()
@@ -291,16 +267,6 @@ class SessionTable:
         self.stopping = True
         for session in list(self.live.values()):
             self.fail(session, RefusalReason.STOPPING, "the worker is stopping")
-
-    def _ticket(self, message: OpenSession, session: Session, remote: PeerId) -> Ticket:
-        ticket = self.house.gate.admit(message.tickets[0], remote, self._now_ms())
-        if ticket.session != message.session:
-            raise RemoteProtocolError("a ticket for another session")
-        if ticket.client != session.client:
-            raise RemoteProtocolError("a ticket of another client than the one that attached the session")
-        if bool(ticket.successor) != (len(message.tickets) > 1):
-            raise RemoteProtocolError("the tickets do not end where the route ends")
-        return ticket
 
     def seat_waiting(self) -> None:
         """Memory may have become free: open what fits of the sessions that wait for it, and fail those that cannot be
@@ -323,8 +289,8 @@ class SessionTable:
         chosen = self.preemptor.choose(arrival, contest)
         for each in chosen:
             session = self.live[each]
-            assert session.lease is not None
-            self.preemptor.preempted(session.client, session.lease.request)
+            assert session.seat is not None
+            self.preemptor.preempted(session.client, session.seat.request)
             session.preempted = True
             self.fail(session, RefusalReason.PREEMPTED, "a client that holds less needs the room")
         return bool(chosen)
@@ -336,19 +302,6 @@ class SessionTable:
         except Refused as refusal:
             self.fail(arrival.session, refusal.reason, refusal.detail)
             return True
-
-    def _move(self, lease: Lease, ticket: Ticket) -> None:
-        """Put an open session on its new route. Raises Refused."""
-        before = lease.ticket
-        if (ticket.deployment, ticket.start, ticket.end) != (before.deployment, before.start, before.end):
-            raise Refused(RefusalReason.BAD_TICKET, "a new route cannot change the span")
-        if ticket.kv_tokens != before.kv_tokens:
-            raise Refused(RefusalReason.BAD_TICKET, "a new route cannot change the tokens")
-        try:
-            lease.ledger.reroute(ticket.epoch)
-        except RemoteProtocolError as error:
-            raise Refused(RefusalReason.BAD_TICKET, str(error)) from None
-        lease.ticket = ticket
 
     def _may_fit(self, arrival: Arrival) -> bool:
         # Checking a right takes a signature, and a thousand sessions may wait whenever one closes: room comes first.
@@ -364,7 +317,7 @@ class SessionTable:
         """Reserve what the ticket asks for, and begin. False when there is no room yet. Raises Refused."""
         session, ticket = arrival.session, arrival.ticket
         self.house.duty.require()
-        span, capability = self._span_for(ticket)
+        span, capability = span_for(self.house, ticket)
         needed, key = needed_bytes(ticket, span), (ticket.deployment, ticket.client)
         try:
             self.house.pool.reserve(session.id, needed, key)
@@ -374,14 +327,14 @@ class SessionTable:
             return False
         self._waiting.remove(session)
         now = self.clock.monotonic()
-        tenant = ticket.client if _is_guest(capability) else span.request.owner
+        tenant = ticket.client if is_guest(capability) else span.request.owner
         request = self.preemptor.request_of(arrival, self.live.values())
-        session.lease = Lease(
+        session.seat = Seat(
             span=span,
             ledger=StepLedger(ticket.kv_tokens, epoch=ticket.epoch),
             ticket=ticket,
             capability=capability,
-            spec=_spec(arrival, tenant),
+            spec=spec_of(arrival, tenant),
             request=request,
             seated_at=now,
             safe_until=now + self.preemptor.safe_s(session.client, request),
@@ -391,62 +344,8 @@ class SessionTable:
         self.house.bubbles.opened(now)
         self.report_memory()
         self.spawn(session)
-        self._enqueue(session, Route(ticket, arrival.message))
+        self.inboxes.put(session, Place(ticket, arrival.message))
         return True
-
-    def _span_for(self, ticket: Ticket) -> tuple[SpanLease, Capability | None]:
-        """The span that the ticket asks for, and what gives its client the right to it. Raises Refused."""
-        span = self.house.spans.known(ticket.deployment)
-        claim = Claim(ticket.client, Right.USE, ticket.deployment, span.request.owner)
-        capability = self.house.rights.require(claim, ticket.capability)
-        held = span.request.spec
-        if span.state is not SpanState.LOADED or (held.start, held.end) != (ticket.start, ticket.end):
-            raise Refused(RefusalReason.UNKNOWN_DEPLOYMENT, f"blocks {ticket.start}..{ticket.end} are not loaded here")
-        if ticket.kv_tokens > span.request.context_tokens:
-            detail = f"{ticket.kv_tokens} tokens; the context has {span.request.context_tokens}"
-            raise Refused(RefusalReason.UNSUPPORTED, detail)
-        return span, capability
-
-    def _enqueue(self, session: Session, work: Work) -> None:
-        """Raises Refused when more waits than any honest client needs, or than there is memory for."""
-        size = body_bytes(work)
-        if session.waiting_bytes + size > limits.STEP_BYTES_WAITING_MAX:
-            raise Refused(RefusalReason.BAD_STEP, f"more than {limits.STEP_BYTES_WAITING_MAX} bytes of steps wait")
-        self.house.queues.take(session.client, size)
-        session.queued_bytes += size
-        try:
-            session.send_work.send_nowait(work)
-        except trio.WouldBlock:  # what was taken goes back with the session
-            raise Refused(RefusalReason.BAD_STEP, f"more than {INBOX_MAX} steps wait") from None
-        begin, session.begin = session.begin, None
-        if begin is not None and isinstance(work, Pass):
-            begin(work)  # before all that may wait: the engine's thread wakes meanwhile
-        self._weigh(session, work, 1)
-
-    def weigh_answers(self, session: Session) -> None:
-        """Count what the session's recorded answers take by now. Raises Refused when there is no memory for it."""
-        assert session.lease is not None
-        size = session.lease.ledger.answer_bytes
-        grown = size - session.answer_bytes
-        if grown > 0:
-            self.house.queues.take(session.client, grown)
-        else:
-            self.house.queues.give(session.client, -grown)
-        session.queued_bytes += grown
-        session.answer_bytes = size
-
-    def _weigh(self, session: Session, work: Work, sign: int) -> None:
-        session.waiting_bytes += sign * body_bytes(work)
-        session.waiting_steps += sign
-        self._waiting_steps += sign
-        self.observer.queue_changed(self._waiting_steps)
-
-    def _weigh_rest(self, session: Session) -> None:
-        self._waiting_steps -= session.waiting_steps
-        session.waiting_steps = session.waiting_bytes = 0
-        self.house.queues.give(session.client, session.queued_bytes)
-        session.queued_bytes = 0
-        self.observer.queue_changed(self._waiting_steps)
 
     def _drop(self, session: Session) -> None:
         """Out of the table at once; an open one's task frees the rest when its running step has committed."""
@@ -457,7 +356,7 @@ class SessionTable:
         claimed = self.house.pool.claims(session.id)
         self.house.pool.disclaim(session.id)
         session.scope.cancel()
-        if session.lease is not None:
+        if session.seat is not None:
             self._leaving.add(session.id)
         else:
             self.house.quota.give(session.client)
@@ -470,27 +369,3 @@ class SessionTable:
 
     def _now_ms(self) -> int:
         return math.floor(self.clock.time() * 1000)
-
-
-def _is_guest(capability: Capability | None) -> bool:
-    """Whether who showed it is another user than the owner, who needs none, and whose processes have one that says
-    so."""
-    return capability is not None and Right.OWN not in capability.rights
-
-
-def _spec(arrival: Arrival, tenant: PeerId) -> SessionSpec:
-    ticket, message = arrival.ticket, arrival.message
-    return SessionSpec(
-        deployment=ticket.deployment,
-        tenant=tenant,
-        kv_tokens=ticket.kv_tokens,
-        page_keys=_keys(message.page_keys, ticket),
-        deterministic=message.deterministic,
-        alone=message.alone,
-        micro_batches=message.micro_batches,
-    )
-
-
-def _keys(keys: bytes, ticket: Ticket) -> tuple[bytes, ...]:
-    """No more than the session has full pages: what is kept of a message is in proportion to what it reserved."""
-    return split_page_keys(keys)[: ticket.kv_tokens // limits.PAGE_TOKENS]

@@ -7,7 +7,6 @@ key was computed by all blocks. Synchronous; the engine's thread calls it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -19,19 +18,6 @@ from worker.kv_pages import KvBudget, PageBook, PageTable
 
 # Slabs are so much longer than the budget, where length costs nothing: then nearly every session finds one free run.
 SLACK = 4
-
-
-@dataclass(frozen=True, slots=True)
-class KvStats:
-    """KV of one span now, for measurements. `token_bytes` is what one token takes in theory; sessions take whole pages.
-    `in_use_bytes`: of pages that sessions use; `kept_bytes`: of others. `tokens_hit` of `tokens_asked` were kept."""
-
-    token_bytes: int
-    page_bytes: int
-    in_use_bytes: int
-    kept_bytes: int
-    tokens_asked: int
-    tokens_hit: int
 
 
 class SpanKv:
@@ -53,12 +39,6 @@ class SpanKv:
             capacity = self.book.pages * limits.PAGE_TOKENS
             self._slabs = [KvSlab(config, capacity, self._dtype, self._device) for config in self._configs]
         return SessionKv(self.book, self._slabs, self.book.open(tenant, tokens, keys), (tokens, tuple(keys)))
-
-    @property
-    def stats(self) -> KvStats:
-        book = self.book
-        in_use = book.used_bytes - book.kept_bytes
-        return KvStats(self.token_bytes, book.page_bytes, in_use, book.kept_bytes, book.tokens_asked, book.tokens_hit)
 
     def close(self) -> None:
         """The span goes; no session is open. Its memory is there until `give_back` has nothing left to do."""

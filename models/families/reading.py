@@ -37,12 +37,11 @@ def read_config(config: Json, generation: Json) -> ConfigRead:
     if not 0 < num_blocks <= 1 << 16:
         raise ModelError(f"config.json: num_hidden_layers is {num_blocks}")
     eos = generation["eos_token_id"] if generation.get("eos_token_id") is not None else config.get("eos_token_id")
-    bos = _token_ids("bos_token_id", config.get("bos_token_id"))
+    _token_ids("bos_token_id", config.get("bos_token_id"))  # read by nobody here; what cannot be one is refused
     model = {
         "vocab_size": _integer(config, "vocab_size"),
         "tie_word_embeddings": _flag(config, "tie_word_embeddings"),
         "rms_norm_eps": eps,
-        "bos_id": bos[0] if bos else None,
         "eos_ids": _token_ids("eos_token_id", eos),
         "dtype": _dtype(config),
         "max_position": max_position,

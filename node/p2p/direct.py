@@ -34,8 +34,9 @@ from node.p2p.doorway import source_of
 from node.p2p.racing import race
 from node.p2p.records import MAGIC, PROTOCOL_BYTES_MAX, Kind
 from node.p2p.shunned import Shunned
-from node.p2p.streams import foreign, serve
+from node.p2p.streams import foreign
 from node.p2p.tcp import TcpStream
+from node.serving import serve
 from protocol.errors import Refused, RemoteProtocolError, SottoError, TransportError
 from protocol.ids import PeerId, public_key_of
 from protocol.ports import Stream, StreamHandler

@@ -34,8 +34,9 @@ from node.p2p.host import Host, new_host, stated_addrs
 from node.p2p.racing import race
 from node.p2p.reach import Reach, ReachState
 from node.p2p.shunned import Shunned
-from node.p2p.streams import MeshStream, foreign, logged, serve
+from node.p2p.streams import MeshStream, foreign, logged
 from node.p2p.tcp import Entrance, bind
+from node.serving import serve
 from protocol import limits
 from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError, SottoError, TransportError
 from protocol.ids import PeerId, public_key_of

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import trio
 from libp2p.network.stream.net_stream import NetStream
@@ -18,7 +17,6 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 from node.p2p.yamux_stream import YamuxStream
 from protocol.errors import LocalProtocolError, SottoError, TransportError
 from protocol.ids import PeerId
-from protocol.ports import Stream, StreamHandler
 
 log = logging.getLogger(__name__)
 
@@ -94,24 +92,6 @@ class MeshStream:
         self._closed = True
         with trio.CancelScope(shield=True, deadline=trio.current_time() + CLEANUP_S), logged("closing a stream"):
             await self._net.remove()
-
-
-class Resettable(Stream, Protocol):
-    async def reset(self) -> None:
-        """Close both directions at once, unless it is closed; the peer sees an error, not an end. Never raises."""
-
-
-async def serve(stream: Resettable, protocol: str, handler: StreamHandler) -> None:
-    """Run a handler under the port's contract: its return closes the stream, whatever it raises costs the stream."""
-    try:
-        await handler(stream)
-        await stream.aclose()
-    except TransportError as error:
-        log.debug("%s with %s ended: %s", protocol, stream.remote, error)
-    except Exception as error:  # the port's contract: it costs this stream, never the node
-        log.warning("the handler of %s failed for %s: %r", protocol, stream.remote, error)
-    finally:
-        await stream.reset()  # unless it is closed: a handler that was cut short must not look finished
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from typing import Any
 
 import trio
 
+from client.tracing import at_percent
 from node.p2p.baseline import noise_outbound
 from node.p2p.direct_stream import DirectStream
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
@@ -44,10 +45,10 @@ class Samples:
 
     def figures(self) -> dict[str, Any]:
         hops = {
-            f"hop_{name}": {"p50_us": _us(times, 0.5), "p99_us": _us(times, 0.99), "samples": len(times)}
+            f"hop_{name}": {"p50_us": _us(times, 50), "p99_us": _us(times, 99), "samples": len(times)}
             for name, times in self.hops.items()
         }
-        return {**hops, "bulk_mb_s": round(_quantile(self.bulk, 0.5), 1)}
+        return {**hops, "bulk_mb_s": round(at_percent(sorted(self.bulk), 50), 1)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +164,5 @@ def _ratio(ours: dict[str, float], other: dict[str, float]) -> float:
     return round(ours["p50_us"] / other["p50_us"], 2)
 
 
-def _us(times: list[float], quantile: float) -> float:
-    return round(_quantile(times, quantile) * 1e6, 1)
-
-
-def _quantile(values: list[float], quantile: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(quantile * len(ordered)), len(ordered) - 1)]
+def _us(times: list[float], percent: int) -> float:
+    return round(at_percent(sorted(times), percent) * 1e6, 1)

@@ -22,6 +22,7 @@ import psutil
 import torch
 import trio
 
+from node.cores import cores
 from node.version import VERSION
 from protocol.errors import InputError
 from simnet.bench.pipes import TcpPipe, echo, echo_message
@@ -39,11 +40,6 @@ def facts() -> dict[str, Any]:
         "versions": {"sotto": VERSION, "torch": torch.__version__, "transformers": _version("transformers")},
         "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:

@@ -12,17 +12,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from scipy.special import stdtrit
+
 Contestant = Callable[[], Awaitable[float]]
 """Takes a turn and gives its rate: more is better."""
 Pair = tuple[str, str]
 ROUNDS_MIN = 4
-NORMAL_95 = 1.96
-# 97.5 % quantiles of Student's distribution for 1, 2, ... degrees of freedom; beyond them the normal one is within 2 %.
-STUDENT_95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,4 +97,4 @@ async def take_turns(
 
 def student_95(freedom: int) -> float:
     """The 97.5 % quantile of Student's distribution with `freedom` >= 1 degrees of freedom."""
-    return STUDENT_95[freedom - 1] if freedom <= len(STUDENT_95) else NORMAL_95
+    return float(stdtrit(freedom, 0.975))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import trio
 
+from client.tracing import at_percent
 from simnet.bench.workloads import Request, Workload
 
 PERCENTILES = (50, 90, 95, 99)
@@ -90,8 +91,7 @@ def percentiles_ms(values_s: Sequence[float]) -> dict[str, float]:
     ordered = sorted(values_s)
     if not ordered:
         return {}
-    ranks = {f"p{percent}": -(-percent * len(ordered) // 100) - 1 for percent in PERCENTILES}
-    return {name: round(1000 * ordered[rank], 3) for name, rank in ranks.items()}
+    return {f"p{percent}": round(1000 * at_percent(ordered, percent), 3) for percent in PERCENTILES}
 
 
 async def serve(workload: Workload, answer: Answer, slots: int, done: Callable[[], None] = lambda: None) -> Served:

@@ -30,7 +30,8 @@ from client.generate import Generation, GenerationResult
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
-from node.app_client import ClientOptions, DeployOptions, open_client
+from node.app_client import open_client
+from node.client import ClientOptions, DeployOptions
 from node.groups import ungrouped
 from node.keys import default_key
 from node.model import Ask, DeployedModel

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protocol.errors import SottoError
+from node.groups import leaf
 
 Figures = dict[str, Any]
 
@@ -79,15 +79,9 @@ def _run(check: Check, scene: Scene) -> tuple[bool, Figures, str]:
         return True, check(scene), ""
     except CheckFailed as failure:
         return False, failure.figures, str(failure)
-    except (SottoError, OSError, BaseExceptionGroup) as error:
-        cause = _leaf(error)
+    except Exception as error:
+        cause = leaf(error)
         return False, {}, f"{type(cause).__name__}: {cause}"
-
-
-def _leaf(error: BaseException) -> BaseException:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import trio
 
-from node.app_client import Client, ClientOptions, observe, open_client
+from node.app_client import observe, open_client
+from node.client import Client, ClientOptions
 from node.groups import ungrouped
 from protocol.ids import PeerId
 from simnet.checks.core import CheckFailed

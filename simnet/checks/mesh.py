@@ -17,9 +17,8 @@ import trio
 
 from client.asking import ANSWER_S, ask
 from client.errors import HopRefused
-from client.routing import Hop
 from models.checkpoint import Checkpoint
-from node.app_client import Client, DeployOptions
+from node.client import Client, DeployOptions
 from node.keys import default_key
 from node.model import Ask, DeployedModel
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
@@ -268,7 +267,7 @@ async def _is_refused(mesh: Mesh, worker: Daemon, protocol: str) -> bool:
 
 async def _requests_refused(worker: Daemon) -> int:
     """How many of many requests are refused for coming too fast; one that comes later is served."""
-    refused, hop = 0, Hop(worker.peer, worker.addrs, 0, 1)
+    refused = 0
     async with open_mesh(MeshConfig(random.randbytes(32), ())) as mesh:
         channel = Channel(await mesh.open(worker.peer, worker.addrs, CONTROL), CONTROL)
         request = ReleaseSpan(DeploymentId(bytes(16)), False, b"")
@@ -276,7 +275,7 @@ async def _requests_refused(worker: Daemon) -> int:
             refused += await _reason(channel, request) == RefusalReason.RATE
         await trio.sleep(2)
         require(await _reason(channel, request) != RefusalReason.RATE, "a peer that waited was refused all the same")
-    require(0 < refused < 60, f"{refused} of 60 requests were refused: {hop.peer}")
+    require(0 < refused < 60, f"{refused} of 60 requests were refused: {worker.peer}")
     return refused
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from node.defaults import KV_TOKENS
+from sotto.commands.asked import ask_of, for_what, paid, strategy_of, where_of
 from sotto.commands.common import (
     Bootstrap,
     Capability,
@@ -40,13 +42,8 @@ from sotto.commands.generation import (
     TopK,
     TopP,
     Workers,
-    ask_of,
     deployed,
-    for_what,
-    paid,
     result_json,
-    strategy_of,
-    where_of,
 )
 
 if TYPE_CHECKING:
@@ -70,7 +67,7 @@ def chat(
     key: Key = None,
     workers: Workers = 1,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of each answer.")] = 512,
-    context: Context = 4096,
+    context: Context = KV_TOKENS,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,

@@ -88,12 +88,13 @@ def _complain(message: str, *, as_json: bool) -> None:
 def errors(as_json: bool = False) -> Iterator[None]:
     """Turn every error that has a remedy into one line. Anything else is our own bug and keeps its traceback."""
     from models.errors import ModelError
+    from node.groups import leaf
     from protocol.errors import SottoError
 
     try:
         yield
     except (SottoError, ModelError, OSError, KeyboardInterrupt, BaseExceptionGroup) as error:
-        line = _remedy(_leaf(error))
+        line = _remedy(leaf(error))
         if line is None:
             raise
         fail(line, as_json=as_json)
@@ -103,12 +104,13 @@ def errors(as_json: bool = False) -> Iterator[None]:
 def complaint(as_json: bool) -> Iterator[None]:
     """As `errors`, but what comes after the block goes on; an interrupt passes."""
     from models.errors import ModelError
+    from node.groups import leaf
     from protocol.errors import SottoError
 
     try:
         yield
     except (SottoError, ModelError, OSError, BaseExceptionGroup) as error:
-        line = _remedy(_leaf(error))
+        line = _remedy(leaf(error))
         if line is None:
             raise
         _complain(line, as_json=as_json)
@@ -131,13 +133,6 @@ def _remedy(error: BaseException) -> str | None:
             return "interrupted"
         case _:
             return None
-
-
-def _leaf(error: BaseException) -> BaseException:
-    """The first error inside nested groups (nurseries wrap what their tasks raise)."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 @contextmanager

@@ -79,7 +79,8 @@ def revoke(
     Workers that get the deployment later are told then.
     """
     with errors(as_json):
-        from node.app_client import ClientOptions, open_client
+        from node.app_client import open_client
+        from node.client import ClientOptions
         from node.grants import Grants
         from node.paths import data_dir as folder
         from protocol.ids import PeerId

@@ -15,14 +15,15 @@ from sotto.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from node.app_client import ClientOptions
+    from node.client import ClientOptions
     from protocol.swarm import Member, SwarmView
 
 
 def peers(bootstrap: Bootstrap = None, data_dir: DataDir = None, as_json: Json = False) -> None:
     """List the workers that advertise in the swarm, as gossip tells it."""
     with errors(as_json):
-        from node.app_client import Client, observe
+        from node.app_client import observe
+        from node.client import Client
 
         async def look() -> SwarmView:
             client: Client
@@ -37,7 +38,7 @@ def peers(bootstrap: Bootstrap = None, data_dir: DataDir = None, as_json: Json =
 
 
 def _options(bootstrap: list[str] | None, data_dir: Any) -> ClientOptions:
-    from node.app_client import ClientOptions
+    from node.client import ClientOptions
     from node.paths import data_dir as folder
 
     return ClientOptions(folder(data_dir), bootstrap_addrs(bootstrap))

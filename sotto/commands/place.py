@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from node.defaults import KV_TOKENS
 from sotto.commands.common import (
     Bootstrap,
     DataDir,
@@ -22,7 +23,7 @@ from sotto.commands.common import (
 if TYPE_CHECKING:
     from client.placement import ModelNeeds, Placement, PlaceOptions
     from models.checkpoint import Checkpoint
-    from node.app_client import Client, ClientOptions
+    from node.client import Client, ClientOptions
     from node.measuring import Measured
     from node.survey import Machine, Survey
     from protocol.swarm import SwarmView
@@ -63,7 +64,7 @@ def place(
     concurrency: Annotated[
         int | None, typer.Option(min=1, help=f"Streams at once. Default: 1, or {STREAMS} for throughput.")
     ] = None,
-    kv_tokens: Annotated[int, typer.Option(min=1, help="KV room to plan for, in tokens of each stream.")] = 4096,
+    kv_tokens: Annotated[int, typer.Option(min=1, help="KV room to plan for, in tokens of each stream.")] = KV_TOKENS,
     measure: Annotated[bool, typer.Option(help="Deploy it, generate a little, and compare.")] = False,
     data_dir: DataDir = None,
     as_json: Json = False,
@@ -75,7 +76,7 @@ def place(
     with errors(as_json):
         from client.placement import ModelNeeds, PlaceOptions
         from client.placement.needs import OBJECTIVES
-        from node.app_client import ClientOptions
+        from node.client import ClientOptions
         from node.paths import data_dir as folder
         from node.survey import this_machine
         from protocol.errors import InputError
@@ -120,7 +121,8 @@ async def _survey(client: Client, asked: _Asked) -> Found:
 
 async def _deploy(asked: _Asked) -> Found:
     """The survey, then the same on real workers. What they hold already is used as it lies."""
-    from node.app_client import DeployOptions, open_client
+    from node.app_client import open_client
+    from node.client import DeployOptions
     from node.keys import default_key
     from node.measuring import measure
     from sotto.commands.models import UploadTotal

@@ -126,7 +126,8 @@ def _links(net: Cluster, measure: bool) -> list[dict[str, Any]]:
 
 async def _advertised(net: Cluster) -> dict[tuple[str, str], float]:
     """(from, to) -> round-trip time in milliseconds, out of the adverts of all workers that run."""
-    from node.app_client import ClientOptions, observe
+    from node.app_client import observe
+    from node.client import ClientOptions
     from protocol.adverts import peer_tag
     from protocol.ids import PeerId
 

@@ -113,13 +113,8 @@ def worker(
     with errors():
         import trio
 
-        from node.app_worker import (
-            WorkerOptions,
-            default_disk_bytes,
-            default_memory_bytes,
-            default_threads,
-            run_worker,
-        )
+        from node.app_worker import WorkerOptions, default_disk_bytes, default_memory_bytes, run_worker
+        from node.cores import cores
         from node.files import parse_bytes
         from node.logs import configure
         from node.metrics import parse_metrics_address
@@ -138,7 +133,7 @@ def worker(
             memory_bytes=memory_bytes,
             kv_memory_bytes=parse_bytes(kv_memory) if kv_memory else memory_bytes // 4,
             disk_bytes=parse_bytes(disk) if disk else default_disk_bytes(folder, memory_bytes),
-            threads=threads or default_threads(),
+            threads=threads or cores(),
             device=device,
             metrics=parse_metrics_address(metrics),
             lifeline=lifeline,

@@ -23,7 +23,8 @@ from models.agreement import Agreement, allowed_difference, compare, max_differe
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
-from node.app_client import Client, ClientOptions, DeployOptions, open_client
+from node.app_client import open_client
+from node.client import Client, ClientOptions, DeployOptions
 from node.keys import default_key
 from node.model import Ask, DeployedModel
 from protocol.ids import PeerId

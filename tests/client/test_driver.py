@@ -6,7 +6,6 @@ import pytest
 import trio
 
 from client.driver import Driver
-from client.outputs import KeptOutputs
 from client.session import SessionTerms
 from protocol.errors import LocalProtocolError
 from protocol.messages import CloseSession, Step
@@ -14,6 +13,7 @@ from protocol.tensors import Payload, TensorHeader
 from simnet.runtime import run
 from tests.helpers.driving import TERMS, driving, fill_the_way, numbers, with_swarm
 from tests.helpers.fake_hop import FakeSwarm, Reply, activations, fake_swarm, output
+from tests.helpers.outputs import KeptOutputs
 
 
 @pytest.mark.parametrize("hops", [1, 2, 3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -12,7 +12,7 @@ import torch
 import trio
 from torch import Tensor
 
-from client.generate import Generation, GenerationHost, GenerationParams, generate, inline, kv_tokens_for
+from client.generate import Generation, GenerationHost, GenerationParams, inline, kv_tokens_for
 from client.observer import NullObserver
 from client.tensors import to_payload, to_tensor
 from client.text import TextStream
@@ -93,6 +93,12 @@ def host(observer: NullObserver | None = None) -> GenerationHost:
 
 def virtual(main: Callable[[], Awaitable[T]]) -> T:
     return run(main, seed=1)
+
+
+def generate(
+    session: EchoSession, ends: CountingEnds, prompt: Sequence[int], params: GenerationParams, host: GenerationHost
+) -> AsyncGenerator[int, None]:
+    return Generation(session, ends, prompt, params, host).tokens()
 
 
 async def collect(session: EchoSession, prompt: Sequence[int], params: GenerationParams) -> list[int]:

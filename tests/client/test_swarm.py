@@ -125,17 +125,6 @@ def test_a_worker_that_falls_silent_is_forgotten_and_one_that_goes_on_is_not() -
     on_a_line(body)
 
 
-def test_a_peer_seen_to_be_gone_is_back_with_its_next_advert() -> None:
-    async def body(line: Line) -> None:
-        await line.say(0, fresh())
-        line.watch.forget(WORKERS[0].peer)
-        assert line.peers() == set()
-        await line.say(0, fresh())
-        assert line.peers() == {WORKERS[0].peer}
-
-    on_a_line(body)
-
-
 def test_adverts_that_do_not_hold_are_refused_and_counted() -> None:
     async def body(line: Line) -> None:
         first = fresh()

@@ -21,7 +21,6 @@ from client.driver import Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.generate import Ends, Generation, GenerationHost, GenerationParams, inline, kv_tokens_for
 from client.leases import LeaseKeeper, Leasing
-from client.outputs import KeptOutputs
 from client.placement import ModelNeeds, Placement, PlaceOptions, plan
 from client.ports import ClientPorts
 from client.routing import Route, choose_route, route_of
@@ -44,6 +43,7 @@ from protocol.pieces import PieceList
 from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 from simnet.runtime import SeededEntropy, VirtualClock, run
 from simnet.store import MemoryStore
+from tests.helpers.outputs import KeptOutputs
 from tests.helpers.tiny_models import make_checkpoint
 from tests.helpers.workers import DEPLOYMENT, SALT, Swarm, Worker, identity, open_swarm
 from worker.engine import Engine

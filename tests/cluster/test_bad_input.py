@@ -14,7 +14,8 @@ import trio
 from client.placement import ModelNeeds, PlaceOptions
 from models.checkpoint import Checkpoint
 from models.config import BlockConfig
-from node.app_client import Client, ClientOptions, open_client
+from node.app_client import open_client
+from node.client import Client, ClientOptions
 from node.groups import ungrouped
 from node.identity import load_identity
 from node.model import Ask

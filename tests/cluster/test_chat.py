@@ -20,8 +20,8 @@ from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
-from node.app_client import Client
 from node.chat import Chat, ChatOptions, Turn, open_chat
+from node.client import Client
 from node.model import Ask
 from protocol.errors import InputError
 from protocol.limits import PAGE_TOKENS

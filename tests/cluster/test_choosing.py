@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import trio
 
-from node.app_client import Client, ClientOptions, observe, open_client
+from node.app_client import observe, open_client
 from node.choosing import Choosing
+from node.client import Client, ClientOptions
 from node.groups import ungrouped
 from simnet.cluster import Cluster
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import trio
 
-from node.app_client import Client
+from node.client import Client
 from node.model import Ask
 from protocol.adverts import peer_tag
 from protocol.channel import Channel

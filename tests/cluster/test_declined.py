@@ -8,7 +8,7 @@ import pytest
 
 from client.errors import HopRefused
 from client.placement import Placement
-from node.app_client import Client
+from node.client import Client
 from node.model import Ask
 from node.worker_socket import ask_worker
 from protocol.messages import RefusalReason

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import trio
 
-from node.app_client import Client
+from node.client import Client
 from node.model import Ask
 from protocol.errors import RemoteProtocolError, TransportError
 from protocol.framing import FrameDecoder

@@ -13,7 +13,7 @@ from client.routing import Route
 from client.session import RouteSession, SessionTerms
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
-from node.app_client import Client
+from node.client import Client
 from node.model import Ask
 from protocol.limits import PAGE_TOKENS
 from protocol.strategy import Strategy

@@ -16,7 +16,8 @@ import trio
 from client.errors import HopRefused
 from models.checkpoint import Checkpoint
 from models.int8 import Int8Linear
-from node.app_client import Client, ClientOptions, open_client
+from node.app_client import open_client
+from node.client import Client, ClientOptions
 from node.grants import read_token
 from node.groups import ungrouped
 from node.identity import load_identity

@@ -16,7 +16,8 @@ import pytest
 import trio
 from typer.testing import CliRunner, Result
 
-from node.app_client import ClientOptions, observe
+from node.app_client import observe
+from node.client import ClientOptions
 from node.groups import ungrouped
 from node.p2p import upnp
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh

@@ -20,7 +20,7 @@ import trio
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
-from node.app_client import Client
+from node.client import Client
 from node.identity import load_identity
 from node.keys import default_key
 from node.model import Ask

@@ -14,7 +14,7 @@ from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
-from node.app_client import Client
+from node.client import Client
 from node.model import Ask, DeployedModel
 from protocol.strategy import parse
 from simnet.cluster import Cluster

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from client.metalearning.comparing import RUNS_MIN, compared
 from client.metalearning.record import Record
-from node.app_client import ClientOptions, open_client
+from node.app_client import open_client
+from node.client import ClientOptions
 from node.groups import ungrouped
 from node.history import History
 from node.identity import load_identity

@@ -9,7 +9,7 @@ import trio
 
 from client.generate import GenerationResult
 from models.checkpoint import Checkpoint
-from node.app_client import Client
+from node.client import Client
 from node.model import Ask
 from protocol.strategy import Strategy
 from simnet.cluster import Cluster

@@ -14,7 +14,8 @@ import pytest
 import trio
 
 from node import entering, joining
-from node.app_client import ClientOptions, observe
+from node.app_client import observe
+from node.client import ClientOptions
 from node.groups import ungrouped
 from node.lan import Lan, OnSighting, Presence
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh

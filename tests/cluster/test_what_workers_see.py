@@ -18,13 +18,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from client.outputs import KeptOutputs
 from client.session import SessionTerms
 from client.tensors import to_payload, to_tensor
 from equivariant.audit.cosine import SIGMAS, audit_block, max_cosine
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
-from node.app_client import Client
+from node.client import Client
 from node.model import DeployedModel
 from node.p2p.direct_stream import DirectStream
 from node.p2p.streams import MeshStream
@@ -37,6 +36,7 @@ from protocol.messages import Message, Step
 from protocol.tensors import Payload
 from simnet.cluster import Cluster
 from sotto.demo import DEMO_PROMPTS, demo_checkpoint
+from tests.helpers.outputs import KeptOutputs
 from tests.helpers.swarm import deploy, with_client
 
 TEXT = " ".join(DEMO_PROMPTS)

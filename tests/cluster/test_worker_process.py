@@ -17,7 +17,7 @@ import trio
 
 from client.tensors import to_payload
 from models.checkpoint import Checkpoint
-from node.app_client import Client
+from node.client import Client
 from node.model import Ask, DeployedModel
 from protocol.channel import Channel
 from protocol.errors import RouteUnavailable

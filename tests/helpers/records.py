@@ -26,7 +26,6 @@ CONFIG = ModelConfig(
     blocks=(BLOCK,) * 4,
     tie_word_embeddings=True,
     rms_norm_eps=1e-5,
-    bos_id=1,
     eos_ids=(2,),
     dtype="float32",
     max_position=512,

@@ -10,7 +10,8 @@ import trio
 
 from client.placement import Placement
 from models.checkpoint import Checkpoint
-from node.app_client import Client, ClientOptions, DeployOptions, open_client
+from node.app_client import open_client
+from node.client import Client, ClientOptions, DeployOptions
 from node.groups import ungrouped
 from node.keys import default_key
 from node.model import DeployedModel

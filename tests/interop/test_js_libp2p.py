@@ -19,7 +19,7 @@ import pytest
 import trio
 
 from models.checkpoint import Checkpoint
-from node.app_client import Client
+from node.client import Client
 from node.identity import load_identity
 from node.keys import default_key
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh

@@ -214,7 +214,6 @@ def test_blocks_of_a_model_agree() -> None:
         "vocab_size": 8,
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-6,
-        "bos_id": None,
         "eos_ids": (),
         "dtype": "float32",
         "max_position": 128,

@@ -123,11 +123,9 @@ def test_windows_that_transformers_wrote_are_read_back(family: str, values: dict
 
 
 def test_token_ids_come_from_the_generation_config_first() -> None:
-    config = hf(bos_token_id=5, eos_token_id=7)
+    config = hf(eos_token_id=7)
     assert ModelConfig.from_hf(config).eos_ids == (7,)
     assert ModelConfig.from_hf(config, {"eos_token_id": [7, 8]}).eos_ids == (7, 8)
-    assert ModelConfig.from_hf(config, {}).bos_id == 5
-    assert ModelConfig.from_hf(hf(bos_token_id=None)).bos_id is None
 
 
 def test_the_stored_dtype_has_two_spellings() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import trio
+
 from protocol.errors import TransportError
 from simnet.checks.core import CheckFailed, Figures, Scene, require, run_checks
 
@@ -23,16 +25,22 @@ def raises(scene: Scene) -> Figures:
     raise ExceptionGroup("nursery", [TransportError("nobody answers")])
 
 
+def late(scene: Scene) -> Figures:
+    raise trio.TooSlowError
+
+
 def test_each_check_ends_as_it_should(tmp_path: Path) -> None:
     said: list[str] = []
-    checks = {check.__name__: check for check in (holds, fails, raises)}
-    good, bad, lost = run_checks(checks, tmp_path, 3, 7, said.append)
+    checks = {check.__name__: check for check in (holds, fails, raises, late)}
+    good, bad, lost, slow = run_checks(checks, tmp_path, 3, 7, said.append)
     assert good.passed
     assert good.figures["rounds"] == 3
     assert not bad.passed
     assert (bad.detail, bad.figures) == ("two is not three", {"two": 2})
     assert not lost.passed
     assert lost.detail == "TransportError: nobody answers"
+    assert not slow.passed
+    assert slow.detail.startswith("TooSlowError")
     assert any("FAILED: two is not three" in line for line in said)
 
 

@@ -17,7 +17,7 @@ from protocol.errors import InputError
 from protocol.strategy import DEFAULT, Auto
 from simnet.cluster import Cluster
 from sotto.__main__ import app
-from sotto.commands.generation import paid, strategy_of
+from sotto.commands.asked import paid, strategy_of
 from tests.helpers.tiny_models import make_checkpoint
 
 

@@ -301,11 +301,9 @@ def test_a_slab_gives_back_what_nobody_needs(shop: Shop) -> None:
 def test_the_memory_of_a_session_is_that_of_its_tokens_in_whole_pages(shop: Shop) -> None:
     loaded(shop)
     begin(shop, 0, 600, page_keys=KEYS)
-    stats = shop.engine.kv_stats(shop.manifest.deployment)
-    assert stats.token_bytes == TOKEN_BYTES
-    assert 600 * TOKEN_BYTES <= stats.in_use_bytes == 10 * PAGE_TOKENS * TOKEN_BYTES
+    book = shop.engine._spans[shop.manifest.deployment].kv.book  # type: ignore[union-attr]
+    assert book.page_bytes == PAGE_TOKENS * TOKEN_BYTES
+    assert 600 * TOKEN_BYTES <= book.used_bytes - book.kept_bytes == 10 * book.page_bytes
     run(shop, 0, inputs(200), 0, [200])
     shop.engine.close(named(0))
-    stats = shop.engine.kv_stats(shop.manifest.deployment)
-    assert (stats.in_use_bytes, stats.kept_bytes) == (0, 3 * stats.page_bytes)
-    assert (stats.tokens_asked, stats.tokens_hit) == (8 * PAGE_TOKENS, 0)
+    assert book.used_bytes == book.kept_bytes == 3 * book.page_bytes

@@ -132,7 +132,7 @@ class Model:
     def arrive(self, request: Request) -> None:
         request.tries += 1
         session = SimpleNamespace(
-            id=SessionId(f"{request.number}/{request.tries}".encode()), client=PeerId(request.client), lease=None
+            id=SessionId(f"{request.number}/{request.tries}".encode()), client=PeerId(request.client), seat=None
         )
         deployment = DeploymentId(request.owner.encode())
         ticket = SimpleNamespace(
@@ -155,7 +155,7 @@ class Model:
         self.waiting.remove(session)
         tag = self.preemptor.request_of(arrival, [other for other, _ in self.seated.values()])
         safe_s = self.preemptor.safe_s(session.client, tag)
-        session.lease = SimpleNamespace(
+        session.seat = SimpleNamespace(
             span=self.leases[ticket.deployment],
             seated_at=self.now,
             safe_until=self.now + safe_s,
@@ -170,7 +170,7 @@ class Model:
         for gone in self.preemptor.choose(arrival, contest):
             session, request = self.seated.pop(gone)
             self.leaving.append(gone)
-            self.preemptor.preempted(session.client, session.lease.request)
+            self.preemptor.preempted(session.client, session.seat.request)
             request.preemptions += 1
             self.arrive(request)  # it may wait for what others hold, and must not make room for itself
 
@@ -241,8 +241,8 @@ def test_a_request_is_carried_by_one_seated_session() -> None:
     preemptor = Preemptor(KvPool(0), SimpleNamespace(leases={}))  # type: ignore[arg-type]
 
     def session(name: bytes, client: str, request: bytes | None = None) -> Any:
-        lease = SimpleNamespace(request=request) if request else None
-        return SimpleNamespace(id=SessionId(name), client=PeerId(client), lease=lease)
+        seat = SimpleNamespace(request=request) if request else None
+        return SimpleNamespace(id=SessionId(name), client=PeerId(client), seat=seat)
 
     arrival: Any = SimpleNamespace(session=session(b"new", "ann"), request=b"R")
     assert preemptor.request_of(arrival, []) == b"R"

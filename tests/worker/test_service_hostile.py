@@ -34,7 +34,7 @@ from protocol.messages import (
 from protocol.tickets import issue_ticket
 from simnet.compute import CostModel, ToyCompute, toy_answer
 from tests.helpers.workers import HandRoute, Swarm, in_swarm, make_manifest, some_rows
-from worker import service, sessions
+from worker import inbox, service, sessions
 from worker.config import Quotas
 
 ROWS = some_rows(3)
@@ -221,7 +221,7 @@ def test_a_step_that_no_client_could_mean_fails_its_session(number: int, positio
 @pytest.mark.parametrize("bound", ["count", "bytes"])
 def test_overflow_fails_that_session_only(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if bound == "count":
-        monkeypatch.setattr(sessions, "INBOX_MAX", 4)
+        monkeypatch.setattr(inbox, "INBOX_MAX", 4)
     else:
         monkeypatch.setattr(limits, "STEP_BYTES_WAITING_MAX", 4 * ROWS[:1].nbytes)
 

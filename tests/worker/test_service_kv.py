@@ -345,9 +345,9 @@ def test_a_session_keeps_its_first_terms_when_it_is_rerouted() -> None:
         tickets = [replace(ticket, epoch=1) for ticket in route.tickets(kv_tokens=TOKENS)]
         await route.send(OpenSession(route.session, route.boxes(tickets)))
         assert isinstance((await route.next())[0], SessionOpened)
-        lease = swarm.workers[0].service.sessions.live[route.session].lease
-        assert lease is not None
-        assert lease.spec.deterministic
-        assert len(lease.spec.page_keys) == 4
+        seat = swarm.workers[0].service.sessions.live[route.session].seat
+        assert seat is not None
+        assert seat.spec.deterministic
+        assert len(seat.spec.page_keys) == 4
 
     in_swarm(1, test, compute=toy)

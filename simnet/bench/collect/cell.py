@@ -18,6 +18,8 @@ import trio
 
 from client.metalearning.features import model_features
 from client.metalearning.record import Outcome, Record
+from client.tracing import at_percent
+from node.cores import cores
 from node.model import Ask, DeployedModel
 from node.recording import Build, Journal
 from protocol.errors import InputError, SottoError
@@ -25,7 +27,7 @@ from protocol.strategy import parse
 from simnet.bench.collect.grid import Cell, TaskPoint
 from simnet.bench.collect.tasks import Drawn, known_before
 from simnet.bench.dictated import Dictated
-from simnet.bench.machine import cores, cpu_seconds
+from simnet.bench.machine import cpu_seconds
 from simnet.bench.serving import Served, Timed, serve
 from simnet.bench.workloads import Request
 
@@ -151,7 +153,7 @@ def _mean(requests: Sequence[Timed], of: Callable[[Timed], float]) -> float:
 
 def _p95(requests: Sequence[Timed], of: Callable[[Timed], float]) -> float:
     """A value that occurred: of few requests, the largest."""
-    return round(sorted(map(of, requests))[-(-95 * len(requests) // 100) - 1], 6)
+    return round(at_percent(sorted(map(of, requests)), 95), 6)
 
 
 def _busy() -> tuple[float, float]:

@@ -24,7 +24,8 @@ import trio
 from client.placement.needs import whole_pages
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
-from node.app_client import ClientOptions, DeployOptions, open_client
+from node.app_client import open_client
+from node.client import ClientOptions, DeployOptions
 from node.groups import ungrouped
 from node.keys import default_key
 from node.model import DeployedModel

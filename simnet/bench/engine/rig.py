@@ -20,14 +20,16 @@ import trio
 
 from client.generate import GenerationResult
 from models.checkpoint import Checkpoint
-from node.app_client import ClientOptions, DeployOptions, open_client
+from node.app_client import open_client
+from node.client import ClientOptions, DeployOptions
+from node.cores import cores
 from node.keys import default_key
 from node.model import Ask, DeployedModel
 from protocol.strategy import Strategy
 from protocol.tensors import DTYPE_BYTES
 from simnet.bench.dictated import Dictated
 from simnet.bench.library import Library
-from simnet.bench.machine import Memory, cores, cpu_seconds
+from simnet.bench.machine import Memory, cpu_seconds
 from simnet.bench.paired import Contestant, Pair, Patience, Rounds, take_turns
 from simnet.bench.workloads import Request, Source
 
