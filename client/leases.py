@@ -2,7 +2,8 @@
 
 Invariant: what is kept was signed by the worker that it names, for this client and on the terms that were asked for. A
 lease that ended early (the worker forgot it, or lost sight of us) is asked for again. A worker that refuses, or cannot
-be reached, is asked until the lease would have ended, and then left: the next session there says why.
+be reached, is asked until the lease would have ended, and then left: the next session there says why. Nobody is asked
+more often than every RETRY_S: a lease that is over by then is let go.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ class LeaseKeeper:
 
     def _keep(self, hop: Hop, request: LeaseSpan, lease: Lease) -> None:
         now, life_s = self.ports.clock.monotonic(), (lease.expires_ms - lease.granted_ms) / 1000
-        self.kept[lease.deployment, hop.peer] = KeptLease(hop, request, lease, now + life_s / 2, now + life_s)
+        due = now + max(life_s / 2, RETRY_S)
+        self.kept[lease.deployment, hop.peer] = KeptLease(hop, request, lease, due, now + life_s)
         self._changed.set()
 
     def _forget(self, kept: KeptLease) -> None:

@@ -11,6 +11,7 @@ One task submits at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -122,9 +123,9 @@ class RouteSession:
 
     async def open(self, tickets: tuple[bytes, ...]) -> None:
         """Attach to every hop, then open the route with `tickets`. Raises the failure of whichever hop objects."""
-        for machine, link in zip(self._machines, self._links, strict=True):
+        for number, (machine, link) in enumerate(zip(self._machines, self._links, strict=True)):
             machine.sent(Attach)
-            await self._send(link, Attach(self.id), b"", self._unready(State.ATTACHED))
+            await self._send(link, Attach(self.id), b"", self._unready(State.ATTACHED, number))
         await self._until(lambda: self._all(State.ATTACHED), self._unready(State.ATTACHED))
         for machine in self._machines:
             machine.sent(OpenSession)
@@ -145,14 +146,13 @@ class RouteSession:
     async def aclose(self) -> None:
         """Free the session on all hops. Idempotent; never raises for the network's sake; takes at most CLOSE_S.
 
-        CloseSession goes along the route when all is well; otherwise each hop is told, since what breaks a route also
-        keeps a close from passing it.
+        Each hop is told, whatever the route passes on: a hop that keeps the news to itself, or that reads nothing, must
+        not keep the session, and its memory, alive at the others.
         """
         if self._closed:
             return
         self._closed = True
         self._detach(self)
-        whole = self._failure is None and self._all(State.OPEN)
         told = []
         for machine, link in zip(self._machines, self._links, strict=True):
             if machine.state is not State.IDLE:
@@ -160,11 +160,9 @@ class RouteSession:
                 told.append(link)
         self.fail(LocalProtocolError("the session is closed"))
         with trio.CancelScope(deadline=trio.current_time() + CLOSE_S, shield=True):
-            for link in told[:1] if whole else told:
-                try:
+            for link in told:
+                with trio.move_on_after(CLOSE_S / len(told)), suppress(SottoError):  # a lost hop's session went with it
                     await link.send(CloseSession(self.id, self.keep_pages))
-                except SottoError:
-                    continue  # the hop is gone, and the session with it
 
     async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
         """Send a step: `payload` [T, d] holds the tokens at [position, position + T). Its id, for `result`.
@@ -360,12 +358,14 @@ class RouteSession:
             if trio.current_time() >= self._heard_at + patience.seconds and not ready():
                 self.fail(patience.error())
 
-    def _unready(self, state: State) -> _Patience:
-        """Names the first hop that has not reached `state`."""
+    def _unready(self, state: State, told: int = 0) -> _Patience:
+        """Names the first hop that was asked and has not reached `state`; if there is none, hop `told`: it answered
+        what it did not read, and still reads nothing."""
 
         def error() -> SottoError:
             hops = zip(self.route.hops, self._machines, strict=True)
-            late = next(hop for hop, machine in hops if machine.state is not state)
+            asked = (hop for hop, machine in hops if machine.state not in (state, State.IDLE))
+            late = next(asked, self.route.hops[told])
             return HopLost(late.peer, f"did not open the session within {self.terms.open_timeout_s:g} s")
 
         return _Patience(self.terms.open_timeout_s, error)

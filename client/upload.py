@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from client.asking import channel_to, hear, within
-from client.errors import HopViolation
+from client.errors import HopLost, HopViolation
 from client.ports import ClientPorts
 from client.routing import Hop
 from protocol import limits
@@ -26,6 +26,7 @@ from protocol.swarm import SwarmView
 
 PIECE_S = 60.0  # one piece of a shard, 1 MiB: slower than 17 KiB/s is as good as lost
 SILENCE_S = 60.0  # the worker tells its progress every second, whatever it waits for
+STALLED_S = 300.0  # in which a piece at least must have come, from wherever, whatever the worker says meanwhile
 PIECE_ASKED_MAX = 3  # a piece that was lost with another source's stream may be asked for again, but not for ever
 
 
@@ -116,17 +117,23 @@ class _Offer:
 
     async def run(self, index: int, others: tuple[tuple[Source, ...], bytes], moved: Callable[[int], None]) -> None:
         digest, size = self._pieces.digest, self._pieces.shard_bytes
-        told = 0
+        told = mark = 0
         with within(self._peer, PIECE_S):
             await self._channel.send(ShardOffer(digest, size, *others), self._pieces.hashes)
+        moved_at = self._ports.clock.monotonic()  # when `mark` bytes had come, or a piece was asked for
         while True:
             message, _ = await hear(self._peer, self._channel, SILENCE_S)
             match message:
                 case PiecesWanted() if message.digest == digest:
                     await self._send(index, message)
+                    moved_at = self._ports.clock.monotonic()
                 case ShardProgress() if message.digest == digest and message.present_bytes <= size:
                     moved(message.present_bytes - told)
-                    told = message.present_bytes
+                    told, now = message.present_bytes, self._ports.clock.monotonic()
+                    if told - mark >= limits.PIECE_BYTES:
+                        mark, moved_at = told, now
+                    elif now - moved_at > STALLED_S:
+                        raise HopLost(self._peer, f"got no further piece of a shard in {STALLED_S:g} s")
                 case ShardStored() if message.digest == digest:
                     moved(size - told)
                     return

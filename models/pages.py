@@ -34,12 +34,11 @@ class Run:
 def runs_of(pages: Sequence[int], page_tokens: int) -> list[Run]:
     """The runs of a sequence whose tokens fill `pages` in this order."""
     runs: list[Run] = []
-    for index, page in enumerate(pages):
-        at = page * page_tokens
-        if runs and runs[-1].at + runs[-1].count == at:
-            runs[-1] = Run(runs[-1].first, runs[-1].at, runs[-1].count + page_tokens)
-        else:
-            runs.append(Run(index * page_tokens, at, page_tokens))
+    start = 0
+    for end in range(1, len(pages) + 1):
+        if end == len(pages) or pages[end] != pages[end - 1] + 1:
+            runs.append(Run(start * page_tokens, pages[start] * page_tokens, (end - start) * page_tokens))
+            start = end
     return runs
 
 

@@ -2,13 +2,16 @@
 
 One thread, because torch's OpenMP pool belongs to the thread that first uses it. Calls are taken in the order in which
 they were made, all that wait between two forwards; steps are only submitted then, so that those of several sessions
-meet in one forward. torch releases the interpreter during products, so the event loop stays awake. A running forward is
-never interrupted: cancelling the waiter abandons the result.
+meet in one forward. Calls that take longer than CALLS_S together let a forward go first: who opens and closes the
+largest sessions without end must not keep others' steps from being computed. torch releases the interpreter during
+products, so the event loop stays awake. A running forward is never interrupted: cancelling the waiter abandons the
+result.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -21,6 +24,7 @@ from protocol.ids import DeploymentId, SessionId
 from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 
 T = TypeVar("T")
+CALLS_S = 0.02  # so long calls go before a forward that is due
 
 
 class SyncEngine(Protocol):
@@ -84,12 +88,16 @@ class EngineThread:
 
     def _serve(self, on_start: Callable[[], None]) -> None:
         on_start()
+        due = math.inf  # when a forward goes before calls
         while True:
-            if self._calls.empty() and not self._engine.idle:
+            empty = self._calls.empty()
+            if (empty or time.perf_counter() >= due) and not self._engine.idle:
                 self._engine.advance()
+                due = math.inf
             elif (call := self._calls.get()) is None:
                 return
             else:
+                due = min(math.inf if empty else due, time.perf_counter() + CALLS_S)
                 _attempt(*call)
             if self._settled:
                 self._tell()

@@ -56,8 +56,6 @@ REPORTS_BURST = 60  # in a row, after a quiet minute
 
 # Sessions.
 TICKET_LIFE_MAX_S = 3600.0
-TICKETS_SEEN_MAX = 1 << 17  # nonces remembered: about 25 MB, 36 new sessions a second for a ticket's whole life
-TICKETS_PER_CLIENT_MAX = 1 << 13  # of them, so that one client's sessions leave room for others'
 ANSWERS_KEPT_MAX = 64  # unacknowledged answers per session; a client acknowledges with each step
 ANSWER_BYTES_KEPT_MAX = 64 * MIB  # per session: four chunks of a prefill at a width of 8,192
 STEP_BYTES_WAITING_MAX = 64 * MIB  # per session at one hop: more in flight than any client needs

@@ -2,8 +2,8 @@
 
 A step carries (epoch, step id, position). A new step has an id above all before it and a position at or below the
 tokens held: the worker truncates its KV to `position` and appends. A repeated step (an id seen before, at the current
-epoch) gets the recorded answer and is not computed again. Answers below `acked` are forgotten. A step of an earlier
-epoch is stale and dropped: it was on its way when the client re-routed.
+epoch, with a tensor of the same header) gets the recorded answer and is not computed again. Answers below `acked` are
+forgotten. A step of an earlier epoch is stale and dropped: it was on its way when the client re-routed.
 
 Pure bookkeeping: KV and arithmetic are the engine's, the recorded answer is opaque.
 """
@@ -18,6 +18,7 @@ from typing import Generic, TypeVar
 from protocol import limits
 from protocol.errors import RemoteProtocolError
 from protocol.messages import Operation, Step
+from protocol.tensors import TensorHeader
 
 A = TypeVar("A")
 
@@ -38,6 +39,7 @@ class StepLedger(Generic[A]):
     held: int = 0  # tokens in KV once all admitted steps are computed
     last: int = -1  # highest step id admitted
     _answers: OrderedDict[int, tuple[A, int] | None] = field(default_factory=OrderedDict)  # None: being computed
+    _asked: dict[int, TensorHeader] = field(default_factory=dict)  # of the same steps
     _answer_bytes: int = 0
 
     @property
@@ -53,6 +55,9 @@ class StepLedger(Generic[A]):
             raise RemoteProtocolError(f"a step of epoch {step.epoch} on a route of epoch {self.epoch}")
         self._acknowledge(step.acked)
         if step.step in self._answers:
+            # Who asks for a large answer again pays for it with as large a step.
+            if step.tensor != self._asked[step.step]:
+                raise RemoteProtocolError(f"step {step.step} is repeated with another tensor")
             return Verdict.PENDING if self._answers[step.step] is None else Verdict.REPEAT
         if step.step <= self.last:
             raise RemoteProtocolError(f"step {step.step} was answered and acknowledged")
@@ -62,6 +67,7 @@ class StepLedger(Generic[A]):
             self._append(step.position, step.tensor.shape[0])
         self.last = step.step
         self._answers[step.step] = None
+        self._asked[step.step] = step.tensor
         return Verdict.COMPUTE
 
     def record(self, step: int, answer: A, answer_bytes: int) -> None:
@@ -82,6 +88,7 @@ class StepLedger(Generic[A]):
             raise RemoteProtocolError(f"a route of epoch {epoch} after one of epoch {self.epoch}")
         self.epoch = epoch
         self._answers.clear()
+        self._asked.clear()
         self._answer_bytes = 0
 
     def _append(self, position: int, tokens: int) -> None:
@@ -93,5 +100,6 @@ class StepLedger(Generic[A]):
 
     def _acknowledge(self, acked: int) -> None:
         while self._answers and next(iter(self._answers)) < acked:
-            _, kept = self._answers.popitem(last=False)
+            number, kept = self._answers.popitem(last=False)
+            del self._asked[number]
             self._answer_bytes -= kept[1] if kept else 0

@@ -2,22 +2,19 @@
 
 The client signs one ticket for each hop and seals it to that worker; hops forward the boxes of those behind them and
 learn only their own neighbours. A ticket names the one predecessor whose activations the hop may accept. It is good
-once (nonce) and for a while (expiry).
+for one session and epoch, and for a while (expiry).
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Annotated
 
 from protocol import limits
 from protocol.codec import decode, encode
-from protocol.errors import Refused, RemoteProtocolError
+from protocol.errors import RemoteProtocolError
 from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, SessionId, public_key_of
-from protocol.messages import RefusalReason
 from protocol.schema import Between, Record, Size
 from protocol.sealedbox import seal, unseal
 from protocol.signed import Identity, Signed
@@ -75,18 +72,15 @@ def issue_ticket(ticket: Ticket, client: Identity) -> bytes:
     return seal(signed, ticket.worker, one_time)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TicketGate:
-    """A worker's check of tickets: for me, signed by the client it names, in time, never seen before."""
+    """A worker's check of tickets: for me, signed by the client it names, in time. That one is used once follows from
+    its session: the client attaches an id once, it opens once, and each new route has a higher epoch."""
 
     identity: Identity
-    seen: set[bytes] = field(default_factory=set)  # nonces of tickets that have not expired
-    _expiries: list[tuple[int, bytes, PeerId]] = field(default_factory=list)  # heap: expires_ms, nonce, client
-    _clients: Counter[PeerId] = field(default_factory=Counter)  # how many of `seen` are whose
 
     def admit(self, box: bytes, predecessor: PeerId, now_ms: int) -> Ticket:
-        """The ticket inside `box` that came from `predecessor`. Raises RemoteProtocolError, or Refused(SESSIONS) when
-        more tickets are alive than can be remembered."""
+        """The ticket inside `box` that came from `predecessor`. Raises RemoteProtocolError."""
         signed = decode(Signed, unseal(box, self.identity))
         ticket = decode(Ticket, signed.verify(_DOMAIN))
         if ticket.client != signed.signer:
@@ -97,22 +91,4 @@ class TicketGate:
             raise RemoteProtocolError("a ticket that came from another peer than its predecessor")
         if not now_ms < ticket.expires_ms <= now_ms + (limits.TICKET_LIFE_MAX_S + limits.CLOCK_SKEW_MAX_S) * 1000:
             raise RemoteProtocolError("a ticket that is expired, or lives too long")
-        self._forget(now_ms)
-        if ticket.nonce in self.seen:
-            raise RemoteProtocolError("a ticket that was used before")
-        if self._clients[ticket.client] >= limits.TICKETS_PER_CLIENT_MAX:
-            raise Refused(RefusalReason.SESSIONS, "too many of this client's tickets have not expired yet")
-        if len(self.seen) >= limits.TICKETS_SEEN_MAX:
-            raise Refused(RefusalReason.SESSIONS, "more tickets at a time than this worker remembers")
-        self.seen.add(ticket.nonce)
-        self._clients[ticket.client] += 1
-        heapq.heappush(self._expiries, (ticket.expires_ms, ticket.nonce, ticket.client))
         return ticket
-
-    def _forget(self, now_ms: int) -> None:
-        while self._expiries and self._expiries[0][0] <= now_ms:
-            _, nonce, client = heapq.heappop(self._expiries)
-            self.seen.remove(nonce)
-            self._clients[client] -= 1
-            if not self._clients[client]:
-                del self._clients[client]

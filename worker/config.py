@@ -81,7 +81,7 @@ class Quotas:
     peer_requests: float = 50.0
     sessions: int = limits.SESSIONS_MAX
     peer_sessions: int = limits.SESSIONS_PER_PEER_MAX
-    peer_queue_share: float = 0.5  # of the bytes that may wait in queues
+    peer_queue_share: float = 0.5  # of the bytes that may wait in queues and are not others' already
 
     def __post_init__(self) -> None:
         if not (0 < self.owner_memory_share <= 1 and 0 < self.peer_queue_share <= 1):

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 import trio
 
@@ -59,6 +60,8 @@ class Control:
     fetches: Fetches
     changed: Callable[[], None]
     _locks: dict[DeploymentId, trio.Lock] = field(default_factory=dict)
+    _loads: trio.Lock = field(default_factory=trio.Lock)
+    _rest_until: float = -inf  # of the engine from loading, monotonic seconds
 
     async def answer(self, request: Message, peer: PeerId) -> Message:
         """The answer to a control request of `peer`. Raises Refused, or RemoteProtocolError for what is no request."""
@@ -146,7 +149,8 @@ class Control:
             missing = [digest for digest in span.request.shards if not await self.ports.store.verify(digest)]
             if missing:
                 raise Refused(RefusalReason.MISSING_SHARDS, f"{len(missing)} shards are not here")
-            loaded = span.loaded = await self.ports.compute.load(span.request.spec)
+            async with self._engine_for_load():
+                loaded = span.loaded = await self.ports.compute.load(span.request.spec)
             span.state = SpanState.LOADED
         finally:
             if span.state is SpanState.LOADING:
@@ -154,6 +158,21 @@ class Control:
         span.touched = self.ports.clock.monotonic()
         self._report()
         return loaded
+
+    @asynccontextmanager
+    async def _engine_for_load(self) -> AsyncIterator[None]:
+        """A load keeps the engine from all steps, and who leases, loads and forgets can ask for one after another: one
+        goes at a time, and while anybody has a session steps get as long after each."""
+        clock = self.ports.clock
+        async with self._loads:
+            if self.house.quota.taken:
+                await trio.sleep(max(0.0, self._rest_until - clock.monotonic()))
+            began = clock.monotonic()
+            try:
+                yield
+            finally:
+                ended = clock.monotonic()
+                self._rest_until = ended + (ended - began)
 
     async def restore(self) -> None:
         """Load again what an earlier run had loaded, the newest first, as far as it fits; forget what does not hold.

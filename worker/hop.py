@@ -23,7 +23,7 @@ from protocol.tickets import TIMES, Ticket
 from worker.cleanup import finish
 from worker.links import Link, LinkPool
 from worker.observer import WorkerObserver
-from worker.session import Again, Pass, Place, Seat, Session, Work
+from worker.session import Again, Pass, Place, Seat, Session, Work, answer_bytes
 from worker.sessions import SessionTable
 
 
@@ -119,8 +119,7 @@ class Hop:
         begun, self._begun = self._begun, None
         assert begun is not None
         result, computed_at = await begun, self.table.clock.monotonic()
-        kept = len(result.forward.data) + (len(result.returned.data) if result.returned else 0)
-        seat.ledger.record(step.step, result, kept)
+        seat.ledger.record(step.step, result, answer_bytes(result))
         self.table.inboxes.weigh_answers(self.session)
         waited_us = max(0, round(1e6 * (self._free_at - work.arrived_at)))  # for the step before it
         if waited_us:

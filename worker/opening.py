@@ -19,7 +19,7 @@ from worker.waiting import Arrival
 
 
 def checked_ticket(house: House, message: OpenSession, session: Session, remote: PeerId, now_ms: int) -> Ticket:
-    """The ticket for this hop, of a route that goes on where the tickets do. Raises RemoteProtocolError, Refused."""
+    """The ticket for this hop, of a route that goes on where the tickets do. Raises RemoteProtocolError."""
     ticket = house.gate.admit(message.tickets[0], remote, now_ms)
     if ticket.session != message.session:
         raise RemoteProtocolError("a ticket for another session")
@@ -27,6 +27,8 @@ def checked_ticket(house: House, message: OpenSession, session: Session, remote:
         raise RemoteProtocolError("a ticket of another client than the one that attached the session")
     if bool(ticket.successor) != (len(message.tickets) > 1):
         raise RemoteProtocolError("the tickets do not end where the route ends")
+    if session.seat is not None and ticket.epoch <= session.seat.ledger.epoch:
+        raise RemoteProtocolError("a ticket that was used before, or of a route that is over")
     return ticket
 
 

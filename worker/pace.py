@@ -35,14 +35,14 @@ class Pace:
     now: Callable[[], float]
     _peers: OrderedDict[PeerId, _Allowance] = field(default_factory=OrderedDict)
 
-    async def take(self, peer: PeerId) -> None:
-        """One message of `peer` was read: wait until it may be dealt with."""
+    async def take(self, peer: PeerId, cost: float = 1.0) -> None:
+        """One message of `peer` was read, which costs as much as `cost` usual ones: wait until it may be dealt with."""
         now = self.now()
         own = self._peers.setdefault(peer, _Allowance(BURST, now))
         self._peers.move_to_end(peer)
         if len(self._peers) > PEERS_REMEMBERED:
             self._peers.popitem(last=False)
-        own.left, own.at = min(BURST, own.left + (now - own.at) * MESSAGES_PER_S) - 1, now
+        own.left, own.at = min(BURST, own.left + (now - own.at) * MESSAGES_PER_S) - cost, now
         own.taken += 1
         if own.left < 0:
             await trio.sleep(-own.left / MESSAGES_PER_S)

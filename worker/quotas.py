@@ -116,7 +116,8 @@ class RequestGate:
 @dataclass(slots=True)
 class QueueBook:
     """Bytes that wait in queues: steps to be computed, answers to be acknowledged, frames to be written. They are part
-    of the memory that the owner gives. A peer may have `peer_share` of them."""
+    of the memory that the owner gives. A peer may have `peer_share` of what it has and nobody else has: so a few that
+    hold all they can leave the next one something."""
 
     capacity_bytes: int
     peer_share: float = 0.5
@@ -124,9 +125,12 @@ class QueueBook:
     _peers: Counter[PeerId] = field(default_factory=Counter)
 
     def fits(self, peer: PeerId, size: int) -> bool:
-        """Whether `size` more bytes may wait for `peer`."""
-        share = int(self.peer_share * self.capacity_bytes)
-        return self.used_bytes + size <= self.capacity_bytes and self._peers[peer] + size <= share
+        """Whether `size` more bytes may wait for `peer`. None always may, also when others' have made its part smaller
+        than what it holds."""
+        if not size:
+            return True
+        own, free = self._peers[peer] + size, self.capacity_bytes - self.used_bytes - size
+        return free >= 0 and own * (1 - self.peer_share) <= self.peer_share * free
 
     def take(self, peer: PeerId, size: int) -> None:
         """Raises Refused(MEMORY), and then nothing changed."""

@@ -73,6 +73,7 @@ from worker.throttle import throttled
 log = logging.getLogger("sotto.worker")
 STREAMS_PER_PEER_MAX = 64  # our own client needs four
 SWEEP_S = 5.0
+OPENING_COST = 20.0  # messages: a box, a signature and four peer ids take as long
 VIOLATIONS_PER_S = 2.0  # of one peer, eight at once; an honest one has none. Each costs us some milliseconds
 SHUN_S = 60.0
 # What a request costs of a peer's rate. A large manifest takes as long as many other requests, a ping less than any.
@@ -273,7 +274,7 @@ class WorkerService:
     async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
-            await self._pace.take(channel.remote)
+            await self._pace.take(channel.remote, OPENING_COST if isinstance(message, OpenSession) else 1.0)
             if isinstance(message, Attach):
                 try:
                     await self._admit(message, channel.remote)
@@ -288,7 +289,7 @@ class WorkerService:
     async def _serve_link(self, channel: Channel) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
-            await self._pace.take(channel.remote)
+            await self._pace.take(channel.remote, OPENING_COST if isinstance(message, OpenSession) else 1.0)
             try:
                 self._route(message, body, channel.remote)
             except RemoteProtocolError as error:

@@ -92,5 +92,16 @@ class Session:
 
 
 def body_bytes(work: Work) -> int:
-    """What `work` takes of the inbox's bound."""
-    return len(work.payload.data) if isinstance(work, Pass) else 0
+    """What `work` takes of the inbox's bound. A recorded answer counts although its ledger counts it too: it may be
+    acknowledged, and forgotten there, before it is sent again."""
+    match work:
+        case Pass():
+            return len(work.payload.data)
+        case Again():
+            return answer_bytes(work.answer)
+        case _:
+            return 0
+
+
+def answer_bytes(answer: StepResult) -> int:
+    return len(answer.forward.data) + (len(answer.returned.data) if answer.returned else 0)

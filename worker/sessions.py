@@ -125,9 +125,6 @@ class SessionTable:
             if remote == session.client or session.seat is None:
                 self.fail(session, RefusalReason.BAD_TICKET, str(error))
             return True
-        except Refused as refusal:
-            self.fail(session, refusal.reason, refusal.detail)
-            return True
         try:
             session.machine.received(OpenSession)
             if session.seat is not None:

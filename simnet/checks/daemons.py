@@ -23,7 +23,10 @@ from simnet.processes import spawn, stop_children, wait_ready
 
 T = TypeVar("T")
 DEADLINE_S = 120.0
-LIMITS = ("--memory", "400MiB", "--kv-memory", "100MiB", "--threads", "1", "--metrics", "127.0.0.1:0", "--no-lan")
+LIMITS = (
+    "--listen", "/ip4/127.0.0.1/tcp/0", "--memory", "400MiB", "--kv-memory", "100MiB", "--threads", "1",
+    "--metrics", "127.0.0.1:0", "--no-lan",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,7 @@ class Daemon:
     folder: Path
     peer: PeerId
     addrs: tuple[str, ...]
+    metrics: str
 
     @property
     def address(self) -> str:
@@ -44,11 +48,11 @@ def daemon(folder: Path, *words: str, limits: tuple[str, ...] = LIMITS) -> Itera
     """`sotto WORDS` as a worker with its data in `folder`, however this process ends. Raises InputError."""
     folder.mkdir(parents=True, exist_ok=True)
     read_end, write_end = os.pipe()
-    command = [*words, "--data-dir", str(folder), "--listen", "/ip4/127.0.0.1/tcp/0", *limits]
+    command = [*words, "--data-dir", str(folder), *limits]
     child = spawn(command, folder / "worker.log", read_end)
     try:
         state = wait_ready(folder.name, child, folder / "worker.json", folder / "worker.log")
-        yield Daemon(folder, PeerId(state["peer"]), tuple(state["addrs"]))
+        yield Daemon(folder, PeerId(state["peer"]), tuple(state["addrs"]), state["metrics"])
     finally:
         stop_children([child])
         os.close(write_end)

@@ -212,6 +212,16 @@ def test_a_worker_that_wants_a_piece_for_ever_is_given_up() -> None:
     with_depots(body)
 
 
+def test_a_worker_that_only_says_that_it_goes_on_is_given_up() -> None:
+    async def body(case: Case) -> None:
+        case.depots[0].dawdling = True
+        with trio.fail_after(1000), pytest.raises(HopLost, match="no further piece") as caught:
+            await case.deploy()
+        assert caught.value.peer == case.depots[0].endpoint.peer
+
+    with_depots(body)
+
+
 def test_a_worker_that_finds_a_shard_of_its_own_damaged_gets_it_again() -> None:
     async def body(case: Case) -> None:
         await case.deploy()

@@ -8,10 +8,20 @@ import trio
 
 from client.driver import UNWANTED_MAX, Driver
 from client.errors import HopLost, HopRefused, HopViolation
-from client.session import SessionTerms
+from client.session import RouteSession, SessionHost, SessionTerms
 from protocol.errors import RouteUnavailable
-from protocol.ids import PeerId
-from protocol.messages import Attach, Message, OpenSession, RefusalReason, SessionFailed, Step
+from protocol.ids import PeerId, SessionId
+from protocol.messages import (
+    Attach,
+    Attached,
+    CloseSession,
+    Message,
+    OpenSession,
+    RefusalReason,
+    SessionFailed,
+    SessionOpened,
+    Step,
+)
 from protocol.tensors import Payload, TensorHeader
 from tests.helpers.driving import TERMS, fill_the_way, with_swarm
 from tests.helpers.fake_hop import FakeSwarm, Reply, activations, output
@@ -95,6 +105,38 @@ def test_a_hop_that_does_not_answer_is_named(index: int, message: type[Message])
         assert caught.value.peer == swarm.hops[index].identity.peer
 
     with_swarm(3, body)
+
+
+@pytest.mark.parametrize("heard", [(), (Attach,)])
+def test_a_hop_that_answers_what_it_does_not_read_is_named(heard: tuple[type[Message], ...]) -> None:
+    """It stops up its stream, and says at once what would be due."""
+
+    class Deaf:
+        def send_at_once(self, message: Message, _body: bytes = b"") -> bool:
+            return isinstance(message, heard)
+
+        async def send(self, _message: Message, _body: bytes = b"") -> None:
+            await trio.sleep_forever()
+
+    async def body(swarm: FakeSwarm, _: Driver) -> None:
+        route, name = swarm.route, SessionId(b"s" * 16)
+        links, host = [Deaf() for _ in route.hops], SessionHost(swarm.ports.observer, lambda _: None)
+        session, (hop,) = RouteSession(name, route, TERMS, links, host), route.hops
+
+        async def say() -> None:
+            await trio.sleep(1)
+            session.take(hop.peer, Attached(name), b"")
+            if heard:
+                await trio.sleep(1)
+                session.take(hop.peer, SessionOpened(name, 0, 64), b"")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(say)
+            with pytest.raises(HopLost, match="did not open the session") as caught:
+                await session.open((b"ticket",))
+        assert caught.value.peer == hop.peer
+
+    with_swarm(1, body)
 
 
 def test_a_worker_that_ends_its_stream_in_good_order_is_lost_too() -> None:
@@ -227,8 +269,21 @@ def test_a_hop_that_stops_reading_costs_the_step_budget_and_no_more() -> None:
             with pytest.raises(RouteUnavailable, match="no answer from the route"):
                 await fill_the_way(session)
             assert 15.0 <= trio.current_time() - at < 20.0
+        await trio.sleep(2)
+        assert swarm.hops[1].open_sessions == 0, "it was told, though the first could not be"
 
     with_swarm(2, body)
+
+
+def test_a_hop_that_passes_no_close_on_keeps_nobody_elses_session() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[0].conduct.mute = (CloseSession,)
+        async with driver.session(swarm.route, TERMS) as session:
+            await session.step(activations(1), position=0)
+        await trio.sleep(2)
+        assert [hop.open_sessions for hop in swarm.hops] == [1, 0, 0]
+
+    with_swarm(3, body)
 
 
 def test_a_lost_hop_is_noticed_while_a_step_waits_to_be_sent() -> None:

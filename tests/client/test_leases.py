@@ -167,3 +167,15 @@ def test_a_renewal_that_is_forged_ends_the_lease() -> None:
         assert len(case.keeper.kept) == 1
 
     with_keeper(body)
+
+
+def test_a_worker_that_grants_moments_is_not_asked_all_the_time() -> None:
+    async def body(case: Case) -> None:
+        case.depots[0].renewed_ms = 1
+        await case.lease()
+        await trio.sleep(LEASE_S)
+        assert 1 <= case.asked(RenewLease) <= 2
+        assert len(case.keeper.kept) == 1, "such a lease is let go"
+        assert case.asked(RenewLease, 1) >= 1, "the other goes on"
+
+    with_keeper(body)

@@ -207,14 +207,6 @@ def test_a_worker_killed_in_mid_generation(tmp_path: Path) -> None:
         assert with_client(net, tmp_path / "data", work) < 5.0
 
 
-def test_nothing_listens_after_a_cluster_was_stopped(tmp_path: Path) -> None:
-    with cluster.running(tmp_path / "cluster", [cluster.WorkerSpec("100MiB", "20MiB")]) as net:
-        worker = net.workers[0]
-        assert worker.alive
-    assert not worker.alive
-    trio.run(_serve_at, worker.addrs[0])  # the port is free again
-
-
 async def _view(client: Client) -> SwarmView:
     return await client.discover()
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import trio
 
 from node.client import Client
 from node.model import Ask
+from node.p2p.mesh import MeshConfig, open_mesh
 from protocol.adverts import peer_tag
 from protocol.channel import Channel
 from protocol.errors import InputError
@@ -28,9 +28,9 @@ from simnet.processes import Process
 from simnet.shape import CLIENT, Shape, Wiring
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
+from tests.helpers.waiting import until
 
 SMALL = WorkerSpec("100MiB", "20MiB")
-WAIT_S = 60.0
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
@@ -66,9 +66,7 @@ def test_a_maker_that_was_killed_in_mid_start_leaves_what_down_can_stop(tmp_path
         "cluster.start(Path(sys.argv[1]), specs, notify=print)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "c")]) as maker:
-        deadline = time.monotonic() + WAIT_S
-        while not (tmp_path / "c" / "cluster.json").exists():
-            assert time.monotonic() < deadline
+        until((tmp_path / "c" / "cluster.json").exists, "the first worker is on record", every_s=0.01)
         maker.kill()
     net = cluster.load(tmp_path / "c")
     assert 1 <= len(net.workers) < 3
@@ -111,9 +109,7 @@ def test_a_worker_that_died_comes_back_as_itself(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="worker-0 runs already"):
             cluster.restart(net, "worker-0")
         assert first.send(signal.SIGSTOP)
-        deadline = time.monotonic() + WAIT_S
-        while cluster.load(net.folder).workers[0].state != "frozen":
-            assert time.monotonic() < deadline
+        until(lambda: cluster.load(net.folder).workers[0].state == "frozen", "the worker is seen to be frozen")
         assert first.send(signal.SIGKILL)
         psutil.wait_procs([psutil.Process(first.pid)] if psutil.pid_exists(first.pid) else [], timeout=10)
         assert [worker.state for worker in cluster.load(net.folder).workers] == ["down", "up"]
@@ -125,6 +121,9 @@ def test_a_worker_that_died_comes_back_as_itself(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="name one of worker-0, worker-1"):
             cluster.restart(net, "worker-9")
     wait_until_gone(tmp_path)
+    for worker in again.workers:
+        assert not worker.alive
+        trio.run(_serve_at, worker.addrs[0])  # the port is free again
 
 
 def test_shaped_links_are_felt(tmp_path: Path) -> None:
@@ -170,6 +169,11 @@ def test_shaped_links_are_felt(tmp_path: Path) -> None:
         assert net.wiring.shape("near", CLIENT).rtt_ms == 500.0
         assert with_client(net, tmp_path / "data", lambda client: _ping(client, net.worker("near"))) >= 0.5 - 0.002
     wait_until_gone(tmp_path)
+
+
+async def _serve_at(addr: str) -> None:
+    async with open_mesh(MeshConfig(bytes(32), (addr,))):
+        pass
 
 
 def _port(net: Cluster, name: str) -> str:

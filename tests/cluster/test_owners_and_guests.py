@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from typer.testing import CliRunner
 
 from client.errors import HopRefused
 from models.checkpoint import Checkpoint
@@ -28,6 +30,7 @@ from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.messages import RefusalReason
 from simnet import cluster
 from simnet.cluster import Cluster
+from sotto.__main__ import app
 from tests.helpers.swarm import DEADLINE_S, deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
 
@@ -36,9 +39,8 @@ SHORT = Ask(6, ignore_eos=True)
 
 
 def sotto(*words: str) -> dict[str, Any]:
-    """A command with --json, in a process of its own."""
-    command = [sys.executable, "-m", "sotto", *words, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    """A command with --json, in this process: it loads torch once."""
+    done = CliRunner().invoke(app, [*words, "--json"])
     assert done.stdout, done.stderr
     answer = json.loads(done.stdout)
     assert isinstance(answer, dict)
@@ -73,8 +75,10 @@ def test_a_paused_worker_finishes_what_is_open_and_comes_back(tmp_path: Path) ->
                 await ready.generate(PROMPT, SHORT)
             assert refused.value.reason == RefusalReason.PAUSED
             await until(lambda: not client.watch.view.members[peer].advert.accepting)
+            patient, client.options = client.options, replace(client.options, discover_s=0.5)
             with pytest.raises((RouteUnavailable, Refused)):
                 await deploy(client, checkpoint, workers=2)
+            client.options = patient
             status = sotto("worker", "status", "--data-dir", str(folder))
             assert (status["state"], status["causes"], status["sessions"]) == ("draining", ["paused"], 0)
             assert status["peer"] == peer
@@ -130,7 +134,11 @@ def test_a_client_gives_way_to_another_that_brings_the_model_in_other_spans(
     assert len(looks) == 2
 
 
-def test_a_guest_uses_a_granted_model_until_it_is_revoked(swarm: Cluster, tmp_path: Path) -> None:
+def test_a_guest_uses_a_granted_model_until_it_is_revoked(
+    swarm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Revoking listens for so long, whoever it has heard; each of these workers speaks within two seconds.
+    monkeypatch.setattr("node.client.ClientOptions", partial(ClientOptions, discover_s=5.0))
     model = make_checkpoint(tmp_path / "m", seed=42)
     checkpoint, home, guest = Checkpoint.open(model), tmp_path / "home", tmp_path / "guest"
     key, name = default_key(home), load_identity(guest / "client").peer

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,26 +26,13 @@ from protocol.membership import Side, SwarmKey
 from protocol.messages import CONTROL, LINK, SESSION, SHARD, Ping
 from protocol.ports import GossipMessage
 from protocol.signed import Identity, Signed
+from simnet.checks.daemons import Daemon
 from sotto.__main__ import app
+from tests.helpers.daemons import HEARD, LISTEN, daemon
 from tests.helpers.tiny_models import make_checkpoint
 from tests.node.test_lan import needs_multicast
 
-READY_S = 60.0
 STRANGER = Identity(b"\x21" * 32)
-LIMITS = ["--memory", "200MiB", "--kv-memory", "50MiB", "--threads", "1", "--metrics", "127.0.0.1:0"]
-LISTEN = ["--listen", "/ip4/127.0.0.1/tcp/0"]
-
-
-@dataclass(frozen=True)
-class Daemon:
-    folder: Path
-    peer: str
-    addrs: tuple[str, ...]
-    metrics: str
-
-    @property
-    def address(self) -> str:
-        return f"{self.addrs[0]}/p2p/{self.peer}"
 
 
 @dataclass(frozen=True)
@@ -58,35 +41,6 @@ class Net:
     first: Daemon
     second: Daemon
     invite: str
-
-
-@contextmanager
-def daemon(folder: Path, *words: str, listen: Sequence[str] = LISTEN) -> Iterator[Daemon]:
-    """`sotto WORDS` as a worker until the block is left, however this process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    read_end, write_end = os.pipe()
-    command = [sys.executable, "-m", "sotto", *words, "--data-dir", str(folder), *listen, *LIMITS]
-    with (folder / "log").open("wb") as log:
-        child = subprocess.Popen(
-            [*command, "--lifeline", str(read_end)], stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-            pass_fds=(read_end,),
-        )  # fmt: skip
-    try:
-        yield _ready(folder, child)
-    finally:
-        os.close(write_end)
-        os.close(read_end)
-        child.wait(30)
-
-
-def _ready(folder: Path, child: subprocess.Popen[bytes]) -> Daemon:
-    file, deadline = folder / "worker.json", time.monotonic() + READY_S
-    while not file.exists():
-        assert child.poll() is None, (folder / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    state = json.loads(file.read_text())
-    return Daemon(folder, state["peer"], tuple(state["addrs"]), state["metrics"])
 
 
 def sotto(folder: Path, *words: str, **env: str) -> Result:
@@ -137,7 +91,7 @@ def test_the_key_lies_closed_and_is_not_told(net: Net) -> None:
     secret = parse_invite(net.invite).secret
     for worker in (net.first, net.second):
         assert (worker.folder / "swarm.key").stat().st_mode & 0o777 == 0o600
-        for file in ("worker.json", "log"):
+        for file in ("worker.json", "worker.log"):
             content = (worker.folder / file).read_text()
             assert secret.hex() not in content
             assert net.invite not in content
@@ -206,7 +160,7 @@ def test_a_client_without_the_key_cannot_ping(net: Net, tmp_path: Path) -> None:
 
     async def main() -> None:
         async with observe(ClientOptions(tmp_path, (worker.address,))) as client:
-            stream = await client.ports.transport.open(worker.peer, worker.addrs, CONTROL)  # type: ignore[arg-type]
+            stream = await client.ports.transport.open(worker.peer, worker.addrs, CONTROL)
             with trio.fail_after(20), pytest.raises(TransportError):
                 await Channel(stream, CONTROL).call(Ping(bytes(8)))
 
@@ -224,7 +178,7 @@ def test_a_member_that_dials_a_public_worker_is_told(net: Net, tmp_path: Path) -
     folder.mkdir()
     (folder / "swarm.key").write_bytes(bytes(32))
     (folder / "swarm.key").chmod(0o600)
-    joined = sotto(tmp_path, "join", net.invite, "--data-dir", str(folder), *LISTEN, *LIMITS)
+    joined = sotto(tmp_path, "join", net.invite, "--data-dir", str(folder), *HEARD)
     assert joined.exit_code == 1
     assert "another private swarm" in joined.stderr
 
@@ -268,7 +222,7 @@ def test_a_worker_with_the_key_and_no_address_is_found_on_the_local_network(net:
         seen: set[str] = set()
         deadline = time.monotonic() + 30
         while not {c.peer, d.peer} <= seen:
-            assert time.monotonic() < deadline, (c.folder / "log").read_text()
+            assert time.monotonic() < deadline, (c.folder / "worker.log").read_text()
             seen = peers_seen(sotto(tmp_path, "peers", "-b", printed, "--json"))
 
 

@@ -5,14 +5,10 @@ a private swarm, where megabytes of shards reach it through the circuit.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -29,39 +25,26 @@ from protocol.directory import shard_key
 from protocol.ids import PeerId
 from protocol.messages import SHARD
 from protocol.swarm import SwarmView
+from simnet.checks.daemons import Daemon
 from simnet.cluster import Cluster, WorkerSpec, running
-from tests.cluster.test_private_swarm import daemon, sotto
+from tests.cluster.test_private_swarm import sotto
+from tests.helpers.daemons import HIDDEN, daemon
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
+from tests.helpers.waiting import until
 
-READY_S = 60.0
+ROOMY = ("--memory", "600MiB", "--kv-memory", "150MiB", "--threads", "1", "--metrics", "off")
 PROMPT = "the quiet brook runs under the old stone bridge"
 
 
-@contextmanager
-def hidden_worker(folder: Path, net: Cluster) -> Iterator[PeerId]:
-    """A worker that opens no port. Its peer id, once a relay was found."""
-    command = [sys.executable, "-m", "sotto", "worker", "--data-dir", str(folder), "--listen", "none", "--no-upnp"]
-    command += ["--memory", "600MiB", "--kv-memory", "150MiB", "--threads", "1", "--metrics", "off"]
-    read_end, write_end = os.pipe()
-    command += ["--bootstrap", net.bootstrap, "--lifeline", str(read_end)]
-    with (folder.parent / "hidden.log").open("wb") as log:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(read_end,))
-    try:
-        yield _relayed(folder / "worker.json", child)
-    finally:
-        os.close(write_end)
-        os.close(read_end)
-        child.wait(20)
+def _relayed(worker: Daemon) -> list[str]:
+    """The addresses of a worker that opens no port, once it has found a relay."""
 
+    def stated() -> dict[str, Any]:
+        state: dict[str, Any] = json.loads((worker.folder / "worker.json").read_text())
+        return state if state["reach"] == "relayed" else {}
 
-def _relayed(file: Path, child: subprocess.Popen[bytes] | None = None) -> PeerId:
-    deadline = time.monotonic() + READY_S
-    while (child is None or child.poll() is None) and time.monotonic() < deadline:
-        if file.exists() and (state := json.loads(file.read_text()))["reach"] == "relayed":
-            return PeerId(state["peer"])
-        os.sched_yield()
-    raise AssertionError("the worker found no relay")
+    return list(until(stated, "the worker finds a relay")["addrs"])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +57,10 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 def test_a_prompt_runs_through_a_worker_that_nobody_can_dial(net: Cluster, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model"))
-    with hidden_worker(tmp_path / "hidden", net) as hidden:
+    words, limits = ("worker", "--no-upnp", "--bootstrap", net.bootstrap), ("--listen", "none", *ROOMY)
+    with daemon(tmp_path / "hidden", *words, limits=limits) as worker:
+        hidden = worker.peer
+        _relayed(worker)
 
         async def work(client: Client) -> tuple[SwarmView, tuple[int, ...], list[set[PeerId]]]:
             view = await client.discover(lambda view: len(view.members) == 3)
@@ -100,9 +86,8 @@ def test_shards_reach_a_hidden_member_of_a_private_swarm_through_a_circuit(tmp_p
     block_bytes = 4 * 256 * (2 * 256 + 2 * 128 + 3 * 2048)
     with daemon(tmp_path / "open", "worker", "--private", "--no-lan", "--relay") as first:
         invite = sotto(tmp_path, "invite", "--data-dir", str(first.folder)).stdout.strip()
-        with daemon(tmp_path / "hidden", "join", invite, "--no-upnp", listen=["--listen", "none"]) as second:
-            assert _relayed(second.folder / "worker.json") == second.peer
-            addrs = json.loads((second.folder / "worker.json").read_text())["addrs"]
+        with daemon(tmp_path / "hidden", "join", invite, "--no-upnp", limits=HIDDEN) as second:
+            addrs = _relayed(second)
             words = ["run", "-b", invite, "-m", str(tmp_path / "model"), "--workers", "2", "-n", "5", "--json", PROMPT]
             done = sotto(tmp_path, *words)
             assert done.exit_code == 0, done.stdout + done.stderr

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -26,9 +25,9 @@ from simnet import cluster
 from simnet.cluster import Cluster
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
+from tests.helpers.waiting import until
 
 BLOCKED_S_MAX = 0.05
-READY_S = 60.0
 
 
 def test_a_worker_never_loads_key_code(tmp_path: Path) -> None:
@@ -38,9 +37,7 @@ def test_a_worker_never_loads_key_code(tmp_path: Path) -> None:
     with (tmp_path / "imports").open("wb") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         try:
-            deadline = time.monotonic() + READY_S
-            while not (tmp_path / "worker.json").exists() and time.monotonic() < deadline and child.poll() is None:
-                os.sched_yield()
+            until(lambda: (tmp_path / "worker.json").exists() or child.poll() is not None, "the worker serves")
         finally:
             child.send_signal(signal.SIGINT)
             child.wait(20)

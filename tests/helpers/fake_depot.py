@@ -46,6 +46,7 @@ class FakeDepot:
     identity: Identity
     replace: Callable[[Message], Message | None] = lambda answer: answer
     leave_after: int | None = None
+    renewed_ms: int | None = None  # for how long leases are renewed, whatever was asked for
     store: dict[ShardDigest, bytes] = field(default_factory=dict)
     partial: dict[ShardDigest, dict[int, bytes]] = field(default_factory=dict)
     offers: list[ShardOffer] = field(default_factory=list)
@@ -56,6 +57,7 @@ class FakeDepot:
     pieces: int = 0
     streams: int = 0
     greedy: bool = False  # never has enough of the first piece
+    dawdling: bool = False  # wants nothing, and says so each second
 
     def serve(self) -> None:
         self.endpoint.handle(CONTROL, self._control)
@@ -76,7 +78,8 @@ class FakeDepot:
 
     def _extended(self, lease: Lease, lease_s: int) -> Lease:
         now_ms = int(VirtualClock().time() * 1000)
-        return replace(lease, granted_ms=now_ms, expires_ms=now_ms + lease_s * 1000)
+        life_ms = lease_s * 1000 if self.renewed_ms is None else self.renewed_ms
+        return replace(lease, granted_ms=now_ms, expires_ms=now_ms + life_ms)
 
     def _reply(self, request: Message, client: PeerId) -> Message:
         match request:
@@ -116,6 +119,9 @@ class FakeDepot:
         """One piece after the other. False when the client left, or this side does."""
         parts = self.partial.setdefault(pieces.digest, {})
         await self._answer(channel, ShardProgress(pieces.digest, sum(map(len, parts.values()))))
+        while self.dawdling:
+            await trio.sleep(1)
+            await self._answer(channel, ShardProgress(pieces.digest, 0))
         for index in [0] * 99 if self.greedy else range(pieces.count):
             if index in parts and not self.greedy:
                 continue

@@ -11,7 +11,7 @@ import trio
 from client.placement import Placement
 from models.checkpoint import Checkpoint
 from node.app_client import open_client
-from node.client import Client, ClientOptions, DeployOptions
+from node.client import SETTLE_S, Client, ClientOptions, DeployOptions
 from node.groups import ungrouped
 from node.keys import default_key
 from node.model import DeployedModel
@@ -29,7 +29,8 @@ def with_client(
 
     async def main() -> T:
         with trio.fail_after(DEADLINE_S):
-            async with open_client(ClientOptions(data_dir, (bootstrap or net.bootstrap,), discover_s=5.0)) as client:
+            options = ClientOptions(data_dir, (bootstrap or net.bootstrap,), discover_s=5.0, chooses=False)
+            async with open_client(options) as client:
                 return await work(client)
 
     with ungrouped():
@@ -46,7 +47,10 @@ async def deploy(
     on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None,
 ) -> DeployedModel:
     """Seal and deploy over at least `workers` workers."""
+    known = (client.options.data_dir / "sealed").exists()
     model = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
     key = default_key(client.options.data_dir) if privacy == "ee" else None
     sealed = await client.seal(model, dtype, key, lambda *_: None)
+    if workers > 1 and not known:  # nobody holds it, and placing waits for so many workers
+        client._started -= SETTLE_S
     return await client.deploy(sealed, DeployOptions(hops_min=workers, on_placement=on_placement))

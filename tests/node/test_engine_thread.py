@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from client.sealing import block_entry, manifest_of
 from client.tensors import to_payload
 from models.config import BlockConfig, RopeConfig
-from node.engine_thread import EngineThread
+from node.engine_thread import CALLS_S, EngineThread
 from node.store import piece_list_of
 from protocol.errors import Refused
 from protocol.ids import DeploymentId, PeerId, SessionId, deployment_id
@@ -97,6 +97,32 @@ def test_calls_run_in_order_on_one_thread_that_is_not_the_loops() -> None:
     assert engine.calls == [*(f"open {tokens}" for tokens in range(20)), "close"]
     assert len(engine.threads) == 1
     assert threading.get_ident() not in engine.threads
+
+
+def test_long_calls_do_not_keep_a_forward_waiting() -> None:
+    class Slow(Recorder):
+        def open(self, session: SessionId, spec: SessionSpec) -> int:
+            time.sleep(1.5 * CALLS_S)
+            self.idle = False  # as with a step that was submitted before
+            return super().open(session, spec)
+
+        def advance(self) -> None:
+            self.idle = True
+            super().advance()
+
+    engine, queued = Slow(), threading.Event()
+
+    async def main() -> None:
+        with EngineThread(engine, queued.wait) as compute:
+            async with trio.open_nursery() as nursery:
+                for tokens in range(3):
+                    nursery.start_soon(compute.open, SESSION, SessionSpec(DEPLOYMENT, PeerId("tenant"), tokens))
+                await trio.testing.wait_all_tasks_blocked()
+                queued.set()
+
+    trio.run(main)
+    assert engine.calls[1] == "advance"
+    assert len(engine.calls) == 6
 
 
 def test_an_engines_error_reaches_the_caller() -> None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from protocol.errors import InputError
 from protocol.manifest import open_manifest
 from protocol.signed import Identity
 from tests.helpers.tiny_models import make_checkpoint
+from tests.helpers.waiting import until
 
 KEY = RootKey.from_bytes(bytes(range(32)))
 OTHER = RootKey.from_bytes(bytes(range(1, 33)))
@@ -88,16 +88,19 @@ def test_a_seal_killed_in_a_real_process_goes_on(tmp_path: Path) -> None:
     new_key(tmp_path / "data", "default")
     command = [sys.executable, "-m", "sotto", "seal", str(model), "-o", str(tmp_path / "s"), "--data-dir"]
     child = subprocess.Popen([*command, str(tmp_path / "data")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(list((tmp_path / "s" / "entries").glob("*.entry"))) < 3:
-        os.sched_yield()
+    entries = tmp_path / "s" / "entries"
+
+    def begun() -> bool:
+        return len(list(entries.glob("*.entry"))) >= 3 or child.poll() is not None
+
+    until(begun, "three blocks are sealed", every_s=0.01)
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    before = {file.name: file.read_bytes() for file in (tmp_path / "s" / "entries").glob("*.entry")}
+    before = {file.name: file.read_bytes() for file in entries.glob("*.entry")}
     assert 3 <= len(before) < 40
     done = subprocess.run([*command, str(tmp_path / "data")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    after = {file.name: file.read_bytes() for file in (tmp_path / "s" / "entries").glob("*.entry")}
+    after = {file.name: file.read_bytes() for file in entries.glob("*.entry")}
     assert len(after) == 40
     assert before.items() <= after.items()
 

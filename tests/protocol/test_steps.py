@@ -36,12 +36,15 @@ class Naive:
     tokens: list[int] = field(default_factory=list)  # which step wrote the token at each position
     admitted: list[int] = field(default_factory=list)
     open: dict[int, str | None] = field(default_factory=dict)  # not acknowledged: answer, or None while computed
+    asked: dict[int, TensorHeader] = field(default_factory=dict)
 
     def admit(self, step: Step) -> Verdict | None:
         if step.epoch != self.epoch:
             return Verdict.STALE if step.epoch < self.epoch else None
         self.open = {key: value for key, value in self.open.items() if key >= step.acked}
         if step.step in self.open:
+            if step.tensor != self.asked[step.step]:
+                return None
             return Verdict.REPEAT if self.open[step.step] else Verdict.PENDING
         if any(step.step <= earlier for earlier in self.admitted) or len(self.open) >= limits.ANSWERS_KEPT_MAX:
             return None
@@ -51,7 +54,7 @@ class Naive:
                 return None
             self.tokens = self.tokens[: step.position] + [step.step] * step.tensor.shape[0]
         self.admitted.append(step.step)
-        self.open[step.step] = None
+        self.open[step.step], self.asked[step.step] = None, step.tensor
         return Verdict.COMPUTE
 
 
@@ -68,9 +71,13 @@ class LedgerAgainstModel(RuleBasedStateMachine):
         behind=st.integers(0, 8),
         epoch=st.sampled_from([0, 0, 0, 0, -1, 1]),
         linear=st.booleans(),
+        faithful=st.booleans(),
     )
-    def step(self, ahead: int, back: int, tokens: int, behind: int, epoch: int, linear: bool) -> None:
+    def step(self, ahead: int, back: int, tokens: int, behind: int, epoch: int, linear: bool, faithful: bool) -> None:
         last = self.naive.admitted[-1] if self.naive.admitted else -1
+        asked = self.naive.asked.get(last + ahead)
+        if asked is not None and faithful:
+            tokens = asked.shape[0]
         step = make_step(
             step=max(0, last + ahead),
             position=max(0, len(self.naive.tokens) - back),
@@ -178,6 +185,20 @@ def test_an_answer_recorded_twice_counts_once() -> None:
     ledger.record(0, "second", 30)
     assert ledger.answer(0) == "first"
     assert ledger._answer_bytes == 10
+
+
+def test_a_repetition_has_the_same_tensor() -> None:
+    """Else a step of one number would have an answer of 32 MiB sent on, again and again."""
+    ledger: StepLedger[str] = StepLedger(KV_TOKENS)
+    ledger.admit(make_step(0, 0, 10))
+    ledger.record(0, "answer", 10)
+    assert ledger.admit(make_step(0, 0, 10)) is Verdict.REPEAT
+    with pytest.raises(RemoteProtocolError, match="another tensor"):
+        ledger.admit(make_step(0, 0, 1))
+    ledger.admit(make_step(1, 10, acked=1))
+    assert set(ledger._asked) == {1}
+    ledger.reroute(1)
+    assert not ledger._asked
 
 
 def test_an_acknowledged_step_is_not_answered_again() -> None:

@@ -54,6 +54,12 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands take the workers that speak first, as many as they were told to."""
+    monkeypatch.setattr("node.client.SETTLE_S", 0.0)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("cli") / "model", seed=31)
@@ -136,6 +142,7 @@ def test_help_loads_no_torch_and_import_loads_no_key_code() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.usefixtures("hurried")
 def test_run_streams_the_unsealed_models_answer(swarm: Cluster, model: Path) -> None:
     checkpoint = Checkpoint.open(model)
     tokenizer = Tokenizer.open(checkpoint.tokenizer_file)
@@ -149,12 +156,14 @@ def test_run_streams_the_unsealed_models_answer(swarm: Cluster, model: Path) -> 
     assert one_object(sotto(*words, "--json", "--privacy", "plain"))["ids"] == want
 
 
+@pytest.mark.usefixtures("hurried")
 def test_a_seed_gives_the_same_answer_and_another_another(swarm: Cluster, model: Path) -> None:
     words = ["run", "-m", str(model), "-b", swarm.bootstrap, "--json", "--temperature", "1.5", PROMPT]
     first, again, other = (one_object(sotto(*words, "--seed", seed))["ids"] for seed in ("1", "1", "2"))
     assert first == again != other
 
 
+@pytest.mark.usefixtures("hurried")
 def test_a_stop_string_ends_the_answer(swarm: Cluster, model: Path) -> None:
     words = ["run", "-m", str(model), "-b", swarm.bootstrap, "--json", PROMPT]
     text = str(one_object(sotto(*words))["text"])
@@ -162,6 +171,7 @@ def test_a_stop_string_ends_the_answer(swarm: Cluster, model: Path) -> None:
     assert one_object(sotto(*words, "--stop", stop))["text"] == text[: text.index(stop)]
 
 
+@pytest.mark.usefixtures("hurried")
 def test_submit_answers_each_line_in_order(swarm: Cluster, model: Path, tmp_path: Path) -> None:
     prompts = [{"prompt": PROMPT, "id": 7}, {"prompt": PROMPT * 80}, {"prompt": "a worker"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
@@ -189,6 +199,7 @@ def test_peers_and_place(swarm: Cluster, model: Path) -> None:
     assert sotto("peers", "-b", swarm.bootstrap).exit_code == 0
 
 
+@pytest.mark.usefixtures("hurried")
 def test_place_says_whether_the_swarm_helps(swarm: Cluster, model: Path) -> None:
     """A tiny model on workers of this very machine: honestly, it does not."""
     words = ["place", str(model), "-b", swarm.bootstrap, "--workers", "3", "--kv-tokens", "64"]
@@ -210,6 +221,7 @@ def test_place_says_whether_the_swarm_helps(swarm: Cluster, model: Path) -> None
     assert rate["predicted_tokens_per_second"] > 1000 / rate["predicted_ms_per_token"]  # type: ignore[operator]
 
 
+@pytest.mark.usefixtures("hurried")
 def test_place_measures_what_it_predicts(swarm: Cluster, model: Path) -> None:
     words = ["place", str(model), "-b", swarm.bootstrap, "--workers", "3", "--kv-tokens", "64", "--measure"]
     measured = one_object(sotto(*words, "--json"))["measured"]

@@ -11,11 +11,12 @@ import trio
 from protocol.errors import TransportError
 from protocol.framing import encode_frame
 from protocol.ids import PeerId, SessionId
-from protocol.messages import LINK, SESSION, Attach, CloseSession
+from protocol.messages import LINK, SESSION, Attach, CloseSession, OpenSession
 from simnet.runtime import run
 from tests.helpers.workers import Swarm, in_swarm, some_rows
 from tests.worker.test_service_hostile import attached
 from worker.pace import BURST, MESSAGES_PER_S, PEERS_REMEMBERED, YIELD_EVERY, Pace
+from worker.service import OPENING_COST
 
 
 def test_each_peer_has_its_own_pace() -> None:
@@ -33,6 +34,24 @@ def test_each_peer_has_its_own_pace() -> None:
         assert len(pace._peers) == PEERS_REMEMBERED
 
     run(body, 1)
+
+
+def test_who_sends_tickets_has_fewer_messages() -> None:
+    """A ticket takes as long as many other messages, and whoever it is from need have no session."""
+    count, costs = 600, 600 * OPENING_COST
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        mallory = await swarm.another("mallory")
+        link, before = await mallory.dial(worker, LINK), trio.current_time()
+        for number in range(count):
+            await link.send(OpenSession(SessionId(number.to_bytes(16)), (b"rubbish",)))
+        await link.send(Attach(SessionId(bytes(16))))  # a violation, once it is its turn
+        while not worker.counts.violations:
+            await trio.sleep(0.1)
+        assert trio.current_time() - before == pytest.approx((costs - BURST) / MESSAGES_PER_S, rel=0.1)
+
+    in_swarm(1, test)
 
 
 def test_a_burst_lets_others_run() -> None:

@@ -90,19 +90,30 @@ def test_requests_are_refused_with_a_time_and_abuse_closes_the_stream() -> None:
     assert not gate.refused
 
 
-def test_queues_are_bounded_for_each_and_for_all() -> None:
-    book = QueueBook(100, peer_share=0.5)
+def test_queues_are_bounded_for_each_and_leave_the_next_one_room() -> None:
+    book, carl = QueueBook(100, peer_share=0.5), PeerId("carl")
     book.take(ANN, 50)
     with pytest.raises(Refused):
         book.take(ANN, 1)
     book.take(ANN, 0)
-    book.take(BOB, 50)
-    assert not book.fits(PeerId("carl"), 1)
+    with pytest.raises(Refused):
+        book.take(BOB, 26)
+    book.take(BOB, 25)
+    assert book.fits(ANN, 0), "though its part is smaller by now"
+    assert book.fits(carl, 12)
+    assert not book.fits(carl, 13)
     book.give(ANN, 20)
-    assert book.fits(PeerId("carl"), 20)
+    assert book.fits(carl, 22)
     book.give(ANN, 30)
-    book.give(BOB, 50)
+    book.give(BOB, 25)
     assert (book.used_bytes, dict(book._peers)) == (0, {})
+
+
+def test_who_may_have_all_of_the_queues_gets_no_more() -> None:
+    book = QueueBook(100, peer_share=1.0)
+    book.take(ANN, 60)
+    assert book.fits(BOB, 40)
+    assert not book.fits(BOB, 41)
 
 
 def test_load_is_coarse_and_forgets() -> None:

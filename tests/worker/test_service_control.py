@@ -17,6 +17,7 @@ from protocol.messages import (
     SpanLoaded,
     SpanReleased,
 )
+from protocol.ports import LoadedSpan, SpanSpec
 from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, HandClient, Swarm, Worker, in_swarm, lease_of, make_manifest
 
@@ -124,3 +125,52 @@ def test_loading_is_not_lost_with_its_asker(gone: bool) -> None:
         assert not worker.compute.spans
 
     in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=5.0)))
+
+
+@pytest.mark.parametrize(("in_use", "least_s"), [(True, 30), (False, 20)])
+def test_loading_again_and_again_leaves_others_half_of_the_time(in_use: bool, least_s: float) -> None:
+    """A load takes the engine from all sessions."""
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy(worker, 2, 0, 2)
+        if in_use:
+            await swarm.client.route([worker])
+        mallory = await swarm.another("mallory")
+        data, manifest, shards = make_manifest(mallory.identity, 2)
+        await mallory.ask(worker, lease_of(data, 0, 2))
+        await mallory.upload(worker, shards)
+        await trio.sleep(60)
+        began = trio.current_time()
+        for _ in range(2):
+            assert isinstance(await mallory.ask(worker, lease_of(data, 0, 2)), SpanLeased)
+            assert isinstance(await mallory.ask(worker, LoadSpan(manifest.deployment)), SpanLoaded)
+            took = trio.current_time() - began
+            assert await mallory.ask(worker, ReleaseSpan(manifest.deployment, True, b"")) == SpanReleased()
+        assert least_s <= took < least_s + 2
+
+    in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=10.0)))
+
+
+def test_spans_are_loaded_one_at_a_time() -> None:
+    class Counting(ToyCompute):
+        loading = most = 0
+
+        async def load(self, span: SpanSpec) -> LoadedSpan:
+            self.loading += 1
+            self.most = max(self.most, self.loading)
+            try:
+                return await super().load(span)
+            finally:
+                self.loading -= 1
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        clients = [await swarm.another(name) for name in ("ann", "bob", "carl")]
+        async with trio.open_nursery() as nursery:
+            for client in clients:
+                nursery.start_soon(client.deploy, worker, 2, 0, 2)
+        assert len(worker.compute.spans) == 3
+        assert worker.compute.most == 1
+
+    in_swarm(1, test, compute=lambda _: Counting(CostModel(load_s=10.0)))

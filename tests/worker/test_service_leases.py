@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from protocol.capabilities import Capability, Right, issue_capability, rights_of
-from protocol.ids import DeploymentId, PeerId, SessionId
+from protocol.ids import DeploymentId, PeerId
 from protocol.leases import Lease, open_lease
 from protocol.messages import (
     CONTROL,
@@ -17,7 +17,6 @@ from protocol.messages import (
     LeaseRenewed,
     LoadSpan,
     Message,
-    OpenSession,
     Refusal,
     RefusalReason,
     ReleaseSpan,
@@ -343,25 +342,6 @@ def test_requests_in_excess_are_refused_and_then_the_stream_ends() -> None:
         assert worker.counts.violations == [(swarm.client.peer, CONTROL)]
         bob = await swarm.another("bob")
         assert reason(await bob.ask(worker, LoadSpan(DEPLOYMENT))) == RefusalReason.UNKNOWN_DEPLOYMENT
-
-    in_swarm(1, test)
-
-
-def test_an_open_session_tells_nothing_of_a_full_ticket_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused as too many sessions, not as a bad ticket."""
-    monkeypatch.setattr("protocol.limits.TICKETS_PER_CLIENT_MAX", 1)
-
-    async def test(swarm: Swarm) -> None:
-        (worker,) = swarm.workers
-        await swarm.client.deploy(worker, 2, 0, 2)
-        await opened(swarm.client, worker)
-        route = HandRoute(swarm.client, [worker], SessionId(b"2" * 16))
-        await route.dial()
-        await route.attach()
-        await route.send(OpenSession(route.session, route.boxes(route.tickets())))
-        message, _ = await route.next()
-        assert reason(message) == RefusalReason.SESSIONS
-        assert not worker.counts.violations
 
     in_swarm(1, test)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from simnet.bench.engine.rig import Rig, cpu_figures, in_thread, prefilling, together
@@ -9,19 +10,22 @@ from simnet.bench.paired import Contestant, Pair
 
 
 async def throughput_section(rig: Rig) -> dict[str, object]:
-    """New tokens per second of requests sent at once, prompts included, against one batch of as many."""
+    """New tokens per second of requests sent at once, prompts included, against one batch of as many; also with a
+    micro-batch for each hop, without which one hop computes at a time."""
     sizes = rig.sizes
     threads = await rig.library_threads(sizes.batch)
     prompts, new = rig.prompts(sizes.batch, sizes.prompt_tokens), sizes.new_tokens
     library, kernel, model = await rig.library(), await rig.library(same_kernel=True), await rig.deployed()
 
-    async def sealed() -> float:
-        return await together(model, rig.prompts(sizes.batch, sizes.prompt_tokens), new)
+    async def sealed(parts: int) -> float:
+        strategy = replace(model.default_strategy, micro_batches=parts)
+        return await together(model, rig.prompts(sizes.batch, sizes.prompt_tokens), new, strategy)
 
     contestants: dict[str, Contestant] = {
         "transformers": in_thread(partial(library.generate, prompts, new, threads)),
         "transformers_same_kernel": in_thread(partial(kernel.generate, prompts, new, threads)),
-        "sealed": sealed,
+        "sealed": partial(sealed, 1),
+        "sealed_in_parts": partial(sealed, sizes.hops),
     }
     return await _against_library(rig, "throughput", contestants, sizes.batch * new)
 
@@ -48,6 +52,11 @@ async def _against_library(rig: Rig, name: str, contestants: dict[str, Contestan
     result: dict[str, object] = {
         f"{name}_{words}": rounds.ratio("sealed", rival).figures() for rival, words in rivals.items()
     }
+    if "sealed_in_parts" in contestants:
+        result |= {
+            f"{name}_in_parts_{words}": rounds.ratio("sealed_in_parts", rival).figures()
+            for rival, words in rivals.items()
+        }
     if "plain" in contestants:
         result[f"{name}_sealed_vs_plain"] = rounds.ratio("sealed", "plain").figures()
     threads = {"workers": rig.sizes.hops, "client": 1, "transformers": await rig.library_threads(rig.sizes.batch)}

@@ -241,14 +241,14 @@ async def answer(model: DeployedModel, request: Request, strategy: Strategy | No
     return await model.generate(list(request.prompt), ask)
 
 
-async def together(model: DeployedModel, prompts: list[list[int]], new_tokens: int) -> float:
+async def together(
+    model: DeployedModel, prompts: list[list[int]], new_tokens: int, strategy: Strategy | None = None
+) -> float:
     """New tokens per second of all `prompts` at once, from the first one's start to the last one's end."""
-    started = time.perf_counter()
+    asked, started = Ask(new_tokens, ignore_eos=True, strategy=strategy or model.default_strategy), time.perf_counter()
     async with trio.open_nursery() as nursery:
         for prompt in prompts:
-            nursery.start_soon(
-                model.generate, prompt, Ask(new_tokens, ignore_eos=True, strategy=model.default_strategy)
-            )
+            nursery.start_soon(model.generate, prompt, asked)
     return len(prompts) * new_tokens / (time.perf_counter() - started)
 
 
