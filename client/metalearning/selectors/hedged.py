@@ -5,9 +5,9 @@ seen, and a fixed ranking that they must beat.
 2. Models whose choices were three standard errors behind the best model's there have no say; the others have equal
    ones.
 3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds the models' disagreement about
-   that gain, times a caution. The caution is the one that gained most on those folds, of those by which no groups are
-   likely to lose; where there is none, the ranking is used. What is asked of it holds apart for tasks within the
-   ranges that were recorded and beyond them, and for every set of strategies that a task may be allowed.
+   that gain, times a caution. The caution is the one that gained most on those folds; where none gained half a percent
+   and a standard error over groups, the ranking is used. It is found apart for every set of strategies that a task may
+   be allowed: a gain that is all due to one of them says nothing to whom that one is not allowed.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on
@@ -17,14 +17,13 @@ held-out groups; quantiles of one model say nothing about a group that is unlike
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 from sklearn.cluster import KMeans
 
 from client.metalearning.encoding import Encoder
-from client.metalearning.resampling import Draws
 from client.metalearning.selectors.base import Prediction, Selector, best, ranking
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.grown import Grown
@@ -33,12 +32,11 @@ from client.metalearning.table import Array, Mask, Numbers, Table, Task
 from client.metalearning.trees import boosted, randomised
 
 CAUTIONS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the models' disagreement
-LOST_MAX = 0.005  # of the fraction of the oracle: so far below nothing may the lower end of the gain's interval be
+GAIN_MIN, GAIN_ERRORS = 0.005, 1.0  # of the fraction of the oracle, and standard errors of it: by so much it must gain
 BEHIND_MAX = 3.0  # standard errors behind the best model, beyond which a model has no say
 FOLDS, FOLDS_OF_MANY, MANY_TASKS = 5, 3, 1500
 FEW_GROUPS = 6  # each a fold of its own
 ERROR_MIN = 1e-3  # of a mean fraction: differences below it tell no model from another
-ROUNDS = 400  # of the interval
 
 Sets = Callable[[Table], Sequence[Mask]]
 
@@ -51,16 +49,6 @@ def _members() -> list[Selector]:
         Grown(partial(randomised, count=50, seed=2), scores=True),
         Kernel(),
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class _Gate:
-    """When the mixture counts, of tasks that allow no more than `names` (strategies): the caution for tasks `within`
-    the recorded ranges, and `beyond` them; None: never."""
-
-    names: Mask
-    within: float | None
-    beyond: float | None
 
 
 class Hedged:
@@ -76,10 +64,10 @@ class Hedged:
     @property
     def trusted(self) -> bool:
         """Whether the mixture ever counts."""
-        return any(gate.within is not None or gate.beyond is not None for gate in self._gates)
+        return any(caution is not None for caution in self._cautions)
 
     def fit(self, table: Table) -> None:
-        self._ranking, self._ranges = ranking(table.fractions), _Ranges(table.tasks)
+        self._ranking = ranking(table.fractions)
         self._calibrate(table)
         self._members = self._make()
         for member in self._members:
@@ -94,21 +82,16 @@ class Hedged:
     def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
         each = self._each(tasks)
         safe, bold, gain, doubt = self._compared(each, np.tile(self._ranking, (len(tasks), 1)), allowed)
-        chosen, beyond = safe.copy(), self._ranges.beyond(tasks)
-        gates = self._gate_of(allowed)
-        for number, gate in enumerate(self._gates):
-            for there, caution in ((~beyond, gate.within), (beyond, gate.beyond)):
-                if caution is not None:
-                    left = there & (gates == number) & (gain > caution * doubt)
-                    chosen[left] = bold[left]
-        return self._mixed(each), chosen
+        left = gain > self._caution_of(allowed) * doubt
+        return self._mixed(each), np.where(left, bold, safe)
 
-    def _gate_of(self, allowed: Mask) -> Numbers:
-        """Of each task, the place of the smallest set that has all it is allowed; of the largest where none has."""
+    def _caution_of(self, allowed: Mask) -> Array:
+        """Of each task, that of the smallest set with all it is allowed, or of the largest set; NaN for none, which no gain
+        exceeds."""
         found = np.zeros(len(allowed), dtype=np.int64)
-        for number, gate in enumerate(self._gates):
-            found[~(allowed & ~gate.names).any(axis=1)] = number
-        return found
+        for place, names in enumerate(self._names):
+            found[~(allowed & ~names).any(axis=1)] = place
+        return np.array([np.nan if caution is None else caution for caution in self._cautions])[found]
 
     def _each(self, tasks: tuple[Task, ...]) -> Array:
         return np.stack([member.predict(tasks).fractions for member in self._members])
@@ -118,47 +101,42 @@ class Hedged:
         return Prediction(mean, np.sqrt(np.tensordot(self.weights, (each - mean) ** 2, axes=1)))
 
     def _calibrate(self, table: Table) -> None:
-        """Sets the weights and the gates, by predictions of tasks whose groups were held out."""
+        """Sets the weights and the cautions, by predictions of tasks whose groups were held out."""
         count = len(self._make())
         self.weights = np.full(count, 1 / count)
         sets = self._sets(table)
-        self._gates = [_Gate(mask.any(axis=0), None, None) for mask in sets]
+        self._names = [mask.any(axis=0) for mask in sets]
+        self._cautions: list[float | None] = [None] * len(sets)
         table = replace(table, groups=_groups(table))
         if len(np.unique(table.groups)) < 2:
             return
-        each, ranked, beyond = self._held_out(table)
+        each, ranked = self._held_out(table)
         reached = [_reached(table, best(one, table.measured)) for one in each]
         leader = max(reached, key=lambda one: float(one.mean()))
         behind = [(one - leader).mean() / (_error(one - leader, table.groups) + ERROR_MIN) for one in reached]
         kept = np.array(behind) > -BEHIND_MAX
         self.weights = kept / kept.sum()
-        self._gates = [self._gate(table, each, ranked, (mask, beyond)) for mask in sets]
+        for place, allowed in enumerate(sets):
+            there = allowed.any(axis=1)
+            safe, bold, gain, doubt = self._compared(each[:, there], ranked[there], allowed[there])
+            part = table.of(there)
+            gained = _reached(part, bold) - _reached(part, safe)
+            self._cautions[place] = caution_of(gain, doubt, gained, part.groups)
 
-    def _gate(self, table: Table, each: Array, ranked: Array, tasks: tuple[Mask, Mask]) -> _Gate:
-        allowed, beyond = tasks
-        safe, bold, gain, doubt = self._compared(each, ranked, allowed)
-        gained = _reached(table, bold) - _reached(table, safe)
-        within, far = (
-            caution_of(gain[there], doubt[there], gained[there], table.groups[there])
-            for there in (allowed.any(axis=1) & ~beyond, allowed.any(axis=1) & beyond)
-        )
-        return _Gate(allowed.any(axis=0), within, far)
-
-    def _held_out(self, table: Table) -> tuple[Array, Array, Mask]:
-        """Models x tasks x strategies; the ranking of each task's fold, tasks x strategies; and which tasks lie beyond
-        their fold's ranges."""
+    def _held_out(self, table: Table) -> tuple[Array, Array]:
+        """Models x tasks x strategies, and the ranking of each task's fold, tasks x strategies."""
         folds = _folds(table.groups)
-        ranked, beyond = np.zeros(table.performance.shape), np.zeros(len(table.tasks), dtype=np.bool_)
+        ranked = np.zeros(table.performance.shape)
         members = self._make()
         each = np.zeros((len(members), *ranked.shape))
         for fold in np.unique(folds):
             out = folds == fold
             known, tested = table.of(~out), table.of(out).tasks
-            ranked[out], beyond[out] = ranking(known.fractions), _Ranges(known.tasks).beyond(tested)
+            ranked[out] = ranking(known.fractions)
             for place, member in enumerate(members):
                 member.fit(known)
                 each[place, out] = member.predict(tested).fractions
-        return each, ranked, beyond
+        return each, ranked
 
     def _compared(self, each: Array, ranked: Array, allowed: Mask) -> tuple[Numbers, Numbers, Array, Array]:
         """Of each task: the ranking's choice, the mixture's, the gain that it expects, and the models' doubt of
@@ -172,32 +150,14 @@ class Hedged:
 
 
 def caution_of(gain: Array, doubt: Array, gained: Array, groups: Numbers) -> float | None:
-    """The caution by which most was gained, of those by which groups are not likely to lose; None where there is none.
-    Each argument has a number per task: the gain expected and its doubt, the gain measured, the group."""
+    """The caution by which most was gained; None where none gained enough. Each argument has a number per task: the
+    gain expected and its doubt, the gain measured, the group."""
     most, found = 0.0, None
-    draws = Draws.of(groups, rounds=ROUNDS) if len(groups) else None
-    for caution in CAUTIONS if draws else ():
+    for caution in CAUTIONS if len(np.unique(groups)) > 1 else ():
         values = np.where(gain > caution * doubt, gained, 0.0)
-        if draws is not None and values.mean() > most and draws.mean(values)[0] >= -LOST_MAX:
+        if values.mean() > max(most, GAIN_MIN + GAIN_ERRORS * _error(values, groups)):
             most, found = float(values.mean()), caution
     return found
-
-
-class _Ranges:
-    """Of every feature that is a number, over the tasks given."""
-
-    def __init__(self, tasks: tuple[Task, ...]) -> None:
-        values = _numbers(tasks)
-        self._low, self._high = np.fmin.reduce(values, axis=0), np.fmax.reduce(values, axis=0)
-
-    def beyond(self, tasks: tuple[Task, ...]) -> Mask:
-        """Which tasks have a number outside."""
-        values = _numbers(tasks)
-        return np.asarray(((values < self._low) | (values > self._high)).any(axis=1))
-
-
-def _numbers(tasks: tuple[Task, ...]) -> Array:
-    return np.array([[cell if isinstance(cell, float) else np.nan for cell in task.cells] for task in tasks])
 
 
 def _groups(table: Table) -> Numbers:
