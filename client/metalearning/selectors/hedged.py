@@ -117,7 +117,7 @@ class Hedged:
         kept = np.array(behind) > -BEHIND_MAX
         self.weights = kept / kept.sum()
         for place, allowed in enumerate(sets):
-            there = allowed.any(axis=1)
+            there = np.asarray(allowed.any(axis=1))
             safe, bold, gain, doubt = self._compared(each[:, there], ranked[there], allowed[there])
             part = table.of(there)
             gained = _reached(part, bold) - _reached(part, safe)
