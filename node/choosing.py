@@ -182,10 +182,9 @@ def fitted_prior() -> Advisor | None:
     prior = files("client.metalearning") / PRIOR
     if not prior.is_file():
         return None
-    from client.metalearning.advice import Advisor
-    from client.metalearning.selectors.hedged import Hedged
+    from client.metalearning.advice import Advisor, product
     from client.metalearning.table import Columns, Scale, read
 
     columns = Columns(tasks=FEATURES, strategy="strategy", performance="cost_s", hold_out="model")
     lines = prior.read_text(encoding="utf-8").splitlines()
-    return Advisor(Hedged(), read(lines, columns, Scale(lower_is_better=True)))
+    return Advisor(product(), read(lines, columns, Scale(lower_is_better=True)))

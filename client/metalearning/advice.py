@@ -15,8 +15,10 @@ from threadpoolctl import ThreadpoolController
 
 from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Prediction, Selector, ranking
-from client.metalearning.table import Array, Table, Task
+from client.metalearning.selectors.hedged import Hedged
+from client.metalearning.table import Array, Mask, Table, Task
 from client.metalearning.trees import randomised
+from protocol.strategy import lossy, parse
 
 COMPARED_MAX = 32  # recorded tasks that lend their values to say what a feature did
 FRACTION_MIN = 0.01  # a strategy that is expected to be worse than a hundredth is shown as that
@@ -41,6 +43,17 @@ class Advice:
     strategy: str
     each: tuple[Expected, ...]
     because: tuple[tuple[str, float], ...]
+
+
+def product() -> Hedged:
+    """What chooses among candidates. A gain that needs a strategy which loses precision is no reason to leave the
+    ranking for who may not have that one."""
+
+    def sets(table: Table) -> list[Mask]:
+        lossless = np.array([not lossy(parse(name)) for name in table.strategies])
+        return [table.measured, table.measured & lossless]
+
+    return Hedged(sets=sets)
 
 
 class Advisor:

@@ -110,5 +110,5 @@ def _number(place: int, cells: list[float | str | None]) -> _Number | None:
 
 def _category(place: int, cells: list[float | str | None]) -> _Category:
     counts = Counter(cell if isinstance(cell, str) else None for cell in cells)
-    kept = [cell for cell, _ in counts.most_common(CATEGORIES_MAX)]
+    kept = [cell for cell, count in counts.most_common(CATEGORIES_MAX) if count > 1]  # one task says nothing of others
     return _Category(place, {cell: number for number, cell in enumerate(kept)})

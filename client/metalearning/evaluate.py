@@ -28,7 +28,7 @@ from client.metalearning.table import Array, Mask, Numbers, Table
 from protocol.errors import InputError
 
 FOLDS_MAX = 64
-TIMED_MAX = 20  # tasks of a fold whose decision is timed alone
+TIMED_MAX = 6  # tasks of a fold whose decision is timed alone
 OURS, FIXED, NONE, ORACLE = "sotto", "fixed_ranking", "none", "oracle"
 Make = Callable[[], Selector]
 Update = Callable[[int, int], None]
@@ -89,9 +89,9 @@ def judge(
             selector = make()
             selector.fit(table.of(~out) if learnt is None else learnt(out))
             tested = table.of(out)
-            choices[out] = selector.choose(tested.tasks, tested.measured)
-            expected[out] = selector.predict(tested.tasks).fractions
-            for task, measured in list(zip(tested.tasks, tested.measured, strict=True))[: TIMED_MAX // 4 + 1]:
+            prediction, choices[out] = selector.consider(tested.tasks, tested.measured)
+            expected[out] = prediction.fractions
+            for task, measured in list(zip(tested.tasks, tested.measured, strict=True))[:TIMED_MAX]:
                 start = clock()
                 selector.choose((task,), measured[None])
                 times.append(1e3 * (clock() - start))
@@ -123,6 +123,7 @@ def report(table: Table, judged: Mapping[str, Judged]) -> dict[str, Any]:
     figures = {name: _figures(table, one, judged, draws) for name, one in judged.items()}
     return {
         "tasks": len(table.tasks),
+        "rows_without_performance": table.rows_without_performance,
         "strategies": len(table.strategies),
         "features": list(table.features),
         "groups": len(np.unique(table.groups)),

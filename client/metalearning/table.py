@@ -23,6 +23,9 @@ Array = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
+UNKNOWN = frozenset(("", "?", "na", "n/a", "nan", "null", "none"))
+NO_NUMBER = UNKNOWN | {"inf", "+inf", "-inf"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
@@ -64,6 +67,7 @@ class Table:
     repeats: dict[tuple[int, int], tuple[float, ...]]
     scale: Scale
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    rows_without_performance: int = 0
 
     @cached_property
     def performance(self) -> Array:
@@ -100,7 +104,7 @@ class Table:
         """The tasks at these places (numbers, or a mask), in this order."""
         places = np.arange(len(self.tasks))[chosen]
         new = {int(old): number for number, old in enumerate(places)}
-        return Table(
+        part = Table(
             features=self.features,
             tasks=tuple(self.tasks[place] for place in places),
             groups=self.groups[places],
@@ -109,6 +113,9 @@ class Table:
             scale=self.scale,
             labels={name: tuple(values[place] for place in places) for name, values in self.labels.items()},
         )
+        # A part's medians are the whole's: a table is cut thousands of times, and medians are slow.
+        vars(part)["performance"] = self.performance[places]
+        return part
 
     def only(self, kept: Mask) -> Table:
         """The same tasks, as if nothing but `kept` (tasks x strategies) had been measured."""
@@ -144,8 +151,11 @@ def as_fractions(given: Array, scale: Scale) -> Array:
 
 
 def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
-    """A table from the lines of a CSV file with a header. Raises InputError, with the line where one is at fault."""
+    """A table from the lines of a CSV file with a header; a row without a performance was not measured, and is left
+    out. Raises InputError, with the line where one is at fault."""
     rows = csv.DictReader(lines, strict=True)
+    if said := {columns.strategy, columns.performance} & {*columns.tasks, columns.hold_out}:
+        raise InputError(f"{', '.join(sorted(said))} cannot describe a task: it is what is chosen, or what is measured")
     columns = replace(columns, tasks=(*columns.tasks, *columns.labels))
     wanted = (*columns.tasks, columns.strategy, columns.performance, columns.hold_out)
     tasks: dict[tuple[float | str | None, ...], int] = {}
@@ -153,17 +163,21 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
     names: list[list[str]] = []  # what each task's rows say of the group
     runs: dict[tuple[int, int], list[float]] = {}
     cells: list[tuple[tuple[str, ...], str, str, float]] = []
+    empty = 0
     try:
         _check_header(rows.fieldnames, wanted)
         for row in rows:
-            cells.append(_row(row, columns, scale, rows.line_num))
+            cell = _row(row, columns, scale, rows.line_num)
+            if cell is None:
+                empty += 1
+            else:
+                cells.append(cell)
     except csv.Error as error:
         raise InputError(f"line {rows.line_num} is not CSV: {error}") from None
     if not cells:
-        raise InputError("the table has no rows below its header")
+        raise InputError("the table has no rows with a performance below its header")
     numeric = [
-        name not in columns.labels and all(_is_number(row[0][i]) for row in cells)
-        for i, name in enumerate(columns.tasks)
+        name not in columns.labels and _is_numeric([row[0][i] for row in cells]) for i, name in enumerate(columns.tasks)
     ]
     for task, group, strategy, performance in cells:
         key = tuple(_cell(text, number) for text, number in zip(task, numeric, strict=True))
@@ -183,6 +197,7 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
         repeats={place: tuple(values) for place, values in runs.items()},
         scale=scale,
         labels={name: tuple(str(key[place] or "") for key in tasks) for name, place in places.items()},
+        rows_without_performance=empty,
     )
 
 
@@ -197,12 +212,15 @@ def _check_header(header: Sequence[str] | None, wanted: Sequence[str]) -> None:
 
 def _row(
     row: dict[str, str | None], columns: Columns, scale: Scale, line: int
-) -> tuple[tuple[str, ...], str, str, float]:
+) -> tuple[tuple[str, ...], str, str, float] | None:
+    """None where nothing was measured."""
     texts = [row[name] for name in (*columns.tasks, columns.hold_out, columns.strategy, columns.performance)]
     given = [text.strip() for text in texts if text is not None]
     if len(given) < len(texts) or None in row:
         raise InputError(f"line {line} has {'fewer' if len(given) < len(texts) else 'more'} cells than the header")
     *task, group, strategy, text = given
+    if text.lower() in UNKNOWN:
+        return None
     try:
         performance = float(text)
     except ValueError:
@@ -220,17 +238,20 @@ def _row(
 
 def _is_number(text: str) -> bool:
     try:
-        return not text or not math.isinf(float(text))
+        return "_" not in text and math.isfinite(float(text))  # Python takes 1_28 for 128
     except ValueError:
         return False
 
 
+def _is_numeric(texts: Sequence[str]) -> bool:
+    """Of a column: numbers, and words that say that one is unknown."""
+    return any(map(_is_number, texts)) and all(_is_number(text) or text.lower() in NO_NUMBER for text in texts)
+
+
 def _cell(text: str, number: bool) -> float | str | None:
-    """A number that is not one (`nan`) is as unknown as an empty cell."""
-    if not number:
-        return text or None
-    value = float(text or "nan")
-    return None if math.isnan(value) else value
+    if number:
+        return float(text) if _is_number(text) else None
+    return text or None
 
 
 def _joined(names: list[list[str]]) -> Numbers:

@@ -93,14 +93,13 @@ def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 
 def _live(records: Path | None, only: str | None, minutes: float | None, quiet: bool) -> dict[str, Any]:
-    from client.metalearning.advice import Advisor
-    from client.metalearning.selectors.hedged import Hedged
+    from client.metalearning.advice import Advisor, product
     from simnet.bench.scheduler import live as bench
     from simnet.bench.scheduler import records as tables
     from sotto.demo import demo_checkpoint
 
     report: dict[str, Any] = {}
-    advisor = Advisor(Hedged(), tables.load(records or _shipped()).known)
+    advisor = Advisor(product(), tables.load(records or _shipped()).known)
     with tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
         names = tuple(bench.WORKLOADS) if only is None else _words(only)
         options = bench.Live(

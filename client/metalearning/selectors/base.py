@@ -13,6 +13,8 @@ import numpy as np
 
 from client.metalearning.table import Array, Mask, Numbers, Table, Task
 
+LOSS_MAX = 4.0  # of a score: fifty times worse is as bad as it gets
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -79,4 +81,4 @@ def filled(values: Array) -> Array:
         task = rest.sum(axis=1) / (measured.sum(axis=1) + 1)
         rest = np.where(measured, values - task[:, None] - level, 0.0)
         level = level + rest.sum(axis=0) / (measured.sum(axis=0) + 3)
-    return np.where(measured, values, np.minimum(level + task[:, None], np.nanmax(values)))
+    return np.where(measured, values, np.clip(level + task[:, None], np.nanmin(values), np.nanmax(values)))

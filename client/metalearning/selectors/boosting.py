@@ -11,11 +11,10 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from client.metalearning.encoding import Encoder
-from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
+from client.metalearning.selectors.base import LOSS_MAX, Greedy, Prediction, certain, ranking
 from client.metalearning.table import Array, Table, Task, as_fractions
 
 CATEGORIES_MAX = 255  # of the library's
-LOSS_MAX = 4.0  # of a score: fifty times worse is as bad as it gets
 
 
 class Boosting(Greedy):

@@ -7,11 +7,9 @@ from collections.abc import Callable
 import numpy as np
 
 from client.metalearning.encoding import Encoder
-from client.metalearning.selectors.base import Greedy, Prediction, certain, filled
+from client.metalearning.selectors.base import LOSS_MAX, Greedy, Prediction, certain, filled
 from client.metalearning.table import Array, Table, Task, as_fractions
 from client.metalearning.trees import Trees
-
-LOSS_MAX = 4.0  # of a score: fifty times worse is as bad as it gets
 
 
 class Grown(Greedy):
@@ -22,7 +20,7 @@ class Grown(Greedy):
 
     def fit(self, table: Table) -> None:
         self._encoder, self._scale = Encoder(table.tasks), table.scale
-        wanted = np.maximum(filled(table.scores), -LOSS_MAX) if self._scores else filled(table.fractions)
+        wanted = filled(np.maximum(table.scores, -LOSS_MAX) if self._scores else table.fractions)
         self._trees = self._grow(self._rows(table.tasks), wanted)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:

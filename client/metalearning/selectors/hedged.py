@@ -4,9 +4,10 @@ seen, and a fixed ranking that they must beat.
 1. The recorded tasks are split by group into folds; every model predicts each fold from the others.
 2. Models whose choices were three standard errors behind the best model's there have no say; the others have equal
    ones.
-3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds a quarter of the models'
-   disagreement about that gain, and nowhere if the mixture did not gain beyond doubt on those folds: then the ranking
-   is used.
+3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds the models' disagreement about
+   that gain, times a caution. The caution is the one that gained most on those folds; where none gained half a percent
+   and a standard error over groups, the ranking is used. It is found apart for every set of strategies that a task may
+   be allowed: a gain that is all due to one of them says nothing to whom that one is not allowed.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on
@@ -16,10 +17,13 @@ held-out groups; quantiles of one model say nothing about a group that is unlike
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from sklearn.cluster import KMeans
 
+from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Prediction, Selector, best, ranking
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.grown import Grown
@@ -27,11 +31,14 @@ from client.metalearning.selectors.kernel import Kernel
 from client.metalearning.table import Array, Mask, Numbers, Table, Task
 from client.metalearning.trees import boosted, randomised
 
-CAUTION = 0.25  # of the disagreement; 0 to 1 differ by less than the noise on the tables that this was tried on
+CAUTIONS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the models' disagreement
+GAIN_MIN, GAIN_ERRORS = 0.005, 1.0  # of the fraction of the oracle, and standard errors of it: by so much it must gain
 BEHIND_MAX = 3.0  # standard errors behind the best model, beyond which a model has no say
 FOLDS, FOLDS_OF_MANY, MANY_TASKS = 5, 3, 1500
-GAIN_ERRORS = 2.0  # standard errors over groups by which the gain must exceed nothing, to be trusted on a new one
+FEW_GROUPS = 6  # each a fold of its own
 ERROR_MIN = 1e-3  # of a mean fraction: differences below it tell no model from another
+
+Sets = Callable[[Table], Sequence[Mask]]
 
 
 def _members() -> list[Selector]:
@@ -45,8 +52,19 @@ def _members() -> list[Selector]:
 
 
 class Hedged:
-    def __init__(self, members: Callable[[], Sequence[Selector]] = _members) -> None:
-        self._make = members
+    """`sets`: which strategies tasks may be allowed (tasks x strategies each), the largest set first."""
+
+    def __init__(
+        self,
+        members: Callable[[], Sequence[Selector]] = _members,
+        sets: Sets = lambda table: [table.measured],
+    ) -> None:
+        self._make, self._sets = members, sets
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the mixture ever counts."""
+        return any(caution is not None for caution in self._cautions)
 
     def fit(self, table: Table) -> None:
         self._ranking = ranking(table.fractions)
@@ -64,7 +82,16 @@ class Hedged:
     def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
         each = self._each(tasks)
         safe, bold, gain, doubt = self._compared(each, np.tile(self._ranking, (len(tasks), 1)), allowed)
-        return self._mixed(each), np.where(self.trusted & (gain > CAUTION * doubt), bold, safe)
+        left = gain > self._caution_of(allowed) * doubt
+        return self._mixed(each), np.where(left, bold, safe)
+
+    def _caution_of(self, allowed: Mask) -> Array:
+        """Of each task, that of the smallest set with all it is allowed, or of the largest set; NaN for none, which no gain
+        exceeds."""
+        found = np.zeros(len(allowed), dtype=np.int64)
+        for place, names in enumerate(self._names):
+            found[~(allowed & ~names).any(axis=1)] = place
+        return np.array([np.nan if caution is None else caution for caution in self._cautions])[found]
 
     def _each(self, tasks: tuple[Task, ...]) -> Array:
         return np.stack([member.predict(tasks).fractions for member in self._members])
@@ -74,16 +101,27 @@ class Hedged:
         return Prediction(mean, np.sqrt(np.tensordot(self.weights, (each - mean) ** 2, axes=1)))
 
     def _calibrate(self, table: Table) -> None:
-        """Sets the weights, and whether to trust the mixture, by predictions of tasks whose groups were held out."""
+        """Sets the weights and the cautions, by predictions of tasks whose groups were held out."""
+        count = len(self._make())
+        self.weights = np.full(count, 1 / count)
+        sets = self._sets(table)
+        self._names = [mask.any(axis=0) for mask in sets]
+        self._cautions: list[float | None] = [None] * len(sets)
+        table = replace(table, groups=_groups(table))
+        if len(np.unique(table.groups)) < 2:
+            return
         each, ranked = self._held_out(table)
         reached = [_reached(table, best(one, table.measured)) for one in each]
         leader = max(reached, key=lambda one: float(one.mean()))
         behind = [(one - leader).mean() / (_error(one - leader, table.groups) + ERROR_MIN) for one in reached]
         kept = np.array(behind) > -BEHIND_MAX
         self.weights = kept / kept.sum()
-        safe, bold, gain, doubt = self._compared(each, ranked, table.measured)
-        gained = np.where(gain > CAUTION * doubt, _reached(table, bold) - _reached(table, safe), 0.0)
-        self.trusted = bool(gained.mean() > GAIN_ERRORS * _error(gained, table.groups))
+        for place, allowed in enumerate(sets):
+            there = np.asarray(allowed.any(axis=1))
+            safe, bold, gain, doubt = self._compared(each[:, there], ranked[there], allowed[there])
+            part = table.of(there)
+            gained = _reached(part, bold) - _reached(part, safe)
+            self._cautions[place] = caution_of(gain, doubt, gained, part.groups)
 
     def _held_out(self, table: Table) -> tuple[Array, Array]:
         """Models x tasks x strategies, and the ranking of each task's fold, tasks x strategies."""
@@ -111,27 +149,44 @@ class Hedged:
         return safe, bold, gain, np.sqrt(self.weights @ (gains - gain) ** 2)
 
 
+def caution_of(gain: Array, doubt: Array, gained: Array, groups: Numbers) -> float | None:
+    """The caution by which most was gained; None where none gained enough. Each argument has a number per task: the
+    gain expected and its doubt, the gain measured, the group."""
+    most, found = 0.0, None
+    for caution in CAUTIONS if len(np.unique(groups)) > 1 else ():
+        values = np.where(gain > caution * doubt, gained, 0.0)
+        if values.mean() > max(most, GAIN_MIN + GAIN_ERRORS * _error(values, groups)):
+            most, found = float(values.mean()), caution
+    return found
+
+
+def _groups(table: Table) -> Numbers:
+    """The table's; where that is one, clusters of alike tasks."""
+    if len(np.unique(table.groups)) > 1:
+        return table.groups
+    points = Encoder(table.tasks).encode(table.tasks)
+    count = min(FOLDS, len(np.unique(points, axis=0))) if points.shape[1] else 1
+    if count < 2:
+        return table.groups
+    return np.asarray(KMeans(count, n_init=3, random_state=0).fit_predict(points), dtype=np.int64)
+
+
 def _reached(table: Table, choices: Numbers) -> Array:
     return np.take_along_axis(table.fractions, choices[:, None], axis=1)[:, 0]
 
 
 def _error(values: Array, groups: Numbers) -> float:
-    """Standard error of the mean of values that are alike within a group."""
+    """Standard error of the mean of values that are alike within a group, of which there are two or more."""
     names, places = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        return float(values.std() / np.sqrt(len(values)))
     sums = np.bincount(places, values - values.mean())
     return float(np.sqrt((sums**2).sum() * len(names) / (len(names) - 1)) / len(values))
 
 
 def _folds(groups: Numbers) -> Numbers:
-    """A fold per task. Groups stay whole, unless there is only one; the largest are dealt out first."""
-    random = np.random.default_rng(0)
-    count = FOLDS if len(groups) <= MANY_TASKS else FOLDS_OF_MANY
+    """A fold per task. Groups stay whole; the largest are dealt out first."""
     names, places, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if len(names) < 2:
-        return random.permutation(np.arange(len(groups)) % min(count, len(groups)))
-    load = np.zeros(min(count, len(names)))
+    count = FOLDS if len(groups) <= MANY_TASKS else FOLDS_OF_MANY
+    load = np.zeros(len(names) if len(names) <= FEW_GROUPS else count)
     fold_of = np.zeros(len(names), dtype=np.int64)
     for group in np.argsort(-sizes, kind="stable"):
         fold_of[group] = np.argmin(load)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from client.metalearning import candidates, evaluate, metrics
+from client.metalearning.advice import product
 from client.metalearning.crossfit import Parts
 from client.metalearning.evaluate import FIXED, NONE, ORACLE, OURS, Judged, Make
 from client.metalearning.resampling import Draws
-from client.metalearning.selectors.hedged import Hedged
 from client.metalearning.table import Array, Mask, Numbers, Table
 from simnet.bench.scheduler.auto import Auto
 from simnet.bench.scheduler.records import SPLITS, Records
@@ -36,7 +36,7 @@ class Judge:
     records: Records
     clock: Callable[[], float]
     on_fold: Callable[[], None] = lambda: None
-    product: Make = Hedged
+    product: Make = product
     baselines: Mapping[str, Make] = field(default_factory=lambda: BASELINES)
 
     @property

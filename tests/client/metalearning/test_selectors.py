@@ -10,16 +10,18 @@ import pytest
 from client.metalearning import evaluate, metrics
 from client.metalearning.advice import Advisor
 from client.metalearning.encoding import Encoder
-from client.metalearning.selectors.base import filled, ranking
+from client.metalearning.selectors.base import Greedy, Prediction, certain, filled, ranking
 from client.metalearning.selectors.forest import Forest
-from client.metalearning.selectors.hedged import Hedged
+from client.metalearning.selectors.grown import Grown
+from client.metalearning.selectors.hedged import Hedged, caution_of
 from client.metalearning.selectors.isac import Isac
 from client.metalearning.selectors.simple import Always, FixedRanking, SingleBest
-from client.metalearning.table import Table, Task
-from client.metalearning.trees import boosted, randomised
+from client.metalearning.table import Array, Columns, Mask, Scale, Table, Task, read
+from client.metalearning.trees import Trees, boosted, randomised
 from protocol.errors import InputError
 from tests.helpers.selection_tables import MADE
 
+LOWER = Scale(lower_is_better=True)
 LEARN = ("knn", "alors", "random_forest", "gradient_boosting", "sotto")
 
 
@@ -89,6 +91,74 @@ def test_the_product_follows_the_model_that_holds_on_held_out_groups() -> None:
     hedged = Hedged(lambda: [Wrong()])
     hedged.fit(table)
     assert not hedged.trusted
+
+
+def test_groups_that_all_gain_are_not_doubted_because_one_gains_more() -> None:
+    groups, sure = np.repeat(np.arange(4), 25), (np.ones(100), np.zeros(100))
+    assert caution_of(*sure, np.repeat([0.30, 0.02, 0.05, 0.01], 25), groups) is not None
+    assert caution_of(*sure, np.repeat([0.30, -0.20, 0.05, -0.10], 25), groups) is None
+    assert caution_of(*sure, np.full(100, 0.004), groups) is None, "too little to leave what is known"
+
+
+def test_the_ranking_is_left_where_the_models_are_sure_if_they_err_elsewhere() -> None:
+    groups, doubt = np.repeat(np.arange(5), 20), np.tile([0.1, 1.0], 50)
+    gained = np.where(doubt < 1, 0.1, -0.2)
+    assert caution_of(np.full(100, 0.4), doubt, gained, groups) == 0.5
+
+
+def test_a_gain_that_needs_a_strategy_says_nothing_to_whom_it_is_not_allowed() -> None:
+    class Half(Greedy):
+        """Right about c, and wrong about a and b where c is good."""
+
+        def fit(self, table: Table) -> None: ...
+
+        def predict(self, tasks: tuple[Task, ...]) -> Prediction:
+            return certain(np.array([[0.3, 0.5, 0.9] if task.cells == (1.0,) else [0.9, 0.5, 0.1] for task in tasks]))
+
+    def sets(known: Table) -> list[Mask]:
+        return [known.measured, known.measured & np.array([True, True, False])]
+
+    lines = ["number,x,place,how,s"]
+    for task in range(40):
+        seconds = (1.0, 1.5, 0.5 if task % 2 else 3.0)  # in the ranking: a, c, b
+        lines += [f"{task},{task % 2},{task // 10},{how},{s}" for how, s in zip("abc", seconds, strict=True)]
+    columns = Columns(tasks=("x",), strategy="how", performance="s", hold_out="place", labels=("number",))
+    table = read(lines, columns, LOWER)
+    assert len(table.tasks) == 40
+    both, alone = Hedged(lambda: [Half()], sets), Hedged(lambda: [Half()])
+    for hedged in (both, alone):
+        hedged.fit(table)
+        assert hedged.choose(table.tasks, table.measured).tolist() == [0, 2] * 20
+    fewer = sets(table)[1]
+    assert both.choose(table.tasks, fewer).tolist() == [0, 0] * 20
+    assert alone.choose(table.tasks, fewer).tolist() == [0, 1] * 20, "what the sets are for"
+
+
+def test_one_task_to_learn_from_is_enough_for_the_ranking() -> None:
+    lines = ["task,place,how,s", "a,0,x,1", "a,0,y,2", "b,1,x,2", "b,1,y,1", "c,1,x,3", "c,1,y,1"]
+    columns = Columns(tasks=("task",), strategy="how", performance="s", hold_out="place")
+    assert len(evaluate.judge(read(lines, columns, LOWER), Hedged, clock).choices) == 3
+
+
+def test_what_was_not_measured_is_no_worse_than_anything_that_was() -> None:
+    """One run a billion times slower is as bad as it gets, and no worse for those beside it."""
+    lines = ["task,how,s", "0,x,1", "0,y,1e9", *(f"{task},{how},1" for task in range(1, 19) for how in "xy"), "19,x,1"]
+    table = read(
+        lines, Columns(tasks=("task",), strategy="how", performance="s", hold_out="task"), Scale(lower_is_better=True)
+    )
+    seen: list[Array] = []
+
+    def grow(rows: Array, wanted: Array) -> Trees:
+        seen.append(wanted)
+        return randomised(rows, wanted, count=1, seed=0)
+
+    Grown(grow, scores=True).fit(table)
+    assert seen[0][19, 1] > -0.5
+
+
+def test_a_name_of_its_own_is_no_category() -> None:
+    tasks = tuple(Task(cells=(f"n{number}",)) for number in range(300))
+    assert Encoder(tasks).encode(tasks).shape == (300, 0)
 
 
 def test_nothing_of_a_held_out_task_is_seen() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -52,6 +54,35 @@ def test_numbers_categories_and_gaps() -> None:
     assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [("1",), (None,), ("many",)]
 
 
+@pytest.mark.parametrize("word", ["NA", "?", "inf", "null"])
+def test_words_for_unknown_leave_a_column_numeric(word: str) -> None:
+    lines = ["model,tokens,how,ms", "a,1,x,1", f"b,{word},x,1"]
+    assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [(1.0,), (None,)]
+
+
+def test_tiles_are_no_numbers() -> None:
+    lines = ["model,tokens,how,ms", "a,1_28,x,1", "a,12_8,x,2"]
+    assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [("1_28",), ("12_8",)]
+
+
+def test_what_has_no_performance_was_not_measured() -> None:
+    table = read([*LINES, "a,1,z,", "b,2,y,NaN"], COLUMNS, LOWER)
+    assert table.rows_without_performance == 2
+    np.testing.assert_array_equal(table.performance, read(LINES, COLUMNS, LOWER).performance)
+
+
+def test_what_is_chosen_or_measured_describes_no_task() -> None:
+    with pytest.raises(InputError, match="ms cannot describe a task"):
+        read(LINES, replace(COLUMNS, tasks=("tokens", "ms")), LOWER)
+
+
+def test_a_part_takes_no_median_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = read(LINES, COLUMNS, LOWER)
+    whole = table.performance
+    monkeypatch.setattr(np, "median", lambda runs: pytest.fail("again"))
+    np.testing.assert_array_equal(table.of(np.array([1])).performance, whole[1:])
+
+
 def test_groups_that_share_a_task_are_one() -> None:
     columns = Columns(tasks=("model",), strategy="how", performance="ms", hold_out="day")
     lines = ["model,day,how,ms", "a,1,x,1", "a,2,y,1", "b,2,x,1", "c,3,x,1"]
@@ -64,11 +95,11 @@ def test_groups_that_share_a_task_are_one() -> None:
         ([], "empty"),
         (["model,tokens,how"], "no column ms; it has model, tokens, how"),
         (["model,tokens,how,ms"], "no rows"),
+        (["model,tokens,how,ms", "a,1,x,", "a,1,y,NA"], "no rows with a performance"),
         (["model,tokens,how,ms,ms", "a,1,x,1,1"], "two columns ms"),
         ([*LINES, "a,1,x"], "line 7 has fewer cells"),
         ([*LINES, "a,1,x,1,1"], "line 7 has more cells"),
         ([*LINES, "a,1,x,fast"], "line 7: ms is 'fast', not a finite number"),
-        ([*LINES, "a,1,x,nan"], "line 7: ms is 'nan'"),
         ([*LINES, "a,1,x,inf"], "line 7: ms is 'inf'"),
         ([*LINES, "a,1,,1"], "line 7: how is empty"),
         ([*LINES, "a,1,x,0"], "line 7: ms is 0: ratios need positive values; use --regret absolute"),
