@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
@@ -177,8 +177,9 @@ def _begun(history: Callable[[], Sequence[Record]], now_s: float) -> Chooser:
     return begun
 
 
+@cache
 def fitted_prior() -> Advisor | None:
-    """What comes with sotto, fitted; takes seconds. None where nothing does."""
+    """What comes with sotto, fitted; takes seconds, once in a process. None where nothing does."""
     prior = files("client.metalearning") / PRIOR
     if not prior.is_file():
         return None

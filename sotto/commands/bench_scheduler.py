@@ -19,9 +19,7 @@ SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_o
 def scheduler(
     records: Annotated[
         Path | None,
-        typer.Option(
-            help="An export of 'sotto bench collect --lossy'. Default: the records that come with sotto, once some do."
-        ),
+        typer.Option(help="An export of 'sotto bench collect --lossy'. Default: the records that come with sotto."),
     ] = None,
     only: Annotated[
         str | None,

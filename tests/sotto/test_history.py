@@ -61,7 +61,10 @@ def test_each_request_leaves_its_features_strategy_and_figures(swarm: Cluster, t
     )
     assert [other["task_objective"] for other in others] == ["throughput"] * 2
     assert [other["task_concurrency"] for other in others] == [2, 2]
-    assert {(other["strategy"], other["chosen_by"]) for other in others} == {("default", "auto")}
+    assert {other["chosen_by"] for other in others} == {"auto"}
+    assert {other["strategy"] for other in others} <= {"default", "speculation=lookup"}, (
+        "the ranking's, or the records'"
+    )
     for word in PROMPT.split():
         assert word not in text
 
@@ -195,7 +198,7 @@ def test_each_turn_of_a_chat_leaves_a_record(swarm: Cluster, tmp_path: Path, mon
     assert [each.choice is not None for each in learnt] == [True, True]
     chosen = [(record["chosen_by"], record["why"], record["strategy"]) for record in records]
     assert chosen[0] == chosen[1]
-    assert chosen[0][:2] in (("auto", "ranking"), ("auto", "trial"))
+    assert chosen[0][:2] in (("auto", "ranking"), ("auto", "trial"), ("auto", "records"))
     assert all(record["predicted_answer_token_s"] for record in records)
 
 

@@ -5,7 +5,7 @@ seen, and a fixed ranking that they must beat.
 2. Models whose choices were three standard errors behind the best model's there have no say; the others have equal
    ones.
 3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds the models' disagreement about
-   that gain, times a caution. The caution is the one that gained most on those folds; where none gained half a percent
+   that gain, times a caution. The caution is the one that gained most on those folds; where none gained one percent
    and a standard error over groups, the ranking is used. It is found apart for every set of strategies that a task may
    be allowed: a gain that is all due to one of them says nothing to whom that one is not allowed.
 
@@ -32,7 +32,7 @@ from client.metalearning.table import Array, Mask, Numbers, Table, Task
 from client.metalearning.trees import boosted, randomised
 
 CAUTIONS = (0.0, 0.25, 0.5, 1.0, 2.0)  # of the models' disagreement
-GAIN_MIN, GAIN_ERRORS = 0.005, 1.0  # of the fraction of the oracle, and standard errors of it: by so much it must gain
+GAIN_MIN, GAIN_ERRORS = 0.01, 1.0  # of the fraction of the oracle, and standard errors of it: by so much it must gain
 BEHIND_MAX = 3.0  # standard errors behind the best model, beyond which a model has no say
 FOLDS, FOLDS_OF_MANY, MANY_TASKS = 5, 3, 1500
 FEW_GROUPS = 6  # each a fold of its own
@@ -86,8 +86,8 @@ class Hedged:
         return self._mixed(each), np.where(left, bold, safe)
 
     def _caution_of(self, allowed: Mask) -> Array:
-        """Of each task, that of the smallest set with all it is allowed, or of the largest set; NaN for none, which no gain
-        exceeds."""
+        """Of each task, that of the smallest set with all it is allowed, or of the largest; NaN, which no gain exceeds,
+        where that has none."""
         found = np.zeros(len(allowed), dtype=np.int64)
         for place, names in enumerate(self._names):
             found[~(allowed & ~names).any(axis=1)] = place

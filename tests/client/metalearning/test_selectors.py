@@ -97,7 +97,7 @@ def test_groups_that_all_gain_are_not_doubted_because_one_gains_more() -> None:
     groups, sure = np.repeat(np.arange(4), 25), (np.ones(100), np.zeros(100))
     assert caution_of(*sure, np.repeat([0.30, 0.02, 0.05, 0.01], 25), groups) is not None
     assert caution_of(*sure, np.repeat([0.30, -0.20, 0.05, -0.10], 25), groups) is None
-    assert caution_of(*sure, np.full(100, 0.004), groups) is None, "too little to leave what is known"
+    assert caution_of(*sure, np.full(100, 0.009), groups) is None, "too little to leave what is known"
 
 
 def test_the_ranking_is_left_where_the_models_are_sure_if_they_err_elsewhere() -> None:
