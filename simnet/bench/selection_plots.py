@@ -55,7 +55,7 @@ def confusion(path: Path, chosen: Sequence[int], best: Sequence[int], names: Seq
     picture, axes = blank("Tasks by best and chosen strategy", "chosen", "best")
     axes.grid(visible=False)
     axes.imshow(counts / np.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    labels = [names[strategy][:NAME_CHARS_MAX] for strategy in shown]
+    labels = [_short(names[strategy]) for strategy in shown]
     axes.set_xticks(range(len(shown)), labels, rotation=45, ha="right", fontsize="small")
     axes.set_yticks(range(len(shown)), labels, fontsize="small")
     if len(shown) <= NUMBERED_MAX:
@@ -63,6 +63,12 @@ def confusion(path: Path, chosen: Sequence[int], best: Sequence[int], names: Seq
             dark = count > counts[row].sum() / 2
             axes.text(column, row, str(count), ha="center", va="center", color="white" if dark else "black")
     return saved(picture, path)
+
+
+def _short(name: str) -> str:
+    """Both ends of a long name: strategies often differ in the last word alone."""
+    half = NAME_CHARS_MAX // 2
+    return name if len(name) <= NAME_CHARS_MAX else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def predicted(
