@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import trio
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -40,6 +41,7 @@ from tests.helpers.outputs import KeptOutputs
 from tests.helpers.swarm import deploy, with_client
 
 TEXT = " ".join(DEMO_PROMPTS)
+RETURNED_S = 20.0
 AnyStream = MeshStream | DirectStream
 
 
@@ -100,6 +102,9 @@ def _run(checkpoint: Checkpoint, privacy: str, swarm: Cluster, tmp_path: Path, t
         terms = SessionTerms(len(ids), returns="float32", sink=outputs)
         async with model.driver.session(model.route, terms) as session:
             await session.step(to_payload(model.ends.embed(ids), torch.float32), 0, tail=len(ids))
+            with trio.fail_after(RETURNED_S):  # what hops return goes another way than the answer, and may be later
+                while not all(outputs.of_hop(hop) for hop in range(len(model.route.hops) - 1)):
+                    await trio.sleep(0.01)
         first, *others = model.route.hops
         steps = [(peer, body, m) for peer, m, body in tap.messages() if isinstance(m, Step)]
         assert [peer for peer, _, _ in steps] == [first.peer]
