@@ -458,3 +458,19 @@ def rows_of(message: StepOutput, body: bytes) -> np.ndarray:
 
 def some_rows(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, WIDTH)).astype(np.float32)
+
+
+async def attached(swarm: Swarm, count: int = 1, session: bytes = b"s" * 16) -> HandRoute:
+    await swarm.client.deploy_route(swarm.workers[:count])
+    route = HandRoute(swarm.client, swarm.workers[:count], SessionId(session))
+    await route.dial()
+    await route.attach()
+    return route
+
+
+async def opened(swarm: Swarm) -> HandRoute:
+    """`attached`, and its session open at the first worker."""
+    route = await attached(swarm)
+    await route.open()
+    await route.next()
+    return route

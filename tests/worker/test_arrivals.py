@@ -10,8 +10,7 @@ from protocol.framing import encode_frame
 from protocol.ids import PeerId, SessionId
 from protocol.messages import LINK, SESSION, Operation, Step
 from protocol.tensors import TensorHeader
-from tests.helpers.workers import Swarm, in_swarm, some_rows
-from tests.worker.test_service_hostile import attached
+from tests.helpers.workers import Swarm, in_swarm, opened, some_rows
 from worker.arrivals import ARRIVING_BYTES_MAX, FRAME_S, PEER_BYTES_MAX, SMALL_BYTES, Arrivals
 
 MIB = 1 << 20
@@ -96,9 +95,7 @@ def test_strangers_cannot_fill_a_worker_with_unfinished_frames(protocol):
             await trio.sleep(FRAME_S / 2)
             assert 0 < worker.service._arrivals.total <= ARRIVING_BYTES_MAX
             # meanwhile an honest client decodes
-            route = await attached(swarm)
-            await route.open()
-            await route.next()
+            route = await opened(swarm)
             await route.do(0, 0, some_rows(3))
             await trio.sleep(FRAME_S)
             nursery.cancel_scope.cancel()

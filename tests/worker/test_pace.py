@@ -13,8 +13,7 @@ from protocol.framing import encode_frame
 from protocol.ids import PeerId, SessionId
 from protocol.messages import LINK, SESSION, Attach, CloseSession, OpenSession
 from simnet.runtime import run
-from tests.helpers.workers import Swarm, in_swarm, some_rows
-from tests.worker.test_service_hostile import attached
+from tests.helpers.workers import Swarm, in_swarm, opened, some_rows
 from worker.pace import BURST, MESSAGES_PER_S, PEERS_REMEMBERED, YIELD_EVERY, Pace
 from worker.service import OPENING_COST
 
@@ -78,9 +77,7 @@ def test_a_burst_lets_others_run() -> None:
 def test_a_flood_of_messages_is_felt_by_its_sender(protocol: str) -> None:
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
-        route = await attached(swarm)
-        await route.open()
-        await route.next()
+        route = await opened(swarm)
         mallory = await swarm.another("mallory")
         stream = await mallory.endpoint.open(worker.peer, worker.endpoint.addrs, protocol)
         data = encode_frame(CloseSession(SessionId(b"x" * 16))) * 1000

@@ -33,19 +33,11 @@ from protocol.messages import (
 )
 from protocol.tickets import issue_ticket
 from simnet.compute import CostModel, ToyCompute, toy_answer
-from tests.helpers.workers import HandRoute, Swarm, in_swarm, make_manifest, some_rows
+from tests.helpers.workers import HandRoute, Swarm, attached, in_swarm, make_manifest, opened, some_rows
 from worker import inbox, service, sessions
 from worker.config import Quotas
 
 ROWS = some_rows(3)
-
-
-async def attached(swarm: Swarm, count: int = 1, session: bytes = b"s" * 16) -> HandRoute:
-    await swarm.client.deploy_route(swarm.workers[:count])
-    route = HandRoute(swarm.client, swarm.workers[:count], SessionId(session))
-    await route.dial()
-    await route.attach()
-    return route
 
 
 async def refused(route: HandRoute, worker: int = 0) -> str:
@@ -162,9 +154,7 @@ def test_a_client_that_attached_anothers_session_gets_nothing() -> None:
 def test_strangers_cannot_touch_an_open_session() -> None:
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
-        route = await attached(swarm)
-        await route.open()
-        await route.next()
+        route = await opened(swarm)
         mallory = await swarm.another("mallory")
         link = await mallory.dial(worker, LINK)
         step, body = route.step(0, 0, ROWS)
@@ -205,9 +195,7 @@ def test_a_step_from_another_than_the_predecessor_is_dropped() -> None:
 )
 def test_a_step_that_no_client_could_mean_fails_its_session(number: int, position: int, count: int, epoch: int) -> None:
     async def test(swarm: Swarm) -> None:
-        route = await attached(swarm)
-        await route.open()
-        await route.next()
+        route = await opened(swarm)
         await route.do(0, 0, ROWS)
         await route.do(1, 3, ROWS[:1], acked=1)
         await route.send(*route.step(number, position, some_rows(count), epoch=epoch))
@@ -439,9 +427,7 @@ def test_a_bug_in_the_engine_costs_one_session() -> None:
             return await super().step(work)
 
     async def test(swarm: Swarm) -> None:
-        route = await attached(swarm)
-        await route.open()
-        await route.next()
+        route = await opened(swarm)
         await route.send(*route.step(0, 0, ROWS))
         assert await refused(route) == RefusalReason.INTERNAL
         await route.attach()

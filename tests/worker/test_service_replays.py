@@ -10,8 +10,7 @@ import trio
 from protocol.messages import LINK, OpenSession, RefusalReason, SessionFailed, SessionOpened
 from protocol.tickets import issue_ticket
 from simnet.compute import CostModel, ToyCompute, toy_answer
-from tests.helpers.workers import Swarm, in_swarm, some_rows
-from tests.worker.test_service_hostile import attached
+from tests.helpers.workers import Swarm, in_swarm, opened, some_rows
 
 ROWS = some_rows(3)
 
@@ -21,9 +20,7 @@ def test_a_strangers_tickets_keep_nobody_out() -> None:
 
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
-        route = await attached(swarm)
-        await route.open()
-        await route.next()
+        route = await opened(swarm)
         mallory = await swarm.another("mallory")
         link = await mallory.dial(worker, LINK)
         for ticket in (route.tickets(epoch=1)[0] for _ in range(4)):
@@ -61,9 +58,7 @@ def test_answers_that_wait_to_be_sent_again_count_though_they_were_acknowledged(
 
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
-        route = await attached(swarm)
-        await route.open()
-        await route.next()
+        route = await opened(swarm)
         await route.do(0, 0, rows, tail=60)
         await route.send(*route.step(1, 60, ROWS[:1]))
         for _ in range(8):
