@@ -11,7 +11,7 @@ The only nurseries of the room. Placement, routing and retrying are decided else
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -83,14 +83,32 @@ class _Link:
             raise
 
     def send_at_once(self, message: Message, body: bytes = b"") -> bool:
-        """`send` without the writer, when it has nothing to do and the stream takes the whole frame now."""
-        return self.lost is None and not self._unwritten and self._channel.send_at_once(message, body)
+        """`send` without waiting, when that can be. A lone session's frame is written here and now; where there are
+        several, what they send in one turn of the event loop is one write, so that the hop computes it together."""
+        if self.lost is not None:
+            return False
+        if len(self.sessions) > 1:
+            return self._hand_over(message, body)
+        return not self._unwritten and self._channel.send_at_once(message, body)
+
+    def _hand_over(self, message: Message, body: bytes) -> bool:
+        try:
+            self._outbox.send_nowait((message, body))
+        except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
+            return False
+        self._unwritten += 1
+        return True
 
     async def write(self) -> None:
-        """Send frames until the stream fails. Raises TransportError."""
-        async for message, body in self._frames:
-            await self._channel.send(message, body)
-            self._unwritten -= 1
+        """Send frames until the stream fails, all that wait at once. Raises TransportError."""
+        async for first in self._frames:
+            together, size = [first], len(first[1])
+            with suppress(trio.WouldBlock, trio.EndOfChannel):
+                while size < limits.TOGETHER_BYTES:
+                    together.append(self._frames.receive_nowait())
+                    size += len(together[-1][1])
+            await self._channel.send_all(together)
+            self._unwritten -= len(together)
 
     async def read(self, dropped: Callable[[PeerId], None]) -> None:
         """Give messages to their sessions until the stream ends. Raises TransportError, RemoteProtocolError."""

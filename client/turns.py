@@ -105,6 +105,8 @@ class Turns:
             self._waiting[:0] = [turn for turn in batch if turn.ids is None]
             self._computing = False
             self._computed.unpark_all()
+        if len(batch) > 1:  # then all of them go on in one turn of the loop, and what they send leaves together
+            await trio.lowlevel.cancel_shielded_checkpoint()
 
 
 def _compute(ends: Ends, batch: list[_Turn]) -> None:

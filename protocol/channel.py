@@ -6,7 +6,7 @@ protocol violation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
@@ -47,9 +47,15 @@ class Channel:
 
     async def send(self, message: Message, body: bytes = b"") -> None:
         """One frame in one write. Raises TransportError; LocalProtocolError for what the peer would refuse."""
-        frame = self._frame(message, body)
-        self.sent_bytes += len(frame)
-        await self._stream.send(frame)
+        await self.send_all(((message, body),))
+
+    async def send_all(self, messages: Sequence[tuple[Message, bytes]]) -> None:
+        """A frame for each message and its body, all in one write, so that they arrive together. Raises what `send`
+        raises."""
+        frames = [self._frame(message, body) for message, body in messages]
+        data = frames[0] if len(frames) == 1 else b"".join(frames)
+        self.sent_bytes += len(data)
+        await self._stream.send(data)
 
     def send_at_once(self, message: Message, body: bytes = b"") -> bool:
         """`send` without waiting, when the stream can do that now; False: nothing was sent. Raises LocalProtocolError
@@ -69,7 +75,7 @@ class Channel:
             self._arriving(self._decoder.unfinished)
             if frame is not None:
                 return frame
-            wanted = min(max(self._decoder.wanted, 1 << 14), limits.STREAM_CHUNK_BYTES)
+            wanted = min(max(self._decoder.wanted, limits.TOGETHER_BYTES), limits.STREAM_CHUNK_BYTES)
             data = await self._stream.receive(wanted)
             if not data:
                 if self._decoder.idle:

@@ -222,12 +222,13 @@ class StepWork:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """`forward` goes to the next hop (to the client at the last); `returned` to the client, off the critical path.
-    `queue_us`: how long the step waited for other work."""
+    `queue_us`: how long the step waited for other work. `company`: others ended with it."""
 
     forward: Payload
     returned: Payload | None
     compute_us: int
     queue_us: int = 0
+    company: bool = False
 
 
 class Compute(Protocol):

@@ -273,7 +273,7 @@ class Engine:
             if not step.rows_left:
                 try:
                     with _Refusals(RefusalReason.BAD_STEP):
-                        self._finish(step)
+                        self._finish(step, len(taken) > 1)
                 except Exception as error:  # an answer takes memory too
                     self._fail(step, error)
 
@@ -290,7 +290,7 @@ class Engine:
             return blocks.forward_tile(xs[0], parts[0])
         return blocks.forward(xs[0] if len(xs) == 1 else torch.cat(xs), parts)
 
-    def _finish(self, step: _Step) -> None:
+    def _finish(self, step: _Step, company: bool) -> None:
         step.session.step = None
         work = step.work
         result = step.rows[0] if len(step.rows) == 1 else torch.cat(step.rows)
@@ -299,7 +299,7 @@ class Engine:
         forward = to_payload(tail, answer_dtype(work.payload.header.dtype, tail.dtype) if span else None)
         returned = None if work.returns == "none" else to_payload(result, work.returns)
         queue_s = max(0.0, self._ended_s - step.waits_since - step.compute_s)
-        step.done(StepResult(forward, returned, round(1e6 * step.compute_s), round(1e6 * queue_s)))
+        step.done(StepResult(forward, returned, round(1e6 * step.compute_s), round(1e6 * queue_s), company))
 
     def _fail(self, step: _Step, error: Exception) -> None:
         step.session.step = None

@@ -163,17 +163,20 @@ class Hop:
         await trio.lowlevel.checkpoint_if_cancelled()
         session.machine.sent(StepOutput)
         if self._is_last(step):
-            await session.outbox.put(self._output(step, result, forward, arrived_at), forward.data)
+            output = self._output(step, result, forward, arrived_at)
+            await session.outbox.put(output, forward.data, company=result.company)
             return
         if self.link is None:
             raise LocalProtocolError("a session in mid-route without a link")
         onward = step if forward.header == step.tensor else replace(step, tensor=forward.header)
-        await self.link.outbox.put(onward, forward.data)
+        await self.link.outbox.put(onward, forward.data, company=result.company)
         copy = result.returned
         if self.ticket.returns == TIMES:
-            sent = session.outbox.offer(StepTimes(session.id, step.epoch, step.step, *self._times(result, arrived_at)))
+            times = StepTimes(session.id, step.epoch, step.step, *self._times(result, arrived_at))
+            sent = session.outbox.offer(times, company=result.company)
         elif copy is not None:
-            sent = session.outbox.offer(self._output(step, result, copy, arrived_at), copy.data)
+            output = self._output(step, result, copy, arrived_at)
+            sent = session.outbox.offer(output, copy.data, company=result.company)
         else:
             return
         if not sent:

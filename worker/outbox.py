@@ -1,18 +1,22 @@
 """Frames that wait to be written to one stream, bounded in number and bytes.
 
 Three ways in: `put` waits for room, `offer` gives up when there is none, `force` is for small control messages that
-must not wait. While nothing waits, a frame that the stream takes at once is not queued at all. Invariant: frames leave
-in the order they came, and a reader that never reads costs bounded memory: the bodies are counted in the reader's
-`Room`, and past FORCED_MAX the outbox closes itself.
+must not wait. While nothing waits, a frame that the stream takes at once is not queued at all, unless it has company:
+what is said to come with others waits for them until the end of the event loop's turn, and all of it is one write. So
+what one forward computed reaches the next engine together. Invariant: frames leave in the order they came, and a reader
+that never reads costs bounded memory: the bodies are counted in the reader's `Room`, and past FORCED_MAX the outbox
+closes itself.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 
 import trio
 from trio.lowlevel import ParkingLot
 
+from protocol import limits
 from protocol.channel import Channel
 from protocol.errors import TransportError
 from protocol.messages import Message
@@ -40,21 +44,21 @@ class Outbox:
     def full(self) -> bool:
         return len(self._frames) >= FRAMES_MAX or self._bytes >= BYTES_MAX
 
-    async def put(self, message: Message, body: bytes = b"") -> None:
-        """Wait for room, then add. Raises TransportError once closed, Refused(MEMORY) when there is no room though
-        nothing waits here."""
+    async def put(self, message: Message, body: bytes = b"", *, company: bool = False) -> None:
+        """Wait for room, then add; `company`: others come with it. Raises TransportError once closed, Refused(MEMORY)
+        when there is no room though nothing waits here."""
         await trio.lowlevel.checkpoint_if_cancelled()
         while (self.full or (self._frames and not self._room.fits(len(body)))) and not self.closed:
             await self._changed.park()
         if self.closed:
             raise TransportError("the stream has gone")
-        self._add(message, body)
+        self._add(message, body, company)
 
-    def offer(self, message: Message, body: bytes = b"") -> bool:
+    def offer(self, message: Message, body: bytes = b"", *, company: bool = False) -> bool:
         """Add if there is room now; False when it was dropped."""
         if self.full or self.closed or not self._room.fits(len(body)):
             return False
-        self._add(message, body)
+        self._add(message, body, company)
         return True
 
     def force(self, message: Message) -> None:
@@ -80,12 +84,13 @@ class Outbox:
                 await self._changed.park()
             if self.closed:
                 return
-            message, body = self._frames[0]
-            await channel.send(message, body)
-            if self._frames:  # else closed meanwhile
-                self._frames.popleft()
-                self._room.give(len(body))
-                self._bytes -= len(body)
+            together = self._together()
+            await channel.send_all(together)
+            if not self.closed:
+                for _, body in together:
+                    self._frames.popleft()
+                    self._room.give(len(body))
+                    self._bytes -= len(body)
             self._changed.unpark_all()
 
     async def drained(self) -> None:
@@ -93,8 +98,19 @@ class Outbox:
         while self._frames:
             await self._changed.park()
 
-    def _add(self, message: Message, body: bytes) -> None:
-        if not self._frames and self._channel is not None and self._channel.send_at_once(message, body):
+    def _together(self) -> list[tuple[Message, bytes]]:
+        """The frames of the next write: the first, and those after it that make one record with it."""
+        size = count = 0
+        for _, body in self._frames:
+            size += len(body)
+            if count and size > limits.TOGETHER_BYTES:
+                break
+            count += 1
+        return list(islice(self._frames, count))
+
+    def _add(self, message: Message, body: bytes, company: bool = False) -> None:
+        at_once = not company and not self._frames
+        if at_once and self._channel is not None and self._channel.send_at_once(message, body):
             return
         self._room.take(len(body))
         self._frames.append((message, body))

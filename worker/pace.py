@@ -1,8 +1,9 @@
 """How fast a peer's messages are taken from its streams, whatever they say.
 
 A message of 30 bytes costs 20 to 200 us of the event loop, and a peer may send them as fast as its line carries, for
-sessions that do not exist. Invariant: a peer's messages hold the loop for YIELD_EVERY of them at a time, and all its
-streams together bring MESSAGES_PER_S; the peer feels the rest as backpressure.
+sessions that do not exist. Invariant: a peer's messages hold the loop for YIELD_EVERY of them at a time, counted from
+its last rest, so that what comes together reaches the engine together; and all its streams together bring
+MESSAGES_PER_S. The peer feels the rest as backpressure.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from protocol.ids import PeerId
 
 MESSAGES_PER_S = 4000.0  # a hop before this one may bring the steps of many clients
 BURST = 2000.0
-YIELD_EVERY = 16
+YIELD_EVERY = 32
+REST_S = 0.001  # without a message: others had their turn
 PEERS_REMEMBERED = 4096  # whoever is forgotten has its burst again; it takes as many other peers
 
 
@@ -42,6 +44,8 @@ class Pace:
         self._peers.move_to_end(peer)
         if len(self._peers) > PEERS_REMEMBERED:
             self._peers.popitem(last=False)
+        if now - own.at >= REST_S:
+            own.taken = 0
         own.left, own.at = min(BURST, own.left + (now - own.at) * MESSAGES_PER_S) - cost, now
         own.taken += 1
         if own.left < 0:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+
 import pytest
 import trio
 
 from client.driver import Driver
 from client.session import SessionTerms
+from protocol.channel import Channel
 from protocol.errors import LocalProtocolError
-from protocol.messages import CloseSession, Step
+from protocol.ids import PeerId
+from protocol.messages import CloseSession, Message, Step
 from protocol.tensors import Payload, TensorHeader
 from simnet.runtime import run
 from tests.helpers.driving import TERMS, driving, fill_the_way, numbers, with_swarm
@@ -42,6 +47,31 @@ def test_steps_in_flight_overlap_and_answers_are_matched_by_step() -> None:
         assert 8.0 <= took < 9.0  # six steps through three hops of 1 s: pipelined 8, one after the other 18
 
     with_swarm(3, body)
+
+
+def test_what_several_sessions_send_in_one_turn_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    writes: list[int] = []
+    first = PeerId("")
+    send_all = Channel.send_all
+
+    async def noted(channel: Channel, messages: Sequence[tuple[Message, bytes]]) -> None:
+        if isinstance(messages[0][0], Step) and channel.remote == first:
+            writes.append(len(messages))
+        await send_all(channel, messages)
+
+    monkeypatch.setattr(Channel, "send_all", noted)
+
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        nonlocal first
+        first = swarm.hops[0].identity.peer
+        async with AsyncExitStack() as stack:
+            sessions = [await stack.enter_async_context(driver.session(swarm.route, TERMS)) for _ in range(6)]
+            async with trio.open_nursery() as nursery:
+                for session in sessions:
+                    nursery.start_soon(session.step, activations(1), 0)
+        assert writes == [6]
+
+    with_swarm(2, body)
 
 
 def test_answers_that_come_out_of_order_find_their_steps() -> None:

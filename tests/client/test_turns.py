@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import pytest
@@ -94,6 +95,38 @@ def test_those_that_come_together_share_one_product_and_get_their_own_rows() -> 
             torch.testing.assert_close(embedded, expected)
 
     virtual(main)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_those_that_shared_a_product_go_on_in_one_turn_of_the_loop(seed: int) -> None:
+    async def main() -> None:
+        turns = Turns(Ends(), Thread())
+        done, heard = trio.open_memory_channel[int](0)
+        batches: list[int] = []
+
+        async def write() -> None:  # as the driver's writer does
+            async for _ in heard:
+                batches.append(1)
+                with suppress(trio.WouldBlock):
+                    while True:
+                        heard.receive_nowait()
+                        batches[-1] += 1
+
+        async def request(index: int) -> None:
+            await turns.take(row(index), best)
+            await done.send(index)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write)
+            await trio.testing.wait_all_tasks_blocked()
+            async with trio.open_nursery() as requests:
+                for index in range(6):
+                    turns.begin()
+                    requests.start_soon(request, index)
+            nursery.cancel_scope.cancel()
+        assert batches == [6]
+
+    run(main, seed)
 
 
 def test_those_that_come_during_a_product_share_the_next() -> None:

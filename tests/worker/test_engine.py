@@ -338,6 +338,20 @@ def test_a_batch_of_sessions_computes_what_each_would_alone(shop: Shop, caplog: 
     assert not [record for record in caplog.records if record.levelname == "ERROR"], "no batch was taken apart"
 
 
+def test_an_answer_says_whether_others_ended_with_it(shop: Shop) -> None:
+    shop.load()
+    sessions = [SessionId(bytes([number]) * 16) for number in range(3)]
+    for session in sessions:
+        shop.engine.open(session, shop.spec(100))
+    answers: list[StepResult | Exception] = []
+    for session in sessions[:2]:
+        shop.engine.submit(work(inputs(1), 0, session=session), answers.append)
+    shop.engine.advance()
+    shop.engine.submit(work(inputs(1), 0, session=sessions[2]), answers.append)
+    shop.engine.advance()
+    assert [isinstance(answer, StepResult) and answer.company for answer in answers] == [True, True, False]
+
+
 def _keep(rows: list[torch.Tensor], result: StepResult | Exception) -> None:
     assert isinstance(result, StepResult), result
     rows.append(to_tensor(result.forward))

@@ -14,7 +14,7 @@ from protocol.ids import PeerId, SessionId
 from protocol.messages import LINK, SESSION, Attach, CloseSession, OpenSession
 from simnet.runtime import run
 from tests.helpers.workers import Swarm, in_swarm, opened, some_rows
-from worker.pace import BURST, MESSAGES_PER_S, PEERS_REMEMBERED, YIELD_EVERY, Pace
+from worker.pace import BURST, MESSAGES_PER_S, PEERS_REMEMBERED, REST_S, YIELD_EVERY, Pace
 from worker.service import OPENING_COST
 
 
@@ -69,6 +69,29 @@ def test_a_burst_lets_others_run() -> None:
                 await pace.take(PeerId("burst"))
             nursery.cancel_scope.cancel()
         assert turns >= 10
+
+    run(body, 1)
+
+
+def test_what_comes_together_after_a_rest_is_not_parted() -> None:
+    async def body() -> None:
+        pace, others = Pace(trio.current_time), 0
+
+        async def other() -> None:
+            nonlocal others
+            while True:
+                others += 1
+                await trio.lowlevel.checkpoint()
+
+        for burst in range(5):
+            await trio.sleep(2 * REST_S)
+            others = 0
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(other)
+                for _ in range(YIELD_EVERY - 1 - burst):
+                    await pace.take(PeerId("burst"))
+                assert others == 0
+                nursery.cancel_scope.cancel()
 
     run(body, 1)
 

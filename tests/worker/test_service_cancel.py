@@ -9,11 +9,12 @@ import pytest
 import trio
 import trio.testing
 
+from protocol import limits
 from protocol.channel import Channel
 from protocol.errors import RemoteProtocolError, TransportError
-from protocol.framing import encode_frame
+from protocol.framing import FrameDecoder, encode_frame
 from protocol.ids import PeerId
-from protocol.messages import CONTROL, Ping, Pong
+from protocol.messages import CONTROL, SHARD, Ping, Pong, ShardPiece
 from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import Swarm, in_swarm, some_rows
 from worker.outbox import BYTES_MAX, FORCED_MAX, FRAMES_MAX, Outbox
@@ -75,11 +76,12 @@ class _Deaf:
 
     def __init__(self) -> None:
         self.reading = trio.Event()
-        self.sent = 0
+        self.writes: list[int] = []  # frames in each
+        self._decoder = FrameDecoder(1 << 20)
 
     async def send(self, data: bytes) -> None:
         await self.reading.wait()
-        self.sent += 1
+        self.writes.append(len(list(self._decoder.feed(data))))
 
 
 class _Prompt(_Deaf):
@@ -137,7 +139,7 @@ def test_an_outbox_waits_drops_or_forces() -> None:
             stream.reading.set()
             await waited.wait()
             await outbox.drained()
-            assert stream.sent == FRAMES_MAX + 2
+            assert stream.writes == [FRAMES_MAX + 1, 1], "all that wait when it writes, and who waited for room"
             outbox.close()
 
     trio.run(main)
@@ -168,6 +170,41 @@ def test_an_outbox_does_not_queue_what_its_stream_takes_at_once_and_keeps_the_or
             outbox.close()
             assert not outbox.offer(frames[0])
         assert stream.taken == [encode_frame(frame) for frame in frames]
+
+    trio.run(main)
+
+
+def test_what_comes_in_company_leaves_in_one_write() -> None:
+    async def main() -> None:
+        stream, outbox = _Prompt(), Outbox(Room(QueueBook(1 << 30), PeerId("reader")))
+        stream.reading.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.pump, _channel(stream))
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(3):
+                await outbox.put(Ping(bytes(8)), company=True)
+            assert outbox.offer(Ping(bytes(8)), company=True)
+            assert not stream.taken, "more may come in this turn"
+            await outbox.drained()
+            assert stream.writes == [4]
+            await outbox.put(Ping(bytes(8)))
+            assert len(stream.taken) == 2, "a lone one waits for nobody"
+            outbox.close()
+
+    trio.run(main)
+
+
+def test_a_write_ends_where_a_record_does() -> None:
+    async def main() -> None:
+        stream, outbox = _Deaf(), Outbox(Room(QueueBook(1 << 30), PeerId("reader")))
+        stream.reading.set()
+        for size in (limits.TOGETHER_BYTES - 8, 8, 8, 2 * limits.TOGETHER_BYTES, 8):
+            assert outbox.offer(ShardPiece(bytes(32), 0), bytes(size))  # type: ignore[arg-type]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(outbox.pump, Channel(stream, SHARD))  # type: ignore[arg-type]
+            await outbox.drained()
+            outbox.close()
+        assert stream.writes == [2, 1, 1, 1]
 
     trio.run(main)
 
