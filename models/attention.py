@@ -16,11 +16,6 @@ from models.layout import Group, Layout, Read
 from models.pages import Extent, Kv, Run
 
 FUSED_KEYS_MAX = 512  # in bfloat16: up to here the fused kernel beats two products, whose fixed cost is higher
-# Single rows in these dtypes are attended together, on a CPU: 16 rows of 80 tokens in less than half the time. Gathered
-# keys above some MiB cost page faults, and from 300 tokens on a row the copy costs what the calls do. In float32 one by
-# one is as fast.
-GROUPED_DTYPES = (torch.bfloat16, torch.float16)
-GROUP_BYTES_MAX = 2 << 20
 
 
 class KvCache:
@@ -68,17 +63,11 @@ class KvCache:
 def attend_batch(queries: Tensor, kv: Kv, layout: Layout, window: int) -> Tensor:
     """Attention of the rows of `layout`, whose keys and values are in `kv` by now: queries [nq, R, hd] give
     [R, nq hd]. Each row sees its own sequence only; see `attend`."""
-    plan = layout.plan(window, len(kv.keys), _group_tokens_max(kv.keys))
+    plan = layout.plan(kv.keys, window)
     parts = [_attend_group(queries, kv, group) for group in plan.groups]
     parts += [_attend_read(queries, kv, read, window) for read in plan.apart]
     mixed = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(layout.rows, -1)
     return mixed if plan.order is None else mixed.index_select(0, plan.order)
-
-
-def _group_tokens_max(keys: Tensor) -> int:
-    if keys.device.type != "cpu" or keys.dtype not in GROUPED_DTYPES:
-        return 0
-    return GROUP_BYTES_MAX // (4 * keys.shape[0] * keys.shape[2])
 
 
 def _attend_group(queries: Tensor, kv: Kv, group: Group) -> Tensor:
@@ -99,9 +88,8 @@ def _attend_read(queries: Tensor, kv: Kv, read: Read, window: int) -> Tensor:
     """Attention of the T rows of one sequence: [T nk, nq / nk, hd]."""
     runs = [(kv.keys.narrow(1, at, count), kv.values.narrow(1, at, count)) for at, count in read.places]
     num_keys, _, width = kv.keys.shape
-    one = read.count == 1 and queries.device.type == "cpu"  # which then sees all that is read
-    if one and (queries.dtype != torch.bfloat16 or len(runs) > 1 or read.length > FUSED_KEYS_MAX):
-        return _attend_one(queries.select(1, read.row).view(num_keys, -1, width), runs)
+    if read.count == 1 and queries.device.type == "cpu":
+        return _attend_one(queries.select(1, read.row).view(num_keys, -1, width), runs, read.length)
     mixed = attend(queries.narrow(1, read.row, read.count), *_joined(runs), window)
     return mixed.transpose(0, 1).reshape(read.count * num_keys, -1, width)
 
@@ -112,13 +100,16 @@ def _joined(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([keys for keys, _ in runs], dim=1), torch.cat([values for _, values in runs], dim=1)
 
 
-def _attend_one(rows: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _attend_one(rows: Tensor, runs: Sequence[tuple[Tensor, Tensor]], length: int) -> Tensor:
     """Attention of one token to all keys. The query heads of a group are the `rows` of one product: [nk, nq / nk, hd].
 
-    Two products and a softmax, scores in at least float32: on a CPU that beats the fused kernel at one query, and
-    sequences in several runs need no copy.
+    Two products and a softmax, scores in at least float32: on a CPU that beats the fused kernel at one query, but for
+    few keys in bfloat16, and sequences in several runs need no copy.
     """
     dtype, scale = rows.dtype, rows.shape[2] ** -0.5
+    if dtype is torch.bfloat16 and len(runs) == 1 and length <= FUSED_KEYS_MAX:
+        keys, values = runs[0]
+        return F.scaled_dot_product_attention(rows[None], keys[None], values[None])[0]
     wide = torch.promote_types(dtype, torch.float32)
     if wide is dtype and len(runs) == 1:
         keys, values = runs[0]
@@ -142,7 +133,7 @@ def attend_tile(queries: Tensor, kv: Kv, layout: Layout, window: int) -> Tensor:
     """
     num_queries, count, head_dim = queries.shape
     wide = torch.promote_types(queries.dtype, torch.float32)
-    (read,) = layout.plan(0, len(kv.keys), 0).apart
+    (read,) = layout.plan(kv.keys, 0).apart
     keys, values = (
         torch.cat([tensor.narrow(1, at, count) for at, count in read.places], dim=1).to(wide)
         for tensor in (kv.keys, kv.values)

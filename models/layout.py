@@ -15,6 +15,12 @@ from torch import Tensor
 
 from models.pages import Extent, Kv, Place
 
+# On a CPU single rows in these dtypes are attended together, if there are GROUP_ROWS_MIN: 16 rows of 80 tokens in half
+# the time. Copies of more than GROUP_BYTES_MAX of keys, in float32, cost page faults; copies of rows of more than an
+# eighth of that as much as the calls that they save. In float32 rows cost the same one by one.
+GROUPED_DTYPES = (torch.bfloat16, torch.float16)
+GROUP_ROWS_MIN = 4
+GROUP_BYTES_MAX = 2 << 20
 # A row that joins a group lengthens the rows before it to its own: so much padding costs what a group of its own would.
 PADDING_MAX = 256
 
@@ -42,7 +48,7 @@ class Read:
 @dataclass(frozen=True, slots=True)
 class Group:
     """n single rows that are attended together, their keys padded to the longest, L: `rows` [n], or None for all rows
-    in order, `tokens` [n L], and `mask` [nk n, 1, L], -inf where padding is. Heads are outermost."""
+    of the batch, `tokens` [n L], and `mask` [nk n, 1, L], -inf where padding is. Heads are outermost."""
 
     rows: Tensor | None
     tokens: Tensor
@@ -70,7 +76,7 @@ class Layout:
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments, self._device = segments, device
         self.rows = sum(segment.count for segment in segments)
-        self._plans: dict[tuple[int, int, int], Plan] = {}
+        self._plans: dict[tuple[int, torch.Size], Plan] = {}
         places = [
             place
             for segment in segments
@@ -99,13 +105,12 @@ class Layout:
             kv.keys.index_copy_(1, self._index, keys)
             kv.values.index_copy_(1, self._index, values)
 
-    def plan(self, window: int, num_keys: int, group_tokens_max: int) -> Plan:
-        """For blocks of this `window` (0: none) and so many KV heads. Groups hold up to `group_tokens_max` tokens of
-        KV, padding included, each sequence a quarter of it at most; 0 for none."""
-        key = window, num_keys, group_tokens_max
-        if key not in self._plans:
-            self._plans[key] = self._plan(list(self._reads(window)), num_keys, group_tokens_max)
-        return self._plans[key]
+    def plan(self, keys: Tensor, window: int) -> Plan:
+        """For a block of this `window` (0: none) and `keys` [nk, capacity, hd] like these."""
+        kind = window, keys.shape
+        if kind not in self._plans:
+            self._plans[kind] = self._plan(list(self._reads(window)), keys)
+        return self._plans[kind]
 
     def _reads(self, window: int) -> Iterator[Read]:
         row = 0
@@ -116,41 +121,39 @@ class Layout:
             yield Read(row, segment.count, segment.extent.places(start, end), end - start)
             row += segment.count
 
-    def _plan(self, reads: list[Read], num_keys: int, group_tokens_max: int) -> Plan:
-        fit = [read for read in reads if read.count == len(read.places) == 1 and 4 * read.length <= group_tokens_max]
-        if len(fit) < 2:
+    def _plan(self, reads: list[Read], keys: Tensor) -> Plan:
+        if keys.device.type != "cpu" or keys.dtype not in GROUPED_DTYPES or len(reads) < GROUP_ROWS_MIN:
             return Plan((), reads, None)
-        together = _divided(sorted(fit, key=lambda read: read.length), group_tokens_max)
-        if len(together) == 1 and len(fit) == self.rows:
-            return Plan([self._group(fit, num_keys, None)], (), None)
-        grouped = [read.row for part in together if len(part) > 1 for read in part]
-        apart = [read for read in reads if read.row not in set(grouped)]
-        rows = [*grouped, *(row for read in apart for row in range(read.row, read.row + read.count))]
-        order = torch.tensor(rows, device=self._device).argsort()
-        groups = [
-            self._group(part, num_keys, torch.tensor([read.row for read in part], device=self._device))
-            for part in together
-            if len(part) > 1
-        ]
-        return Plan(groups, apart, order)
+        num_keys, _, width = keys.shape
+        tokens_max = GROUP_BYTES_MAX // (4 * num_keys * width)
+        fit = [read for read in reads if read.count == len(read.places) == 1 and 8 * read.length <= tokens_max]
+        together = [part for part in _divided(fit, tokens_max) if len(part) >= GROUP_ROWS_MIN]
+        grouped = {read.row for part in together for read in part}
+        apart = [read for read in reads if read.row not in grouped]
+        rows = [read.row for part in together for read in part]
+        rows += [row for read in apart for row in range(read.row, read.row + read.count)]
+        order = None if rows == sorted(rows) else torch.tensor(rows).argsort()
+        return Plan([self._group(part, num_keys) for part in together], apart, order)
 
-    def _group(self, reads: Sequence[Read], num_keys: int, rows: Tensor | None) -> Group:
-        first = torch.tensor([read.places[0][0] for read in reads], device=self._device)[:, None]
-        last = torch.tensor([read.length - 1 for read in reads], device=self._device)[:, None]
-        token = torch.arange(max(read.length for read in reads), device=self._device)
-        mask = torch.zeros(len(reads), len(token), device=self._device).masked_fill_(token > last, -math.inf)
+    def _group(self, reads: Sequence[Read], num_keys: int) -> Group:
+        rows = None if len(reads) == self.rows else torch.tensor([read.row for read in reads])
+        first = torch.tensor([read.places[0][0] for read in reads])[:, None]
+        last = torch.tensor([read.length - 1 for read in reads])[:, None]
+        token = torch.arange(max(read.length for read in reads))
+        mask = torch.zeros(len(reads), len(token)).masked_fill_(token > last, -math.inf)
         return Group(rows, (first + token.minimum(last)).view(-1), mask.repeat(num_keys, 1)[:, None])
 
 
 def _divided(reads: Sequence[Read], tokens_max: int) -> list[list[Read]]:
-    """`reads`, shortest first, in parts of at most `tokens_max` tokens, PADDING_MAX of them padding."""
+    """`reads` in parts of like length, of at most `tokens_max` tokens, PADDING_MAX of them padding; in order where one
+    part holds them all."""
     parts: list[list[Read]] = []
-    held = tokens_max  # by the last part, without padding
-    for read in reads:
+    held = 0  # tokens of the last part, without padding
+    for read in sorted(reads, key=lambda read: read.length):
         padded = (len(parts[-1]) + 1) * read.length if parts else 0
         if not parts or padded > tokens_max or padded - held - read.length > PADDING_MAX:
             parts.append([])
             held = 0
         parts[-1].append(read)
         held += read.length
-    return parts
+    return [sorted(part, key=lambda read: read.row) for part in parts]
