@@ -6,14 +6,14 @@ Invariant: `attend` never copies keys or values per query head. No weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import BlockConfig
-from models.pages import PagedKv
+from models.layout import Group, Layout, Read
+from models.pages import Extent, Kv, Run
 
 FUSED_KEYS_MAX = 512  # in bfloat16: up to here the fused kernel beats two products, whose fixed cost is higher
 
@@ -24,7 +24,7 @@ class KvCache:
     `length` tokens are valid. A sliding window does not shrink it: truncation may go back to any position.
     """
 
-    __slots__ = ("_keys", "_length", "_values", "capacity")
+    __slots__ = ("extent", "keys", "values")
 
     def __init__(
         self,
@@ -36,106 +36,115 @@ class KvCache:
         if not 0 < capacity_tokens <= config.max_position:
             raise ValueError(f"capacity must lie in 1..{config.max_position} tokens, not {capacity_tokens}")
         shape = (config.num_kv_heads, capacity_tokens, config.head_dim)
-        self._keys = torch.empty(shape, dtype=dtype, device=device)
-        self._values = torch.empty(shape, dtype=dtype, device=device)
-        self.capacity = capacity_tokens
-        self._length = 0
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.extent = Extent([Run(0, 0, capacity_tokens)])
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[1]
 
     @property
     def length(self) -> int:
         """Tokens that are valid, from position 0."""
-        return self._length
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._keys.dtype
-
-    def fits(self, config: BlockConfig) -> bool:
-        """Whether it was made for blocks of this shape."""
-        return self._keys.shape == (config.num_kv_heads, self.capacity, config.head_dim)
+        return self.extent.length
 
     def truncate(self, position: int) -> None:
         """Forget all tokens from `position` on. Raises ValueError when there are fewer than `position`."""
-        if not 0 <= position <= self._length:
-            raise ValueError(f"position {position} is outside the {self._length} tokens that are cached")
-        self._length = position
+        self.extent.truncate(position)
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add keys and values [nk, T, hd]. Raises ValueError when they do not fit."""
-        end = self._length + keys.shape[1]
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit into a cache of {self.capacity}")
-        self._keys[:, self._length : end] = keys
-        self._values[:, self._length : end] = values
-        self._length = end
-
-    def read(self, start: int) -> list[tuple[Tensor, Tensor]]:
-        """Views of the keys and values [nk, length - start, hd] from `start` on, as one run."""
-        return [(self._keys[:, start : self._length], self._values[:, start : self._length])]
+    def copy_from(self, other: KvCache) -> None:
+        """Hold what `other` holds, which fits."""
+        self.keys[:, : other.length] = other.keys[:, : other.length]
+        self.values[:, : other.length] = other.values[:, : other.length]
+        self.extent.length = other.length
 
 
-Kv = KvCache | PagedKv
+def attend_batch(queries: Tensor, kv: Kv, layout: Layout, window: int) -> Tensor:
+    """Attention of the rows of `layout`, whose keys and values are in `kv` by now: queries [nq, R, hd] give
+    [R, nq hd]. Each row sees its own sequence only; see `attend`."""
+    plan = layout.plan(kv.keys, window)
+    parts = [_attend_group(queries, kv, group) for group in plan.groups]
+    parts += [_attend_read(queries, kv, read, window) for read in plan.apart]
+    mixed = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(layout.rows, -1)
+    return mixed if plan.order is None else mixed.index_select(0, plan.order)
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """`count` rows of a batch: tokens [position, position + count) of the sequence whose keys and values `kv` holds."""
+def _attend_group(queries: Tensor, kv: Kv, group: Group) -> Tensor:
+    """Attention of n single rows: [n nk, nq / nk, hd]. Scores in float32."""
+    num_keys, _, width = kv.keys.shape
+    if group.rows is not None:
+        queries = queries.index_select(1, group.rows)
+    rows = queries.view(num_keys, -1, queries.shape[1], width).transpose(1, 2)
+    rows = rows.to(torch.float32, memory_format=torch.contiguous_format).view(len(group.mask), -1, width)
+    keys = kv.keys.index_select(1, group.tokens).to(torch.float32).view(len(rows), -1, width)
+    values = kv.values.index_select(1, group.tokens).view(len(rows), -1, width)
+    scores = torch.baddbmm(group.mask, rows, keys.transpose(1, 2), alpha=width**-0.5)
+    mixed = torch.bmm(torch.softmax(scores, dim=2).to(queries.dtype), values)
+    return mixed.view(num_keys, queries.shape[1], -1, width).transpose(0, 1).reshape(len(rows), -1, width)
 
-    kv: Kv
-    position: int
-    count: int
+
+def _attend_read(queries: Tensor, kv: Kv, read: Read, window: int) -> Tensor:
+    """Attention of the T rows of one sequence: [T nk, nq / nk, hd]."""
+    runs = [(kv.keys.narrow(1, at, count), kv.values.narrow(1, at, count)) for at, count in read.places]
+    num_keys, _, width = kv.keys.shape
+    if read.count == 1 and queries.device.type == "cpu":
+        return _attend_one(queries.select(1, read.row).view(num_keys, -1, width), runs, read.length)
+    mixed = attend(queries.narrow(1, read.row, read.count), *_joined(runs), window)
+    return mixed.transpose(0, 1).reshape(read.count * num_keys, -1, width)
 
 
-def attend_runs(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]], window: int) -> Tensor:
-    """`attend` over keys and values [nk, n, hd] that lie in `runs`, one after another."""
-    if queries.shape[1] == 1 and queries.device.type == "cpu":
-        length = sum(keys.shape[1] for keys, _ in runs)
-        whole = not 0 < window < length
-        if whole and (queries.dtype != torch.bfloat16 or len(runs) > 1 or length > FUSED_KEYS_MAX):
-            return _attend_one(queries, runs)
+def _joined(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     if len(runs) == 1:
-        return attend(queries, *runs[0], window)
-    keys, values = (torch.cat(parts, dim=1) for parts in zip(*runs, strict=True))
-    return attend(queries, keys, values, window)
+        return runs[0]
+    return torch.cat([keys for keys, _ in runs], dim=1), torch.cat([values for _, values in runs], dim=1)
 
 
-def _attend_one(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Attention of one token [nq, 1, hd] to all keys. The query heads of a group are the rows of one product.
+def _attend_one(rows: Tensor, runs: Sequence[tuple[Tensor, Tensor]], length: int) -> Tensor:
+    """Attention of one token to all keys. The query heads of a group are the `rows` of one product: [nk, nq / nk, hd].
 
-    Two products and a softmax, scores in at least float32: on a CPU that beats the fused kernel at one query, and
-    sequences in several runs need no copy.
+    Two products and a softmax, scores in at least float32: on a CPU that beats the fused kernel at one query, but for
+    few keys in bfloat16, and sequences in several runs need no copy.
     """
-    dtype, head_dim = queries.dtype, queries.shape[2]
-    wide, num_keys = torch.promote_types(dtype, torch.float32), runs[0][0].shape[0]
-    rows = queries.reshape(num_keys, -1, head_dim)
+    dtype, scale = rows.dtype, rows.shape[2] ** -0.5
+    if dtype is torch.bfloat16 and len(runs) == 1 and length <= FUSED_KEYS_MAX:
+        keys, values = runs[0]
+        return F.scaled_dot_product_attention(rows[None], keys[None], values[None])[0]
+    wide = torch.promote_types(dtype, torch.float32)
     if wide is dtype and len(runs) == 1:
-        (keys, values), scale = runs[0], head_dim**-0.5
+        keys, values = runs[0]
         scores = torch.baddbmm(rows.new_empty(1), rows, keys.transpose(1, 2), beta=0, alpha=scale)
-        return torch.bmm(torch.softmax(scores, dim=2), values).view(-1, 1, head_dim)
-    rows = rows.to(wide) * head_dim**-0.5
+        return torch.bmm(torch.softmax(scores, dim=2), values)
+    rows = rows.to(wide) * scale
     parts = [torch.bmm(rows, keys.to(wide).transpose(1, 2)) for keys, _ in runs]
     weights = torch.softmax(torch.cat(parts, dim=2), dim=2).to(dtype)
-    mixed, start = queries.new_zeros(()), 0
+    mixed, start = weights.new_zeros(()), 0
     for _, values in runs:
         part = torch.bmm(weights[:, :, start : start + values.shape[1]], values)
         mixed, start = part if start == 0 else mixed + part, start + values.shape[1]
-    return mixed.reshape(-1, 1, head_dim)
+    return mixed
 
 
-def attend_tile(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]], window: int) -> Tensor:
-    """`attend_runs` whose bits do not depend on how the keys lie: queries [nq, T, hd] of the last T tokens.
+def attend_tile(queries: Tensor, kv: Kv, layout: Layout, window: int) -> Tensor:
+    """`attend_batch` of one segment, whose bits do not depend on how the keys lie: queries [nq, T, hd] of the last T
+    tokens give [T, nq hd].
 
     Tokens after a query's own add exact zeros, whatever finite numbers they hold. In at least float32 throughout.
     """
     num_queries, count, head_dim = queries.shape
     wide = torch.promote_types(queries.dtype, torch.float32)
-    keys, values = (torch.cat(parts, dim=1).to(wide) for parts in zip(*runs, strict=True))
+    (read,) = layout.plan(kv.keys, 0).apart
+    keys, values = (
+        torch.cat([tensor.narrow(1, at, count) for at, count in read.places], dim=1).to(wide)
+        for tensor in (kv.keys, kv.values)
+    )
     num_keys, length = keys.shape[:2]
     rows = queries.reshape(num_keys, -1, head_dim).to(wide) * head_dim**-0.5
     scores = torch.bmm(rows, keys.transpose(1, 2)).view(num_queries, count, length)
     hidden = ~_mask(count, length, window, queries.device)
     weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=2).view(num_keys, -1, length)
-    return torch.bmm(weights, values).view(num_queries, count, head_dim).to(queries.dtype)
+    mixed = torch.bmm(weights, values).view(num_queries, count, head_dim).to(queries.dtype)
+    return mixed.transpose(0, 1).reshape(count, -1)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:

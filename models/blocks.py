@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.attention import Kv, Segment, attend_runs, attend_tile
+from models.attention import KvCache, attend_batch, attend_tile
 from models.config import BlockConfig
 from models.errors import ContextExceeded, ModelError
 from models.int8 import Int8Linear
+from models.layout import Layout, Segment
 from models.linear import Linear
 from models.norm import rms_norm
+from models.pages import Kv
 from models.precision import INT8, scale_name, tensor_dtypes, tensor_shapes
 from models.rope import Rotary, rotate
 
@@ -110,58 +112,63 @@ class Block:
         }[name]
         return whole.rows(x, start, end)
 
-    def forward(self, x: Tensor, kv: Kv, position: int) -> Tensor:
-        """x [T, d] of tokens [position, position + T) of one sequence: see `forward_batch`."""
-        return self.forward_batch(x, (Segment(kv, position, len(x)),))
-
     @torch.inference_mode()
-    def forward_batch(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-        """x [R, d], the rows of all `segments` one after another, through the block: [R, d]. Writes keys and values.
+    def forward(self, x: Tensor, cache: KvCache, position: int) -> Tensor:
+        """x [T, d] of tokens [position, position + T) of one sequence through the block: [T, d].
 
-        Truncates each `kv` to its segment's position first. Raises ValueError when a position lies beyond what is
-        cached, on a wrong shape or dtype and when a `kv` is full, ContextExceeded beyond the model's context; every
-        `kv` is then unchanged.
+        Truncates `cache` to `position` first. Raises what `check` raises; the cache is then unchanged.
         """
-        self.check(x, segments)
-        return self.run(x, segments, self.turns_of(segments))
+        segments = (Segment(cache.extent, position, len(x)),)
+        self.check(x, cache, segments)
+        cache.truncate(position)
+        layout = Layout(segments, self.device)
+        x = self.run(x, cache, layout, self.turns_of(layout))
+        cache.extent.length = position + len(x)
+        return x
 
-    def check(self, x: Tensor, segments: Sequence[Segment]) -> None:
-        """Raises what `forward_batch` raises."""
+    def check(self, x: Tensor, kv: Kv, segments: Sequence[Segment]) -> None:
+        """Whether `run` may follow. Raises ValueError when a position lies beyond what is cached, on a wrong shape or
+        dtype and when a segment does not fit, ContextExceeded beyond the model's context."""
         self._check_rows(x, segments)
+        self._check_kv(kv)
         for segment in segments:
             self._check_segment(segment)
 
-    def run(self, x: Tensor, segments: Sequence[Segment], turns: Turns) -> Tensor:
-        """`forward_batch` of what `check` has passed, in inference mode. At one row it is calls that cost, not sums."""
-        for segment in segments:
-            segment.kv.truncate(segment.position)
+    def run(self, x: Tensor, kv: Kv, layout: Layout, turns: Turns) -> Tensor:
+        """x [R, d], the rows of `layout`, through the block: [R, d]. Writes their keys and values to `kv`.
+
+        Of what `check` has passed, in inference mode. At one row it is calls that cost, not sums.
+        """
         eps = self.config.rms_norm_eps
-        x = self._attention(rms_norm(x, self._attn_norm, eps), segments, turns).add_(x)
+        queries, keys, values = self._heads(rms_norm(x, self._attn_norm, eps), turns)
+        layout.write(kv, keys, values)
+        x = self._o(attend_batch(queries, kv, layout, self.config.sliding_window)).add_(x)
         return self._mlp(rms_norm(x, self._mlp_norm, eps)).add_(x)
 
-    @torch.inference_mode()
-    def forward_tile(self, x: Tensor, kv: Kv, position: int, rows: slice) -> Tensor:
-        """x [TILE_ROWS, d] through the block: [TILE_ROWS, d]. Only `rows` mean something: tokens of one sequence at
-        their places in the tile of positions [position, position + TILE_ROWS). Writes their keys and values.
+    def tile(self, x: Tensor, kv: Kv, layout: Layout, turns: Turns) -> Tensor:
+        """x [TILE_ROWS, d] through the block: [TILE_ROWS, d]. Only the first rows of `layout`, whose one segment ends
+        with the tile, mean something; what is padding is masked.
 
         Every product and every sum has the same shape, and each token the same place in it, whichever of the tile's
-        tokens come at once: so a token's bits depend on the tokens before it alone. `kv` must have room for the tile.
+        tokens come at once: so a token's bits depend on the tokens before it alone.
         """
-        self._check_segment(Segment(kv, position + rows.start, rows.stop - rows.start))
-        kv.truncate(position + rows.start)
-        eps, room = self.config.rms_norm_eps, min(TILE_ROWS, self.config.max_position - position)
-        cos, sin = (F.pad(turn, (0, 0, 0, TILE_ROWS - room)) for turn in self._rotary.at(position, room))
-        queries, keys, values = self._heads(rms_norm(x, self._attn_norm, eps), (cos, sin))
-        kv.append(keys[:, rows.start :], values[:, rows.start :])  # to the tile's end: what is padding is masked
-        mixed = attend_tile(queries, kv.read(0), self.config.sliding_window)
-        kv.truncate(position + rows.stop)
-        x = x + self._o(mixed.transpose(0, 1).reshape(TILE_ROWS, -1))
+        eps, start = self.config.rms_norm_eps, TILE_ROWS - layout.rows
+        queries, keys, values = self._heads(rms_norm(x, self._attn_norm, eps), turns)
+        layout.write(kv, keys[:, start:], values[:, start:])
+        x = x + self._o(attend_tile(queries, kv, layout, self.config.sliding_window))
         return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
 
-    def turns_of(self, segments: Sequence[Segment]) -> Turns:
-        """What `rotate` takes for the rows of `segments`, [R, hd] each: equal for blocks that share a rotary table."""
-        turns = [self._rotary.at(segment.position, segment.count) for segment in segments]
-        return turns[0] if len(turns) == 1 else (torch.cat([t[0] for t in turns]), torch.cat([t[1] for t in turns]))
+    def turns_of(self, layout: Layout) -> Turns:
+        """What `rotate` takes for the rows of `layout`, [R, hd] each: equal for blocks that share a rotary table."""
+        if len(layout.segments) == 1:
+            return self._rotary.at(layout.segments[0].position, layout.rows)
+        return self._rotary.at_each(layout.positions(), max(each.position + each.count for each in layout.segments))
+
+    def tile_turns(self, position: int) -> Turns:
+        """`turns_of` the tile at `position`, also where the context ends in it."""
+        room = min(TILE_ROWS, self.config.max_position - position)
+        cos, sin = (F.pad(turn, (0, 0, 0, TILE_ROWS - room)) for turn in self._rotary.at(position, room))
+        return cos, sin
 
     def _check_rows(self, x: Tensor, segments: Sequence[Segment]) -> None:
         if x.dim() != 2 or x.shape[0] < 1 or x.shape[1] != self.config.hidden_size:
@@ -171,30 +178,21 @@ class Block:
         if sum(segment.count for segment in segments) != len(x) or any(segment.count < 1 for segment in segments):
             raise ValueError(f"the segments do not cover the {len(x)} rows")
 
-    def _check_segment(self, segment: Segment) -> None:
-        kv, position, end = segment.kv, segment.position, segment.position + segment.count
-        if kv.dtype != self.dtype:
-            raise ValueError(f"the block runs in {self.dtype}; the cache is {kv.dtype}")
-        if not kv.fits(self.config):
+    def _check_kv(self, kv: Kv) -> None:
+        heads, _, width = kv.keys.shape
+        if kv.keys.dtype != self.dtype:
+            raise ValueError(f"the block runs in {self.dtype}; the cache is {kv.keys.dtype}")
+        if (heads, width) != (self.config.num_kv_heads, self.config.head_dim):
             raise ValueError("the cache was made for a block of another shape")
-        if not 0 <= position <= kv.length:
-            raise ValueError(f"position {position} is outside the {kv.length} tokens that are cached")
+
+    def _check_segment(self, segment: Segment) -> None:
+        extent, position, end = segment.extent, segment.position, segment.position + segment.count
+        if not 0 <= position <= extent.length:
+            raise ValueError(f"position {position} is outside the {extent.length} tokens that are cached")
         if end > self.config.max_position:
             raise ContextExceeded(f"{end} tokens exceed the model's context of {self.config.max_position}")
-        if end > kv.capacity:
-            raise ValueError(f"{end} tokens do not fit into a cache of {kv.capacity}")
-
-    def _attention(self, x: Tensor, segments: Sequence[Segment], turns: Turns) -> Tensor:
-        parts: list[tuple[Tensor, ...]] = [self._heads(x, turns)]
-        if len(segments) > 1:
-            counts = [segment.count for segment in segments]
-            parts = list(zip(*(heads.split_with_sizes(counts, 1) for heads in parts[0]), strict=True))
-        mixed = []
-        for (queries, keys, values), segment in zip(parts, segments, strict=True):
-            segment.kv.append(keys, values)
-            mixed.append(self._attend(queries, segment))
-        whole = mixed[0] if len(mixed) == 1 else torch.cat(mixed, dim=1)
-        return self._o(whole.transpose(0, 1).reshape(len(x), -1))
+        if end > extent.capacity:
+            raise ValueError(f"{end} tokens do not fit into a cache of {extent.capacity}")
 
     def _heads(self, x: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [nq, R, hd], keys and values [nk, R, hd] of the rows x [R, d]."""
@@ -203,12 +201,6 @@ class Block:
         turning, values = heads.split_with_sizes((nq + nk, nk))
         queries, keys = rotate(self._normed(turning), *turns).split_with_sizes((nq, nk))
         return queries, keys, values
-
-    def _attend(self, queries: Tensor, segment: Segment) -> Tensor:
-        # keys that no query of this step can see are not even read
-        window = self.config.sliding_window
-        start = max(0, segment.position + 1 - window) if window else 0
-        return attend_runs(queries, segment.kv.read(start), window)
 
     def _normed(self, heads: Tensor) -> Tensor:
         """Query and key heads [nq + nk, T, hd] after the head norm of models that have one."""

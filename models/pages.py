@@ -1,9 +1,9 @@
-"""KV of many sequences in one block: a slab of tokens, and one sequence's way through it.
+"""KV of many sequences in one block: a slab of tokens, and where one sequence lies in it.
 
 Which tokens of a slab belong to whom is decided elsewhere (worker/kv_pages.py); a sequence lies in a few runs of
 neighbouring tokens, most often one, so that attention reads views and copies nothing.
 
-Invariant: a sequence reads only tokens that it wrote, or that it was handed as written (`length` at its start). On
+Invariant: a sequence reads only tokens that it wrote, or that it was handed as written (its `length` at its start). On
 Linux a slab takes memory for what was written and not given back by `forget`, however large it is; elsewhere, and on a
 GPU, for its whole capacity.
 """
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +41,19 @@ def runs_of(pages: Sequence[int], page_tokens: int) -> list[Run]:
             runs.append(Run(start * page_tokens, pages[start] * page_tokens, (end - start) * page_tokens))
             start = end
     return runs
+
+
+Place = tuple[int, int]  # tokens [at, at + count) of a slab
+
+
+class Kv(Protocol):
+    """Keys and values [nk, capacity, hd] of one block, of one sequence or of many."""
+
+    @property
+    def keys(self) -> Tensor: ...
+
+    @property
+    def values(self) -> Tensor: ...
 
 
 class KvSlab:
@@ -88,63 +102,36 @@ class KvSlab:
         return torch.frombuffer(area, dtype=dtype).view(shape)
 
 
-class PagedKv:
-    """One sequence in one block's slab. `runs` is shared by all blocks of the sequence and may change between steps."""
+class Extent:
+    """Where one sequence lies in the slabs of its blocks: `runs`, and how many tokens are valid, `length`."""
 
-    __slots__ = ("_length", "_runs", "_slab")
+    __slots__ = ("length", "runs")
 
-    def __init__(self, slab: KvSlab, runs: list[Run], length: int) -> None:
-        self._slab = slab
-        self._runs = runs
-        self._length = length
+    def __init__(self, runs: list[Run], length: int = 0) -> None:
+        self.runs = runs
+        self.length = length
 
     @property
     def capacity(self) -> int:
-        last = self._runs[-1]
+        last = self.runs[-1]
         return last.first + last.count
-
-    @property
-    def length(self) -> int:
-        """Tokens that are valid, from position 0."""
-        return self._length
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._slab.keys.dtype
-
-    def fits(self, config: BlockConfig) -> bool:
-        """Whether it was made for blocks of this shape."""
-        heads, _, width = self._slab.keys.shape
-        return (heads, width) == (config.num_kv_heads, config.head_dim)
 
     def truncate(self, position: int) -> None:
         """Forget all tokens from `position` on. Raises ValueError when there are fewer than `position`."""
-        if not 0 <= position <= self._length:
-            raise ValueError(f"position {position} is outside the {self._length} tokens that are cached")
-        self._length = position
+        if not 0 <= position <= self.length:
+            raise ValueError(f"position {position} is outside the {self.length} tokens that are cached")
+        self.length = position
 
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add keys and values [nk, T, hd]. Raises ValueError when they do not fit."""
-        start, end = self._length, self._length + keys.shape[1]
+    def places(self, start: int, end: int) -> list[Place]:
+        """Where tokens [start, end) lie, in order. Raises ValueError when there is no room for them."""
         if end > self.capacity:
             raise ValueError(f"{end} tokens do not fit into a cache of {self.capacity}")
-        for run in self._runs:
+        found = []
+        for run in self.runs:
             low, high = max(start, run.first), min(end, run.first + run.count)
             if low < high:
-                here, whole = slice(run.at + low - run.first, run.at + high - run.first), high - low == end - start
-                self._slab.keys[:, here] = keys if whole else keys[:, low - start : high - start]
-                self._slab.values[:, here] = values if whole else values[:, low - start : high - start]
-        self._length = end
-
-    def read(self, start: int) -> list[tuple[Tensor, Tensor]]:
-        """Views of the keys and values [nk, n, hd] from `start` on, one pair for each run, in order."""
-        parts = []
-        for run in self._runs:
-            low, high = max(start, run.first), min(self._length, run.first + run.count)
-            if low < high:
-                here = slice(run.at + low - run.first, run.at + high - run.first)
-                parts.append((self._slab.keys[:, here], self._slab.values[:, here]))
-        return parts
+                found.append((run.at + low - run.first, high - low))
+        return found
 
 
 def can_be_lazy(device: torch.device) -> bool:

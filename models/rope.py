@@ -91,16 +91,26 @@ class Rotary:
 
     def at(self, position: int, count: int) -> tuple[Tensor, Tensor]:
         """What `rotate` takes, [count, hd] each, for positions [position, position + count), all below max_position."""
-        end = position + count
+        self._grow(position + count)
+        return _turns(self._cos[position : position + count], self._sin[position : position + count])
+
+    def at_each(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
+        """`at`, for positions [R] that all lie below `end`."""
+        self._grow(end)
+        return _turns(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
+
+    def _grow(self, end: int) -> None:
         if end > len(self._cos):
             self._cos, self._sin = self._rows(min(self.max_position, max(end, 2 * len(self._cos), _FIRST_ROWS)))
-        cos, sin = self._cos[position:end], self._sin[position:end]
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _rows(self, count: int) -> tuple[Tensor, Tensor]:
         angles = torch.arange(count, dtype=torch.float32, device=self.device)[:, None] * self._frequencies
         cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
         return cos.to(self.dtype), sin.to(self.dtype)
+
+
+def _turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

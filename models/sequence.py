@@ -55,5 +55,5 @@ class LocalSequence:
         room = min(max(2 * tokens, ROOM_TOKENS_MIN), self.model.config.max_position)
         larger = self.model.new_caches(room)
         for old, new in zip(self._caches, larger, strict=False):
-            new.append(*old.read(0)[0])
+            new.copy_from(old)
         self._caches = larger

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.attention import KvCache, Segment
+from models.attention import KvCache
 from models.blocks import TILE_ROWS, Block, Turns
 from models.config import BlockConfig
+from models.layout import Layout, Segment
 from models.precision import MATRICES
 from models.rope import Rotary
 from worker.span_kv import SessionKv
@@ -52,16 +53,18 @@ class FloatBlocks:
 
         Rows of one part must not exceed `rows_at_once` for the length that they end at.
         """
+        slabs = parts[0].kv.slabs
+        assert all(part.kv.slabs is slabs for part in parts), "sessions of one span"
+        segments = [Segment(part.kv.extent, part.position, part.count) for part in parts]
+        for index in self._first_of_kind:
+            self.blocks[index].check(x, slabs[index], segments)
         for part in parts:
             part.kv.begin(part.position)
-        turns: dict[int, Turns] = {}
-        for index, block in enumerate(self.blocks):
-            segments = [Segment(part.kv.of_block[index], part.position, part.count) for part in parts]
-            if index in self._first_of_kind:
-                block.check(x, segments)
+        layout, turns = Layout(segments, self.device), dict[int, Turns]()
+        for block, slab in zip(self.blocks, slabs, strict=True):
             if block.rotary_id not in turns:
-                turns[block.rotary_id] = block.turns_of(segments)
-            x = block.run(x, segments, turns[block.rotary_id])
+                turns[block.rotary_id] = block.turns_of(layout)
+            x = block.run(x, slab, layout, turns[block.rotary_id])
         for part in parts:
             part.kv.commit(part.position + part.count)
         return x
@@ -70,14 +73,21 @@ class FloatBlocks:
     def forward_tile(self, x: Tensor, part: Part) -> Tensor:
         """x [count, d] through all blocks in the shapes of a whole tile (models/blocks.py): [count, d], the same bits
         whatever else runs and however its sequence is cut. The rows of `part` lie in one tile: see `tile_rows_left`."""
-        part.kv.begin(part.position)
-        start = part.position - part.position % TILE_ROWS
+        kv, start = part.kv, part.position - part.position % TILE_ROWS
         rows = slice(part.position - start, part.position - start + part.count)
+        for index in self._first_of_kind:
+            self.blocks[index].check(x, kv.slabs[index], [Segment(kv.extent, part.position, part.count)])
+        kv.begin(part.position)
+        # to the tile's end: the pages of a session are whole tiles
+        layout = Layout([Segment(kv.extent, part.position, TILE_ROWS - rows.start)], self.device)
+        turns: dict[int, Turns] = {}
         tile = x.new_zeros(TILE_ROWS, self.width)
         tile[rows] = x
-        for index, block in enumerate(self.blocks):
-            tile = block.forward_tile(tile, part.kv.of_block[index], start, rows)
-        part.kv.commit(part.position + part.count)
+        for block, slab in zip(self.blocks, kv.slabs, strict=True):
+            if block.rotary_id not in turns:
+                turns[block.rotary_id] = block.tile_turns(start)
+            tile = block.tile(tile, slab, layout, turns[block.rotary_id])
+        kv.commit(part.position + part.count)
         return tile[rows]
 
     def rows_at_once(self, length: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from models.config import BlockConfig
-from models.pages import KvSlab, PagedKv, Run, can_be_lazy, runs_of
+from models.pages import Extent, KvSlab, can_be_lazy, runs_of
 from protocol import limits
 from protocol.ids import PeerId
 from worker.kv_pages import KvBudget, PageBook, PageTable
@@ -53,35 +53,39 @@ class SpanKv:
 
 class SessionKv:
     """One session's KV, at most `kv_tokens` long; `length` tokens are there in all blocks, `held` of them from the
-    start. `of_block` has one sequence for each block."""
+    start. It lies at `extent` in each of `slabs`, which all sessions of the span share, one for each block."""
 
     def __init__(
         self, book: PageBook, slabs: Sequence[KvSlab], table: PageTable, terms: tuple[int, tuple[bytes, ...]]
     ) -> None:
         self.kv_tokens, self._keys = terms
-        self._book, self._slabs, self.table = book, slabs, table
+        self._book, self.slabs, self.table = book, slabs, table
         self._shut = table.hits  # so many pages, the first ones, are shared or named by keys
-        self.length = self.held = table.hits * limits.PAGE_TOKENS
-        self._runs: list[Run] = runs_of(table.pages, limits.PAGE_TOKENS)
-        self.of_block = [PagedKv(slab, self._runs, self.length) for slab in slabs]
+        self.held = table.hits * limits.PAGE_TOKENS
+        self.extent = Extent(runs_of(table.pages, limits.PAGE_TOKENS), self.held)
+
+    @property
+    def length(self) -> int:
+        return self.extent.length
 
     def begin(self, position: int) -> None:
         """A step is about to write from `position` <= `length` on. Raises Refused(KV_MEMORY) for a session that wrote
         into pages it shares, when no page is left; never for others."""
-        self.length, first = position, position // limits.PAGE_TOKENS
+        self.extent.truncate(position)
+        first = position // limits.PAGE_TOKENS
         if first >= self._shut:
             return
         copied = self._book.write(self.table, first)
         self._shut = first
-        self._runs[:] = runs_of(self.table.pages, limits.PAGE_TOKENS)
+        self.extent.runs = runs_of(self.table.pages, limits.PAGE_TOKENS)
         if copied is not None:
             old, new = (page * limits.PAGE_TOKENS for page in copied)
-            for slab in self._slabs:
+            for slab in self.slabs:
                 slab.copy(old, new, position % limits.PAGE_TOKENS)
 
     def commit(self, length: int) -> None:
         """All blocks have computed the tokens below `length`."""
-        self.length = length
+        self.extent.length = length
         self._keep(self._keys)
 
     def forget_keys(self) -> None:

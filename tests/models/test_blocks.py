@@ -197,8 +197,8 @@ def test_a_refused_step_leaves_the_cache_as_it_was() -> None:
 
 def test_the_cache_takes_what_it_says() -> None:
     kv = KvCache(CONFIG, 10, torch.bfloat16)
-    ((keys, values),) = kv.read(0)
-    assert keys.shape == values.shape == (2, 0, 8)
+    assert (kv.length, kv.capacity) == (0, 10)
+    assert kv.keys.shape == kv.values.shape == (2, 10, 8)
     for capacity in (0, -1, CONFIG.max_position + 1):
         with pytest.raises(ValueError, match="capacity"):
             KvCache(CONFIG, capacity)

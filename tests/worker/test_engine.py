@@ -16,6 +16,7 @@ from safetensors.torch import save
 from models.attention import KvCache
 from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
+from models.layout import Layout
 from models.precision import MATRICES
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId
@@ -298,7 +299,7 @@ def test_what_loading_reports(shop: Shop) -> None:
     request = read_span(shop.data, 0, 2)
     assert loaded.weight_bytes == request.weight_bytes == 2 * 4 * CONFIG.num_parameters
     cache = KvCache(CONFIG, 1, torch.float32)
-    assert request.kv_token_bytes == 2 * sum(each.nbytes for each in (cache._keys, cache._values))
+    assert request.kv_token_bytes == 2 * sum(each.nbytes for each in (cache.keys, cache.values))
     assert loaded.block_time_us > 0
 
 
@@ -442,10 +443,10 @@ def test_a_bug_in_batches_costs_no_step_and_is_seen(
     shop.engine.open(other, shop.spec(10))
     forward = Block.run
 
-    def broken(self: Block, x: torch.Tensor, segments: Any, *rest: Any) -> torch.Tensor:
-        if len(segments) > 1:
+    def broken(self: Block, x: torch.Tensor, kv: Any, layout: Layout, *rest: Any) -> torch.Tensor:
+        if len(layout.segments) > 1:
             raise TypeError("a bug")
-        return forward(self, x, segments, *rest)
+        return forward(self, x, kv, layout, *rest)
 
     monkeypatch.setattr(Block, "run", broken)
     ended: list[StepResult | Exception] = []

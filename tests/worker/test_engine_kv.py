@@ -195,7 +195,7 @@ def test_sessions_in_scattered_pages_compute_the_same(shop: Shop, monkeypatch: p
     begin(shop, 10, 270)
     kv = shop.engine._sessions[named(10)].kv
     assert kv is not None
-    assert [run.count // PAGE_TOKENS for run in kv._runs] == [2, 1, 1, 1]
+    assert [run.count // PAGE_TOKENS for run in kv.extent.runs] == [2, 1, 1, 1]
     got = run(shop, 10, x, 0, [60, 1, 1, 1, 1, 1, 100, 1, 20, 1, 64, 1, 1, 1, 16])
     torch.testing.assert_close(got, whole, rtol=1e-5, atol=1e-5)
     check(shop)

@@ -1,0 +1,77 @@
+"""The blocks of a span: what a forward that fails leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from models.blocks import Block
+from models.errors import ContextExceeded
+from protocol.ids import PeerId
+from protocol.limits import PAGE_TOKENS
+from tests.worker.test_engine import CONFIG, inputs, random_tensors
+from worker.kv_pages import KvBudget
+from worker.runner import FloatBlocks, Part, build_float_blocks
+from worker.span_kv import SessionKv, SpanKv
+
+KEYS = (b"k" * 16,)
+CPU = torch.device("cpu")
+
+
+class Span:
+    """Two blocks, and two sessions over them of 70 and 80 tokens of 600; the second one shares its first page."""
+
+    def __init__(self) -> None:
+        self.blocks: FloatBlocks = build_float_blocks([CONFIG] * 2, random_tensors, torch.float32, CPU)
+        self.kv = SpanKv([CONFIG] * 2, torch.float32, CPU, KvBudget(1 << 24))
+        self.first, self.second = self._open(70), self._open(80)
+        assert self.second.held == PAGE_TOKENS
+
+    def _open(self, tokens: int) -> SessionKv:
+        session = self.kv.open(PeerId("ann"), 600, KEYS)
+        x = inputs(tokens)[session.held :]
+        self.blocks.forward(x, [Part(session, session.held, len(x))])
+        return session
+
+
+REFUSED: list[tuple[type[Exception], Callable[[Span], Part]]] = [
+    (ValueError, lambda span: Part(span.second, 81, 1)),
+    (ValueError, lambda span: Part(span.second, -1, 1)),
+    (ValueError, lambda span: Part(span.second, 80, 2)),
+    (ContextExceeded, lambda span: Part(span.second, 80, 521)),
+]
+
+
+@pytest.mark.parametrize(("error", "bad"), REFUSED)
+def test_a_refused_forward_leaves_every_session_as_it_was(error: type[Exception], bad: Any) -> None:
+    span, plain, x = Span(), Span(), inputs(2, seed=3)
+    part = bad(span)
+    rows = torch.cat([x[:1], inputs(part.count if part.count > 2 else 1)])
+    with pytest.raises(error):
+        span.blocks.forward(rows, [Part(span.first, 30, 1), part])
+    assert (span.first.length, span.second.length) == (70, 80)
+    got = span.blocks.forward(x, [Part(span.first, 70, 1), Part(span.second, 80, 1)])
+    assert torch.equal(got, plain.blocks.forward(x, [Part(plain.first, 70, 1), Part(plain.second, 80, 1)]))
+
+
+def test_a_failed_forward_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    span, plain, x = Span(), Span(), inputs(2, seed=3)
+    parts = [Part(span.first, 70, 1), Part(span.second, 20, 1)]
+    expected = plain.blocks.forward(x, [Part(plain.first, 70, 1), Part(plain.second, 20, 1)])
+    run, calls = Block.run, list[int]()
+
+    def short_of_memory(*rest: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) > 1:
+            raise MemoryError
+        return run(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "run", short_of_memory)
+        with pytest.raises(MemoryError):
+            span.blocks.forward(x, parts)
+    assert (span.first.length, span.second.length) == (70, 20), "no token is valid that some block lacks"
+    assert torch.equal(span.blocks.forward(x, parts), expected)
