@@ -104,17 +104,22 @@ class _Link:
         async for first in self._frames:
             together, size = [first], len(first[1])
             with suppress(trio.WouldBlock, trio.EndOfChannel):
-                while size < limits.TOGETHER_BYTES:
+                while size < limits.TOGETHER_BYTES and len(together) < limits.TOGETHER_MESSAGES:
                     together.append(self._frames.receive_nowait())
                     size += len(together[-1][1])
-            await self._channel.send_all(together)
-            self._unwritten -= len(together)
+            small = len(together) - (size > limits.TOGETHER_BYTES)
+            for frames in (together[:small], together[small:]):  # a large one is not copied to go with the others
+                if frames:
+                    await self._channel.send_all(frames)
+                    self._unwritten -= len(frames)
 
     async def read(self, dropped: Callable[[PeerId], None]) -> None:
         """Give messages to their sessions until the stream ends. Raises TransportError, RemoteProtocolError."""
         unwanted = 0
         while (frame := await self._channel.receive()) is not None:
             message, body = frame
+            if self._channel.given % limits.TOGETHER_MESSAGES == 0:
+                await trio.lowlevel.checkpoint()  # a chunk of tiny messages is no pause for other workers
             session = self.sessions.get(_session_of(message))
             if session is not None and session.take(self.peer, message, body):
                 unwanted = 0

@@ -1,7 +1,7 @@
 """KV of many sequences in one block: a slab of tokens, and where one sequence lies in it.
 
 Which tokens of a slab belong to whom is decided elsewhere (worker/kv_pages.py); a sequence lies in a few runs of
-neighbouring tokens, most often one, so that attention reads views and copies nothing.
+neighbouring tokens, most often one, so that attention can read views (layout.py says when it copies).
 
 Invariant: a sequence reads only tokens that it wrote, or that it was handed as written (its `length` at its start). On
 Linux a slab takes memory for what was written and not given back by `forget`, however large it is; elsewhere, and on a

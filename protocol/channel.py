@@ -18,7 +18,8 @@ from protocol.ports import PromptStream, Stream
 
 class Channel:
     """A stream of one of our protocols. `arriving` is told how many bytes are here beyond the messages given out, each
-    time that this changes; what it raises comes out of `receive`."""
+    time that this changes; what it raises comes out of `receive`. `given`: messages given out since the stream was last
+    read, which lets other tasks have their turn."""
 
     __slots__ = (
         "_arriving",
@@ -27,6 +28,7 @@ class Channel:
         "_prompt",
         "_ready",
         "_stream",
+        "given",
         "received_bytes",
         "sent_bytes",
     )
@@ -38,6 +40,7 @@ class Channel:
         self._frame_bytes_max = FRAME_BYTES_MAX[protocol]
         self._decoder = FrameDecoder(self._frame_bytes_max)
         self._ready: Iterator[tuple[Message, bytes]] = iter(())
+        self.given = 0
         self.sent_bytes = 0
         self.received_bytes = 0
 
@@ -52,8 +55,9 @@ class Channel:
     async def send_all(self, messages: Sequence[tuple[Message, bytes]]) -> None:
         """A frame for each message and its body, all in one write, so that they arrive together. Raises what `send`
         raises."""
-        frames = [self._frame(message, body) for message, body in messages]
-        data = frames[0] if len(frames) == 1 else b"".join(frames)
+        first = self._frame(*messages[0])
+        data = b"".join((first, *(self._frame(*each) for each in messages[1:]))) if len(messages) > 1 else first
+        del first
         self.sent_bytes += len(data)
         await self._stream.send(data)
 
@@ -74,8 +78,10 @@ class Channel:
             frame = next(self._ready, None)  # one at a time: a chunk of tiny messages is no pause for others
             self._arriving(self._decoder.unfinished)
             if frame is not None:
+                self.given += 1
                 return frame
-            wanted = min(max(self._decoder.wanted, limits.TOGETHER_BYTES), limits.STREAM_CHUNK_BYTES)
+            self.given = 0
+            wanted = min(max(self._decoder.wanted, limits.READ_BYTES), limits.STREAM_CHUNK_BYTES)
             data = await self._stream.receive(wanted)
             if not data:
                 if self._decoder.idle:

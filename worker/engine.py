@@ -265,6 +265,7 @@ class Engine:
             return
         self._ended_s, start = time.perf_counter(), 0
         took_s = self._ended_s - started
+        company = sum(count == step.rows_left for step, count in taken) > 1
         for step, count in taken:
             step.rows.append(rows[start : start + count])
             step.rows_done += count
@@ -273,7 +274,7 @@ class Engine:
             if not step.rows_left:
                 try:
                     with _Refusals(RefusalReason.BAD_STEP):
-                        self._finish(step, len(taken) > 1)
+                        self._finish(step, company)
                 except Exception as error:  # an answer takes memory too
                     self._fail(step, error)
 

@@ -74,7 +74,7 @@ class Hop:
                     case Pass():
                         await self._compute(work)
                     case Again(step, answer):
-                        await self._answer(step, answer, self.table.clock.monotonic())
+                        await self._answer(step, replace(answer, company=False), self.table.clock.monotonic())
                     case _:
                         assert_never(work)
                 self.table.inboxes.done(session, work)

@@ -99,9 +99,9 @@ class Outbox:
             await self._changed.park()
 
     def _together(self) -> list[tuple[Message, bytes]]:
-        """The frames of the next write: the first, and those after it that make one record with it."""
+        """The frames of the next write: the first, and those after it whose bodies fit into one record with its own."""
         size = count = 0
-        for _, body in self._frames:
+        for _, body in islice(self._frames, limits.TOGETHER_MESSAGES):
             size += len(body)
             if count and size > limits.TOGETHER_BYTES:
                 break
@@ -109,7 +109,8 @@ class Outbox:
         return list(islice(self._frames, count))
 
     def _add(self, message: Message, body: bytes, company: bool = False) -> None:
-        at_once = not company and not self._frames
+        # What waits for company takes room; where there is none it goes alone.
+        at_once = not self._frames and not (company and self._room.fits(len(body)))
         if at_once and self._channel is not None and self._channel.send_at_once(message, body):
             return
         self._room.take(len(body))

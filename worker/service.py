@@ -274,7 +274,9 @@ class WorkerService:
     async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
-            await self._pace.take(channel.remote, OPENING_COST if isinstance(message, OpenSession) else 1.0)
+            await self._pace.take(
+                channel.remote, channel.given, OPENING_COST if isinstance(message, OpenSession) else 1.0
+            )
             if isinstance(message, Attach):
                 try:
                     await self._admit(message, channel.remote)
@@ -289,7 +291,9 @@ class WorkerService:
     async def _serve_link(self, channel: Channel) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
-            await self._pace.take(channel.remote, OPENING_COST if isinstance(message, OpenSession) else 1.0)
+            await self._pace.take(
+                channel.remote, channel.given, OPENING_COST if isinstance(message, OpenSession) else 1.0
+            )
             try:
                 self._route(message, body, channel.remote)
             except RemoteProtocolError as error:

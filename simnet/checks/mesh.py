@@ -55,6 +55,7 @@ PROMPT = "The interpreter"
 SEEN_S = 20.0
 KILLS_PER_TRIAL = 4
 P99_RATIO_MAX = 2.0
+UNREAD_PINGS_MIN = 10_000
 REQUEST_TOKENS = 16
 UPLOADED = RandomModel(256, 2048, 6, 8, 4)  # six shards of four pieces, or seven in float32
 
@@ -209,6 +210,10 @@ def hostile_peer_is_borne(scene: Scene) -> Figures:
     failed = {kind: sum(figures[when][kind]["failed"] for when in ("before", "during", "after")) for kind in before}
     whole: Figures = {"p99_ratio": ratios, "honest_requests_failed": failed, **figures}
     require(not any(failed.values()), f"honest requests failed: {failed}", whole)
+    made = figures["attack"]
+    least = {"silent": plan.silent, "malformed": plan.malformed, "unread pings": UNREAD_PINGS_MIN}
+    weak = {what: made.get(what, 0) for what, count in least.items() if made.get(what, 0) < count}
+    require(not weak, f"the attacker found no time for an attack: {weak}", whole)
     judged = {kind: ratios[kind] for kind in ("request", "ping", "fresh")}  # a newcomer waits its turn (THREATS.md)
     require(all(ratio <= P99_RATIO_MAX for ratio in judged.values()), f"p99 grew by {judged}", whole)
     return whole

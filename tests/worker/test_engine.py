@@ -343,14 +343,17 @@ def test_an_answer_says_whether_others_ended_with_it(shop: Shop) -> None:
     shop.load()
     sessions = [SessionId(bytes([number]) * 16) for number in range(3)]
     for session in sessions:
-        shop.engine.open(session, shop.spec(100))
+        shop.engine.open(session, shop.spec(400))
     answers: list[StepResult | Exception] = []
     for session in sessions[:2]:
         shop.engine.submit(work(inputs(1), 0, session=session), answers.append)
     shop.engine.advance()
     shop.engine.submit(work(inputs(1), 0, session=sessions[2]), answers.append)
     shop.engine.advance()
-    assert [isinstance(answer, StepResult) and answer.company for answer in answers] == [True, True, False]
+    shop.engine.submit(work(inputs(300), 1, session=sessions[1]), answers.append)  # more than one forward takes
+    shop.engine.submit(work(inputs(1), 1, session=sessions[2]), answers.append)
+    shop.engine.advance()
+    assert [isinstance(answer, StepResult) and answer.company for answer in answers] == [True, True, False, False]
 
 
 def _keep(rows: list[torch.Tensor], result: StepResult | Exception) -> None:

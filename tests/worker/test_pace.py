@@ -14,7 +14,7 @@ from protocol.ids import PeerId, SessionId
 from protocol.messages import LINK, SESSION, Attach, CloseSession, OpenSession
 from simnet.runtime import run
 from tests.helpers.workers import Swarm, in_swarm, opened, some_rows
-from worker.pace import BURST, MESSAGES_PER_S, PEERS_REMEMBERED, REST_S, YIELD_EVERY, Pace
+from worker.pace import BURST, MESSAGES_PER_S, PEERS_REMEMBERED, YIELD_EVERY, Pace
 from worker.service import OPENING_COST
 
 
@@ -22,14 +22,14 @@ def test_each_peer_has_its_own_pace() -> None:
     async def body() -> None:
         pace, started = Pace(trio.current_time), trio.current_time()
         for _ in range(int(BURST + 3 * MESSAGES_PER_S)):
-            await pace.take(PeerId("flood"))
+            await pace.take(PeerId("flood"), 1)
         assert trio.current_time() - started == pytest.approx(3.0, rel=0.01)
         now = trio.current_time()
         for _ in range(100):
-            await pace.take(PeerId("honest"))
+            await pace.take(PeerId("honest"), 1)
         assert trio.current_time() == now
         for number in range(2 * PEERS_REMEMBERED):
-            await pace.take(PeerId(str(number)))
+            await pace.take(PeerId(str(number)), 1)
         assert len(pace._peers) == PEERS_REMEMBERED
 
     run(body, 1)
@@ -65,15 +65,15 @@ def test_a_burst_lets_others_run() -> None:
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other)
-            for _ in range(10 * YIELD_EVERY):
-                await pace.take(PeerId("burst"))
+            for number in range(10 * YIELD_EVERY):
+                await pace.take(PeerId("burst"), number + 1)
             nursery.cancel_scope.cancel()
         assert turns >= 10
 
     run(body, 1)
 
 
-def test_what_comes_together_after_a_rest_is_not_parted() -> None:
+def test_what_one_read_brings_is_not_parted_but_for_what_costs_much() -> None:
     async def body() -> None:
         pace, others = Pace(trio.current_time), 0
 
@@ -83,15 +83,16 @@ def test_what_comes_together_after_a_rest_is_not_parted() -> None:
                 others += 1
                 await trio.lowlevel.checkpoint()
 
-        for burst in range(5):
-            await trio.sleep(2 * REST_S)
-            others = 0
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(other)
-                for _ in range(YIELD_EVERY - 1 - burst):
-                    await pace.take(PeerId("burst"))
-                assert others == 0
-                nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(other)
+            for _ in range(5):
+                for number in range(1, YIELD_EVERY):
+                    await pace.take(PeerId("burst"), number)
+            assert others == 0
+            for number in range(1, 6):
+                await pace.take(PeerId("burst"), number, OPENING_COST)
+                assert others == number
+            nursery.cancel_scope.cancel()
 
     run(body, 1)
 
