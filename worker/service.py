@@ -274,9 +274,7 @@ class WorkerService:
     async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
-            await self._pace.take(
-                channel.remote, channel.given, OPENING_COST if isinstance(message, OpenSession) else 1.0
-            )
+            await self._its_turn(channel, message)
             if isinstance(message, Attach):
                 try:
                     await self._admit(message, channel.remote)
@@ -291,15 +289,17 @@ class WorkerService:
     async def _serve_link(self, channel: Channel) -> None:
         while (received := await channel.receive()) is not None:
             message, body = received
-            await self._pace.take(
-                channel.remote, channel.given, OPENING_COST if isinstance(message, OpenSession) else 1.0
-            )
+            await self._its_turn(channel, message)
             try:
                 self._route(message, body, channel.remote)
             except RemoteProtocolError as error:
                 # One client's session out of order must not cost the others on this link theirs.
                 self._ports.observer.violation(channel.remote, LINK)
                 log.warning("dropped", extra={"peer": channel.remote, "error": str(error)})
+
+    async def _its_turn(self, channel: Channel, message: Message) -> None:
+        cost = OPENING_COST if isinstance(message, OpenSession) else 1.0
+        await self._pace.take(channel.remote, channel.given, cost)
 
     def _route(self, message: Message, body: bytes, remote: PeerId) -> bool:
         """What goes along a route. False when its session is not known here."""
