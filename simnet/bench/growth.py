@@ -45,7 +45,7 @@ CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 HOPS = (1, 2, 3, 4, 5, 6)
 MEMORY_TOKENS = (1024, 2048, 4096, 8192)
-MEMORY_SESSIONS = 2
+MEMORY_SESSIONS = 4
 TURNS_MAX = 9
 Point = dict[str, Any]
 
@@ -279,17 +279,16 @@ async def _memory(running: _Run, values: list[int]) -> None:
     """What workers' resident memory grows by for a session of so many tokens, beside what its keys and values take."""
     if not values:
         return
-    sizes = Sizes(batch=MEMORY_SESSIONS, long_tokens=MEMORY_SESSIONS * max(values), new_tokens=2)
+    sizes = Sizes(batch=1 + MEMORY_SESSIONS, long_tokens=(1 + MEMORY_SESSIONS) * max(values), new_tokens=2)
     async with running.rig(running.options.model, sizes) as rig:
         model = await rig.deployed()
         kv_bytes = rig.kv_bytes_per_token
         for value in values:
-            (prompt,) = rig.prompts(1, value)
-            async with _held(model, prompt, 1):  # what a prompt of this length takes in passing is taken before
-                pass
-            before = resident_bytes(running.pids)
-            async with _held(model, prompt, MEMORY_SESSIONS):
-                grown = (resident_bytes(running.pids) - before) / MEMORY_SESSIONS
+            first, *others = rig.prompts(1 + MEMORY_SESSIONS, value)  # all different: equal ones would share pages
+            async with _held(model, [first]):  # what a prompt of this length takes in passing is taken before
+                before = resident_bytes(running.pids)
+                async with _held(model, others):
+                    grown = (resident_bytes(running.pids) - before) / MEMORY_SESSIONS
             figures = {"mb_per_session": max(grown, 1.0) / 1e6, "theory_mb_per_session": kv_bytes * value / 1e6}
             per_1k = {f"{name}_per_1k_tokens": round(1000 * mb / value, 3) for name, mb in figures.items()}
             running.add("memory", value, figures | per_1k)
@@ -304,10 +303,10 @@ async def _warm(rig: Rig) -> Library:
 
 
 @asynccontextmanager
-async def _held(model: DeployedModel, prompt: list[int], sessions: int) -> AsyncIterator[None]:
-    """So many sessions, open, each with the prompt in its KV."""
+async def _held(model: DeployedModel, prompts: Sequence[list[int]]) -> AsyncIterator[None]:
+    """A session for each of `prompts`, open, with the prompt in its KV."""
     async with AsyncExitStack() as stack:
-        for _ in range(sessions):
+        for prompt in prompts:
             session = await stack.enter_async_context(model.session(len(prompt) + 1))
             host = GenerationHost(model.ports.clock, in_thread)
             async for _ in Generation(session, model.ends, prompt, GenerationParams(max_new_tokens=1), host).tokens():
