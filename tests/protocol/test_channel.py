@@ -83,6 +83,23 @@ def test_a_frame_is_one_write() -> None:
     assert channel.sent_bytes == len(script.sent[0])
 
 
+def test_several_frames_are_one_write_and_the_same_frames() -> None:
+    script, steps = Script(), [(PING, b""), (ShardPiece(ShardDigest(bytes(32)), 0), b"piece"), (PONG, b"")]
+    channel = Channel(script, SHARD)
+    done(channel.send_all(steps))
+    assert script.sent == [b"".join(encode_frame(message, body) for message, body in steps)]
+    assert channel.sent_bytes == len(script.sent[0])
+
+
+def test_what_one_read_brought_is_counted() -> None:
+    frame = encode_frame(PING)
+    channel = Channel(Script(3 * frame, frame[:5], frame[5:] + frame), CONTROL)
+    given = []
+    while done(channel.receive()) is not None:
+        given.append(channel.given)
+    assert given == [1, 2, 3, 1, 2]
+
+
 @pytest.mark.parametrize("end", range(1, len(encode_frame(PING))))
 def test_an_end_inside_a_frame_is_the_networks_fault(end: int) -> None:
     with pytest.raises(TransportError, match="inside a frame"):
