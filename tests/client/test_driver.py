@@ -59,7 +59,12 @@ def test_what_several_sessions_send_in_one_turn_is_one_write(monkeypatch: pytest
             writes.append(len(messages))
         await send_all(channel, messages)
 
+    def alone(_channel: Channel, message: Message, _body: bytes = b"") -> bool:
+        assert not isinstance(message, Step), "it waits for the others"
+        return False
+
     monkeypatch.setattr(Channel, "send_all", noted)
+    monkeypatch.setattr(Channel, "send_at_once", alone)
 
     async def body(swarm: FakeSwarm, driver: Driver) -> None:
         nonlocal first
