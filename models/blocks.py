@@ -146,8 +146,8 @@ class Block:
         return self._mlp(rms_norm(x, self._mlp_norm, eps)).add_(x)
 
     def tile(self, x: Tensor, kv: Kv, layout: Layout, turns: Turns) -> Tensor:
-        """x [TILE_ROWS, d] through the block: [TILE_ROWS, d]. The one segment of `layout` is the tile's last rows: tokens,
-        and padding up to the tile's end, which is written and masked. Rows before the segment mean nothing.
+        """x [TILE_ROWS, d] through the block: [TILE_ROWS, d]. The one segment of `layout` is the tile's last rows:
+        tokens, and padding up to the tile's end, which is written and masked. Rows before it mean nothing.
 
         Every product and every sum has the same shape, and each token the same place in it, whichever of the tile's
         tokens come at once: so a token's bits depend on the tokens before it alone.
