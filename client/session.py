@@ -67,7 +67,8 @@ class SessionHost:
 class SessionTerms:
     """What a session is opened with. `returns`: the dtype of what hops before the last return, or "none"; it goes to
     `sink`. `trace` is told where the time of each step went. `page_keys`, `deterministic`, `alone`, `micro_batches`,
-    `request`: see OpenSession. The two timeouts are the longest silence of a route that has something to answer."""
+    `micro_batch_min`, `request`: see OpenSession. The two timeouts are the longest silence of a route that has
+    something to answer."""
 
     kv_tokens: int
     returns: str = "none"
@@ -77,6 +78,7 @@ class SessionTerms:
     deterministic: bool = False
     alone: bool = False
     micro_batches: int = 1
+    micro_batch_min: int = 1
     request: bytes = b""
     open_timeout_s: float = 20.0
     step_timeout_s: float = 60.0
@@ -131,8 +133,9 @@ class RouteSession:
             machine.sent(OpenSession)
         terms = self.terms
         message = OpenSession(
-            self.id, tickets, terms.page_keys, terms.deterministic, terms.alone, terms.micro_batches, terms.request
-        )
+            self.id, tickets, terms.page_keys, terms.deterministic, terms.alone,
+            terms.micro_batches, terms.micro_batch_min, terms.request,
+        )  # fmt: skip
         await self._send(self._links[0], message, b"", self._unready(State.OPEN))
         await self._until(lambda: self._all(State.OPEN), self._unready(State.OPEN))
         self._held = self.held_tokens

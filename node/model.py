@@ -265,7 +265,8 @@ class DeployedModel:
             kv_tokens,
             deterministic=strategy.deterministic,
             alone=strategy.batching == "off",
-            micro_batches=strategy.micro_batches,
+            micro_batches=strategy.micro_batches or self.predicted.micro_batches,
+            micro_batch_min=1 if strategy.micro_batches else self.predicted.micro_batch_min,
             request=self.ports.entropy(ID_BYTES),
         )
 

@@ -313,9 +313,9 @@ class OpenSession(Message):
     `page_keys` name the session's first pages: what the hop kept under them for this user need not be computed.
     `deterministic`: the same rows come out bit for bit, whatever is computed beside them and however a prompt is cut.
     `alone`: steps share no forward with other sessions'. `micro_batches`: a forward takes the short steps of one in so
-    many of the client's sessions, and the others are at other hops meanwhile. All three hold from the session's first
-    opening on. `request`: the same random bytes for all sessions of a request that is preempted: a hop does not do that
-    to one again and again.
+    many of the client's sessions, but of `micro_batch_min` at least, and the others are at other hops meanwhile. These
+    hold from the session's first opening on. `request`: the same random bytes for all sessions of a request that is
+    preempted: a hop does not do that to one again and again.
     """
 
     TAG: ClassVar[int] = 32
@@ -325,6 +325,7 @@ class OpenSession(Message):
     deterministic: bool = False
     alone: bool = False
     micro_batches: Annotated[int, Between(1, limits.MICRO_BATCHES_MAX)] = 1
+    micro_batch_min: Annotated[int, Between(1, limits.SESSIONS_PER_PEER_MAX)] = 1
     request: Annotated[bytes, Size(0, ID_BYTES)] = b""
 
     def check(self) -> None:

@@ -187,7 +187,7 @@ class LoadedSpan:
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """What a session is opened with over a loaded span; OpenSession says what the last four mean."""
+    """What a session is opened with over a loaded span; OpenSession says what the last five mean."""
 
     deployment: DeploymentId
     tenant: PeerId
@@ -196,6 +196,7 @@ class SessionSpec:
     deterministic: bool = False
     alone: bool = False
     micro_batches: int = 1
+    micro_batch_min: int = 1
 
 
 @dataclass(frozen=True, slots=True)

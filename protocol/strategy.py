@@ -34,7 +34,7 @@ class Strategy:
     drafts_max: guesses in one step.
     wire: precision of activations between client and hops.
     weights: precision of the sealed blocks.
-    micro_batches: parts of a batch that are on different hops at the same time.
+    micro_batches: parts of a batch that are on different hops at the same time; 0: as many as suit the route.
     deterministic: bitwise the same answer whatever else is computed beside it.
     """
 
@@ -45,16 +45,16 @@ class Strategy:
     drafts_max: int = 16
     wire: Wire = "float32"
     weights: Weights = "float32"
-    micro_batches: int = 1
+    micro_batches: int = 0
     deterministic: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
-        for name, most in COUNTS.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise InputError(f"{name} must lie in 1..{most}, not {getattr(self, name)}")
+        for name, (least, most) in COUNTS.items():
+            if not least <= getattr(self, name) <= most:
+                raise InputError(f"{name} must lie in {least}..{most}, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +86,9 @@ _HINTS = get_type_hints(Strategy)
 FIELDS = tuple(field.name for field in fields(Strategy))
 CHOICES: dict[str, tuple[str, ...]] = {name: get_args(hint) for name, hint in _HINTS.items() if get_args(hint)}
 COUNTS = {
-    "prefill_chunk": limits.STEP_TOKENS_MAX,
-    "drafts_max": limits.DRAFTS_MAX,
-    "micro_batches": limits.MICRO_BATCHES_MAX,
+    "prefill_chunk": (1, limits.STEP_TOKENS_MAX),
+    "drafts_max": (1, limits.DRAFTS_MAX),
+    "micro_batches": (0, limits.MICRO_BATCHES_MAX),
 }
 DEFAULT = Strategy()
 
@@ -171,7 +171,7 @@ def _value(name: str, text: str) -> str | int | bool:
         return text in TRUE
     if _HINTS[name] is int:
         if not text.isascii() or not text.isdecimal() or len(text) > 9:
-            raise InputError(f"{name} must be a whole number of 1 or more, not {text!r}")
+            raise InputError(f"{name} must be a whole number, not {text!r}")
         return int(text)
     return text
 

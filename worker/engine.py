@@ -237,8 +237,11 @@ class Engine:
             gone.kv.close(page_keys)
 
     def _beside_max(self, session: _Session) -> int:
-        parts = session.spec.micro_batches
-        return -(-self._parties[_party(session.spec)] // parts) if parts > 1 else ALL
+        spec = session.spec
+        if spec.micro_batches == 1:
+            return ALL
+        sessions = self._parties[_party(spec)]
+        return -(-sessions // max(1, min(spec.micro_batches, sessions // spec.micro_batch_min)))
 
     def _kvs(self) -> list[SpanKv]:
         return [*self._leaving, *(span.kv for span in self._spans.values() if span.kv is not None)]

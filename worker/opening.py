@@ -77,6 +77,7 @@ def spec_of(arrival: Arrival, tenant: PeerId) -> SessionSpec:
         deterministic=message.deterministic,
         alone=message.alone,
         micro_batches=message.micro_batches,
+        micro_batch_min=message.micro_batch_min,
     )
 
 

@@ -17,12 +17,15 @@ from client.placement.arrays import Floats
 from client.placement.costs import HOP_SOFTWARE_S, Instance, Room, Spans, firsts, instance_of, offer, widest
 from client.placement.distances import rtt_matrix_ms
 from client.placement.needs import OBJECTIVES, ModelNeeds, Objective, PlaceOptions
+from protocol import limits
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import PeerId
 from protocol.swarm import Member, SwarmView
 
 MIB = 1 << 20
 BOUND_ROUNDS = 40
+PRODUCT_ROWS = 16  # of a product with weights, cost about twice what one does
+ROW_US = 200  # of a row beside its products: its message, its attention; 140 to 300 us measured
 BOUND_WORK = 2e9  # elementary steps: a few seconds
 
 
@@ -83,6 +86,18 @@ class Placement:
     @property
     def software_ms(self) -> float:
         return sum(hop.software_us for hop in self.hops) / 1000
+
+    @property
+    def micro_batches(self) -> int:
+        """Requests that go through the hops together are best divided into so many parts: one for each hop, if there
+        are `micro_batch_min` requests for each. Undivided, they leave all hops but one idle, or the wire."""
+        return min(len(self.hops), limits.MICRO_BATCHES_MAX)
+
+    @property
+    def micro_batch_min(self) -> int:
+        """So many rows of the slowest hop cost as much as reading its weights, which each part does anew."""
+        alone_us = max(hop.compute_us for hop in self.hops)
+        return max(1, round(alone_us / (alone_us / PRODUCT_ROWS + ROW_US)))
 
     @property
     def bottleneck(self) -> PeerId:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.placement import ModelNeeds, Placement, PlaceOptions, alone, lower_bound_ms, plan
+from client.placement.plan import PlannedHop
 from client.placement.search import EXACT_WORKERS
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
 from protocol.errors import InputError, RouteUnavailable
@@ -257,6 +258,17 @@ def test_equal_inputs_give_equal_placements() -> None:
     for member in reversed(forwards.ranked()):
         backwards = backwards.with_advert(member.peer, member.advert, member.peer)
     assert plan(forwards, model) == plan(backwards, model)
+
+
+@pytest.mark.parametrize(
+    ("compute_us", "least"), [((10, 20, 10), 1), ((900, 900, 900), 4), ((2500, 600, 2500), 7), ((9_000_000, 1, 1), 16)]
+)
+def test_requests_are_parted_over_the_hops_unless_rows_are_cheap_beside_weights(
+    compute_us: tuple[int, ...], least: int
+) -> None:
+    hops = tuple(PlannedHop(peer(at), at, at + 1, 1, 1, us, 1, 1, 1) for at, us in enumerate(compute_us))
+    assert Placement(hops, 1).micro_batches == 3
+    assert Placement(hops, 1).micro_batch_min == least
 
 
 def test_paused_workers_are_passed_over_and_named() -> None:

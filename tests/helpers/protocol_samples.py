@@ -166,7 +166,7 @@ SAMPLES: tuple[Message, ...] = (
     ShardStored(DIGEST),
     Attach(SESSION),
     Attached(SESSION),
-    OpenSession(SESSION, (bytes(48), bytes(49)), bytes(32), True, False, 3, bytes(16)),
+    OpenSession(SESSION, (bytes(48), bytes(49)), bytes(32), True, False, 3, 5, bytes(16)),
     SessionOpened(SESSION, 0, 512, 64),
     Step(SESSION, 0, 7, 12, 6, 1, "span", 0, "", VECTOR),
     StepOutput(SESSION, 0, 7, 1234, 300, 1700, VECTOR),

@@ -29,7 +29,7 @@ BOOLS = {"prefix_cache", "deterministic"}
 ANY_STRATEGY = st.builds(
     Strategy,
     **{name: st.sampled_from(choices) for name, choices in CHOICES.items()},
-    **{name: st.integers(1, most) for name, most in COUNTS.items()},
+    **{name: st.integers(least, most) for name, (least, most) in COUNTS.items()},
     **{name: st.booleans() for name in BOOLS},
 )
 

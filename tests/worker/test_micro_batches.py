@@ -88,14 +88,17 @@ def test_what_parts_are_worth_depends_on_what_rows_cost(requests: int, row_cost:
     assert parted / whole > ratio
 
 
-@pytest.mark.parametrize(("parts", "sizes"), [(1, [5]), (2, [3, 2]), (4, [2, 2, 1])])
-def test_the_engine_divides_a_tenants_sessions(tmp_path: Path, parts: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("parts", "least", "sizes"),
+    [(1, 1, [5]), (2, 1, [3, 2]), (4, 1, [2, 2, 1]), (4, 2, [3, 2]), (2, 2, [3, 2]), (4, 3, [5]), (4, 9, [5])],
+)
+def test_the_engine_divides_a_tenants_sessions(tmp_path: Path, parts: int, least: int, sizes: list[int]) -> None:
     shop = Shop(tmp_path, [random_tensors(0)])
     shop.load()
     seen, ended = list[int](), list[Any]()
     sessions = [SessionId(bytes([number]) * 16) for number in range(6)]
     for session in sessions:
-        shop.engine.open(session, shop.spec(8, micro_batches=parts))
+        shop.engine.open(session, shop.spec(8, micro_batches=parts, micro_batch_min=least))
     shop.engine.close(sessions.pop())
     for session in sessions:
         shop.engine.submit(work(inputs(1), 0, session=session), ended.append)
