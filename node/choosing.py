@@ -22,7 +22,7 @@ from client.metalearning.comparing import kind_of
 from client.metalearning.described import FEATURES, described, place, situation
 from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.metalearning.online import Situation
-from client.metalearning.price import Money
+from client.metalearning.price import Money, token_s_max
 from client.metalearning.record import Prediction, Record
 from node.clock import SystemClock
 from node.recording import Plan
@@ -156,7 +156,7 @@ def _recalled(asked: Asked, known: Mapping[str, tuple[float, float]]) -> Asked:
 
 def asked_of(record: Record, possible: Collection[str], now_s: float = math.inf) -> Asked:
     """The question that a recorded request was."""
-    model, route = record.model_features, record.route
+    model, route, paid, budget = record.model_features, record.route, record.price_per_hour, record.budget
     return Asked(
         place=place(record.model, model, route),
         task=described(model, route, record.task),
@@ -166,6 +166,7 @@ def asked_of(record: Record, possible: Collection[str], now_s: float = math.inf)
         day=min(record.at_ms / 1000, now_s) / DAY_S,
         at=situation(record.task),
         token_s=record.predicted.token_s,
+        token_s_max=token_s_max(paid, budget) if paid and budget else None,
     )
 
 

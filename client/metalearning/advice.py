@@ -1,7 +1,6 @@
-"""One choice for one task, in the unit of the records, and why: what `sotto explain` prints.
+"""What the records say of a task: how good each strategy should be, which one to take, and why.
 
-Cost here is the performance itself (seconds, tokens per second): the selector's fraction of the oracle times a
-prediction of the oracle's level. The level says nothing about the choice, which is the selector's alone.
+A fitted selector, for the chooser. What a feature did to a choice is found by giving the task the values of others.
 """
 
 from __future__ import annotations
@@ -9,39 +8,33 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Prediction, Selector, ranking
 from client.metalearning.selectors.hedged import Hedged
-from client.metalearning.table import Array, Mask, Table, Task
-from client.metalearning.trees import randomised
+from client.metalearning.table import Mask, Table, Task
 from protocol.strategy import lossy, parse
 
 COMPARED_MAX = 32  # recorded tasks that lend their values to say what a feature did
 FRACTION_MIN = 0.01  # a strategy that is expected to be worse than a hundredth is shown as that
 
-
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """What is expected of a strategy: performance in the records' unit, and its uncertainty as a share of it."""
-
-    strategy: str
-    performance: float
-    uncertainty: float
-    fraction_of_best: float
-    allowed: bool
+By = Literal["ranking", "features", "own requests"]
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
-    """`strategy` was chosen; `each` is best first; `because` has, for each feature, how much lower the expected gain
-    over the strategy that is best on the whole would be with this feature's value of other recorded tasks."""
+class Reasons:
+    """Why a strategy was taken. `by`: the features, where they put it before the ranking's; own requests, where these
+    overruled the records; else the ranking, and no feature. `against`: of those allowed, the ranking's best, or the
+    next best when that was taken; None when there is no other. `lead`: over that, by the records, as a share of the
+    best possible. `because`: for each feature, how much lower that would be with other recorded tasks' values of it;
+    what matters most first."""
 
-    strategy: str
-    each: tuple[Expected, ...]
+    by: By
+    against: str | None
+    lead: float
     because: tuple[tuple[str, float], ...]
 
 
@@ -57,17 +50,13 @@ def product() -> Hedged:
 
 
 class Advisor:
-    """A fitted selector with a prediction of the level; for scales by ratio."""
+    """A fitted selector; for scales by ratio."""
 
     def __init__(self, selector: Selector, table: Table) -> None:
         self._selector, self._table = selector, table
         self._threads = ThreadpoolController()  # looked for once: that takes milliseconds, a limit microseconds
-        self._encoder = Encoder(table.tasks)
-        self._sign = -1.0 if table.scale.lower_is_better else 1.0
-        level = np.nanmax(self._sign * np.log(table.performance), axis=1)
         with self._one_thread():
             selector.fit(table)
-            self._level = randomised(self._rows(table.tasks), level[:, None], count=50, seed=0)
 
     def choose(self, task: Task, allowed: frozenset[str]) -> str:
         """Of the strategies that are possible now; at least one that the records name."""
@@ -107,45 +96,31 @@ class Advisor:
         names = self._table.strategies
         return {name: (float(fractions[at]), float(expected.spread[task, at])) for at, name in enumerate(names)}
 
-    def advise(self, task: Task, allowed: frozenset[str]) -> Advice:
+    def explain(self, task: Task, chosen: str, allowed: Collection[str]) -> Reasons:
+        """Why `chosen` was taken of `allowed`, which has it; both are named by the records."""
+        usual = next(name for name in self.ranking if name in allowed)
+        advised = self.choose(task, frozenset(allowed))
+        by: By = "own requests" if chosen != advised else "ranking" if chosen == usual else "features"
         with self._one_thread():
-            return self._advise(task, allowed)
+            fractions = self._selector.predict((task,)).fractions[0]
+            names = self._table.strategies
+            others = [name for name in names if name in allowed and name != chosen]
+            if not others:
+                return Reasons(by, None, 0.0, ())
+            best = max(others, key=lambda name: float(fractions[names.index(name)]))
+            against = usual if chosen != usual else best
+            pair = names.index(chosen), names.index(against)
+            lead = float(fractions[pair[0]] - fractions[pair[1]])
+            return Reasons(by, against, lead, self._because(task, pair, lead))
 
-    def _advise(self, task: Task, allowed: frozenset[str]) -> Advice:
-        chosen = self.choose(task, allowed)
-        expected = self._selector.predict((task,))
-        best = float(np.exp(self._sign * self._level.predict(self._rows((task,)))[0, 0]))
-        fractions = np.clip(expected.fractions[0], FRACTION_MIN, 1.0)
-        each = [
-            Expected(
-                strategy=name,
-                performance=best * float(fraction**self._sign),
-                uncertainty=float(spread / fraction),
-                fraction_of_best=float(fraction),
-                allowed=name in allowed,
-            )
-            for name, fraction, spread in zip(self._table.strategies, fractions, expected.spread[0], strict=True)
-        ]
-        each.sort(key=lambda one: -one.fraction_of_best)
-        return Advice(chosen, tuple(each), self._because(task, expected, self._table.strategies.index(chosen)))
-
-    def _because(self, task: Task, expected: Prediction, chosen: int) -> tuple[tuple[str, float], ...]:
-        usual = int(np.argmax(np.nanmean(self._table.fractions, axis=0)))
-        if usual == chosen:  # then what speaks for it is its lead over the next
-            others = expected.fractions[0].copy()
-            others[chosen] = -np.inf
-            usual = int(np.argmax(others))
+    def _because(self, task: Task, pair: tuple[int, int], lead: float) -> tuple[tuple[str, float], ...]:
         step = max(1, len(self._table.tasks) // COMPARED_MAX)
         lenders = self._table.tasks[::step][:COMPARED_MAX]
-        gain = expected.fractions[0, chosen] - expected.fractions[0, usual]
         effects = []
         for place, name in enumerate(self._table.features):
             changed = tuple(
                 Task(cells=(*task.cells[:place], lender.cells[place], *task.cells[place + 1 :])) for lender in lenders
             )
             fractions = self._selector.predict(changed).fractions
-            effects.append((name, float(gain - np.mean(fractions[:, chosen] - fractions[:, usual]))))
+            effects.append((name, lead - float(np.mean(fractions[:, pair[0]] - fractions[:, pair[1]]))))
         return tuple(sorted(effects, key=lambda effect: -abs(effect[1])))
-
-    def _rows(self, tasks: tuple[Task, ...]) -> Array:
-        return np.column_stack([self._encoder.encode(tasks), np.zeros(len(tasks))])

@@ -136,8 +136,7 @@ class Chooser:
             raise ValueError("no strategy is possible, not even the default")
         known, advised = self._known(asked, names)
         token_s, spread = self._times(asked, known, names)
-        most_s = asked.token_s_max
-        within = names if most_s is None else [name for name in names if token_s.get(name, 0.0) <= most_s]
+        within = affordable(names, token_s, asked.token_s_max)
         if self.advisor and 0 < len(within) < len(names):
             _, advised = self.advisor.consider(asked.task, within)
         choice = self._best(asked, known, within or names, advised)
@@ -254,6 +253,11 @@ class Chooser:
         while len(self._corrections) > ROUTES_REMEMBERED:
             self._corrections.popitem(last=False)
         return corrections
+
+
+def affordable(names: Sequence[str], token_s: Mapping[str, float], most_s: float | None) -> list[str]:
+    """Those that are not expected to take longer than the budget pays for; None for no budget."""
+    return [name for name in names if most_s is None or token_s.get(name, 0.0) <= most_s]
 
 
 def _hinted(fractions: Array, shifts: Array, best: int) -> int | None:

@@ -37,7 +37,12 @@ class Money:
 
     def token_s_max(self, hops: int) -> float | None:
         """The most seconds that a token of the answer may take within the budget; None without one."""
-        return None if self.budget is None else self.budget / 1000 / self.of_route(hops) * HOUR_S
+        return None if self.budget is None else token_s_max(self.of_route(hops), self.budget)
+
+
+def token_s_max(route_per_hour: float, budget: float) -> float:
+    """The most seconds that a token may take when all workers of the route cost so much an hour."""
+    return budget / 1000 / route_per_hour * HOUR_S
 
 
 def money_of(per_hour: float | None, budget: float | None) -> Money | None:

@@ -11,6 +11,8 @@ import typer
 from sotto.commands.common import DataDir, Json, ShareRecords, errors, print_json
 
 if TYPE_CHECKING:
+    from client.metalearning.advice import Advisor
+    from client.metalearning.chooser import Asked, Choice
     from client.metalearning.deployment import Rates
     from client.metalearning.record import Record
 
@@ -26,8 +28,9 @@ def explain(
 ) -> None:
     """Show which strategy 'auto' would take for a request of the history now, what it expects of each, and why.
 
-    Expected is the share of the best possible speed, the doubt one standard deviation. Later requests count, too. With
-    --share-records it also says by how much what other clients told would move each, if it is heeded.
+    Expected is the share of the best possible speed, the doubt one standard deviation. Later requests count, too, and
+    so does the budget that the request had. With --share-records it also says by how much what other clients told would
+    move each, if it is heeded.
     """
     with errors(as_json):
         report = _report(uid, (lossy, share_records), data_dir)
@@ -42,6 +45,7 @@ def explain(
         peers = f"; peers {each['from_peers']:+.1%}" if each["from_peers"] else ""
         doubt = f"(doubt {each['doubt']:.1%}{peers}){_ms(each)}"
         print(f"  {each['strategy']:<60} {each['expected']:6.1%} of the best  {doubt}")
+    print(_reasons(report))
     for each in report["because"]:
         print(f"  {each['feature']} = {each['value']}: {each['gain']:+.1%}")
     if report["peers_heard"]:
@@ -83,7 +87,6 @@ def _report(uid: str | None, allowed: tuple[bool, bool], given: Any) -> dict[str
     replayed(chooser, records, now_s)
     asked = replace(asked_of(record, able.keys(), now_s), day=now_s / DAY_S)
     choice = chooser.choose(asked)
-    because = advisor.advise(asked.task, frozenset(able)).because[:BECAUSE_MAX] if advisor else ()
     cells = dict(zip(FEATURES, asked.task.cells, strict=True))
     return {
         **_facts(record),
@@ -100,13 +103,46 @@ def _report(uid: str | None, allowed: tuple[bool, bool], given: Any) -> dict[str
             }
             for name in sorted(choice.fractions, key=lambda name: -choice.fractions[name])
         ],
-        "because": [{"feature": name, "value": cells[name], "gain": gain} for name, gain in because],
+        **_decision(advisor, choice, asked, cells),
         "deployment": _deployment(record, records, read_rates(data_dir(given)), int(now_s * 1000)),
         "records": advisor is not None,
         "peers_heard": len(peers) if peers is not None else 0,
         "peers_share_max": SWAYED_MAX,
         "features": cells,
     }
+
+
+def _decision(advisor: Advisor | None, choice: Choice, asked: Asked, cells: dict[str, Any]) -> dict[str, Any]:
+    """What decided, and what the records make of the features of this request: see Reasons."""
+    from client.metalearning.chooser import affordable
+
+    shown: dict[str, Any] = {"decided_by": choice.why, "against": None, "lead": None, "because": []}
+    if choice.why in ("only one is possible", "budget"):
+        return shown | {"over_budget": choice.over_budget}
+    shown["over_budget"] = False
+    if advisor is None or choice.strategy not in advisor.ranking:
+        return shown | {"decided_by": "ranking" if choice.why == "ranking" else "own requests"}
+    allowed = affordable(tuple(choice.fractions), choice.token_s, asked.token_s_max)
+    reasons = advisor.explain(asked.task, choice.strategy, allowed)
+    because = [{"feature": name, "value": cells[name], "gain": gain} for name, gain in reasons.because[:BECAUSE_MAX]]
+    return shown | {"decided_by": reasons.by, "against": reasons.against, "lead": reasons.lead, "because": because}
+
+
+def _reasons(report: dict[str, Any]) -> str:
+    """What decided, in a line; features follow it."""
+    said = {
+        "only one is possible": "nothing else is possible",
+        "budget": "nothing is within the budget: this is the cheapest"
+        if report["over_budget"]
+        else "the budget decided",
+        "ranking": "the fixed ranking decided; features did not",
+        "own requests": "your own requests decided; features did not",
+        "features": "features decided",
+    }[report["decided_by"]]
+    if report["against"] is None:
+        return said
+    lead = f"by the records its lead over {report['against']} is {report['lead']:+.1%}"
+    return f"{said}; {lead}; what each feature adds to that:"
 
 
 def _deployment(record: Record, records: list[Record], rates: Rates, now_ms: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -218,3 +219,24 @@ def test_explain_says_what_would_be_chosen_and_why(folder: Path) -> None:
     assert f"fitted into {room} tokens (--kv-tokens)" in shown.stdout
     nobody = sotto(folder, "explain", "ff" * 16)
     assert nobody.exit_code != 0
+
+
+def test_explain_names_what_decided_and_keeps_the_requests_budget(folder: Path) -> None:
+    def explained(number: int, *words: str) -> dict[str, Any]:
+        return dict(json.loads(sotto(folder, "explain", numbered(number).uid, *words, "--json").stdout))
+
+    task = replace(RECORD.task, exact=False)
+    with History(history_file(folder)) as history:
+        history.add([numbered(7, task=task), numbered(8, task=task, price_per_hour=1.0, budget=1e-9)])
+    free = explained(7)
+    assert free["decided_by"] in ("ranking", "features", "own requests")
+    allowed = {each["strategy"] for each in free["strategies"]}
+    assert free["against"] in allowed - {free["strategy"]}, "not what loses precision unasked"
+    assert free["because"]
+    poor = explained(8)
+    assert (poor["why"], poor["decided_by"], poor["over_budget"]) == ("budget", "budget", True)
+    assert not poor["because"]
+    assert "nothing is within the budget" in sotto(folder, "explain", numbered(8).uid).stdout
+    said = sotto(folder, "explain", numbered(7).uid).stdout
+    if free["decided_by"] == "ranking":
+        assert "the fixed ranking decided; features did not" in said

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from client.metalearning import evaluate, metrics
-from client.metalearning.advice import Advisor
 from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Greedy, Prediction, certain, filled, ranking
 from client.metalearning.selectors.forest import Forest
@@ -232,23 +231,6 @@ def test_flat_trees_learn_and_take_any_number_of_rows() -> None:
         assert np.mean((found - wanted) ** 2) < 0.03
         np.testing.assert_allclose(trees.predict(rows[7:8]), found[7:8])
         assert trees.predict(rows[:0]).shape == (0, 2)
-
-
-def test_advice_says_what_it_expects_and_why() -> None:
-    table = small("crossover", 4)
-    advisor = Advisor(Hedged(), table)
-    task, everything = Task(cells=(1e7,)), frozenset(table.strategies)
-    advice = advisor.advise(task, everything)
-    assert advice.strategy == advice.each[0].strategy == "s2"
-    place = next(i for i, one in enumerate(table.tasks) if one == task)
-    measured = table.performance[place, 2]
-    assert measured / 4 < advice.each[0].performance < measured * 4  # the machine's speed is not known
-    assert [one.performance for one in advice.each] == sorted(one.performance for one in advice.each)
-    assert advice.because[0][0] == "size"
-    assert advice.because[0][1] > 0.1
-    without = advisor.advise(task, everything - {"s2"})
-    assert without.strategy != "s2"
-    assert not without.each[0].allowed
 
 
 def test_one_group_cannot_be_held_out() -> None:
