@@ -141,10 +141,13 @@ def _print(report: dict[str, Any]) -> None:
             low, high = figures["gain_over_fixed_ranking_interval"]
             cells = "".join(f"{figures[metric]:>25.3f}" for metric in SHOWN)
             print(f"{name:<{len(split) + 14}}{cells}  {low:+.3f} to {high:+.3f}")
+        again = found["remeasured_oracle"]
+        low, high = again["strict_accuracy_interval"]
+        print(f"  an oracle, measured again: strict {again['strict_accuracy']:.3f} ({low:.3f} to {high:.3f})")
         if found["ceiling"]:
             best = found["ceiling"]["remeasured_oracle"]
             print(
-                f"  an oracle, measured again on {found['ceiling']['contexts']} contexts: strict "
+                f"  the same on the {found['ceiling']['contexts']} contexts that were run often: strict "
                 f"{best['strict_accuracy']:.3f}, tolerant {best['tolerant_accuracy']:.3f}"
             )
     for point in report["curve"] or []:

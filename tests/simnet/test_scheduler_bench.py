@@ -134,6 +134,13 @@ def test_figures_of_a_split(known: Records, judge: Judge) -> None:
         assert one["within_5_percent"] <= one["tolerant_accuracy"]
         low, high = one["macro_f1_interval"]
         assert 0 <= low <= high <= 1
+    twice = records.of(lines(contexts=30, noisy=0))
+    again = figures(twice.judged.held_out("model"), judged(replace(judge, records=twice), "model"))
+    assert again["ceiling"] is None
+    for one in (found, again):
+        low, high = one["remeasured_oracle"]["strict_accuracy_interval"]
+        assert 0 < low <= one["remeasured_oracle"]["strict_accuracy"] <= high < 1
+        assert one["remeasured_oracle"]["strict_accuracy"] < one["selectors"]["oracle"]["strict_accuracy"]
     assert found["ceiling"]["contexts"] == 4
     assert 0 < found["ceiling"]["remeasured_oracle"]["tolerant_accuracy"] <= 1
 

@@ -68,6 +68,7 @@ def figures(table: Table, found: Mapping[str, Judged]) -> dict[str, Any]:
     base = {name: found[name].choices for name in (FIXED, NONE) if name in found}
     return {
         "groups": len(np.unique(table.groups)),
+        "remeasured_oracle": _remeasured(halves, draws),
         "ceiling": _ceiling(table, found),
         "selectors": {name: _figures(table, one, (halves, draws), base) for name, one in found.items()},
     }
@@ -101,6 +102,12 @@ def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Mappin
         report["leaves_the_ranking"] = float(np.mean(choices != base[FIXED]))
     report["decision_ms"] = one.decision_ms
     return report
+
+
+def _remeasured(halves: Parts, draws: Draws) -> dict[str, Any]:
+    """What the best of one half of the runs scores by the other: the oracle among the selectors has seen both."""
+    again = np.asarray(halves.best(0) == halves.best(1), dtype=np.float64)
+    return {"strict_accuracy": float(again.mean()), "strict_accuracy_interval": list(draws.mean(again))}
 
 
 def _ceiling(table: Table, found: Mapping[str, Judged]) -> dict[str, Any] | None:
