@@ -78,22 +78,28 @@ def for_what(where: Where, ask: Ask, expect_tokens: int | None) -> Where:
 
 
 def strategy_of(
-    text: str, dtype: str | None, draft: str | None, capability: str | None, exact: bool
+    text: str | None, dtype: str | None, draft: str | None, capability: str | None, exact: bool
 ) -> tuple[Strategy | Auto, str | None]:
     """The strategy of a command line, or how to choose one, and the weights to seal: None to have them chosen. `dtype`
-    says these unless the strategy does, or the owner of the deployment that `capability` is for; who names a draft
-    model wants it to guess. Raises InputError."""
+    says these unless the strategy does, or the owner of the deployment that `capability` is for. Without a `text` it is
+    chosen, but who names a draft model wants it to guess: no records say when that pays. Raises InputError."""
     from protocol import limits
     from protocol.errors import InputError
     from protocol.strategy import DEFAULT, Auto, Facts, Strategy, infeasible, parse_choice
 
     named = dtype if capability is None else _owners_dtype(capability, dtype)
     base = Strategy(weights=cast("Weights", named or DEFAULT.weights), speculation="draft" if draft else "off")
+    if text is None:
+        text = "default" if draft else "auto"
     chosen = parse_choice(text, base)
     weights: str | None
     if isinstance(chosen, Auto):
-        weights = named if chosen.lossy and not draft and not exact else base.weights
-        chosen = base if draft else chosen
+        if draft:
+            raise InputError(
+                f"--draft is not among what {text} chooses from, for there are no records of it: leave out --strategy, "
+                "and that model guesses, or --draft"
+            )
+        weights = named if chosen.lossy and not exact else base.weights
     else:
         weights = chosen.weights
         if draft and chosen.speculation != "draft":
@@ -145,7 +151,9 @@ def paid(ask: Ask, objective: str, per_hour: float | None, budget: float | None)
     from protocol.strategy import Auto
 
     if budget is not None and not isinstance(ask.strategy, Auto):
-        raise InputError("a budget is kept by choosing among strategies: leave it out, or use --strategy auto")
+        raise InputError(
+            "a budget is kept by choosing among strategies: leave it out, or use --strategy auto, without --draft"
+        )
     known = {goal: goal for goal in GOALS}
     if objective not in known:
         raise InputError(f"unknown --objective {objective!r}: use one of {', '.join(GOALS)}")

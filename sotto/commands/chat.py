@@ -73,7 +73,7 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    strategy: StrategyText = "auto",
+    strategy: StrategyText = None,
     exact: Exact = False,
     objective: Objective = "latency",
     price_per_hour: Price = None,

@@ -49,9 +49,10 @@ Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same ans
 Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")]
 Workers = Annotated[int, typer.Option(min=1, help="Spread the model over at least so many workers.")]
 StrategyText = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--strategy",
+        show_default="auto; with --draft: speculation=draft",
         help="Accelerations: 'auto' has them chosen (',lossy': also such as lose precision; ',no-explore': no trials); "
         "'default'; or name=value with commas, such as speculation=lookup,wire=bfloat16.",
     ),
@@ -61,7 +62,9 @@ Exact = Annotated[
 ]
 Draft = Annotated[
     str | None,
-    typer.Option(help="Let a smaller model with the same tokenizer guess at tokens; the answer is the same."),
+    typer.Option(
+        help="Let a smaller model with the same tokenizer guess at tokens, instead of choosing; the answer is the same."
+    ),
 ]
 ChosenDtype = Annotated[
     str | None,
@@ -105,7 +108,7 @@ def run(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    strategy: StrategyText = "auto",
+    strategy: StrategyText = None,
     exact: Exact = False,
     objective: Objective = "latency",
     price_per_hour: Price = None,
@@ -174,7 +177,7 @@ def submit(
     top_k: TopK = 0,
     seed: Seed = 0,
     stop: Stop = None,
-    strategy: StrategyText = "auto",
+    strategy: StrategyText = None,
     exact: Exact = False,
     objective: Objective = "throughput",
     price_per_hour: Price = None,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
+from importlib.resources import files
 
+from node.choosing import PRIOR
 from protocol.strategy import DEFAULT, describe
 from simnet.bench.collect.grid import (
     CONTEXTS,
@@ -19,12 +22,19 @@ from simnet.bench.collect.grid import (
     digest,
     strategies,
 )
+from simnet.bench.collect.tasks import METHOD
 
 FROZEN = "e07912ace1340806"  # what results were collected with: a change here makes them another grid's
 
 
 def test_the_grid_is_frozen() -> None:
     assert digest(contexts()) == FROZEN
+
+
+def test_the_records_that_come_with_sotto_are_of_it() -> None:
+    prior = files("client.metalearning") / PRIOR
+    rows = list(csv.DictReader(prior.read_text(encoding="utf-8").splitlines()))
+    assert {(row["grid"], row["method"]) for row in rows} == {(FROZEN, str(METHOD))}
 
 
 def test_it_is_as_large_as_a_claim_needs() -> None:

@@ -61,8 +61,14 @@ def test_who_wants_it_exact_has_no_weights_chosen_that_lose() -> None:
 
 
 def test_a_draft_model_and_precisions_that_contradict_each_other() -> None:
-    chosen, weights = strategy_of("auto,lossy", None, "draft", None, exact=False)
+    chosen, weights = strategy_of(None, None, "draft", None, exact=False)
     assert (weights, chosen) == ("float32", strategy_of("speculation=draft", None, "draft", None, exact=False)[0])
+    assert strategy_of(None, None, None, None, exact=False) == (Auto(), "float32")
+    for text in ("auto", "auto,lossy"):
+        with pytest.raises(InputError, match=f"what {text} chooses from"):
+            strategy_of(text, None, "draft", None, exact=False)
+    with pytest.raises(InputError, match="without --draft"):
+        paid(Ask(strategy=chosen), "latency", 1.0, 0.5)
     with pytest.raises(InputError, match="contradict"):
         strategy_of("weights=int8", "bfloat16", None, None, exact=False)
 
