@@ -101,17 +101,18 @@ class Journal:
         while True:
             await self._added.wait()
             self._added = trio.Event()
-            await self._flush()
+            await self.flush()
 
     async def aclose(self) -> None:
         """Write what waits, within LAST_WORDS_S, and close the file."""
         with trio.CancelScope(deadline=trio.current_time() + LAST_WORDS_S, shield=True):
-            await self._flush()
+            await self.flush()
             async with self._turn:
                 if self._history is not None:
                     await trio.to_thread.run_sync(self._history.close)
 
-    async def _flush(self) -> None:
+    async def flush(self) -> None:
+        """Write what waits, in a thread."""
         async with self._turn:
             if self._path is None or not self._waiting:
                 return

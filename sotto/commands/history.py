@@ -55,7 +55,7 @@ def history(
             _print_table(records)
 
 
-@app.command(epilog="Example: sotto history export requests.csv --where origin=bench")
+@app.command(epilog="Example: sotto history export requests.csv --where chosen_by=auto")
 def export(
     file: Annotated[Path, typer.Argument(help="A .csv or a .parquet file, written anew.")],
     where: Where = None,

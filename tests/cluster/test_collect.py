@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from client.metalearning.record import COLUMNS
+from node.history import History, parse_condition
+from node.paths import history_file
+from protocol.strategy import describe
 from simnet import cluster
 from simnet.bench.collect import store, table
 from simnet.bench.collect.run import Hear, Options, run
@@ -50,8 +53,21 @@ def test_from_the_first_run_to_the_table(tmp_path: Path, monkeypatch: pytest.Mon
     assert (done["made"], done["made_now"], done["measured"], done["not_deployed"]) == (6, 3, 6, [])
     rows = [row for row in store.read(tmp_path)[1] if "measured" in row]
     check_rows(rows)
+    check_history(tmp_path, rows)
     exported = table.export(tmp_path, DESIGN, tmp_path / "runs.csv")
     assert (exported["rows"], exported["contexts"]) == (5, 3), "one exact context, two strategies"
+
+
+def check_history(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Each request of each run that went well, beside those that came before a clock started."""
+    with History(history_file(folder / "client")) as history:
+        kept = history.records([parse_condition("origin=bench")])
+        assert len(kept) == len(history)
+    for strategy in {row["strategy"] for row in rows}:
+        runs = [row["measured"] for row in rows if row["strategy"] == strategy]
+        made = [record for record in kept if describe(record.strategy) == strategy and record.task.concurrency > 1]
+        assert len(made) == 4 * len(runs)
+        assert sum(each.measured.bytes_out for each in made) == sum(run["bytes_out"] for run in runs)
 
 
 def check_rows(rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,9 @@ from trio.testing import MockClock
 
 from client.metalearning.table import Columns, Scale
 from client.metalearning.table import read as read_table
+from node.history import History, parse_condition
 from node.model import Ask
+from node.paths import history_file
 from node.recording import Journal
 from protocol.errors import InputError
 from simnet.bench.collect import cell, store, table
@@ -27,6 +29,7 @@ from simnet.bench.collect.store import Origin
 from simnet.bench.collect.table import FEATURES
 from simnet.bench.collect.tasks import Drawn, Room, draw, known_before
 from tests.helpers.collecting import ALONE, STRATEGIES, TASK, design
+from tests.helpers.records import numbered
 
 ROOM = Room(vocabulary=4000, context_tokens=2048)
 ORIGIN = Origin(grid="tiny", hardware="a machine")
@@ -183,6 +186,18 @@ def test_requests_of_a_run_say_how_many_are_under_way_and_know_the_leaders_prefi
     assert leader == (1, 0.0)
     assert {concurrency for concurrency, _ in others} == {TASK.concurrency}
     assert others[0][1] > 0.5, "the first has the leader's prefix, as all have"
+
+
+def test_requests_of_a_run_are_in_the_history_before_the_next_run(tmp_path: Path) -> None:
+    made = [numbered(number, origin="bench") for number in range(1, 5)]
+
+    async def main() -> None:
+        await cell.remember(Journal(history_file(tmp_path)), made)
+        await cell.remember(Journal(None), made)  # switched off
+
+    trio.run(main)
+    with History(history_file(tmp_path)) as history:
+        assert history.records([parse_condition("origin=bench")]) == made
 
 
 def test_the_table_has_what_a_choice_may_be_learnt_from() -> None:

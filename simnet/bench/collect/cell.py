@@ -2,7 +2,8 @@
 
 What is known before a run (`features`) is taken before it; nothing that was measured is among it. A run that fails
 gives the error and no figures. All requests are there when the clock starts: latency counts from then, so waiting for
-a turn and opening a session are part of it.
+a turn and opening a session are part of it. What each request was goes to the history of the collection's client, when
+the clock has stopped.
 """
 
 from __future__ import annotations
@@ -80,14 +81,25 @@ async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int
         model.decide(drawn.leader.prompt, Ask(strategy=parse(cell.strategy)))
     except InputError as reason:
         return row | {"infeasible": str(reason)}
-    error = "it took too long"
+    found, error = None, "it took too long"
     with trio.move_on_after(CELL_S_MAX):
         try:
             ask = Ask(ignore_eos=True, strategy=parse(cell.strategy), objective=cell.context.task.objective)
-            return row | {"measured": (await measure(model, ask, cell.context.task, drawn, pids))[0]}
+            found = await measure(model, ask, cell.context.task, drawn, pids)
         except* (SottoError, psutil.NoSuchProcess) as group:
             error = _first(group)
-    return row | {"error": error}
+    if found is None:
+        return row | {"error": error}
+    measured, records = found
+    await remember(model.recorder.journal, records)
+    return row | {"measured": measured}
+
+
+async def remember(journal: Journal, records: Sequence[Record]) -> None:
+    """In the history when this returns, so that no later run is measured beside the writing."""
+    for record in records:
+        journal.add(partial(replace, record))
+    await journal.flush()
 
 
 def features(model: DeployedModel, cell: Cell, drawn: Drawn) -> dict[str, Any]:
