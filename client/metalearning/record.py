@@ -32,7 +32,6 @@ class Prediction:
     token_s: Annotated[
         float | None, About("s", "time per output token with the default strategy, by the placement")
     ] = None
-    ttft_s: Annotated[float | None, About("s", "time to the first token")] = None
     answer_token_s: Annotated[
         float | None, About("s", "time to the answer's end over its tokens, with this strategy, by what chose it")
     ] = None
