@@ -23,8 +23,8 @@ ROWS_MAX = 200_000  # about 100 MB
 BUSY_S = 5.0  # how long to wait for another writer, whose transactions take milliseconds
 OPERATORS = ("<=", ">=", "!=", "=", "<", ">")
 
-# Never edit one that was released: add the next. What is no longer recorded stays in the table, empty (predicted_ttft_s,
-# which nobody ever predicted): dropping a column takes SQLite 3.35, which Python 3.11 may come without.
+# Never edit one that was released: add the next. What is no longer recorded stays in the table, empty: SQLite drops
+# columns from 3.35 on, which Python 3.11 may come without. That is predicted_ttft_s, which nobody ever predicted.
 MIGRATIONS = (
     """
     CREATE TABLE records (

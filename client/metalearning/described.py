@@ -1,6 +1,7 @@
 """A request as a task of the selectors: the features that choices are learnt from, in a fixed order.
 
-Only what was known before the request ran (features.py here). Sizes that follow from others are left out.
+Only what was known before the request ran (features.py here). Left out are sizes that follow from others, what nobody
+measures (the bandwidth), and what would only name a model among few (docs/SCHEDULER.md, "Features").
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from client.metalearning.online import Situation
 from client.metalearning.table import Task
 
 MODEL = ("layers", "width", "kv_heads", "vocabulary", "parameters", "weight_bytes")
-ROUTE = ("hops", "compute_us", "compute_us_max", "rtt_ms", "rtt_ms_max", "bandwidth_mbit_s", "gpus", "load_percent_max")
+ROUTE = ("hops", "compute_us", "compute_us_max", "rtt_ms", "rtt_ms_max", "gpus", "load_percent_max")
 TASK = ("prompt_tokens", "max_new_tokens", "concurrency", "shared_prefix", "repetition", "temperature", "objective")
 FEATURES: tuple[str, ...] = (
     *(f"model_{name}" for name in MODEL),

@@ -61,7 +61,9 @@ class RouteFeatures:
     compute_us_max: Annotated[float, About("us", "the same at the slowest hop")]
     rtt_ms: Annotated[float, About("ms", "sum of the legs' round trips, halved: the wire's part of one step")]
     rtt_ms_max: Annotated[float, About("ms", "the longest leg's round trip")]
-    bandwidth_mbit_s: Annotated[float | None, About("Mbit/s", "of the narrowest leg; nothing when nobody measured it")]
+    bandwidth_mbit_s: Annotated[
+        float | None, About("Mbit/s", "of the narrowest leg; always empty: nobody measures it yet")
+    ]
     read_gb_s_min: Annotated[
         float, About("GB/s", "the slowest hop's memory, by its own measurement; 0 when it states none")
     ]

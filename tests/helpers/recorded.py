@@ -70,7 +70,6 @@ def _features(context: Context) -> dict[str, Any]:
         "route_compute_us_max": round(compute / route.hops, 1),
         "route_rtt_ms": round((route.hops + 1) / 2 * route.rtt_ms + context.number % 7 / 10, 3),
         "route_rtt_ms_max": route.rtt_ms,
-        "route_bandwidth_mbit_s": "",
         "route_gpus": 0,
         "route_load_percent_max": context.number % 20,
         "task_prompt_tokens": task.prompt_tokens,
