@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json, terminate_as_interrupt
+from sotto.commands.common import Json, errors, print_json, remedy, terminate_as_interrupt
 
 Data = Annotated[
     Path | None,
@@ -72,11 +72,8 @@ def engine(
             minutes=minutes,
             data=data,
         )
-        with _bar(as_json) as (update, say), terminate_as_interrupt():
-            try:
-                bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))
-            except* KeyboardInterrupt:
-                report["interrupted"] = True
+        with _bar(as_json) as (update, say), keeping(report):
+            bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))
         if plots is not None:
             report["plots"] = [str(path) for path in pictures.breakdown(report, plots)]
     if as_json:
@@ -84,8 +81,31 @@ def engine(
     end(report)
 
 
+@contextmanager
+def keeping(report: dict[str, Any]) -> Iterator[None]:
+    """What ends a run early, an interrupt or an error that has a remedy, goes into its report: what was measured before
+    is printed all the same. SIGTERM is an interrupt here."""
+    from models.errors import ModelError
+    from node.groups import leaf
+    from protocol.errors import SottoError
+
+    with terminate_as_interrupt():
+        try:
+            yield
+        except* KeyboardInterrupt:
+            report["interrupted"] = True
+        except* (SottoError, ModelError, OSError) as group:
+            line = remedy(leaf(group))
+            if line is None:
+                raise
+            report["error"] = " ".join(line.split())
+
+
 def end(report: dict[str, Any]) -> None:
     """Exit status 1 after a run that was cut short: what is printed is not all."""
+    if "error" in report:
+        print(f"sotto: {report['error']}", file=sys.stderr)
+        raise typer.Exit(1)
     if "interrupted" in report:
         print("sotto: interrupted: not everything was measured", file=sys.stderr)
         raise typer.Exit(1)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from protocol.errors import InputError
-from simnet.bench import dataplane, plots, precision
+from node.groups import leaf
+from protocol.errors import InputError, LocalProtocolError
+from simnet.bench import dataplane, engine, growth, plots, precision, serve
 from sotto.__main__ import app
 from sotto.commands.bench_growth import known_points
 from sotto.demo.corpus import Corpus, Document
@@ -78,6 +80,38 @@ def test_growth_goes_on_where_its_file_ends(tmp_path: Path) -> None:
     file.write_text('{"axis": "hops"}\n')
     with pytest.raises(InputError, match="another file"):
         known_points(file, run)
+
+
+MEASURED = {"model": {"name": "small"}, "dtype": "float32", "points": [], "axes": {}}
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("command", ["engine", "growth", "serve"])
+@pytest.mark.parametrize("group", [True, False])
+def test_what_was_measured_before_an_error_is_printed(
+    monkeypatch: pytest.MonkeyPatch, command: str, as_json: bool, group: bool
+) -> None:
+    def run(options: Any, report: dict[str, Any], hear: Any) -> None:
+        report |= MEASURED
+        error = InputError("the prompt is too long")
+        raise ExceptionGroup("nursery", [error]) if group else error
+
+    monkeypatch.setattr({"engine": engine, "growth": growth, "serve": serve}[command], "run", run)
+    result = CliRunner().invoke(app, ["bench", command, *(["--json"] if as_json else [])])
+    assert result.exit_code == 1, result.output
+    assert "sotto: the prompt is too long" in result.stderr
+    if as_json:
+        assert json.loads(result.stdout) == {**MEASURED, "error": "the prompt is too long"}
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any) -> None:
+        raise LocalProtocolError("never")
+
+    monkeypatch.setattr(engine, "run", run)
+    result = CliRunner().invoke(app, ["bench", "engine", "--json"])
+    assert result.stdout == ""
+    assert isinstance(leaf(result.exception or Exception()), LocalProtocolError)
 
 
 @pytest.mark.parametrize("command", ["engine", "growth", "serve"])

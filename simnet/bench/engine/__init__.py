@@ -25,9 +25,10 @@ from simnet import cluster
 from simnet.bench import speculation
 from simnet.bench.engine.batches import prefill_section, throughput_section
 from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
-from simnet.bench.engine.rig import Bench, Budget, Rig, Section, Sizes
+from simnet.bench.engine.rig import Bench, Rig, Section, Sizes
 from simnet.bench.engine.traffic import batching_section, prefix_section
 from simnet.bench.machine import facts
+from simnet.bench.paired import Budget
 from simnet.random_model import RandomModel
 
 MODELS = {
@@ -82,10 +83,8 @@ class Options:
     sizes: Sizes = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:
-        for given, known, what in ((self.only, PARTS, "--only"), (self.dtypes, PRECISIONS, "--dtype")):
-            for name in given:
-                if name not in known:
-                    raise InputError(f"{what} {name!r} is not known: choose of {', '.join(known)}")
+        require(self.only, PARTS, "--only")
+        require(self.dtypes, PRECISIONS, "--dtype")
 
     def plan(self) -> list[tuple[str, str]]:
         """Precision and section, in the order in which they are measured."""
@@ -95,6 +94,13 @@ class Options:
     @property
     def parts(self) -> int:
         return len(self.plan()) + (SPECULATION in self.only)
+
+
+def require(given: Sequence[str], known: Sequence[str], option: str) -> None:
+    """Raises InputError unless every name that `option` was given is one of `known`."""
+    for name in given:
+        if name not in known:
+            raise InputError(f"{option} {name!r} is not known: choose of {', '.join(known)}")
 
 
 def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
@@ -120,12 +126,18 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear
     what there is. Raises InputError."""
     torch.set_num_threads(1)
     model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
+    sizes = options.sizes.within(Checkpoint.open(str(model)).config.max_position)
     report |= {
         "model": describe(options.model, model),
         "machine": facts(),
-        "sizes": asdict(options.sizes),
+        "sizes": asdict(sizes),
+        "shortened_to_context": {
+            name: asked for name, asked in asdict(options.sizes).items() if asked != getattr(sizes, name)
+        },
         "threads_per_process": 1,
     }
+    for name, asked in report["shortened_to_context"].items():
+        hear.say(f"the model's context is short: {name.replace('_', ' ')} {getattr(sizes, name)}, not {asked}")
     budget, pids = Budget(60 * options.minutes, len(options.plan())), tuple(worker.pid for worker in net.workers)
     done, shown = 0, 0.0
 
@@ -142,7 +154,7 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear
         hear.update(done, options.parts)
         hear.found(figures)
 
-    bench = Bench(options.folder, model, net.bootstrap, options.sizes, budget, say, options.data, pids)
+    bench = Bench(options.folder, model, net.bootstrap, sizes, budget, say, options.data, pids)
     for dtype in options.dtypes:
         names = [name for each, name in options.plan() if each == dtype]
         report[dtype] = {}
@@ -185,6 +197,7 @@ def describe(name: str, model: Path) -> dict[str, Any]:
         "blocks": config.num_blocks,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
+        "context": config.max_position,
     }
 
 
