@@ -16,7 +16,13 @@ from sotto.commands.common import Json, errors, print_json, remedy, terminate_as
 
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder with traces and prompts (azure_llm_trace_conv_2023.csv, spec_bench_question.jsonl)."),
+    typer.Option(
+        envvar="SOTTO_BENCH_DATA",
+        exists=True,
+        file_okay=False,
+        help="Folder with azure_llm_trace_conv_2023.csv for the chat trace and spec_bench_question.jsonl for texts to "
+        "edit. What it does not hold is made up.",
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -45,6 +51,8 @@ def engine(
     minutes: Annotated[
         float, typer.Option(min=0, help="Time for measuring; each part ends earlier when its ratios are known to 3 %.")
     ] = 20.0,
+    batch: Annotated[int, typer.Option(min=2, max=64, help="Requests together.")] = 16,
+    requests: Annotated[int, typer.Option(min=2, max=10_000, help="Of the chat trace, for 'batching'.")] = 48,
     data: Data = None,
     plots: Plots = None,
     out: Out = None,
@@ -71,6 +79,7 @@ def engine(
             dtypes=tuple(words(dtype)) if dtype else bench.PRECISIONS,
             minutes=minutes,
             data=data,
+            sizes=bench.Sizes(batch=batch, trace_requests=requests),
         )
         with _bar(as_json) as (update, say), keeping(report):
             bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))

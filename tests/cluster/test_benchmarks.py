@@ -142,16 +142,17 @@ def test_int8_stands_beside_the_same_product(swarm: Cluster, tmp_path: Path, tin
 def test_guessing_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, monkeypatch: Any) -> None:
     asked: list[Any] = []
 
-    def run(options: Any) -> dict[str, Any]:
+    def run(options: Any, report: dict[str, Any], hear: Any) -> None:
         asked.append(options)
-        return {"speculation_at_100ms_rtt": {"ratio": 3.0}, "tokens": 8, "points": []}
+        report |= {"speculation_at_100ms_rtt": {"ratio": 3.0}, "tokens": 8, "points": []}
 
     monkeypatch.setattr(engine.speculation, "run", run)
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
-    options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",))
+    options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",), minutes=3.0, data=tmp_path)
     engine.run(options, report, engine.Hear(found.append, silent))
     assert (asked[0].rtts_ms, asked[0].workloads, asked[0].model) == ((100.0,), ("editing",), Path(tiny))
+    assert (asked[0].minutes, asked[0].data) == (3.0, tmp_path)
     assert report["speculation"]["speculation_at_100ms_rtt"] == {"ratio": 3.0}
     assert [each["section"] for each in found] == ["speculation"]
 

@@ -51,7 +51,7 @@ PRECISIONS = tuple(name for name in ("float32", "bfloat16", "int8") if name in D
 ONCE = ("software", "wire", "batching", "prefix")
 SPECULATION = "speculation"  # behind shaped links, so with workers of its own
 PARTS = (*SECTIONS, SPECULATION)
-SPECULATION_RTT_MS, SPECULATION_ROUNDS = 100.0, 4
+SPECULATION_RTT_MS, SPECULATION_TOKENS = 100.0, 128
 Found = Callable[[dict[str, Any]], None]
 """Gets each section's figures as soon as they are there."""
 
@@ -110,7 +110,8 @@ def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     if SPECULATION in options.only:
         hear.say("guesses behind links with delay")
         hear.update(options.parts - 1, options.parts)
-        report[SPECULATION] = _speculation(options)
+        report[SPECULATION] = {}
+        _speculation(options, report[SPECULATION], hear)
         hear.found({"dtype": "float32", "section": SPECULATION, **report[SPECULATION]})
     hear.update(options.parts, options.parts)
 
@@ -162,20 +163,19 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear
             trio.run(_measure, bench, dtype, names, report[dtype], found)
 
 
-def _speculation(options: Options) -> dict[str, Any]:
+def _speculation(options: Options, report: dict[str, Any], hear: Hear) -> None:
     """The headline of `sotto bench speculation` for this model: answers dictated, how many guesses held is stated."""
     model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
-    report = speculation.run(
-        speculation.SpeculationBench(
-            folder=options.folder / SPECULATION,
-            model=model,
-            rtts_ms=(SPECULATION_RTT_MS,),
-            rounds=SPECULATION_ROUNDS,
-            workloads=("editing",),
-        )
+    bench = speculation.SpeculationBench(
+        folder=options.folder / SPECULATION,
+        model=model,
+        rtts_ms=(SPECULATION_RTT_MS,),
+        tokens=min(SPECULATION_TOKENS, Checkpoint.open(str(model)).config.max_position // 4),
+        minutes=options.minutes / options.parts,
+        workloads=("editing",),
+        data=options.data,
     )
-    headline = f"speculation_at_{SPECULATION_RTT_MS:g}ms_rtt"
-    return {headline: report[headline], "tokens": report["tokens"], "points": report["points"]}
+    speculation.run(bench, report, speculation.Hear(say=hear.say))
 
 
 def checkpoint_of(model: str, folder: Path, tokenizer_from: Path) -> Path:
