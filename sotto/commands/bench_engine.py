@@ -66,6 +66,7 @@ def engine(
     with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, lines(out) as found:
         from simnet.bench import engine as bench
         from simnet.bench import plots as pictures
+        from simnet.bench.engine.rig import Sizes
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
@@ -79,7 +80,7 @@ def engine(
             dtypes=tuple(words(dtype)) if dtype else bench.PRECISIONS,
             minutes=minutes,
             data=data,
-            sizes=bench.Sizes(batch=batch, trace_requests=requests),
+            sizes=Sizes(batch=batch, trace_requests=requests),
         )
         with _bar(as_json) as (update, say), keeping(report):
             bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))
