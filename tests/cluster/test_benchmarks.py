@@ -45,6 +45,7 @@ RATIOS = {
     "throughput": {
         "throughput_vs_transformers",
         "throughput_vs_transformers_same_kernel",
+        "throughput_vs_undivided",
         "throughput_cpu_vs_transformers",
     },
     "prefill": {
