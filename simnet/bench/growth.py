@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ import trio
 from client.generate import Generation, GenerationHost, GenerationParams
 from node.groups import ungrouped
 from node.model import Ask, DeployedModel, in_thread
-from protocol.errors import InputError
 from protocol.tensors import DTYPE_BYTES
 from simnet import cluster
-from simnet.bench.engine import MODELS, checkpoint_of, describe
-from simnet.bench.engine.rig import Bench, Budget, Rig, Sizes, together
+from simnet.bench.engine import MODELS, PRECISIONS, checkpoint_of, describe, require
+from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, together
 from simnet.bench.fits import growth
 from simnet.bench.library import Library
 from simnet.bench.machine import facts, resident_bytes
+from simnet.bench.paired import Budget
 from simnet.random_model import RandomModel
 
 GROWING = {
@@ -46,6 +46,7 @@ CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 HOPS = (1, 2, 3, 4, 5, 6)
 MEMORY_TOKENS = (1024, 2048, 4096, 8192)
 MEMORY_SESSIONS = 4
+PROMPT_NEW_TOKENS = 2
 TURNS_MAX = 9
 Point = dict[str, Any]
 
@@ -89,12 +90,17 @@ class Options:
     values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in self.axes:
-            if name not in AXES:
-                raise InputError(f"--axis {name!r} is not known: choose of {', '.join(AXES)}")
+        require(self.axes, tuple(AXES), "--axis")
+        require((self.dtype,), PRECISIONS, "--dtype")
 
     def of(self, axis: str) -> tuple[int, ...]:
         return self.values.get(axis, AXES[axis].values)
+
+    def within(self, context: int) -> Options:
+        """Without the prompts that do not fit into a model's context of so many tokens, with what comes after them."""
+        after = {"context": self.new_tokens, "prompt": PROMPT_NEW_TOKENS, "memory": 1}
+        fit = {axis: tuple(value for value in self.of(axis) if value + new <= context) for axis, new in after.items()}
+        return replace(self, values={**self.values, **fit})
 
     @property
     def workers(self) -> int:
@@ -147,10 +153,12 @@ class _Run:
             yield rig
 
     async def turns(self, *contestants: Callable[[], Awaitable[Point]]) -> list[Point]:
-        """Each contestant's figures, medians over turns; at least two turns, as long as this point's time lasts."""
+        """Each contestant's figures, medians over turns, which go forth and back; at least two, as long as this point's
+        time lasts."""
         end, taken = time.monotonic() + self.budget.next(), [list[Point]() for _ in contestants]
         while len(taken[0]) < 2 or (time.monotonic() < end and len(taken[0]) < TURNS_MAX):
-            for points, run in zip(taken, contestants, strict=True):
+            forth = list(zip(taken, contestants, strict=True))
+            for points, run in forth if len(taken[-1]) % 2 == 0 else reversed(forth):
                 points.append(await run())
         return [
             {name: float(f"{statistics.median(point[name] for point in points):.5g}") for name in points[0]}
@@ -173,7 +181,12 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], prog
     torch.set_num_threads(1)
     model = _checkpoint(options.model, options.folder, options.tokenizer_from)
     report |= {"model": describe(options.model, model), "dtype": options.dtype, "machine": facts(), "axes": {}}
-    running = _Run(options, net, progress)
+    fitting = options.within(report["model"]["context"])
+    left_out = {axis: sorted(set(options.of(axis)) - set(fitting.of(axis))) for axis in options.axes}
+    report["longer_than_context"] = {axis: values for axis, values in left_out.items() if values}
+    for axis, values in report["longer_than_context"].items():
+        progress.say(f"{axis}: the model's context has no room for {', '.join(map(str, values))}")
+    running = _Run(fitting, net, progress)
     try:
         with ungrouped():
             trio.run(_measure, running)
@@ -211,7 +224,7 @@ async def _context(running: _Run, values: list[int]) -> None:
 
 async def _prompt(running: _Run, values: list[int]) -> None:
     """The time to the first token of one request, by its prompt's length."""
-    await _one_request(running, "prompt", values, 2)
+    await _one_request(running, "prompt", values, PROMPT_NEW_TOKENS)
 
 
 async def _one_request(running: _Run, axis: str, values: list[int], new: int) -> None:
@@ -237,7 +250,7 @@ async def _concurrency(running: _Run, values: list[int]) -> None:
         library = await _warm(rig)
         for value in values:
             prompts, new = rig.prompts(value, sizes.prompt_tokens), running.options.new_tokens
-            threads = await rig.library_threads(value)
+            threads = await rig.library_threads(Work(value, sizes.prompt_tokens, new))
             generate = partial(library.generate, prompts, new, threads)
             ours, theirs = await running.turns(
                 partial(_rate, partial(_together, rig, value, new)),

@@ -1,4 +1,4 @@
-"""transformers on the same weights, as the opponent: as it is, and with our matrix kernel in place of its own.
+"""transformers on the same weights, as the opponent: as it is, and with our matrix product in place of its own.
 
 The two tell what the kernel wins and what the rest does. Its loop is the leanest that the library allows: greedy, no
 `generate`, logits of the last position alone. Random weights measure speed; nothing here says anything of answers.
@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from models.int8 import Int8Linear, quantise_rows
 from models.linear import Linear
+from models.precision import INT8
 from protocol.errors import InputError
 
 
 class Library:
-    """A causal language model of transformers in `dtype`. Raises InputError without transformers."""
+    """A causal language model of transformers that computes in `dtype`; `product`: with our product of weights in this
+    precision. Raises InputError without transformers."""
 
-    def __init__(self, model: Path, dtype: str, same_kernel: bool) -> None:
+    def __init__(self, model: Path, dtype: str, product: str | None = None) -> None:
         try:
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
@@ -32,10 +35,10 @@ class Library:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self._model: Any = loaded.eval()
-        if same_kernel:
+        if product is not None:
             for module in self._model.modules():
                 if isinstance(module, torch.nn.Linear):
-                    module.forward = _Flat(module)  # type: ignore[method-assign, assignment]
+                    module.forward = _Flat(module, product)  # type: ignore[method-assign, assignment]
 
     def decode(self, prompt: Sequence[int], new_tokens: int) -> float:
         """Tokens per second after the first, batch 1, one thread."""
@@ -55,6 +58,18 @@ class Library:
         """Prompt tokens per second until all have a first token."""
         start, first, _ = self._run(prompts, 1, threads)
         return sum(map(len, prompts)) / (first - start)
+
+    @torch.inference_mode()
+    def greedy(self, prompt: Sequence[int], new_tokens: int) -> tuple[list[int], list[Tensor]]:
+        """The likeliest answer, and the logits [V] float32 by which each of its tokens was chosen; one thread."""
+        torch.set_num_threads(1)
+        ids, cache, answer, logits = torch.tensor([prompt]), None, list[int](), list[Tensor]()
+        for _ in range(new_tokens):
+            out = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits.append(out.logits[0, -1].float())
+            ids, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            answer.append(int(ids))
+        return answer, logits
 
     @torch.inference_mode()
     def padded(self, prompts: Sequence[Sequence[int]], new_tokens: int, threads: int) -> list[float]:
@@ -98,9 +113,9 @@ class Library:
 class _Flat:
     """Our layer takes rows; the library's takes any leading dimensions."""
 
-    def __init__(self, module: torch.nn.Linear) -> None:
-        bias = module.bias
-        self._layer = Linear(module.weight.detach(), None if bias is None else bias.detach())
+    def __init__(self, module: torch.nn.Linear, precision: str) -> None:
+        weight, bias = module.weight.detach(), None if module.bias is None else module.bias.detach()
+        self._layer = Int8Linear(*quantise_rows(weight), bias) if precision == INT8 else Linear(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)

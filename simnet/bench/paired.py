@@ -59,14 +59,43 @@ class Rounds:
         return {name: float(f"{self.median(name):.5g}") for name in self.rates}
 
 
+@dataclass(slots=True)
+class Budget:
+    """Time for so many sets of rounds; what one leaves over is the others'."""
+
+    seconds: float
+    sets: int
+    started: float = field(default_factory=time.monotonic)
+    _set: tuple[float, float] = (0.0, 0.0)  # when the newest began, and its seconds
+
+    def next(self) -> float:
+        """Seconds for the next set."""
+        now = time.monotonic()
+        left = max(0.0, self.seconds - (now - self.started))
+        self.sets = max(1, self.sets)
+        self.sets -= 1
+        self._set = now, left / (self.sets + 1)
+        return self._set[1]
+
+    def end(self) -> None:
+        """The newest set is over."""
+        self._set = (0.0, 0.0)
+
+    def share(self) -> float:
+        """Of the time of the set under way, how much is over: 0 to 1; 0 where none is."""
+        began, seconds = self._set
+        return min(1.0, (time.monotonic() - began) / seconds) if seconds > 0 else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Patience:
     """How long a set of rounds may go on: until every pair is known to within `enough`, a share of it, or for
-    `seconds`; for `rounds_min` rounds at least."""
+    `seconds`; for `rounds_min` rounds at least. `warm_up`: a round before them, which does not count."""
 
     seconds: float
     enough: float = 0.03
     rounds_min: int = ROUNDS_MIN
+    warm_up: bool = True
 
 
 async def take_turns(
@@ -75,12 +104,12 @@ async def take_turns(
     notify: Callable[[str], None],
     pairs: Sequence[Pair] = (),
 ) -> Rounds:
-    """Rounds until the ratios of `pairs` (default: everybody's to the first) are known, or patience ends. One round
-    before them warms up and does not count."""
+    """Rounds until the ratios of `pairs` (default: everybody's to the first) are known, or patience ends."""
     rounds, first = Rounds({name: [] for name in contestants}), next(iter(contestants))
     wanted = pairs or [(name, first) for name in contestants if name != first]
-    for run in contestants.values():
-        await run()
+    if patience.warm_up:
+        for run in contestants.values():
+            await run()
     end, done = time.monotonic() + patience.seconds, 0
     while done < patience.rounds_min or time.monotonic() < end:
         forth = list(contestants.items())

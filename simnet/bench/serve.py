@@ -26,10 +26,11 @@ from protocol.errors import InputError
 from protocol.strategy import Strategy, parse
 from simnet import cluster
 from simnet.bench import workloads
-from simnet.bench.engine import checkpoint_of, describe
-from simnet.bench.engine.rig import Bench, Budget, Rig, Sizes, answer
+from simnet.bench.engine import PRECISIONS, checkpoint_of, describe, require
+from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, answer
 from simnet.bench.library import Library
 from simnet.bench.machine import facts
+from simnet.bench.paired import Budget
 from simnet.bench.serving import Served, serve, serve_batches
 from simnet.bench.workloads import ChatShape, Request, Source, Workload
 from simnet.topology import profile
@@ -60,10 +61,10 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.workload not in WORKLOADS:
-            raise InputError(f"--workload {self.workload!r} is not known: choose of {', '.join(WORKLOADS)}")
+        require((self.workload,), WORKLOADS, "--workload")
         if not self.concurrency or min(self.concurrency) < 1:
             raise InputError("--concurrency takes numbers of 1 and more, with commas")
+        require((self.dtype,), PRECISIONS, "--dtype")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,12 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear
     model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
     report |= {"model": describe(options.model, model), "dtype": options.dtype, "machine": facts()}
     report |= {"profile": options.profile or "loopback", "hops": HOPS, "points": []}
-    sizes = Sizes(batch=max(options.concurrency), trace_tokens_max=options.tokens_max, long_tokens=1, prefill_tokens=1)
+    tokens_max = min(options.tokens_max, report["model"]["context"])
+    if tokens_max < options.tokens_max:
+        hear.say(f"the model's context holds {tokens_max} tokens: no request is longer")
+    options = replace(options, tokens_max=tokens_max)
+    report["tokens_max"] = tokens_max
+    sizes = Sizes(batch=max(options.concurrency), trace_tokens_max=tokens_max, long_tokens=1, prefill_tokens=1)
     pids = tuple(worker.pid for worker in net.workers)
     bench = Bench(options.folder, model, net.bootstrap, sizes, Budget(0.0, 1), hear.say, options.data, pids)
     with ungrouped():
@@ -138,7 +144,9 @@ async def _measure(bench: Bench, options: Options, report: dict[str, Any], hear:
                 served = await serve(work, partial(_answer, model, strategy, guesses), slots, done=count)
                 point[name] = served.figures() | (guesses.figures() if name == GUESSING else {})
             if library is not None:
-                threads = await rig.library_threads(slots)
+                asked = len(work.requests)
+                mean = Work(min(slots, asked), work.prompt_tokens // asked, work.new_tokens // asked)
+                threads = await rig.library_threads(mean)
                 batches = await _library(library, work, slots, threads)
                 point["transformers"] = batches.figures() | {"threads": threads}
             report["points"].append(point)

@@ -7,18 +7,19 @@ token without guesses takes two of them: four legs. Two workloads:
   stated beside the speed.
 - `writing`: the model's own text at a temperature, nothing dictated. A draft model guesses as well as it really does.
 
-The ways of guessing take turns in each round, which has a text of its own. Rates are of decoding, after the first
-token.
-A plain request is shorter than the others where links are slow: its rate does not depend on its length.
+The ways of guessing take turns in each round, which has a text of its own, forth and back; rounds end when the ratios
+are known, or a point's share of the time is over. Rates are of decoding, after the first token. A plain request is
+shorter than the others where links are slow: its rate does not depend on its length.
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -40,11 +41,14 @@ from protocol.strategy import parse
 from simnet import cluster
 from simnet.bench import plots
 from simnet.bench.dictated import Dictated
-from simnet.bench.paired import Rounds
+from simnet.bench.paired import Budget, Patience, Rounds, take_turns
+from simnet.bench.workloads import EDIT_PROMPTS, first_turns
 from simnet.shape import Shape, Wiring
 
 RTTS_MS = (0.0, 10.0, 30.0, 100.0, 300.0)
 HEADLINE_MS, HEADLINE_WAY = 100.0, "lookup"
+WAYS = ("off", "lookup", "draft")
+ENOUGH = 0.03
 WORKLOADS = ("editing", "writing")
 HOPS = 3
 SETTLE_S = 0.3  # until the proxy has read what the links are now
@@ -54,13 +58,17 @@ TEMPERATURE = 0.8
 EDITED_WORDS = 0.04
 OPENINGS = ("The Python language", "A function is", "This module provides", "When the file is closed,")
 
-Update = Callable[[int, int], None]
+GUESSES = ("drafted", "accepted")
+
+
+def _to_nobody(*_: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SpeculationBench:
     """`tokens`: of each edited text; what the model writes is half as long. `draft`: as node.draft.Draft takes it;
-    without one, lookup alone is measured."""
+    without one, lookup alone is measured. `rounds`: of each point at least, more while `minutes` of measuring last and
+    a ratio is not known well enough. `data`: a folder with texts to edit."""
 
     folder: Path
     model: Path
@@ -68,7 +76,9 @@ class SpeculationBench:
     rtts_ms: tuple[float, ...] = RTTS_MS
     tokens: int = 128
     rounds: int = 4
+    minutes: float = 0.0
     workloads: tuple[str, ...] = WORKLOADS
+    data: Path | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 2:
@@ -81,87 +91,115 @@ class SpeculationBench:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt, and what the answer must be: () lets the model write."""
+    """A prompt, and what the answer must be: () lets the model write, by `seed`."""
 
     prompt: tuple[int, ...]
     output: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hear:
+    """`update(done, total)` counts requests, as if every point took `rounds`; `say`: what is measured now."""
+
+    update: Callable[[int, int], None] = _to_nobody
+    say: Callable[[str], None] = _to_nobody
 
 
 @dataclass(slots=True)
 class _Cell:
-    """One workload at one round-trip time: rates by way of guessing, and how many guesses held."""
+    """One workload at one round-trip time: the ways of guessing take turns, and each has the round's text."""
 
-    rates: Rounds
-    drafted: dict[str, int] = field(default_factory=dict)
-    accepted: dict[str, int] = field(default_factory=dict)
+    ways: tuple[str, ...]
+    answer: Callable[[str, int], Awaitable[GenerationResult]]
+    results: dict[str, list[GenerationResult]] = field(default_factory=dict)
 
-    def note(self, way: str, result: GenerationResult) -> None:
-        self.rates.rates[way].append(result.tokens_per_second)
-        self.drafted[way] = self.drafted.get(way, 0) + result.drafted
-        self.accepted[way] = self.accepted.get(way, 0) + result.accepted
+    async def measure(self, patience: Patience, say: Callable[[str], None], count: Callable[[int], None]) -> Rounds:
+        """`count` hears how many requests were answered."""
+        self.results = {way: [] for way in self.ways}
 
-    def figures(self) -> dict[str, Any]:
-        return {way: self._of(way) for way in self.rates.rates}
+        async def turn(way: str) -> float:
+            result = await self.answer(way, len(self.results[way]))
+            self.results[way].append(result)
+            count(sum(map(len, self.results.values())))
+            return result.tokens_per_second
 
-    def _of(self, way: str) -> dict[str, Any]:
-        figures: dict[str, Any] = {"tokens_per_s": round(self.rates.median(way), 2)}
-        if way != "off":
-            ratio = self.rates.ratio(way, "off")
-            figures |= {"ratio": round(ratio.mean, 3), "half_width": round(ratio.half_width, 3)}
-            figures |= {"drafted": self.drafted[way], "accepted": self.accepted[way]}
+        return await take_turns({way: partial(turn, way) for way in self.ways}, patience, say)
+
+    def figures(self, rounds: Rounds) -> dict[str, Any]:
+        """Speed and, beside it, the ratio to no guesses and how many guesses held."""
+        figures: dict[str, Any] = {way: {"tokens_per_s": round(rounds.median(way), 2)} for way in self.ways}
+        for way in self.ways[1:]:
+            drafted, accepted = (sum(getattr(result, name) for result in self.results[way]) for name in GUESSES)
+            figures[way] |= rounds.ratio(way, self.ways[0]).figures() | {"drafted": drafted, "accepted": accepted}
         return figures
 
 
-def run(options: SpeculationBench, update: Update = lambda *_: None) -> dict[str, Any]:
-    """The report. `update(done, total)` counts requests. Raises InputError."""
+def run(options: SpeculationBench, report: dict[str, Any], hear: Hear) -> None:
+    """All that `options` ask for, into `report`; what is cut short leaves what there is. Raises InputError."""
     torch.set_num_threads(1)
     names = tuple(f"worker-{index}" for index in range(HOPS))
     wiring = Wiring(names, Shape(), {})
-    with cluster.running(
-        options.folder / "cluster", [cluster.WorkerSpec(threads=1)] * HOPS, wiring=wiring
-    ) as net, ungrouped():  # fmt: skip
-        return trio.run(_measure, options, net, update)
+    report |= {"model": options.model.name, "hops": HOPS, "tokens": options.tokens, "points": []}
+    try:
+        with cluster.running(
+            options.folder / "cluster", [cluster.WorkerSpec(threads=1)] * HOPS, wiring=wiring
+        ) as net, ungrouped():  # fmt: skip
+            trio.run(_measure, options, net, report, hear)
+    finally:
+        report |= headlines(report["points"])
 
 
-async def _measure(options: SpeculationBench, net: cluster.Cluster, update: Update) -> dict[str, Any]:
+async def _measure(options: SpeculationBench, net: cluster.Cluster, report: dict[str, Any], hear: Hear) -> None:
     async with _deployed(options, net.bootstrap) as model:
-        ways = ("off", "lookup", "draft") if await _has_draft(model) else ("off", "lookup")
-        total = len(options.rtts_ms) * len(options.workloads) * options.rounds * len(ways)
-        done, points = 0, list[dict[str, Any]]()
+        texts = Texts.open(options, model.tokenizer, model.config.max_position)
+        report["texts"] = texts.origin
+        ways = WAYS if await _has_draft(model) else WAYS[:-1]
+        cells = len(options.rtts_ms) * len(options.workloads)
+        requests, done = options.rounds * len(ways), 0
+        budget = Budget(60 * options.minutes, cells)
+
+        def count(answered: int) -> None:
+            hear.update(done * requests + min(answered, requests), cells * requests)
+
         for rtt_ms in options.rtts_ms:
             await _reshape(net, rtt_ms)
-            warm_up = await _answer(model, "off", _text(model, "writing", 0, options), WARM_UP_TOKENS)
+            warm_up = await _answer(model, WAYS[0], texts.text("writing", 0), WARM_UP_TOKENS)
             plain_tokens = min(options.tokens, max(4 * WARM_UP_TOKENS, int(PLAIN_S * warm_up.tokens_per_second)))
             for workload in options.workloads:
-                cell = _Cell(Rounds({way: [] for way in ways}))
-                for number in range(options.rounds):
-                    text = _text(model, workload, number, options)
-                    for way in ways:
-                        tokens = plain_tokens if way == "off" else _tokens(options, workload)
-                        cell.note(way, await _answer(model, way, text, tokens))
-                        update(done := done + 1, total)
-                points.append({"rtt_ms": rtt_ms, "workload": workload, **cell.figures()})
-    return _report(options, points)
+                hear.say(f"{workload}, round trips of {rtt_ms:g} ms")
+                answer = partial(_turn, model, texts, workload, plain_tokens)
+                cell = _Cell(ways, answer)
+                patience = Patience(budget.next(), ENOUGH, options.rounds, warm_up=False)
+                rounds = await cell.measure(patience, hear.say, count)
+                done += 1
+                report["points"].append({"rtt_ms": rtt_ms, "workload": workload, **cell.figures(rounds)})
 
 
-def _report(options: SpeculationBench, points: list[dict[str, Any]]) -> dict[str, Any]:
-    headline = {
+async def _turn(
+    model: DeployedModel, texts: Texts, workload: str, plain_tokens: int, way: str, number: int
+) -> GenerationResult:
+    tokens = plain_tokens if way == WAYS[0] else texts.tokens(workload)
+    return await _answer(model, way, texts.text(workload, number), tokens)
+
+
+def headlines(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What lookup wins where round trips are HEADLINE_MS, and the least that any way of guessing wins anywhere."""
+    found: dict[str, Any] = {
         f"speculation_at_{point['rtt_ms']:g}ms_rtt": {
-            name: point[HEADLINE_WAY][name] for name in ("ratio", "half_width", "drafted", "accepted")
+            name: value for name, value in point[HEADLINE_WAY].items() if name != "tokens_per_s"
         }
         for point in points
         if point["workload"] == "editing" and point["rtt_ms"] == HEADLINE_MS
     }
-    ratios = [point[way]["ratio"] for point in points for way in ("lookup", "draft") if way in point]
-    return {
-        **headline,
-        "lowest_ratio": min(ratios),
-        "model": options.model.name,
-        "hops": HOPS,
-        "tokens": options.tokens,
-        "rounds": options.rounds,
-        "points": points,
-    }
+    ratios = [
+        {name: point[way][name] for name in ("ratio", "low", "high", "rounds")}
+        | {"way": way, "rtt_ms": point["rtt_ms"], "workload": point["workload"]}
+        for point in points
+        for way in WAYS[1:]
+        if way in point
+    ]
+    return found | ({"lowest_ratio": min(ratios, key=lambda each: float(each["ratio"]))} if ratios else {})
 
 
 @asynccontextmanager
@@ -170,10 +208,6 @@ async def _deployed(options: SpeculationBench, way_in: str) -> AsyncIterator[Dep
     async with open_client(ClientOptions(folder, (way_in,), draft=options.draft, chooses=False)) as client:
         sealed = await client.seal(Checkpoint.open(options.model), "float32", default_key(folder), lambda *_: None)
         yield await client.deploy(sealed, DeployOptions(hops_min=HOPS, kv_tokens=1024))
-
-
-def _tokens(options: SpeculationBench, workload: str) -> int:
-    return options.tokens if workload == "editing" else options.tokens // 2
 
 
 async def _has_draft(model: DeployedModel) -> bool:
@@ -194,7 +228,7 @@ async def _reshape(net: cluster.Cluster, rtt_ms: float) -> None:
 
 async def _answer(model: DeployedModel, way: str, text: Text, tokens: int) -> GenerationResult:
     """One request with a session of its own, guesses made as `way` says."""
-    sampling, strategy = SamplingParams(TEMPERATURE, seed=len(text.prompt)), parse(f"speculation={way}")
+    sampling, strategy = SamplingParams(TEMPERATURE, seed=text.seed), parse(f"speculation={way}")
     ask = Ask(tokens, sampling, ignore_eos=True)
     if text.output:
         ask = replace(ask, max_new_tokens=min(tokens, len(text.output)), sampling=SamplingParams())
@@ -208,25 +242,50 @@ async def _answer(model: DeployedModel, way: str, text: Text, tokens: int) -> Ge
         return generation.result()
 
 
-def _text(model: DeployedModel, workload: str, number: int, options: SpeculationBench) -> Text:
-    if workload == "writing":
-        return Text(tuple(model.tokenizer.encode(OPENINGS[number % len(OPENINGS)])))
-    room = model.config.max_position - options.tokens
-    return editing(model.tokenizer, number, options.tokens, room)
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What is asked for in each round. `pool`: the words of texts to be edited; `origin`: where they are from."""
+
+    tokenizer: Tokenizer
+    pool: Sequence[Sequence[str]]
+    origin: str
+    edited_tokens: int
+    context: int
+
+    @classmethod
+    def open(cls, options: SpeculationBench, tokenizer: Tokenizer, context: int) -> Texts:
+        """Texts of the data folder, where it holds such that are long enough. Raises InputError."""
+        path = None if options.data is None else options.data / EDIT_PROMPTS
+        given = [text.split() for text in first_turns(path)] if path is not None and path.is_file() else []
+        pool = [words for words in given if len(words) >= options.tokens + options.tokens // 4]
+        return cls(tokenizer, pool or topic_words(), EDIT_PROMPTS if pool else "built-in", options.tokens, context)
+
+    def tokens(self, workload: str) -> int:
+        return self.edited_tokens if workload == "editing" else self.edited_tokens // 2
+
+    def text(self, workload: str, number: int) -> Text:
+        """That of round `number`."""
+        if workload == "writing":
+            return Text(tuple(self.tokenizer.encode(OPENINGS[number % len(OPENINGS)])), seed=number)
+        return editing(self, number)
 
 
-def editing(tokenizer: Tokenizer, seed: int, tokens: int, prompt_tokens_max: int) -> Text:
-    """Some of Python's own documentation to be corrected, and its correction, of `tokens` tokens."""
-    generator = random.Random(seed)
-    pool = [words for words in (prose(topics[name]).split() for name in sorted(topics)) if len(words) >= 400]
-    words = pool[generator.randrange(len(pool))][: tokens + tokens // 4]
+def editing(texts: Texts, seed: int) -> Text:
+    """A text to be corrected, and its correction, of `edited_tokens` tokens; both fit into the context."""
+    generator, tokens = random.Random(seed), texts.edited_tokens
+    words = texts.pool[generator.randrange(len(texts.pool))][: tokens + tokens // 4]
     while True:
         edited = [generator.choice(words) if generator.random() < EDITED_WORDS else word for word in words]
-        prompt = tokenizer.encode(f"Correct this text:\n\n{' '.join(words)}\n\nThe corrected text:\n\n")
-        output = tokenizer.encode(" ".join(edited), special=False)
-        if len(prompt) <= prompt_tokens_max or len(words) < 8:
+        prompt = texts.tokenizer.encode(f"Correct this text:\n\n{' '.join(words)}\n\nThe corrected text:\n\n")
+        output = texts.tokenizer.encode(" ".join(edited), special=False)
+        if len(prompt) <= texts.context - tokens or len(words) < 8:
             return Text(tuple(prompt), tuple(output[:tokens]))
         words = words[: len(words) * 3 // 4]
+
+
+def topic_words() -> list[list[str]]:
+    """Some of Python's own documentation."""
+    return [words for words in (prose(topics[name]).split() for name in sorted(topics)) if len(words) >= 400]
 
 
 def prose(text: str) -> str:
@@ -234,17 +293,19 @@ def prose(text: str) -> str:
     return " ".join(re.sub(r"[*`|=+~^-]{2,}|::|[`*]", " ", text).split())
 
 
-def plot(report: dict[str, Any], file: Path) -> None:
+def plot(report: Mapping[str, Any], folder: Path) -> list[Path]:
     """Tokens per second against round-trip time, a panel for each workload. Raises InputError without matplotlib."""
     plots.require()
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure
 
-    workloads = sorted({point["workload"] for point in report["points"]})
+    workloads = sorted({point["workload"] for point in report.get("points", [])})
+    if not workloads:
+        return []
     figure = Figure(figsize=(4.5 * len(workloads), 4), layout="constrained")
     panels: Sequence[Any] = figure.subplots(1, len(workloads), squeeze=False)[0]
     for axes, workload in zip(panels, workloads, strict=True):
         points = [point for point in report["points"] if point["workload"] == workload]
-        for way in ("off", "lookup", "draft"):
+        for way in WAYS:
             rates = [(point["rtt_ms"], point[way]["tokens_per_s"]) for point in points if way in point]
             if rates:
                 axes.plot(*zip(*rates, strict=True), "o-", label=way)
@@ -254,4 +315,4 @@ def plot(report: dict[str, Any], file: Path) -> None:
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend(title="guesses")
-    figure.savefig(file, dpi=120)
+    return [plots.saved(figure, folder / "speculation.png")]

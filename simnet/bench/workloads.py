@@ -164,6 +164,14 @@ def editing(source: Source, count: int, tokens: int) -> Workload:
     return Workload("editing", origin, tuple(requests))
 
 
+def first_turns(path: Path) -> list[str]:
+    """The first question of every line of a file of prompts. Raises InputError."""
+    try:
+        return [str(json.loads(line)["turns"][0]) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise InputError(f"{path} holds no prompts ({error}): leave --data out, or give another folder") from None
+
+
 def _drawn_chats(rng: random.Random, count: int) -> list[tuple[float, int, int]]:
     times = accumulate(rng.expovariate(1.0) for _ in range(count))
     return [(at, between(PROMPT_QUANTILES, rng.random()), between(ANSWER_QUANTILES, rng.random())) for at in times]
@@ -207,11 +215,7 @@ def _seconds(stamp: str) -> float:
 
 def _long_texts(path: Path, encode: Callable[[str], list[int]], tokens: int) -> list[tuple[int, ...]]:
     """The first `tokens` of every prompt that has so many. Raises InputError."""
-    try:
-        turns = [json.loads(line)["turns"][0] for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise InputError(f"{path} holds no prompts ({error}): leave --data out, or give another folder") from None
-    encoded = (encode(text) for text in turns)
+    encoded = (encode(text) for text in first_turns(path))
     return [tuple(ids[:tokens]) for ids in encoded if len(ids) >= tokens]
 
 

@@ -12,11 +12,17 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json, terminate_as_interrupt
+from sotto.commands.common import Json, errors, print_json, remedy, terminate_as_interrupt
 
 Data = Annotated[
     Path | None,
-    typer.Option(help="Folder with traces and prompts (azure_llm_trace_conv_2023.csv, spec_bench_question.jsonl)."),
+    typer.Option(
+        envvar="SOTTO_BENCH_DATA",
+        exists=True,
+        file_okay=False,
+        help="Folder with azure_llm_trace_conv_2023.csv for the chat trace and spec_bench_question.jsonl for texts to "
+        "edit. What it does not hold is made up.",
+    ),
 ]
 Out = Annotated[
     Path | None,
@@ -45,6 +51,8 @@ def engine(
     minutes: Annotated[
         float, typer.Option(min=0, help="Time for measuring; each part ends earlier when its ratios are known to 3 %.")
     ] = 20.0,
+    batch: Annotated[int, typer.Option(min=2, max=64, help="Requests together.")] = 16,
+    requests: Annotated[int, typer.Option(min=2, max=10_000, help="Of the chat trace, for 'batching'.")] = 48,
     data: Data = None,
     plots: Plots = None,
     out: Out = None,
@@ -58,6 +66,7 @@ def engine(
     with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, lines(out) as found:
         from simnet.bench import engine as bench
         from simnet.bench import plots as pictures
+        from simnet.bench.engine.rig import Sizes
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
@@ -71,12 +80,10 @@ def engine(
             dtypes=tuple(words(dtype)) if dtype else bench.PRECISIONS,
             minutes=minutes,
             data=data,
+            sizes=Sizes(batch=batch, trace_requests=requests),
         )
-        with _bar(as_json) as (update, say), terminate_as_interrupt():
-            try:
-                bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))
-            except* KeyboardInterrupt:
-                report["interrupted"] = True
+        with _bar(as_json) as (update, say), keeping(report):
+            bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))
         if plots is not None:
             report["plots"] = [str(path) for path in pictures.breakdown(report, plots)]
     if as_json:
@@ -84,8 +91,31 @@ def engine(
     end(report)
 
 
+@contextmanager
+def keeping(report: dict[str, Any]) -> Iterator[None]:
+    """What ends a run early, an interrupt or an error that has a remedy, goes into its report: what was measured before
+    is printed all the same. SIGTERM is an interrupt here."""
+    from models.errors import ModelError
+    from node.groups import leaf
+    from protocol.errors import SottoError
+
+    with terminate_as_interrupt():
+        try:
+            yield
+        except* KeyboardInterrupt:
+            report["interrupted"] = True
+        except* (SottoError, ModelError, OSError) as group:
+            line = remedy(leaf(group))
+            if line is None:
+                raise
+            report["error"] = " ".join(line.split())
+
+
 def end(report: dict[str, Any]) -> None:
     """Exit status 1 after a run that was cut short: what is printed is not all."""
+    if "error" in report:
+        print(f"sotto: {report['error']}", file=sys.stderr)
+        raise typer.Exit(1)
     if "interrupted" in report:
         print("sotto: interrupted: not everything was measured", file=sys.stderr)
         raise typer.Exit(1)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, end, lines, say_line, words
-from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
+from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, end, keeping, lines, say_line, words
+from sotto.commands.common import Json, errors, print_json, progress_bar
 
-OneDtype = Annotated[str, typer.Option(help="Precision: float32 or bfloat16.")]
+OneDtype = Annotated[str, typer.Option(help="Precision: float32, bfloat16 or int8.")]
 
 
 def growth(
@@ -50,12 +48,9 @@ def growth(
             minutes=minutes,
         )
         run = {"model": model, "dtype": dtype}
-        with lines(out) as write, progress_bar("points", bytes_=False, quiet=as_json) as update, _working() as say:
-            progress = bench.Progress(known_points(out, run), lambda point: write({"run": run, **point}), update, say)
-            try:
-                bench.run(options, report, progress)
-            except* KeyboardInterrupt:
-                report["interrupted"] = True
+        with lines(out) as write, progress_bar("points", bytes_=False, quiet=as_json) as update, keeping(report):
+            heard = bench.Progress(known_points(out, run), lambda point: write({"run": run, **point}), update, say_line)
+            bench.run(options, report, heard)
         if plots is not None:
             report["plots"] = [str(path) for path in pictures.growth(report, plots)]
     if as_json:
@@ -111,11 +106,8 @@ def serve(
             data=data,
             library=library,
         )
-        with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, _working() as say:
-            try:
-                bench.run(options, report, bench.Hear(write, update, say))
-            except* KeyboardInterrupt:
-                report["interrupted"] = True
+        with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, keeping(report):
+            bench.run(options, report, bench.Hear(write, update, say_line))
         if plots is not None:
             report["plots"] = [str(path) for path in pictures.serving(report, plots)]
     if as_json:
@@ -126,13 +118,6 @@ def serve(
             if who in point:
                 print(f"{who}, {point['concurrency']} at once: {_line(point[who])}")
     end(report)
-
-
-@contextmanager
-def _working() -> Iterator[Callable[[str], None]]:
-    """SIGTERM ends a benchmark as an interrupt does, with what was measured."""
-    with terminate_as_interrupt():
-        yield say_line
 
 
 def known_points(out: Path | None, run: dict[str, str]) -> dict[tuple[str, int], dict[str, Any]]:

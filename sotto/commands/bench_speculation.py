@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sotto.commands.bench_engine import Data, Plots, end, keeping, say_line
 from sotto.commands.common import Json, Model, errors, print_json, progress_bar
+
+WIDTH = 46
 
 
 def speculation(
@@ -18,21 +22,29 @@ def speculation(
     ] = None,
     workload: Annotated[list[str] | None, typer.Option(help="editing, writing; default: both.")] = None,
     tokens: Annotated[int, typer.Option(min=16, help="Of each edited text; writing is half as long.")] = 128,
-    rounds: Annotated[int, typer.Option(min=2, help="Texts for each round trip and workload.")] = 4,
-    plot: Annotated[Path | None, typer.Option(help="Draw it into this file; needs matplotlib.")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Texts for each round trip and workload, at least.")] = 4,
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Time for measuring, about; each point ends earlier when its ratios are known to 3 %."
+        ),
+    ] = 10.0,
+    data: Data = None,
+    plots: Plots = None,
     as_json: Json = False,
 ) -> None:
     """Tokens per second against round-trip time, without guesses, with lookup, and with a draft model beside it.
 
     Real workers behind shaped links; answers of the editing workload are dictated, those of writing are the model's.
     """
-    import tempfile
-
+    report: dict[str, Any] = {}
     with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
-        from simnet.bench import plots
+        from simnet.bench import plots as pictures
         from simnet.bench import speculation as bench
         from sotto.commands.models import open_model
 
+        if plots is not None:
+            pictures.require()
         options = bench.SpeculationBench(
             folder=Path(folder),
             model=open_model(model).path,
@@ -40,29 +52,36 @@ def speculation(
             rtts_ms=tuple(rtt_ms or bench.RTTS_MS),
             tokens=tokens,
             rounds=rounds,
+            minutes=minutes,
             workloads=tuple(workload or bench.WORKLOADS),
+            data=data,
         )
-        if plot is not None:
-            plots.require()
-        with progress_bar("requests", bytes_=False, quiet=as_json) as update:
-            report = bench.run(options, update)
-        if plot is not None:
-            bench.plot(report, plot)
-        if as_json:
-            print_json(report)
-        else:
-            _print(report)
+        with progress_bar("requests", bytes_=False, quiet=as_json) as update, keeping(report):
+            bench.run(options, report, bench.Hear(update, say_line))
+        if plots is not None:
+            report["plots"] = [str(path) for path in bench.plot(report, plots)]
+    if as_json:
+        print_json(report)
+    elif report.get("points"):
+        _print(report)
+    end(report)
 
 
 def _print(report: dict[str, Any]) -> None:
     ways = [way for way in ("off", "lookup", "draft") if way in report["points"][0]]
-    print(f"{'tokens/s':<20}" + "".join(f"{way:>24}" for way in ways))
+    print(f"{'tokens/s':<20}" + "".join(f"{way:>{WIDTH}}" for way in ways))
     for point in report["points"]:
         cells = [f"{point[way]['tokens_per_s']:.1f}{_won(point[way])}" for way in ways]
-        print(f"{point['workload']:<9}{point['rtt_ms']:>6.0f} ms  " + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{point['workload']:<9}{point['rtt_ms']:>6.0f} ms  " + "".join(f"{cell:>{WIDTH}}" for cell in cells))
+    lowest = report["lowest_ratio"]
+    print(
+        f"least of all: {lowest['ratio']:.2f}x ({lowest['low']:.2f} to {lowest['high']:.2f}), {lowest['way']}, "
+        f"{lowest['workload']} at {lowest['rtt_ms']:g} ms"
+    )
 
 
 def _won(figures: dict[str, Any]) -> str:
     if "ratio" not in figures:
         return ""
-    return f" ({figures['ratio']:.2f}x, {figures['accepted']}/{figures['drafted']} held)"
+    interval = f"{figures['ratio']:.2f}x, {figures['low']:.2f} to {figures['high']:.2f}"
+    return f" ({interval}; {figures['accepted']}/{figures['drafted']} held)"

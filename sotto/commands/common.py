@@ -94,7 +94,7 @@ def errors(as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except (SottoError, ModelError, OSError, KeyboardInterrupt, BaseExceptionGroup) as error:
-        line = _remedy(leaf(error))
+        line = remedy(leaf(error))
         if line is None:
             raise
         fail(line, as_json=as_json)
@@ -110,13 +110,14 @@ def complaint(as_json: bool) -> Iterator[None]:
     try:
         yield
     except (SottoError, ModelError, OSError, BaseExceptionGroup) as error:
-        line = _remedy(leaf(error))
+        line = remedy(leaf(error))
         if line is None:
             raise
         _complain(line, as_json=as_json)
 
 
-def _remedy(error: BaseException) -> str | None:
+def remedy(error: BaseException) -> str | None:
+    """What to tell a user of an error, in words; None for our own bugs."""
     from models.errors import ModelError
     from protocol.errors import LocalProtocolError, RemoteProtocolError, SottoError, TransportError
 

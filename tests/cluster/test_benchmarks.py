@@ -4,14 +4,17 @@ is asserted but that it is one: machines differ."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from node.cores import cores
 from protocol.errors import InputError
 from simnet.bench import engine, growth, serve
-from simnet.bench.engine.rig import Budget, Sizes
+from simnet.bench.engine.rig import Sizes
+from simnet.bench.paired import Budget
 from simnet.bench.workloads import Source
 from simnet.cluster import Cluster
 from simnet.random_model import RandomModel
@@ -35,25 +38,34 @@ RATIOS = {
     "decode": {
         "decode_vs_transformers",
         "decode_vs_transformers_same_kernel",
-        "decode_three_hops_vs_one",
-        "decode_sealed_vs_plain",
+        "three_hops_vs_one",
+        "sealed_vs_plain",
         "decode_cpu_vs_transformers",
     },
     "throughput": {
         "throughput_vs_transformers",
         "throughput_vs_transformers_same_kernel",
+        "throughput_vs_undivided",
         "throughput_cpu_vs_transformers",
     },
     "prefill": {
         "prefill_vs_transformers",
         "prefill_vs_transformers_same_kernel",
-        "prefill_sealed_vs_plain",
+        "sealed_vs_plain",
         "prefill_cpu_vs_transformers",
     },
-    "long_prefill": {"pipelined_prefill_300"},
+    "long_prefill": {
+        "pipelined_prefill_300",
+        "pipelined_prefill_300_vs_transformers",
+        "pipelined_prefill_300_vs_transformers_same_kernel",
+    },
     "software": {"software_vs_tcp"},
     "wire": {"decode_bfloat16_vs_float32_wire", "prefill_bfloat16_vs_float32_wire"},
-    "prefix": {"prefix_cache_ttft", "prefix_cache_ttft_vs_transformers"},
+    "prefix": {
+        "prefix_cache_ttft",
+        "prefix_cache_ttft_vs_transformers",
+        "prefix_cache_ttft_vs_transformers_same_kernel",
+    },
     "batching": {"continuous_vs_static_batching", "continuous_vs_static_latency"},
 }
 
@@ -95,22 +107,53 @@ def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) 
     software = report["float32"]["software"]
     assert min(software["software_us_per_hop"], software["tcp_us_per_hop"], *software["token_us"].values()) > 0
     assert set(report["float32"]["decode"]["memory_limit_share"]) >= {"sealed", "transformers"}
-    assert report["float32"]["throughput"]["threads"]["workers"] == 3
+    for section in ("throughput", "prefill", "long_prefill", "prefix"):
+        threads = report["float32"][section]["threads"]
+        assert threads["workers"] == 3
+        assert {threads["transformers"], threads["transformers_same_kernel"]} <= {1, min(3, cores())}
+    assert report["shortened_to_context"] == {}
+    exact = report["float32"]["decode"]["agreement_with_float32"]
+    assert exact["tokens"] == 8
+    assert exact["largest_logit_difference"] < 1e-4 * exact["logits_deviation"], "sealed, and the same"
+    lossy = report["float32"]["wire"]["agreement_with_float32_wire"]
+    assert 1e-4 < lossy["bfloat16"]["largest_logit_difference"] < lossy["int8"]["largest_logit_difference"]
+
+
+def test_a_short_context_makes_the_work_smaller(swarm: Cluster, tmp_path: Path) -> None:
+    short = str(replace(TINY, max_position_embeddings=64).write(tmp_path / "short", demo_checkpoint()))
+    only = ("long_prefill", "wire", "prefix")
+    options = engine.Options(tmp_path, demo_checkpoint(), short, only, ("float32",), minutes=0, sizes=SIZES)
+    report: dict[str, Any] = {}
+    engine.measure(options, swarm, report, engine.Hear(silent, silent))
+    assert report["shortened_to_context"] == {"long_tokens": 300, "prefix_tokens": 70}
+    assert report["sizes"]["long_tokens"] == 63
+    assert report["float32"]["long_prefill"]["pipelined_prefill_63"]["ratio"] > 0
+    assert set(report["float32"]) == set(only)
+
+
+def test_int8_stands_beside_the_same_product(swarm: Cluster, tmp_path: Path, tiny: str) -> None:
+    options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("decode",), ("int8",), minutes=0, sizes=SIZES)
+    report: dict[str, Any] = {}
+    engine.measure(options, swarm, report, engine.Hear(silent, silent))
+    figures = report["int8"]["decode"]
+    assert figures["weights"] == {"transformers": "float32", "transformers_same_kernel": "int8"}
+    assert figures["agreement_with_float32"]["largest_logit_difference"] > 1e-4, "int8 is not float32"
 
 
 def test_guessing_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, monkeypatch: Any) -> None:
     asked: list[Any] = []
 
-    def run(options: Any) -> dict[str, Any]:
+    def run(options: Any, report: dict[str, Any], hear: Any) -> None:
         asked.append(options)
-        return {"speculation_at_100ms_rtt": {"ratio": 3.0}, "tokens": 8, "points": []}
+        report |= {"speculation_at_100ms_rtt": {"ratio": 3.0}, "tokens": 8, "points": []}
 
     monkeypatch.setattr(engine.speculation, "run", run)
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
-    options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",))
+    options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",), minutes=3.0, data=tmp_path)
     engine.run(options, report, engine.Hear(found.append, silent))
     assert (asked[0].rtts_ms, asked[0].workloads, asked[0].model) == ((100.0,), ("editing",), Path(tiny))
+    assert (asked[0].minutes, asked[0].data) == (3.0, tmp_path)
     assert report["speculation"]["speculation_at_100ms_rtt"] == {"ratio": 3.0}
     assert [each["section"] for each in found] == ["speculation"]
 
@@ -187,6 +230,14 @@ def test_edited_texts_are_dictated_and_guessed_at(swarm: Cluster, tmp_path: Path
     assert counts[-1] == (4, 4)
 
 
+def test_prompts_longer_than_the_context_are_left_out_of_growth(tmp_path: Path) -> None:
+    options = growth.Options(tmp_path, demo_checkpoint(), new_tokens=16).within(1024)
+    assert options.of("context") == (128, 256, 512), "1,024 tokens and 16 more are too many"
+    assert options.of("prompt") == (128, 256, 512)
+    assert options.of("memory") == ()
+    assert options.of("concurrency") == growth.CONCURRENCIES
+
+
 @pytest.mark.parametrize("name", serve.WORKLOADS)
 @pytest.mark.parametrize("per_s", [0.0, 4.0])
 def test_every_workload_fits_into_what_was_leased(tmp_path: Path, name: str, per_s: float) -> None:
@@ -207,13 +258,17 @@ def test_what_cannot_be_meant_is_refused(tmp_path: Path) -> None:
         growth.Options(*where, axes=("width",))
     with pytest.raises(InputError, match="--workload 'mail'"):
         serve.Options(*where, workload="mail")
+    with pytest.raises(InputError, match="--dtype 'bf16'"):
+        serve.Options(*where, dtype="bf16")
+    with pytest.raises(InputError, match="--dtype 'bf16'"):
+        growth.Options(*where, dtype="bf16")
     with pytest.raises(InputError, match="no model '7b'"):
         engine.checkpoint_of("7b", *where)
 
 
 def test_time_that_one_set_leaves_is_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("simnet.bench.engine.rig.time.monotonic", lambda: now)
+    monkeypatch.setattr("simnet.bench.paired.time.monotonic", lambda: now)
     budget = Budget(90.0, 3, started=0.0)
     assert budget.next() == 30.0
     now = 10.0

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from protocol.errors import InputError
-from simnet.bench import dataplane, plots, precision
+from node.groups import leaf
+from protocol.errors import InputError, LocalProtocolError
+from simnet.bench import dataplane, engine, growth, plots, precision, serve, speculation
 from sotto.__main__ import app
 from sotto.commands.bench_growth import known_points
 from sotto.demo.corpus import Corpus, Document
@@ -80,7 +82,55 @@ def test_growth_goes_on_where_its_file_ends(tmp_path: Path) -> None:
         known_points(file, run)
 
 
-@pytest.mark.parametrize("command", ["engine", "growth", "serve"])
+MEASURED = {"model": {"name": "small"}, "dtype": "float32", "points": [], "axes": {}}
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation"])
+@pytest.mark.parametrize("group", [True, False])
+def test_what_was_measured_before_an_error_is_printed(
+    monkeypatch: pytest.MonkeyPatch, command: str, as_json: bool, group: bool
+) -> None:
+    def run(options: Any, report: dict[str, Any], hear: Any) -> None:
+        report |= MEASURED
+        error = InputError("the prompt is too long")
+        raise ExceptionGroup("nursery", [error]) if group else error
+
+    benches = {"engine": engine, "growth": growth, "serve": serve, "speculation": speculation}
+    monkeypatch.setattr(benches[command], "run", run)
+    result = CliRunner().invoke(app, ["bench", command, *(["--json"] if as_json else [])])
+    assert result.exit_code == 1, result.output
+    assert "sotto: the prompt is too long" in result.stderr
+    if as_json:
+        assert json.loads(result.stdout) == {**MEASURED, "error": "the prompt is too long"}
+
+
+def test_what_is_asked_for_reaches_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(engine, "run", lambda options, report, hear: asked.append(options))
+    monkeypatch.setenv("SOTTO_BENCH_DATA", str(tmp_path))
+    words = ["bench", "engine", "--only", "batching", "--batch", "8", "--requests", "24", "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    (options,) = asked
+    assert (options.only, options.sizes.batch, options.sizes.trace_requests) == (("batching",), 8, 24)
+    assert options.data == tmp_path
+    gone = CliRunner().invoke(app, [*words, "--data", str(tmp_path / "gone")])
+    assert gone.exit_code == 2
+    assert len(asked) == 1, "a folder that is not there is no folder without files"
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any) -> None:
+        raise LocalProtocolError("never")
+
+    monkeypatch.setattr(engine, "run", run)
+    result = CliRunner().invoke(app, ["bench", "engine", "--json"])
+    assert result.stdout == ""
+    assert isinstance(leaf(result.exception or Exception()), LocalProtocolError)
+
+
+@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation"])
 def test_pictures_that_cannot_be_drawn_are_known_before_measuring(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
 ) -> None:

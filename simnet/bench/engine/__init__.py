@@ -25,9 +25,10 @@ from simnet import cluster
 from simnet.bench import speculation
 from simnet.bench.engine.batches import prefill_section, throughput_section
 from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
-from simnet.bench.engine.rig import Bench, Budget, Rig, Section, Sizes
+from simnet.bench.engine.rig import Bench, Rig, Section, Sizes
 from simnet.bench.engine.traffic import batching_section, prefix_section
 from simnet.bench.machine import facts
+from simnet.bench.paired import Budget
 from simnet.random_model import RandomModel
 
 MODELS = {
@@ -50,7 +51,7 @@ PRECISIONS = tuple(name for name in ("float32", "bfloat16", "int8") if name in D
 ONCE = ("software", "wire", "batching", "prefix")
 SPECULATION = "speculation"  # behind shaped links, so with workers of its own
 PARTS = (*SECTIONS, SPECULATION)
-SPECULATION_RTT_MS, SPECULATION_ROUNDS = 100.0, 4
+SPECULATION_RTT_MS, SPECULATION_TOKENS = 100.0, 128
 Found = Callable[[dict[str, Any]], None]
 """Gets each section's figures as soon as they are there."""
 
@@ -82,10 +83,8 @@ class Options:
     sizes: Sizes = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:
-        for given, known, what in ((self.only, PARTS, "--only"), (self.dtypes, PRECISIONS, "--dtype")):
-            for name in given:
-                if name not in known:
-                    raise InputError(f"{what} {name!r} is not known: choose of {', '.join(known)}")
+        require(self.only, PARTS, "--only")
+        require(self.dtypes, PRECISIONS, "--dtype")
 
     def plan(self) -> list[tuple[str, str]]:
         """Precision and section, in the order in which they are measured."""
@@ -97,6 +96,13 @@ class Options:
         return len(self.plan()) + (SPECULATION in self.only)
 
 
+def require(given: Sequence[str], known: Sequence[str], option: str) -> None:
+    """Raises InputError unless every name that `option` was given is one of `known`."""
+    for name in given:
+        if name not in known:
+            raise InputError(f"{option} {name!r} is not known: choose of {', '.join(known)}")
+
+
 def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     """`measure` with workers of its own, and guessing behind links with delay. Raises InputError."""
     if any(name in SECTIONS for name in options.only):
@@ -104,7 +110,8 @@ def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     if SPECULATION in options.only:
         hear.say("guesses behind links with delay")
         hear.update(options.parts - 1, options.parts)
-        report[SPECULATION] = _speculation(options)
+        report[SPECULATION] = {}
+        _speculation(options, report[SPECULATION], hear)
         hear.found({"dtype": "float32", "section": SPECULATION, **report[SPECULATION]})
     hear.update(options.parts, options.parts)
 
@@ -120,12 +127,18 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear
     what there is. Raises InputError."""
     torch.set_num_threads(1)
     model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
+    sizes = options.sizes.within(Checkpoint.open(str(model)).config.max_position)
     report |= {
         "model": describe(options.model, model),
         "machine": facts(),
-        "sizes": asdict(options.sizes),
+        "sizes": asdict(sizes),
+        "shortened_to_context": {
+            name: asked for name, asked in asdict(options.sizes).items() if asked != getattr(sizes, name)
+        },
         "threads_per_process": 1,
     }
+    for name, asked in report["shortened_to_context"].items():
+        hear.say(f"the model's context is short: {name.replace('_', ' ')} {getattr(sizes, name)}, not {asked}")
     budget, pids = Budget(60 * options.minutes, len(options.plan())), tuple(worker.pid for worker in net.workers)
     done, shown = 0, 0.0
 
@@ -142,7 +155,7 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear
         hear.update(done, options.parts)
         hear.found(figures)
 
-    bench = Bench(options.folder, model, net.bootstrap, options.sizes, budget, say, options.data, pids)
+    bench = Bench(options.folder, model, net.bootstrap, sizes, budget, say, options.data, pids)
     for dtype in options.dtypes:
         names = [name for each, name in options.plan() if each == dtype]
         report[dtype] = {}
@@ -150,20 +163,19 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear
             trio.run(_measure, bench, dtype, names, report[dtype], found)
 
 
-def _speculation(options: Options) -> dict[str, Any]:
+def _speculation(options: Options, report: dict[str, Any], hear: Hear) -> None:
     """The headline of `sotto bench speculation` for this model: answers dictated, how many guesses held is stated."""
     model = checkpoint_of(options.model, options.folder, options.tokenizer_from)
-    report = speculation.run(
-        speculation.SpeculationBench(
-            folder=options.folder / SPECULATION,
-            model=model,
-            rtts_ms=(SPECULATION_RTT_MS,),
-            rounds=SPECULATION_ROUNDS,
-            workloads=("editing",),
-        )
+    bench = speculation.SpeculationBench(
+        folder=options.folder / SPECULATION,
+        model=model,
+        rtts_ms=(SPECULATION_RTT_MS,),
+        tokens=min(SPECULATION_TOKENS, Checkpoint.open(str(model)).config.max_position // 4),
+        minutes=options.minutes / options.parts,
+        workloads=("editing",),
+        data=options.data,
     )
-    headline = f"speculation_at_{SPECULATION_RTT_MS:g}ms_rtt"
-    return {headline: report[headline], "tokens": report["tokens"], "points": report["points"]}
+    speculation.run(bench, report, speculation.Hear(say=hear.say))
 
 
 def checkpoint_of(model: str, folder: Path, tokenizer_from: Path) -> Path:
@@ -185,6 +197,7 @@ def describe(name: str, model: Path) -> dict[str, Any]:
         "blocks": config.num_blocks,
         "width": config.hidden_size,
         "vocabulary": config.vocab_size,
+        "context": config.max_position,
     }
 
 

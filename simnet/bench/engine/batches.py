@@ -5,60 +5,57 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from simnet.bench.engine.rig import Rig, cpu_figures, in_thread, prefilling, together
+from protocol.strategy import Strategy
+from simnet.bench.engine.rig import Rig, Work, cpu_figures, in_thread, prefilling, together
 from simnet.bench.paired import Contestant, Pair
 
 
 async def throughput_section(rig: Rig) -> dict[str, object]:
-    """New tokens per second of requests sent at once, prompts included, against one batch of as many; also with a
-    micro-batch for each hop, without which one hop computes at a time."""
+    """New tokens per second of requests sent at once, prompts included, against one batch of as many; also
+    undivided, where one hop computes at a time."""
     sizes = rig.sizes
-    threads = await rig.library_threads(sizes.batch)
     prompts, new = rig.prompts(sizes.batch, sizes.prompt_tokens), sizes.new_tokens
+    threads = await rig.threads(Work(sizes.batch, sizes.prompt_tokens, new))
     library, kernel, model = await rig.library(), await rig.library(same_kernel=True), await rig.deployed()
 
-    async def sealed(parts: int) -> float:
-        strategy = replace(model.default_strategy, micro_batches=parts)
+    async def sealed(strategy: Strategy) -> float:
         return await together(model, rig.prompts(sizes.batch, sizes.prompt_tokens), new, strategy)
 
     contestants: dict[str, Contestant] = {
-        "transformers": in_thread(partial(library.generate, prompts, new, threads)),
-        "transformers_same_kernel": in_thread(partial(kernel.generate, prompts, new, threads)),
-        "sealed": partial(sealed, 1),
-        "sealed_in_parts": partial(sealed, sizes.hops),
+        "transformers": in_thread(partial(library.generate, prompts, new, threads["transformers"])),
+        "transformers_same_kernel": in_thread(
+            partial(kernel.generate, prompts, new, threads["transformers_same_kernel"])
+        ),
+        "sealed": partial(sealed, model.default_strategy),
+        "sealed_undivided": partial(sealed, replace(model.default_strategy, micro_batches=1)),
     }
-    return await _against_library(rig, "throughput", contestants, sizes.batch * new)
+    figures = await _against_library(rig, "throughput", contestants, sizes.batch * new)
+    return {**figures, "threads": threads}
 
 
 async def prefill_section(rig: Rig) -> dict[str, object]:
     """Prompt tokens per second of requests sent at once, until each has its first token."""
     sizes = rig.sizes
-    threads = await rig.library_threads(sizes.batch)
     prompts = rig.prompts(sizes.batch, sizes.prefill_tokens)
+    threads = await rig.threads(Work(sizes.batch, sizes.prefill_tokens))
     library, kernel = await rig.library(), await rig.library(same_kernel=True)
     contestants: dict[str, Contestant] = {
-        "transformers": in_thread(partial(library.prefill, prompts, threads)),
-        "transformers_same_kernel": in_thread(partial(kernel.prefill, prompts, threads)),
+        "transformers": in_thread(partial(library.prefill, prompts, threads["transformers"])),
+        "transformers_same_kernel": in_thread(partial(kernel.prefill, prompts, threads["transformers_same_kernel"])),
         "sealed": prefilling(rig, await rig.deployed(), sizes.batch, sizes.prefill_tokens),
         "plain": prefilling(rig, await rig.deployed("plain"), sizes.batch, sizes.prefill_tokens),
     }
-    return await _against_library(rig, "prefill", contestants, sizes.batch * sizes.prefill_tokens)
+    figures = await _against_library(rig, "prefill", contestants, sizes.batch * sizes.prefill_tokens)
+    return {**figures, "threads": threads}
 
 
 async def _against_library(rig: Rig, name: str, contestants: dict[str, Contestant], tokens: int) -> dict[str, object]:
     pairs: list[Pair] = [("sealed", rival) for rival in contestants if rival != "sealed"]
     rounds, cpu = await rig.metered_rounds(contestants, pairs, tokens)
-    rivals = {"transformers": "vs_transformers", "transformers_same_kernel": "vs_transformers_same_kernel"}
-    result: dict[str, object] = {
-        f"{name}_{words}": rounds.ratio("sealed", rival).figures() for rival, words in rivals.items()
-    }
-    if "sealed_in_parts" in contestants:
-        result |= {
-            f"{name}_in_parts_{words}": rounds.ratio("sealed_in_parts", rival).figures()
-            for rival, words in rivals.items()
-        }
+    result: dict[str, object] = {f"{name}_vs_{rival}": rounds.ratio("sealed", rival).figures() for rival in rig.weights}
+    if "sealed_undivided" in contestants:
+        result[f"{name}_vs_undivided"] = rounds.ratio("sealed", "sealed_undivided").figures()
     if "plain" in contestants:
-        result[f"{name}_sealed_vs_plain"] = rounds.ratio("sealed", "plain").figures()
-    threads = {"workers": rig.sizes.hops, "client": 1, "transformers": await rig.library_threads(rig.sizes.batch)}
+        result["sealed_vs_plain"] = rounds.ratio("sealed", "plain").figures()
     result |= cpu_figures(cpu, name)
-    return {**result, "requests": rig.sizes.batch, "threads": threads, "medians": rounds.medians()}
+    return {**result, "requests": rig.sizes.batch, "weights": rig.weights, "medians": rounds.medians()}

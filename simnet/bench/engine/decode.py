@@ -12,7 +12,8 @@ from client.tensors import WIRE_DTYPES, to_payload
 from node.measuring import measure, time_ends
 from node.model import MISSING, Ask, DeployedModel
 from protocol.strategy import CHOICES, parse
-from simnet.bench.engine.rig import Rig, cpu_figures, decoding, in_thread, prefilling
+from simnet.bench.engine.agreement import with_float32, with_float32_wire
+from simnet.bench.engine.rig import Rig, Work, cpu_figures, decoding, in_thread, prefilling
 from simnet.bench.machine import echo_us, raw_tcp
 from simnet.bench.paired import Contestant, Pair, Rounds
 
@@ -21,7 +22,8 @@ STEP_FRAME_BYTES = 160  # a step's header and framing, beside its activations
 
 
 async def decode_section(rig: Rig) -> dict[str, object]:
-    """Tokens after the first, batch 1, one thread in every process."""
+    """Tokens after the first, batch 1, one thread in every process; and how near the answers are to those of
+    transformers in float32."""
     (prompt,), new = rig.prompts(1, rig.sizes.prompt_tokens), rig.sizes.new_tokens
     library, kernel = await rig.library(), await rig.library(same_kernel=True)
     contestants: dict[str, Contestant] = {
@@ -37,27 +39,29 @@ async def decode_section(rig: Rig) -> dict[str, object]:
     return {
         "decode_vs_transformers": rounds.ratio("sealed", "transformers").figures(),
         "decode_vs_transformers_same_kernel": rounds.ratio("sealed", "transformers_same_kernel").figures(),
-        "decode_three_hops_vs_one": rounds.ratio("sealed", "one_hop").figures(),
-        "decode_sealed_vs_plain": rounds.ratio("sealed", "plain").figures(),
+        "three_hops_vs_one": rounds.ratio("sealed", "one_hop").figures(),
+        "sealed_vs_plain": rounds.ratio("sealed", "plain").figures(),
         "memory_limit_share": {
             name: rounds.ratio(name, "memory_gb_per_s", rig.bytes_per_token(dtype) / 1e9).figures()
             for name, dtype in _read_in(rig)
         },
         "gb_per_token": rig.bytes_per_token(rig.dtype) / 1e9,
         **cpu_figures(cpu, "decode"),
+        "agreement_with_float32": await with_float32(rig),
+        "weights": rig.weights,
         "medians": rounds.medians(),
     }
 
 
 def _read_in(rig: Rig) -> list[tuple[str, str]]:
     """Who reads weights of which precision."""
-    ours, theirs = ("sealed", "one_hop"), ("transformers", "transformers_same_kernel")
-    return [(name, rig.dtype) for name in ours] + [(name, rig.library_dtype) for name in theirs]
+    return [("sealed", rig.dtype), ("one_hop", rig.dtype), *rig.weights.items()]
 
 
 async def wire_section(rig: Rig) -> dict[str, object]:
-    """Activations on the wire in each precision: one request's decoding, one long prompt, and bytes of a token for each
-    message. On loopback bytes cost little: what is seen here is what making them smaller costs."""
+    """Activations on the wire in each precision: one request's decoding, one long prompt, bytes of a token for each
+    message, and how near the answers are to those over float32. On loopback bytes cost little: what is seen here is
+    what making them smaller costs."""
     model, sizes = await rig.deployed(), rig.sizes
     wires = [name for name in CHOICES["wire"] if f"wire={name}" not in MISSING]
 
@@ -80,6 +84,7 @@ async def wire_section(rig: Rig) -> dict[str, object]:
     return {
         **{f"{kind}_vs_float32_wire": rounds.ratio(kind, base).figures() for kind, base in pairs},
         "bytes_per_token_and_message": {wire: message_bytes(wire, width) for wire in wires},
+        "agreement_with_float32_wire": await with_float32_wire(rig, wires[1:]),
         "medians": rounds.medians(),
     }
 
@@ -90,15 +95,25 @@ def message_bytes(wire: str, width: int) -> int:
 
 
 async def long_prefill_section(rig: Rig) -> dict[str, object]:
-    """One long prompt: chunks in a pipeline over the hops, beside the same engine in one process with one thread."""
+    """One long prompt: chunks in a pipeline over the hops, beside the same engine in one process with one thread, and
+    transformers with as many threads as all hops together."""
     tokens = rig.sizes.long_tokens
+    threads, prompts = await rig.threads(Work(1, tokens)), rig.prompts(1, tokens)
+    library, kernel = await rig.library(), await rig.library(same_kernel=True)
     contestants: dict[str, Contestant] = {
         "one_hop": prefilling(rig, await rig.deployed(hops=1), 1, tokens),
         "pipelined": prefilling(rig, await rig.deployed(), 1, tokens),
+        "transformers": in_thread(partial(library.prefill, prompts, threads["transformers"])),
+        "transformers_same_kernel": in_thread(partial(kernel.prefill, prompts, threads["transformers_same_kernel"])),
     }
-    rounds = await rig.rounds(contestants, [("pipelined", "one_hop")])
+    pairs: list[Pair] = [("pipelined", rival) for rival in contestants if rival != "pipelined"]
+    rounds = await rig.rounds(contestants, pairs)
+    name = f"pipelined_prefill_{tokens}"
     return {
-        f"pipelined_prefill_{rig.sizes.long_tokens}": rounds.ratio("pipelined", "one_hop").figures(),
+        name: rounds.ratio("pipelined", "one_hop").figures(),
+        **{f"{name}_vs_{rival}": rounds.ratio("pipelined", rival).figures() for rival in rig.weights},
+        "threads": threads,
+        "weights": rig.weights,
         "medians": rounds.medians(),
     }
 

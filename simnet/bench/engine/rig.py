@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,16 +25,19 @@ from node.client import ClientOptions, DeployOptions
 from node.cores import cores
 from node.keys import default_key
 from node.model import Ask, DeployedModel
+from protocol.errors import InputError
 from protocol.strategy import Strategy
 from protocol.tensors import DTYPE_BYTES
 from simnet.bench.dictated import Dictated
 from simnet.bench.library import Library
 from simnet.bench.machine import Memory, cpu_seconds
-from simnet.bench.paired import Contestant, Pair, Patience, Rounds, take_turns
+from simnet.bench.paired import Budget, Contestant, Pair, Patience, Rounds, take_turns
 from simnet.bench.workloads import Request, Source
 
 CPU_TICK_S = 0.01
 LIBRARY_DTYPES = ("float32", "bfloat16")
+PREFIX_NEW_TOKENS = 2  # after a prompt with a prefix in common: its first token is what is timed
+CONTEXT_MIN = 64  # below, hardly anything could be measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +68,34 @@ class Sizes:
             + self.new_tokens
         )
 
+    def within(self, context: int) -> Sizes:
+        """As much of it as fits into a model's context of so many tokens. Raises InputError where that says nothing."""
+        if context < CONTEXT_MIN:
+            raise InputError(f"the model's context holds {context} tokens: measure one with {CONTEXT_MIN} or more")
+        new, own = min(self.new_tokens, context // 4), min(self.own_tokens, context // 4)
+        return replace(
+            self,
+            new_tokens=new,
+            prompt_tokens=min(self.prompt_tokens, context - new),
+            prefill_tokens=min(self.prefill_tokens, context - 1),
+            long_tokens=min(self.long_tokens, context - 1),
+            trace_tokens_max=min(self.trace_tokens_max, context),
+            prefix_tokens=min(self.prefix_tokens, context - own - PREFIX_NEW_TOKENS),
+            own_tokens=own,
+        )
 
-@dataclass(slots=True)
-class Budget:
-    """Time for so many sets of rounds; what one leaves over is the others'."""
 
-    seconds: float
-    sets: int
-    started: float = field(default_factory=time.monotonic)
-    _set: tuple[float, float] = (0.0, 0.0)  # when the newest began, and its seconds
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Requests of one length that are there together."""
 
-    def next(self) -> float:
-        """Seconds for the next set."""
-        now = time.monotonic()
-        left = max(0.0, self.seconds - (now - self.started))
-        self.sets = max(1, self.sets)
-        self.sets -= 1
-        self._set = now, left / (self.sets + 1)
-        return self._set[1]
+    requests: int
+    prompt_tokens: int
+    new_tokens: int = 1
 
-    def end(self) -> None:
-        """The newest set is over."""
-        self._set = (0.0, 0.0)
-
-    def share(self) -> float:
-        """Of the time of the set under way, how much is over: 0 to 1; 0 where none is."""
-        began, seconds = self._set
-        return min(1.0, (time.monotonic() - began) / seconds) if seconds > 0 else 0.0
+    @property
+    def quarter(self) -> Work:
+        return replace(self, prompt_tokens=max(1, self.prompt_tokens // 4), new_tokens=max(1, self.new_tokens // 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,9 +119,9 @@ class Rig:
         self.bench, self.dtype, self.sizes = bench, dtype, bench.sizes
         self.checkpoint = Checkpoint.open(str(bench.model))
         self._deployed: dict[tuple[str, int], DeployedModel] = {}
-        self._libraries: dict[tuple[str, bool], Library] = {}
+        self._libraries: dict[bool, Library] = {}
         self._seeds = itertools.count()
-        self._threads: dict[int, int] = {}
+        self._threads: dict[tuple[Work, bool], int] = {}
         self._memory: Memory | None = None
         self._stack = AsyncExitStack()
 
@@ -144,12 +148,12 @@ class Rig:
         return self._deployed[privacy, hops]
 
     async def library(self, same_kernel: bool = False) -> Library:
-        """transformers on the same checkpoint."""
-        dtype = self.library_dtype
-        if (dtype, same_kernel) not in self._libraries:
-            made = partial(Library, self.bench.model, dtype, same_kernel)
-            self._libraries[dtype, same_kernel] = await trio.to_thread.run_sync(made)
-        return self._libraries[dtype, same_kernel]
+        """transformers on the same checkpoint; with our product of weights in this precision."""
+        if same_kernel not in self._libraries:
+            product = self.dtype if same_kernel else None
+            made = partial(Library, self.bench.model, self.library_dtype, product)
+            self._libraries[same_kernel] = await trio.to_thread.run_sync(made)
+        return self._libraries[same_kernel]
 
     async def memory_gb_per_s(self) -> float:
         """A contestant's turn: the memory limit of one thread."""
@@ -211,20 +215,40 @@ class Rig:
             block.kv_values_per_token for block in self.checkpoint.config.blocks
         )
 
-    async def library_threads(self, batch: int) -> int:
+    async def library_threads(self, work: Work, same_kernel: bool = False) -> int:
         """What transformers gets against all workers together: as many threads as they have, no more than there are
-        cores; or one, where that is faster (few rows, or a busy machine, where threads that wait for each other lose
-        much more than they win)."""
-        most = min(self.sizes.hops, cores())
-        if batch not in self._threads:
-            library, prompts = await self.library(), self.prompts(batch, 32)
-            tried = partial(_fastest_threads, library, prompts, sorted({1, most}))
-            self._threads[batch] = await trio.to_thread.run_sync(tried)
-        return self._threads[batch]
+        cores; or one, where that does this work faster (few rows, or a busy machine, where threads that wait for each
+        other lose much more than they win). Tried once, on a quarter of each request."""
+        counts = sorted({1, min(self.sizes.hops, cores())})
+        if (work, same_kernel) not in self._threads:
+            library, short = await self.library(same_kernel), work.quarter
+            prompts = self.prompts(short.requests, short.prompt_tokens)
+            tried = partial(_fastest_threads, library, prompts, short.new_tokens, counts)
+            self._threads[work, same_kernel] = await trio.to_thread.run_sync(tried)
+        return self._threads[work, same_kernel]
+
+    async def threads(self, work: Work) -> dict[str, int]:
+        """Of everybody who computes, in one process or several."""
+        return {
+            "workers": self.sizes.hops,
+            "client": 1,
+            "transformers": await self.library_threads(work),
+            "transformers_same_kernel": await self.library_threads(work, same_kernel=True),
+        }
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """In which precision the opponents' products have their weights."""
+        return {"transformers": self.library_dtype, "transformers_same_kernel": self.dtype}
 
 
-def _fastest_threads(library: Library, prompts: list[list[int]], counts: list[int]) -> int:
-    rates = {threads: max(library.generate(prompts, 4, threads) for _ in range(3)) for threads in counts}
+def _fastest_threads(library: Library, prompts: list[list[int]], new_tokens: int, counts: list[int]) -> int:
+    if len(counts) == 1:
+        return counts[0]
+    rates = dict.fromkeys(counts, 0.0)
+    for order in (counts, counts[::-1], counts):  # the first of them warms up, too
+        for threads in order:
+            rates[threads] = max(rates[threads], library.generate(prompts, new_tokens, threads))
     return max(counts, key=lambda threads: rates[threads])
 
 

@@ -8,7 +8,8 @@ from functools import partial
 
 from node.model import Ask, DeployedModel
 from protocol.strategy import parse
-from simnet.bench.engine.rig import Rig, answer, in_thread
+from simnet.bench.engine.rig import PREFIX_NEW_TOKENS, Rig, Work, answer, in_thread
+from simnet.bench.library import Library
 from simnet.bench.paired import Contestant, Rounds
 from simnet.bench.serving import serve
 from simnet.bench.workloads import ChatShape, Request, Workload, agents, chat
@@ -51,8 +52,11 @@ async def batching_section(rig: Rig) -> dict[str, object]:
 
 async def prefix_section(rig: Rig) -> dict[str, object]:
     """The time to the first token of prompts that share a long prefix with one before, against prompts that share
-    nothing, at the same workers. Beside it transformers, which computes every prompt whole."""
-    sizes, model, library = rig.sizes, await rig.deployed(), await rig.library()
+    nothing, at the same workers. Beside it transformers, which computes every prompt whole, with as many threads as all
+    workers together."""
+    sizes, model = rig.sizes, await rig.deployed()
+    threads = await rig.threads(Work(1, sizes.prefix_tokens + sizes.own_tokens))
+    library, kernel = await rig.library(), await rig.library(same_kernel=True)
     shared = iter(agents(rig.source(), REQUESTS_MAX, sizes.prefix_tokens, sizes.own_tokens, 1).requests)
 
     def fresh() -> Request:
@@ -60,20 +64,27 @@ async def prefix_section(rig: Rig) -> dict[str, object]:
 
     async def ours(next_request: Callable[[], Request]) -> float:
         result = await model.generate(
-            list(next_request().prompt), Ask(2, ignore_eos=True, strategy=model.default_strategy)
+            list(next_request().prompt), Ask(PREFIX_NEW_TOKENS, ignore_eos=True, strategy=model.default_strategy)
         )
         return 1 / result.time_to_first_token_s
+
+    def theirs(library: Library, threads: int) -> float:
+        prompt = fresh().prompt
+        return library.prefill([prompt], threads) / len(prompt)
 
     contestants: dict[str, Contestant] = {
         "fresh": partial(ours, fresh),
         "shared": partial(ours, partial(next, shared)),
-        "transformers": in_thread(lambda: 1 / library.one(fresh().prompt, 2)[0]),
+        "transformers": in_thread(partial(theirs, library, threads["transformers"])),
+        "transformers_same_kernel": in_thread(partial(theirs, kernel, threads["transformers_same_kernel"])),
     }
     rounds = await rig.rounds(contestants, [("shared", "fresh")])
     return {
         "prefix_cache_ttft": rounds.ratio("shared", "fresh").figures(),
-        "prefix_cache_ttft_vs_transformers": rounds.ratio("shared", "transformers").figures(),
+        **{f"prefix_cache_ttft_vs_{rival}": rounds.ratio("shared", rival).figures() for rival in rig.weights},
         "workload": {"name": "agents", "prefix_tokens": sizes.prefix_tokens, "own_tokens": sizes.own_tokens},
+        "threads": threads,
+        "weights": rig.weights,
         "first_token_ms": {name: round(1000 / rounds.median(name), 2) for name in rounds.rates},
     }
 
