@@ -4,11 +4,13 @@ is asserted but that it is one: machines differ."""
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from node.cores import cores
 from protocol.errors import InputError
@@ -236,6 +238,23 @@ def test_prompts_longer_than_the_context_are_left_out_of_growth(tmp_path: Path) 
     assert options.of("prompt") == (128, 256, 512)
     assert options.of("memory") == ()
     assert options.of("concurrency") == growth.CONCURRENCIES
+
+
+def test_turns_of_growth_go_forth_and_back(tmp_path: Path) -> None:
+    turns: list[str] = []
+
+    def contestant(name: str) -> Callable[[], Awaitable[growth.Point]]:
+        async def turn() -> growth.Point:
+            turns.append(name)
+            return {"ms_per_token": float(len(turns))}
+
+        return turn
+
+    options = growth.Options(tmp_path, demo_checkpoint(), axes=("hops",), minutes=0)
+    running = growth._Run(options, Cluster(tmp_path, (), None), growth.Progress({}, silent, silent, silent))
+    ours, theirs = trio.run(running.turns, contestant("ours"), contestant("theirs"))
+    assert turns == ["ours", "theirs", "theirs", "ours"]
+    assert ours == theirs == {"ms_per_token": 2.5}
 
 
 @pytest.mark.parametrize("name", serve.WORKLOADS)
