@@ -306,7 +306,7 @@ class Generation:
     async def _prefill(self) -> Payload:
         """The answer for the prompt's last position."""
         ids, position, steps = self._prompt, self._prompt_held, list[int]()
-        rows = self._params.prefill_chunk
+        rows, started = self._params.prefill_chunk, self._host.clock.monotonic()
         while position < len(ids):
             chunk = ids[position : position + rows]
             payload = await self._host.run_sync(_embedder(self._ends, self._params, chunk))
@@ -318,7 +318,10 @@ class Generation:
         await self._read_ahead(steps[-1], math.inf)
         for step in steps[:-1]:
             await self._session.result(step)
-        return await self._session.result(steps[-1])
+        answer = await self._session.result(steps[-1])
+        if self._host.speculation is not None:
+            self._host.speculation.prefilled(len(ids) - self._held_at_first, self._host.clock.monotonic() - started)
+        return answer
 
     def _note(self, token: int, known_s: float) -> None:
         if self.token_times_s:

@@ -2,9 +2,10 @@
 
 Exact by construction: a guess is kept only when it equals the token that sampling gives at its position, so the answer
 is the same with and without (generate.py does that). What costs is the work on guesses that fail, and a draft model's
-own; what is won are the round trips of those that hold. `Pace` weighs them from what it has seen in this request and
-stops when they do not pay. It goes on comparing free guesses with what came, and tries one of the draft model's now and
-then, so that it can begin again.
+own; what is won are the round trips of those that hold. `Pace` weighs them from what it has seen and sends none when
+they do not pay. It goes on comparing free guesses with what came, and tries one now and then, so that it can begin
+again. How good a guess is and what it costs is only believed, so what may be lost by it is bounded too: the predicted
+cost of a step's guesses, and what earlier ones of the request lost, stay within SLOWER_MAX of the request's time.
 
 Pure: no network; what time it is, `Speculation` is told by `now`. After Leviathan et al. 2023 (verification), Saxena
 2023 (prompt lookup) and Chen et al. 2023 (draft models).
@@ -12,6 +13,7 @@ Pure: no network; what time it is, `Speculation` is told by `now`. After Leviath
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,8 +25,10 @@ DRAFT = 1  # the kind of a draft model's guesses; those of lookup are the length
 GAIN_MIN = 1.02  # below this predicted gain the noise of the measurements decides
 MEMORY = 0.85  # weight of the past in a running mean
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # what a kind of guess is believed to hold before it was seen, as so many guesses
-ROW_SHARE_UNKNOWN = 0.1  # of a step's time, for each further row, until one was measured
-PROBE_SHARE = 0.01  # of the time, for trying a draft model that does not pay
+STEPS_REMEMBERED = 7  # whose median counts: one that waited for a stranger's work says nothing of the next
+SLOWER_MAX = 0.05  # of the time that a request takes without guesses, for those that fail
+PROBE_SHARE = 0.01  # of the time, for trying guesses that do not pay; a request's first may take SLOWER_MAX
+ROW_SHARE_CHEAP = 0.1  # of a step's time: what a row might cost when it is tried again
 READ_TOKENS = 32  # a draft model reads so many at once, and looks up whether the answer has come
 
 
@@ -109,31 +113,78 @@ class _Kind:
         self.seen = MEMORY * self.seen + held + failed
 
 
+def _recent() -> deque[float]:
+    return deque(maxlen=STEPS_REMEMBERED)
+
+
 @dataclass(slots=True)
 class Pace:
     """How many guesses to send: the number with the highest predicted rate of tokens, 0 when none pays.
 
-    A step of 1 + k rows is taken to cost `step_s` + k (`row_s` + what a guess costs); all are running means of what was
-    measured. It may serve several requests over the same route, one after the other.
+    A step of 1 + k rows is taken to cost `step_s` + k (`row_s` + what a guess costs), by the median of the last steps.
+    It may serve several requests over the same route, one after the other.
     """
 
     drafts_max: int = limits.DRAFTS_MAX
     _kinds: dict[int, _Kind] = field(default_factory=dict)
-    _step_s: float | None = None
-    _row_s: float | None = None
+    _steps_s: deque[float] = field(default_factory=_recent)
+    _rows_s: deque[float] = field(default_factory=_recent)
+    _prompt: tuple[int, float] | None = None  # rows and seconds, until a step of one row says what they mean
 
     @property
     def step_s(self) -> float | None:
         """Seconds of a step of one row; None before there was one."""
-        return self._step_s
+        return _median(self._steps_s) if self._steps_s else None
+
+    @property
+    def row_s(self) -> float:
+        """Seconds for each further row; as much as a whole step before anything is known."""
+        return _median(self._rows_s) if self._rows_s else self.step_s or 0.0
 
     def best(self, kind: int, count_max: int, guess_s: float = 0.0) -> tuple[int, float]:
         """How many guesses of `kind` to send, at most `count_max`, and the predicted gain: 1 is a step without any.
 
         `guess_s` is what each one costs before it can be sent.
         """
+        step_s = self.step_s
+        return self._best(kind, count_max, (self.row_s + guess_s) / step_s if step_s else 1.0)
+
+    def hopeful(self, kind: int) -> bool:
+        """Whether a guess of `kind` would pay if a row cost little."""
+        return self._best(kind, 1, ROW_SHARE_CHEAP)[0] > 0
+
+    def came(self, guess: Guess, ids: Sequence[int]) -> None:
+        """`ids` came where `guess` was made, whether or not it was sent."""
+        if not guess.ids or not ids:
+            return
+        pairs = list(zip(guess.ids, ids, strict=False))
+        held = next((index for index, (guessed, came) in enumerate(pairs) if guessed != came), len(pairs))
+        self._kind(guess.kind).note(held, failed=held < len(pairs))
+
+    def prefilled(self, rows: int, seconds: float) -> None:
+        """A prompt of `rows` rows took so long: what a row costs is believed from that until guesses say it."""
+        if rows > 1 and not self._rows_s:
+            self._prompt = (rows, seconds)
+
+    def took(self, rows: int, seconds: float, probe: bool = False) -> None:
+        """A step of `rows` rows took so long. A `probe` was sent to see whether what was believed of rows is wrong."""
+        if probe:
+            self._rows_s.clear()
+        if rows == 1:
+            self._steps_s.append(seconds)
+            if self._prompt is not None:
+                self._note_rows(*self._prompt)
+                self._prompt = None
+        elif self.step_s is not None:
+            self._steps_s.append(min(self.step_s, seconds))  # more rows in less time: the route became faster
+            self._note_rows(rows, seconds)
+
+    def _note_rows(self, rows: int, seconds: float) -> None:
+        self._rows_s.append(max(0.0, seconds - (self.step_s or 0.0)) / (rows - 1))
+
+    def _best(self, kind: int, count_max: int, share: float) -> tuple[int, float]:
+        """`best` where each guess costs `share` of a step of one row."""
         rate = self._kind(kind).rate
-        share = self.row_share + (guess_s / self._step_s if self._step_s else 0.0)
         best, best_gain = 0, GAIN_MIN
         expected, chance = 1.0, 1.0
         for count in range(1, min(count_max, self.drafts_max) + 1):
@@ -144,32 +195,13 @@ class Pace:
                 best, best_gain = count, gain
         return best, best_gain if best else 1.0
 
-    @property
-    def row_share(self) -> float:
-        """Cost of one further row, as a share of a step of one."""
-        if self._step_s is None or self._row_s is None:
-            return ROW_SHARE_UNKNOWN
-        return self._row_s / self._step_s
-
-    def came(self, guess: Guess, ids: Sequence[int]) -> None:
-        """`ids` came where `guess` was made, whether or not it was sent."""
-        if not guess.ids or not ids:
-            return
-        pairs = list(zip(guess.ids, ids, strict=False))
-        held = next((index for index, (guessed, came) in enumerate(pairs) if guessed != came), len(pairs))
-        self._kind(guess.kind).note(held, failed=held < len(pairs))
-
-    def took(self, rows: int, seconds: float) -> None:
-        """A step of `rows` rows took so long."""
-        if rows == 1:
-            self._step_s = _mean(self._step_s, seconds)
-        elif self._step_s is not None:
-            if seconds < self._step_s:  # more rows in less time: the route became faster
-                self._step_s = _mean(self._step_s, seconds)
-            self._row_s = _mean(self._row_s, max(0.0, seconds - self._step_s) / (rows - 1))
-
     def _kind(self, kind: int) -> _Kind:
         return self._kinds.setdefault(kind, _Kind())
+
+
+def _median(seen: deque[float]) -> float:
+    """Of an even number the lower of the two in the middle: what disturbs a step only makes it slower."""
+    return sorted(seen)[(len(seen) - 1) // 2]
 
 
 def _mean(past: float | None, now: float) -> float:
@@ -195,9 +227,13 @@ class Speculation:
     drafted: int = 0
     accepted: int = 0
     _made: tuple[Guess, ...] = ()
+    _probing: bool = False
     _guess_s: float | None = None  # of the draft model, in this request
     _read_s: float | None = None  # of the draft model, for one token of many
-    _since_probe_s: float = 0.0
+    _time_s: float = 0.0  # of this request: its prompt, its steps, its draft model
+    _lost_s: float = 0.0  # of that, by guesses; less than 0: won
+    _sent_at_s: float = 0.0  # in `_time_s`: guesses were sent last
+    _drafted_at_s: float = 0.0  # in `_time_s`: the draft model was asked last
 
     def begin(self, prompt: Sequence[int]) -> None:
         self._made = ()
@@ -209,23 +245,32 @@ class Speculation:
         for guess in self._made:
             self.pace.came(guess, ids)
         self.accepted += len(ids) - 1
+        self._lost_s -= (len(ids) - 1) * (self.pace.step_s or 0.0)
         for proposer in self._proposers:
             proposer.extend(ids)
 
+    def prefilled(self, rows: int, seconds: float) -> None:
+        """The prompt, or what of it was not held, took so long."""
+        self.pace.prefilled(rows, seconds)
+        self._time_s += seconds
+
     def took(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows took so long."""
-        self.pace.took(rows, seconds)
-        self._since_probe_s += seconds
+        self.pace.took(rows, seconds, self._probing and rows > 1)
+        self._time_s += seconds
+        self._lost_s += (rows - 1) * self.pace.row_s  # as believed: a stranger's work is not the guesses' fault
 
     def next(self, room: int) -> tuple[int, ...]:
         """The guesses to send after what came last, at most `room`; none before a step without any was measured."""
-        room = max(0, min(room, self.pace.drafts_max))
+        room, self._probing = max(0, min(room, self.pace.drafts_max)), False
         looked = self.lookup.guess(room) if self.lookup else NO_GUESS
-        count, gain = self.pace.best(looked.kind, len(looked.ids)) if self.pace.step_s else (0, 1.0)
+        count, gain = self.pace.best(looked.kind, min(len(looked.ids), self._affordable(self.pace.row_s)))
         drafted = self._draft(room, gain)
         self._made = (looked, drafted)
-        sent = drafted.ids or looked.ids[:count]
-        self.drafted += len(sent)
+        sent = drafted.ids or looked.ids[:count] or self._probe(looked)
+        if sent:
+            self.drafted += len(sent)
+            self._sent_at_s = self._time_s
         return sent
 
     def readable(self, wait_s: float) -> int:
@@ -243,20 +288,48 @@ class Speculation:
 
     def _draft(self, room: int, gain_else: float) -> Guess:
         """The draft model's guesses, when they promise more than `gain_else`."""
-        step_s = self.pace.step_s
-        if self.draft is None or step_s is None or not room or self._lags:
+        if self.draft is None or not room or self._lags:
             return NO_GUESS
         guess_s = self.draft.guess_s if self._guess_s is None else self._guess_s
-        count, gain = self.pace.best(DRAFT, room, guess_s)
+        cost_s = guess_s + self.pace.row_s
+        count, gain = self.pace.best(DRAFT, min(room, self._affordable(cost_s)), guess_s)
         if gain <= gain_else:
-            if gain_else > 1.0 or PROBE_SHARE * self._since_probe_s < guess_s + self.pace.row_share * step_s:
+            if gain_else > 1.0 or not self._may_probe(cost_s, self._drafted_at_s):
                 return NO_GUESS
-            count = 1
-        started, self._since_probe_s = self.now(), 0.0
+            count, self._probing = 1, True
+        started = self.now()
         guess = self.draft.guess(count)
+        took_s = self.now() - started
+        self._time_s += took_s
+        self._lost_s += took_s
+        self._drafted_at_s = self._time_s
         if guess.ids:
-            self._guess_s = _mean(self._guess_s, (self.now() - started) / len(guess.ids))
+            self._guess_s = _mean(self._guess_s, took_s / len(guess.ids))
         return guess
+
+    def _probe(self, looked: Guess) -> tuple[int, ...]:
+        """One guess that does not pay, by what is believed, and would if that were wrong."""
+        row_s = self.pace.row_s
+        if looked.ids and self.pace.hopeful(looked.kind) and self._may_probe(row_s, self._sent_at_s):
+            self._probing = True
+            return looked.ids[:1]
+        return ()
+
+    def _may_probe(self, cost_s: float, last_s: float) -> bool:
+        """Whether a guess that costs so much may be tried, as far as the time goes that one was made last."""
+        share = PROBE_SHARE if self.drafted else SLOWER_MAX
+        return cost_s <= share * (self._time_s - last_s) and self._affordable(cost_s) > 0
+
+    def _affordable(self, cost_s: float) -> int:
+        """How many guesses that cost so much may fail without making the request slower than it may be; 0 before a step
+        was measured."""
+        if self.pace.step_s is None:
+            return 0
+        left_s = SLOWER_MAX * (self._time_s - self._lost_s) - self._lost_s
+        most = self.pace.drafts_max
+        if most * cost_s <= max(0.0, left_s):
+            return most
+        return int(left_s / cost_s) if left_s > 0 else 0
 
     @property
     def _lags(self) -> bool:

@@ -138,11 +138,13 @@ class DeployedModel:
 
     @asynccontextmanager
     async def _answer(self, ids: list[int], ask: Ask) -> AsyncGenerator[Answer, None]:
+        # Waiting for a choice, a draft model, a batch and a session counts.
+        started_at = self.ports.clock.monotonic()
         kv_tokens = kv_tokens_for(len(ids), ask.max_new_tokens, self.config.max_position)
         decided = self.decide(ids, ask)
         strategy = decided.plan.strategy
         params, host = self.params(ask, strategy), await self.host(ask, strategy, self.guessing())
-        host = replace(host, started_at=self.ports.clock.monotonic())  # waiting for a batch and for a session counts
+        host = replace(host, started_at=started_at)
         trace = StepTrace() if ask.trace else None
         kept = self._kept_session(kv_tokens, strategy, trace)
         request = KeptRequest(kept, KeptAsk(ids, params, self.ends), host)

@@ -237,6 +237,7 @@ def test_a_draft_that_pays_is_used() -> None:
 def test_lookup_is_preferred_where_it_promises_as_much() -> None:
     speculation = Speculation(PromptLookup(), drafter(SamplingParams()))
     speculation.begin([5, 6, 7, 8, 9, 5, 6, 7])
+    speculation.prefilled(8, 0.1)
     speculation.took(1, 0.1)
     for came in ([8], [9], [5], [6], [7], [8], [9]):
         speculation.next(4)
