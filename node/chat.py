@@ -98,8 +98,9 @@ class Chat:
 
     @asynccontextmanager
     async def _reply(self, text: str, prompt: ChatPrompt, ask: Ask) -> AsyncGenerator[Reply, None]:
+        started_at = self._model.ports.clock.monotonic()  # waiting for a draft model counts
         decided = self._decide(prompt, ask)
-        request, stream, guesses = await self._request(prompt, ask, decided.plan.strategy)
+        request, stream, guesses = await self._request(prompt, ask, decided.plan.strategy, started_at)
         before, said = self._kept.losses, list[str]()
 
         def finished() -> Turn:
@@ -137,12 +138,12 @@ class Chat:
         await self._kept.aclose()
 
     async def _request(
-        self, prompt: ChatPrompt, ask: Ask, strategy: Strategy
+        self, prompt: ChatPrompt, ask: Ask, strategy: Strategy, started_at: float
     ) -> tuple[KeptRequest, TextStream, Speculation | None]:
         model, params = self._model, self._model.params(ask, strategy)
         if not ask.ignore_eos:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
-        host = await model.host(ask, strategy, self._guessing)
+        host = replace(await model.host(ask, strategy, self._guessing), started_at=started_at)
         terms = replace(model.terms(self._context_tokens, strategy), request=self._id)
         # What a session was opened with cannot be changed, and what its KV holds is as exact as it was sent.
         if (terms, strategy.wire) != (self._terms, self._used.wire):

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 import trio
 
-from node.model import turns_over, wire_of
-from protocol.strategy import parse
+from client.chat import ChatPrompt
+from client.generate import GenerationHost
+from models.chat_template import ChatTemplate
+from models.checkpoint import Checkpoint
+from models.sampling import SamplingParams
+from node.chat import Chat, ChatOptions
+from node.draft import Draft
+from node.guessing import Guessing
+from node.model import Ask, DeployedModel, turns_over, wire_of
+from protocol.strategy import Strategy, parse
+from simnet.runtime import run
 
 
 @pytest.mark.parametrize(
@@ -45,3 +55,57 @@ def test_a_lone_request_computes_a_head_of_a_few_ms_on_the_loop(
     monkeypatch.setattr("node.model.in_thread", in_thread)
     trio.run(main)
     assert len(used) == threads
+
+
+class Asked(Exception):
+    """A request was made for this host."""
+
+
+def asked(_kept: object, _ask: object, host: GenerationHost) -> None:
+    raise Asked(host)
+
+
+class SlowToGuess(Guessing):
+    """Its draft model takes three seconds to load."""
+
+    async def of(self, strategy: Strategy, sampling: SamplingParams) -> None:
+        await trio.sleep(3)
+
+
+def model() -> DeployedModel:
+    """Enough of one for a request to be made."""
+    fake = SimpleNamespace(
+        ports=SimpleNamespace(clock=SimpleNamespace(monotonic=trio.current_time), observer=None, entropy=bytes),
+        config=SimpleNamespace(max_position=99, eos_ids=(), vocab_size=9),
+        decide=lambda *_: SimpleNamespace(plan=SimpleNamespace(strategy=Strategy()), choice=None),
+        dtype="float32",
+        turns=None,
+        ends=None,
+        guessing=lambda: guessing,
+        recorder=None,
+        tokenizer=SimpleNamespace(vocabulary=dict),
+    )
+    guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
+    for name in ("_answer", "params", "host", "terms", "page_keys", "_kept_session"):
+        setattr(fake, name, MethodType(getattr(DeployedModel, name), fake))
+    return cast("DeployedModel", fake)
+
+
+def test_loading_a_draft_model_is_part_of_what_a_user_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        started = trio.current_time()
+        with pytest.raises(Asked) as made:
+            async with model()._answer([1], Ask()):
+                pass
+        assert made.value.args[0].started_at == started
+
+        started = trio.current_time()
+        chat = Chat(model(), cast("ChatTemplate", SimpleNamespace(tokens={})), ChatOptions())
+        with pytest.raises(Asked) as made:
+            async with chat._reply("", ChatPrompt((1,), 9, 0), Ask()):
+                pass
+        assert made.value.args[0].started_at == started
+
+    monkeypatch.setattr("node.model.KeptRequest", asked)
+    monkeypatch.setattr("node.chat.KeptRequest", asked)
+    run(main, seed=0)
