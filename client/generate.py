@@ -15,7 +15,7 @@ No text here (client/text.py), no retrying, and the session stays open: it is th
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
@@ -162,7 +162,6 @@ class Generation:
         if not 0 <= held < len(prompt_ids):
             raise LocalProtocolError(f"{held} of {len(prompt_ids)} tokens are held: one at least is computed")
         self._session = session
-        self._ends = ends
         self._prompt = list(prompt_ids)
         self._params = params
         self._host = host
@@ -245,7 +244,7 @@ class Generation:
     async def _turn(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Turn:
         chosen, following = list[int](), tuple[int, ...]()
 
-        def choose(logits: Tensor) -> tuple[int, ...]:
+        def choose(logits: Iterable[Tensor]) -> tuple[int, ...]:
             nonlocal following
             chosen.extend(self._choose(logits, drafts, position))
             following = self._following(chosen)
@@ -255,7 +254,7 @@ class Generation:
         embedded = await self._turns.take(hidden, choose)
         if embedded is None:
             return _Turn(chosen, (), None)
-        return _Turn(chosen, following[1:], to_payload(embedded, WIRE_DTYPES[self._params.wire_dtype]))
+        return _Turn(chosen, following[1:], self._payload(embedded))
 
     def _following(self, chosen: list[int]) -> tuple[int, ...]:
         """The next step after the tokens that were chosen now: the last one and guesses; () at the end."""
@@ -269,13 +268,14 @@ class Generation:
         # The last token is never computed: a guess at it would be in vain, and might not fit into the KV.
         return (chosen[-1], *speculation.next(self._params.max_new_tokens - len(self.ids) - len(chosen) - 1))
 
-    def _choose(self, rows: Tensor, drafts: tuple[int, ...], position: int) -> list[int]:
+    def _choose(self, rows: Iterable[Tensor], drafts: tuple[int, ...], position: int) -> list[int]:
         """The tokens for `position` and what follows, from logits, as far as `drafts` hold: one at least."""
         chosen = list[int]()
-        if not all(map(math.isfinite, torch.aminmax(rows))):  # finite numbers can be so large that their sums are not
-            raise RemoteProtocolError("the route's answer is so large that no token follows from it: a worker lies")
         room = self._params.max_new_tokens - len(self.ids)
         for row, guess in zip(rows, (*drafts, None), strict=True):
+            # Finite numbers can be so large that their sums are not.
+            if not all(map(math.isfinite, torch.aminmax(row))):
+                raise RemoteProtocolError("the route's answer is so large that no token follows from it: a worker lies")
             token = self._host.choose(row, self._params.sampling, position + len(chosen))
             chosen.append(token)
             if token != guess or token in self._params.stop_ids or len(chosen) == room:
@@ -309,7 +309,7 @@ class Generation:
         rows, started = self._params.prefill_chunk, self._host.clock.monotonic()
         while position < len(ids):
             chunk = ids[position : position + rows]
-            payload = await self._host.run_sync(_embedder(self._ends, self._params, chunk))
+            payload = await self._host.run_sync(partial(self._embedded, chunk))
             if payload.header.numbers > limits.STEP_NUMBERS_MAX and len(chunk) > 1:
                 rows = max(1, limits.STEP_NUMBERS_MAX * len(chunk) // payload.header.numbers)
                 continue
@@ -323,6 +323,12 @@ class Generation:
             self._host.speculation.prefilled(len(ids) - self._held_at_first, self._host.clock.monotonic() - started)
         return answer
 
+    def _embedded(self, ids: Sequence[int]) -> Payload:
+        return self._payload(self._turns.embed(ids))
+
+    def _payload(self, embedded: Tensor) -> Payload:
+        return to_payload(embedded, WIRE_DTYPES[self._params.wire_dtype])
+
     def _note(self, token: int, known_s: float) -> None:
         if self.token_times_s:
             self._host.observer.next_token(known_s - self.token_times_s[-1])
@@ -333,7 +339,3 @@ class Generation:
 
     def _elapsed_s(self) -> float:
         return self._host.clock.monotonic() - self._started_at
-
-
-def _embedder(ends: Ends, params: GenerationParams, ids: Sequence[int]) -> Callable[[], Payload]:
-    return lambda: to_payload(ends.embed(ids), WIRE_DTYPES[params.wire_dtype])

@@ -4,12 +4,14 @@ Reading the head's weights is most of what a token costs at the client, and sixt
 So requests that wait for logits share a product; whoever finds nobody computing does it, for itself and for all who
 wait. What one request's `choose` raises is raised to that request alone.
 
+A product's last bits depend on how many rows it has. Where that must not be seen, every product has one.
+
 Invariant: each turn is chosen once, whoever is cancelled. It starts no task, and knows neither sessions nor text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -40,8 +42,8 @@ async def inline(function: Callable[[], T], /) -> T:
     return function()
 
 
-Choose = Callable[[Tensor], Sequence[int]]
-"""From a request's logits [n, V] to the ids of its next step, none at its end. May run in a thread."""
+Choose = Callable[[Iterable[Tensor]], Sequence[int]]
+"""From a request's logits, n rows of V, to the ids of its next step, none at its end. May run in a thread."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,10 +57,13 @@ class _Turn:
 
 
 class Turns:
-    """One for all requests of a model. Batches of up to `rows_inline` rows are computed on the event loop."""
+    """One for all requests of a model. Batches of up to `rows_inline` rows are computed on the event loop.
 
-    def __init__(self, ends: Ends, run_sync: RunSync = inline, rows_inline: int = 0) -> None:
-        self.ends = ends
+    `apart`: every row in a product of its own, and logits only as they are read, so that guesses cost nothing here.
+    """
+
+    def __init__(self, ends: Ends, run_sync: RunSync = inline, rows_inline: int = 0, apart: bool = False) -> None:
+        self._products = _Apart(ends) if apart else _Together(ends)
         self._run_sync = run_sync
         self._rows_inline = rows_inline
         self._requests = 0
@@ -72,6 +77,10 @@ class Turns:
 
     def end(self) -> None:
         self._requests -= 1
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        """[T, d], of a prompt, which takes no turn. It may take long."""
+        return self._products.embed(ids)
 
     async def take(self, hidden: Tensor, choose: Choose) -> Tensor | None:
         """Logits for `hidden` [n, d] go to `choose`; gives the embedding [k, d] of the ids that it chose, None when
@@ -97,9 +106,9 @@ class Turns:
                 rows += len(self._waiting[0].hidden)
                 batch.append(self._waiting.pop(0))
             if rows <= self._rows_inline:
-                _compute(self.ends, batch)
+                _compute(self._products, batch)
             else:
-                await self._run_sync(lambda: _compute(self.ends, batch))
+                await self._run_sync(lambda: _compute(self._products, batch))
         finally:
             # When the product failed that is this request's error, and the others try again without it.
             self._waiting[:0] = [turn for turn in batch if turn.ids is None]
@@ -109,14 +118,40 @@ class Turns:
             await trio.lowlevel.cancel_shielded_checkpoint()
 
 
-def _compute(ends: Ends, batch: list[_Turn]) -> None:
-    """One product for the logits of all, one for their embeddings."""
-    single = len(batch) == 1
-    logits = ends.logits(batch[0].hidden if single else torch.cat([turn.hidden for turn in batch]))
-    parts = torch.split(logits, [len(turn.hidden) for turn in batch])
+class _Together:
+    """One product for all rows."""
+
+    def __init__(self, ends: Ends) -> None:
+        self._ends = ends
+
+    def logits(self, hiddens: Sequence[Tensor]) -> Sequence[Iterable[Tensor]]:
+        """For each [n, d] its n rows of logits."""
+        logits = self._ends.logits(hiddens[0] if len(hiddens) == 1 else torch.cat(list(hiddens)))
+        return torch.split(logits, [len(hidden) for hidden in hiddens])
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        return self._ends.embed(ids)
+
+
+class _Apart:
+    """A product for each row, when it is asked for."""
+
+    def __init__(self, ends: Ends) -> None:
+        self._ends = ends
+
+    def logits(self, hiddens: Sequence[Tensor]) -> Sequence[Iterable[Tensor]]:
+        return [(self._ends.logits(row[None])[0] for row in hidden) for hidden in hiddens]
+
+    def embed(self, ids: Sequence[int]) -> Tensor:
+        return torch.cat([self._ends.embed((token,)) for token in ids])
+
+
+def _compute(products: _Together | _Apart, batch: list[_Turn]) -> None:
+    """The logits of all, what is chosen by them, and the embeddings of that."""
+    parts = products.logits([turn.hidden for turn in batch])
     chosen = [outcome.capture(turn.choose, rows) for turn, rows in zip(batch, parts, strict=True)]
     ids = [each.value if isinstance(each, outcome.Value) else () for each in chosen]
-    following = ends.embed([token for own in ids for token in own]) if any(ids) else None
+    following = products.embed([token for own in ids for token in own]) if any(ids) else None
     start = 0
     for turn, each, own in zip(batch, chosen, ids, strict=True):
         if following is not None and own:

@@ -251,10 +251,10 @@ class DeployedModel:
     async def host(self, ask: Ask, strategy: Strategy, guessing: Guessing) -> GenerationHost:
         """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""
         speculation = await guessing.of(strategy, ask.sampling)
-        # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it. And a
-        # product of more rows may differ in its last bit.
-        alone = strategy.speculation == "draft" or strategy.deterministic
-        turns = None if alone else self.turns
+        # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
+        turns = None if strategy.speculation == "draft" else self.turns
+        if strategy.deterministic:
+            turns = Turns(self.ends, in_thread, apart=True)
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, turns)
 
     def _report(self, trace: StepTrace, request: KeptRequest, kept: KeptSession) -> TraceReport:
