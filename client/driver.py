@@ -66,16 +66,18 @@ class _Link:
         self.sessions: dict[SessionId, RouteSession] = {}
         self.lost: SottoError | None = None
         self._channel = channel
-        self._outbox, self._frames = trio.open_memory_channel[tuple[Message, bytes]](OUTBOX_FRAMES)
+        self._outbox, self._frames = trio.open_memory_channel[bytes](OUTBOX_FRAMES)
         self._unwritten = 0  # frames that the writer has, or is about to get
 
     async def send(self, message: Message, body: bytes = b"") -> None:
-        """Hand a frame to the writer; raises the error that lost the link. Cancelled: the frame is not sent."""
+        """Hand a frame to the writer; raises the error that lost the link, and LocalProtocolError for what the peer
+        would refuse. Cancelled: the frame is not sent."""
         if self.lost is not None:
             raise self.lost.with_traceback(None)
+        frame = self._channel.frame(message, body)
         self._unwritten += 1
         try:
-            await self._outbox.send((message, body))
+            await self._outbox.send(frame)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise (self.lost or HopLost(self.peer, "was lost")).with_traceback(None) from None
         except BaseException:
@@ -84,7 +86,8 @@ class _Link:
 
     def send_at_once(self, message: Message, body: bytes = b"") -> bool:
         """`send` without waiting, when that can be. A lone session's frame is written here and now; where there are
-        several, what they send in one turn of the event loop is one write, so that the hop computes it together."""
+        several, what they send in one turn of the event loop is one write, so that the hop computes it together. Raises
+        LocalProtocolError for what the peer would refuse."""
         if self.lost is not None:
             return False
         if len(self.sessions) > 1:
@@ -92,8 +95,10 @@ class _Link:
         return not self._unwritten and self._channel.send_at_once(message, body)
 
     def _hand_over(self, message: Message, body: bytes) -> bool:
+        if self._outbox.statistics().current_buffer_used >= OUTBOX_FRAMES:
+            return False
         try:
-            self._outbox.send_nowait((message, body))
+            self._outbox.send_nowait(self._channel.frame(message, body))
         except (trio.WouldBlock, trio.BrokenResourceError, trio.ClosedResourceError):
             return False
         self._unwritten += 1
@@ -102,16 +107,16 @@ class _Link:
     async def write(self) -> None:
         """Send frames until the stream fails, all that wait at once. Raises TransportError."""
         async for first in self._frames:
-            together, size = [first], len(first[1])
+            together, size = [first], len(first)
             with suppress(trio.WouldBlock, trio.EndOfChannel):
                 while size < limits.TOGETHER_BYTES and len(together) < limits.TOGETHER_MESSAGES:
                     together.append(self._frames.receive_nowait())
-                    size += len(together[-1][1])
+                    size += len(together[-1])
             small = len(together) - (size > limits.TOGETHER_BYTES)
             for frames in (together[:small], together[small:]):  # a large one is not copied to go with the others
-                if frames:
-                    await self._channel.send_all(frames)
-                    self._unwritten -= len(frames)
+                if count := len(frames):
+                    await self._channel.send_frames(frames)
+                    self._unwritten -= count
 
     async def read(self, dropped: Callable[[PeerId], None]) -> None:
         """Give messages to their sessions until the stream ends. Raises TransportError, RemoteProtocolError."""

@@ -55,9 +55,12 @@ class Channel:
     async def send_all(self, messages: Sequence[tuple[Message, bytes]]) -> None:
         """A frame for each message and its body, all in one write, so that they arrive together. Raises what `send`
         raises."""
-        first = self._frame(*messages[0])
-        data = b"".join((first, *(self._frame(*each) for each in messages[1:]))) if len(messages) > 1 else first
-        del first
+        await self.send_frames([self.frame(*each) for each in messages])
+
+    async def send_frames(self, frames: list[bytes]) -> None:
+        """What `frame` made, all in one write; takes `frames` over. Raises TransportError."""
+        data = b"".join(frames) if len(frames) > 1 else frames[0]
+        frames.clear()
         self.sent_bytes += len(data)
         await self._stream.send(data)
 
@@ -66,7 +69,7 @@ class Channel:
         for what the peer would refuse."""
         if self._prompt is None or len(body) >= self._prompt.at_once_bytes:  # a frame is longer than its body
             return False
-        frame = self._frame(message, body)
+        frame = self.frame(message, body)
         if not self._prompt.send_at_once(frame):
             return False
         self.sent_bytes += len(frame)
@@ -101,7 +104,8 @@ class Channel:
             raise RemoteProtocolError(f"{type(message).__name__} came with a body")
         return message
 
-    def _frame(self, message: Message, body: bytes) -> bytes:
+    def frame(self, message: Message, body: bytes = b"") -> bytes:
+        """The bytes of a message. Raises LocalProtocolError for what the peer would refuse."""
         frame = encode_frame(message, body)
         if len(frame) - 4 > self._frame_bytes_max:
             raise LocalProtocolError(f"{type(message).__name__} of {len(frame)} bytes on a stream of smaller frames")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 import pytest
@@ -10,8 +9,10 @@ import trio
 
 from client.driver import Driver
 from client.session import SessionTerms
+from protocol import limits
 from protocol.channel import Channel
 from protocol.errors import LocalProtocolError
+from protocol.framing import FrameDecoder
 from protocol.ids import PeerId
 from protocol.messages import CloseSession, Message, Step
 from protocol.tensors import Payload, TensorHeader
@@ -52,18 +53,19 @@ def test_steps_in_flight_overlap_and_answers_are_matched_by_step() -> None:
 def test_what_several_sessions_send_in_one_turn_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
     writes: list[int] = []
     first = PeerId("")
-    send_all = Channel.send_all
+    send_frames = Channel.send_frames
 
-    async def noted(channel: Channel, messages: Sequence[tuple[Message, bytes]]) -> None:
-        if isinstance(messages[0][0], Step) and channel.remote == first:
-            writes.append(len(messages))
-        await send_all(channel, messages)
+    async def noted(channel: Channel, frames: list[bytes]) -> None:
+        message, _ = next(FrameDecoder(limits.STEP_FRAME_BYTES_MAX).feed(frames[0]))
+        if isinstance(message, Step) and channel.remote == first:
+            writes.append(len(frames))
+        await send_frames(channel, frames)
 
     def alone(_channel: Channel, message: Message, _body: bytes = b"") -> bool:
         assert not isinstance(message, Step), "it waits for the others"
         return False
 
-    monkeypatch.setattr(Channel, "send_all", noted)
+    monkeypatch.setattr(Channel, "send_frames", noted)
     monkeypatch.setattr(Channel, "send_at_once", alone)
 
     async def body(swarm: FakeSwarm, driver: Driver) -> None:

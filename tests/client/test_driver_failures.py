@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
+
 import numpy as np
 import pytest
 import trio
@@ -9,7 +11,7 @@ import trio
 from client.driver import UNWANTED_MAX, Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.session import RouteSession, SessionHost, SessionTerms
-from protocol.errors import RouteUnavailable
+from protocol.errors import LocalProtocolError, RouteUnavailable
 from protocol.ids import PeerId, SessionId
 from protocol.messages import (
     Attach,
@@ -329,3 +331,21 @@ def test_a_hop_that_repeats_itself_without_end_is_a_violation() -> None:
                 await session.step(activations(1), position=2)
 
     with_swarm(2, body)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_cannot_be_sent_fails_who_sends_it_alone(others: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.limits.STEP_FRAME_BYTES_MAX", 2000)
+
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        async with AsyncExitStack() as stack:
+            kept = [await stack.enter_async_context(driver.session(swarm.route, TERMS)) for _ in range(others)]
+            with pytest.raises(LocalProtocolError, match="larger than a frame may be"):
+                async with driver.session(swarm.route, TERMS) as session:
+                    await session.step(activations(1, width=1000), position=0)
+            for session in kept:
+                await session.step(activations(1), position=0)
+            async with driver.session(swarm.route, TERMS) as session:
+                await session.step(activations(1), position=0)
+
+    with_swarm(1, body)
