@@ -23,6 +23,7 @@ from protocol.tickets import TIMES, Ticket
 from worker.cleanup import finish
 from worker.links import Link, LinkPool
 from worker.observer import WorkerObserver
+from worker.scheduler import SHORT_ROWS
 from worker.session import Again, Pass, Place, Seat, Session, Work, answer_bytes
 from worker.sessions import SessionTable
 
@@ -153,7 +154,9 @@ class Hop:
 
     def _note_computed(self, step: Step, result: StepResult, now: float) -> None:
         positions, compute_s = step.tensor.shape[0], result.compute_us / 1e6
-        self.observer.step_computed(positions, compute_s, positions > 1)
+        # Of a prompt the last position is answered, of guesses all are.
+        prefill = positions > min(step.tail, SHORT_ROWS)
+        self.observer.step_computed(positions, compute_s, prefill)
         house = self.table.house
         busy_s = house.load.computed(compute_s, now)
         self.observer.engine_used(busy_s, house.bubbles.computed(busy_s, now))

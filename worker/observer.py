@@ -13,7 +13,7 @@ from protocol.ids import PeerId
 
 class WorkerObserver(Protocol):
     def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None:
-        """A step of `positions` tokens; `prefill` when it had more than one."""
+        """A step of `positions` tokens; `prefill` unless it decoded one token, or guesses with it."""
 
     def engine_used(self, busy_s: float, bubble_s: float) -> None:
         """More time in which the engine computed, and in which it did not though a session was open."""

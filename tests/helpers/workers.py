@@ -78,9 +78,11 @@ class Counts(NullObserver):
         self.weight_bytes = self.kv_bytes = 0
         self.busy_s = self.bubble_s = 0.0
         self.prefix = (0, 0)  # tokens asked for, tokens held
+        self.phases: list[tuple[int, bool]] = []  # positions of each step, and whether they were a prompt's
 
     def step_computed(self, positions: int, compute_s: float, prefill: bool) -> None:
         self.computed += 1
+        self.phases.append((positions, prefill))
 
     def engine_used(self, busy_s: float, bubble_s: float) -> None:
         self.busy_s += busy_s

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 
@@ -84,3 +86,21 @@ def test_bubbles_are_counted_while_a_session_is_open() -> None:
         assert worker.counts.bubble_s == pytest.approx(8, abs=0.5)
 
     in_swarm(1, test)
+
+
+def test_guesses_are_decoding_and_chunks_of_a_prompt_are_not() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        route, rows = await swarm.client.route(swarm.workers), some_rows(60)
+        # Of a prompt, however short, the last row is answered; of a token and guesses at the next, all.
+        steps = [(20, 1, True), (3, 1, True), (1, 1, False), (5, 5, False), (17, 17, False), (18, 18, True)]
+        position = 0
+        for number, (count, tail, _) in enumerate(steps):
+            message, body = route.step(number, position, rows[:count])
+            await route.send(replace(message, tail=tail), body)
+            await route.next()
+            position += count - (1 if tail > 1 else 0)  # guesses that fail are computed over
+        for worker in swarm.workers:
+            assert worker.counts.phases == [(count, prefill) for count, _, prefill in steps]
+
+    in_swarm(2, test)
