@@ -12,6 +12,7 @@ here (kv_pool.py): as sessions never use more pages than they reserved, room is 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import PeerId
 from protocol.messages import RefusalReason
 from worker.free_runs import FreeRuns
+
+log = logging.getLogger("sotto.worker")
 
 Kept = tuple[PeerId, bytes]  # a tenant and its key
 
@@ -155,15 +158,21 @@ class PageBook:
         return taken
 
     def retire(self) -> None:
-        """The span goes: leave the budget, and free all pages. Raises LocalProtocolError while a session uses one."""
+        """The span goes: leave the budget, and free all pages. Raises LocalProtocolError while a session uses one; says
+        so in the log when a page was lost, or freed twice, in all the time before."""
         if self._users:
             raise LocalProtocolError("pages are in use")
         self._budget.books.remove(self)
         while self.unused:
             self.give_up_oldest()
+        if self._free.runs != [(0, self.pages)] or self._kept or self._key_of:
+            log.error("the book of a span's pages was wrong", extra={"pages": self.pages, "free": self._free.pages})
 
     def check(self, tables: Iterable[PageTable]) -> None:
-        """Raises AssertionError unless all is consistent; `tables` are those of all open sessions."""
+        """Raises AssertionError unless all is consistent; `tables` are those of all open sessions.
+
+        For tests: at 10,000 pages it takes 8 ms, too long between two forwards. `retire` finds what came of a fault.
+        """
         users = Counter(page for table in tables for page in table.pages)
         free = [page for start, count in self._free.runs for page in range(start, start + count)]
         assert users == self._users, "every use is one table's"

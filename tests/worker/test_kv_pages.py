@@ -156,3 +156,25 @@ def test_free_runs_prefer_one_run_and_merge() -> None:
     assert free.runs == [(0, 2), (11, 3)]
     with pytest.raises(LocalProtocolError):
         free.take(6)
+
+
+def test_a_span_that_goes_tells_of_pages_that_were_lost(caplog: pytest.LogCaptureFixture) -> None:
+    def book() -> tuple[PageBook, PageTable]:
+        book = PageBook(KvBudget(99), 9, 1)
+        table = book.open(ANN, 3 * PAGE_TOKENS)
+        book.keep(table, 0, b"a")
+        return book, table
+
+    sound, table = book()
+    sound.close(table)
+    sound.retire()
+    assert not caplog.records
+
+    leaking, table = book()
+    table.pages.pop()
+    leaking._users.popitem()
+    leaking.close(table)
+    leaking.retire()
+    assert [(record.message, record.free) for record in caplog.records] == [  # type: ignore[attr-defined]
+        ("the book of a span's pages was wrong", 8)
+    ]
