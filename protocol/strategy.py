@@ -153,6 +153,8 @@ def infeasible(strategy: Strategy, facts: Facts) -> str | None:
         return "micro_batches above 1 keep several hops busy at the same time, and this route has one hop"
     if strategy.micro_batches > 1 and strategy.batching == "off":
         return "micro_batches above 1 split a batch, and with batching=off there is none"
+    if strategy.micro_batches > 1 and strategy.deterministic:
+        return "micro_batches above 1 split a batch, and deterministic=true computes each request alone"
     lost = lossy(strategy)
     if facts.exact and lost:
         return f"an exact answer was asked for, and {lost[0]}={getattr(strategy, lost[0])} loses precision"

@@ -78,30 +78,39 @@ def for_what(where: Where, ask: Ask, expect_tokens: int | None) -> Where:
 
 
 def strategy_of(
-    text: str | None, dtype: str | None, draft: str | None, capability: str | None, exact: bool
+    text: str | None,
+    dtype: str | None,
+    draft: str | None,
+    capability: str | None,
+    exact: bool,
+    deterministic: bool = False,
 ) -> tuple[Strategy | Auto, str | None]:
     """The strategy of a command line, or how to choose one, and the weights to seal: None to have them chosen. `dtype`
     says these unless the strategy does, or the owner of the deployment that `capability` is for. Without a `text` it is
-    chosen, but who names a draft model wants it to guess: no records say when that pays. Raises InputError."""
+    chosen, but who names a draft model wants it to guess, and who wants it `deterministic` the default so: no records
+    say when these pay. Raises InputError."""
     from protocol import limits
     from protocol.errors import InputError
     from protocol.strategy import DEFAULT, Auto, Facts, Strategy, infeasible, parse_choice
 
     named = dtype if capability is None else _owners_dtype(capability, dtype)
-    base = Strategy(weights=cast("Weights", named or DEFAULT.weights), speculation="draft" if draft else "off")
+    base = Strategy(
+        weights=cast("Weights", named or DEFAULT.weights),
+        speculation="draft" if draft else "off",
+        deterministic=deterministic,
+    )
     if text is None:
-        text = "default" if draft else "auto"
+        text = "default" if draft or deterministic else "auto"
     chosen = parse_choice(text, base)
     weights: str | None
     if isinstance(chosen, Auto):
-        if draft:
-            raise InputError(
-                f"--draft is not among what {text} chooses from, for there are no records of it: leave out --strategy, "
-                "and that model guesses, or --draft"
-            )
+        if draft or deterministic:
+            raise InputError(_no_choice(text, "--draft" if draft else "--deterministic"))
         weights = named if chosen.lossy and not exact else base.weights
     else:
         weights = chosen.weights
+        if deterministic and not chosen.deterministic:
+            raise InputError("--deterministic and deterministic=false contradict each other: leave one out")
         if draft and chosen.speculation != "draft":
             raise InputError(f"--draft and speculation={chosen.speculation} contradict each other: leave one out")
         if weights != base.weights and capability is not None:
@@ -115,6 +124,13 @@ def strategy_of(
         if reason is not None:
             raise InputError(reason)
     return chosen, weights
+
+
+def _no_choice(text: str, flag: str) -> str:
+    return (
+        f"{flag} is not among what {text} chooses from, for there are no records of it: leave out --strategy, and it is "
+        f"used, or leave out {flag}"
+    )
 
 
 def _owners_dtype(capability: str, dtype: str | None) -> str:

@@ -29,6 +29,7 @@ from sotto.commands.common import (
 from sotto.commands.generation import (
     Budget,
     ChosenDtype,
+    Deterministic,
     Draft,
     Exact,
     ExpectTokens,
@@ -75,6 +76,7 @@ def chat(
     stop: Stop = None,
     strategy: StrategyText = None,
     exact: Exact = False,
+    deterministic: Deterministic = False,
     objective: Objective = "latency",
     price_per_hour: Price = None,
     budget: Budget = None,
@@ -97,7 +99,7 @@ def chat(
         from sotto.chat import AsyncChat, Chat
         from sotto.portal import Portal
 
-        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)

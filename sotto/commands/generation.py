@@ -52,13 +52,21 @@ StrategyText = Annotated[
     str | None,
     typer.Option(
         "--strategy",
-        show_default="auto; with --draft: speculation=draft",
+        show_default="auto; with --draft: speculation=draft; with --deterministic: default",
         help="Accelerations: 'auto' has them chosen (',lossy': also such as lose precision; ',no-explore': no trials); "
         "'default'; or name=value with commas, such as speculation=lookup,wire=bfloat16.",
     ),
 ]
 Exact = Annotated[
     bool, typer.Option("--exact", help="Never a strategy that loses precision: one that does is refused, none chosen.")
+]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        help="The same answer bit for bit, whatever else is computed beside it: short for deterministic=true in "
+        "--strategy.",
+    ),
 ]
 Draft = Annotated[
     str | None,
@@ -110,6 +118,7 @@ def run(
     stop: Stop = None,
     strategy: StrategyText = None,
     exact: Exact = False,
+    deterministic: Deterministic = False,
     objective: Objective = "latency",
     price_per_hour: Price = None,
     budget: Budget = None,
@@ -128,7 +137,7 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact, trace=trace)
@@ -179,6 +188,7 @@ def submit(
     stop: Stop = None,
     strategy: StrategyText = None,
     exact: Exact = False,
+    deterministic: Deterministic = False,
     objective: Objective = "throughput",
     price_per_hour: Price = None,
     budget: Budget = None,
@@ -200,7 +210,7 @@ def submit(
         from node.files import write_atomic
         from sotto.commands.job import Hear, read_prompts, run_job
 
-        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact)
+        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
         lines = read_prompts(prompts)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))

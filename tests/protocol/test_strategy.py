@@ -88,7 +88,9 @@ FACTS = Facts(hops=3, deployed="float32", draft_model=True)
     ("strategy", "facts", "reason"),
     [
         (Strategy(), FACTS, None),
-        (Strategy(speculation="draft", micro_batches=2, deterministic=True), FACTS, None),
+        (Strategy(speculation="draft", micro_batches=2), FACTS, None),
+        (Strategy(speculation="draft", deterministic=True), FACTS, None),
+        (Strategy(micro_batches=2, deterministic=True), FACTS, "deterministic=true"),
         (Strategy(wire="int8"), FACTS, None),
         (Strategy(wire="int8", deterministic=True), FACTS, None),
         (Strategy(weights="int8"), FACTS, "deployed in"),

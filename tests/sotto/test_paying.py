@@ -14,7 +14,7 @@ from node.history import History
 from node.model import Ask
 from node.paths import history_file
 from protocol.errors import InputError
-from protocol.strategy import DEFAULT, Auto
+from protocol.strategy import DEFAULT, Auto, parse
 from simnet.cluster import Cluster
 from sotto.__main__ import app
 from sotto.commands.asked import paid, strategy_of
@@ -71,6 +71,26 @@ def test_a_draft_model_and_precisions_that_contradict_each_other() -> None:
         paid(Ask(strategy=chosen), "latency", 1.0, 0.5)
     with pytest.raises(InputError, match="contradict"):
         strategy_of("weights=int8", "bfloat16", None, None, exact=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "draft", "same"),
+    [
+        (None, None, "deterministic=true"),
+        (None, "draft", "speculation=draft,deterministic=true"),
+        ("default", None, "deterministic=true"),
+        ("wire=int8", None, "wire=int8,deterministic=true"),
+        ("deterministic=true", None, "deterministic=true"),
+    ],
+)
+def test_deterministic_is_short_for_a_part_of_a_strategy(text: str | None, draft: str | None, same: str) -> None:
+    assert strategy_of(text, None, draft, None, False, deterministic=True)[0] == parse(same)
+
+
+@pytest.mark.parametrize("text", ["auto", "auto,lossy", "deterministic=false", "micro_batches=2"])
+def test_what_contradicts_deterministic_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="deterministic"):
+        strategy_of(text, None, None, None, False, deterministic=True)
 
 
 @pytest.mark.parametrize(
