@@ -128,8 +128,8 @@ def strategy_of(
 
 def _no_choice(text: str, flag: str) -> str:
     return (
-        f"{flag} is not among what {text} chooses from, for there are no records of it: leave out --strategy, and it is "
-        f"used, or leave out {flag}"
+        f"{flag} is not among what {text} chooses from, for there are no records of it: leave out --strategy, and it "
+        f"is used, or leave out {flag}"
     )
 
 
@@ -168,7 +168,8 @@ def paid(ask: Ask, objective: str, per_hour: float | None, budget: float | None)
 
     if budget is not None and not isinstance(ask.strategy, Auto):
         raise InputError(
-            "a budget is kept by choosing among strategies: leave it out, or use --strategy auto, without --draft"
+            "a budget is kept by choosing among strategies: leave it out, or use --strategy auto, without --draft and "
+            "--deterministic"
         )
     known = {goal: goal for goal in GOALS}
     if objective not in known:
