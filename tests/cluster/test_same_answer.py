@@ -9,10 +9,11 @@ import torch
 
 from client.generate import GenerationResult
 from client.tensors import to_payload, to_tensor
+from models import linear
 from models.agreement import allowed_difference, compare, max_difference
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
-from models.sampling import SamplingParams
+from models.sampling import SamplingParams, sample
 from models.tokenizer import Tokenizer
 from node.client import Client
 from node.model import Ask, DeployedModel
@@ -108,3 +109,33 @@ def test_speculation_changes_the_steps_and_not_the_answer(temperature: float, sw
     assert speculated.ids == plain.ids
     assert plain.drafted == 0
     assert 0 < speculated.accepted <= speculated.drafted
+
+
+def test_a_deterministic_answer_has_the_same_bits_however_it_is_computed(
+    swarm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits as they are chosen from, with products at the client whose bits depend on the number of rows."""
+    monkeypatch.setattr(linear, "HAS_ONEDNN", False)
+    checkpoint = Checkpoint.open(demo_checkpoint())
+    prompt = "If the file is closed, it is closed. If the file"
+
+    async def bits(model: DeployedModel, strategy: str) -> dict[int, torch.Tensor]:
+        seen: dict[int, torch.Tensor] = {}
+
+        def choose(logits: torch.Tensor, params: SamplingParams, position: int) -> int:
+            seen[position] = logits.clone()
+            return sample(logits, params, position)
+
+        result = await model.generate(prompt, Ask(48, ignore_eos=True, strategy=parse(strategy), choose=choose))
+        assert not strategy.startswith("speculation") or result.accepted
+        return seen
+
+    async def work(client: Client) -> list[dict[int, torch.Tensor]]:
+        model = await deploy(client, checkpoint)
+        ways = ("prefix_cache=false", "prefill_chunk=3", "speculation=lookup", "speculation=lookup,prefill_chunk=5")
+        return [await bits(model, f"{way},deterministic=true") for way in ways]
+
+    first, *others = with_client(swarm, tmp_path, work)
+    for other in others:
+        assert first.keys() == other.keys()
+        assert [position for position in first if not torch.equal(first[position], other[position])] == []

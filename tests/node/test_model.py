@@ -83,6 +83,7 @@ def model() -> DeployedModel:
         ends=None,
         guessing=lambda: guessing,
         recorder=None,
+        predicted=SimpleNamespace(micro_batches=1, micro_batch_min=1),
         tokenizer=SimpleNamespace(vocabulary=dict),
     )
     guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
