@@ -1,7 +1,8 @@
 """Tasks as numbers, the same for every selector; scales and categories are those of the tasks that it was fitted on.
 
-Numbers that are positive and span a decade are taken as logarithms. Categories become one column each; one that was not
-seen is all zeros. A missing number is the median, with a column that says so.
+Numbers that are positive and span a decade are taken as logarithms, and numbers far beyond those seen as not so far.
+Categories become one column each; one that was not seen is all zeros. A missing number is the median, with a column
+that says so; words among numbers are categories as well.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class _Number:
     log: bool
     median: float
     scale: float
+    ends: tuple[float, float]
     gaps: bool
 
     @property
@@ -35,7 +37,8 @@ class _Number:
         if self.log:
             raw = np.log(np.maximum(raw, 1e-300))
         missing = np.isnan(raw)
-        out[:, 0] = (np.where(missing, self.median, raw) - self.median) / self.scale
+        raw = np.clip(np.where(missing, self.median, raw), *self.ends)
+        out[:, 0] = raw / self.scale - self.median / self.scale
         if self.gaps:
             out[:, 1] = missing
 
@@ -51,7 +54,7 @@ class _Category:
 
     def fill(self, cells: list[float | str | None], out: Array) -> None:
         for row, cell in enumerate(cells):
-            place = self.places.get(cell if isinstance(cell, str) else None)
+            place = None if isinstance(cell, float) else self.places.get(cell)
             if place is not None:
                 out[row, place] = 1.0
 
@@ -64,10 +67,10 @@ class Encoder:
         width = len(tasks[0].cells) if tasks else 0
         for place in range(width):
             cells = [task.cells[place] for task in tasks]
+            if (part := _number(place, cells)) is not None:
+                self._parts.append(part)
             if any(isinstance(cell, str) for cell in cells):
                 self._parts.append(_category(place, cells))
-            elif (part := _number(place, cells)) is not None:
-                self._parts.append(part)
         self.owners = np.array([part.place for part in self._parts for _ in range(part.width)], dtype=np.int64)
         """The feature that each column comes from."""
         starts = np.cumsum([0, *(part.width for part in self._parts)])
@@ -105,10 +108,14 @@ def _number(place: int, cells: list[float | str | None]) -> _Number | None:
     log = bool(values.min() > 0 and values.max() >= 10 * values.min())
     if log:
         values = np.log(values)
-    return _Number(place, log, float(np.median(values)), float(values.std()) or 1.0, len(values) < len(cells))
+    low, high = float(values.min()), float(values.max())
+    margin = high / 2 - low / 2 or 1.0  # halves: the width itself may be beyond what a float holds
+    scale = (float((values / margin).std()) or 1.0) * margin
+    return _Number(place, log, float(np.median(values)), scale, (low - margin, high + margin), len(values) < len(cells))
 
 
 def _category(place: int, cells: list[float | str | None]) -> _Category:
-    counts = Counter(cell if isinstance(cell, str) else None for cell in cells)
+    words = any(isinstance(cell, float) for cell in cells)  # among numbers, where None has a column already
+    counts = Counter(cell for cell in cells if isinstance(cell, str) or (cell is None and not words))
     kept = [cell for cell, count in counts.most_common(CATEGORIES_MAX) if count > 1]  # one task says nothing of others
     return _Category(place, {cell: number for number, cell in enumerate(kept)})
