@@ -1,6 +1,7 @@
 """Tasks as numbers, the same for every selector; scales and categories are those of the tasks that it was fitted on.
 
-Numbers that are positive and span a decade are taken as logarithms, and numbers far beyond those seen as not so far.
+Numbers that are positive and span a decade are taken as logarithms; others with a long tail as inverse hyperbolic
+sines, which are logarithms far from zero. Numbers far beyond those seen count as not so far.
 Categories become one column each; one that was not seen is all zeros. A missing number is the median, with a column
 that says so; words among numbers are categories as well.
 """
@@ -16,6 +17,7 @@ import numpy as np
 from client.metalearning.table import Array, Task
 
 CATEGORIES_MAX = 256  # of one feature; the rarest beyond it are as if unseen
+TAIL = 10.0  # times the least, or the middle one: then differences say less than ratios
 PAIRED_MAX = 6  # logarithms of which sums and differences are features too: 30 more columns
 
 
@@ -23,6 +25,7 @@ PAIRED_MAX = 6  # logarithms of which sums and differences are features too: 30 
 class _Number:
     place: int
     log: bool
+    unit: float | None  # where it is heavy-tailed and has zeros or signs
     median: float
     scale: float
     ends: tuple[float, float]
@@ -36,6 +39,8 @@ class _Number:
         raw = np.array([cell if isinstance(cell, float) else math.nan for cell in cells])
         if self.log:
             raw = np.log(np.maximum(raw, 1e-300))
+        elif self.unit:
+            raw = np.arcsinh(raw / self.unit)
         missing = np.isnan(raw)
         raw = np.clip(np.where(missing, self.median, raw), *self.ends)
         out[:, 0] = raw / self.scale - self.median / self.scale
@@ -105,13 +110,25 @@ def _number(place: int, cells: list[float | str | None]) -> _Number | None:
     values = np.array([cell for cell in cells if isinstance(cell, float)])
     if len(values) == 0 or (values.min() == values.max() and len(values) == len(cells)):
         return None
-    log = bool(values.min() > 0 and values.max() >= 10 * values.min())
+    log = bool(values.min() > 0 and values.max() >= TAIL * values.min())
+    unit = None if log else _unit(values)
     if log:
         values = np.log(values)
+    elif unit:
+        values = np.arcsinh(values / unit)
     low, high = float(values.min()), float(values.max())
     margin = high / 2 - low / 2 or 1.0  # halves: the width itself may be beyond what a float holds
     scale = (float((values / margin).std()) or 1.0) * margin
-    return _Number(place, log, float(np.median(values)), scale, (low - margin, high + margin), len(values) < len(cells))
+    return _Number(
+        place, log, unit, float(np.median(values)), scale, (low - margin, high + margin), len(values) < len(cells)
+    )
+
+
+def _unit(values: Array) -> float | None:
+    """The middle size of what is not zero, if the largest is ten times that: counts and the like."""
+    sizes = np.abs(values[values != 0])
+    middle = float(np.median(sizes)) if len(sizes) else 0.0
+    return middle if middle and sizes.max() >= TAIL * middle else None
 
 
 def _category(place: int, cells: list[float | str | None]) -> _Category:

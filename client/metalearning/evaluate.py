@@ -31,7 +31,8 @@ from client.metalearning.selectors.simple import Always, FixedRanking, Random, S
 from client.metalearning.table import Array, Mask, Numbers, Table
 from protocol.errors import InputError
 
-FOLDS_MAX = 64
+FOLDS_MIN, FOLDS_MAX = 12, 64  # where there are so many groups
+WORK_MAX = 200_000_000  # tasks x strategies x features, over all folds: beyond it folds are fewer
 TIMED_MAX = 6  # tasks of a fold whose decision is timed alone
 OURS, FIXED, NONE, ORACLE = "sotto", "fixed_ranking", "none", "oracle"
 Make = Callable[[], Selector]
@@ -65,13 +66,16 @@ class Judged:
 
 
 def folds(table: Table) -> list[Numbers]:
-    """The groups that are held out together: each alone, or, where there are more than 64, in 64 lots of them."""
+    """The groups that are held out together: each alone, or in lots, where there are more than 64 of them or more than
+    12 in a table so large that each costs a minute."""
     groups = np.unique(table.groups)
     if len(groups) < 2:
         raise InputError("all tasks are in one group: hold out a column with two values or more")
-    if len(groups) > FOLDS_MAX:  # neighbours in a file are often alike, and would be lost together
+    work = len(table.tasks) * len(table.strategies) * (10 + len(table.features))  # 10: what no feature costs
+    most = min(FOLDS_MAX, max(FOLDS_MIN, WORK_MAX // work))
+    if len(groups) > most:  # neighbours in a file are often alike, and would be lost together
         groups = np.random.default_rng(0).permutation(groups)
-    return np.array_split(groups, min(len(groups), FOLDS_MAX))
+    return np.array_split(groups, min(len(groups), most))
 
 
 @dataclass(frozen=True, slots=True)

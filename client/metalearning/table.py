@@ -165,6 +165,7 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
     groups: dict[float | str | None, int] = {}
     runs: dict[tuple[int, int], list[float]] = {}
     cells: list[tuple[tuple[str, ...], str, float]] = []
+    texts: dict[tuple[str, ...], tuple[str, ...]] = {}  # a task's rows share them: there are hundreds to a task
     empty = 0
     try:
         _check_header(rows.fieldnames, wanted)
@@ -173,17 +174,17 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
             if cell is None:
                 empty += 1
             else:
-                cells.append(cell)
+                cells.append((texts.setdefault(cell[0], cell[0]), *cell[1:]))
     except csv.Error as error:
         raise InputError(f"line {rows.line_num} is not CSV: {error}") from None
     if not cells:
         raise InputError("the table has no rows with a performance below its header")
     numeric = [
-        name not in columns.labels and _is_numeric({row[0][i] for row in cells}) for i, name in enumerate(columns.tasks)
+        name not in columns.labels and _is_numeric({text[i] for text in texts}) for i, name in enumerate(columns.tasks)
     ]
-    for task, strategy, performance in cells:
-        key = tuple(_cell(text, number) for text, number in zip(task, numeric, strict=True))
-        place = tasks.setdefault(key, len(tasks))
+    keys = {text: tuple(map(_cell, text, numeric)) for text in texts}
+    for text, strategy, performance in cells:
+        place = tasks.setdefault(keys[text], len(tasks))
         runs.setdefault((place, strategies.setdefault(strategy, len(strategies))), []).append(performance)
     kept = [i for i, name in enumerate(columns.tasks) if name not in (columns.hold_out, *columns.labels)]
     places = {name: columns.tasks.index(name) for name in columns.labels}

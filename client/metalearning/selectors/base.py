@@ -43,6 +43,9 @@ class Selector(Protocol):
 class Greedy:
     """A selector that takes the best prediction."""
 
+    def fit(self, table: Table) -> None:
+        raise NotImplementedError
+
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
         raise NotImplementedError
 

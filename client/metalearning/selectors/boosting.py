@@ -15,6 +15,7 @@ from client.metalearning.selectors.base import LOSS_MAX, Greedy, Prediction, cer
 from client.metalearning.table import Array, Mask, Table, Task, as_fractions
 
 CATEGORIES_MAX = 255  # of the library's
+ROWS_MAX, CELLS_MAX = 200_000, 4_000_000  # of (task, strategy), and with their columns: bounds time and memory
 
 
 class Boosting(Greedy):
@@ -27,6 +28,10 @@ class Boosting(Greedy):
         self._encoder, self._scale = Encoder(table.tasks), table.scale
         self._count = len(table.strategies)
         self._ranking = ranking(table.fractions)
+        columns = self._rows(table.tasks[:1]).shape[1]
+        self._tasks_max = max(1, min(ROWS_MAX, CELLS_MAX // columns) // self._count)
+        if len(table.tasks) > self._tasks_max:
+            table = table.of(np.random.default_rng(0).choice(len(table.tasks), self._tasks_max, replace=False))
         rows, measured = self._rows(table.tasks), table.measured.ravel()
         self._trees = HistGradientBoostingRegressor(
             categorical_features=[rows.shape[1] - 1] if len(self._ranking) <= CATEGORIES_MAX else None,
@@ -40,7 +45,9 @@ class Boosting(Greedy):
         return self.among(tasks, np.ones((len(tasks), self._count), dtype=bool))
 
     def among(self, tasks: tuple[Task, ...], allowed: Mask) -> Prediction:
-        scores = self._trees.predict(self._rows(tasks)).reshape(len(tasks), -1)
+        starts = range(0, len(tasks), self._tasks_max)
+        parts = [self._trees.predict(self._rows(tasks[start : start + self._tasks_max])) for start in starts]
+        scores = np.concatenate(parts).reshape(len(tasks), self._count)
         return certain(as_fractions(scores, self._scale, allowed))
 
     def _rows(self, tasks: tuple[Task, ...]) -> Array:

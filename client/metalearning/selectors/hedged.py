@@ -6,8 +6,8 @@ seen, and a fixed ranking that they must beat.
    ones.
 3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds the models' disagreement about
    that gain, times a caution. The caution is the one that gained most on those folds; where none gained one percent
-   and a standard error over groups, the ranking is used. It is found apart for every set of strategies that a task may
-   be allowed: a gain that is all due to one of them says nothing to whom that one is not allowed.
+   and a standard error over groups, the ranking is used. It is found apart for every set of strategies that a task
+   may be allowed: a gain that is all due to one of them says nothing to whom that one is not allowed.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on

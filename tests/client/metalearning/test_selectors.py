@@ -12,6 +12,7 @@ import pytest
 from client.metalearning import evaluate, metrics
 from client.metalearning.advice import Advisor
 from client.metalearning.encoding import Encoder
+from client.metalearning.selectors import boosting
 from client.metalearning.selectors.base import Greedy, Prediction, certain, compared, filled, ranking
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.forest import Forest
@@ -20,7 +21,7 @@ from client.metalearning.selectors.hedged import Hedged, caution_of
 from client.metalearning.selectors.isac import Isac
 from client.metalearning.selectors.simple import Always, FixedRanking, SingleBest
 from client.metalearning.table import Array, Columns, Mask, Scale, Table, Task, as_fractions, read
-from client.metalearning.trees import Trees, boosted, randomised
+from client.metalearning.trees import TRAINED_CELLS_MAX, Trees, boosted, randomised
 from protocol.errors import InputError
 from tests.helpers.selection_tables import MADE
 
@@ -263,6 +264,15 @@ def test_a_number_far_beyond_those_seen_is_taken(far: float) -> None:
     assert forest.choose((Task(cells=(far,)),), np.array([[True, True]])).shape == (1,)
 
 
+def test_counts_with_zeros_are_told_apart_at_every_size() -> None:
+    """As they stand all but the largest would be one point to whatever measures distances."""
+    fitted = tuple(Task(cells=(value,)) for value in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 1e6))
+    apart = np.diff(Encoder(fitted).encode(fitted)[:, 0])
+    assert apart.min() > 0.005 * apart.max()
+    signed = Encoder((Task(cells=(-1e6,)), *fitted)).encode((Task(cells=(-100.0,)), Task(cells=(100.0,))))
+    assert signed[0, 0] < signed[1, 0] - 0.5
+
+
 def test_words_among_numbers_are_categories_too() -> None:
     fitted = tuple(Task(cells=(cell,)) for cell in (1.0, 2.0, 3.0, "auto", "auto", None))
     encoded = Encoder(fitted).encode((*fitted, Task(cells=("none such",))))
@@ -301,6 +311,14 @@ def test_flat_trees_learn_and_take_any_number_of_rows() -> None:
         assert trees.predict(rows[:0]).shape == (0, 2)
 
 
+def test_what_leaves_hold_is_bounded() -> None:
+    """Three hundred strategies: a tree has as many values in each leaf."""
+    random = np.random.default_rng(0)
+    rows, wanted = random.random((3000, 2)), random.random((3000, 300))
+    assert randomised(rows, wanted, count=1, seed=0).values.size < 2 * TRAINED_CELLS_MAX
+    assert len(randomised(rows, wanted[:, :2], count=1, seed=0).values) > 1000
+
+
 def test_advice_says_what_it_expects_and_why() -> None:
     table = small("crossover", 4)
     advisor = Advisor(Hedged(), table)
@@ -329,6 +347,44 @@ def test_many_groups_are_held_out_in_lots() -> None:
     assert len(lots) == evaluate.FOLDS_MAX
     assert sorted(np.concatenate(lots)) == list(range(200))
     assert not any((np.diff(lot) == 1).all() for lot in lots), "neighbours in a file are often alike"
+
+
+def test_a_large_table_takes_fewer_folds() -> None:
+    tasks = tuple(Task(cells=(float(number),) * 100) for number in range(4000))
+    repeats = {(task, task % 30): (1.0,) for task in range(4000)}
+    groups, names = np.arange(4000) % 64, tuple(f"s{number}" for number in range(30))
+    large = Table(
+        features=tuple(map(str, range(100))), tasks=tasks, groups=groups, strategies=names, repeats=repeats, scale=LOWER
+    )
+    lots = evaluate.folds(large)
+    assert evaluate.FOLDS_MIN <= len(lots) < evaluate.FOLDS_MAX
+    assert sorted(np.concatenate(lots)) == list(range(64))
+    assert len(evaluate.folds(large.of(groups < evaluate.FOLDS_MIN))) == evaluate.FOLDS_MIN
+
+
+def test_what_boosting_takes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Counted(boosting.HistGradientBoostingRegressor):  # type: ignore[misc]  # it has no types
+        def fit(self, rows: Array, wanted: Array) -> None:
+            seen.append(rows.size)
+            super().fit(rows, wanted)
+
+        def predict(self, rows: Array) -> Array:
+            seen.append(rows.size)
+            return np.asarray(super().predict(rows))
+
+    table = small("profiles", 2)
+    whole = Boosting()
+    whole.fit(table)
+    monkeypatch.setattr(boosting, "HistGradientBoostingRegressor", Counted)
+    monkeypatch.setattr(boosting, "CELLS_MAX", 20_000)
+    bounded = Boosting()
+    bounded.fit(table)
+    found = bounded.predict(table.tasks).fractions
+    assert found.shape == whole.predict(table.tasks).fractions.shape
+    assert len(seen) > 2
+    assert max(seen) <= 20_000
 
 
 def test_two_processes_find_what_one_finds() -> None:
