@@ -1,7 +1,9 @@
 """Tasks as numbers, the same for every selector; scales and categories are those of the tasks that it was fitted on.
 
-Numbers that are positive and span a decade are taken as logarithms. Categories become one column each; one that was not
-seen is all zeros. A missing number is the median, with a column that says so.
+Numbers that are positive and span a decade are taken as logarithms; others with a long tail as inverse hyperbolic
+sines, which are logarithms far from zero. Numbers far beyond those seen count as not so far.
+Categories become one column each; one that was not seen is all zeros. A missing number is the median, with a column
+that says so; words among numbers are categories as well.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from client.metalearning.table import Array, Task
 
 CATEGORIES_MAX = 256  # of one feature; the rarest beyond it are as if unseen
+TAIL = 10.0  # times the least, or the middle one: then differences say less than ratios
 PAIRED_MAX = 6  # logarithms of which sums and differences are features too: 30 more columns
 
 
@@ -22,8 +25,10 @@ PAIRED_MAX = 6  # logarithms of which sums and differences are features too: 30 
 class _Number:
     place: int
     log: bool
+    unit: float | None  # where it is heavy-tailed and has zeros or signs
     median: float
     scale: float
+    ends: tuple[float, float]
     gaps: bool
 
     @property
@@ -34,8 +39,11 @@ class _Number:
         raw = np.array([cell if isinstance(cell, float) else math.nan for cell in cells])
         if self.log:
             raw = np.log(np.maximum(raw, 1e-300))
+        elif self.unit:
+            raw = np.arcsinh(raw / self.unit)
         missing = np.isnan(raw)
-        out[:, 0] = (np.where(missing, self.median, raw) - self.median) / self.scale
+        raw = np.clip(np.where(missing, self.median, raw), *self.ends)
+        out[:, 0] = raw / self.scale - self.median / self.scale
         if self.gaps:
             out[:, 1] = missing
 
@@ -51,7 +59,7 @@ class _Category:
 
     def fill(self, cells: list[float | str | None], out: Array) -> None:
         for row, cell in enumerate(cells):
-            place = self.places.get(cell if isinstance(cell, str) else None)
+            place = None if isinstance(cell, float) else self.places.get(cell)
             if place is not None:
                 out[row, place] = 1.0
 
@@ -64,10 +72,10 @@ class Encoder:
         width = len(tasks[0].cells) if tasks else 0
         for place in range(width):
             cells = [task.cells[place] for task in tasks]
+            if (part := _number(place, cells)) is not None:
+                self._parts.append(part)
             if any(isinstance(cell, str) for cell in cells):
                 self._parts.append(_category(place, cells))
-            elif (part := _number(place, cells)) is not None:
-                self._parts.append(part)
         self.owners = np.array([part.place for part in self._parts for _ in range(part.width)], dtype=np.int64)
         """The feature that each column comes from."""
         starts = np.cumsum([0, *(part.width for part in self._parts)])
@@ -102,13 +110,29 @@ def _number(place: int, cells: list[float | str | None]) -> _Number | None:
     values = np.array([cell for cell in cells if isinstance(cell, float)])
     if len(values) == 0 or (values.min() == values.max() and len(values) == len(cells)):
         return None
-    log = bool(values.min() > 0 and values.max() >= 10 * values.min())
+    log = bool(values.min() > 0 and values.max() >= TAIL * values.min())
+    unit = None if log else _unit(values)
     if log:
         values = np.log(values)
-    return _Number(place, log, float(np.median(values)), float(values.std()) or 1.0, len(values) < len(cells))
+    elif unit:
+        values = np.arcsinh(values / unit)
+    low, high = float(values.min()), float(values.max())
+    margin = high / 2 - low / 2 or 1.0  # halves: the width itself may be beyond what a float holds
+    scale = (float((values / margin).std()) or 1.0) * margin
+    return _Number(
+        place, log, unit, float(np.median(values)), scale, (low - margin, high + margin), len(values) < len(cells)
+    )
+
+
+def _unit(values: Array) -> float | None:
+    """The middle size of what is not zero, if the largest is ten times that: counts and the like."""
+    sizes = np.abs(values[values != 0])
+    middle = float(np.median(sizes)) if len(sizes) else 0.0
+    return middle if middle and sizes.max() >= TAIL * middle else None
 
 
 def _category(place: int, cells: list[float | str | None]) -> _Category:
-    counts = Counter(cell if isinstance(cell, str) else None for cell in cells)
+    words = any(isinstance(cell, float) for cell in cells)  # among numbers, where None has a column already
+    counts = Counter(cell for cell in cells if isinstance(cell, str) or (cell is None and not words))
     kept = [cell for cell, count in counts.most_common(CATEGORIES_MAX) if count > 1]  # one task says nothing of others
     return _Category(place, {cell: number for number, cell in enumerate(kept)})

@@ -6,15 +6,19 @@ measured of a task is looked at only to score a choice, and to know which strate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
 from client.metalearning import metrics
+from client.metalearning.crossfit import Parts
 from client.metalearning.resampling import Draws
 from client.metalearning.selectors.alors import Alors
 from client.metalearning.selectors.base import Selector
@@ -27,7 +31,8 @@ from client.metalearning.selectors.simple import Always, FixedRanking, Random, S
 from client.metalearning.table import Array, Mask, Numbers, Table
 from protocol.errors import InputError
 
-FOLDS_MAX = 64
+FOLDS_MIN, FOLDS_MAX = 12, 64  # where there are so many groups
+WORK_MAX = 200_000_000  # tasks x strategies x features, over all folds: beyond it folds are fewer
 TIMED_MAX = 6  # tasks of a fold whose decision is timed alone
 OURS, FIXED, NONE, ORACLE = "sotto", "fixed_ranking", "none", "oracle"
 Make = Callable[[], Selector]
@@ -61,14 +66,23 @@ class Judged:
 
 
 def folds(table: Table) -> list[Numbers]:
-    """The groups that are held out together: each alone, or, where there are more than 64, in 64 lots of them."""
+    """The groups that are held out together: each alone, or in lots, where there are more than 64 of them or more than
+    12 in a table so large that each costs a minute."""
     groups = np.unique(table.groups)
     if len(groups) < 2:
-        raise InputError(
-            "all tasks are in one group: hold out a column with two values or more, and name it among the task columns "
-            "where the same task was measured under several of its values"
-        )
-    return [lot for lot in np.array_split(groups, min(len(groups), FOLDS_MAX)) if len(lot)]
+        raise InputError("all tasks are in one group: hold out a column with two values or more")
+    work = len(table.tasks) * len(table.strategies) * (10 + len(table.features))  # 10: what no feature costs
+    most = min(FOLDS_MAX, max(FOLDS_MIN, WORK_MAX // work))
+    if len(groups) > most:  # neighbours in a file are often alike, and would be lost together
+        groups = np.random.default_rng(0).permutation(groups)
+    return np.array_split(groups, min(len(groups), most))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fold:
+    choices: Numbers
+    expected: Array
+    decisions_ms: list[float]
 
 
 def judge(
@@ -80,47 +94,73 @@ def judge(
 ) -> Judged:
     """Choices of a selector that is fitted anew for each fold; `clock` in seconds. `learnt` gives what it is fitted on,
     from the mask of the tasks that are held out; all the others by default."""
-    choices = np.zeros(len(table.tasks), dtype=np.int64)
-    expected = np.zeros(table.performance.shape)
-    times: list[float] = []
-    with threadpool_limits(1):  # small models: threads that wait for each other cost more than they bring
-        for held in folds(table):
-            out = np.isin(table.groups, held)
-            selector = make()
-            selector.fit(table.of(~out) if learnt is None else learnt(out))
-            tested = table.of(out)
-            prediction, choices[out] = selector.consider(tested.tasks, tested.measured)
-            expected[out] = prediction.fractions
-            for task, measured in list(zip(tested.tasks, tested.measured, strict=True))[:TIMED_MAX]:
-                start = clock()
-                selector.choose((task,), measured[None])
-                times.append(1e3 * (clock() - start))
-            on_fold()
-    return Judged(choices, expected, float(np.median(times)))
+    outs = [np.isin(table.groups, held) for held in folds(table)]
+    found = []
+    for out in outs:
+        found.append(_fold(table.of(~out) if learnt is None else learnt(out), table.of(out), make, clock))
+        on_fold()
+    return _whole(table, outs, found)
 
 
 def judge_all(
-    table: Table, clock: Callable[[], float], update: Update, makers: Mapping[str, Make] = SELECTORS
+    table: Table,
+    clock: Callable[[], float],
+    update: Update,
+    makers: Mapping[str, Make] = SELECTORS,
+    processes: int = 1,
 ) -> dict[str, Judged]:
-    """Every selector's choices, and those of an oracle."""
-    total, done = len(folds(table)) * len(makers), 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        update(done, total)
-
-    update(0, total)
-    judged = {name: judge(table, make, clock, step) for name, make in makers.items()}
+    """Every selector's choices, and those of an oracle. With more than one process each has whole folds; `makers` and
+    `clock` are then importable by name."""
+    outs = [np.isin(table.groups, held) for held in folds(table)]
+    update(0, len(outs))
+    every: list[dict[str, _Fold]] = []
+    jobs = ((table.of(~out), table.of(out), dict(makers), clock) for out in outs)
+    with ExitStack() as stack:
+        done: Iterable[dict[str, _Fold]]
+        if processes > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(min(processes, len(outs)), get_context("spawn")))
+            done = pool.map(_all_of_fold, jobs)
+        else:
+            done = map(_all_of_fold, jobs)
+        for number, found in enumerate(done, 1):
+            every.append(found)
+            update(number, len(outs))
+    judged = {name: _whole(table, outs, [found[name] for found in every]) for name in makers}
     judged[ORACLE] = Judged(np.nanargmax(table.fractions, axis=1), table.fractions, None)
     return judged
+
+
+def _all_of_fold(job: tuple[Table, Table, Mapping[str, Make], Callable[[], float]]) -> dict[str, _Fold]:
+    known, tested, makers, clock = job
+    return {name: _fold(known, tested, make, clock) for name, make in makers.items()}
+
+
+def _fold(known: Table, tested: Table, make: Make, clock: Callable[[], float]) -> _Fold:
+    with threadpool_limits(1):  # small models: threads that wait for each other cost more than they bring
+        selector = make()
+        selector.fit(known)
+        prediction, choices = selector.consider(tested.tasks, tested.measured)
+        times: list[float] = []
+        for task, measured in list(zip(tested.tasks, tested.measured, strict=True))[:TIMED_MAX]:
+            start = clock()
+            selector.choose((task,), measured[None])
+            times.append(1e3 * (clock() - start))
+    return _Fold(choices, prediction.fractions, times)
+
+
+def _whole(table: Table, outs: list[Mask], found: list[_Fold]) -> Judged:
+    choices = np.zeros(len(table.tasks), dtype=np.int64)
+    expected = np.zeros(table.performance.shape)
+    for out, one in zip(outs, found, strict=True):
+        choices[out], expected[out] = one.choices, one.expected
+    return Judged(choices, expected, float(np.median([time for one in found for time in one.decisions_ms])))
 
 
 def report(table: Table, judged: Mapping[str, Judged]) -> dict[str, Any]:
     """Figures of what `judge_all` found, with 95 % intervals over groups and tasks, and those of the product's own as
     `chosen`."""
-    draws = Draws.of(table.groups)
-    figures = {name: _figures(table, one, judged, draws) for name, one in judged.items()}
+    draws, halves = Draws.of(table.groups), Parts.of(table)
+    figures = {name: _figures(table, one, judged, (draws, halves)) for name, one in judged.items()}
     return {
         "tasks": len(table.tasks),
         "rows_without_performance": table.rows_without_performance,
@@ -130,18 +170,19 @@ def report(table: Table, judged: Mapping[str, Judged]) -> dict[str, Any]:
         "folds": len(folds(table)),
         "measured_share": float(table.measured.mean()),
         "runs_per_cell": float(np.mean([len(runs) for runs in table.repeats.values()])),
-        "remeasured_oracle_accuracy": metrics.remeasured_oracle_accuracy(table),
+        "remeasured_oracle_accuracy": None if halves is None else halves.oracle_strict(),
         "selectors": figures,
         "chosen": {"name": OURS, **figures[OURS]} if OURS in figures else None,
     }
 
 
-def _figures(table: Table, one: Judged, judged: Mapping[str, Judged], draws: Draws) -> dict[str, Any]:
+def _figures(table: Table, one: Judged, judged: Mapping[str, Judged], by: tuple[Draws, Parts | None]) -> dict[str, Any]:
+    draws, halves = by
     reached = metrics.reached(table, one.choices)
     found: dict[str, Any] = {
         **asdict(metrics.quality(table, one.choices)),
         "mean_fraction_of_oracle_interval": draws.mean(reached),
-        "cross_fitted_fraction_of_oracle": metrics.cross_fitted(table, one.choices),
+        "cross_fitted_fraction_of_oracle": None if halves is None else float(halves.fractions(one.choices).mean()),
         "decision_ms": one.decision_ms,
     }
     if FIXED in judged:

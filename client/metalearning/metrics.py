@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from client.metalearning.crossfit import STANDARD_ERRORS, TOLERANCE, Parts
+from client.metalearning.crossfit import STANDARD_ERRORS, TOLERANCE
 from client.metalearning.table import Array, Numbers, Table
 
 
@@ -77,20 +77,6 @@ def truths(table: Table, choices: Numbers) -> Numbers:
 
 def worst_decile(fractions: Array) -> float:
     return float(np.sort(fractions)[: max(1, round(len(fractions) / 10))].mean())
-
-
-def cross_fitted(table: Table, choices: Numbers) -> float | None:
-    """Mean fraction of an oracle that picks on one half of the repeats and is scored on the other, both ways; so is the
-    choice, so the figure may exceed 1. None unless every measured cell has two runs."""
-    halves = Parts.of(table)
-    return None if halves is None else float(halves.fractions(choices).mean())
-
-
-def remeasured_oracle_accuracy(table: Table) -> float | None:
-    """How often the best of one half of the repeats is the best of the other: what a perfect selector can reach. None
-    unless every measured cell has two runs."""
-    halves = Parts.of(table)
-    return None if halves is None else halves.oracle_strict()
 
 
 def acceleration(table: Table, choices: Numbers, plain: Numbers) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,14 +23,16 @@ Array = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
-UNKNOWN = frozenset(("", "?", "na", "n/a", "nan", "null", "none"))
-NO_NUMBER = UNKNOWN | {"inf", "+inf", "-inf"}
+UNKNOWN = frozenset(
+    ("", "?", "-", "na", "n/a", "<na>", "#n/a", "nan", "+nan", "-nan", "null", "none", "missing", "unknown")
+)
+INFINITE = {"infinity": "inf", "+infinity": "inf", "+inf": "inf", "inf": "inf", "-infinity": "-inf", "-inf": "-inf"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of a long table mean what; `hold_out` may be one of `tasks`, and is then no feature. `labels`
-    identify a task as well, are kept by name, and are no features."""
+    """Which columns of a long table mean what; `hold_out` identifies a task too, and is no feature, even if it is
+    one of `tasks`. `labels` identify a task as well, are kept by name, and are no features."""
 
     tasks: tuple[str, ...]
     strategy: str
@@ -144,9 +146,9 @@ def scores(performance: Array, scale: Scale) -> Array:
     return np.asarray(logs - np.nanmax(logs, axis=1, keepdims=True))
 
 
-def as_fractions(given: Array, scale: Scale) -> Array:
-    """Scores, measured or predicted, as fractions of the best that the row has."""
-    below = given - np.nanmax(given, axis=1, keepdims=True)
+def as_fractions(given: Array, scale: Scale, allowed: Mask | None = None) -> Array:
+    """Scores, measured or predicted, as fractions of the best that the row has; of those allowed there."""
+    below = given - np.nanmax(given if allowed is None else np.where(allowed, given, np.nan), axis=1, keepdims=True)
     return np.asarray(np.maximum(0.0, 1.0 + below) if scale.absolute else np.exp(below))
 
 
@@ -156,13 +158,14 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
     rows = csv.DictReader(lines, strict=True)
     if said := {columns.strategy, columns.performance} & {*columns.tasks, columns.hold_out}:
         raise InputError(f"{', '.join(sorted(said))} cannot describe a task: it is what is chosen, or what is measured")
-    columns = replace(columns, tasks=(*columns.tasks, *columns.labels))
-    wanted = (*columns.tasks, columns.strategy, columns.performance, columns.hold_out)
+    columns = replace(columns, tasks=tuple(dict.fromkeys((*columns.tasks, *columns.labels, columns.hold_out))))
+    wanted = (*columns.tasks, columns.strategy, columns.performance)
     tasks: dict[tuple[float | str | None, ...], int] = {}
     strategies: dict[str, int] = {}
-    names: list[list[str]] = []  # what each task's rows say of the group
+    groups: dict[float | str | None, int] = {}
     runs: dict[tuple[int, int], list[float]] = {}
-    cells: list[tuple[tuple[str, ...], str, str, float]] = []
+    cells: list[tuple[tuple[str, ...], str, float]] = []
+    texts: dict[tuple[str, ...], tuple[str, ...]] = {}  # a task's rows share them: there are hundreds to a task
     empty = 0
     try:
         _check_header(rows.fieldnames, wanted)
@@ -171,28 +174,25 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
             if cell is None:
                 empty += 1
             else:
-                cells.append(cell)
+                cells.append((texts.setdefault(cell[0], cell[0]), *cell[1:]))
     except csv.Error as error:
         raise InputError(f"line {rows.line_num} is not CSV: {error}") from None
     if not cells:
         raise InputError("the table has no rows with a performance below its header")
     numeric = [
-        name not in columns.labels and _is_numeric([row[0][i] for row in cells]) for i, name in enumerate(columns.tasks)
+        name not in columns.labels and _is_numeric({text[i] for text in texts}) for i, name in enumerate(columns.tasks)
     ]
-    for task, group, strategy, performance in cells:
-        key = tuple(_cell(text, number) for text, number in zip(task, numeric, strict=True))
-        place = tasks.setdefault(key, len(tasks))
-        if place == len(names):
-            names.append([])
-        if group not in names[place]:
-            names[place].append(group)
+    keys = {text: tuple(map(_cell, text, numeric)) for text in texts}
+    for text, strategy, performance in cells:
+        place = tasks.setdefault(keys[text], len(tasks))
         runs.setdefault((place, strategies.setdefault(strategy, len(strategies))), []).append(performance)
     kept = [i for i, name in enumerate(columns.tasks) if name not in (columns.hold_out, *columns.labels)]
     places = {name: columns.tasks.index(name) for name in columns.labels}
+    held = columns.tasks.index(columns.hold_out)
     return Table(
         features=tuple(columns.tasks[i] for i in kept),
         tasks=tuple(Task(cells=tuple(key[i] for i in kept)) for key in tasks),
-        groups=_joined(names),
+        groups=np.array([groups.setdefault(key[held], len(groups)) for key in tasks], dtype=np.int64),
         strategies=tuple(strategies),
         repeats={place: tuple(values) for place, values in runs.items()},
         scale=scale,
@@ -212,13 +212,13 @@ def _check_header(header: Sequence[str] | None, wanted: Sequence[str]) -> None:
 
 def _row(
     row: dict[str, str | None], columns: Columns, scale: Scale, line: int
-) -> tuple[tuple[str, ...], str, str, float] | None:
+) -> tuple[tuple[str, ...], str, float] | None:
     """None where nothing was measured."""
-    texts = [row[name] for name in (*columns.tasks, columns.hold_out, columns.strategy, columns.performance)]
+    texts = [row[name] for name in (*columns.tasks, columns.strategy, columns.performance)]
     given = [text.strip() for text in texts if text is not None]
     if len(given) < len(texts) or None in row:
         raise InputError(f"line {line} has {'fewer' if len(given) < len(texts) else 'more'} cells than the header")
-    *task, group, strategy, text = given
+    *task, strategy, text = given
     if text.lower() in UNKNOWN:
         return None
     try:
@@ -233,7 +233,7 @@ def _row(
         )
     if not strategy:
         raise InputError(f"line {line}: {columns.strategy} is empty")
-    return tuple(task), group, strategy, performance
+    return tuple(task), strategy, performance
 
 
 def _is_number(text: str) -> bool:
@@ -243,29 +243,15 @@ def _is_number(text: str) -> bool:
         return False
 
 
-def _is_numeric(texts: Sequence[str]) -> bool:
-    """Of a column: numbers, and words that say that one is unknown."""
-    return any(map(_is_number, texts)) and all(_is_number(text) or text.lower() in NO_NUMBER for text in texts)
+def _is_numeric(texts: Collection[str]) -> bool:
+    """Of a column with these values: at least half of those that are known are numbers; the others are words."""
+    known = [text for text in texts if text.lower() not in UNKNOWN]
+    return 2 * sum(map(_is_number, known)) >= max(1, len(known))
 
 
 def _cell(text: str, number: bool) -> float | str | None:
-    if number:
-        return float(text) if _is_number(text) else None
-    return text or None
-
-
-def _joined(names: list[list[str]]) -> Numbers:
-    """A group number per task. Groups that share a task are one: a task never straddles folds."""
-    parent: dict[str, str] = {}
-
-    def root(name: str) -> str:
-        while (above := parent.setdefault(name, name)) != name:
-            name = above
-        return name
-
-    for first, *others in names:
-        for other in others:
-            parent[root(other)] = root(first)
-        root(first)
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(root(of[0]), len(numbers)) for of in names], dtype=np.int64)
+    if not number:
+        return text or None
+    if _is_number(text):
+        return float(text)
+    return None if text.lower() in UNKNOWN else INFINITE.get(text.lower(), text)

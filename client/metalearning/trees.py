@@ -16,6 +16,7 @@ from client.metalearning.table import Array, Numbers
 
 ROWS_MAX = 256  # at once: bounds memory at rows x trees x outputs
 TRAINED_ROWS_MAX = 4096  # of one tree: splits are exact, so time grows with rows x log rows
+TRAINED_CELLS_MAX = 1 << 18  # times its columns, which splits look at, or its outputs, which leaves hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,11 @@ class Trees:
         return nodes
 
 
+def rows_max(rows: Array, outputs: int) -> int:
+    """How many of these rows one tree is grown on, at most."""
+    return min(len(rows), TRAINED_ROWS_MAX, max(2, TRAINED_CELLS_MAX // max(int(rows.shape[1]), outputs)))
+
+
 def boosted(rows: Array, wanted: Array, *, rounds: int, rate: float, seed: int) -> Trees:
     """Stochastic gradient boosting for squared error (Friedman, Computational Statistics and Data Analysis 2002), all
     outputs in each tree."""
@@ -56,7 +62,7 @@ def boosted(rows: Array, wanted: Array, *, rounds: int, rate: float, seed: int) 
     rest = wanted - base
     grown = []
     for number in range(rounds):
-        drawn = random.permutation(len(rows))[: min(TRAINED_ROWS_MAX, max(2, round(0.7 * len(rows))))]
+        drawn = random.permutation(len(rows))[: min(rows_max(rows, len(base)), max(2, round(0.7 * len(rows))))]
         tree = DecisionTreeRegressor(max_depth=5, min_samples_leaf=3, max_features=0.5, random_state=seed + number)
         tree.fit(rows[drawn], rest[drawn])
         rest -= rate * tree.predict(rows).reshape(rest.shape)
@@ -69,7 +75,7 @@ def randomised(rows: Array, wanted: Array, *, count: int, seed: int) -> Trees:
     random = np.random.default_rng(seed)
     grown = []
     for number in range(count):
-        drawn = random.permutation(len(rows))[:TRAINED_ROWS_MAX]
+        drawn = random.permutation(len(rows))[: rows_max(rows, wanted.shape[1])]
         tree = ExtraTreeRegressor(min_samples_leaf=2, max_features=0.5, random_state=seed + number)
         grown.append(tree.fit(rows[drawn], wanted[drawn]))
     return _flat(grown, np.zeros(wanted.shape[1]), 1.0 / count)

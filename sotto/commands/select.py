@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from client.metalearning.table import Table
 
 METRICS = ("accuracy", "tolerant_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
+CELLS_OF_MANY = 2000  # tasks x strategies
 
 
 def select(
@@ -76,8 +77,10 @@ def select(
         plain = none or (evaluate.NONE if evaluate.NONE in recorded.strategies else recorded.strategies[0])
         if plain not in recorded.strategies:
             raise InputError(f"--none {plain!r}: the table has the strategies {', '.join(recorded.strategies)}")
-        with progress_bar("folds", bytes_=False, quiet=as_json) as update:
-            judged = evaluate.judge_all(recorded, time.process_time, update, evaluate.selectors(plain))
+        with progress_bar("folds", bytes_=False, quiet=False) as update:
+            judged = evaluate.judge_all(
+                recorded, time.process_time, update, evaluate.selectors(plain), _processes(recorded)
+            )
         result = evaluate.report(recorded, judged) | {"none": plain}
         if plots is not None:
             result["plots"] = [str(path) for path in _draw(plots, recorded, judged[evaluate.OURS], result)]
@@ -85,6 +88,13 @@ def select(
         print_json(result)
     else:
         _print(result)
+
+
+def _processes(table: Table) -> int:
+    """One per core, up to four; one alone for a table that is done before another would have started."""
+    from node.cores import cores
+
+    return min(4, cores()) if table.performance.size >= CELLS_OF_MANY else 1
 
 
 def _draw(folder: Path, table: Table, ours: Judged, report: dict[str, Any]) -> list[Path]:

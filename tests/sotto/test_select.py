@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -40,6 +42,23 @@ def test_json_has_every_selector_and_the_products_own(few: Path) -> None:
     assert {key: report["chosen"][key] for key in KEYS} == {key: report["selectors"]["sotto"][key] for key in KEYS}
     assert report["chosen"]["name"] == "sotto"
     assert report["features"] == ["number", "a", "b"]
+
+
+def test_progress_is_shown_beside_json_too(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[int, int]] = []
+
+    @contextmanager
+    def bar(label: str, *, bytes_: bool, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+        assert (label, bytes_, quiet) == ("folds", False, False)
+        yield lambda *step: shown.append(step)
+
+    monkeypatch.setattr("sotto.commands.select.progress_bar", bar)
+    monkeypatch.setattr("sotto.commands.select.CELLS_OF_MANY", 100)
+    monkeypatch.setattr("node.cores.cores", lambda: 2)
+    done = select(few, *WORDS, "--lower-is-better", "--hold-out", "group", "--json")
+    assert done.exit_code == 0, done.output
+    assert shown == [(done, 3) for done in range(4)]
+    assert json.loads(done.stdout)["tasks"] == 12
 
 
 def test_text_has_one_line_per_selector(few: Path) -> None:

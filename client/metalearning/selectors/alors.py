@@ -10,6 +10,7 @@ from sklearn.ensemble import RandomForestRegressor
 from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
 from client.metalearning.table import Array, Table, Task
+from client.metalearning.trees import rows_max
 
 RANK = 3
 RIDGE = 0.1
@@ -21,9 +22,10 @@ class Alors(Greedy):
         self._level = ranking(table.fractions)
         tasks, self._strategies = _factors(table.fractions - self._level)
         self._encoder = Encoder(table.tasks)
-        self._to_factors = RandomForestRegressor(100, min_samples_leaf=2, random_state=0)
         encoded = self._encoder.encode(table.tasks)
         self._known = encoded.shape[1] > 0
+        each = rows_max(encoded, RANK) if self._known else None
+        self._to_factors = RandomForestRegressor(100, min_samples_leaf=2, max_samples=each, random_state=0)
         if self._known:
             self._to_factors.fit(encoded, tasks)
 

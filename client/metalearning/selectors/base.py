@@ -13,6 +13,7 @@ import numpy as np
 
 from client.metalearning.table import Array, Mask, Numbers, Table, Task
 
+ROUNDS = 10  # of fitting levels: each takes what is left by halves or less
 LOSS_MAX = 4.0  # of a score: fifty times worse is as bad as it gets
 
 
@@ -42,14 +43,21 @@ class Selector(Protocol):
 class Greedy:
     """A selector that takes the best prediction."""
 
+    def fit(self, table: Table) -> None:
+        raise NotImplementedError
+
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
         raise NotImplementedError
+
+    def among(self, tasks: tuple[Task, ...], allowed: Mask) -> Prediction:
+        """`predict`, where the oracle too has those allowed alone."""
+        return self.predict(tasks)
 
     def choose(self, tasks: tuple[Task, ...], allowed: Mask) -> Numbers:
         return self.consider(tasks, allowed)[1]
 
     def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
-        expected = self.predict(tasks)
+        expected = self.among(tasks, allowed)
         return expected, best(expected.fractions, allowed)
 
 
@@ -61,13 +69,21 @@ def certain(fractions: Array) -> Prediction:
     return Prediction(fractions, np.zeros_like(fractions))
 
 
+def compared(table: Table) -> Table:
+    """The tasks that say which of two strategies is better; all, where there are none."""
+    two = table.measured.sum(axis=1) > 1
+    return table if two.all() or not two.any() else table.of(two)
+
+
 def ranking(fractions: Array) -> Array:
-    """The fixed order: each strategy's mean fraction of the oracle. One that was measured for few tasks counts as if
-    three more had been of middling use."""
+    """The fixed order: each strategy's mean fraction of the oracle, as if three tasks more had been of middling use.
+    Where there are gaps, on tasks that measured two strategies or more, and as it would be if all had measured all: the
+    best of what is bad is no more than that."""
     measured = ~np.isnan(fractions)
-    counts = measured.sum(axis=0)
-    total = np.where(measured, fractions, 0.0).sum(axis=0)
-    return np.asarray((total + 3 * np.nanmean(fractions)) / (counts + 3))
+    if measured.all():
+        return np.asarray((fractions.sum(axis=0) + 3 * fractions.mean()) / (len(fractions) + 3))
+    two = measured.sum(axis=1) > 1
+    return _levels(fractions[two])[0] if two.any() else _levels(fractions)[0]
 
 
 def filled(values: Array) -> Array:
@@ -75,10 +91,16 @@ def filled(values: Array) -> Array:
     measured = ~np.isnan(values)
     if measured.all():
         return values
-    level, task = ranking(values), np.zeros(len(values))
-    for _ in range(3):
-        rest = np.where(measured, values - level, 0.0)
-        task = rest.sum(axis=1) / (measured.sum(axis=1) + 1)
-        rest = np.where(measured, values - task[:, None] - level, 0.0)
-        level = level + rest.sum(axis=0) / (measured.sum(axis=0) + 3)
+    level, task = _levels(values)
     return np.where(measured, values, np.clip(level + task[:, None], np.nanmin(values), np.nanmax(values)))
+
+
+def _levels(values: Array) -> tuple[Array, Array]:
+    """Of each strategy and each task, which add up to what was measured; both are drawn towards the middle."""
+    measured = ~np.isnan(values)
+    known, mean = np.where(measured, values, 0.0), np.nanmean(values)
+    level, task = np.full(values.shape[1], mean), np.zeros(len(values))
+    for _ in range(ROUNDS):
+        level = (np.where(measured, known - task[:, None], 0.0).sum(axis=0) + 3 * mean) / (measured.sum(axis=0) + 3)
+        task = np.where(measured, known - level, 0.0).sum(axis=1) / (measured.sum(axis=1) + 1)
+    return level, task

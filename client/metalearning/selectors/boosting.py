@@ -12,9 +12,10 @@ from sklearn.ensemble import HistGradientBoostingRegressor
 
 from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import LOSS_MAX, Greedy, Prediction, certain, ranking
-from client.metalearning.table import Array, Table, Task, as_fractions
+from client.metalearning.table import Array, Mask, Table, Task, as_fractions
 
 CATEGORIES_MAX = 255  # of the library's
+ROWS_MAX, CELLS_MAX = 200_000, 4_000_000  # of (task, strategy), and with their columns: bounds time and memory
 
 
 class Boosting(Greedy):
@@ -25,7 +26,12 @@ class Boosting(Greedy):
 
     def fit(self, table: Table) -> None:
         self._encoder, self._scale = Encoder(table.tasks), table.scale
+        self._count = len(table.strategies)
         self._ranking = ranking(table.fractions)
+        columns = self._rows(table.tasks[:1]).shape[1]
+        self._tasks_max = max(1, min(ROWS_MAX, CELLS_MAX // columns) // self._count)
+        if len(table.tasks) > self._tasks_max:
+            table = table.of(np.random.default_rng(0).choice(len(table.tasks), self._tasks_max, replace=False))
         rows, measured = self._rows(table.tasks), table.measured.ravel()
         self._trees = HistGradientBoostingRegressor(
             categorical_features=[rows.shape[1] - 1] if len(self._ranking) <= CATEGORIES_MAX else None,
@@ -36,13 +42,17 @@ class Boosting(Greedy):
         self._trees.fit(rows[measured], np.maximum(table.scores.ravel()[measured], -LOSS_MAX))
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
-        scores = self._trees.predict(self._rows(tasks)).reshape(len(tasks), -1)
-        return certain(as_fractions(scores, self._scale))
+        return self.among(tasks, np.ones((len(tasks), self._count), dtype=bool))
+
+    def among(self, tasks: tuple[Task, ...], allowed: Mask) -> Prediction:
+        starts = range(0, len(tasks), self._tasks_max)
+        parts = [self._trees.predict(self._rows(tasks[start : start + self._tasks_max])) for start in starts]
+        scores = np.concatenate(parts).reshape(len(tasks), self._count)
+        return certain(as_fractions(scores, self._scale, allowed))
 
     def _rows(self, tasks: tuple[Task, ...]) -> Array:
         encoded = self._encoder.encode(tasks)
         if self._paired:
             encoded = self._encoder.paired(encoded)
-        count = len(self._ranking)
-        strategies = np.column_stack([self._ranking, np.arange(count)])
-        return np.column_stack([np.repeat(encoded, count, axis=0), np.tile(strategies, (len(tasks), 1))])
+        strategies = np.column_stack([self._ranking, np.arange(self._count)])
+        return np.column_stack([np.repeat(encoded, self._count, axis=0), np.tile(strategies, (len(tasks), 1))])

@@ -9,6 +9,7 @@ from sklearn.ensemble import RandomForestRegressor
 from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import Greedy, Prediction, certain, filled
 from client.metalearning.table import Table, Task
+from client.metalearning.trees import rows_max
 
 
 class Forest(Greedy):
@@ -16,7 +17,8 @@ class Forest(Greedy):
         self._encoder = Encoder(table.tasks)
         encoded, self._level = self._encoder.encode(table.tasks), filled(table.fractions).mean(axis=0)
         self._known = encoded.shape[1] > 0
-        self._trees = RandomForestRegressor(100, max_features=0.5, random_state=0)
+        each = rows_max(encoded, len(table.strategies)) if self._known else None
+        self._trees = RandomForestRegressor(100, max_features=0.5, max_samples=each, random_state=0)
         if self._known:
             self._trees.fit(encoded, filled(table.fractions))
 

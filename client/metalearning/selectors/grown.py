@@ -8,7 +8,7 @@ import numpy as np
 
 from client.metalearning.encoding import Encoder
 from client.metalearning.selectors.base import LOSS_MAX, Greedy, Prediction, certain, filled
-from client.metalearning.table import Array, Table, Task, as_fractions
+from client.metalearning.table import Array, Mask, Table, Task, as_fractions
 from client.metalearning.trees import Trees
 
 
@@ -20,12 +20,16 @@ class Grown(Greedy):
 
     def fit(self, table: Table) -> None:
         self._encoder, self._scale = Encoder(table.tasks), table.scale
+        self._count = len(table.strategies)
         wanted = filled(np.maximum(table.scores, -LOSS_MAX) if self._scores else table.fractions)
         self._trees = self._grow(self._rows(table.tasks), wanted)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
+        return self.among(tasks, np.ones((len(tasks), self._count), dtype=bool))
+
+    def among(self, tasks: tuple[Task, ...], allowed: Mask) -> Prediction:
         found = self._trees.predict(self._rows(tasks))
-        return certain(as_fractions(found, self._scale) if self._scores else found)
+        return certain(as_fractions(found, self._scale, allowed) if self._scores else found)
 
     def _rows(self, tasks: tuple[Task, ...]) -> Array:
         # A column of zeros, so that there is always one.

@@ -6,8 +6,8 @@ seen, and a fixed ranking that they must beat.
    ones.
 3. The mixture's choice counts where its predicted gain over the ranking's choice exceeds the models' disagreement about
    that gain, times a caution. The caution is the one that gained most on those folds; where none gained one percent
-   and a standard error over groups, the ranking is used. It is found apart for every set of strategies that a task may
-   be allowed: a gain that is all due to one of them says nothing to whom that one is not allowed.
+   and a standard error over groups, the ranking is used. It is found apart for every set of strategies that a task
+   may be allowed: a gain that is all due to one of them says nothing to whom that one is not allowed.
 
 Gradient boosting is scikit-learn's: it grows trees with many outputs, and histograms, from one dependency that the
 other selectors need as well. Its uncertainty is the disagreement of models that were fitted differently, judged on
@@ -24,7 +24,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from client.metalearning.encoding import Encoder
-from client.metalearning.selectors.base import Prediction, Selector, best, ranking
+from client.metalearning.selectors.base import Greedy, Prediction, best, compared, ranking
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.grown import Grown
 from client.metalearning.selectors.kernel import Kernel
@@ -41,7 +41,7 @@ ERROR_MIN = 1e-3  # of a mean fraction: differences below it tell no model from 
 Sets = Callable[[Table], Sequence[Mask]]
 
 
-def _members() -> list[Selector]:
+def _members() -> list[Greedy]:
     return [
         Boosting(paired=True),
         Grown(partial(boosted, rounds=80, rate=0.1, seed=0), scores=True),
@@ -56,7 +56,7 @@ class Hedged:
 
     def __init__(
         self,
-        members: Callable[[], Sequence[Selector]] = _members,
+        members: Callable[[], Sequence[Greedy]] = _members,
         sets: Sets = lambda table: [table.measured],
     ) -> None:
         self._make, self._sets = members, sets
@@ -67,6 +67,7 @@ class Hedged:
         return any(caution is not None for caution in self._cautions)
 
     def fit(self, table: Table) -> None:
+        table = compared(table)
         self._ranking = ranking(table.fractions)
         self._calibrate(table)
         self._members = self._make()
@@ -74,13 +75,13 @@ class Hedged:
             member.fit(table)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
-        return self._mixed(self._each(tasks))
+        return self._mixed(self._each(tasks, np.ones((len(tasks), len(self._ranking)), dtype=bool)))
 
     def choose(self, tasks: tuple[Task, ...], allowed: Mask) -> Numbers:
         return self.consider(tasks, allowed)[1]
 
     def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
-        each = self._each(tasks)
+        each = self._each(tasks, allowed)
         safe, bold, gain, doubt = self._compared(each, np.tile(self._ranking, (len(tasks), 1)), allowed)
         left = gain > self._caution_of(allowed) * doubt
         return self._mixed(each), np.where(left, bold, safe)
@@ -93,8 +94,8 @@ class Hedged:
             found[~(allowed & ~names).any(axis=1)] = place
         return np.array([np.nan if caution is None else caution for caution in self._cautions])[found]
 
-    def _each(self, tasks: tuple[Task, ...]) -> Array:
-        return np.stack([member.predict(tasks).fractions for member in self._members])
+    def _each(self, tasks: tuple[Task, ...], allowed: Mask) -> Array:
+        return np.stack([member.among(tasks, allowed).fractions for member in self._members])
 
     def _mixed(self, each: Array) -> Prediction:
         mean = np.tensordot(self.weights, each, axes=1)
@@ -110,32 +111,34 @@ class Hedged:
         table = replace(table, groups=_groups(table))
         if len(np.unique(table.groups)) < 2:
             return
-        each, ranked = self._held_out(table)
-        reached = [_reached(table, best(one, table.measured)) for one in each]
+        each, ranked = self._held_out(table, sets)
+        reached = [_reached(table, best(one, table.measured)) for one in each[0]]
         leader = max(reached, key=lambda one: float(one.mean()))
         behind = [(one - leader).mean() / (_error(one - leader, table.groups) + ERROR_MIN) for one in reached]
         kept = np.array(behind) > -BEHIND_MAX
         self.weights = kept / kept.sum()
         for place, allowed in enumerate(sets):
             there = np.asarray(allowed.any(axis=1))
-            safe, bold, gain, doubt = self._compared(each[:, there], ranked[there], allowed[there])
+            safe, bold, gain, doubt = self._compared(each[place][:, there], ranked[there], allowed[there])
             part = table.of(there)
             gained = _reached(part, bold) - _reached(part, safe)
             self._cautions[place] = caution_of(gain, doubt, gained, part.groups)
 
-    def _held_out(self, table: Table) -> tuple[Array, Array]:
-        """Models x tasks x strategies, and the ranking of each task's fold, tasks x strategies."""
+    def _held_out(self, table: Table, sets: Sequence[Mask]) -> tuple[list[Array], Array]:
+        """Of each set models x tasks x strategies, and the ranking of each task's fold, tasks x strategies."""
         folds = _folds(table.groups)
         ranked = np.zeros(table.performance.shape)
         members = self._make()
-        each = np.zeros((len(members), *ranked.shape))
+        each = [np.zeros((len(members), *ranked.shape)) for _ in sets]
         for fold in np.unique(folds):
             out = folds == fold
             known, tested = table.of(~out), table.of(out).tasks
             ranked[out] = ranking(known.fractions)
             for place, member in enumerate(members):
                 member.fit(known)
-                each[place, out] = member.predict(tested).fractions
+                for found, allowed in zip(each, sets, strict=True):
+                    one = np.where(allowed.any(axis=1, keepdims=True), allowed, table.measured)[out]
+                    found[place, out] = member.among(tested, one).fractions
         return each, ranked
 
     def _compared(self, each: Array, ranked: Array, allowed: Mask) -> tuple[Numbers, Numbers, Array, Array]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from client.metalearning import metrics
+from client.metalearning.crossfit import Parts
 from client.metalearning.resampling import Draws
 from client.metalearning.table import Columns, Scale, Table, read
 
@@ -60,10 +61,16 @@ def test_macro_f1_counts_every_strategy_alike() -> None:
 def test_the_cross_fitted_oracle_cannot_profit_from_noise() -> None:
     # Either half says the other strategy is the best: an oracle that picks on one half is wrong on the other.
     of = table("x1/2,y2/1")
-    assert metrics.cross_fitted(of, choices(0)) == pytest.approx((1 + 2) / 2)
-    assert metrics.remeasured_oracle_accuracy(of) == 0.0
-    assert metrics.cross_fitted(table("x1,y2/1"), choices(0)) is None
-    assert metrics.cross_fitted(table("x1/1,y2/2"), choices(1)) == pytest.approx(0.5)
+    assert _parts(of).fractions(choices(0)).mean() == pytest.approx((1 + 2) / 2)
+    assert _parts(of).oracle_strict() == 0.0
+    assert Parts.of(table("x1,y2/1")) is None
+    assert _parts(table("x1/1,y2/2")).fractions(choices(1)).mean() == pytest.approx(0.5)
+
+
+def _parts(of: Table) -> Parts:
+    found = Parts.of(of)
+    assert found is not None
+    return found
 
 
 def test_acceleration_is_a_geometric_mean() -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 
 from client.metalearning import evaluate, metrics
 from client.metalearning.encoding import Encoder
-from client.metalearning.selectors.base import Greedy, Prediction, certain, filled, ranking
+from client.metalearning.selectors import boosting
+from client.metalearning.selectors.base import Greedy, Prediction, certain, compared, filled, ranking
+from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.forest import Forest
 from client.metalearning.selectors.grown import Grown
 from client.metalearning.selectors.hedged import Hedged, caution_of
 from client.metalearning.selectors.isac import Isac
 from client.metalearning.selectors.simple import Always, FixedRanking, SingleBest
-from client.metalearning.table import Array, Columns, Mask, Scale, Table, Task, read
-from client.metalearning.trees import Trees, boosted, randomised
+from client.metalearning.table import Array, Columns, Mask, Scale, Table, Task, as_fractions, read
+from client.metalearning.trees import TRAINED_CELLS_MAX, Trees, boosted, randomised
 from protocol.errors import InputError
 from tests.helpers.selection_tables import MADE
 
@@ -203,6 +207,79 @@ def test_gaps_are_filled_by_the_levels_of_task_and_strategy() -> None:
     assert ranking(np.array([[1.0, np.nan], [1.0, 0.5]])).argmax() == 0
 
 
+def test_tasks_with_one_strategy_say_nothing_of_what_beats_it() -> None:
+    """x was alone on ninety tasks; z is twice as fast wherever both ran, and w twice as fast as z."""
+    fractions = np.array([[1, np.nan, np.nan]] * 90 + [[0.5, 1, np.nan]] * 10 + [[np.nan, 0.5, 1]] * 10)
+    x, z, w = ranking(fractions)
+    assert x < z < w
+    lines = ["task,how,s", *(f"{task},x,1" for task in range(90))]
+    lines += [f"{task},{how},{s}" for task in range(90, 100) for how, s in (("x", 2), ("z", 1))]
+    lines += [f"{task},{how},{s}" for task in range(100, 110) for how, s in (("z", 2), ("w", 1))]
+    table = _table(lines)
+    for selector in (FixedRanking(), Hedged()):
+        selector.fit(table)
+        chosen = selector.choose(table.tasks[:1], np.array([[True, True, False]]))
+        assert table.strategies[int(chosen[0])] == "z"
+    assert len(compared(table).tasks) == 20
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_what_is_best_is_best_of_what_is_allowed(absolute: bool) -> None:
+    """A strategy that is not allowed is no oracle: by it, what differs little and what differs much look alike."""
+    scale, given = Scale(absolute=absolute), np.array([[0.0, -1.0, -2.0]])
+    after = as_fractions(given, scale, np.array([[False, True, True]]))
+    assert after[0, 1] == 1.0
+    assert after[0, 2] == (0.0 if absolute else pytest.approx(np.exp(-1)))
+    lines = ["task,how,s", *(f"{task},{how},{s}" for task in range(30) for how, s in (("x", 1), ("y", 8), ("z", 9)))]
+    table, allowed = _table(lines), np.array([[False, True, True]])
+    for member in (Boosting(), Grown(partial(randomised, count=5, seed=0), scores=True)):
+        member.fit(table)
+        expected = member.consider(table.tasks[:1], allowed)[0].fractions[0]
+        np.testing.assert_allclose(expected[1:], [1, 8 / 9], atol=0.02)
+
+
+def test_random_draws_differ_between_folds_of_one_size() -> None:
+    lines = ["task,place,how,s"]
+    lines += [
+        f"{task},{place},s{how},{1 + how + place}" for place in range(4) for task in range(20) for how in range(9)
+    ]
+    columns = Columns(tasks=("task",), strategy="how", performance="s", hold_out="place")
+    table = read(lines, columns, LOWER)
+    choices = evaluate.judge(table, evaluate.SELECTORS["random"], clock).choices.reshape(4, 20)
+    assert len({tuple(row) for row in choices.tolist()}) == 4
+
+
+@pytest.mark.parametrize("far", [3e38, 1.7e308, -1.7e308, 0.0])
+def test_a_number_far_beyond_those_seen_is_taken(far: float) -> None:
+    for seen in ((0.0, 1.0, 2.0, 3.0), (1.0, 10.0, 100.0, 1000.0), (-1e308, 0.0, 1e308, 1.0)):
+        fitted = tuple(Task(cells=(value,)) for value in seen)
+        encoded = Encoder(fitted).encode((*fitted, Task(cells=(far,))))
+        assert np.abs(encoded).max() < 20
+        assert encoded.std() > 0
+    lines = ["task,x,how,s", *(f"{task},{task % 9},{how},{1 + task % 2}" for task in range(40) for how in "ab")]
+    table = _table(lines, tasks=("task", "x"))
+    forest = Forest()
+    forest.fit(table)
+    assert forest.choose((Task(cells=(far,)),), np.array([[True, True]])).shape == (1,)
+
+
+def test_counts_with_zeros_are_told_apart_at_every_size() -> None:
+    """As they stand all but the largest would be one point to whatever measures distances."""
+    fitted = tuple(Task(cells=(value,)) for value in (0.0, 1.0, 3.0, 10.0, 30.0, 100.0, 1e6))
+    apart = np.diff(Encoder(fitted).encode(fitted)[:, 0])
+    assert apart.min() > 0.005 * apart.max()
+    signed = Encoder((Task(cells=(-1e6,)), *fitted)).encode((Task(cells=(-100.0,)), Task(cells=(100.0,))))
+    assert signed[0, 0] < signed[1, 0] - 0.5
+
+
+def test_words_among_numbers_are_categories_too() -> None:
+    fitted = tuple(Task(cells=(cell,)) for cell in (1.0, 2.0, 3.0, "auto", "auto", None))
+    encoded = Encoder(fitted).encode((*fitted, Task(cells=("none such",))))
+    assert encoded.shape == (7, 3)
+    np.testing.assert_array_equal(encoded[:, 1], [0, 0, 0, 1, 1, 1, 1])  # no number
+    np.testing.assert_array_equal(encoded[:, 2], [0, 0, 0, 1, 1, 0, 0])
+
+
 def test_features_are_scaled_by_what_was_fitted() -> None:
     fitted = tuple(Task(cells=(10.0**place, "ab"[place % 2], None)) for place in range(4))
     encoder = Encoder(fitted)
@@ -233,6 +310,14 @@ def test_flat_trees_learn_and_take_any_number_of_rows() -> None:
         assert trees.predict(rows[:0]).shape == (0, 2)
 
 
+def test_what_leaves_hold_is_bounded() -> None:
+    """Three hundred strategies: a tree has as many values in each leaf."""
+    random = np.random.default_rng(0)
+    rows, wanted = random.random((3000, 2)), random.random((3000, 300))
+    assert randomised(rows, wanted, count=1, seed=0).values.size < 2 * TRAINED_CELLS_MAX
+    assert len(randomised(rows, wanted[:, :2], count=1, seed=0).values) > 1000
+
+
 def test_one_group_cannot_be_held_out() -> None:
     with pytest.raises(InputError, match="one group"):
         evaluate.judge_all(small("crossover", 1), clock, lambda done, total: None)
@@ -243,6 +328,57 @@ def test_many_groups_are_held_out_in_lots() -> None:
     lots = evaluate.folds(table)
     assert len(lots) == evaluate.FOLDS_MAX
     assert sorted(np.concatenate(lots)) == list(range(200))
+    assert not any((np.diff(lot) == 1).all() for lot in lots), "neighbours in a file are often alike"
+
+
+def test_a_large_table_takes_fewer_folds() -> None:
+    tasks = tuple(Task(cells=(float(number),) * 100) for number in range(4000))
+    repeats = {(task, task % 30): (1.0,) for task in range(4000)}
+    groups, names = np.arange(4000) % 64, tuple(f"s{number}" for number in range(30))
+    large = Table(
+        features=tuple(map(str, range(100))), tasks=tasks, groups=groups, strategies=names, repeats=repeats, scale=LOWER
+    )
+    lots = evaluate.folds(large)
+    assert evaluate.FOLDS_MIN <= len(lots) < evaluate.FOLDS_MAX
+    assert sorted(np.concatenate(lots)) == list(range(64))
+    assert len(evaluate.folds(large.of(groups < evaluate.FOLDS_MIN))) == evaluate.FOLDS_MIN
+
+
+def test_what_boosting_takes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Counted(boosting.HistGradientBoostingRegressor):  # type: ignore[misc]  # it has no types
+        def fit(self, rows: Array, wanted: Array) -> None:
+            seen.append(rows.size)
+            super().fit(rows, wanted)
+
+        def predict(self, rows: Array) -> Array:
+            seen.append(rows.size)
+            return np.asarray(super().predict(rows))
+
+    table = small("profiles", 2)
+    whole = Boosting()
+    whole.fit(table)
+    monkeypatch.setattr(boosting, "HistGradientBoostingRegressor", Counted)
+    monkeypatch.setattr(boosting, "CELLS_MAX", 20_000)
+    bounded = Boosting()
+    bounded.fit(table)
+    found = bounded.predict(table.tasks).fractions
+    assert found.shape == whole.predict(table.tasks).fractions.shape
+    assert len(seen) > 2
+    assert max(seen) <= 20_000
+
+
+def test_two_processes_find_what_one_finds() -> None:
+    table = small("crossover", 3)
+    makers = {name: evaluate.SELECTORS[name] for name in ("random", "knn")}
+    steps: list[tuple[int, int]] = []
+    one = evaluate.judge_all(table, time.process_time, lambda done, total: None, makers)
+    two = evaluate.judge_all(table, time.process_time, lambda *step: steps.append(step), makers, processes=2)
+    for name in makers:
+        np.testing.assert_array_equal(one[name].choices, two[name].choices)
+        np.testing.assert_array_equal(one[name].expected, two[name].expected)
+    assert steps == [(done, 3) for done in range(4)]
 
 
 def _table(lines: list[str], tasks: tuple[str, ...] = ("task",)) -> Table:

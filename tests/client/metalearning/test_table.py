@@ -51,10 +51,26 @@ def test_numbers_categories_and_gaps() -> None:
     lines = ["model,tokens,how,ms", "a,1,x,1", "b,,x,1", "c,nan,y,1"]
     assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [(1.0,), (None,), (None,)]
     lines = ["model,tokens,how,ms", "a,1,x,1", "b,,x,1", "c,many,y,1"]
-    assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [("1",), (None,), ("many",)]
+    assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [(1.0,), (None,), ("many",)]
+    lines = ["model,tokens,how,ms", "a,1e5,x,1", "b,3f2,x,1", "c,9ac,y,1", "d,none,y,1"]
+    names = [task.cells for task in read(lines, COLUMNS, LOWER).tasks]
+    assert names == [("1e5",), ("3f2",), ("9ac",), ("none",)], "one of many names that looks like a number"
 
 
-@pytest.mark.parametrize("word", ["NA", "?", "inf", "null"])
+@pytest.mark.parametrize(("word", "cell"), [("-nan", None), ("-", None), ("Infinity", "inf"), ("auto", "auto")])
+def test_one_word_makes_a_column_of_numbers_no_names(word: str, cell: str | None) -> None:
+    lines = ["model,tokens,how,ms", *(f"a,{number},x,1" for number in range(5)), f"a,{word},x,1"]
+    assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [*((float(n),) for n in range(5)), (cell,)]
+
+
+def test_without_a_limit_is_not_unknown() -> None:
+    lines = ["model,tokens,how,ms", "a,1,x,1", "a,inf,x,1", "a,,x,2", "a,NA,x,4"]
+    table = read(lines, COLUMNS, LOWER)
+    assert [task.cells for task in table.tasks] == [(1.0,), ("inf",), (None,)]
+    np.testing.assert_array_equal(table.performance[:, 0], [1, 1, 3])
+
+
+@pytest.mark.parametrize("word", ["NA", "?", "<NA>", "null"])
 def test_words_for_unknown_leave_a_column_numeric(word: str) -> None:
     lines = ["model,tokens,how,ms", "a,1,x,1", f"b,{word},x,1"]
     assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [(1.0,), (None,)]
@@ -83,10 +99,16 @@ def test_a_part_takes_no_median_again(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(table.of(np.array([1])).performance, whole[1:])
 
 
-def test_groups_that_share_a_task_are_one() -> None:
+def test_what_is_held_out_tells_tasks_apart() -> None:
+    """The same shape on two machines is two tasks, named or not; elsewhere nothing would be left to learn from."""
     columns = Columns(tasks=("model",), strategy="how", performance="ms", hold_out="day")
-    lines = ["model,day,how,ms", "a,1,x,1", "a,2,y,1", "b,2,x,1", "c,3,x,1"]
-    assert read(lines, columns, LOWER).groups.tolist() == [0, 0, 1]
+    lines = ["model,day,how,ms", "a,1,x,1", "a,1.0,x,3", "a,2,x,8", "b,2,x,1", "c,3,x,1"]
+    table = read(lines, columns, LOWER)
+    assert table.groups.tolist() == [0, 1, 1, 2]
+    assert table.features == ("model",)
+    np.testing.assert_array_equal(table.performance[:, 0], [2, 8, 1, 1])
+    named = read(lines, replace(columns, tasks=("model", "day")), LOWER)
+    assert (named.tasks, named.repeats) == (table.tasks, table.repeats)
 
 
 @pytest.mark.parametrize(
