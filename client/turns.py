@@ -4,7 +4,8 @@ Reading the head's weights is most of what a token costs at the client, and sixt
 So requests that wait for logits share a product; whoever finds nobody computing does it, for itself and for all who
 wait. What one request's `choose` raises is raised to that request alone.
 
-A product's last bits depend on how many rows it has. Where that must not be seen, every product has one.
+A product's last bits depend on how many rows it has. Where that must not be seen, requests take their turns apart, and
+products always have as many.
 
 Invariant: each turn is chosen once, whoever is cancelled. It starts no task, and knows neither sessions nor text.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 ROWS_MAX = 256  # of logits at a time: 150 MB for the largest vocabularies
+TILE_ROWS = 16
 
 
 class Ends(Protocol):
@@ -59,7 +61,8 @@ class _Turn:
 class Turns:
     """One for all requests of a model. Batches of up to `rows_inline` rows are computed on the event loop.
 
-    `apart`: every row in a product of its own, and logits only as they are read, so that guesses cost nothing here.
+    `apart`: a row's bits depend on nothing but the row. Logits are computed only as they are read, so that guesses that
+    fail cost nothing here.
     """
 
     def __init__(self, ends: Ends, run_sync: RunSync = inline, rows_inline: int = 0, apart: bool = False) -> None:
@@ -134,16 +137,25 @@ class _Together:
 
 
 class _Apart:
-    """A product for each row, when it is asked for."""
+    """For each row of logits a product, when it is asked for. Embeddings in tiles of always as many rows, which cost
+    little more than one: of one row only where a row's place in a tile shows in its bits."""
 
     def __init__(self, ends: Ends) -> None:
         self._ends = ends
+        self._rows = 0  # of a tile; 0 before that was looked at
 
     def logits(self, hiddens: Sequence[Tensor]) -> Sequence[Iterable[Tensor]]:
         return [(self._ends.logits(row[None])[0] for row in hidden) for hidden in hiddens]
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        return torch.cat([self._ends.embed((token,)) for token in ids])
+        if not self._rows:
+            alike = self._ends.embed((ids[0],) * TILE_ROWS)
+            self._rows = TILE_ROWS if bool((alike == alike[0]).all()) else 1
+        parts = [ids[start : start + self._rows] for start in range(0, len(ids), self._rows)]
+        return torch.cat([self._tile(part) for part in parts])
+
+    def _tile(self, ids: Sequence[int]) -> Tensor:
+        return self._ends.embed((*ids, *[ids[0]] * (self._rows - len(ids))))[: len(ids)]
 
 
 def _compute(products: _Together | _Apart, batch: list[_Turn]) -> None:

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from torch import Tensor
 
-from client.turns import ROWS_MAX, Turns
+from client.turns import ROWS_MAX, TILE_ROWS, Turns
 from protocol.errors import RemoteProtocolError
 from simnet.runtime import run
 
@@ -246,3 +246,18 @@ def test_whoever_is_cancelled_leaves_the_others_their_turn(who: int) -> None:
         assert not turns._waiting
 
     virtual(main)
+
+
+@pytest.mark.parametrize(("told", "tile"), [(False, TILE_ROWS), (True, 1)])
+def test_apart_a_row_is_embedded_in_products_of_one_shape(told: bool, tile: int) -> None:
+    class Shaped(Ends):
+        """Its embeddings tell the number of rows, and where `told`, a row's place among them."""
+
+        def embed(self, ids: Sequence[int]) -> Tensor:
+            return torch.tensor([[float(token), len(ids), told * place] for place, token in enumerate(ids)])
+
+    turns = Turns(Shaped(), apart=True)
+    rows = torch.cat([turns.embed(range(40)), turns.embed([3]), turns.embed(range(5, 22))])
+    assert rows[:, 0].tolist() == [*range(40), 3, *range(5, 22)]
+    assert set(rows[:, 1].tolist()) == {float(tile)}
+    assert not told or not rows[:, 2].any()
