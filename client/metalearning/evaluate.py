@@ -31,8 +31,8 @@ from client.metalearning.selectors.simple import Always, FixedRanking, Random, S
 from client.metalearning.table import Array, Mask, Numbers, Table
 from protocol.errors import InputError
 
-FOLDS_MIN, FOLDS_MAX = 12, 64  # where there are so many groups
-WORK_MAX = 200_000_000  # tasks x strategies x features, over all folds: beyond it folds are fewer
+FOLDS_MIN, FOLDS_MAX = 8, 64  # where there are so many groups
+WORK_MAX = 130_000_000  # tasks x strategies x features, over all folds: beyond it folds are fewer
 TIMED_MAX = 6  # tasks of a fold whose decision is timed alone
 OURS, FIXED, NONE, ORACLE = "sotto", "fixed_ranking", "none", "oracle"
 Make = Callable[[], Selector]
@@ -67,7 +67,7 @@ class Judged:
 
 def folds(table: Table) -> list[Numbers]:
     """The groups that are held out together: each alone, or in lots, where there are more than 64 of them or more than
-    12 in a table so large that each costs a minute."""
+    8 in a table so large that each costs a minute."""
     groups = np.unique(table.groups)
     if len(groups) < 2:
         raise InputError("all tasks are in one group: hold out a column with two values or more")
