@@ -18,6 +18,7 @@ from client.metalearning.table import Array, Task
 
 CATEGORIES_MAX = 256  # of one feature; the rarest beyond it are as if unseen
 TAIL = 10.0  # times the least, or the middle one: then differences say less than ratios
+NUMBER_MAX = 1e300  # sums of two stay finite
 PAIRED_MAX = 6  # logarithms of which sums and differences are features too: 30 more columns
 
 
@@ -107,7 +108,7 @@ class Encoder:
 
 
 def _number(place: int, cells: list[float | str | None]) -> _Number | None:
-    values = np.array([cell for cell in cells if isinstance(cell, float)])
+    values = np.array([cell for cell in cells if isinstance(cell, float)]).clip(-NUMBER_MAX, NUMBER_MAX)
     if len(values) == 0 or (values.min() == values.max() and len(values) == len(cells)):
         return None
     log = bool(values.min() > 0 and values.max() >= TAIL * values.min())

@@ -6,14 +6,16 @@ measured of a task is looked at only to score a choice, and to know which strate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
-from multiprocessing import get_context
+from functools import cache, partial
+from threading import Thread
 from typing import Any
 
+import joblib
 import numpy as np
 from threadpoolctl import threadpool_limits
 
@@ -33,6 +35,7 @@ from protocol.errors import InputError
 
 FOLDS_MIN, FOLDS_MAX = 8, 64  # where there are so many groups
 WORK_MAX = 130_000_000  # tasks x strategies x features, over all folds: beyond it folds are fewer
+WATCH_S = 0.5
 TIMED_MAX = 6  # tasks of a fold whose decision is timed alone
 OURS, FIXED, NONE, ORACLE = "sotto", "fixed_ranking", "none", "oracle"
 Make = Callable[[], Selector]
@@ -109,30 +112,42 @@ def judge_all(
     makers: Mapping[str, Make] = SELECTORS,
     processes: int = 1,
 ) -> dict[str, Judged]:
-    """Every selector's choices, and those of an oracle. With more than one process each has whole folds; `makers` and
-    `clock` are then importable by name."""
+    """Every selector's choices, and those of an oracle. With more than one process each has whole folds, no more of
+    them made than are worked on. Raises InputError when a process dies, as it does when memory ends."""
     outs = [np.isin(table.groups, held) for held in folds(table)]
     update(0, len(outs))
     every: list[dict[str, _Fold]] = []
-    jobs = ((table.of(~out), table.of(out), dict(makers), clock) for out in outs)
-    with ExitStack() as stack:
-        done: Iterable[dict[str, _Fold]]
-        if processes > 1:
-            pool = stack.enter_context(ProcessPoolExecutor(min(processes, len(outs)), get_context("spawn")))
-            done = pool.map(_all_of_fold, jobs)
-        else:
-            done = map(_all_of_fold, jobs)
-        for number, found in enumerate(done, 1):
+    work = joblib.delayed(_all_of_fold)
+    pool = joblib.Parallel(processes, return_as="generator", pre_dispatch=processes, batch_size=1, max_nbytes=None)
+    try:
+        for found in pool(work(os.getpid(), table.of(~out), table.of(out), dict(makers), clock) for out in outs):
             every.append(found)
-            update(number, len(outs))
+            update(len(every), len(outs))
+    except BrokenExecutor as error:
+        raise InputError(f"a process that judged selectors died: is there memory for {processes}? {error}") from None
     judged = {name: _whole(table, outs, [found[name] for found in every]) for name in makers}
     judged[ORACLE] = Judged(np.nanargmax(table.fractions, axis=1), table.fractions, None)
     return judged
 
 
-def _all_of_fold(job: tuple[Table, Table, Mapping[str, Make], Callable[[], float]]) -> dict[str, _Fold]:
-    known, tested, makers, clock = job
+def _all_of_fold(
+    asker: int, known: Table, tested: Table, makers: Mapping[str, Make], clock: Callable[[], float]
+) -> dict[str, _Fold]:
+    if asker != os.getpid():
+        _end_with(asker)
     return {name: _fold(known, tested, make, clock) for name, make in makers.items()}
+
+
+@cache
+def _end_with(asker: int) -> None:
+    """A process whose asker was killed would go on for minutes, for nobody."""
+
+    def watch() -> None:
+        while os.getppid() == asker:
+            time.sleep(WATCH_S)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _fold(known: Table, tested: Table, make: Make, clock: Callable[[], float]) -> _Fold:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,7 @@ Mask = npt.NDArray[np.bool_]
 UNKNOWN = frozenset(
     ("", "?", "-", "na", "n/a", "<na>", "#n/a", "nan", "+nan", "-nan", "null", "none", "missing", "unknown")
 )
+WHOLE = re.compile(r"^(-?\d+)\.0+$")  # 2 and 2.0 are one group
 INFINITE = {"infinity": "inf", "+infinity": "inf", "+inf": "inf", "inf": "inf", "-infinity": "-inf", "-inf": "-inf"}
 
 
@@ -179,16 +181,18 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
         raise InputError(f"line {rows.line_num} is not CSV: {error}") from None
     if not cells:
         raise InputError("the table has no rows with a performance below its header")
-    numeric = [
-        name not in columns.labels and _is_numeric({text[i] for text in texts}) for i, name in enumerate(columns.tasks)
-    ]
-    keys = {text: tuple(map(_cell, text, numeric)) for text in texts}
+    names = {*columns.labels, columns.hold_out}  # 1.1 and 1.10 may be two versions
+    numeric = [name not in names and _is_numeric({text[i] for text in texts}) for i, name in enumerate(columns.tasks)]
+    held = columns.tasks.index(columns.hold_out)
+    keys = {
+        text: tuple(map(_cell, (*text[:held], WHOLE.sub(r"\1", text[held]), *text[held + 1 :]), numeric))
+        for text in texts
+    }
     for text, strategy, performance in cells:
         place = tasks.setdefault(keys[text], len(tasks))
         runs.setdefault((place, strategies.setdefault(strategy, len(strategies))), []).append(performance)
     kept = [i for i, name in enumerate(columns.tasks) if name not in (columns.hold_out, *columns.labels)]
     places = {name: columns.tasks.index(name) for name in columns.labels}
-    held = columns.tasks.index(columns.hold_out)
     return Table(
         features=tuple(columns.tasks[i] for i in kept),
         tasks=tuple(Task(cells=tuple(key[i] for i in kept)) for key in tasks),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json, progress_bar
+from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
 
 if TYPE_CHECKING:
     from client.metalearning.evaluate import Judged
@@ -77,7 +77,7 @@ def select(
         plain = none or (evaluate.NONE if evaluate.NONE in recorded.strategies else recorded.strategies[0])
         if plain not in recorded.strategies:
             raise InputError(f"--none {plain!r}: the table has the strategies {', '.join(recorded.strategies)}")
-        with progress_bar("folds", bytes_=False, quiet=False) as update:
+        with terminate_as_interrupt(), progress_bar("folds", bytes_=False, quiet=False) as update:
             judged = evaluate.judge_all(
                 recorded, time.process_time, update, evaluate.selectors(plain), _processes(recorded)
             )

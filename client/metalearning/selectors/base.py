@@ -6,6 +6,7 @@ twice as long. Choosing the highest expected fraction is then choosing what is j
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,16 +50,17 @@ class Greedy:
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
         raise NotImplementedError
 
-    def among(self, tasks: tuple[Task, ...], allowed: Mask) -> Prediction:
-        """`predict`, where the oracle too has those allowed alone."""
-        return self.predict(tasks)
+    def among(self, tasks: tuple[Task, ...], sets: Sequence[Mask]) -> list[Array]:
+        """Of each set of what is allowed, the fractions of an oracle that has no more. Who predicts these from the
+        start knows no other."""
+        return [self.predict(tasks).fractions] * len(sets)
 
     def choose(self, tasks: tuple[Task, ...], allowed: Mask) -> Numbers:
         return self.consider(tasks, allowed)[1]
 
     def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
-        expected = self.among(tasks, allowed)
-        return expected, best(expected.fractions, allowed)
+        (expected,) = self.among(tasks, [allowed])
+        return certain(expected), best(expected, allowed)
 
 
 def best(fractions: Array, allowed: Mask) -> Numbers:

@@ -7,6 +7,8 @@ too few rows to be a category.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingRegressor
 
@@ -28,31 +30,35 @@ class Boosting(Greedy):
         self._encoder, self._scale = Encoder(table.tasks), table.scale
         self._count = len(table.strategies)
         self._ranking = ranking(table.fractions)
-        columns = self._rows(table.tasks[:1]).shape[1]
-        self._tasks_max = max(1, min(ROWS_MAX, CELLS_MAX // columns) // self._count)
-        if len(table.tasks) > self._tasks_max:
-            table = table.of(np.random.default_rng(0).choice(len(table.tasks), self._tasks_max, replace=False))
-        rows, measured = self._rows(table.tasks), table.measured.ravel()
+        columns = self._rows(table.tasks[:1], np.ones((1, self._count), dtype=bool)).shape[1]
+        rows_max = min(ROWS_MAX, CELLS_MAX // columns)
+        self._tasks_max = max(1, rows_max // self._count)
+        if table.measured.sum() > rows_max:
+            drawn = np.random.default_rng(0).permutation(len(table.tasks))
+            fit = int(np.searchsorted(table.measured[drawn].sum(axis=1).cumsum(), rows_max, side="right"))
+            table = table.of(drawn[: max(1, fit)])
+        rows = self._rows(table.tasks, table.measured)
         self._trees = HistGradientBoostingRegressor(
             categorical_features=[rows.shape[1] - 1] if len(self._ranking) <= CATEGORIES_MAX else None,
             min_samples_leaf=5 if self._paired else 20,
             early_stopping=False,
             random_state=0,
         )
-        self._trees.fit(rows[measured], np.maximum(table.scores.ravel()[measured], -LOSS_MAX))
+        self._trees.fit(rows, np.maximum(table.scores[table.measured], -LOSS_MAX))
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
-        return self.among(tasks, np.ones((len(tasks), self._count), dtype=bool))
+        return certain(self.among(tasks, [np.ones((len(tasks), self._count), dtype=bool)])[0])
 
-    def among(self, tasks: tuple[Task, ...], allowed: Mask) -> Prediction:
-        starts = range(0, len(tasks), self._tasks_max)
-        parts = [self._trees.predict(self._rows(tasks[start : start + self._tasks_max])) for start in starts]
-        scores = np.concatenate(parts).reshape(len(tasks), self._count)
-        return certain(as_fractions(scores, self._scale, allowed))
+    def among(self, tasks: tuple[Task, ...], sets: Sequence[Mask]) -> list[Array]:
+        parts = (tasks[start : start + self._tasks_max] for start in range(0, len(tasks), self._tasks_max))
+        every = [self._trees.predict(self._rows(part, np.ones((len(part), self._count), dtype=bool))) for part in parts]
+        scores = np.concatenate(every).reshape(len(tasks), self._count)
+        return [as_fractions(scores, self._scale, allowed) for allowed in sets]
 
-    def _rows(self, tasks: tuple[Task, ...]) -> Array:
+    def _rows(self, tasks: tuple[Task, ...], wanted: Mask) -> Array:
+        """One for each True of `wanted`, tasks x strategies."""
         encoded = self._encoder.encode(tasks)
         if self._paired:
             encoded = self._encoder.paired(encoded)
-        strategies = np.column_stack([self._ranking, np.arange(self._count)])
-        return np.column_stack([np.repeat(encoded, self._count, axis=0), np.tile(strategies, (len(tasks), 1))])
+        place, strategy = np.nonzero(wanted)
+        return np.column_stack([encoded[place], self._ranking[strategy], strategy])

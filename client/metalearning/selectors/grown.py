@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -25,11 +25,11 @@ class Grown(Greedy):
         self._trees = self._grow(self._rows(table.tasks), wanted)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
-        return self.among(tasks, np.ones((len(tasks), self._count), dtype=bool))
+        return certain(self.among(tasks, [np.ones((len(tasks), self._count), dtype=bool)])[0])
 
-    def among(self, tasks: tuple[Task, ...], allowed: Mask) -> Prediction:
+    def among(self, tasks: tuple[Task, ...], sets: Sequence[Mask]) -> list[Array]:
         found = self._trees.predict(self._rows(tasks))
-        return certain(as_fractions(found, self._scale, allowed) if self._scores else found)
+        return [as_fractions(found, self._scale, allowed) if self._scores else found for allowed in sets]
 
     def _rows(self, tasks: tuple[Task, ...]) -> Array:
         # A column of zeros, so that there is always one.

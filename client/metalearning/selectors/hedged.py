@@ -75,16 +75,17 @@ class Hedged:
             member.fit(table)
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
-        return self._mixed(self._each(tasks, np.ones((len(tasks), len(self._ranking)), dtype=bool)))
+        return self._mixed(self._each(tasks, [self._all(tasks)])[0])
 
     def choose(self, tasks: tuple[Task, ...], allowed: Mask) -> Numbers:
         return self.consider(tasks, allowed)[1]
 
     def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
-        each = self._each(tasks, allowed)
+        """What is expected does not depend on what is allowed: requests are learnt from whatever they were allowed."""
+        every, each = self._each(tasks, [self._all(tasks), allowed])
         safe, bold, gain, doubt = self._compared(each, np.tile(self._ranking, (len(tasks), 1)), allowed)
         left = gain > self._caution_of(allowed) * doubt
-        return self._mixed(each), np.where(left, bold, safe)
+        return self._mixed(every), np.where(left, bold, safe)
 
     def _caution_of(self, allowed: Mask) -> Array:
         """Of each task, that of the smallest set with all it is allowed, or of the largest; NaN, which no gain exceeds,
@@ -94,8 +95,12 @@ class Hedged:
             found[~(allowed & ~names).any(axis=1)] = place
         return np.array([np.nan if caution is None else caution for caution in self._cautions])[found]
 
-    def _each(self, tasks: tuple[Task, ...], allowed: Mask) -> Array:
-        return np.stack([member.among(tasks, allowed).fractions for member in self._members])
+    def _all(self, tasks: tuple[Task, ...]) -> Mask:
+        return np.ones((len(tasks), len(self._ranking)), dtype=bool)
+
+    def _each(self, tasks: tuple[Task, ...], sets: Sequence[Mask]) -> list[Array]:
+        """Of each set, members x tasks x strategies."""
+        return [np.stack(found) for found in zip(*(member.among(tasks, sets) for member in self._members), strict=True)]
 
     def _mixed(self, each: Array) -> Prediction:
         mean = np.tensordot(self.weights, each, axes=1)
@@ -136,9 +141,9 @@ class Hedged:
             ranked[out] = ranking(known.fractions)
             for place, member in enumerate(members):
                 member.fit(known)
-                for found, allowed in zip(each, sets, strict=True):
-                    one = np.where(allowed.any(axis=1, keepdims=True), allowed, table.measured)[out]
-                    found[place, out] = member.among(tested, one).fractions
+                there = [np.where(one.any(axis=1, keepdims=True), one, table.measured)[out] for one in sets]
+                for found, fractions in zip(each, member.among(tested, there), strict=True):
+                    found[place, out] = fractions
         return each, ranked
 
     def _compared(self, each: Array, ranked: Array, allowed: Mask) -> tuple[Numbers, Numbers, Array, Array]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from dataclasses import replace
 from functools import partial
@@ -18,7 +20,7 @@ from client.metalearning.selectors.forest import Forest
 from client.metalearning.selectors.grown import Grown
 from client.metalearning.selectors.hedged import Hedged, caution_of
 from client.metalearning.selectors.isac import Isac
-from client.metalearning.selectors.simple import Always, FixedRanking, SingleBest
+from client.metalearning.selectors.simple import Always, FixedRanking, Random, SingleBest
 from client.metalearning.table import Array, Columns, Mask, Scale, Table, Task, as_fractions, read
 from client.metalearning.trees import TRAINED_CELLS_MAX, Trees, boosted, randomised
 from protocol.errors import InputError
@@ -251,7 +253,9 @@ def test_random_draws_differ_between_folds_of_one_size() -> None:
 
 @pytest.mark.parametrize("far", [3e38, 1.7e308, -1.7e308, 0.0])
 def test_a_number_far_beyond_those_seen_is_taken(far: float) -> None:
-    for seen in ((0.0, 1.0, 2.0, 3.0), (1.0, 10.0, 100.0, 1000.0), (-1e308, 0.0, 1e308, 1.0)):
+    most = 1.7e308
+    known = ((0.0, 1.0, 2.0, 3.0), (1.0, 10.0, 100.0, 1000.0), (-1e308, 0.0, 1e308, 1.0), (most, most, most, 0.0))
+    for seen in known:
         fitted = tuple(Task(cells=(value,)) for value in seen)
         encoded = Encoder(fitted).encode((*fitted, Task(cells=(far,))))
         assert np.abs(encoded).max() < 20
@@ -379,6 +383,47 @@ def test_two_processes_find_what_one_finds() -> None:
         np.testing.assert_array_equal(one[name].choices, two[name].choices)
         np.testing.assert_array_equal(one[name].expected, two[name].expected)
     assert steps == [(done, 3) for done in range(4)]
+
+
+def test_what_is_expected_does_not_depend_on_what_is_allowed() -> None:
+    """Else a request that had one choice would be held to be as good as the best."""
+    table = small("crossover", 4)
+    selector = Hedged()
+    selector.fit(table)
+    few = np.zeros_like(table.measured)
+    few[:, 0] = True
+    expected, chosen = selector.consider(table.tasks, few)
+    np.testing.assert_allclose(expected.fractions, selector.predict(table.tasks).fractions)
+    assert not chosen.any()
+
+
+def test_a_process_that_dies_is_no_traceback() -> None:
+    class Fatal(Random):
+        def fit(self, table: Table) -> None:
+            os.kill(os.getpid(), signal.SIGKILL)  # as a system does that has no memory left
+
+    with pytest.raises(InputError, match="died: is there memory for 2"):
+        evaluate.judge_all(small("crossover", 3), time.process_time, lambda done, total: None, {"x": Fatal}, 2)
+
+
+def test_boosting_learns_from_as_many_measurements_where_few_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Counted(boosting.HistGradientBoostingRegressor):  # type: ignore[misc]  # it has no types
+        def fit(self, rows: Array, wanted: Array) -> None:
+            seen.append(len(rows))
+            super().fit(rows, wanted)
+
+    tasks, names = tuple(Task(cells=(float(number),)) for number in range(400)), tuple(f"s{at}" for at in range(50))
+    repeats = {(task, (task + more) % 50): (1.0 + more,) for task in range(400) for more in range(2)}
+    sparse = Table(
+        features=("x",), tasks=tasks, groups=np.arange(400) % 4, strategies=names, repeats=repeats, scale=LOWER
+    )
+    monkeypatch.setattr(boosting, "HistGradientBoostingRegressor", Counted)
+    monkeypatch.setattr(boosting, "ROWS_MAX", 500)
+    Boosting().fit(sparse)
+    Boosting().fit(sparse.of(np.arange(400) < 100))
+    assert seen == [500, 200]
 
 
 def _table(lines: list[str], tasks: tuple[str, ...] = ("task",)) -> Table:

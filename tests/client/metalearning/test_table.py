@@ -107,6 +107,8 @@ def test_what_is_held_out_tells_tasks_apart() -> None:
     assert table.groups.tolist() == [0, 1, 1, 2]
     assert table.features == ("model",)
     np.testing.assert_array_equal(table.performance[:, 0], [2, 8, 1, 1])
+    versions = ["model,day,how,ms", "a,1.1,x,1", "a,1.10,x,3", "a,1.1.0,x,4"]
+    assert read(versions, columns, LOWER).groups.tolist() == [0, 1, 2]
     named = read(lines, replace(columns, tasks=("model", "day")), LOWER)
     assert (named.tasks, named.repeats) == (table.tasks, table.repeats)
 
