@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from client.generate import Generation, GenerationHost, GenerationParams, GenerationResult
-from client.speculation import NO_GUESS, SLOWER_MAX, Guess, Pace, PromptLookup, Speculation
+from client.speculation import DRAFT, NO_GUESS, PROBE_SHARE, SLOWER_MAX, Guess, Pace, PromptLookup, Speculation
 from client.tensors import to_payload, to_tensor
 from models.sampling import SamplingParams
 from protocol.tensors import Payload
@@ -175,18 +175,35 @@ class Text:
 
 
 @dataclass
+class Drafting(Text):
+    """A draft model that takes `guess_s` for a guess, and has one wherever it is asked."""
+
+    guess_s: float = 0.0
+    behind: int = 0
+    clock_s: float = 0.0
+
+    def guess(self, count: int) -> Guess:
+        self.clock_s += count * self.guess_s
+        return Guess(super().guess(count).ids, DRAFT)
+
+    def read(self, count: int) -> None:
+        raise AssertionError("it keeps up")
+
+
+@dataclass
 class Arithmetic:
     """Requests over a route where a step of one row takes 1 s, each further row `row_s`, and some steps longer."""
 
     row_s: float
     disturbed: dict[int, float] = field(default_factory=dict)
+    draft: Drafting | None = None
     sent: list[int] = field(default_factory=list)  # guesses in each step
 
     def plain_s(self, tokens: int, prompt: int) -> float:
         return tokens + (prompt - 1) * self.row_s
 
     def request_s(self, text: Text, tokens: int, prompt: int = 20, pace: Pace | None = None) -> float:
-        speculation = Speculation(text, pace=pace or Pace())
+        speculation = Speculation(text, self.draft, pace or Pace(), lambda: self.draft.clock_s if self.draft else 0.0)
         speculation.begin([0] * prompt)
         spent_s = 1.0 + (prompt - 1) * self.row_s
         speculation.prefilled(prompt, spent_s)
@@ -234,6 +251,29 @@ def test_a_step_that_waits_for_a_strangers_work_ends_no_guessing(step: int) -> N
     text, calm, disturbed = Text.of(200, 0.9), Arithmetic(0.05), Arithmetic(0.05, {step: 15.0})
     calm_s, disturbed_s = calm.request_s(text, 200), disturbed.request_s(text, 200)
     assert disturbed_s < 15.0 + 1.25 * calm_s
+
+
+def test_a_probe_that_waits_for_a_strangers_work_puts_nothing_off() -> None:
+    """The next one is made when it would have been by what was believed before, not by how long that took."""
+    probe, text = 79, Text.of(1000, 0.9)
+    for disturbed in ({}, {probe: 15.0}):
+        pace, route = Pace(), Arithmetic(0.05, disturbed)
+        Arithmetic(4.0).request_s(text, 200, pace=pace)
+        route.request_s(text, 1000, pace=pace)
+        first, second = [step for step, guesses in enumerate(route.sent) if guesses][:2]
+        assert first == probe
+        assert second - first < 4.0 / PROBE_SHARE
+        assert sum(map(bool, route.sent)) > 20, "it goes on guessing"
+
+
+def test_a_draft_models_probe_that_waits_ends_no_lookup() -> None:
+    """What it learns of rows is believed of those of lookup too."""
+    probe, text, spent_s = 74, Text.of(600, 0.9), []
+    for disturbed in ({}, {probe: 15.0}):
+        route = Arithmetic(0.05, disturbed, Drafting([True] * 632, [True] * 632, guess_s=0.97))
+        spent_s.append(route.request_s(text, 600))
+        assert route.draft is not None and route.draft.clock_s > 0 and route.sent[probe] == 1
+    assert spent_s[1] < spent_s[0] + 15.0 + 5.0
 
 
 def test_a_chat_guesses_again_after_a_turn_whose_rows_were_dear() -> None:
