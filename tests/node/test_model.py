@@ -11,6 +11,8 @@ import trio
 
 from client.chat import ChatPrompt
 from client.generate import GenerationHost
+from client.kept import Opened, OpenedSession, Opening
+from client.session import SessionTerms
 from models.chat_template import ChatTemplate
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
@@ -18,6 +20,7 @@ from node.chat import Chat, ChatOptions
 from node.draft import Draft
 from node.guessing import Guessing
 from node.model import Ask, DeployedModel, turns_over, wire_of
+from protocol.errors import RouteUnavailable
 from protocol.strategy import Strategy, parse
 from simnet.runtime import run
 
@@ -72,8 +75,8 @@ class SlowToGuess(Guessing):
         await trio.sleep(3)
 
 
-def model() -> DeployedModel:
-    """Enough of one for a request to be made."""
+def model(hops: int = 1, **attributes: object) -> DeployedModel:
+    """Enough of one for a request to be made, on a route of so many hops."""
     fake = SimpleNamespace(
         ports=SimpleNamespace(clock=SimpleNamespace(monotonic=trio.current_time), observer=None, entropy=bytes),
         config=SimpleNamespace(max_position=99, eos_ids=(), vocab_size=9),
@@ -83,8 +86,9 @@ def model() -> DeployedModel:
         ends=None,
         guessing=lambda: guessing,
         recorder=None,
-        predicted=SimpleNamespace(micro_batches=1, micro_batch_min=1),
-        tokenizer=SimpleNamespace(vocabulary=dict),
+        predicted=SimpleNamespace(micro_batches=hops, micro_batch_min=1),
+        tokenizer=SimpleNamespace(vocabulary=dict, stream=lambda: None),
+        **attributes,
     )
     guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
     for name in ("_answer", "params", "host", "terms", "page_keys", "_kept_session"):
@@ -109,4 +113,32 @@ def test_loading_a_draft_model_is_part_of_what_a_user_waits_for(monkeypatch: pyt
 
     monkeypatch.setattr("node.model.KeptRequest", asked)
     monkeypatch.setattr("node.chat.KeptRequest", asked)
+    run(main, seed=0)
+
+
+def test_a_session_over_a_route_that_was_found_anew_serves_the_next_turn() -> None:
+    session = SimpleNamespace(held_tokens=0, bytes_out=0, bytes_in=0, closed=False)
+
+    async def aclose() -> None:
+        session.closed = True
+
+    async def lost(_opening: Opening, _terms: SessionTerms, _used: Strategy) -> Opened:
+        raise RouteUnavailable("a worker is gone")
+
+    async def opened(_opening: Opening, terms: SessionTerms, _used: Strategy) -> Opened:
+        assert terms.micro_batches == 3, "as suits the route"
+        return Opened(cast("OpenedSession", session))
+
+    async def deploy_again(_without: object) -> DeployedModel:
+        return model(hops=3, opened=opened)
+
+    async def main() -> None:
+        session.aclose = aclose
+        template = cast("ChatTemplate", SimpleNamespace(tokens={}, stops=()))
+        chat = Chat(model(hops=2, opened=lost, deploy_again=deploy_again), template, ChatOptions())
+        for _ in range(2):
+            await chat._request(ChatPrompt((1,), 9, 0), Ask(), Strategy(), 0.0)
+            await chat._kept.ready([1])
+            assert not session.closed
+
     run(main, seed=0)
