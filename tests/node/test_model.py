@@ -60,6 +60,23 @@ def test_a_lone_request_computes_a_head_of_a_few_ms_on_the_loop(
     assert len(used) == threads
 
 
+@pytest.mark.parametrize(
+    ("named", "parts"),
+    [
+        ("micro_batches=0", (3, 4)),
+        ("micro_batches=2", (2, 1)),
+        ("batching=off", (1, 1)),
+        ("deterministic=true", (1, 1)),
+    ],
+)
+def test_sessions_are_parted_as_suits_the_route_unless_they_share_no_forward(
+    named: str, parts: tuple[int, int]
+) -> None:
+    """Otherwise they would count among those that are divided, whose parts then took more than their share."""
+    asked = model(predicted=predicted(3, 4)).terms(9, parse(named))
+    assert (asked.micro_batches, asked.micro_batch_min) == parts
+
+
 class Asked(Exception):
     """A request was made for this host."""
 
@@ -75,9 +92,13 @@ class SlowToGuess(Guessing):
         await trio.sleep(3)
 
 
-def model(hops: int = 1, **attributes: object) -> DeployedModel:
-    """Enough of one for a request to be made, on a route of so many hops."""
-    fake = SimpleNamespace(
+def predicted(micro_batches: int, micro_batch_min: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(micro_batches=micro_batches, micro_batch_min=micro_batch_min)
+
+
+def model(**attributes: object) -> DeployedModel:
+    """Enough of one for a request to be made."""
+    known = dict[str, object](
         ports=SimpleNamespace(clock=SimpleNamespace(monotonic=trio.current_time), observer=None, entropy=bytes),
         config=SimpleNamespace(max_position=99, eos_ids=(), vocab_size=9),
         decide=lambda *_: SimpleNamespace(plan=SimpleNamespace(strategy=Strategy()), choice=None),
@@ -86,10 +107,10 @@ def model(hops: int = 1, **attributes: object) -> DeployedModel:
         ends=None,
         guessing=lambda: guessing,
         recorder=None,
-        predicted=SimpleNamespace(micro_batches=hops, micro_batch_min=1),
+        predicted=predicted(1),
         tokenizer=SimpleNamespace(vocabulary=dict, stream=lambda: None),
-        **attributes,
     )
+    fake = SimpleNamespace(**known | attributes)
     guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
     for name in ("_answer", "params", "host", "terms", "page_keys", "_kept_session"):
         setattr(fake, name, MethodType(getattr(DeployedModel, name), fake))
@@ -130,12 +151,12 @@ def test_a_session_over_a_route_that_was_found_anew_serves_the_next_turn() -> No
         return Opened(cast("OpenedSession", session))
 
     async def deploy_again(_without: object) -> DeployedModel:
-        return model(hops=3, opened=opened)
+        return model(predicted=predicted(3), opened=opened)
 
     async def main() -> None:
         session.aclose = aclose
         template = cast("ChatTemplate", SimpleNamespace(tokens={}, stops=()))
-        chat = Chat(model(hops=2, opened=lost, deploy_again=deploy_again), template, ChatOptions())
+        chat = Chat(model(predicted=predicted(2), opened=lost, deploy_again=deploy_again), template, ChatOptions())
         for _ in range(2):
             await chat._request(ChatPrompt((1,), 9, 0), Ask(), Strategy(), 0.0)
             await chat._kept.ready([1])
