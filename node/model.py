@@ -254,7 +254,7 @@ class DeployedModel:
         # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
         turns = None if strategy.speculation == "draft" else self.turns
         if strategy.deterministic:
-            turns = Turns(self.ends, in_thread, apart=True)
+            turns = Turns(self.ends, in_thread, tile_rows=self.ends.tile_rows)
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, turns)
 
     def _report(self, trace: StepTrace, request: KeptRequest, kept: KeptSession) -> TraceReport:
