@@ -41,7 +41,7 @@ class ClientEnds:
     """Token ids to what workers get, what workers return to logits. Results are in `dtype`.
 
     In a 16-bit dtype the rotation and the norm still work in float32 and round once, as transformers' norms do. In
-    products of `tile_rows` rows a token's embedding always has the same bits: of one where a row's place in a tile shows.
+    products of `tile_rows` rows a token's embedding always has the same bits: of one row if places in a tile show.
     """
 
     embedding: Tensor  # [V, d], stored dtype
