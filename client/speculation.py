@@ -6,6 +6,9 @@ own; what is won are the round trips of those that hold. `Pace` weighs them from
 they do not pay. It goes on comparing free guesses with what came, and tries one now and then, so that it can begin
 again. How good a guess is and what it costs is only believed, so what may be lost by it is bounded too: the predicted
 cost of a step's guesses, and what earlier ones of the request lost, stay within SLOWER_MAX of the request's time.
+What is excepted from that is reading: a draft model reads while the route is busy, and where nobody knows yet how long
+it will be (with a first prompt), or how long reading takes, an answer waits for the READ_TOKENS that were begun. That
+is no measure of the route, and not counted.
 
 Pure: no network; what time it is, `Speculation` is told by `now`. After Leviathan et al. 2023 (verification), Saxena
 2023 (prompt lookup) and Chen et al. 2023 (draft models).
@@ -16,6 +19,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from protocol import limits
@@ -130,6 +134,7 @@ class Pace:
     _steps_s: deque[float] = field(default_factory=_recent)
     _rows_s: deque[float] = field(default_factory=_recent)
     _prompt: tuple[int, float] | None = None  # rows and seconds, until a step of one row says what they mean
+    _prompt_row_s: float = inf  # of the last prompt
 
     @property
     def step_s(self) -> float | None:
@@ -140,6 +145,10 @@ class Pace:
     def row_s(self) -> float:
         """Seconds for each further row; as much as a whole step before anything is known."""
         return _median(self._rows_s) if self._rows_s else self.step_s or 0.0
+
+    def prompt_s(self, rows: int) -> float:
+        """Seconds for a prompt of so many rows, at the rate of the last one; infinite before there was one."""
+        return max(rows * self._prompt_row_s, self.step_s or 0.0)
 
     def best(self, kind: int, count_max: int, guess_s: float = 0.0) -> tuple[int, float]:
         """How many guesses of `kind` to send, at most `count_max`, and the predicted gain: 1 is a step without any.
@@ -163,6 +172,7 @@ class Pace:
 
     def prefilled(self, rows: int, seconds: float) -> None:
         """A prompt of `rows` rows took so long: what a row costs is believed from that until guesses say it."""
+        self._prompt_row_s = seconds / rows
         if rows > 1 and not self._rows_s:
             self._prompt = (rows, seconds)
 

@@ -55,8 +55,8 @@ class Recorder:
         self.answers.append((trio.current_time() + 0.1, to_payload(rows[-tail:].clone(), rows.dtype)))
         return len(self.answers) - 1
 
-    def answered(self, _: int) -> bool:
-        return True
+    def ready_s(self, _: int) -> float | None:
+        return 0.0
 
     async def result(self, step: int) -> Payload:
         ready_at, answer = self.answers[step]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from models.sampling import SamplingParams
 from protocol.tensors import Payload
 from simnet.runtime import VirtualClock, run
 
+T = TypeVar("T")
 VOCABULARY = 12
 
 
@@ -55,8 +57,9 @@ class Machine:
         self.ready.append((trio.current_time() + self.step_s + self.row_s * (len(ids) - 1), answer))
         return len(self.ready) - 1
 
-    def answered(self, step: int) -> bool:
-        return trio.current_time() >= self.ready[step][0]
+    def ready_s(self, step: int) -> float | None:
+        waited_s = trio.current_time() - self.ready[step][0]
+        return waited_s if waited_s >= 0 else None
 
     async def result(self, step: int) -> Payload:
         ready_at, answer = self.ready[step]
@@ -332,3 +335,65 @@ def test_the_pace_is_within_bounds_whatever_was_seen(
     for held, failed in seen:
         pace.came(Guess((1,) * 6, 0), (1,) * held + (2,) * failed)
     assert 0 <= pace.best(0, guessed)[0] <= min(guessed, pace.drafts_max)
+
+
+@dataclass
+class Reader:
+    """A draft model that guesses nothing and has all of the prompt to read, which takes `piece_s` at a time."""
+
+    piece_s: float
+    guess_s: float = 0.0
+    behind: int = 0
+    under_way_s: float = 0.0
+    pieces: int = 0
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.behind, self.pieces = len(prompt), 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.behind += len(ids)
+
+    def guess(self, count: int) -> Guess:
+        return NO_GUESS
+
+    def read(self, count: int) -> None:
+        self.behind -= count
+        self.pieces += 1
+        self.under_way_s = self.piece_s
+
+    async def in_thread(self, function: Callable[[], T], /) -> T:
+        result = function()
+        taken_s, self.under_way_s = self.under_way_s, 0.0
+        await trio.sleep(taken_s)
+        return result
+
+    def now(self) -> float:
+        return trio.current_time() + self.under_way_s
+
+
+def read_beside(machine: Machine, reader: Reader, pace: Pace, prompt: int, tokens: int = 2) -> float:
+    """Seconds to the first token of a request beside which `reader` reads."""
+
+    async def main() -> float:
+        speculation = Speculation(draft=reader, pace=pace, now=reader.now)
+        host = GenerationHost(VirtualClock(), reader.in_thread, speculation=speculation)
+        generation = Generation(machine, HashedEnds(), [1] * prompt, GenerationParams(tokens), host)
+        async for _ in generation.tokens():
+            pass
+        return generation.token_times_s[0]
+
+    return run(main, 0)
+
+
+def test_a_draft_model_that_reads_for_longer_than_the_route_makes_no_rows_dear() -> None:
+    pace = Pace()
+    assert read_beside(Machine(0.1, 0.01), Reader(3.0), pace, 100) == pytest.approx(3.0), "of one piece"
+    assert pace.row_s == pytest.approx(0.01)
+    assert pace.step_s == pytest.approx(0.1)
+
+
+def test_of_a_later_prompt_no_piece_is_read_that_would_end_after_it() -> None:
+    pace, reader, prompt = Pace(), Reader(0.4), 130
+    assert read_beside(Machine(0.1, 0.01), reader, pace, prompt) == pytest.approx(4 * 0.4)
+    assert read_beside(Machine(0.1, 0.01), reader, pace, prompt) == pytest.approx(0.1 + 129 * 0.01)
+    assert reader.pieces == 3
