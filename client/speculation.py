@@ -5,10 +5,9 @@ is the same with and without (generate.py does that). What costs is the work on 
 own; what is won are the round trips of those that hold. `Pace` weighs them from what it has seen and sends none when
 they do not pay. It goes on comparing free guesses with what came, and tries one now and then, so that it can begin
 again. How good a guess is and what it costs is only believed, so what may be lost by it is bounded too: the predicted
-cost of a step's guesses, and what earlier ones of the request lost, stay within SLOWER_MAX of the request's time.
-What is excepted from that is reading: a draft model reads while the route is busy, and where nobody knows yet how long
-it will be (with a first prompt), or how long reading takes, an answer waits for the READ_TOKENS that were begun. That
-is no measure of the route, and not counted.
+cost of a step's guesses, and what earlier ones of the request lost, stay within SLOWER_MAX of the request's time. What
+is excepted from that is reading, which a draft model does while the route is busy: where it is not known yet how long
+that will be (of a first prompt), or how long reading takes, an answer may wait for the READ_TOKENS that were begun.
 
 Pure: no network; what time it is, `Speculation` is told by `now`. After Leviathan et al. 2023 (verification), Saxena
 2023 (prompt lookup) and Chen et al. 2023 (draft models).
