@@ -42,7 +42,7 @@ class Steps(Protocol):
 
     async def submit(self, payload: Payload, position: int, tail: int = 1) -> int: ...
     async def result(self, step: int) -> Payload: ...
-    def answered(self, step: int) -> bool: ...
+    def ready_s(self, step: int) -> float | None: ...
 
 
 class Choose(Protocol):
@@ -224,7 +224,6 @@ class Generation:
                 if step is None or self._stopped:
                     break
                 drafts = turn.drafts
-                await self._read_ahead(step)
                 answer = await self._answer(step, 1 + len(drafts))
             stopped = self._stopped or token in self._params.stop_ids
             self.finish_reason = "stop" if stopped else "length"
@@ -287,21 +286,26 @@ class Generation:
         return await self._session.submit(payload, position, tail=payload.header.shape[0])
 
     async def _answer(self, step: int, rows: int) -> Payload:
+        speculation, late_s = self._host.speculation, 0.0
+        if speculation is not None:
+            late_s = await self._read_ahead(speculation, step, self._sent_at + (speculation.pace.step_s or 0.0))
         answer = await self._session.result(step)
-        if self._host.speculation is not None:
-            self._host.speculation.took(rows, self._host.clock.monotonic() - self._sent_at)
+        if speculation is not None:
+            speculation.took(rows, self._host.clock.monotonic() - self._sent_at - late_s)
         return answer
 
-    async def _read_ahead(self, step: int, wait_s: float | None = None) -> None:
-        """A draft model that lags reads while the route is busy with `step`, in pieces that end before the answer is
-        due in `wait_s` seconds (by default as long as a step takes)."""
-        speculation, clock = self._host.speculation, self._host.clock
-        if speculation is None:
-            return
-        due = self._sent_at + (speculation.pace.step_s or 0.0) if wait_s is None else clock.monotonic() + wait_s
-        while (tokens := speculation.readable(due - clock.monotonic())) and not self._session.answered(step):
+    async def _read_ahead(self, speculation: Speculation, step: int, due: float) -> float:
+        """A draft model that lags reads while the route is busy with `step`, in pieces that should end before the
+        answer is due. Gives the seconds by which the last one came after it all the same."""
+        late_s = 0.0
+        while (tokens := speculation.readable(due - self._host.clock.monotonic())) and not self._ready(step):
             await self._host.run_sync(partial(speculation.read, tokens))
             await trio.lowlevel.checkpoint()
+            late_s = self._session.ready_s(step) or 0.0
+        return late_s
+
+    def _ready(self, step: int) -> bool:
+        return self._session.ready_s(step) is not None
 
     async def _prefill(self) -> Payload:
         """The answer for the prompt's last position."""
@@ -315,12 +319,15 @@ class Generation:
                 continue
             steps.append(await self._session.submit(payload, position))
             position = self._prompt_held = position + len(chunk)
-        await self._read_ahead(steps[-1], math.inf)
+        speculation, computed, late_s = self._host.speculation, len(ids) - self._held_at_first, 0.0
+        if speculation is not None:
+            due = started + speculation.pace.prompt_s(computed)
+            late_s = await self._read_ahead(speculation, steps[-1], due)
         for step in steps[:-1]:
             await self._session.result(step)
         answer = await self._session.result(steps[-1])
-        if self._host.speculation is not None:
-            self._host.speculation.prefilled(len(ids) - self._held_at_first, self._host.clock.monotonic() - started)
+        if speculation is not None:
+            speculation.prefilled(computed, self._host.clock.monotonic() - started - late_s)
         return answer
 
     def _embedded(self, ids: Sequence[int]) -> Payload:

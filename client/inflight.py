@@ -30,6 +30,7 @@ class SentStep:
     nbytes: int
     waiting: set[int]  # numbers of the hops whose outputs have not come
     answered: bool = False
+    answered_at: float = 0.0  # on the event loop's clock
     answer: Payload | None = None  # until it is fetched
     abandoned: bool = False  # nobody will fetch it
 

@@ -208,9 +208,12 @@ class RouteSession:
         await self._until(lambda: sent.answered, _Patience(self.terms.step_timeout_s, self._silent))
         return self._steps.fetch(sent)
 
-    def answered(self, step: int) -> bool:
-        """Whether `result` would return at once, or raise."""
-        return self._failure is not None or self._steps.unfetched(step).answered
+    def ready_s(self, step: int) -> float | None:
+        """For how long `result` would have returned at once, or raised; None: it would wait."""
+        if self._failure is not None:
+            return 0.0
+        sent = self._steps.unfetched(step)
+        return trio.current_time() - sent.answered_at if sent.answered else None
 
     def abandon(self) -> None:
         """Nobody will ask for the answers that are under way, or here and not fetched."""
@@ -275,6 +278,7 @@ class RouteSession:
         self._note_times(hop, message)
         if last:
             sent.answered, sent.answer = True, None if sent.abandoned else payload
+            sent.answered_at = self._heard_at
         elif self.terms.sink is not None:
             self.terms.sink.take(HopOutput(hop, message.step, sent.position, payload))
         return True

@@ -5,7 +5,9 @@ is the same with and without (generate.py does that). What costs is the work on 
 own; what is won are the round trips of those that hold. `Pace` weighs them from what it has seen and sends none when
 they do not pay. It goes on comparing free guesses with what came, and tries one now and then, so that it can begin
 again. How good a guess is and what it costs is only believed, so what may be lost by it is bounded too: the predicted
-cost of a step's guesses, and what earlier ones of the request lost, stay within SLOWER_MAX of the request's time.
+cost of a step's guesses, and what earlier ones of the request lost, stay within SLOWER_MAX of the request's time. What
+is excepted from that is reading, which a draft model does while the route is busy: where it is not known yet how long
+that will be (of a first prompt), or how long reading takes, an answer may wait for the READ_TOKENS that were begun.
 
 Pure: no network; what time it is, `Speculation` is told by `now`. After Leviathan et al. 2023 (verification), Saxena
 2023 (prompt lookup) and Chen et al. 2023 (draft models).
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Protocol
 
 from protocol import limits
@@ -130,6 +133,7 @@ class Pace:
     _steps_s: deque[float] = field(default_factory=_recent)
     _rows_s: deque[float] = field(default_factory=_recent)
     _prompt: tuple[int, float] | None = None  # rows and seconds, until a step of one row says what they mean
+    _prompt_row_s: float = inf  # of the last prompt
 
     @property
     def step_s(self) -> float | None:
@@ -140,6 +144,10 @@ class Pace:
     def row_s(self) -> float:
         """Seconds for each further row; as much as a whole step before anything is known."""
         return _median(self._rows_s) if self._rows_s else self.step_s or 0.0
+
+    def prompt_s(self, rows: int) -> float:
+        """Seconds for a prompt of so many rows, at the rate of the last one; infinite before there was one."""
+        return max(rows * self._prompt_row_s, self.step_s or 0.0)
 
     def best(self, kind: int, count_max: int, guess_s: float = 0.0) -> tuple[int, float]:
         """How many guesses of `kind` to send, at most `count_max`, and the predicted gain: 1 is a step without any.
@@ -163,12 +171,14 @@ class Pace:
 
     def prefilled(self, rows: int, seconds: float) -> None:
         """A prompt of `rows` rows took so long: what a row costs is believed from that until guesses say it."""
+        self._prompt_row_s = seconds / rows
         if rows > 1 and not self._rows_s:
             self._prompt = (rows, seconds)
 
     def took(self, rows: int, seconds: float, probe: bool = False) -> None:
-        """A step of `rows` rows took so long. A `probe` was sent to see whether what was believed of rows is wrong."""
-        if probe:
+        """A step of `rows` rows took so long. A `probe` was sent to see whether rows are cheaper than was believed: if
+        they are, it counts alone; if not, it is one of several, for it may have waited for a stranger's work."""
+        if probe and seconds - (self.step_s or 0.0) < self.row_s * (rows - 1):
             self._rows_s.clear()
         if rows == 1:
             self._steps_s.append(seconds)

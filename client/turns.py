@@ -23,7 +23,6 @@ from torch import Tensor
 
 T = TypeVar("T")
 ROWS_MAX = 256  # of logits at a time: 150 MB for the largest vocabularies
-TILE_ROWS = 16
 
 
 class Ends(Protocol):
@@ -61,12 +60,12 @@ class _Turn:
 class Turns:
     """One for all requests of a model. Batches of up to `rows_inline` rows are computed on the event loop.
 
-    `apart`: a row's bits depend on nothing but the row. Logits are computed only as they are read, so that guesses that
-    fail cost nothing here.
+    `tile_rows`, of products in which a row's place does not show, where a row's bits shall depend on nothing but the
+    row (0: they may). Logits are then computed only as they are read, so that guesses that fail cost nothing here.
     """
 
-    def __init__(self, ends: Ends, run_sync: RunSync = inline, rows_inline: int = 0, apart: bool = False) -> None:
-        self._products = _Apart(ends) if apart else _Together(ends)
+    def __init__(self, ends: Ends, run_sync: RunSync = inline, rows_inline: int = 0, tile_rows: int = 0) -> None:
+        self._products = _Apart(ends, tile_rows) if tile_rows else _Together(ends)
         self._run_sync = run_sync
         self._rows_inline = rows_inline
         self._requests = 0
@@ -138,19 +137,16 @@ class _Together:
 
 class _Apart:
     """For each row of logits a product, when it is asked for. Embeddings in tiles of always as many rows, which cost
-    little more than one: of one row only where a row's place in a tile shows in its bits."""
+    little more than one."""
 
-    def __init__(self, ends: Ends) -> None:
+    def __init__(self, ends: Ends, rows: int) -> None:
         self._ends = ends
-        self._rows = 0  # of a tile; 0 before that was looked at
+        self._rows = rows
 
     def logits(self, hiddens: Sequence[Tensor]) -> Sequence[Iterable[Tensor]]:
         return [(self._ends.logits(row[None])[0] for row in hidden) for hidden in hiddens]
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        if not self._rows:
-            alike = self._ends.embed((ids[0],) * TILE_ROWS)
-            self._rows = TILE_ROWS if bool((alike == alike[0]).all()) else 1
         parts = [ids[start : start + self._rows] for start in range(0, len(ids), self._rows)]
         return torch.cat([self._tile(part) for part in parts])
 

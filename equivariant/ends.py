@@ -19,8 +19,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.blocks import TILE_ROWS
 from models.int8 import Int8Linear, quantise_rows
-from models.linear import Linear
+from models.linear import Linear, place_shows
 from models.norm import rms_norm
 
 
@@ -39,7 +40,8 @@ class EndTensors(Protocol):
 class ClientEnds:
     """Token ids to what workers get, what workers return to logits. Results are in `dtype`.
 
-    In a 16-bit dtype the rotation and the norm still work in float32 and round once, as transformers' norms do.
+    In a 16-bit dtype the rotation and the norm still work in float32 and round once, as transformers' norms do. In
+    products of `tile_rows` rows a token's embedding always has the same bits: of one row if places in a tile show.
     """
 
     embedding: Tensor  # [V, d], stored dtype
@@ -49,6 +51,7 @@ class ClientEnds:
     inward: Linear | None  # x Q^T
     rms_norm_eps: float
     dtype: torch.dtype
+    tile_rows: int
 
     @classmethod
     def open(
@@ -67,14 +70,16 @@ class ClientEnds:
         if rotation is not None and tuple(rotation.shape) != (ends.head.shape[1],) * 2:
             raise ValueError(f"a rotation of {tuple(rotation.shape)} does not fit hidden size {ends.head.shape[1]}")
         wide = None if rotation is None else rotation.to(_wide(dtype))
+        outward = None if wide is None else Linear(wide.T.contiguous())
         return cls(
             embedding=ends.embedding,
             gain=ends.final_norm.to(dtype),
             head=_head(ends.head, head or dtype, dtype),
-            outward=None if wide is None else Linear(wide.T.contiguous()),
+            outward=outward,
             inward=None if wide is None else Linear(wide),
             rms_norm_eps=rms_norm_eps,
             dtype=dtype,
+            tile_rows=1 if outward is not None and place_shows(outward, TILE_ROWS) else TILE_ROWS,
         )
 
     @torch.inference_mode()

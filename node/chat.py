@@ -144,7 +144,7 @@ class Chat:
         if not ask.ignore_eos:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
         host = replace(await model.host(ask, strategy, self._guessing), started_at=started_at)
-        terms = replace(model.terms(self._context_tokens, strategy), request=self._id)
+        terms = self._terms_of(strategy)
         # What a session was opened with cannot be changed, and what its KV holds is as exact as it was sent.
         if (terms, strategy.wire) != (self._terms, self._used.wire):
             await self._kept.aclose()
@@ -158,9 +158,14 @@ class Chat:
         end = self._model.tokenizer.vocabulary().get(self._template.tokens.get("eos_token", ""))
         return frozenset() if end is None else frozenset({end})
 
+    def _terms_of(self, strategy: Strategy) -> SessionTerms:
+        """Part of them follows from the route."""
+        return replace(self._model.terms(self._context_tokens, strategy), request=self._id)
+
     async def _open(self, opening: Opening) -> Opened:
         if opening.anew:
             self._model = await self._model.deploy_again(opening.without)
+            self._terms = self._terms_of(self._used)
         return await self._model.opened(opening, self._terms, self._used)
 
 

@@ -254,7 +254,7 @@ class DeployedModel:
         # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
         turns = None if strategy.speculation == "draft" else self.turns
         if strategy.deterministic:
-            turns = Turns(self.ends, in_thread, apart=True)
+            turns = Turns(self.ends, in_thread, tile_rows=self.ends.tile_rows)
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, turns)
 
     def _report(self, trace: StepTrace, request: KeptRequest, kept: KeptSession) -> TraceReport:
@@ -263,12 +263,14 @@ class DeployedModel:
 
     def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
         """What a session of a request with `strategy` is opened with."""
+        shares = strategy.batching != "off" and not strategy.deterministic
+        suited = shares and not strategy.micro_batches  # to the route
         return SessionTerms(
             kv_tokens,
             deterministic=strategy.deterministic,
             alone=strategy.batching == "off",
-            micro_batches=strategy.micro_batches or self.predicted.micro_batches,
-            micro_batch_min=1 if strategy.micro_batches else self.predicted.micro_batch_min,
+            micro_batches=self.predicted.micro_batches if suited else strategy.micro_batches or 1,
+            micro_batch_min=self.predicted.micro_batch_min if suited else 1,
             request=self.ports.entropy(ID_BYTES),
         )
 

@@ -13,7 +13,7 @@ CONTROL_BYTES_MAX = HEADER_BYTES_MAX + KIB  # control messages have no body
 PIECE_BYTES = MIB  # one shard piece: large enough for bulk speed, small enough to share a stream
 SHARD_FRAME_BYTES_MAX = PIECE_BYTES + 4 * KIB
 STREAM_CHUNK_BYTES = MIB  # one write to a transport
-TOGETHER_BYTES = 56 * KIB  # bodies of messages in one write: with the headers of steps a record of a direct connection
+TOGETHER_BYTES = 56 * KIB  # messages in one write, by workers counted without headers: a record of a direct connection
 TOGETHER_MESSAGES = 32  # in one write, and dealt with before other tasks have their turn
 READ_BYTES = 64 * KIB  # asked of a stream at a time: all that one record brings
 

@@ -313,9 +313,9 @@ class OpenSession(Message):
     `page_keys` name the session's first pages: what the hop kept under them for this user need not be computed.
     `deterministic`: the same rows come out bit for bit, whatever is computed beside them and however a prompt is cut.
     `alone`: steps share no forward with other sessions'. `micro_batches`: a forward takes the short steps of one in so
-    many of the client's sessions, but of `micro_batch_min` at least, and the others are at other hops meanwhile. These
-    hold from the session's first opening on. `request`: the same random bytes for all sessions of a request that is
-    preempted: a hop does not do that to one again and again.
+    many of the client's open sessions with that number, but of `micro_batch_min` at least, and the others are at other
+    hops meanwhile. These hold from the session's first opening on. `request`: the same random bytes for all sessions of
+    a request that is preempted: a hop does not do that to one again and again.
     """
 
     TAG: ClassVar[int] = 32

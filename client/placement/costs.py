@@ -76,7 +76,7 @@ class Instance:
     `first` [N, B + 1]: the lowest start such that [start, end) fits the worker; `end` itself when nothing does. Never
     falls with `end`. `leg_s` [N + 1, N + 1]: from the output of one to the start of the next one's compute, software
     included; infinite from a worker to itself. `send_s` [N]: seconds per token for which a worker is busy beside its
-    compute.
+    compute. `slowdown` [N]: how much longer compute takes for a worker's load, in `compute_s` already.
     """
 
     peers: tuple[PeerId, ...]
@@ -84,6 +84,7 @@ class Instance:
     first: Ints
     leg_s: Floats
     send_s: Floats
+    slowdown: Floats
 
     @property
     def workers(self) -> int:
@@ -106,6 +107,7 @@ class Instance:
             self.first[workers],
             self.leg_s[np.ix_(ends, ends)],
             self.send_s[workers],
+            self.slowdown[workers],
         )
 
     def within(self, busy_s: float) -> Instance:
@@ -157,6 +159,7 @@ def instance_of(
         firsts(members, needs, room),
         legs_s(members, rtt_ms, measured),
         np.where(relayed, HOP_SOFTWARE_S / RELAY_SHARE, HOP_SOFTWARE_S),
+        np.array([each.slowdown for each in figures]),
     )
 
 

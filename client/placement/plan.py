@@ -35,7 +35,8 @@ HopSpan = tuple[PeerId, int, int]  # blocks [start, end) at a worker
 @dataclass(frozen=True, slots=True)
 class PlannedHop:
     """Blocks [start, end) for one worker. Times are predicted, per token: `network_us` is the way to this worker,
-    `software_us` what handling one step costs there, `send_us` what of it keeps the worker busy."""
+    `software_us` what handling one step costs there, `send_us` what of it keeps the worker busy, `row_us` what each row
+    takes beside its products. `compute_us` and `row_us` are of a machine as busy as this one."""
 
     peer: PeerId
     start: int
@@ -46,6 +47,7 @@ class PlannedHop:
     network_us: int
     software_us: int
     send_us: int
+    row_us: int = ROW_US
 
     @property
     def predicted_us(self) -> int:
@@ -96,8 +98,8 @@ class Placement:
     @property
     def micro_batch_min(self) -> int:
         """So many rows of the slowest hop cost as much as reading its weights, which each part does anew."""
-        alone_us = max(hop.compute_us for hop in self.hops)
-        return max(1, round(alone_us / (alone_us / PRODUCT_ROWS + ROW_US)))
+        slowest = max(self.hops, key=lambda hop: hop.compute_us)
+        return max(1, round(slowest.compute_us / (slowest.compute_us / PRODUCT_ROWS + slowest.row_us)))
 
     @property
     def bottleneck(self) -> PeerId:
@@ -240,6 +242,7 @@ def _placement(instance: Instance, spans: Spans, needs: ModelNeeds, options: Pla
                 network_us=round(leg_s * 1e6),
                 software_us=round(HOP_SOFTWARE_S * 1e6),
                 send_us=round(float(instance.send_s[worker]) * 1e6),
+                row_us=round(float(instance.slowdown[worker]) * ROW_US),
             )
         )
         before = worker

@@ -60,8 +60,9 @@ class LocalRoute:
         self.ready.append((trio.current_time() + STEP_S, to_payload(hidden[-tail:], torch.float32)))
         return len(self.ready) - 1
 
-    def answered(self, step: int) -> bool:
-        return trio.current_time() >= self.ready[step][0]
+    def ready_s(self, step: int) -> float | None:
+        waited_s = trio.current_time() - self.ready[step][0]
+        return waited_s if waited_s >= 0 else None
 
     async def result(self, step: int) -> Payload:
         await trio.sleep_until(self.ready[step][0])

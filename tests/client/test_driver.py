@@ -244,6 +244,22 @@ def test_a_cancelled_submit_can_be_made_again() -> None:
     with_swarm(1, body)
 
 
+def test_it_is_known_for_how_long_an_answer_has_been_there() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        swarm.hops[0].conduct.step_s = 1.0
+        async with driver.session(swarm.route, TERMS) as session:
+            step = await session.submit(activations(1), position=0)
+            await trio.sleep(0.5)
+            assert session.ready_s(step) is None
+            await trio.sleep(4.5)
+            ready_s = session.ready_s(step)
+            assert ready_s is not None
+            assert 3.5 < ready_s <= 4.0
+            await session.result(step)
+
+    with_swarm(1, body)
+
+
 def test_a_submit_cancelled_while_it_waits_to_be_sent_leaves_no_step_behind() -> None:
     async def body(swarm: FakeSwarm, driver: Driver) -> None:
         swarm.hops[0].conduct.step_s = 20.0

@@ -271,6 +271,12 @@ def test_requests_are_parted_over_the_hops_unless_rows_are_cheap_beside_weights(
     assert Placement(hops, 1).micro_batch_min == least
 
 
+def test_a_busy_machines_rows_are_as_slow_as_its_products() -> None:
+    idle, busy = (plan(view(advert(load_percent=load)), needs(*[4] * 4)) for load in (0, 90))
+    assert busy.hops[0].compute_us > 9 * idle.hops[0].compute_us
+    assert busy.micro_batch_min == idle.micro_batch_min
+
+
 def test_paused_workers_are_passed_over_and_named() -> None:
     swarm = view(advert(read_gb_s=20, accepting=False), advert(read_gb_s=5))
     assert [hop.peer for hop in plan(swarm, needs(1, 1)).hops] == [peer(1)]

@@ -16,6 +16,7 @@ from client.placement.costs import Instance, Spans
 from client.placement.orders import Orders
 from client.placement.walks import guided_walk, least_walk
 from client.placement.windows import Windows
+from protocol.ids import PeerId
 
 seeds = st.integers(0, 10_000)
 
@@ -29,7 +30,8 @@ def made(seed: int, workers: int, blocks: int, room: int) -> Instance:
     np.fill_diagonal(legs, np.inf)
     ends = np.arange(blocks + 1)
     first = np.maximum(0, ends[None, :] - rng.integers(0, room + 1, workers)[:, None])
-    return Instance(tuple(str(n) for n in range(workers)), compute, first, legs, np.full(workers, 0.0015))  # type: ignore[arg-type]
+    peers = tuple(PeerId(str(n)) for n in range(workers))
+    return Instance(peers, compute, first, legs, np.full(workers, 0.0015), np.ones(workers))
 
 
 def check(instance: Instance, spans: Spans) -> None:

@@ -17,12 +17,13 @@ from client.tensors import to_payload, to_tensor
 from client.turns import Turns
 from equivariant.ends import ClientEnds
 from models import linear
+from models.blocks import TILE_ROWS
 from models.sampling import SamplingParams, sample
 from protocol.tensors import Payload
 from simnet.runtime import VirtualClock, run
 
 VOCABULARY = 40
-PROMPT = [random.Random(1).randrange(6) for _ in range(40)]  # repeats itself, so that there is something to guess
+PROMPT = random.Random(1).choices(range(6), k=40)  # repeats itself, so that there is something to guess
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Recorder:
         self.answers.append((trio.current_time() + 0.1, to_payload(rows[-tail:].clone(), rows.dtype)))
         return len(self.answers) - 1
 
-    def answered(self, _: int) -> bool:
-        return True
+    def ready_s(self, _: int) -> float | None:
+        return 0.0
 
     async def result(self, step: int) -> Payload:
         ready_at, answer = self.answers[step]
@@ -76,7 +77,7 @@ def recorded(
     async def main() -> Recorder:
         session, params = Recorder(), GenerationParams(40, prefill_chunk=chunk, wire_dtype=dtype)
         speculation = Speculation(PromptLookup()) if guesses else None
-        turns = Turns(model, apart=apart)
+        turns = Turns(model, tile_rows=model.tile_rows if apart else 0)
         host = GenerationHost(VirtualClock(), speculation=speculation, choose=session.choose, turns=turns)
         async for _ in Generation(session, model, PROMPT, params, host, held).tokens():
             pass
@@ -105,6 +106,30 @@ def test_neither_chunks_nor_guesses_change_a_bit(
         assert differing(plain.logits, other.logits) == []
         assert len(other.logits) == 40
         assert not guesses or other.rows_most > 4
+
+
+class Placed(linear.Linear):
+    """A product that shows a row's place among the others, but for a row of zeros."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = super().__call__(x)
+        return result + result * torch.arange(len(x))[:, None] * 2**-20
+
+
+def test_whether_a_rows_place_shows_is_not_judged_by_a_requests_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("equivariant.ends.Linear", Placed)
+    model = ends(64, True, torch.float32)
+    model.embedding[PROMPT[0]] = 0.0
+    assert model.tile_rows == 1
+    plain, other = (recorded(model, "float32", chunk) for chunk in (256, 7))
+    assert differing(plain.sent, other.sent) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_judged_before_rounding_hides_it(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ends(64, False, dtype).tile_rows == TILE_ROWS, "without a rotation nothing is summed"
+    monkeypatch.setattr("equivariant.ends.Linear", Placed)
+    assert ends(64, True, dtype).tile_rows == 1
 
 
 def test_together_they_do(monkeypatch: pytest.MonkeyPatch) -> None:

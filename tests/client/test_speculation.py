@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from client.generate import Generation, GenerationHost, GenerationParams, GenerationResult
-from client.speculation import NO_GUESS, SLOWER_MAX, Guess, Pace, PromptLookup, Speculation
+from client.speculation import DRAFT, NO_GUESS, PROBE_SHARE, SLOWER_MAX, Guess, Pace, PromptLookup, Speculation
 from client.tensors import to_payload, to_tensor
 from models.sampling import SamplingParams
 from protocol.tensors import Payload
 from simnet.runtime import VirtualClock, run
 
+T = TypeVar("T")
 VOCABULARY = 12
 
 
@@ -55,8 +57,9 @@ class Machine:
         self.ready.append((trio.current_time() + self.step_s + self.row_s * (len(ids) - 1), answer))
         return len(self.ready) - 1
 
-    def answered(self, step: int) -> bool:
-        return trio.current_time() >= self.ready[step][0]
+    def ready_s(self, step: int) -> float | None:
+        waited_s = trio.current_time() - self.ready[step][0]
+        return waited_s if waited_s >= 0 else None
 
     async def result(self, step: int) -> Payload:
         ready_at, answer = self.ready[step]
@@ -175,18 +178,35 @@ class Text:
 
 
 @dataclass
+class Drafting(Text):
+    """A draft model that takes `guess_s` for a guess, and has one wherever it is asked."""
+
+    guess_s: float = 0.0
+    behind: int = 0
+    clock_s: float = 0.0
+
+    def guess(self, count: int) -> Guess:
+        self.clock_s += count * self.guess_s
+        return Guess(super().guess(count).ids, DRAFT)
+
+    def read(self, count: int) -> None:
+        raise AssertionError("it keeps up")
+
+
+@dataclass
 class Arithmetic:
     """Requests over a route where a step of one row takes 1 s, each further row `row_s`, and some steps longer."""
 
     row_s: float
     disturbed: dict[int, float] = field(default_factory=dict)
+    draft: Drafting | None = None
     sent: list[int] = field(default_factory=list)  # guesses in each step
 
     def plain_s(self, tokens: int, prompt: int) -> float:
         return tokens + (prompt - 1) * self.row_s
 
     def request_s(self, text: Text, tokens: int, prompt: int = 20, pace: Pace | None = None) -> float:
-        speculation = Speculation(text, pace=pace or Pace())
+        speculation = Speculation(text, self.draft, pace or Pace(), lambda: self.draft.clock_s if self.draft else 0.0)
         speculation.begin([0] * prompt)
         spent_s = 1.0 + (prompt - 1) * self.row_s
         speculation.prefilled(prompt, spent_s)
@@ -234,6 +254,29 @@ def test_a_step_that_waits_for_a_strangers_work_ends_no_guessing(step: int) -> N
     text, calm, disturbed = Text.of(200, 0.9), Arithmetic(0.05), Arithmetic(0.05, {step: 15.0})
     calm_s, disturbed_s = calm.request_s(text, 200), disturbed.request_s(text, 200)
     assert disturbed_s < 15.0 + 1.25 * calm_s
+
+
+def test_a_probe_that_waits_for_a_strangers_work_puts_nothing_off() -> None:
+    """The next one is made when it would have been by what was believed before, not by how long that took."""
+    probe, text = 79, Text.of(1000, 0.9)
+    for disturbed in ({}, {probe: 15.0}):
+        pace, route = Pace(), Arithmetic(0.05, disturbed)
+        Arithmetic(4.0).request_s(text, 200, pace=pace)
+        route.request_s(text, 1000, pace=pace)
+        first, second = [step for step, guesses in enumerate(route.sent) if guesses][:2]
+        assert first == probe
+        assert second - first < 4.0 / PROBE_SHARE
+        assert sum(map(bool, route.sent)) > 20, "it goes on guessing"
+
+
+def test_a_draft_models_probe_that_waits_ends_no_lookup() -> None:
+    """What it learns of rows is believed of those of lookup too."""
+    probe, text, spent_s = 74, Text.of(600, 0.9), []
+    for disturbed in ({}, {probe: 15.0}):
+        route = Arithmetic(0.05, disturbed, Drafting([True] * 632, [True] * 632, guess_s=0.97))
+        spent_s.append(route.request_s(text, 600))
+        assert route.sent[probe] == 1
+    assert spent_s[1] < spent_s[0] + 15.0 + 5.0
 
 
 def test_a_chat_guesses_again_after_a_turn_whose_rows_were_dear() -> None:
@@ -292,3 +335,65 @@ def test_the_pace_is_within_bounds_whatever_was_seen(
     for held, failed in seen:
         pace.came(Guess((1,) * 6, 0), (1,) * held + (2,) * failed)
     assert 0 <= pace.best(0, guessed)[0] <= min(guessed, pace.drafts_max)
+
+
+@dataclass
+class Reader:
+    """A draft model that guesses nothing and has all of the prompt to read, which takes `piece_s` at a time."""
+
+    piece_s: float
+    guess_s: float = 0.0
+    behind: int = 0
+    under_way_s: float = 0.0
+    pieces: int = 0
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.behind, self.pieces = len(prompt), 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.behind += len(ids)
+
+    def guess(self, count: int) -> Guess:
+        return NO_GUESS
+
+    def read(self, count: int) -> None:
+        self.behind -= count
+        self.pieces += 1
+        self.under_way_s = self.piece_s
+
+    async def in_thread(self, function: Callable[[], T], /) -> T:
+        result = function()
+        taken_s, self.under_way_s = self.under_way_s, 0.0
+        await trio.sleep(taken_s)
+        return result
+
+    def now(self) -> float:
+        return trio.current_time() + self.under_way_s
+
+
+def read_beside(machine: Machine, reader: Reader, pace: Pace, prompt: int, tokens: int = 2) -> float:
+    """Seconds to the first token of a request beside which `reader` reads."""
+
+    async def main() -> float:
+        speculation = Speculation(draft=reader, pace=pace, now=reader.now)
+        host = GenerationHost(VirtualClock(), reader.in_thread, speculation=speculation)
+        generation = Generation(machine, HashedEnds(), [1] * prompt, GenerationParams(tokens), host)
+        async for _ in generation.tokens():
+            pass
+        return generation.token_times_s[0]
+
+    return run(main, 0)
+
+
+def test_a_draft_model_that_reads_for_longer_than_the_route_makes_no_rows_dear() -> None:
+    pace = Pace()
+    assert read_beside(Machine(0.1, 0.01), Reader(3.0), pace, 100) == pytest.approx(3.0), "of one piece"
+    assert pace.row_s == pytest.approx(0.01)
+    assert pace.step_s == pytest.approx(0.1)
+
+
+def test_of_a_later_prompt_no_piece_is_read_that_would_end_after_it() -> None:
+    pace, reader, prompt = Pace(), Reader(0.4), 130
+    assert read_beside(Machine(0.1, 0.01), reader, pace, prompt) == pytest.approx(4 * 0.4)
+    assert read_beside(Machine(0.1, 0.01), reader, pace, prompt) == pytest.approx(0.1 + 129 * 0.01)
+    assert reader.pieces == 3

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from torch import Tensor
 
-from client.turns import ROWS_MAX, TILE_ROWS, Turns
+from client.turns import ROWS_MAX, Turns
 from protocol.errors import RemoteProtocolError
 from simnet.runtime import run
 
@@ -248,16 +248,15 @@ def test_whoever_is_cancelled_leaves_the_others_their_turn(who: int) -> None:
     virtual(main)
 
 
-@pytest.mark.parametrize(("told", "tile"), [(False, TILE_ROWS), (True, 1)])
-def test_apart_a_row_is_embedded_in_products_of_one_shape(told: bool, tile: int) -> None:
+@pytest.mark.parametrize("tile", [1, 16])
+def test_apart_a_row_is_embedded_in_products_of_one_shape(tile: int) -> None:
     class Shaped(Ends):
-        """Its embeddings tell the number of rows, and where `told`, a row's place among them."""
+        """Its embeddings tell the number of rows."""
 
         def embed(self, ids: Sequence[int]) -> Tensor:
-            return torch.tensor([[float(token), len(ids), told * place] for place, token in enumerate(ids)])
+            return torch.tensor([[float(token), len(ids)] for token in ids])
 
-    turns = Turns(Shaped(), apart=True)
+    turns = Turns(Shaped(), tile_rows=tile)
     rows = torch.cat([turns.embed(range(40)), turns.embed([3]), turns.embed(range(5, 22))])
     assert rows[:, 0].tolist() == [*range(40), 3, *range(5, 22)]
     assert set(rows[:, 1].tolist()) == {float(tile)}
-    assert not told or not rows[:, 2].any()

@@ -11,6 +11,8 @@ import trio
 
 from client.chat import ChatPrompt
 from client.generate import GenerationHost
+from client.kept import Opened, OpenedSession, Opening
+from client.session import SessionTerms
 from models.chat_template import ChatTemplate
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
@@ -18,6 +20,7 @@ from node.chat import Chat, ChatOptions
 from node.draft import Draft
 from node.guessing import Guessing
 from node.model import Ask, DeployedModel, turns_over, wire_of
+from protocol.errors import RouteUnavailable
 from protocol.strategy import Strategy, parse
 from simnet.runtime import run
 
@@ -57,6 +60,23 @@ def test_a_lone_request_computes_a_head_of_a_few_ms_on_the_loop(
     assert len(used) == threads
 
 
+@pytest.mark.parametrize(
+    ("named", "parts"),
+    [
+        ("micro_batches=0", (3, 4)),
+        ("micro_batches=2", (2, 1)),
+        ("batching=off", (1, 1)),
+        ("deterministic=true", (1, 1)),
+    ],
+)
+def test_sessions_are_parted_as_suits_the_route_unless_they_share_no_forward(
+    named: str, parts: tuple[int, int]
+) -> None:
+    """Otherwise they would count among those that are divided, whose parts then took more than their share."""
+    asked = model(predicted=predicted(3, 4)).terms(9, parse(named))
+    assert (asked.micro_batches, asked.micro_batch_min) == parts
+
+
 class Asked(Exception):
     """A request was made for this host."""
 
@@ -72,9 +92,13 @@ class SlowToGuess(Guessing):
         await trio.sleep(3)
 
 
-def model() -> DeployedModel:
+def predicted(micro_batches: int, micro_batch_min: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(micro_batches=micro_batches, micro_batch_min=micro_batch_min)
+
+
+def model(**attributes: object) -> DeployedModel:
     """Enough of one for a request to be made."""
-    fake = SimpleNamespace(
+    known = dict[str, object](
         ports=SimpleNamespace(clock=SimpleNamespace(monotonic=trio.current_time), observer=None, entropy=bytes),
         config=SimpleNamespace(max_position=99, eos_ids=(), vocab_size=9),
         decide=lambda *_: SimpleNamespace(plan=SimpleNamespace(strategy=Strategy()), choice=None),
@@ -83,9 +107,10 @@ def model() -> DeployedModel:
         ends=None,
         guessing=lambda: guessing,
         recorder=None,
-        predicted=SimpleNamespace(micro_batches=1, micro_batch_min=1),
-        tokenizer=SimpleNamespace(vocabulary=dict),
+        predicted=predicted(1),
+        tokenizer=SimpleNamespace(vocabulary=dict, stream=lambda: None),
     )
+    fake = SimpleNamespace(**known | attributes)
     guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
     for name in ("_answer", "params", "host", "terms", "page_keys", "_kept_session"):
         setattr(fake, name, MethodType(getattr(DeployedModel, name), fake))
@@ -109,4 +134,32 @@ def test_loading_a_draft_model_is_part_of_what_a_user_waits_for(monkeypatch: pyt
 
     monkeypatch.setattr("node.model.KeptRequest", asked)
     monkeypatch.setattr("node.chat.KeptRequest", asked)
+    run(main, seed=0)
+
+
+def test_a_session_over_a_route_that_was_found_anew_serves_the_next_turn() -> None:
+    session = SimpleNamespace(held_tokens=0, bytes_out=0, bytes_in=0, closed=False)
+
+    async def aclose() -> None:
+        session.closed = True
+
+    async def lost(_opening: Opening, _terms: SessionTerms, _used: Strategy) -> Opened:
+        raise RouteUnavailable("a worker is gone")
+
+    async def opened(_opening: Opening, terms: SessionTerms, _used: Strategy) -> Opened:
+        assert terms.micro_batches == 3, "as suits the route"
+        return Opened(cast("OpenedSession", session))
+
+    async def deploy_again(_without: object) -> DeployedModel:
+        return model(predicted=predicted(3), opened=opened)
+
+    async def main() -> None:
+        session.aclose = aclose
+        template = cast("ChatTemplate", SimpleNamespace(tokens={}, stops=()))
+        chat = Chat(model(predicted=predicted(2), opened=lost, deploy_again=deploy_again), template, ChatOptions())
+        for _ in range(2):
+            await chat._request(ChatPrompt((1,), 9, 0), Ask(), Strategy(), 0.0)
+            await chat._kept.ready([1])
+            assert not session.closed
+
     run(main, seed=0)
