@@ -118,6 +118,7 @@ async def measure(
     kept = Kept()
     kept.prefixes = model.recorder.journal.prefixes  # which knows the leader's
     await _answer(model, ask, drawn.leader)
+    await model.recorder.journal.flush()  # what it leaves in the history is not written beside what is measured
     meter = _Meter(pids)
     noted = replace(model, recorder=replace(model.recorder, journal=kept))
     ask = replace(ask, concurrency=task.concurrency)

@@ -23,7 +23,7 @@ from client.metalearning.features import PrefixMemory, TaskFeatures, repetition
 from simnet.bench.collect.grid import NEW_TOKENS, SEED, Cell, TaskPoint
 from simnet.bench.workloads import FIRST_ID, Request, Workload
 
-METHOD = 1  # how runs are made and measured: a change here makes them another table's
+METHOD = 2  # how runs are made and what the strategies mean: a change here makes them another table's
 STRETCH_TOKENS = (4, 24)  # of a prompt, new or copied
 TURN_TOKENS = 16  # of an answer: some of them new, then the rest copied
 LENGTHS = (0.75, 1.25)  # of a prompt's own part, beside their mean
