@@ -7,12 +7,11 @@ measured of a task is looked at only to score a choice, and to know which strate
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import joblib
@@ -144,7 +143,7 @@ def _end_with(asker: int) -> None:
 
     def watch() -> None:
         while os.getppid() == asker:
-            time.sleep(WATCH_S)
+            Event().wait(WATCH_S)
         os._exit(1)
 
     Thread(target=watch, daemon=True).start()
