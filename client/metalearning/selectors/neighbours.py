@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from client.metalearning.encoding import Encoder
-from client.metalearning.selectors.base import Greedy, Prediction, ranking
+from client.metalearning.selectors.base import Greedy, Prediction, certain, ranking
 from client.metalearning.table import Array, Table, Task
 
 NEIGHBOURS = 10
@@ -22,15 +22,13 @@ class Neighbours(Greedy):
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
         parts = [self._some(tasks[start : start + TASKS_MAX]) for start in range(0, len(tasks), TASKS_MAX)]
-        return Prediction(np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts]))
+        return certain(np.concatenate(parts))
 
-    def _some(self, tasks: tuple[Task, ...]) -> tuple[Array, Array]:
+    def _some(self, tasks: tuple[Task, ...]) -> Array:
         points = self._encoder.encode(tasks)
         distances = (self._points**2).sum(axis=1) - 2 * points @ self._points.T
         count = min(NEIGHBOURS, len(self._points))
         near = self._fractions[np.argpartition(distances, count - 1, axis=1)[:, :count]]
         measured = ~np.isnan(near)
         # One neighbour's worth of the ranking stands in where no neighbour measured the strategy.
-        mean = (np.where(measured, near, 0.0).sum(axis=1) + self._ranking) / (measured.sum(axis=1) + 1)
-        around = np.where(measured, near - mean[:, None, :], 0.0)
-        return mean, np.sqrt((around**2).sum(axis=1) / np.maximum(1, measured.sum(axis=1)))
+        return np.asarray((np.where(measured, near, 0.0).sum(axis=1) + self._ranking) / (measured.sum(axis=1) + 1))
