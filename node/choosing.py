@@ -19,7 +19,7 @@ import trio
 from client.metalearning.candidates import name_of, possible
 from client.metalearning.chooser import Asked, Choice, Chooser
 from client.metalearning.comparing import kind_of
-from client.metalearning.described import FEATURES, described, place, situation
+from client.metalearning.described import described, place, situation
 from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.metalearning.online import Situation
 from client.metalearning.price import Money, token_s_max
@@ -32,7 +32,6 @@ from protocol.strategy import Auto, Facts
 if TYPE_CHECKING:
     from client.metalearning.advice import Advisor
 
-PRIOR = "prior.csv"
 REPLAYED_MAX = 500  # requests of the history that corrections begin with
 DAY_S = 86_400.0
 
@@ -181,12 +180,11 @@ def _begun(history: Callable[[], Sequence[Record]], now_s: float) -> Chooser:
 @cache
 def fitted_prior() -> Advisor | None:
     """What comes with sotto, fitted; takes seconds, once in a process. None where nothing does."""
-    prior = files("client.metalearning") / PRIOR
-    if not prior.is_file():
-        return None
-    from client.metalearning.advice import Advisor, product
-    from client.metalearning.table import Columns, Scale, read
+    from client.metalearning import prior
 
-    columns = Columns(tasks=FEATURES, strategy="strategy", performance="cost_s", hold_out="model")
-    lines = prior.read_text(encoding="utf-8").splitlines()
-    return Advisor(product(), read(lines, columns, Scale(lower_is_better=True)))
+    folder = files("client.metalearning")
+    records, calibration = folder / prior.RECORDS, folder / prior.CALIBRATION
+    if not records.is_file():
+        return None
+    known = calibration.read_text(encoding="utf-8") if calibration.is_file() else None
+    return prior.fitted(records.read_text(encoding="utf-8"), known)

@@ -14,7 +14,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from client.metalearning.selectors.base import Prediction, Selector, ranking
-from client.metalearning.selectors.hedged import Hedged
+from client.metalearning.selectors.hedged import Calibration, Hedged
 from client.metalearning.table import Mask, Table, Task
 from protocol.strategy import lossy, parse
 
@@ -38,15 +38,15 @@ class Reasons:
     because: tuple[tuple[str, float], ...]
 
 
-def product() -> Hedged:
-    """What chooses among candidates. A gain that needs a strategy which loses precision is no reason to leave the
-    ranking for who may not have that one."""
+def product(known: Calibration | None = None) -> Hedged:
+    """What chooses among candidates; `known`: its calibration, where that was found before. A gain that needs a
+    strategy which loses precision is no reason to leave the ranking for who may not have that one."""
 
     def sets(table: Table) -> list[Mask]:
         lossless = np.array([not lossy(parse(name)) for name in table.strategies])
         return [table.measured, table.measured & lossless]
 
-    return Hedged(sets=sets)
+    return Hedged(sets=sets, known=known)
 
 
 class Advisor:

@@ -34,7 +34,9 @@ def collect(
     lossy: Annotated[
         bool,
         typer.Option(
-            "--lossy", help="Export runs that lose precision also where the answer must be exact: for a prior."
+            "--lossy",
+            help="Export runs that lose precision also where the answer must be exact: for a prior. What "
+            "calibrating to it gave is written beside it, as .json.",
         ),
     ] = False,
     as_json: Json = False,

@@ -118,10 +118,10 @@ def _words(text: str) -> tuple[str, ...]:
 def _shipped() -> Path:
     from importlib.resources import files
 
-    from node.choosing import PRIOR
+    from client.metalearning.prior import RECORDS
     from protocol.errors import InputError
 
-    prior = files("client.metalearning") / PRIOR
+    prior = files("client.metalearning") / RECORDS
     if not prior.is_file():
         raise InputError(
             "no records come with this version: export some with 'sotto bench collect', and name --records"

@@ -6,7 +6,7 @@ import csv
 from collections import Counter
 from importlib.resources import files
 
-from node.choosing import PRIOR
+from client.metalearning.prior import RECORDS
 from protocol.strategy import DEFAULT, describe
 from simnet.bench.collect.grid import (
     CONTEXTS,
@@ -31,7 +31,7 @@ def test_the_grid_is_frozen() -> None:
 
 
 def test_the_records_that_come_with_sotto_are_of_it() -> None:
-    prior = files("client.metalearning") / PRIOR
+    prior = files("client.metalearning") / RECORDS
     rows = list(csv.DictReader(prior.read_text(encoding="utf-8").splitlines()))
     assert {(row["grid"], row["method"]) for row in rows} == {(FROZEN, "1")}, (
         "older than METHOD: docs/SCHEDULER.md says what has changed"

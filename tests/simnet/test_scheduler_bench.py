@@ -106,7 +106,7 @@ def test_auto_is_what_its_selector_advises(known: Records) -> None:
     chooser = Auto(Hedged())
     for selector in (alone, chooser):
         selector.fit(table)
-    assert alone.trusted
+    assert alone.calibration.trusted
     choices = chooser.choose(known.judged.tasks, known.judged.measured)
     assert choices.tolist() == alone.choose(known.judged.tasks, known.judged.measured).tolist()
     assert len(set(choices.tolist())) > 1

@@ -17,7 +17,7 @@ held-out groups; quantiles of one model say nothing about a group that is unlike
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -51,25 +51,41 @@ def _members() -> list[Greedy]:
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What groups of a table that models had not seen say of them: the weight of each, and of every set of strategies
+    the caution (None: the ranking is used)."""
+
+    weights: tuple[float, ...]
+    cautions: tuple[float | None, ...]
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the mixture ever counts."""
+        return any(caution is not None for caution in self.cautions)
+
+
 class Hedged:
-    """`sets`: which strategies tasks may be allowed (tasks x strategies each), the largest set first."""
+    """`sets`: which strategies tasks may be allowed (tasks x strategies each), the largest set first. `known`: what
+    calibrating to the table that it will be fitted to gave before; that is most of the work."""
+
+    calibration: Calibration
 
     def __init__(
         self,
         members: Callable[[], Sequence[Greedy]] = _members,
         sets: Sets = lambda table: [table.measured],
+        known: Calibration | None = None,
     ) -> None:
-        self._make, self._sets = members, sets
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the mixture ever counts."""
-        return any(caution is not None for caution in self._cautions)
+        self._make, self._sets, self._known = members, sets, known
 
     def fit(self, table: Table) -> None:
         table = compared(table)
+        sets = self._sets(table)
+        self._names = [mask.any(axis=0) for mask in sets]
         self._ranking = ranking(table.fractions)
-        self._calibrate(table)
+        self.calibration = self._known or self._calibrated(table, sets)
+        self._weights = np.array(self.calibration.weights)
         self._members = self._make()
         for member in self._members:
             member.fit(table)
@@ -83,7 +99,7 @@ class Hedged:
     def consider(self, tasks: tuple[Task, ...], allowed: Mask) -> tuple[Prediction, Numbers]:
         """What is expected does not depend on what is allowed: requests are learnt from whatever they were allowed."""
         every, each = self._each(tasks, [self._all(tasks), allowed])
-        safe, bold, gain, doubt = self._compared(each, np.tile(self._ranking, (len(tasks), 1)), allowed)
+        safe, bold, gain, doubt = _compared(self._weights, each, np.tile(self._ranking, (len(tasks), 1)), allowed)
         left = gain > self._caution_of(allowed) * doubt
         return self._mixed(every), np.where(left, bold, safe)
 
@@ -93,7 +109,7 @@ class Hedged:
         found = np.zeros(len(allowed), dtype=np.int64)
         for place, names in enumerate(self._names):
             found[~(allowed & ~names).any(axis=1)] = place
-        return np.array([np.nan if caution is None else caution for caution in self._cautions])[found]
+        return np.array([np.nan if caution is None else caution for caution in self.calibration.cautions])[found]
 
     def _all(self, tasks: tuple[Task, ...]) -> Mask:
         return np.ones((len(tasks), len(self._ranking)), dtype=bool)
@@ -103,31 +119,28 @@ class Hedged:
         return [np.stack(found) for found in zip(*(member.among(tasks, sets) for member in self._members), strict=True)]
 
     def _mixed(self, each: Array) -> Prediction:
-        mean = np.tensordot(self.weights, each, axes=1)
-        return Prediction(mean, np.sqrt(np.tensordot(self.weights, (each - mean) ** 2, axes=1)))
+        mean = np.tensordot(self._weights, each, axes=1)
+        return Prediction(mean, np.sqrt(np.tensordot(self._weights, (each - mean) ** 2, axes=1)))
 
-    def _calibrate(self, table: Table) -> None:
-        """Sets the weights and the cautions, by predictions of tasks whose groups were held out."""
+    def _calibrated(self, table: Table, sets: Sequence[Mask]) -> Calibration:
+        """By predictions of tasks whose groups were held out."""
         count = len(self._make())
-        self.weights = np.full(count, 1 / count)
-        sets = self._sets(table)
-        self._names = [mask.any(axis=0) for mask in sets]
-        self._cautions: list[float | None] = [None] * len(sets)
         table = replace(table, groups=_groups(table))
         if len(np.unique(table.groups)) < 2:
-            return
+            return Calibration((1 / count,) * count, (None,) * len(sets))
         each, ranked = self._held_out(table, sets)
         reached = [_reached(table, best(one, table.measured)) for one in each[0]]
         leader = max(reached, key=lambda one: float(one.mean()))
         behind = [(one - leader).mean() / (_error(one - leader, table.groups) + ERROR_MIN) for one in reached]
         kept = np.array(behind) > -BEHIND_MAX
-        self.weights = kept / kept.sum()
+        weights, cautions = kept / kept.sum(), list[float | None]()
         for place, allowed in enumerate(sets):
             there = np.asarray(allowed.any(axis=1))
-            safe, bold, gain, doubt = self._compared(each[place][:, there], ranked[there], allowed[there])
+            safe, bold, gain, doubt = _compared(weights, each[place][:, there], ranked[there], allowed[there])
             part = table.of(there)
             gained = _reached(part, bold) - _reached(part, safe)
-            self._cautions[place] = caution_of(gain, doubt, gained, part.groups)
+            cautions.append(caution_of(gain, doubt, gained, part.groups))
+        return Calibration(tuple(weights.tolist()), tuple(cautions))
 
     def _held_out(self, table: Table, sets: Sequence[Mask]) -> tuple[list[Array], Array]:
         """Of each set models x tasks x strategies, and the ranking of each task's fold, tasks x strategies."""
@@ -146,15 +159,15 @@ class Hedged:
                     found[place, out] = fractions
         return each, ranked
 
-    def _compared(self, each: Array, ranked: Array, allowed: Mask) -> tuple[Numbers, Numbers, Array, Array]:
-        """Of each task: the ranking's choice, the mixture's, the gain that it expects, and the models' doubt of
-        that."""
-        mean = np.tensordot(self.weights, each, axes=1)
-        safe, bold = best(ranked, allowed), best(mean, allowed)
-        rows = np.arange(len(safe))
-        gains = each[:, rows, bold] - each[:, rows, safe]
-        gain = self.weights @ gains
-        return safe, bold, gain, np.sqrt(self.weights @ (gains - gain) ** 2)
+
+def _compared(weights: Array, each: Array, ranked: Array, allowed: Mask) -> tuple[Numbers, Numbers, Array, Array]:
+    """Of each task: the ranking's choice, the mixture's, the gain that it expects, and the models' doubt of that."""
+    mean = np.tensordot(weights, each, axes=1)
+    safe, bold = best(ranked, allowed), best(mean, allowed)
+    rows = np.arange(len(safe))
+    gains = each[:, rows, bold] - each[:, rows, safe]
+    gain = weights @ gains
+    return safe, bold, gain, np.sqrt(weights @ (gains - gain) ** 2)
 
 
 def caution_of(gain: Array, doubt: Array, gained: Array, groups: Numbers) -> float | None:

@@ -14,7 +14,7 @@ outcome. The columns, in this order:
 
 `performance` is in tokens per second, higher is better: where the objective is latency, of one request as its user
 feels it, the mean over requests; where it is throughput, of all together. `cost_s` is the same as seconds per token,
-lower is better. Pure, but for the file.
+lower is better. Beside the records for a prior lies what calibrating to them gave. Pure, but for the files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from client.metalearning import candidates, described
+from client.metalearning import candidates, described, prior
 from protocol.errors import InputError
 from protocol.strategy import Facts, infeasible, parse
 from simnet.bench.collect.design import Design, shape
@@ -41,7 +41,7 @@ BUSY = 8  # requests at once, from which on a workload is one of many
 
 def export(folder: Path, design: Design, file: Path, *, lossy: bool = False) -> dict[str, Any]:
     """Write the table into `file`; what is in it and how to judge selectors by it. Raises InputError. `lossy`: with the
-    runs that lose precision where the answer must be exact."""
+    runs that lose precision where the answer must be exact, for client/metalearning/prior.py."""
     origin, rows = read(folder)
     if origin.grid != design.digest:
         raise InputError(f"the records in {folder} are of another grid than this version's")
@@ -53,6 +53,9 @@ def export(folder: Path, design: Design, file: Path, *, lossy: bool = False) -> 
             writer = csv.DictWriter(out, list(made[0]))
             writer.writeheader()
             writer.writerows(made)
+        if lossy:
+            known = prior.calibrate(file.read_text(encoding="utf-8"))
+            file.with_suffix(".json").write_text(known, encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from None
     return {

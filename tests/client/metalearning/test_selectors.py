@@ -74,7 +74,7 @@ def test_a_model_that_held_out_groups_contradict_is_not_trusted() -> None:
     hedged = Hedged(lambda: [Forest()])
     table = MADE["shifted"].table()
     hedged.fit(table)
-    assert not hedged.trusted
+    assert not hedged.calibration.trusted
     usual = FixedRanking()
     usual.fit(table)
     np.testing.assert_array_equal(*(one.choose(table.tasks, table.measured) for one in (hedged, usual)))
@@ -91,11 +91,11 @@ def test_the_product_follows_the_model_that_holds_on_held_out_groups() -> None:
     table = small("crossover", 4)
     hedged = Hedged(lambda: [Wrong(), Forest()])
     hedged.fit(table)
-    assert hedged.weights.tolist() == [0, 1]
-    assert hedged.trusted
+    assert hedged.calibration.weights == (0, 1)
+    assert hedged.calibration.trusted
     hedged = Hedged(lambda: [Wrong()])
     hedged.fit(table)
-    assert not hedged.trusted
+    assert not hedged.calibration.trusted
 
 
 def test_groups_that_all_gain_are_not_doubted_because_one_gains_more() -> None:
