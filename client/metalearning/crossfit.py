@@ -49,8 +49,8 @@ class Parts:
         return np.asarray(np.nanargmax(self.scores[part], axis=1))
 
     def strict(self, choices: Numbers) -> Array:
-        """Of each task, the share of the parts by which the choice is the best."""
-        return np.asarray(np.mean([choices == self.best(part) for part in range(len(self.scores))], axis=0))
+        """Of each task, the share of the parts by which the choice is the best, or one of several that are."""
+        return np.asarray(np.mean([self._first(choices, part) for part in range(len(self.scores))], axis=0))
 
     def tolerant(self, choices: Numbers) -> Array:
         """The share of the ways round in which the choice is within 5 % of the best, or two standard errors."""
@@ -68,15 +68,18 @@ class Parts:
             each.append(1.0 + loss if self.absolute else np.exp(loss))
         return np.asarray(np.mean(each, axis=0))
 
-    def oracle_strict(self) -> float:
-        """How often the best of one part is the best of another: what a perfect selector can reach."""
-        return float(np.mean([self.best(one) == self.best(other) for one, other in self._ways(2)]))
+    def oracle_strict(self) -> Array:
+        """Of each task, how often the best of one part is the best of another: what a perfect selector can reach."""
+        return np.asarray(np.mean([self._first(self.best(one), other) for one, other in self._ways(2)], axis=0))
 
     def oracle_tolerant(self) -> float:
         """The same for `tolerant`: chosen on one part, the best picked on another, scored on a third."""
         return float(
             np.mean([self._near(self.best(chosen), (picked, scored)) for chosen, picked, scored in self._ways(3)])
         )
+
+    def _first(self, choices: Numbers, part: int) -> Mask:
+        return np.asarray(self.scores[part][np.arange(len(choices)), choices] >= 0.0)
 
     def _ways(self, size: int) -> list[tuple[int, ...]]:
         return list(permutations(range(len(self.scores)), size))

@@ -22,7 +22,7 @@ from client.metalearning import metrics
 from client.metalearning.crossfit import Parts
 from client.metalearning.resampling import Draws
 from client.metalearning.selectors.alors import Alors
-from client.metalearning.selectors.base import Selector
+from client.metalearning.selectors.base import Selector, compared
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.forest import Forest
 from client.metalearning.selectors.hedged import Hedged
@@ -152,7 +152,7 @@ def _end_with(asker: int) -> None:
 def _fold(known: Table, tested: Table, make: Make, clock: Callable[[], float]) -> _Fold:
     with threadpool_limits(1):  # small models: threads that wait for each other cost more than they bring
         selector = make()
-        selector.fit(known)
+        selector.fit(compared(known))  # no opponent learns that the best of what is bad is good
         prediction, choices = selector.consider(tested.tasks, tested.measured)
         times: list[float] = []
         for task, measured in list(zip(tested.tasks, tested.measured, strict=True))[:TIMED_MAX]:
@@ -170,11 +170,15 @@ def _whole(table: Table, outs: list[Mask], found: list[_Fold]) -> Judged:
     return Judged(choices, expected, float(np.median([time for one in found for time in one.decisions_ms])))
 
 
-def report(table: Table, judged: Mapping[str, Judged]) -> dict[str, Any]:
+def report(table: Table, judged: Mapping[str, Judged], plain: str) -> dict[str, Any]:
     """Figures of what `judge_all` found, with 95 % intervals over groups and tasks, and those of the product's own as
-    `chosen`."""
-    draws, halves = Draws.of(table.groups), Parts.of(table)
-    figures = {name: _figures(table, one, judged, (draws, halves)) for name, one in judged.items()}
+    `chosen`. `plain` is the strategy that accelerates nothing."""
+    draws, halves, none = Draws.of(table.groups), Parts.of(table), table.strategies.index(plain)
+    figures = {
+        name: _figures(table, one, judged, (draws, halves))
+        | {"acceleration_over_none": metrics.acceleration(table, one.choices, none)}
+        for name, one in judged.items()
+    }
     return {
         "tasks": len(table.tasks),
         "rows_without_performance": table.rows_without_performance,
@@ -184,7 +188,9 @@ def report(table: Table, judged: Mapping[str, Judged]) -> dict[str, Any]:
         "folds": len(folds(table)),
         "measured_share": float(table.measured.mean()),
         "runs_per_cell": float(np.mean([len(runs) for runs in table.repeats.values()])),
-        "remeasured_oracle_accuracy": None if halves is None else halves.oracle_strict(),
+        "remeasured_oracle_accuracy": None if halves is None else float(halves.oracle_strict().mean()),
+        "none": plain,
+        "none_tasks": int(table.measured[:, none].sum()),
         "selectors": figures,
         "chosen": {"name": OURS, **figures[OURS]} if OURS in figures else None,
     }
@@ -203,8 +209,6 @@ def _figures(table: Table, one: Judged, judged: Mapping[str, Judged], by: tuple[
         gain = reached - metrics.reached(table, judged[FIXED].choices)
         found["gain_over_fixed_ranking"] = float(gain.mean())
         found["gain_over_fixed_ranking_interval"] = draws.mean(gain)
-    if NONE in judged:
-        found["acceleration_over_none"] = metrics.acceleration(table, one.choices, judged[NONE].choices)
     if table.scale.absolute:
         rows = np.arange(len(one.choices))
         best = np.nanargmax(table.fractions, axis=1)

@@ -79,9 +79,10 @@ def worst_decile(fractions: Array) -> float:
     return float(np.sort(fractions)[: max(1, round(len(fractions) / 10))].mean())
 
 
-def acceleration(table: Table, choices: Numbers, plain: Numbers) -> float | None:
-    """Geometric mean of how many times as good the choice is as the plain strategy; None where ratios mean nothing."""
-    if table.scale.absolute:
+def acceleration(table: Table, choices: Numbers, plain: int) -> float | None:
+    """Geometric mean of how many times as good the choice is as the plain strategy, over the tasks that measured that
+    one; None where none did, or where ratios mean nothing."""
+    there = np.flatnonzero(table.measured[:, plain])
+    if table.scale.absolute or not len(there):
         return None
-    rows = np.arange(len(choices))
-    return float(np.exp(np.mean(table.scores[rows, choices] - table.scores[rows, plain])))
+    return float(np.exp(np.mean(table.scores[there, choices[there]] - table.scores[there, plain])))

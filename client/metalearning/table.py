@@ -117,9 +117,7 @@ class Table:
             scale=self.scale,
             labels={name: tuple(values[place] for place in places) for name, values in self.labels.items()},
         )
-        # A part's medians are the whole's: a table is cut thousands of times, and medians are slow.
-        vars(part)["performance"] = self.performance[places]
-        return part
+        return part._knowing(self.performance[places])
 
     def only(self, kept: Mask) -> Table:
         """The same tasks, as if nothing but `kept` (tasks x strategies) had been measured."""
@@ -129,12 +127,22 @@ class Table:
         """The same tasks, grouped by a label."""
         numbers: dict[str, int] = {}
         groups = [numbers.setdefault(value, len(numbers)) for value in self.labels[label]]
-        return replace(self, groups=np.array(groups, dtype=np.int64))
+        return self.grouped(np.array(groups, dtype=np.int64))
+
+    def grouped(self, groups: Numbers) -> Table:
+        """The same tasks in other groups, one number each."""
+        return replace(self, groups=groups)._knowing(self.performance)
 
     def seen(self, kept: Sequence[int]) -> Table:
         """The same tasks with the features at these places alone."""
         tasks = tuple(Task(cells=tuple(task.cells[place] for place in kept)) for task in self.tasks)
-        return replace(self, features=tuple(self.features[place] for place in kept), tasks=tasks)
+        features = tuple(self.features[place] for place in kept)
+        return replace(self, features=features, tasks=tasks)._knowing(self.performance)
+
+    def _knowing(self, performance: Array) -> Table:
+        """Medians are slow, and a table is cut thousands of times: a part's are those of the whole."""
+        vars(self)["performance"] = performance
+        return self
 
 
 def scores(performance: Array, scale: Scale) -> Array:

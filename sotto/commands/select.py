@@ -81,7 +81,7 @@ def select(
             judged = evaluate.judge_all(
                 recorded, time.process_time, update, evaluate.selectors(plain), _processes(recorded)
             )
-        result = evaluate.report(recorded, judged) | {"none": plain}
+        result = evaluate.report(recorded, judged, plain)
         if plots is not None:
             result["plots"] = [str(path) for path in _draw(plots, recorded, judged[evaluate.OURS], result)]
     if as_json:

@@ -27,7 +27,7 @@ class Alors(Greedy):
         each = rows_max(encoded, RANK) if self._known else None
         self._to_factors = RandomForestRegressor(100, min_samples_leaf=2, max_samples=each, random_state=0)
         if self._known:
-            self._to_factors.fit(encoded, tasks)
+            self._to_factors.fit(encoded, tasks if tasks.shape[1] > 1 else tasks[:, 0])
 
     def predict(self, tasks: tuple[Task, ...]) -> Prediction:
         if not self._known:

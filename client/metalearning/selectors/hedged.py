@@ -17,7 +17,7 @@ held-out groups; quantiles of one model say nothing about a group that is unlike
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -125,7 +125,7 @@ class Hedged:
     def _calibrated(self, table: Table, sets: Sequence[Mask]) -> Calibration:
         """By predictions of tasks whose groups were held out."""
         count = len(self._make())
-        table = replace(table, groups=_groups(table))
+        table = table.grouped(_groups(table))
         if len(np.unique(table.groups)) < 2:
             return Calibration((1 / count,) * count, (None,) * len(sets))
         each, ranked = self._held_out(table, sets)

@@ -106,7 +106,7 @@ def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Mappin
 
 def _remeasured(halves: Parts, draws: Draws) -> dict[str, Any]:
     """What the best of one half of the runs scores by the other: the oracle among the selectors has seen both."""
-    again = np.asarray(halves.best(0) == halves.best(1), dtype=np.float64)
+    again = halves.oracle_strict()
     return {"strict_accuracy": float(again.mean()), "strict_accuracy_interval": list(draws.mean(again))}
 
 
@@ -124,7 +124,10 @@ def _ceiling(table: Table, found: Mapping[str, Judged]) -> dict[str, Any] | None
     each = {name: one.choices[often] for name, one in found.items() if name != ORACLE}
     return {
         "contexts": int(often.sum()),
-        "remeasured_oracle": {"strict_accuracy": halves.oracle_strict(), "tolerant_accuracy": thirds.oracle_tolerant()},
+        "remeasured_oracle": {
+            "strict_accuracy": float(halves.oracle_strict().mean()),
+            "tolerant_accuracy": thirds.oracle_tolerant(),
+        },
         **{
             name: {
                 "strict_accuracy": float(halves.strict(choices).mean()),

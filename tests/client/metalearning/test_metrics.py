@@ -62,7 +62,7 @@ def test_the_cross_fitted_oracle_cannot_profit_from_noise() -> None:
     # Either half says the other strategy is the best: an oracle that picks on one half is wrong on the other.
     of = table("x1/2,y2/1")
     assert _parts(of).fractions(choices(0)).mean() == pytest.approx((1 + 2) / 2)
-    assert _parts(of).oracle_strict() == 0.0
+    assert _parts(of).oracle_strict().tolist() == [0.0]
     assert Parts.of(table("x1,y2/1")) is None
     assert _parts(table("x1/1,y2/2")).fractions(choices(1)).mean() == pytest.approx(0.5)
 
@@ -75,8 +75,14 @@ def _parts(of: Table) -> Parts:
 
 def test_acceleration_is_a_geometric_mean() -> None:
     of = table("x1,y2", "x8,y1")
-    assert metrics.acceleration(of, choices(1, 1), choices(0, 0)) == pytest.approx(2.0)
-    assert metrics.acceleration(table("x1,y2", absolute=True), choices(1), choices(0)) is None
+    assert metrics.acceleration(of, choices(1, 1), 0) == pytest.approx(2.0)
+    assert metrics.acceleration(table("x1,y2", absolute=True), choices(1), 0) is None
+
+
+def test_acceleration_is_over_tasks_that_ran_without() -> None:
+    of = table("x1,y2", "y1,z100")
+    assert metrics.acceleration(of, choices(1, 2), 0) == pytest.approx(0.5)
+    assert metrics.acceleration(of.of(choices(1)), choices(2), 0) is None
 
 
 def test_intervals_see_groups() -> None:

@@ -225,6 +225,18 @@ def test_tasks_with_one_strategy_say_nothing_of_what_beats_it() -> None:
     assert len(compared(table).tasks) == 20
 
 
+@pytest.mark.parametrize("name", ["isac", "alors", "gradient_boosting"])
+def test_opponents_learn_nothing_from_who_was_alone(name: str) -> None:
+    """The same again, four times as large, with a feature that says nothing."""
+    ran = [{"x": 1}] * 360 + [{"x": 2, "z": 1}] * 40 + [{"z": 2, "w": 1}] * 40
+    lines = ["task,place,how,s"]
+    lines += [f"{task * 37 % 440},{task % 4},{how},{s}" for task, each in enumerate(ran) for how, s in each.items()]
+    table = read(lines, Columns(tasks=("task",), strategy="how", performance="s", hold_out="place"), LOWER)
+    asked = table.measured[:, table.strategies.index("x")] & table.measured[:, table.strategies.index("z")]
+    chosen = evaluate.judge(table, evaluate.SELECTORS[name], clock).choices[asked]
+    assert {table.strategies[choice] for choice in chosen} == {"z"}
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_what_is_best_is_best_of_what_is_allowed(absolute: bool) -> None:
     """A strategy that is not allowed is no oracle: by it, what differs little and what differs much look alike."""
