@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,6 +84,15 @@ def test_growth_goes_on_where_its_file_ends(tmp_path: Path) -> None:
 
 
 MEASURED = {"model": {"name": "small"}, "dtype": "float32", "points": [], "axes": {}}
+
+def test_the_time_is_that_of_points_that_are_missing(tmp_path: Path) -> None:
+    """A file has the points of all axes that earlier runs measured."""
+    options = growth.Options(tmp_path, tmp_path, axes=("hops",), values={"hops": (1, 2, 3)})
+    known: dict[tuple[str, int], dict[str, Any]] = {("hops", 1): {}, ("context", 128): {}, ("context", 256): {}}
+    progress = growth.Progress(known, lambda _: None, lambda *_: None, lambda _: None)
+    net: Any = SimpleNamespace(workers=())
+    assert growth._Run(options, net, progress).budget.sets == 2
+
 
 
 @pytest.mark.parametrize("as_json", [True, False])
