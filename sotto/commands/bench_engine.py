@@ -70,8 +70,7 @@ def engine(
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
-            pictures.require()
-
+            pictures.require(plots)
         options = bench.Options(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),

@@ -38,7 +38,7 @@ def growth(
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
-            pictures.require()
+            pictures.require(plots)
         options = bench.Options(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),
@@ -91,7 +91,7 @@ def serve(
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
-            pictures.require()
+            pictures.require(plots)
         options = bench.Options(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),

@@ -68,7 +68,7 @@ def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: b
     from simnet.bench.scheduler.judge import Judge
 
     if plots is not None:
-        pictures.require()
+        pictures.require(plots)
     judge = Judge(tables.load(records or _shipped()), time.process_time)
     with progress_bar("folds", bytes_=False, quiet=quiet) as update:
         report, found = bench.run(judge, bench.SECTIONS if only is None else _words(only), update)

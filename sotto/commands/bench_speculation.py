@@ -44,7 +44,7 @@ def speculation(
         from sotto.commands.models import open_model
 
         if plots is not None:
-            pictures.require()
+            pictures.require(plots)
         options = bench.SpeculationBench(
             folder=Path(folder),
             model=open_model(model).path,

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from node.groups import leaf
 from protocol.errors import InputError, LocalProtocolError
 from simnet.bench import dataplane, engine, growth, plots, precision, serve, speculation
+from simnet.bench.scheduler import live
+from simnet.bench.scheduler import run as scheduler
 from sotto.__main__ import app
 from sotto.commands.bench_growth import known_points
 from sotto.demo.corpus import Corpus, Document
@@ -148,3 +150,16 @@ def test_pictures_that_cannot_be_drawn_are_known_before_measuring(
     result = CliRunner().invoke(app, ["bench", command, "--plots", str(tmp_path), "--json"])
     assert result.exit_code == 1
     assert "[plots]" in json.loads(result.stdout)["error"]
+
+
+@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation", "scheduler"])
+def test_a_folder_that_takes_no_pictures_is_known_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    for bench in (engine, growth, serve, speculation, scheduler):
+        monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured for nothing"))
+    monkeypatch.setattr(plots, "find_spec", lambda _: True)
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["bench", command, "--plots", str(tmp_path / "file"), "--json"])
+    assert result.exit_code == 1
+    assert "name another folder" in json.loads(result.stdout)["error"]
