@@ -33,7 +33,11 @@ def scheduler(
         bool, typer.Option("--live", help="Run 'auto' beside every fixed strategy on swarms of real workers instead.")
     ] = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="With --live: at most so long for each workload. Default: 30.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="With --live: for each workload, about; a warm-up and 8 rounds are made in any case. Default: 30.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

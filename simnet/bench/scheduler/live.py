@@ -4,7 +4,8 @@ Five workloads, each with a model and a route of its own that the grid does not 
 links. All strategies take a turn in each round, with requests of the same lengths and likeness in tokens of their own;
 rounds go forth and back. Rounds are dealt out in turn to two halves: one says which fixed strategy is the best here,
 which nobody knows beforehand; on the other everything is compared with `auto`, as ratios within a round. It ends when
-`auto` is known to 2 % beside that best one, or when its time is over.
+`auto` is known to 2 % beside that best one, or with the round in which its time is over; a warm-up and eight rounds are
+made whatever the time.
 
 `auto` is the product's: the prior, its caution, its trials, and what it learns from its own requests as the rounds go
 on. Where a workload asks for exact answers, strategies that lose precision take no part.
@@ -69,7 +70,8 @@ WORKLOADS: Mapping[str, tuple[str, str, TaskPoint]] = {
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """`minutes`: at most, for each workload. `advisor`: the prior; without one `auto` has its requests alone."""
+    """`minutes`: for each workload, from the warm-up on; after them no round begins but the first eight. `advisor`: the
+    prior; without one `auto` has its requests alone."""
 
     folder: Path
     tokenizer_from: Path
