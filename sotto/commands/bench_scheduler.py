@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
+from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
 
 SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
 
@@ -54,6 +54,7 @@ def scheduler(
         _print_live(report)
     else:
         _print(report)
+    end(report)
 
 
 def _check(live: bool, plots: Path | None, minutes: float | None) -> None:
@@ -107,11 +108,8 @@ def _live(records: Path | None, only: str | None, minutes: float | None, quiet: 
         options = bench.Live(
             Path(folder), demo_checkpoint(), bench.MINUTES if minutes is None else minutes, names, advisor
         )
-        with _status(quiet) as say, terminate_as_interrupt():
-            try:
-                bench.run(options, report, say)
-            except* KeyboardInterrupt:
-                report["interrupted"] = True
+        with _status(quiet) as say, keeping(report):
+            bench.run(options, report, say)
     return report
 
 
@@ -169,7 +167,7 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _print_live(report: dict[str, Any]) -> None:
-    for name, found in report["workloads"].items():
+    for name, found in report.get("workloads", {}).items():
         if "error" in found:
             print(f"{name}: {found['error']}")
             continue

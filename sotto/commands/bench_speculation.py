@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import Data, Plots, end, keeping, say_line
-from sotto.commands.common import Json, Model, errors, print_json, progress_bar
+from sotto.commands.bench_engine import Data, Plots, say_line
+from sotto.commands.common import Json, Model, end, errors, keeping, print_json, progress_bar
 
 WIDTH = 46
 

@@ -85,8 +85,6 @@ def test_growth_goes_on_where_its_file_ends(tmp_path: Path) -> None:
         known_points(file, run)
 
 
-MEASURED = {"model": {"name": "small"}, "dtype": "float32", "points": [], "axes": {}}
-
 def test_the_time_is_that_of_points_that_are_missing(tmp_path: Path) -> None:
     """A file has the points of all axes that earlier runs measured."""
     options = growth.Options(tmp_path, tmp_path, axes=("hops",), values={"hops": (1, 2, 3)})
@@ -96,9 +94,11 @@ def test_the_time_is_that_of_points_that_are_missing(tmp_path: Path) -> None:
     assert growth._Run(options, net, progress).budget.sets == 2
 
 
+MEASURED = {"model": {"name": "small"}, "dtype": "float32", "points": [], "axes": {}}
+
 
 @pytest.mark.parametrize("as_json", [True, False])
-@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation"])
+@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation", "scheduler --live"])
 @pytest.mark.parametrize("group", [True, False])
 def test_what_was_measured_before_an_error_is_printed(
     monkeypatch: pytest.MonkeyPatch, command: str, as_json: bool, group: bool
@@ -108,9 +108,10 @@ def test_what_was_measured_before_an_error_is_printed(
         error = InputError("the prompt is too long")
         raise ExceptionGroup("nursery", [error]) if group else error
 
-    benches = {"engine": engine, "growth": growth, "serve": serve, "speculation": speculation}
-    monkeypatch.setattr(benches[command], "run", run)
-    result = CliRunner().invoke(app, ["bench", command, *(["--json"] if as_json else [])])
+    for bench in (engine, growth, serve, speculation, live):
+        monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr("client.metalearning.advice.Advisor", lambda *_: None)
+    result = CliRunner().invoke(app, ["bench", *command.split(), *(["--json"] if as_json else [])])
     assert result.exit_code == 1, result.output
     assert "sotto: the prompt is too long" in result.stderr
     if as_json:

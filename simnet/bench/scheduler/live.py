@@ -131,7 +131,8 @@ class Races:
 
 
 def run(live: Live, report: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Fills `report`, workload by workload; what was measured stays in it when it is cut short. Raises InputError."""
+    """Fills `report`, workload by workload; what was measured stays in it when it is cut short. Raises
+    SottoError: workers that do not start, a request that failed, requests that took too long."""
     torch.set_num_threads(1)
     found: dict[str, Races] = {}
     report |= {"prior": live.advisor is not None, "workloads": {}}
@@ -184,8 +185,11 @@ async def _turn(model: DeployedModel, live: Live, cell: Cell, turn: tuple[int, s
     strategy = Auto(lossy=not task.exact) if name == AUTO else parse(name)
     ask = Ask(ignore_eos=True, strategy=strategy, objective=task.objective, exact=task.exact)
     drawn = draw(Cell(number, cell.context, name), room(model.config, live.design))
-    with trio.fail_after(cells.CELL_S_MAX):
-        measured, records = await cells.measure(model, ask, task, drawn)
+    try:
+        with trio.fail_after(cells.CELL_S_MAX):
+            measured, records = await cells.measure(model, ask, task, drawn)
+    except trio.TooSlowError:
+        raise SottoError(f"requests with {name} took more than {cells.CELL_S_MAX:g} s together") from None
     if any(record.measured.error for record in records):
         raise SottoError(f"a request with {name} failed")
     return 1 / cost(task, measured), [name_of(record.strategy) or "another" for record in records]
