@@ -77,9 +77,8 @@ class Encoder:
                 self._parts.append(part)
             if any(isinstance(cell, str) for cell in cells):
                 self._parts.append(_category(place, cells))
-        self.owners = np.array([part.place for part in self._parts for _ in range(part.width)], dtype=np.int64)
-        """The feature that each column comes from."""
         starts = np.cumsum([0, *(part.width for part in self._parts)])
+        self._width = int(starts[-1])
         self._logs = [
             int(start)
             for start, part in zip(starts[:-1], self._parts, strict=True)
@@ -91,7 +90,7 @@ class Encoder:
         )
 
     def encode(self, tasks: tuple[Task, ...]) -> Array:
-        out = np.zeros((len(tasks), len(self.owners)))
+        out = np.zeros((len(tasks), self._width))
         start = 0
         for part in self._parts:
             part.fill([task.cells[part.place] for task in tasks], out[:, start : start + part.width])

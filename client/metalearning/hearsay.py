@@ -36,7 +36,6 @@ class Word:
 
     log_ratio: float
     deviation: float
-    peers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +83,6 @@ class Hearsay:
     def __contains__(self, signer: object) -> bool:
         return signer in self._peers
 
-    def trust(self, signer: PeerId) -> float | None:
-        """Of a peer that is kept."""
-        return self._peers[signer].trust
-
     def word(self, where: Place) -> Word | None:
         """What peers say of a strategy in a kind of situation; None when nobody who is heard says anything."""
         said = [(each.says[where], each.trust) for each in self._peers.values() if where in each.says]
@@ -126,4 +121,4 @@ def _median(votes: Iterable[tuple[Compared, float]]) -> Word:
             middle = ratio
             break
     spread = sum(weight * abs(ratio - middle) for ratio, weight in ordered) / total
-    return Word(middle, math.hypot(ERROR_DEVIATION / math.sqrt(total), spread), len(ordered))
+    return Word(middle, math.hypot(ERROR_DEVIATION / math.sqrt(total), spread))

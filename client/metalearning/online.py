@@ -60,12 +60,11 @@ COMMON = 4  # columns of a Situation
 
 @dataclass(slots=True)
 class Corrections:
-    """The regression's state for `strategies` strategies. `seen` counts requests, `changes` how often something had
-    changed, `looking` the requests for which that is still to be looked into; `day` is of the newest request."""
+    """The regression's state for `strategies` strategies. `seen` counts requests, `looking` those for which a change is
+    still to be looked into; `day` is of the newest request."""
 
     strategies: int
     seen: int = 0
-    changes: int = 0
     looking: int = 0
     day: float = -math.inf
     _mean: Array = field(init=False)
@@ -137,7 +136,7 @@ class Corrections:
         np.fill_diagonal(self._covariance, np.maximum(np.diag(self._covariance), doubted))
         # What was seen while it changed was laid to the strategies that were in use.
         self._mean = np.concatenate([self._calm[:COMMON], self._calm[COMMON:] * CHANGED_KEPT])
-        self._surprise, self.looking, self.changes = 1.0, LOOKING, self.changes + 1
+        self._surprise, self.looking = 1.0, LOOKING
 
     def _forget(self, remembered: float) -> None:
         # What fades goes back to the prior, not to nothing: a strategy that was not tried for long is as before.

@@ -26,9 +26,9 @@ class Draws:
     counts: Array
 
     @staticmethod
-    def of(groups: Numbers, seed: int = 0, rounds: int = ROUNDS) -> Draws:
-        random = np.random.default_rng(seed)
-        rounds = min(rounds, max(ROUNDS_MIN, CELLS_MAX // len(groups)))
+    def of(groups: Numbers) -> Draws:
+        random = np.random.default_rng(0)
+        rounds = min(ROUNDS, max(ROUNDS_MIN, CELLS_MAX // len(groups)))
         names, places = np.unique(groups, return_inverse=True)
         picked = random.multinomial(len(names), np.full(len(names), 1 / len(names)), size=rounds)
         counts = np.zeros((rounds, len(groups)))

@@ -125,8 +125,9 @@ class _Run:
         self.options, self.net, self.progress = options, net, progress
         self.pids = tuple(worker.pid for worker in net.workers)
         self.points: dict[str, list[Point]] = {axis: [] for axis in options.axes}
-        self._all = sum(len(options.of(axis)) for axis in options.axes)
-        self.budget = Budget(60 * options.minutes, self._all - len(progress.known))
+        asked = [(axis, value) for axis in options.axes for value in options.of(axis)]
+        self._all = len(asked)
+        self.budget = Budget(60 * options.minutes, sum(point not in progress.known for point in asked))
 
     def missing(self, axis: str) -> list[int]:
         """Values that have no point yet; those of an earlier run are taken over."""

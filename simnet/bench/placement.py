@@ -24,6 +24,7 @@ from client.placement.costs import Instance, Spans
 from client.placement.needs import Objective
 from client.placement.pace import fast, lower_bound_period_s, period_s
 from client.placement.search import fast as fast_latency
+from protocol.errors import InputError, RouteUnavailable
 from simnet.bench.placement_reference import Reference
 from simnet.bench.placement_swarms import Drawn, Matrices, client_rtts_ms, heard
 
@@ -68,22 +69,31 @@ class Row:
 
 @dataclass(slots=True)
 class Report:
+    """What was found until now. `source`: where the round trips are from."""
+
     options: BenchOptions
-    source: str
+    source: str = ""
     rows: list[Row] = field(default_factory=list)
     large_s: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """The figures as one object."""
-        ratios = np.array([row.ratio for row in self.rows])
-        searched = [row for row in self.rows if row.reference_ms is not None]
-        gaps = np.array([row.found_ms / row.bound_ms for row in self.rows])
-        told = np.array([row.from_adverts_ms / row.found_ms for row in self.rows])
+        """The figures as one object, of what there is: nothing may be."""
+        largest = {"peers": self.options.peers[1], "blocks": LARGE_BLOCKS}
         return {
             "swarms": len(self.rows),
             "objective": self.options.objective,
             "round_trips_from": self.source,
             "reference_s": self.options.reference_s,
+            **(self._figures() if self.rows else {}),
+            **({"largest": largest, "plan_seconds_largest": max(self.large_s)} if self.large_s else {}),
+        }
+
+    def _figures(self) -> dict[str, Any]:
+        ratios = np.array([row.ratio for row in self.rows])
+        searched = [row for row in self.rows if row.reference_ms is not None]
+        gaps = np.array([row.found_ms / row.bound_ms for row in self.rows])
+        told = np.array([row.from_adverts_ms / row.found_ms for row in self.rows])
+        return {
             "within_5_percent": float((ratios <= CLOSE).mean()),
             "proven_by_lower_bound": sum(row.proven for row in self.rows),
             "searched_by_reference": len(searched),
@@ -92,16 +102,15 @@ class Report:
             "ratio_when_only_adverts_are_known": _spread(told),
             "hops": _spread(np.array([float(row.hops) for row in self.rows])),
             "search_seconds": _spread(np.array([row.search_s for row in self.rows])),
-            "largest": {"peers": self.options.peers[1], "blocks": LARGE_BLOCKS},
-            "plan_seconds_largest": max(self.large_s),
         }
 
 
-def run(options: BenchOptions, update: Callable[[int, int], None], show: Callable[[str], None]) -> Report:
-    """Draw, plan, search, compare. `update(done, total)` and one line per swarm by `show`."""
-    matrices = Matrices(options.data)
-    source = ", ".join(sorted(matrices.named)) + ("" if matrices.measured else " (generated: no measured data given)")
-    report = Report(options, source)
+def run(report: Report, update: Callable[[int, int], None], show: Callable[[str], None]) -> None:
+    """Draw, plan, search, compare, into `report`; what is cut short leaves what there is. `update(done, total)` and one
+    line per swarm by `show`. Raises InputError (too little reference), RouteUnavailable."""
+    options, matrices = report.options, Matrices(report.options.data)
+    generated = "" if matrices.measured else " (generated: no measured data given)"
+    report.source = ", ".join(sorted(matrices.named)) + generated
     for number in range(options.swarms):
         update(number, options.swarms)
         seed = options.first_seed + number
@@ -113,7 +122,6 @@ def run(options: BenchOptions, update: Callable[[int, int], None], show: Callabl
         )
     update(options.swarms, options.swarms)
     report.large_s = [_large_s(matrices, options, seed) for seed in range(LARGE_RUNS)]
-    return report
 
 
 def _row(options: BenchOptions, drawn: Drawn, seed: int) -> Row:
@@ -123,14 +131,16 @@ def _row(options: BenchOptions, drawn: Drawn, seed: int) -> Row:
     spans = fast_latency(instance, 1) if latency else fast(instance, STREAMS, 1)
     search_s = time.process_time() - started
     if spans is None:
-        raise ValueError(f"no placement found in swarm {seed}, which can hold its model")
+        raise RouteUnavailable(f"no placement found in swarm {seed}, which can hold its model")
     cost_s = _cost_s(instance, spans, latency)
     bound_s = lower_bound_s(instance, cost_s, 30) if latency else lower_bound_period_s(instance, STREAMS, cost_s, 3)
     reference = None
     if not (options.unproven_only and cost_s <= CLOSE * bound_s):
         reference = Reference(instance, None if latency else STREAMS, seed).run(options.reference_s)
         if reference.spans is None:
-            raise ValueError(f"the reference found no placement in swarm {seed}: give it more than these seconds")
+            raise InputError(
+                f"the reference found no placement in swarm {seed} in {options.reference_s:g} s: raise --reference-s"
+            )
     where = PlaceOptions(options.objective, 1 if latency else STREAMS, client_rtts_ms=client_rtts_ms(drawn))
     told = _spans(instance, plan(heard(drawn, seed), drawn.needs, where))
     return Row(

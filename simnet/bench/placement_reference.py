@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from client.placement.costs import Instance, Spans
+from protocol.limits import HOPS_MAX
 
 NEAR = 24  # neighbours that a move prefers
 RESTART_STEPS = 60_000
 HEAT, COLD = 0.1, 2e-4  # temperatures as shares of the start's cost
-HOPS_MAX = 64
 
 State = list[tuple[int, int]]  # (worker, end), in order: a span begins where the one before it ends
 

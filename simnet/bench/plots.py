@@ -1,6 +1,7 @@
 """Reports of the benchmarks as pictures: growth, throughput against concurrency, latency percentiles, a token's time.
 
-They show what a report holds and nothing else. matplotlib is an extra: `require` says so before anything is measured.
+They show what a report holds and nothing else. matplotlib is an extra: `require` says before anything is measured that
+it is missing, or that the folder is none to write to.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from protocol.errors import InputError
@@ -18,8 +20,18 @@ DPI = 120
 PARTS = ("compute", "client", "software")  # of a token's time
 
 
-def require() -> None:
-    """Raises InputError when no pictures can be made."""
+def require(folder: Path) -> None:
+    """Raises InputError when no pictures can be made, or not in `folder`, which is made here."""
+    _matplotlib()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):  # permissions alone do not say it
+            pass
+    except OSError as error:
+        raise InputError(f"no pictures can be written into {folder} ({error.strerror}): name another folder") from None
+
+
+def _matplotlib() -> None:
     if find_spec("matplotlib") is None:
         raise InputError("plots need matplotlib: pip install -e '.[plots]' where sotto was cloned")
 
@@ -102,7 +114,7 @@ def _percentiles(report: Mapping[str, Any], folder: Path) -> Path:
 
 def blank(title: str, x: str, y: str) -> tuple[Any, Any]:
     """A figure without anything in it, and its axes. Raises InputError without matplotlib."""
-    require()
+    _matplotlib()
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure alive
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

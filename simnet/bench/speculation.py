@@ -294,8 +294,8 @@ def prose(text: str) -> str:
 
 
 def plot(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Tokens per second against round-trip time, a panel for each workload. Raises InputError without matplotlib."""
-    plots.require()
+    """Tokens per second against round-trip time, a panel for each workload. Raises InputError as `plots.require`."""
+    plots.require(folder)
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure
 
     workloads = sorted({point["workload"] for point in report.get("points", [])})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json, remedy, terminate_as_interrupt
+from sotto.commands.common import Json, end, errors, keeping, print_json
 
 Data = Annotated[
     Path | None,
@@ -70,8 +69,7 @@ def engine(
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
-            pictures.require()
-
+            pictures.require(plots)
         options = bench.Options(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),
@@ -89,36 +87,6 @@ def engine(
     if as_json:
         print_json(report)
     end(report)
-
-
-@contextmanager
-def keeping(report: dict[str, Any]) -> Iterator[None]:
-    """What ends a run early, an interrupt or an error that has a remedy, goes into its report: what was measured before
-    is printed all the same. SIGTERM is an interrupt here."""
-    from models.errors import ModelError
-    from node.groups import leaf
-    from protocol.errors import SottoError
-
-    with terminate_as_interrupt():
-        try:
-            yield
-        except* KeyboardInterrupt:
-            report["interrupted"] = True
-        except* (SottoError, ModelError, OSError) as group:
-            line = remedy(leaf(group))
-            if line is None:
-                raise
-            report["error"] = " ".join(line.split())
-
-
-def end(report: dict[str, Any]) -> None:
-    """Exit status 1 after a run that was cut short: what is printed is not all."""
-    if "error" in report:
-        print(f"sotto: {report['error']}", file=sys.stderr)
-        raise typer.Exit(1)
-    if "interrupted" in report:
-        print("sotto: interrupted: not everything was measured", file=sys.stderr)
-        raise typer.Exit(1)
 
 
 def say_line(text: str) -> None:

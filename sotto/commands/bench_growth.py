@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, end, keeping, lines, say_line, words
-from sotto.commands.common import Json, errors, print_json, progress_bar
+from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, lines, say_line, words
+from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
 
 OneDtype = Annotated[str, typer.Option(help="Precision: float32, bfloat16 or int8.")]
 
@@ -38,7 +38,7 @@ def growth(
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
-            pictures.require()
+            pictures.require(plots)
         options = bench.Options(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),
@@ -91,7 +91,7 @@ def serve(
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
-            pictures.require()
+            pictures.require(plots)
         options = bench.Options(
             folder=Path(folder),
             tokenizer_from=demo_checkpoint(),

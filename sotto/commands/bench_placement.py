@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json, progress_bar
+from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
 
 
 def placement(
@@ -31,10 +31,11 @@ def placement(
 
     Round trips come from measured matrices when --data names a folder that holds them, else from a built-in generator.
     """
+    ended: dict[str, Any] = {}
     with errors(as_json):
         from client.placement.needs import OBJECTIVES
         from protocol.errors import InputError
-        from simnet.bench.placement import BenchOptions, run
+        from simnet.bench.placement import BenchOptions, Report, run
 
         known = {name: name for name in OBJECTIVES}
         if objective not in known:
@@ -45,12 +46,15 @@ def placement(
             if verbose:
                 print(line, file=sys.stderr)
 
-        with progress_bar("swarms", bytes_=False, quiet=as_json or verbose) as update:
-            summary = run(options, update, show).summary()
-        if as_json:
-            print_json(summary)
-            return
-        for name, value in summary.items():
-            if isinstance(value, dict):
-                value = "  ".join(f"{key} {figure:.3f}" for key, figure in value.items())
-            print(f"{name.replace('_', ' ')}: {value}")
+        report = Report(options)
+        with progress_bar("swarms", bytes_=False, quiet=as_json or verbose) as update, keeping(ended):
+            run(report, update, show)
+    summary = report.summary()
+    if as_json:
+        print_json(summary | ended)
+        return end(ended)
+    for name, value in summary.items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{key} {figure:.3f}" for key, figure in value.items())
+        print(f"{name.replace('_', ' ')}: {value}")
+    end(ended)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, print_json, progress_bar, terminate_as_interrupt
+from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
 
 SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
 
@@ -33,7 +33,11 @@ def scheduler(
         bool, typer.Option("--live", help="Run 'auto' beside every fixed strategy on swarms of real workers instead.")
     ] = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="With --live: at most so long for each workload. Default: 30.")
+        float | None,
+        typer.Option(
+            min=0,
+            help="With --live: for each workload, about; a warm-up and 8 rounds are made in any case. Default: 30.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -50,6 +54,7 @@ def scheduler(
         _print_live(report)
     else:
         _print(report)
+    end(report)
 
 
 def _check(live: bool, plots: Path | None, minutes: float | None) -> None:
@@ -68,7 +73,7 @@ def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: b
     from simnet.bench.scheduler.judge import Judge
 
     if plots is not None:
-        pictures.require()
+        pictures.require(plots)
     judge = Judge(tables.load(records or _shipped()), time.process_time)
     with progress_bar("folds", bytes_=False, quiet=quiet) as update:
         report, found = bench.run(judge, bench.SECTIONS if only is None else _words(only), update)
@@ -103,11 +108,8 @@ def _live(records: Path | None, only: str | None, minutes: float | None, quiet: 
         options = bench.Live(
             Path(folder), demo_checkpoint(), bench.MINUTES if minutes is None else minutes, names, advisor
         )
-        with _status(quiet) as say, terminate_as_interrupt():
-            try:
-                bench.run(options, report, say)
-            except* KeyboardInterrupt:
-                report["interrupted"] = True
+        with _status(quiet) as say, keeping(report):
+            bench.run(options, report, say)
     return report
 
 
@@ -165,7 +167,7 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _print_live(report: dict[str, Any]) -> None:
-    for name, found in report["workloads"].items():
+    for name, found in report.get("workloads", {}).items():
         if "error" in found:
             print(f"{name}: {found['error']}")
             continue

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import Data, Plots, end, keeping, say_line
-from sotto.commands.common import Json, Model, errors, print_json, progress_bar
+from sotto.commands.bench_engine import Data, Plots, say_line
+from sotto.commands.common import Json, Model, end, errors, keeping, print_json, progress_bar
 
 WIDTH = 46
 
@@ -44,7 +44,7 @@ def speculation(
         from sotto.commands.models import open_model
 
         if plots is not None:
-            pictures.require()
+            pictures.require(plots)
         options = bench.SpeculationBench(
             folder=Path(folder),
             model=open_model(model).path,

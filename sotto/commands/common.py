@@ -150,6 +150,36 @@ def terminate_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def keeping(report: dict[str, Any]) -> Iterator[None]:
+    """What ends a run early, an interrupt or an error that has a remedy, goes into its report: what was measured before
+    is printed all the same. SIGTERM is an interrupt here."""
+    from models.errors import ModelError
+    from node.groups import leaf
+    from protocol.errors import SottoError
+
+    with terminate_as_interrupt():
+        try:
+            yield
+        except* KeyboardInterrupt:
+            report["interrupted"] = True
+        except* (SottoError, ModelError, OSError) as group:
+            line = remedy(leaf(group))
+            if line is None:
+                raise
+            report["error"] = " ".join(line.split())
+
+
+def end(report: dict[str, Any]) -> None:
+    """Exit status 1 after a run that was cut short: what is printed is not all."""
+    if "error" in report:
+        print(f"sotto: {report['error']}", file=sys.stderr)
+        raise typer.Exit(1)
+    if "interrupted" in report:
+        print("sotto: interrupted: not everything was measured", file=sys.stderr)
+        raise typer.Exit(1)
+
+
 def run_async(main: Callable[[], Awaitable[T]]) -> T:
     """Run `main` on trio."""
     import trio

@@ -61,7 +61,7 @@ def select(
         if plots is not None:
             from simnet.bench.plots import require
 
-            require()
+            require(plots)
         columns = Columns(
             tasks=tuple(dict.fromkeys(name.strip() for name in task_columns.split(",") if name.strip())),
             strategy=strategy_column,

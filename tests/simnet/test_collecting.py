@@ -268,3 +268,11 @@ def test_the_selectors_read_it(tmp_path: Path) -> None:
         assert len(read_table(lines, columns, Scale()).tasks) >= 2
     with pytest.raises(InputError, match="another grid"):
         table.export(tmp_path, design("another"), tmp_path / "runs.csv")
+
+
+def test_a_table_for_a_prior_is_not_written_over_by_what_lies_beside_it(tmp_path: Path) -> None:
+    with store.opened(tmp_path, ORIGIN) as rows:
+        rows.add(row())
+    with pytest.raises(InputError, match="name the table otherwise"):
+        table.export(tmp_path, design(), tmp_path / "runs.json", lossy=True)
+    assert not (tmp_path / "runs.json").exists()

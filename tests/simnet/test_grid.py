@@ -7,7 +7,7 @@ from collections import Counter
 from importlib.resources import files
 
 from client.metalearning.prior import RECORDS
-from protocol.strategy import DEFAULT, describe
+from protocol.strategy import DEFAULT, describe, parse
 from simnet.bench.collect.grid import (
     CONTEXTS,
     FLOP_MAX,
@@ -20,7 +20,6 @@ from simnet.bench.collect.grid import (
     cells,
     contexts,
     digest,
-    strategies,
 )
 
 FROZEN = "e07912ace1340806"  # what results were collected with: a change here makes them another grid's
@@ -81,7 +80,7 @@ def test_blocks_are_shuffled_each_in_its_own_way() -> None:
 
 
 def test_strategies_are_what_they_are_called() -> None:
-    named = strategies()
+    named = {name: parse(name) for name in STRATEGIES}
     assert DEFAULT in named.values()
     assert len(set(named.values())) == len(STRATEGIES)
     for name, strategy in named.items():

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from typer import Typer
 from typer.testing import CliRunner
 
 from client.placement import exact, plan
 from client.placement.bound import lower_bound_s
-from simnet.bench.placement import BenchOptions, run
+from simnet.bench.placement import BenchOptions, Report, Row, run
 from simnet.bench.placement_reference import Reference
 from simnet.bench.placement_swarms import CLOUD, PLANETLAB, Matrices, client_rtts_ms, heard
 from sotto.commands.bench_placement import placement
@@ -58,7 +59,8 @@ def test_measured_round_trips_are_used_where_they_are(tmp_path: Path) -> None:
 def test_figures_add_up(objective: str) -> None:
     lines: list[str] = []
     options = BenchOptions(3, REFERENCE_S, None, objective, peers=(11, 40))  # type: ignore[arg-type]
-    report = run(options, lambda *_: None, lines.append)
+    report = Report(options)
+    run(report, lambda *_: None, lines.append)
     assert len(lines) == len(report.rows) == 3
     for row in report.rows:
         assert row.reference_ms is not None
@@ -71,21 +73,51 @@ def test_figures_add_up(objective: str) -> None:
     assert summary["ratio_to_reference"]["worst"] == max(row.ratio for row in report.rows)
 
 
-def test_the_command_prints_one_object() -> None:
+def bench(*words: str) -> Result:
     app = Typer()
     app.command()(placement)
-    words = ["--swarms", "1", "--reference-s", "0.05", "--peers-max", "30", "--json"]
-    result = CliRunner().invoke(app, words)
+    return CliRunner().invoke(app, ["--peers-max", "30", "--json", *words])
+
+
+def test_the_command_prints_one_object() -> None:
+    result = bench("--swarms", "1", "--reference-s", "0.05")
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["swarms"] == 1
-    wrong = CliRunner().invoke(app, ["--objective", "speed"])
+    report = json.loads(result.stdout)
+    assert report["swarms"] == 1
+    assert report["largest"]["peers"] == 30
+    wrong = bench("--objective", "speed")
     assert wrong.exit_code == 1
-    assert "latency, throughput" in wrong.stderr
+    assert "latency, throughput" in json.loads(wrong.stdout)["error"]
+
+
+def test_what_was_found_before_an_interrupt_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row("sphere", 2, 10.0, 9.9, 10.5, 12.0, 0.1, 1000)]
+
+    def row(*_: object) -> Row:
+        if not rows:
+            raise KeyboardInterrupt
+        return rows.pop()
+
+    monkeypatch.setattr("simnet.bench.placement._row", row)
+    result = bench("--swarms", "3")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert (report["swarms"], report["interrupted"], report["within_5_percent"]) == (1, True, 1.0)
+    assert "plan_seconds_largest" not in report
+
+
+def test_a_reference_without_time_says_which_option() -> None:
+    result = bench("--swarms", "2", "--reference-s", "0")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["swarms"] == 0
+    assert "--reference-s" in report["error"]
 
 
 def test_a_plan_that_the_lower_bound_proves_needs_no_reference() -> None:
     options = BenchOptions(4, 0.2, None, peers=(11, 30), unproven_only=True)
-    report = run(options, lambda done, total: None, lambda line: None)
+    report = Report(options)
+    run(report, lambda done, total: None, lambda line: None)
     for row in report.rows:
         assert (row.reference_ms is None) == row.proven
     summary = report.summary()

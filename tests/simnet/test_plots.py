@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,26 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(plots, "find_spec", lambda _: None)
     with pytest.raises(InputError, match=r"pip install -e '.\[plots\]'"):
         plots.growth(GROWTH, tmp_path)
+
+
+def test_a_folder_is_made_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(plots, "find_spec", lambda _: True)
+    new = tmp_path / "new" / "newer"
+    plots.require(new)
+    assert list(new.iterdir()) == []
+    (new / "file").touch()
+    with pytest.raises(InputError, match=r"file .*: name another folder"):
+        plots.require(new / "file")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def read_only(**_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(plots, "find_spec", lambda _: True)
+    monkeypatch.setattr(plots, "TemporaryFile", read_only)
+    with pytest.raises(InputError, match="Read-only"):
+        plots.require(tmp_path)
 
 
 def test_a_report_without_that_section_has_no_picture(tmp_path: Path) -> None:

@@ -77,6 +77,19 @@ def test_simulated_rows_are_refused() -> None:
         records.of([head, ",".join(cells), *rest])
 
 
+def test_a_blank_line_is_no_row() -> None:
+    assert records.of([*LINES, "", ""]).about["rows"] == len(LINES) - 1
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_records_of_one_kind_say_which(split: str) -> None:
+    at = LINES[0].split(",").index(split)
+    kinds = [line.split(",")[at] for line in LINES[1:]]
+    alike = [line for line, kind in zip(LINES[1:], kinds, strict=True) if kind == max(kinds, key=kinds.count)]
+    with pytest.raises(InputError, match=f"of one {split}"):
+        Judge(records.of([LINES[0], *alike]), clock)
+
+
 def test_strategies_of_another_version_are_refused() -> None:
     with pytest.raises(InputError, match="prefill_chunk=17"):
         records.of([line.replace("wire=int8", "prefill_chunk=17") for line in LINES])

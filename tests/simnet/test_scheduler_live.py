@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import trio
+from trio.testing import MockClock
 
 from client.metalearning.candidates import CANDIDATES
-from protocol.errors import InputError
+from protocol.errors import InputError, SottoError
 from protocol.strategy import lossy, parse
-from simnet.bench.collect import grid
+from simnet.bench.collect import cell, grid
 from simnet.bench.paired import Rounds
 from simnet.bench.scheduler import live
 from simnet.bench.scheduler.live import AUTO, Live, Races, strategies, summary
@@ -68,6 +72,19 @@ def test_goals_of_live_swarms() -> None:
         "batch: not worse than the best fixed by 5 %",
     ]
     assert summary({"chat": races([], [], [])})["goals"] == {"passed": [], "failed": []}
+
+
+def test_requests_that_take_too_long_are_an_error_of_the_tree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async def never(*_: Any) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(cell, "measure", never)
+    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=8_000, max_position=2048))
+    given = Live(tmp_path, tmp_path)
+    with pytest.raises(SottoError, match="wire=int8 took more than 240 s"):
+        trio.run(
+            live._turn, model, given, given.design.cells[1], (0, "wire=int8"), clock=MockClock(autojump_threshold=0)
+        )
 
 
 def test_workloads_have_names(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import trio
 from client.metalearning import chooser
 from client.metalearning.comparing import compared
 from client.metalearning.hearsay import PEERS_KEPT
+from client.metalearning.online import ERROR_DEVIATION
 from node.passing import pass_on_reports
 from node.sharing import Sharing, Sources
 from protocol import limits
@@ -146,12 +147,15 @@ def test_liars_lose_their_trust_to_what_is_measured() -> None:
     world = World(1)
     peers = told(world, 4, 4)
     live(world, peers, 60)
-    own = world.experience("newcomer")
-    peers.judge_by(compared(own))
-    trust = [[peers.trust(pen(first + number).peer) for number in range(4)] for first in (1, 1000)]
-    assert all(each is not None and each > 0.5 for each in trust[0])
-    assert trust[1] == [0.0] * 4
-    where = next(iter(compared(own)))
+    own = compared(world.experience("newcomer"))
+    liars = told(world, 0, 4)
+    lies = [where for where in own if liars.word(where) is not None]
+    assert lies
+    liars.judge_by(own)
+    assert not [where for where in lies if liars.word(where) is not None]
+    peers.judge_by(own)
+    where = next(iter(own))
     word = peers.word(where)
     assert word is not None
-    assert word.log_ratio == pytest.approx(compared(own)[where].log_ratio, abs=0.15)
+    assert word.log_ratio == pytest.approx(own[where].log_ratio, abs=0.15)
+    assert word.deviation < ERROR_DEVIATION, "together they weigh more than any crowd"

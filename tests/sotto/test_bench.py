@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 from node.groups import leaf
 from protocol.errors import InputError, LocalProtocolError
 from simnet.bench import dataplane, engine, growth, plots, precision, serve, speculation
+from simnet.bench.scheduler import live
+from simnet.bench.scheduler import run as scheduler
 from sotto.__main__ import app
 from sotto.commands.bench_growth import known_points
 from sotto.demo.corpus import Corpus, Document
@@ -82,11 +85,20 @@ def test_growth_goes_on_where_its_file_ends(tmp_path: Path) -> None:
         known_points(file, run)
 
 
+def test_the_time_is_that_of_points_that_are_missing(tmp_path: Path) -> None:
+    """A file has the points of all axes that earlier runs measured."""
+    options = growth.Options(tmp_path, tmp_path, axes=("hops",), values={"hops": (1, 2, 3)})
+    known: dict[tuple[str, int], dict[str, Any]] = {("hops", 1): {}, ("context", 128): {}, ("context", 256): {}}
+    progress = growth.Progress(known, lambda _: None, lambda *_: None, lambda _: None)
+    net: Any = SimpleNamespace(workers=())
+    assert growth._Run(options, net, progress).budget.sets == 2
+
+
 MEASURED = {"model": {"name": "small"}, "dtype": "float32", "points": [], "axes": {}}
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation"])
+@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation", "scheduler --live"])
 @pytest.mark.parametrize("group", [True, False])
 def test_what_was_measured_before_an_error_is_printed(
     monkeypatch: pytest.MonkeyPatch, command: str, as_json: bool, group: bool
@@ -96,9 +108,10 @@ def test_what_was_measured_before_an_error_is_printed(
         error = InputError("the prompt is too long")
         raise ExceptionGroup("nursery", [error]) if group else error
 
-    benches = {"engine": engine, "growth": growth, "serve": serve, "speculation": speculation}
-    monkeypatch.setattr(benches[command], "run", run)
-    result = CliRunner().invoke(app, ["bench", command, *(["--json"] if as_json else [])])
+    for bench in (engine, growth, serve, speculation, live):
+        monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr("client.metalearning.advice.Advisor", lambda *_: None)
+    result = CliRunner().invoke(app, ["bench", *command.split(), *(["--json"] if as_json else [])])
     assert result.exit_code == 1, result.output
     assert "sotto: the prompt is too long" in result.stderr
     if as_json:
@@ -138,3 +151,16 @@ def test_pictures_that_cannot_be_drawn_are_known_before_measuring(
     result = CliRunner().invoke(app, ["bench", command, "--plots", str(tmp_path), "--json"])
     assert result.exit_code == 1
     assert "[plots]" in json.loads(result.stdout)["error"]
+
+
+@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation", "scheduler"])
+def test_a_folder_that_takes_no_pictures_is_known_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    for bench in (engine, growth, serve, speculation, scheduler):
+        monkeypatch.setattr(bench, "run", lambda *_: pytest.fail("measured for nothing"))
+    monkeypatch.setattr(plots, "find_spec", lambda _: True)
+    (tmp_path / "file").touch()
+    result = CliRunner().invoke(app, ["bench", command, "--plots", str(tmp_path / "file"), "--json"])
+    assert result.exit_code == 1
+    assert "name another folder" in json.loads(result.stdout)["error"]

@@ -100,6 +100,16 @@ def test_without_matplotlib_nothing_is_fitted_first(few: Path, tmp_path: Path, m
     assert "[plots]" in json.loads(done.stdout)["error"]
 
 
+def test_with_a_file_for_a_folder_nothing_is_fitted_first(
+    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("simnet.bench.plots.find_spec", lambda _: True)
+    monkeypatch.setattr("client.metalearning.evaluate.judge_all", lambda *_: pytest.fail("fitted for nothing"))
+    done = select(few, *WORDS, "--lower-is-better", "--hold-out", "group", "--plots", str(few), "--json")
+    assert done.exit_code == 1
+    assert "name another folder" in json.loads(done.stdout)["error"]
+
+
 @pytest.mark.parametrize(
     ("text", "words", "says"),
     [

@@ -1,5 +1,5 @@
-"""A random forest per strategy's score (Breiman, "Random forests", 2001; as in Xu et al., "SATzilla2012"): one forest
-with an output for each strategy."""
+"""A random forest of what share of the task's best each strategy reaches (Breiman, "Random forests", 2001; as in Xu et
+al., "SATzilla2012"): one forest with an output for each strategy."""
 
 from __future__ import annotations
 

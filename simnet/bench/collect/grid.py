@@ -25,7 +25,6 @@ from itertools import product
 from typing import Literal
 
 from client.metalearning.candidates import CANDIDATES
-from protocol.strategy import Strategy, parse
 from simnet.bench.workloads import PROMPT_QUANTILES, between
 from simnet.random_model import RandomModel
 
@@ -149,11 +148,6 @@ def digest(made: list[Context]) -> str:
     """Of the contexts and strategies: a table of results names the grid that it was made from."""
     text = repr(([asdict(context) for context in made], STRATEGIES, NEW_TOKENS))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def strategies() -> dict[str, Strategy]:
-    """By their names."""
-    return {name: parse(name) for name in STRATEGIES}
 
 
 def _pairs(count: int, rng: random.Random) -> list[tuple[str, str]]:

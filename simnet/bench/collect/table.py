@@ -42,6 +42,8 @@ BUSY = 8  # requests at once, from which on a workload is one of many
 def export(folder: Path, design: Design, file: Path, *, lossy: bool = False) -> dict[str, Any]:
     """Write the table into `file`; what is in it and how to judge selectors by it. Raises InputError. `lossy`: with the
     runs that lose precision where the answer must be exact, for client/metalearning/prior.py."""
+    if lossy and file.suffix.lower() == ".json":
+        raise InputError(f"beside {file} a .json of that name is written: name the table otherwise, such as .csv")
     origin, rows = read(folder)
     if origin.grid != design.digest:
         raise InputError(f"the records in {folder} are of another grid than this version's")

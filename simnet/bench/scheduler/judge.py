@@ -18,6 +18,7 @@ from client.metalearning.crossfit import Parts
 from client.metalearning.evaluate import FIXED, NONE, ORACLE, OURS, Judged, Make
 from client.metalearning.resampling import Draws
 from client.metalearning.table import Array, Mask, Numbers, Table
+from protocol.errors import InputError
 from simnet.bench.scheduler.auto import Auto
 from simnet.bench.scheduler.records import SPLITS, Records
 
@@ -31,13 +32,21 @@ Learnt = Callable[[Table, Mask], Table]
 @dataclass(frozen=True, slots=True)
 class Judge:
     """`clock` in seconds of processor time; `on_fold` hears of each fold that is done. `product` is the selector that
-    the product gives its chooser."""
+    the product gives its chooser. Raises InputError for records that cannot be split."""
 
     records: Records
     clock: Callable[[], float]
     on_fold: Callable[[], None] = lambda: None
     product: Make = product
     baselines: Mapping[str, Make] = field(default_factory=lambda: BASELINES)
+
+    def __post_init__(self) -> None:
+        for split in SPLITS:
+            if len(set(self.records.judged.labels[split])) < 2:
+                raise InputError(
+                    f"all records that can be judged are of one {split}, and judging leaves out one after the other: "
+                    "give more ('sotto bench collect' without --only-route makes records of several of each)"
+                )
 
     @property
     def selectors(self) -> Mapping[str, Make]:

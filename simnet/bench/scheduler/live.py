@@ -4,7 +4,8 @@ Five workloads, each with a model and a route of its own that the grid does not 
 links. All strategies take a turn in each round, with requests of the same lengths and likeness in tokens of their own;
 rounds go forth and back. Rounds are dealt out in turn to two halves: one says which fixed strategy is the best here,
 which nobody knows beforehand; on the other everything is compared with `auto`, as ratios within a round. It ends when
-`auto` is known to 2 % beside that best one, or when its time is over.
+`auto` is known to 2 % beside that best one, or with the round in which its time is over; a warm-up and eight rounds are
+made whatever the time.
 
 `auto` is the product's: the prior, its caution, its trials, and what it learns from its own requests as the rounds go
 on. Where a workload asks for exact answers, strategies that lose precision take no part.
@@ -69,7 +70,8 @@ WORKLOADS: Mapping[str, tuple[str, str, TaskPoint]] = {
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """`minutes`: at most, for each workload. `advisor`: the prior; without one `auto` has its requests alone."""
+    """`minutes`: for each workload, from the warm-up on; after them no round begins but the first eight. `advisor`: the
+    prior; without one `auto` has its requests alone."""
 
     folder: Path
     tokenizer_from: Path
@@ -129,7 +131,8 @@ class Races:
 
 
 def run(live: Live, report: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Fills `report`, workload by workload; what was measured stays in it when it is cut short. Raises InputError."""
+    """Fills `report`, workload by workload; what was measured stays in it when it is cut short. Raises
+    SottoError: workers that do not start, a request that failed, requests that took too long."""
     torch.set_num_threads(1)
     found: dict[str, Races] = {}
     report |= {"prior": live.advisor is not None, "workloads": {}}
@@ -182,8 +185,11 @@ async def _turn(model: DeployedModel, live: Live, cell: Cell, turn: tuple[int, s
     strategy = Auto(lossy=not task.exact) if name == AUTO else parse(name)
     ask = Ask(ignore_eos=True, strategy=strategy, objective=task.objective, exact=task.exact)
     drawn = draw(Cell(number, cell.context, name), room(model.config, live.design))
-    with trio.fail_after(cells.CELL_S_MAX):
-        measured, records = await cells.measure(model, ask, task, drawn)
+    try:
+        with trio.fail_after(cells.CELL_S_MAX):
+            measured, records = await cells.measure(model, ask, task, drawn)
+    except trio.TooSlowError:
+        raise SottoError(f"requests with {name} took more than {cells.CELL_S_MAX:g} s together") from None
     if any(record.measured.error for record in records):
         raise SottoError(f"a request with {name} failed")
     return 1 / cost(task, measured), [name_of(record.strategy) or "another" for record in records]

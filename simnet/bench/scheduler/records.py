@@ -57,8 +57,9 @@ def load(file: Path) -> Records:
 def of(lines: Sequence[str], name: str = "") -> Records:
     """From the lines of a CSV file with a header."""
     known = read(lines, COLUMNS, Scale(lower_is_better=True))
-    origin = _origin(lines)
-    if origin["simulated"] != {"0": len(lines) - 1}:
+    rows = list(csv.DictReader(lines))  # without blank lines, as `read` has them
+    origin = {name: dict(Counter(row.get(name) or "" for row in rows)) for name in ORIGIN}
+    if set(origin["simulated"]) != {"0"}:
         raise InputError("there are simulated rows among the records: nothing can be claimed from these")
     if unknown := set(known.strategies) - set(CANDIDATES):
         raise InputError(f"'auto' does not know the strategy {min(unknown)}: these records are of another version")
@@ -73,7 +74,7 @@ def of(lines: Sequence[str], name: str = "") -> Records:
     known, judged = known.of(there), judged.of(there)
     about: dict[str, Any] = {
         "file": name,
-        "rows": len(lines) - 1,
+        "rows": len(rows),
         "contexts": len(judged.tasks),
         "contexts_left_out": int((~there).sum()),
         "exact_contexts": judged.labels[EXACT].count("1"),
@@ -104,9 +105,3 @@ def _allowed(table: Table) -> Mask:
     exact = table.labels[EXACT]
     each = {text: [allowed(name, exact=text == "1") for name in table.strategies] for text in set(exact)}
     return np.array([each[text] for text in exact])
-
-
-def _origin(lines: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How many rows have each value of the columns that say where a row is from."""
-    rows = list(csv.DictReader(lines))
-    return {name: dict(Counter(row.get(name) or "" for row in rows)) for name in ORIGIN}
