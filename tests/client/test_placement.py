@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.placement import ModelNeeds, Placement, PlaceOptions, alone, lower_bound_ms, plan
+from client.placement import ModelNeeds, Placement, PlaceOptions, alone, could_fit, lower_bound_ms, plan
 from client.placement.plan import PlannedHop
 from client.placement.search import EXACT_WORKERS
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
+from protocol.limits import HOPS_MAX
 from protocol.swarm import SwarmView
 from tests.helpers.adverts import advert, peer, view
 from tests.helpers.placing import Judge, needs
@@ -204,6 +205,43 @@ def test_spreading_over_more_than_there_are_says_how_many_were_found() -> None:
         plan(view(advert(), advert(), advert()), needs(1, 1), PlaceOptions(hops_min=3))
     with pytest.raises(RouteUnavailable, match="0 workers found"):
         plan(SwarmView(), needs(1))
+
+
+def test_spreading_over_more_than_a_route_may_have_asks_for_fewer() -> None:
+    with pytest.raises(InputError, match="at most 64 workers, 65 were asked for; ask for fewer"):
+        plan(view(*[advert()] * 65), needs(*[1] * 80), PlaceOptions(hops_min=65))
+
+
+@pytest.mark.parametrize("options", [PlaceOptions(hops_min=0), PlaceOptions(concurrency=0)])
+def test_no_workers_or_no_streams_ask_for_one(options: PlaceOptions) -> None:
+    with pytest.raises(InputError, match="ask for at least 1 of each"):
+        plan(view(advert()), needs(1), options)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_a_model_that_needs_more_hops_than_a_route_may_have_asks_for_larger_workers(objective: str) -> None:
+    swarm, options = view(*[advert(1)] * (HOPS_MAX + 2)), PlaceOptions(objective, concurrency=64)  # type: ignore[arg-type]
+    fits, too_long = (needs(*[1] * blocks) for blocks in (HOPS_MAX, HOPS_MAX + 1))
+    assert len(plan(swarm, fits, options).hops) == HOPS_MAX
+    assert could_fit(swarm, fits, options)
+    assert not could_fit(swarm, too_long, options)
+    with pytest.raises(RouteUnavailable, match=r"64 with most room hold at most 64 of the model's 65 blocks.*--memory"):
+        plan(swarm, too_long, options)
+
+
+def test_a_rate_is_not_sought_over_more_hops_than_a_route_may_have() -> None:
+    """The quick small workers alone could take all blocks, in too many hops: a slow large one takes some."""
+    blocks = HOPS_MAX + 6
+    swarm = view(*[advert(1)] * blocks, *[advert(16, read_gb_s=0.5)] * 2)
+    placement = plan(swarm, needs(*[1] * blocks), PlaceOptions("throughput", concurrency=1000))
+    Judge(swarm, needs(*[1] * blocks)).check(placement)
+    assert len(placement.hops) <= HOPS_MAX
+
+
+def test_too_few_workers_with_room_to_spread_over_says_how_many_have_some() -> None:
+    swarm = view(advert(8), advert(0), advert(0))
+    with pytest.raises(RouteUnavailable, match=r"1 of the swarm's 3 workers have room.*2 needed.*or ask for fewer"):
+        plan(swarm, needs(1, 1), PlaceOptions(hops_min=2))
 
 
 def test_excluded_workers_get_nothing() -> None:

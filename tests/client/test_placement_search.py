@@ -156,4 +156,7 @@ def test_a_thousand_workers_of_one_block_each_make_as_many_hops_as_a_route_may_h
     assert spans is not None
     check(tiny, spans)
     assert len(spans) == 60
-    assert search.fast(made(5, 300, 70, 1), 1) is None  # 64 hops at most
+    longer = made(5, 300, 70, 1)  # 64 hops at most
+    assert search.fast(longer, 1) is None
+    assert search.quick(longer) is None
+    assert pace.fast(longer, 4, 1) is None
