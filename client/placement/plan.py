@@ -8,7 +8,7 @@ the optimum; among more it is a good one (docs/PLACEMENT.md has the figures).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def alone(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = Non
     if options.objective == "latency":
         best = min(whole, key=instance.latency_s)
     else:
-        best = min(whole, key=lambda spans: pace.period_s(instance, spans, options.concurrency))
+        best = min(whole, key=lambda spans: pace.rank(instance, spans, options.concurrency))
     return _placement(instance, best, needs, options, exact=True)
 
 
@@ -223,7 +223,7 @@ def _instance(
     measured = [member.peer in options.client_rtts_ms for member in members]
     instance = instance_of(members, needs, Room(options.concurrency, blocks_max), rtt_ms, measured)
     instance.leg_s[:-1, -1] += options.client_s
-    return instance
+    return replace(instance, client_s=options.client_s)
 
 
 def _room(members: Sequence[Member], needs: ModelNeeds, options: PlaceOptions) -> Ints:

@@ -61,7 +61,8 @@ def swarms(draw: st.DrawFn, workers: int, model: st.SearchStrategy[ModelNeeds] =
         client = {peer(number): draw(delays) for number in range(len(adverts))}
     elif len(adverts) > 1:  # what a client that measured nothing expects is tested below
         client = {peer(number): 1.0 for number in range(len(adverts))}
-    return Judge(swarm, draw(model), client, draw(st.sampled_from([1, 2, 4])))
+    concurrency, client_s = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([0.0, 0.0, 0.005, 0.05]))
+    return Judge(swarm, draw(model), client, concurrency, client_s)
 
 
 @settings(max_examples=120, deadline=None)
@@ -83,7 +84,8 @@ def test_the_exact_search_agrees_with_brute_force_on_five_workers_and_eight_bloc
 
 
 def agree(judge: Judge, objective: str) -> None:
-    options = PlaceOptions(objective, judge.concurrency, client_rtts_ms=judge.client_rtts_ms)  # type: ignore[arg-type]
+    client = {"client_rtts_ms": judge.client_rtts_ms, "client_s": judge.client_s}
+    options = PlaceOptions(objective, judge.concurrency, **client)  # type: ignore[arg-type]
     expected = judge.best_s(objective)
     if math.isinf(expected):
         with pytest.raises(RouteUnavailable):
@@ -370,6 +372,24 @@ def test_many_streams_spread_over_more_workers_than_one() -> None:
     assert len(rate.hops) == 4
     assert rate.predicted_tokens_per_second > 3 * plan(swarm, model).predicted_tokens_per_second
     assert len(plan(swarm, model, PlaceOptions("throughput", concurrency=1)).hops) == 1
+
+
+@pytest.mark.parametrize(("workers", "client_s", "hops"), [(4, 0.2, 1), (4, 0.06, 3), (12, 0.2, 1), (12, 0.06, 3)])
+def test_many_streams_spread_no_further_than_the_client_keeps_up(workers: int, client_s: float, hops: int) -> None:
+    """More hops than make each as fast as the client would give no token more, and each later."""
+    swarm, model = view(*[advert(64, read_gb_s=0.5)] * workers), needs(*[8] * 8)
+    options = PlaceOptions("throughput", concurrency=16, client_s=client_s)
+    placement = plan(swarm, model, options)
+    assert len(placement.hops) == hops
+    assert placement.period_ms == pytest.approx(client_s * 1000)
+    assert lower_bound_ms(swarm, model, placement, options) == pytest.approx(placement.period_ms)
+
+
+def test_of_single_workers_that_keep_up_with_the_client_the_fastest_counts() -> None:
+    swarm, options = view(advert(read_gb_s=1), advert(read_gb_s=2)), PlaceOptions("throughput", 16, client_s=0.2)
+    single = alone(swarm, needs(*[8] * 4), options)
+    assert single is not None
+    assert [hop.peer for hop in single.hops] == [peer(1)]
 
 
 def test_concurrency_asks_for_room_for_every_stream() -> None:
