@@ -93,13 +93,14 @@ class SealedModel:
 @dataclass(frozen=True, slots=True)
 class DeployOptions:
     """`hops_min`: spread over at least so many workers. `kv_tokens`: room of one stream, of which there are
-    `concurrency`; it is leased, so that nobody else can take it. `objective`: see PlaceOptions. `on_placement` is
-    called again when a worker declines, or is lost, and the model is placed without it."""
+    `concurrency`; it is leased, so that nobody else can take it. `objective`, `client_s`: see PlaceOptions.
+    `on_placement` is called again when a worker declines, or is lost, and the model is placed without it."""
 
     hops_min: int = 1
     objective: Objective = "latency"
     concurrency: int = 1
     kv_tokens: int = KV_TOKENS
+    client_s: float = 0.0
     on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None
     on_upload: UploadProgress = lambda _: None
 
@@ -107,6 +108,10 @@ class DeployOptions:
     def kv_room(self) -> int:
         """Tokens that a stream takes at a worker: whole pages."""
         return whole_pages(self.kv_tokens)
+
+    def where(self, without: frozenset[PeerId]) -> PlaceOptions:
+        """How it is placed when the workers `without` are left out."""
+        return PlaceOptions(self.objective, self.concurrency, self.hops_min, without, client_s=self.client_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +213,7 @@ class Client:
         """
         data, manifest = model.folder.manifest(self._owner)
         needs = ModelNeeds.of_manifest(manifest, options.kv_room)
-        where = PlaceOptions(options.objective, options.concurrency, options.hops_min, without)
+        where = options.where(without)
         hops: tuple[DeployedHop, ...] = ()
         route, view = await self._leased_route(model, data, options, without)
         if route is None:

@@ -76,7 +76,8 @@ class Instance:
     `first` [N, B + 1]: the lowest start such that [start, end) fits the worker; `end` itself when nothing does. Never
     falls with `end`. `leg_s` [N + 1, N + 1]: from the output of one to the start of the next one's compute, software
     included; infinite from a worker to itself. `send_s` [N]: seconds per token for which a worker is busy beside its
-    compute. `slowdown` [N]: how much longer compute takes for a worker's load, in `compute_s` already.
+    compute. `slowdown` [N]: how much longer compute takes for a worker's load, in `compute_s` already. `client_s`:
+    seconds per token for which the client is busy, in the legs to it already.
     """
 
     peers: tuple[PeerId, ...]
@@ -85,6 +86,7 @@ class Instance:
     leg_s: Floats
     send_s: Floats
     slowdown: Floats
+    client_s: float = 0.0
 
     @property
     def workers(self) -> int:
@@ -108,6 +110,7 @@ class Instance:
             self.leg_s[np.ix_(ends, ends)],
             self.send_s[workers],
             self.slowdown[workers],
+            self.client_s,
         )
 
     def within(self, busy_s: float) -> Instance:

@@ -8,12 +8,12 @@ the optimum; among more it is a good one (docs/PLACEMENT.md has the figures).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from client.placement import bound, pace, search
-from client.placement.arrays import Floats
+from client.placement.arrays import Floats, Ints
 from client.placement.costs import HOP_SOFTWARE_S, Instance, Room, Spans, firsts, instance_of, offer, widest
 from client.placement.distances import rtt_matrix_ms
 from client.placement.needs import OBJECTIVES, ModelNeeds, Objective, PlaceOptions
@@ -123,19 +123,19 @@ class Placement:
 
 
 def plan(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None) -> Placement:
-    """The best placement found. Raises RouteUnavailable (which memory is missing) or InputError (too few blocks)."""
+    """The best placement found. Raises RouteUnavailable (what is missing) or InputError (what no swarm could give)."""
     options = options or PlaceOptions()
     members = _usable(view, needs, options)
     share = -(-len(needs.block_bytes) // options.hops_min)
     rtt_ms = rtt_matrix_ms(members, options.client_rtts_ms)
     for blocks_max in dict.fromkeys((share, len(needs.block_bytes))):
         instance = _instance(members, needs, options, (rtt_ms, blocks_max))
-        adds_up = int(instance.room().sum()) >= instance.blocks
+        adds_up = _most_held(instance.room()) >= instance.blocks
         spans = _solved(instance, options) if adds_up else None
         if spans is not None:
             exact = int((instance.room() > 0).sum()) <= search.EXACT_WORKERS
             return _placement(instance, spans, needs, options, exact)
-    raise RouteUnavailable(_shortage(members, needs, options.concurrency))
+    raise RouteUnavailable(_shortage(members, needs, options))
 
 
 def priced(view: SwarmView, needs: ModelNeeds, hops: Sequence[HopSpan], options: PlaceOptions) -> Placement:
@@ -153,8 +153,7 @@ def could_fit(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> bool
         members = _usable(view, needs, options)
     except RouteUnavailable:
         return False
-    blocks = len(needs.block_bytes)
-    return int(widest(firsts(members, needs, Room(options.concurrency, blocks))).sum()) >= blocks
+    return _most_held(_room(members, needs, options)) >= len(needs.block_bytes)
 
 
 def alone(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None) -> Placement | None:
@@ -169,7 +168,7 @@ def alone(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = Non
     if options.objective == "latency":
         best = min(whole, key=instance.latency_s)
     else:
-        best = min(whole, key=lambda spans: pace.period_s(instance, spans, options.concurrency))
+        best = min(whole, key=lambda spans: pace.rank(instance, spans, options.concurrency))
     return _placement(instance, best, needs, options, exact=True)
 
 
@@ -195,8 +194,16 @@ def _usable(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> list[M
     blocks = len(needs.block_bytes)
     if options.objective not in OBJECTIVES:
         raise InputError(f"unknown objective {options.objective!r}: use one of {', '.join(OBJECTIVES)}")
+    if options.hops_min < 1 or options.concurrency < 1:
+        raise InputError(
+            f"{options.hops_min} workers and {options.concurrency} streams were asked for; ask for at least 1 of each"
+        )
     if options.hops_min > blocks:
         raise InputError(f"a model of {blocks} blocks cannot be spread over {options.hops_min} workers; ask for fewer")
+    if options.hops_min > limits.HOPS_MAX:
+        raise InputError(
+            f"a route has at most {limits.HOPS_MAX} workers, {options.hops_min} were asked for; ask for fewer"
+        )
     found = [member for member in view.ranked() if member.peer not in options.exclude]
     members = [member for member in found if member.advert.accepting]
     if len(members) < options.hops_min:
@@ -216,7 +223,17 @@ def _instance(
     measured = [member.peer in options.client_rtts_ms for member in members]
     instance = instance_of(members, needs, Room(options.concurrency, blocks_max), rtt_ms, measured)
     instance.leg_s[:-1, -1] += options.client_s
-    return instance
+    return replace(instance, client_s=options.client_s)
+
+
+def _room(members: Sequence[Member], needs: ModelNeeds, options: PlaceOptions) -> Ints:
+    """[N]: most blocks that each can hold in one span."""
+    return widest(firsts(members, needs, Room(options.concurrency, len(needs.block_bytes))))
+
+
+def _most_held(room: Ints) -> int:
+    """No route holds more blocks: the rooms of as many workers as one may have, added up."""
+    return int(np.sort(room)[-limits.HOPS_MAX :].sum())
 
 
 def _solved(instance: Instance, options: PlaceOptions) -> Spans | None:
@@ -251,11 +268,11 @@ def _placement(instance: Instance, spans: Spans, needs: ModelNeeds, options: Pla
     return Placement(tuple(hops), return_us - client_us, client_us, options.objective, options.concurrency, exact)
 
 
-def _shortage(members: list[Member], needs: ModelNeeds, concurrency: int) -> str:
+def _shortage(members: list[Member], needs: ModelNeeds, options: PlaceOptions) -> str:
     offers = [offer(member) for member in members]
     on_disk = any(member.advert.disk_free_bytes < member.advert.memory_free_bytes for member in members)
     weights = "--memory and --disk" if on_disk else "--memory"
-    kinds = (("weights", needs.block_bytes, weights), ("KV cache", needs.kv_bytes(concurrency), "--kv-memory"))
+    kinds = (("weights", needs.block_bytes, weights), ("KV cache", needs.kv_bytes(options.concurrency), "--kv-memory"))
     who = f"the swarm's {len(members)} workers offer"
     for kind, (name, per_block, option) in enumerate(kinds):
         need, have, largest = sum(per_block), sum(o[kind] for o in offers), max(o[kind] for o in offers)
@@ -264,7 +281,20 @@ def _shortage(members: list[Member], needs: ModelNeeds, concurrency: int) -> str
                 f"the model needs {_mib(need)} for its {name}, {who} {_mib(have)}: {_mib(need - have)} are missing "
                 f"(the largest worker offers {_mib(largest)}); start workers with more {option}"
             )
-    sizes = f"of up to {_mib(max(needs.block_bytes))}, and {_mib(max(needs.kv_bytes(concurrency)))} of KV cache each"
+    kv = max(needs.kv_bytes(options.concurrency))
+    sizes = f"of up to {_mib(max(needs.block_bytes))}, and {_mib(kv)} of KV cache each"
+    room, blocks = _room(members, needs, options), len(needs.block_bytes)
+    able, held = int((room > 0).sum()), _most_held(room)
+    if 0 < able < options.hops_min:
+        return (
+            f"{able} of the swarm's {len(members)} workers have room for a block ({sizes}), {options.hops_min} needed; "
+            f"start workers with more {weights} and --kv-memory, or ask for fewer"
+        )
+    if held < blocks <= int(room.sum()):
+        return (
+            f"a route has at most {limits.HOPS_MAX} workers, and the {limits.HOPS_MAX} with most room hold at most "
+            f"{held} of the model's {blocks} blocks ({sizes}); start workers with more {weights} and --kv-memory"
+        )
     return (
         f"{who} enough memory in all, but not in pieces that fit whole blocks ({sizes}); start workers with more "
         f"{weights} and --kv-memory"

@@ -139,6 +139,7 @@ async def _deploy(asked: _Asked) -> Found:
                 objective=asked.options.objective,
                 concurrency=asked.options.concurrency,
                 kv_tokens=asked.needs.kv_tokens,
+                client_s=asked.options.client_s,
                 on_placement=lambda *_: total.restart(),
                 on_upload=lambda progress: upload(*total.add(progress)),
             )

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.placement import ModelNeeds, Placement, PlaceOptions, alone, lower_bound_ms, plan
+from client.placement import ModelNeeds, Placement, PlaceOptions, alone, could_fit, lower_bound_ms, plan
 from client.placement.plan import PlannedHop
 from client.placement.search import EXACT_WORKERS
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
+from protocol.limits import HOPS_MAX
 from protocol.swarm import SwarmView
 from tests.helpers.adverts import advert, peer, view
 from tests.helpers.placing import Judge, needs
@@ -60,7 +61,8 @@ def swarms(draw: st.DrawFn, workers: int, model: st.SearchStrategy[ModelNeeds] =
         client = {peer(number): draw(delays) for number in range(len(adverts))}
     elif len(adverts) > 1:  # what a client that measured nothing expects is tested below
         client = {peer(number): 1.0 for number in range(len(adverts))}
-    return Judge(swarm, draw(model), client, draw(st.sampled_from([1, 2, 4])))
+    concurrency, client_s = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([0.0, 0.0, 0.005, 0.05]))
+    return Judge(swarm, draw(model), client, concurrency, client_s)
 
 
 @settings(max_examples=120, deadline=None)
@@ -82,7 +84,8 @@ def test_the_exact_search_agrees_with_brute_force_on_five_workers_and_eight_bloc
 
 
 def agree(judge: Judge, objective: str) -> None:
-    options = PlaceOptions(objective, judge.concurrency, client_rtts_ms=judge.client_rtts_ms)  # type: ignore[arg-type]
+    client = {"client_rtts_ms": judge.client_rtts_ms, "client_s": judge.client_s}
+    options = PlaceOptions(objective, judge.concurrency, **client)  # type: ignore[arg-type]
     expected = judge.best_s(objective)
     if math.isinf(expected):
         with pytest.raises(RouteUnavailable):
@@ -204,6 +207,43 @@ def test_spreading_over_more_than_there_are_says_how_many_were_found() -> None:
         plan(view(advert(), advert(), advert()), needs(1, 1), PlaceOptions(hops_min=3))
     with pytest.raises(RouteUnavailable, match="0 workers found"):
         plan(SwarmView(), needs(1))
+
+
+def test_spreading_over_more_than_a_route_may_have_asks_for_fewer() -> None:
+    with pytest.raises(InputError, match="at most 64 workers, 65 were asked for; ask for fewer"):
+        plan(view(*[advert()] * 65), needs(*[1] * 80), PlaceOptions(hops_min=65))
+
+
+@pytest.mark.parametrize("options", [PlaceOptions(hops_min=0), PlaceOptions(concurrency=0)])
+def test_no_workers_or_no_streams_ask_for_one(options: PlaceOptions) -> None:
+    with pytest.raises(InputError, match="ask for at least 1 of each"):
+        plan(view(advert()), needs(1), options)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_a_model_that_needs_more_hops_than_a_route_may_have_asks_for_larger_workers(objective: str) -> None:
+    swarm, options = view(*[advert(1)] * (HOPS_MAX + 2)), PlaceOptions(objective, concurrency=64)  # type: ignore[arg-type]
+    fits, too_long = (needs(*[1] * blocks) for blocks in (HOPS_MAX, HOPS_MAX + 1))
+    assert len(plan(swarm, fits, options).hops) == HOPS_MAX
+    assert could_fit(swarm, fits, options)
+    assert not could_fit(swarm, too_long, options)
+    with pytest.raises(RouteUnavailable, match=r"64 with most room hold at most 64 of the model's 65 blocks.*--memory"):
+        plan(swarm, too_long, options)
+
+
+def test_a_rate_is_not_sought_over_more_hops_than_a_route_may_have() -> None:
+    """The quick small workers alone could take all blocks, in too many hops: a slow large one takes some."""
+    blocks = HOPS_MAX + 6
+    swarm = view(*[advert(1)] * blocks, *[advert(16, read_gb_s=0.5)] * 2)
+    placement = plan(swarm, needs(*[1] * blocks), PlaceOptions("throughput", concurrency=1000))
+    Judge(swarm, needs(*[1] * blocks)).check(placement)
+    assert len(placement.hops) <= HOPS_MAX
+
+
+def test_too_few_workers_with_room_to_spread_over_says_how_many_have_some() -> None:
+    swarm = view(advert(8), advert(0), advert(0))
+    with pytest.raises(RouteUnavailable, match=r"1 of the swarm's 3 workers have room.*2 needed.*or ask for fewer"):
+        plan(swarm, needs(1, 1), PlaceOptions(hops_min=2))
 
 
 def test_excluded_workers_get_nothing() -> None:
@@ -332,6 +372,24 @@ def test_many_streams_spread_over_more_workers_than_one() -> None:
     assert len(rate.hops) == 4
     assert rate.predicted_tokens_per_second > 3 * plan(swarm, model).predicted_tokens_per_second
     assert len(plan(swarm, model, PlaceOptions("throughput", concurrency=1)).hops) == 1
+
+
+@pytest.mark.parametrize(("workers", "client_s", "hops"), [(4, 0.2, 1), (4, 0.06, 3), (12, 0.2, 1), (12, 0.06, 3)])
+def test_many_streams_spread_no_further_than_the_client_keeps_up(workers: int, client_s: float, hops: int) -> None:
+    """More hops than make each as fast as the client would give no token more, and each later."""
+    swarm, model = view(*[advert(64, read_gb_s=0.5)] * workers), needs(*[8] * 8)
+    options = PlaceOptions("throughput", concurrency=16, client_s=client_s)
+    placement = plan(swarm, model, options)
+    assert len(placement.hops) == hops
+    assert placement.period_ms == pytest.approx(client_s * 1000)
+    assert lower_bound_ms(swarm, model, placement, options) == pytest.approx(placement.period_ms)
+
+
+def test_of_single_workers_that_keep_up_with_the_client_the_fastest_counts() -> None:
+    swarm, options = view(advert(read_gb_s=1), advert(read_gb_s=2)), PlaceOptions("throughput", 16, client_s=0.2)
+    single = alone(swarm, needs(*[8] * 4), options)
+    assert single is not None
+    assert [hop.peer for hop in single.hops] == [peer(1)]
 
 
 def test_concurrency_asks_for_room_for_every_stream() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,9 +125,10 @@ def test_the_search_for_many_finds_nearly_the_optimum_among_few(
 
 
 @settings(max_examples=25)
-@given(seeds, st.sampled_from([1, 2, 8]))
-def test_rates_keep_within_their_bound(seed: int, concurrency: int) -> None:
-    instance = made(seed, 7, 10, 6)
+@given(seeds, st.sampled_from([1, 2, 8]), st.sampled_from([0.0, 0.02, 0.2]))
+def test_rates_keep_within_their_bound(seed: int, concurrency: int, client_s: float) -> None:
+    instance = replace(made(seed, 7, 10, 6), client_s=client_s)
+    instance.leg_s[:-1, -1] += client_s
     best = pace.fastest(instance, concurrency, 1)
     if best is None:
         return
@@ -137,6 +139,10 @@ def test_rates_keep_within_their_bound(seed: int, concurrency: int) -> None:
     assert period <= pace.period_s(instance, latency, concurrency) * (1 + 1e-9)
     if concurrency == 1:
         assert period == pytest.approx(instance.latency_s(latency))
+    if period == client_s:  # then the least latency of all that keep up with the client
+        keeping_up = exact.fastest(instance.within(client_s), 1)
+        assert keeping_up is not None
+        assert instance.latency_s(best) == pytest.approx(instance.latency_s(keeping_up))
 
 
 def test_a_cap_leaves_exactly_the_spans_within_it() -> None:
@@ -156,4 +162,7 @@ def test_a_thousand_workers_of_one_block_each_make_as_many_hops_as_a_route_may_h
     assert spans is not None
     check(tiny, spans)
     assert len(spans) == 60
-    assert search.fast(made(5, 300, 70, 1), 1) is None  # 64 hops at most
+    longer = made(5, 300, 70, 1)  # 64 hops at most
+    assert search.fast(longer, 1) is None
+    assert search.quick(longer) is None
+    assert pace.fast(longer, 4, 1) is None

@@ -31,6 +31,7 @@ class Judge:
     model: ModelNeeds
     client_rtts_ms: Mapping[PeerId, float] = field(default_factory=dict)
     concurrency: int = 1
+    client_s: float = 0.0
 
     def latency_s(self, chain: Chain) -> float:
         total, before = 0.0, None
@@ -38,14 +39,14 @@ class Judge:
             total += self.leg_s(before, member) + HOP_SOFTWARE_S + self.compute_s(member, start, end)
             before = member
         assert before is not None
-        return total + self.leg_s(None, before)
+        return total + self.leg_s(None, before) + self.client_s
 
     def period_s(self, chain: Chain) -> float:
         busy = [
             self.compute_s(member, start, end) + HOP_SOFTWARE_S / (RELAY_SHARE if member.advert.relayed else 1)
             for member, start, end in chain
         ]
-        return max(*busy, self.latency_s(chain) / self.concurrency)
+        return max(*busy, self.client_s, self.latency_s(chain) / self.concurrency)
 
     def compute_s(self, member: Member, start: int, end: int) -> float:
         read = sum(self.model.block_bytes[start:end]) / (member.advert.speeds[0].read_gb_s * 1e9)

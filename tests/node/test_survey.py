@@ -6,6 +6,7 @@ import pytest
 
 from client.placement import PlaceOptions, plan
 from models.checkpoint import Checkpoint
+from node.client import DeployOptions
 from node.survey import Machine, survey, this_machine
 from sotto.demo import demo_checkpoint
 from tests.helpers.adverts import advert, view
@@ -27,6 +28,11 @@ def test_the_swarm_gives_room_or_speed_or_nothing(blocks_s: float | None, free_b
     assert found.optimal
     assert found.alone is None
     assert placement.client_us == 1000
+
+
+def test_what_is_deployed_is_placed_as_it_was_surveyed() -> None:
+    surveyed = PlaceOptions("throughput", concurrency=8, hops_min=2, client_s=0.2)
+    assert DeployOptions(2, "throughput", 8, client_s=0.2).where(frozenset()) == surveyed
 
 
 def test_this_machine_is_measured_as_a_worker_measures_itself() -> None:
