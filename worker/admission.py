@@ -51,6 +51,7 @@ class SpanLease:
     sessions: int = 0
     loaded: LoadedSpan | None = None
     holders: dict[PeerId, Holding] = field(default_factory=dict)
+    makes_room: bool = False  # what was evicted for it is not unloaded yet
 
     @property
     def idle(self) -> bool:
@@ -60,7 +61,7 @@ class SpanLease:
     @property
     def pinned(self) -> bool:
         """True when its shards must stay on disk. Sessions alone do not need them: they compute in memory."""
-        return bool(self.holders) or self.state is SpanState.LOADING
+        return bool(self.holders) or self.makes_room or self.state is SpanState.LOADING
 
 
 DISK_MAX = 1 << 52  # where no budget is set

@@ -7,7 +7,7 @@ holds the owner's capability. Whoever leases a span may have it loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,7 +51,7 @@ log = logging.getLogger("sotto.worker")
 
 @dataclass(slots=True)
 class Control:
-    """`changed` is called when what the advert says about memory and spans has changed."""
+    """`changed` is called when what the advert says about memory and spans has changed; `spawn` starts a task."""
 
     ports: WorkerPorts
     house: House
@@ -59,6 +59,7 @@ class Control:
     sessions: SessionTable
     fetches: Fetches
     changed: Callable[[], None]
+    spawn: Callable[[Callable[[], Awaitable[None]]], None]
     _locks: dict[DeploymentId, trio.Lock] = field(default_factory=dict)
     _loads: trio.Lock = field(default_factory=trio.Lock)
     _rest_until: float = -inf  # of the engine from loading, monotonic seconds
@@ -85,17 +86,16 @@ class Control:
             case _:
                 raise RemoteProtocolError(f"{type(request).__name__} is no request of the control protocol")
 
-    async def sweep(self, present: Callable[[PeerId], bool]) -> None:
+    def sweep(self, present: Callable[[PeerId], bool]) -> None:
         """End leases that are over, those of peers that are gone among them; forget spans whose upload fell silent,
-        leased or not."""
+        leased or not. Nobody waits for the engine, which may be loading."""
         now = self.ports.clock.monotonic()
         if self.leases.sweep(now, present):
             self._report()
         gone = self.house.spans.silent(now)
         for span in gone:
             self.leases.end_all(span)
-        if gone:
-            await self._forget(gone)
+            self._forget(span)
 
     async def _lease(self, message: LeaseSpan, peer: PeerId) -> SpanLeased:
         self.house.duty.require()
@@ -111,10 +111,17 @@ class Control:
                 self.leases.end_all(span)
             span = self.house.spans.known(request.deployment)
             signed = self.leases.grant(span, self._terms(peer, message.kv_tokens, message.lease_s, capability))
-            replaced = [span for span in gone if span.request.deployment == request.deployment]
-            await self._forget([span for span in gone if span.request.deployment != request.deployment])
-            if replaced:
-                await finish(partial(self._unload, replaced))
+            others = [lease for lease in gone if lease.request.deployment != request.deployment]
+            # Who waits here for another deployment's turn is not evicted by whoever has that: they would wait for ever.
+            span.makes_room = True
+            try:
+                forgotten = [self._forget(lease) for lease in others]
+                if len(others) < len(gone):
+                    await finish(partial(self._unload, request.deployment))
+                for each in forgotten:
+                    await each.wait()
+            finally:
+                span.makes_room = False
             self._report()
             return SpanLeased(signed, await self._missing(span))
 
@@ -209,7 +216,7 @@ class Control:
             self.leases.end_all(span)
             await self.sessions.evacuate(span)
             self.house.spans.remove(span)
-            await finish(partial(self._unload, [span]))
+            await finish(partial(self._unload, message.deployment))
         else:
             self.leases.end(span, peer)
         self._report()
@@ -232,17 +239,27 @@ class Control:
         serial, expires_ms = (capability.serial, capability.expires_ms) if capability else (b"", None)
         return Terms(peer, kv_tokens, lease_s, serial, expires_ms, clock.monotonic(), int(clock.time() * 1000))
 
-    async def _forget(self, gone: Sequence[SpanLease]) -> None:
-        """Unload spans that are no longer in the ledger, each when nobody else works on its deployment."""
-        for span in gone:
-            async with self._alone(span.request.deployment):
-                await finish(partial(self._unload, [span]))
-        self._report()
+    def _forget(self, span: SpanLease) -> trio.Event:
+        """Unload a span that was taken out of the ledger, when nobody else works on its deployment: in a task of its
+        own, which goes on when who waits for the event does not."""
+        deployment, done = span.request.deployment, trio.Event()
 
-    async def _unload(self, gone: Sequence[SpanLease]) -> None:
-        for span in gone:
-            await self.ports.compute.unload(span.request.deployment)
-            await self.ports.store.forget_span(span.request.deployment)
+        async def forget() -> None:
+            try:
+                async with self._alone(deployment):
+                    again = self.house.spans.leases.get(deployment)
+                    if again is None or again.state is not SpanState.LOADED:  # else it took its place in the engine too
+                        await finish(partial(self._unload, deployment))
+                self._report()
+            finally:
+                done.set()
+
+        self.spawn(forget)
+        return done
+
+    async def _unload(self, deployment: DeploymentId) -> None:
+        await self.ports.compute.unload(deployment)
+        await self.ports.store.forget_span(deployment)
 
     @asynccontextmanager
     async def _alone(self, deployment: DeploymentId) -> AsyncIterator[None]:

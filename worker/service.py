@@ -115,7 +115,8 @@ class WorkerService:
         self._fetches = Fetches(ports.store, ports.clock, self.house, suppliers, _together)
         self._giving = Giving(ports.store, self.house, ports.clock)
         leases = LeaseBook(config.identity, self.house.spans, self.house.pool, ports.entropy)
-        self._control = Control(ports, self.house, leases, self.sessions, self._fetches, self.herald.changed)
+        changed, spawn = self.herald.changed, self._spawn
+        self._control = Control(ports, self.house, leases, self.sessions, self._fetches, changed, spawn)
 
     async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then sessions are failed with STOPPING, told so, and streams closed."""
@@ -395,12 +396,14 @@ class WorkerService:
             self._meter.report()
             self._arrivals.sweep()
             await self._supervised(self._sweep_sessions)
-            connected = frozenset(self._ports.transport.connected())
-            present = partial(self._is_present, connected)
-            await self._supervised(partial(self._control.sweep, present))
+            await self._supervised(self._sweep_leases)
 
     async def _sweep_sessions(self) -> None:
         self.sessions.sweep()
+
+    async def _sweep_leases(self) -> None:
+        connected = frozenset(self._ports.transport.connected())
+        self._control.sweep(partial(self._is_present, connected))
 
     def _is_present(self, connected: frozenset[PeerId], peer: PeerId) -> bool:
         return peer in connected or self._streams[peer] > 0
