@@ -224,10 +224,11 @@ class Control:
     async def _revoke(self, message: RevokeCapability, peer: PeerId) -> None:
         owner = self.house.spans.known(message.deployment).request.owner
         self._may_manage(message.deployment, peer, message.capability)
-        await self.house.rights.revoke(owner, message.serial)
+        self.house.rights.revoke(owner, message.serial)
         self.leases.end_granted_under(owner, message.serial)
         self.sessions.end_granted_under(owner, message.serial)
         self._report()
+        await self.house.rights.save()
 
     def _may_manage(self, deployment: DeploymentId, peer: PeerId, capability: bytes) -> Capability | None:
         """Raises Refused (UNKNOWN_DEPLOYMENT, FORBIDDEN)."""
