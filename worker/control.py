@@ -60,7 +60,8 @@ class Control:
     fetches: Fetches
     changed: Callable[[], None]
     spawn: Callable[[Callable[[], Awaitable[None]]], None]
-    _locks: dict[DeploymentId, trio.Lock] = field(default_factory=dict)
+    _locks: dict[DeploymentId | PeerId, trio.Lock] = field(default_factory=dict)
+    _reads: trio.Lock = field(default_factory=trio.Lock)
     _loads: trio.Lock = field(default_factory=trio.Lock)
     _rest_until: float = -inf  # of the engine from loading, monotonic seconds
 
@@ -99,8 +100,7 @@ class Control:
 
     async def _lease(self, message: LeaseSpan, peer: PeerId) -> SpanLeased:
         self.house.duty.require()
-        # A manifest of the largest size takes some 100 ms to decode and check.
-        request = await self.ports.run_sync(partial(read_span, message.manifest, message.start, message.end))
+        request = await self._read(message, peer)
         claim = Claim(peer, Right.MANAGE, request.deployment, request.owner)
         async with self._alone(request.deployment):
             self.house.duty.require()
@@ -124,6 +124,12 @@ class Control:
                 span.makes_room = False
             self._report()
             return SpanLeased(signed, await self._missing(span))
+
+    async def _read(self, message: LeaseSpan, peer: PeerId) -> SpanRequest:
+        """A manifest of the largest size takes some 100 ms to decode and check, before it is known whose it is. So one
+        is read at a time, and one of each peer waits for that: a peer that sends many keeps no other waiting."""
+        async with self._alone(peer), self._reads:
+            return await self.ports.run_sync(partial(read_span, message.manifest, message.start, message.end))
 
     async def _missing(self, span: SpanLease) -> tuple[ShardDigest, ...]:
         """What has to come before the span can be loaded. Nothing when it is: as a cache it may outlive its shards."""
@@ -263,14 +269,14 @@ class Control:
         await self.ports.store.forget_span(deployment)
 
     @asynccontextmanager
-    async def _alone(self, deployment: DeploymentId) -> AsyncIterator[None]:
-        lock = self._locks.setdefault(deployment, trio.Lock())
+    async def _alone(self, name: DeploymentId | PeerId) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(name, trio.Lock())
         try:
             async with lock:
                 yield
         finally:
             if not lock.locked() and not lock.statistics().tasks_waiting:
-                self._locks.pop(deployment, None)
+                self._locks.pop(name, None)
 
     def _report(self) -> None:
         """Leases, spans or memory have changed."""

@@ -76,8 +76,8 @@ SWEEP_S = 5.0
 OPENING_COST = 20.0  # messages: a box, a signature and four peer ids take as long
 VIOLATIONS_PER_S = 2.0  # of one peer, eight at once; an honest one has none. Each costs us some milliseconds
 SHUN_S = 60.0
-# What a request costs of a peer's rate. A large manifest takes as long as many other requests, a ping less than any.
-COSTS: dict[type[Message], float] = {LeaseSpan: 5.0, Ping: 0.2}
+PING_COST = 0.2  # requests
+MANIFEST_BYTES_PER_REQUEST = 20 << 10  # reading so much of a manifest takes as long as a request
 Serve = Callable[[Channel], Awaitable[None]]
 
 __all__ = ["WorkerConfig", "WorkerPorts", "WorkerService"]
@@ -258,9 +258,11 @@ class WorkerService:
             case PiecesWanted():
                 return
             case Ping():
-                await trio.sleep(self._requests.rates.take(peer, COSTS[Ping], now))
+                await trio.sleep(self._requests.rates.take(peer, PING_COST, now))
+            case LeaseSpan(manifest):
+                self._requests.admit(peer, 1.0 + len(manifest) / MANIFEST_BYTES_PER_REQUEST, now)
             case _:
-                self._requests.admit(peer, COSTS.get(type(message), 1.0), now)
+                self._requests.admit(peer, 1.0, now)
 
     async def _serve_sessions(self, channel: Channel) -> None:
         outbox = Outbox(Room(self.house.queues, channel.remote))
