@@ -81,7 +81,7 @@ class _Step:
 
     @property
     def tenant(self) -> PeerId:
-        return self.work.tenant
+        return self.session.spec.client
 
     @property
     def alone(self) -> bool:
@@ -374,7 +374,7 @@ def _widest(dtype: torch.dtype, returns: str) -> int:
 
 
 def _party(spec: SessionSpec) -> _Party:
-    return spec.deployment, spec.tenant, spec.micro_batches
+    return spec.deployment, spec.client, spec.micro_batches
 
 
 def _kv(step: _Step) -> SessionKv:

@@ -33,9 +33,8 @@ def named(number: int) -> SessionId:
 
 
 def begin(shop: Shop, number: int, tokens: int, **other: Any) -> int:
-    spec = SessionSpec(
-        **({"deployment": shop.manifest.deployment, "tenant": PeerId("ann"), "kv_tokens": tokens} | other)
-    )
+    terms: dict[str, Any] = {"client": PeerId("client"), "tenant": PeerId("ann"), "kv_tokens": tokens}
+    spec = SessionSpec(shop.manifest.deployment, **(terms | other))
     return shop.engine.open(named(number), spec)
 
 
