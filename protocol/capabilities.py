@@ -29,7 +29,7 @@ class Right(StrEnum):
     """What a capability lets its holder do; MANAGE does not include the others."""
 
     USE = "use"  # open sessions
-    MANAGE = "manage"  # lease, load, renew and release spans, revoke capabilities
+    MANAGE = "manage"  # lease and renew spans, release them for all, revoke capabilities
     FETCH = "fetch"  # read shards from workers that hold them
     OWN = "own"  # count as the owner where pages of KV are kept; for the owner's own processes alone
 

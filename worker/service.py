@@ -1,8 +1,9 @@
 """The worker: protocol handlers on one side, the engine behind its port on the other, and the tasks between them.
 
-Invariant: a stream's reader waits for nothing but its stream, its peer's pace (and, in control, for the request it is
-serving), so no peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in
-a handler costs that stream, in a session that session. It decides nothing: control.py, fetches.py and sessions.py do.
+Invariant: a stream's reader waits for nothing but its stream, its peer's pace (and, in control and shard, for the
+request it is serving), so no peer can hold up another. This is the only file of the room that opens nurseries;
+whatever goes wrong in a handler costs that stream, in a session that session. It decides nothing: control.py,
+fetches.py and sessions.py do.
 """
 
 from __future__ import annotations
