@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from math import inf
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
@@ -64,7 +63,7 @@ class SpanLease:
         return bool(self.holders) or self.makes_room or self.state is SpanState.LOADING
 
 
-DISK_MAX = 1 << 52  # where no budget is set
+DISK_MAX = 1 << 52  # where no budget is set; no advert states more
 
 
 @dataclass(slots=True)
@@ -73,7 +72,7 @@ class SpanLedger:
     fit into `disk_bytes`, the store's budget; what one owner has leased takes at most `owner_share` of the memory."""
 
     memory_bytes: int
-    disk_bytes: float = inf
+    disk_bytes: int = DISK_MAX
     owner_share: float = 1.0
     leases: dict[DeploymentId, SpanLease] = field(default_factory=dict)
 
@@ -98,7 +97,7 @@ class SpanLedger:
         for lease in self.leases.values():
             if lease.pinned:
                 pinned.update(lease.request.shards)
-        return max(0, round(min(self.disk_bytes, DISK_MAX)) - sum(pinned.values()))
+        return max(0, min(self.disk_bytes, DISK_MAX) - sum(pinned.values()))
 
     def prepare(self, request: SpanRequest, now: float, peer: PeerId) -> tuple[SpanLease, ...]:
         """Book memory for `request`; gives the spans that had to go, for the caller to unload.
@@ -191,7 +190,7 @@ class SpanLedger:
                 shards.update(lease.request.shards)
         missing = sum(shards.values()) - self.disk_bytes
         if missing > 0:
-            raise Refused(RefusalReason.DISK, f"with the span's shards, {missing:.0f} bytes of disk are missing here")
+            raise Refused(RefusalReason.DISK, f"with the span's shards, {missing} bytes of disk are missing here")
 
     def _evicted_for(self, request: SpanRequest, replaced: SpanLease | None) -> list[SpanLease]:
         """The idle leases, least recently used first, that must go for `request` to fit."""

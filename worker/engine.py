@@ -145,7 +145,7 @@ class Engine:
             if span.manifest.dtype == INTEGER_DTYPE:
                 if self._device.type != "cpu":
                     raise Refused(RefusalReason.UNSUPPORTED, "integer maps need a worker on a CPU")
-                blocks = IntegerBlocks(configs, [read(index) for index in range(len(configs))])
+                blocks = IntegerBlocks([read(index) for index in range(len(configs))])
             else:
                 dtype = DTYPES[compute_dtype(span.manifest.dtype)]
                 blocks = build_float_blocks(configs, read, dtype, self._device)

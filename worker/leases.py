@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from protocol import limits
 from protocol.errors import Refused
 from protocol.ids import ID_BYTES, DeploymentId, PeerId
 from protocol.leases import Lease, sign_lease
@@ -42,7 +41,7 @@ class Terms:
     @property
     def life_ms(self) -> int:
         """As long as asked for, and not longer than the right to ask."""
-        asked = min(self.lease_s, limits.LEASE_S_MAX) * 1000
+        asked = self.lease_s * 1000
         return asked if self.expires_ms is None else max(1, min(asked, self.expires_ms - self.now_ms))
 
 
