@@ -16,7 +16,7 @@ from typing import Annotated
 from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
-from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, public_key_of
+from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, check_peer_ids
 from protocol.schema import Between, Record, Size
 from protocol.signed import Identity, Signed
 
@@ -47,10 +47,7 @@ class Capability(Record):
     def check(self) -> None:
         if list(self.rights) != sorted(set(self.rights)) or not set(self.rights) <= set(Right):
             raise ValueError(f"rights are sorted, unique and of {', '.join(Right)}")
-        try:
-            public_key_of(self.holder)
-        except RemoteProtocolError as error:
-            raise ValueError(str(error)) from None
+        check_peer_ids(self.holder)
 
 
 def issue_capability(capability: Capability, owner: Identity) -> bytes:

@@ -105,7 +105,8 @@ class Control:
         async with self._alone(request.deployment):
             self.house.duty.require()
             capability = self.house.rights.require(claim, message.capability)
-            self.leases.require_room(request.deployment, message.kv_tokens * request.kv_token_bytes, peer)
+            # Before anything is evicted for it.
+            self.house.pool.require((request.deployment, peer), message.kv_tokens * request.kv_token_bytes)
             gone = self.house.spans.prepare(request, self.ports.clock.monotonic(), peer)
             for span in gone:
                 self.leases.end_all(span)

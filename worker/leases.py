@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from protocol.errors import Refused
-from protocol.ids import ID_BYTES, DeploymentId, PeerId
+from protocol.ids import ID_BYTES, PeerId
 from protocol.leases import Lease, sign_lease
 from protocol.messages import RefusalReason
 from protocol.ports import Entropy
@@ -53,13 +53,6 @@ class LeaseBook:
     spans: SpanLedger
     pool: KvPool
     entropy: Entropy
-
-    def require_room(self, deployment: DeploymentId, kv_bytes: int, holder: PeerId) -> None:
-        """Raises Refused(KV_MEMORY): to be asked before anything is evicted for a lease."""
-        missing = self.pool.missing((deployment, holder), kv_bytes)
-        if missing:
-            detail = f"the lease asks for {kv_bytes} bytes of KV: {missing} bytes are missing"
-            raise Refused(RefusalReason.KV_MEMORY, detail)
 
     def grant(self, span: SpanLease, terms: Terms) -> bytes:
         """A lease on `span`, signed; it replaces the holder's last one. Raises Refused(KV_MEMORY, SESSIONS)."""
