@@ -51,7 +51,7 @@ class FrameDecoder:
 
     @property
     def unfinished(self) -> int:
-        """Bytes here of the frame that is arriving."""
+        """Bytes here that were given out in no frame yet."""
         return len(self._buffer)
 
     @property

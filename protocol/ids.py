@@ -45,6 +45,15 @@ def public_key_of(peer: str) -> bytes:
     return raw[len(_PREFIX) :]
 
 
+def check_peer_ids(*peers: str) -> None:
+    """For records: raises ValueError unless all are peer ids."""
+    try:
+        for peer in peers:
+            public_key_of(peer)
+    except RemoteProtocolError as error:
+        raise ValueError(str(error)) from None
+
+
 def _base58_encode(data: bytes) -> str:
     number = int.from_bytes(data, "big")
     digits = []

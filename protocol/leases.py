@@ -12,7 +12,7 @@ from typing import Annotated
 from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
-from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, public_key_of
+from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, check_peer_ids
 from protocol.schema import Between, Record, Size
 from protocol.signed import Identity, Signed
 
@@ -44,11 +44,7 @@ class Lease(Record):
             raise ValueError("an empty span")
         if not self.granted_ms < self.expires_ms <= self.granted_ms + limits.LEASE_S_MAX * 1000:
             raise ValueError("a lease's life is positive and bounded")
-        for peer in (self.worker, self.holder, self.owner):
-            try:
-                public_key_of(peer)
-            except RemoteProtocolError as error:
-                raise ValueError(str(error)) from None
+        check_peer_ids(self.worker, self.holder, self.owner)
 
 
 def sign_lease(lease: Lease, worker: Identity) -> bytes:

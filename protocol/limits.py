@@ -74,14 +74,14 @@ PAGE_KEY_BYTES = 16  # of the keys of one tenant only, which would deceive itsel
 PAGE_KEYS_MAX = 2048  # a prefix of 131,072 tokens; 32 KiB
 
 # Capabilities.
-CAPABILITY_BYTES_MAX = 512  # a signed record of an id, two names, four rights and a time
+CAPABILITY_BYTES_MAX = 512  # a signed record of two ids, a name, four rights and a time
 CAPABILITY_LIFE_MAX_S = 30 * 86_400.0  # how long a worker must remember that one was revoked
 REVOKED_PER_OWNER_MAX = 256
 REVOKED_MAX = 4096  # by all owners together: about 1 MB
 
 # Leases.
 LEASE_S_MAX = 3600  # what nobody renews is free again within the hour
-LEASE_BYTES_MAX = 512  # a signed record of three names, two ids and seven numbers
+LEASE_BYTES_MAX = 512  # a signed record of three names, two ids and six numbers
 MANIFEST_BYTES_MAX = HEADER_BYTES_MAX - 2 * KIB  # the rest of LeaseSpan, its capability too, beside it
 
 # Invites: text that people copy.

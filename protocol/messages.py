@@ -14,7 +14,6 @@ from enum import StrEnum
 from typing import Annotated, ClassVar
 
 from protocol import limits
-from protocol.errors import RemoteProtocolError
 from protocol.ids import (
     DIGEST_BYTES,
     ID_BYTES,
@@ -23,7 +22,7 @@ from protocol.ids import (
     PeerId,
     SessionId,
     ShardDigest,
-    public_key_of,
+    check_peer_ids,
 )
 from protocol.pieces import list_bytes
 from protocol.schema import Between, Record, Size
@@ -224,10 +223,7 @@ class Source(Record):
     addrs: Annotated[tuple[Annotated[str, Size(1, limits.ADDR_CHARS_MAX)], ...], Size(1, limits.ADDRS_MAX)]
 
     def check(self) -> None:
-        try:
-            public_key_of(self.peer)
-        except RemoteProtocolError as error:
-            raise ValueError(str(error)) from None
+        check_peer_ids(self.peer)
 
 
 @dataclass(frozen=True, slots=True)

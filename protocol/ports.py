@@ -187,9 +187,11 @@ class LoadedSpan:
 
 @dataclass(frozen=True, slots=True)
 class SessionSpec:
-    """What a session is opened with over a loaded span; OpenSession says what the last five mean."""
+    """What a session is opened with over a loaded span; OpenSession says what the last five mean. It finds and leaves
+    the `tenant`'s pages of KV. Steps of one `client` share its part of the engine's time, and are divided together."""
 
     deployment: DeploymentId
+    client: PeerId
     tenant: PeerId
     kv_tokens: int
     page_keys: tuple[bytes, ...] = ()
@@ -204,12 +206,11 @@ class StepWork:
     """One admitted step for the engine: truncate KV to `position`, then apply `operation` to `payload`.
 
     `forward_tail` > 0 keeps only that many trailing positions of the result (the last hop); `returns` is the dtype of a
-    second copy for the client, or "none". Steps of one `tenant` share its part of the engine's time. `keeps` False: the
-    session's route has changed, and its keys name no page that is full from now on.
+    second copy for the client, or "none". `keeps` False: the session's route has changed, and its keys name no page
+    that is full from now on.
     """
 
     session: SessionId
-    tenant: PeerId
     position: int
     operation: Operation
     block: int

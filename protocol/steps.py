@@ -31,6 +31,15 @@ class Verdict(Enum):
 
 
 @dataclass(slots=True)
+class _Admitted(Generic[A]):
+    """A step whose answer was not acknowledged: its tensor's header, and the answer once there is one."""
+
+    tensor: TensorHeader
+    answer: A | None = None
+    answer_bytes: int = 0
+
+
+@dataclass(slots=True)
 class StepLedger(Generic[A]):
     """The steps of one session at one hop. `A` is what is kept as an answer."""
 
@@ -38,8 +47,7 @@ class StepLedger(Generic[A]):
     epoch: int = 0
     held: int = 0  # tokens in KV once all admitted steps are computed
     last: int = -1  # highest step id admitted
-    _answers: OrderedDict[int, tuple[A, int] | None] = field(default_factory=OrderedDict)  # None: being computed
-    _asked: dict[int, TensorHeader] = field(default_factory=dict)  # of the same steps
+    _admitted: OrderedDict[int, _Admitted[A]] = field(default_factory=OrderedDict)  # and not acknowledged
     _answer_bytes: int = 0
 
     @property
@@ -54,41 +62,41 @@ class StepLedger(Generic[A]):
         if step.epoch > self.epoch:
             raise RemoteProtocolError(f"a step of epoch {step.epoch} on a route of epoch {self.epoch}")
         self._acknowledge(step.acked)
-        if step.step in self._answers:
+        before = self._admitted.get(step.step)
+        if before is not None:
             # Who asks for a large answer again pays for it with as large a step.
-            if step.tensor != self._asked[step.step]:
+            if step.tensor != before.tensor:
                 raise RemoteProtocolError(f"step {step.step} is repeated with another tensor")
-            return Verdict.PENDING if self._answers[step.step] is None else Verdict.REPEAT
+            return Verdict.PENDING if before.answer is None else Verdict.REPEAT
         if step.step <= self.last:
             raise RemoteProtocolError(f"step {step.step} was answered and acknowledged")
-        if len(self._answers) >= limits.ANSWERS_KEPT_MAX or self._answer_bytes >= limits.ANSWER_BYTES_KEPT_MAX:
-            raise RemoteProtocolError(f"{len(self._answers)} answers wait to be acknowledged")
+        if len(self._admitted) >= limits.ANSWERS_KEPT_MAX or self._answer_bytes >= limits.ANSWER_BYTES_KEPT_MAX:
+            raise RemoteProtocolError(f"{len(self._admitted)} answers wait to be acknowledged")
         if step.operation == Operation.SPAN:
             self._append(step.position, step.tensor.shape[0])
         self.last = step.step
-        self._answers[step.step] = None
-        self._asked[step.step] = step.tensor
+        self._admitted[step.step] = _Admitted(step.tensor)
         return Verdict.COMPUTE
 
     def record(self, step: int, answer: A, answer_bytes: int) -> None:
         """Keep the answer of an admitted step until it is acknowledged; the first one counts."""
-        if step in self._answers and self._answers[step] is None:
-            self._answers[step] = (answer, answer_bytes)
+        admitted = self._admitted.get(step)
+        if admitted is not None and admitted.answer is None:
+            admitted.answer, admitted.answer_bytes = answer, answer_bytes
             self._answer_bytes += answer_bytes
 
     def answer(self, step: int) -> A:
         """The recorded answer of a step whose verdict was REPEAT."""
-        kept = self._answers[step]
-        assert kept is not None
-        return kept[0]
+        answer = self._admitted[step].answer
+        assert answer is not None
+        return answer
 
     def reroute(self, epoch: int) -> None:
         """The client opened a new route through this hop. Raises RemoteProtocolError unless the epoch rises."""
         if epoch <= self.epoch:
             raise RemoteProtocolError(f"a route of epoch {epoch} after one of epoch {self.epoch}")
         self.epoch = epoch
-        self._answers.clear()
-        self._asked.clear()
+        self._admitted.clear()
         self._answer_bytes = 0
 
     def _append(self, position: int, tokens: int) -> None:
@@ -99,7 +107,5 @@ class StepLedger(Generic[A]):
         self.held = position + tokens
 
     def _acknowledge(self, acked: int) -> None:
-        while self._answers and next(iter(self._answers)) < acked:
-            number, kept = self._answers.popitem(last=False)
-            del self._asked[number]
-            self._answer_bytes -= kept[1] if kept else 0
+        while self._admitted and next(iter(self._admitted)) < acked:
+            self._answer_bytes -= self._admitted.popitem(last=False)[1].answer_bytes

@@ -14,7 +14,7 @@ from typing import Annotated
 from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
-from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, SessionId, public_key_of
+from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, SessionId, check_peer_ids
 from protocol.schema import Between, Record, Size
 from protocol.sealedbox import seal, unseal
 from protocol.signed import Identity, Signed
@@ -57,11 +57,7 @@ class Ticket(Record):
             raise ValueError("an empty span")
         if self.returns not in RETURNS:
             raise ValueError(f"returns {self.returns!r} is not one of {', '.join(RETURNS)}")
-        for peer in (self.client, self.worker, self.predecessor, *([self.successor] if self.successor else [])):
-            try:
-                public_key_of(peer)
-            except RemoteProtocolError as error:
-                raise ValueError(str(error)) from None
+        check_peer_ids(self.client, self.worker, self.predecessor, *([self.successor] if self.successor else []))
 
 
 def issue_ticket(ticket: Ticket, client: Identity) -> bytes:

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from math import inf
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
@@ -51,6 +50,7 @@ class SpanLease:
     sessions: int = 0
     loaded: LoadedSpan | None = None
     holders: dict[PeerId, Holding] = field(default_factory=dict)
+    makes_room: bool = False  # what was evicted for it is not unloaded yet
 
     @property
     def idle(self) -> bool:
@@ -60,10 +60,10 @@ class SpanLease:
     @property
     def pinned(self) -> bool:
         """True when its shards must stay on disk. Sessions alone do not need them: they compute in memory."""
-        return bool(self.holders) or self.state is SpanState.LOADING
+        return bool(self.holders) or self.makes_room or self.state is SpanState.LOADING
 
 
-DISK_MAX = 1 << 52  # where no budget is set
+DISK_MAX = 1 << 52  # where no budget is set; no advert states more
 
 
 @dataclass(slots=True)
@@ -72,7 +72,7 @@ class SpanLedger:
     fit into `disk_bytes`, the store's budget; what one owner has leased takes at most `owner_share` of the memory."""
 
     memory_bytes: int
-    disk_bytes: float = inf
+    disk_bytes: int = DISK_MAX
     owner_share: float = 1.0
     leases: dict[DeploymentId, SpanLease] = field(default_factory=dict)
 
@@ -97,7 +97,7 @@ class SpanLedger:
         for lease in self.leases.values():
             if lease.pinned:
                 pinned.update(lease.request.shards)
-        return max(0, round(min(self.disk_bytes, DISK_MAX)) - sum(pinned.values()))
+        return max(0, min(self.disk_bytes, DISK_MAX) - sum(pinned.values()))
 
     def prepare(self, request: SpanRequest, now: float, peer: PeerId) -> tuple[SpanLease, ...]:
         """Book memory for `request`; gives the spans that had to go, for the caller to unload.
@@ -190,7 +190,7 @@ class SpanLedger:
                 shards.update(lease.request.shards)
         missing = sum(shards.values()) - self.disk_bytes
         if missing > 0:
-            raise Refused(RefusalReason.DISK, f"with the span's shards, {missing:.0f} bytes of disk are missing here")
+            raise Refused(RefusalReason.DISK, f"with the span's shards, {missing} bytes of disk are missing here")
 
     def _evicted_for(self, request: SpanRequest, replaced: SpanLease | None) -> list[SpanLease]:
         """The idle leases, least recently used first, that must go for `request` to fit."""

@@ -41,7 +41,7 @@ class Notebook(Protocol):
         """What was written last; b"" when nothing was."""
 
     async def write(self, data: bytes) -> None:
-        """Replace it all."""
+        """Replace it all. Raises OSError, and then nothing changed."""
 
 
 class Blank:

@@ -7,7 +7,7 @@ holds the owner's capability. Whoever leases a span may have it loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -51,7 +51,7 @@ log = logging.getLogger("sotto.worker")
 
 @dataclass(slots=True)
 class Control:
-    """`changed` is called when what the advert says about memory and spans has changed."""
+    """`changed` is called when what the advert says about memory and spans has changed; `spawn` starts a task."""
 
     ports: WorkerPorts
     house: House
@@ -59,7 +59,9 @@ class Control:
     sessions: SessionTable
     fetches: Fetches
     changed: Callable[[], None]
-    _locks: dict[DeploymentId, trio.Lock] = field(default_factory=dict)
+    spawn: Callable[[Callable[[], Awaitable[None]]], None]
+    _locks: dict[DeploymentId | PeerId, trio.Lock] = field(default_factory=dict)
+    _reads: trio.Lock = field(default_factory=trio.Lock)
     _loads: trio.Lock = field(default_factory=trio.Lock)
     _rest_until: float = -inf  # of the engine from loading, monotonic seconds
 
@@ -85,38 +87,50 @@ class Control:
             case _:
                 raise RemoteProtocolError(f"{type(request).__name__} is no request of the control protocol")
 
-    async def sweep(self, present: Callable[[PeerId], bool]) -> None:
+    def sweep(self, present: Callable[[PeerId], bool]) -> None:
         """End leases that are over, those of peers that are gone among them; forget spans whose upload fell silent,
-        leased or not."""
+        leased or not. Nobody waits for the engine, which may be loading."""
         now = self.ports.clock.monotonic()
         if self.leases.sweep(now, present):
             self._report()
         gone = self.house.spans.silent(now)
         for span in gone:
             self.leases.end_all(span)
-        if gone:
-            await self._forget(gone)
+            self._forget(span)
 
     async def _lease(self, message: LeaseSpan, peer: PeerId) -> SpanLeased:
         self.house.duty.require()
-        # A manifest of the largest size takes some 100 ms to decode and check.
-        request = await self.ports.run_sync(partial(read_span, message.manifest, message.start, message.end))
+        request = await self._read(message, peer)
         claim = Claim(peer, Right.MANAGE, request.deployment, request.owner)
         async with self._alone(request.deployment):
             self.house.duty.require()
             capability = self.house.rights.require(claim, message.capability)
-            self.leases.require_room(request.deployment, message.kv_tokens * request.kv_token_bytes, peer)
+            # Before anything is evicted for it.
+            self.house.pool.require((request.deployment, peer), message.kv_tokens * request.kv_token_bytes)
             gone = self.house.spans.prepare(request, self.ports.clock.monotonic(), peer)
             for span in gone:
                 self.leases.end_all(span)
             span = self.house.spans.known(request.deployment)
             signed = self.leases.grant(span, self._terms(peer, message.kv_tokens, message.lease_s, capability))
-            replaced = [span for span in gone if span.request.deployment == request.deployment]
-            await self._forget([span for span in gone if span.request.deployment != request.deployment])
-            if replaced:
-                await finish(partial(self._unload, replaced))
+            others = [lease for lease in gone if lease.request.deployment != request.deployment]
+            # Who waits here for another deployment's turn is not evicted by whoever has that: they would wait for ever.
+            span.makes_room = True
+            try:
+                forgotten = [self._forget(lease) for lease in others]
+                if len(others) < len(gone):
+                    await finish(partial(self._unload, request.deployment))
+                for each in forgotten:
+                    await each.wait()
+            finally:
+                span.makes_room = False
             self._report()
             return SpanLeased(signed, await self._missing(span))
+
+    async def _read(self, message: LeaseSpan, peer: PeerId) -> SpanRequest:
+        """A manifest of the largest size takes some 100 ms to decode and check, before it is known whose it is. So one
+        is read at a time, and one of each peer waits for that: a peer that sends many keeps no other waiting."""
+        async with self._alone(peer), self._reads:
+            return await self.ports.run_sync(partial(read_span, message.manifest, message.start, message.end))
 
     async def _missing(self, span: SpanLease) -> tuple[ShardDigest, ...]:
         """What has to come before the span can be loaded. Nothing when it is: as a cache it may outlive its shards."""
@@ -209,7 +223,7 @@ class Control:
             self.leases.end_all(span)
             await self.sessions.evacuate(span)
             self.house.spans.remove(span)
-            await finish(partial(self._unload, [span]))
+            await finish(partial(self._unload, message.deployment))
         else:
             self.leases.end(span, peer)
         self._report()
@@ -217,10 +231,11 @@ class Control:
     async def _revoke(self, message: RevokeCapability, peer: PeerId) -> None:
         owner = self.house.spans.known(message.deployment).request.owner
         self._may_manage(message.deployment, peer, message.capability)
-        await self.house.rights.revoke(owner, message.serial)
+        self.house.rights.revoke(owner, message.serial)
         self.leases.end_granted_under(owner, message.serial)
         self.sessions.end_granted_under(owner, message.serial)
         self._report()
+        await self.house.rights.save()
 
     def _may_manage(self, deployment: DeploymentId, peer: PeerId, capability: bytes) -> Capability | None:
         """Raises Refused (UNKNOWN_DEPLOYMENT, FORBIDDEN)."""
@@ -232,27 +247,37 @@ class Control:
         serial, expires_ms = (capability.serial, capability.expires_ms) if capability else (b"", None)
         return Terms(peer, kv_tokens, lease_s, serial, expires_ms, clock.monotonic(), int(clock.time() * 1000))
 
-    async def _forget(self, gone: Sequence[SpanLease]) -> None:
-        """Unload spans that are no longer in the ledger, each when nobody else works on its deployment."""
-        for span in gone:
-            async with self._alone(span.request.deployment):
-                await finish(partial(self._unload, [span]))
-        self._report()
+    def _forget(self, span: SpanLease) -> trio.Event:
+        """Unload a span that was taken out of the ledger, when nobody else works on its deployment: in a task of its
+        own, which goes on when who waits for the event does not."""
+        deployment, done = span.request.deployment, trio.Event()
 
-    async def _unload(self, gone: Sequence[SpanLease]) -> None:
-        for span in gone:
-            await self.ports.compute.unload(span.request.deployment)
-            await self.ports.store.forget_span(span.request.deployment)
+        async def forget() -> None:
+            try:
+                async with self._alone(deployment):
+                    again = self.house.spans.leases.get(deployment)
+                    if again is None or again.state is not SpanState.LOADED:  # else it took its place in the engine too
+                        await finish(partial(self._unload, deployment))
+                self._report()
+            finally:
+                done.set()
+
+        self.spawn(forget)
+        return done
+
+    async def _unload(self, deployment: DeploymentId) -> None:
+        await self.ports.compute.unload(deployment)
+        await self.ports.store.forget_span(deployment)
 
     @asynccontextmanager
-    async def _alone(self, deployment: DeploymentId) -> AsyncIterator[None]:
-        lock = self._locks.setdefault(deployment, trio.Lock())
+    async def _alone(self, name: DeploymentId | PeerId) -> AsyncIterator[None]:
+        lock = self._locks.setdefault(name, trio.Lock())
         try:
             async with lock:
                 yield
         finally:
             if not lock.locked() and not lock.statistics().tasks_waiting:
-                self._locks.pop(deployment, None)
+                self._locks.pop(name, None)
 
     def _report(self) -> None:
         """Leases, spans or memory have changed."""

@@ -9,12 +9,16 @@ network, whoever asks for it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from protocol.ids import PeerId
 from protocol.swarm import SwarmView
 
 SCOPES = ("", "loopback", "link-local", "private", "global")  # from the narrowest on
+_NAT64 = IPv6Network("64:ff9b::/96")
+_INTERNET = IPv6Network(
+    "2000::/3"
+)  # what else exists in IPv6 was never given to anybody, or is for use inside networks
 
 
 def dialable(view: SwarmView, peer: PeerId, stated: tuple[str, ...], own: Iterable[str]) -> tuple[str, ...]:
@@ -32,11 +36,20 @@ def scope_of(addr: str) -> str:
         host = ip_address(parts[2]) if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
     except ValueError:
         return ""
-    host = getattr(host, "ipv4_mapped", None) or host
+    if isinstance(host, IPv6Address):
+        host = _inside(host)
     if host is None or host.is_unspecified or host.is_multicast:
         return ""
     if host.is_loopback:
         return "loopback"
     if host.is_link_local:
         return "link-local"
-    return "private" if host.is_private else "global"
+    # Shared addresses (100.64.0.0/10: VPNs, clusters, carriers) are neither global nor private to Python.
+    return "global" if host.is_global and (host.version == 4 or host in _INTERNET) else "private"
+
+
+def _inside(host: IPv6Address) -> IPv4Address | IPv6Address:
+    """The IPv4 address that packets to `host` end at, if it stands for one."""
+    if host in _NAT64:
+        return IPv4Address(host.packed[-4:])
+    return host.ipv4_mapped or host.sixtofour or host

@@ -81,7 +81,7 @@ class _Step:
 
     @property
     def tenant(self) -> PeerId:
-        return self.work.tenant
+        return self.session.spec.client
 
     @property
     def alone(self) -> bool:
@@ -145,7 +145,7 @@ class Engine:
             if span.manifest.dtype == INTEGER_DTYPE:
                 if self._device.type != "cpu":
                     raise Refused(RefusalReason.UNSUPPORTED, "integer maps need a worker on a CPU")
-                blocks = IntegerBlocks(configs, [read(index) for index in range(len(configs))])
+                blocks = IntegerBlocks([read(index) for index in range(len(configs))])
             else:
                 dtype = DTYPES[compute_dtype(span.manifest.dtype)]
                 blocks = build_float_blocks(configs, read, dtype, self._device)
@@ -374,7 +374,7 @@ def _widest(dtype: torch.dtype, returns: str) -> int:
 
 
 def _party(spec: SessionSpec) -> _Party:
-    return spec.deployment, spec.tenant, spec.micro_batches
+    return spec.deployment, spec.client, spec.micro_batches
 
 
 def _kv(step: _Step) -> SessionKv:

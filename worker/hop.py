@@ -140,7 +140,6 @@ class Hop:
         self._begun = self.compute.step(
             StepWork(
                 session=self.session.id,
-                tenant=self.session.client,
                 position=step.position,
                 operation=operation,
                 block=step.block,

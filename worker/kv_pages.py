@@ -86,11 +86,6 @@ class PageBook:
         return (len(self._users) + len(self.unused)) * self.page_bytes
 
     @property
-    def kept_bytes(self) -> int:
-        """Of pages that no session uses."""
-        return len(self.unused) * self.page_bytes
-
-    @property
     def oldest_turn(self) -> int:
         return next(iter(self.unused.values()))
 

@@ -58,13 +58,17 @@ class KvPool:
         grows = reserved_bytes - (share.reserved_bytes if share else 0)
         return max(0, grows - max(0, self.free_bytes - self._claimed_bytes))
 
-    def set_aside(self, key: LeaseKey, reserved_bytes: int) -> None:
-        """Let the lease `key` have `reserved_bytes`, or what its sessions have drawn already if that is more. Raises
-        Refused(KV_MEMORY), and then nothing changed."""
+    def require(self, key: LeaseKey, reserved_bytes: int) -> None:
+        """Raises Refused(KV_MEMORY) unless the lease `key` could set `reserved_bytes` aside."""
         missing = self.missing(key, reserved_bytes)
         if missing:
             detail = f"the lease asks for {reserved_bytes} bytes of KV: {missing} bytes are missing"
             raise Refused(RefusalReason.KV_MEMORY, detail)
+
+    def set_aside(self, key: LeaseKey, reserved_bytes: int) -> None:
+        """Let the lease `key` have `reserved_bytes`, or what its sessions have drawn already if that is more. Raises
+        Refused(KV_MEMORY), and then nothing changed."""
+        self.require(key, reserved_bytes)
         share = self._shares.setdefault(key, _Share(0))
         after = max(reserved_bytes, share.drawn_bytes)
         self.used_bytes += after - share.reserved_bytes

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from protocol import limits
 from protocol.errors import Refused
-from protocol.ids import ID_BYTES, DeploymentId, PeerId
+from protocol.ids import ID_BYTES, PeerId
 from protocol.leases import Lease, sign_lease
 from protocol.messages import RefusalReason
 from protocol.ports import Entropy
@@ -42,7 +41,7 @@ class Terms:
     @property
     def life_ms(self) -> int:
         """As long as asked for, and not longer than the right to ask."""
-        asked = min(self.lease_s, limits.LEASE_S_MAX) * 1000
+        asked = self.lease_s * 1000
         return asked if self.expires_ms is None else max(1, min(asked, self.expires_ms - self.now_ms))
 
 
@@ -54,13 +53,6 @@ class LeaseBook:
     spans: SpanLedger
     pool: KvPool
     entropy: Entropy
-
-    def require_room(self, deployment: DeploymentId, kv_bytes: int, holder: PeerId) -> None:
-        """Raises Refused(KV_MEMORY): to be asked before anything is evicted for a lease."""
-        missing = self.pool.missing((deployment, holder), kv_bytes)
-        if missing:
-            detail = f"the lease asks for {kv_bytes} bytes of KV: {missing} bytes are missing"
-            raise Refused(RefusalReason.KV_MEMORY, detail)
 
     def grant(self, span: SpanLease, terms: Terms) -> bytes:
         """A lease on `span`, signed; it replaces the holder's last one. Raises Refused(KV_MEMORY, SESSIONS)."""

@@ -37,7 +37,7 @@ class WorkerObserver(Protocol):
         """A session ended by SessionFailed; `reason` is a RefusalReason."""
 
     def request_refused(self, reason: str) -> None:
-        """A control or shard request was refused; `reason` is a RefusalReason."""
+        """A request, or a stream whose peer sends too much, was refused; `reason` is a RefusalReason."""
 
     def bytes_moved(self, protocol: str, received: int, sent: int) -> None:
         """More bytes went over a stream of `protocol`."""

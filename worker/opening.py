@@ -71,6 +71,7 @@ def spec_of(arrival: Arrival, tenant: PeerId) -> SessionSpec:
     ticket, message = arrival.ticket, arrival.message
     return SessionSpec(
         deployment=ticket.deployment,
+        client=ticket.client,
         tenant=tenant,
         kv_tokens=ticket.kv_tokens,
         page_keys=keys_of(message.page_keys, ticket),

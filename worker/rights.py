@@ -36,15 +36,23 @@ class Rights:
         except RemoteProtocolError as error:
             raise Refused(RefusalReason.FORBIDDEN, str(error)) from None
 
-    async def revoke(self, owner: PeerId, serial: bytes) -> None:
-        """From now on, and over a restart once this returns. Raises Refused(FORBIDDEN) when it is too many."""
+    def revoke(self, owner: PeerId, serial: bytes) -> None:
+        """From now on, and over a restart after `save`. Raises Refused(FORBIDDEN) when it is too many."""
         try:
             self.gate.revoke(owner, serial, self._now_ms())
         except RemoteProtocolError as error:
             raise Refused(RefusalReason.FORBIDDEN, str(error)) from None
+
+    async def save(self) -> None:
+        """Remember over a restart what is revoked now. Raises Refused(DISK)."""
         async with self._writing:
             rows = [[owner, serial.hex(), until] for (owner, serial), until in self.gate.revoked.items()]
-            await self.notebook.write(json.dumps(rows).encode())
+            try:
+                await self.notebook.write(json.dumps(rows).encode())
+            except OSError as error:
+                log.error("revoked capabilities cannot be kept", extra={"error": str(error)})
+                detail = "revoked until this worker restarts: its disk takes no note of it; revoke again later"
+                raise Refused(RefusalReason.DISK, detail) from None
 
     async def recall(self) -> None:
         """Read what was revoked before the last restart. A damaged file is said, and counts as empty."""

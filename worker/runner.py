@@ -118,11 +118,10 @@ def tile_rows_left(position: int) -> int:
 class IntegerBlocks:
     """Consecutive blocks of int32 weights: linear maps only, modulo 2^32."""
 
-    def __init__(self, configs: Sequence[BlockConfig], tensors: Sequence[dict[str, Tensor]]) -> None:
+    def __init__(self, tensors: Sequence[dict[str, Tensor]]) -> None:
         self._tensors = tuple(tensors)
         self.dtype = torch.int32
         self.device = self._tensors[0]["q"].device
-        self.width = configs[0].hidden_size
 
     def shape(self, block: int, name: str) -> tuple[int, ...]:
         """[out, in] of the named weight of the span's `block`."""

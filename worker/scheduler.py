@@ -2,9 +2,10 @@
 
 One forward serves one deployment, or one job that runs alone; deployments, and tenants with such jobs, take turns.
 Steps of a few rows (decoding, speculation) always go first, all that fit; what room is left goes to long steps
-(prefill), a chunk each, to the tenant who was served least. So a long prompt slows nobody down by more than one chunk,
-and one tenant's prompts do not keep another's waiting. Short steps of a tenant that wants micro-batches go a part at a
-time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by themselves.
+(prefill), a chunk each, and tenants take turns at having the first of it. So a long prompt slows nobody down by more
+than one chunk, and one tenant's prompts do not keep another's waiting. Short steps of a tenant that wants micro-batches
+go a part at a time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by
+themselves.
 
 Invariant: every job that was added is taken in the end, its rows in order and each once. No torch, no clock.
 """
@@ -53,7 +54,9 @@ Queue = tuple[bytes, str]  # a deployment, and the tenant whose jobs run alone; 
 class Scheduler(Generic[J]):
     rows_per_forward: int = ROWS_PER_FORWARD
     _queues: dict[Queue, deque[J]] = field(default_factory=dict)  # in the order in which they take turns
-    _served: Counter[str] = field(default_factory=Counter)  # rows of long steps, by tenant
+    # By deployment and tenant: when its long steps were last the first of a forward, the later the higher.
+    _turns: dict[tuple[bytes, str], int] = field(default_factory=dict)
+    _turn: int = 0
 
     def add(self, job: J) -> None:
         self._queues.setdefault(_queue_of(job), deque()).append(job)
@@ -121,20 +124,26 @@ class Scheduler(Generic[J]):
     def _long(self, jobs: list[J], room: int) -> list[tuple[J, int]]:
         taken: list[tuple[J, int]] = []
         # Stable, so first come, first served. Short steps that found no room come last: the share is for prompts.
-        for job in sorted(jobs, key=lambda job: (_is_short(job), self._served[job.tenant])):
+        for job in sorted(jobs, key=lambda job: (_is_short(job), self._turns.get(_turn_of(job), 0))):
             rows = min(room, job.rows_left, job.rows_at_once)
             if rows < 1:
                 break
             taken.append((job, rows))
             room -= rows
-            self._served[job.tenant] += rows
-        if len(self._served) > TENANTS_REMEMBERED:
-            self._served.clear()  # a fresh start for all is fair too
+        if taken:  # who comes after the first, and gets what that leaves, has had no turn
+            self._turn += 1
+            self._turns[_turn_of(taken[0][0])] = self._turn
+        if len(self._turns) > TENANTS_REMEMBERED:
+            self._turns.clear()  # a fresh start for all is fair too
         return taken
 
 
 def _queue_of(job: Job) -> Queue:
     return job.deployment, job.tenant if job.alone else ""
+
+
+def _turn_of(job: Job) -> tuple[bytes, str]:
+    return job.deployment, job.tenant
 
 
 def _is_short(job: Job) -> bool:

@@ -1,8 +1,9 @@
 """The worker: protocol handlers on one side, the engine behind its port on the other, and the tasks between them.
 
-Invariant: a stream's reader waits for nothing but its stream, its peer's pace (and, in control, for the request it is
-serving), so no peer can hold up another. This is the only file of the room that opens nurseries; whatever goes wrong in
-a handler costs that stream, in a session that session. It decides nothing: control.py, fetches.py and sessions.py do.
+Invariant: a stream's reader waits for nothing but its stream, its peer's pace (and, in control and shard, for the
+request it is serving), so no peer can hold up another. This is the only file of the room that opens nurseries;
+whatever goes wrong in a handler costs that stream, in a session that session. It decides nothing: control.py,
+fetches.py and sessions.py do.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ SWEEP_S = 5.0
 OPENING_COST = 20.0  # messages: a box, a signature and four peer ids take as long
 VIOLATIONS_PER_S = 2.0  # of one peer, eight at once; an honest one has none. Each costs us some milliseconds
 SHUN_S = 60.0
-# What a request costs of a peer's rate. A large manifest takes as long as many other requests, a ping less than any.
-COSTS: dict[type[Message], float] = {LeaseSpan: 5.0, Ping: 0.2}
+PING_COST = 0.2  # requests
+MANIFEST_BYTES_PER_REQUEST = 20 << 10  # reading so much of a manifest takes as long as a request
 Serve = Callable[[Channel], Awaitable[None]]
 
 __all__ = ["WorkerConfig", "WorkerPorts", "WorkerService"]
@@ -115,7 +116,8 @@ class WorkerService:
         self._fetches = Fetches(ports.store, ports.clock, self.house, suppliers, _together)
         self._giving = Giving(ports.store, self.house, ports.clock)
         leases = LeaseBook(config.identity, self.house.spans, self.house.pool, ports.entropy)
-        self._control = Control(ports, self.house, leases, self.sessions, self._fetches, self.herald.changed)
+        changed, spawn = self.herald.changed, self._spawn
+        self._control = Control(ports, self.house, leases, self.sessions, self._fetches, changed, spawn)
 
     async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; then sessions are failed with STOPPING, told so, and streams closed."""
@@ -257,9 +259,11 @@ class WorkerService:
             case PiecesWanted():
                 return
             case Ping():
-                await trio.sleep(self._requests.rates.take(peer, COSTS[Ping], now))
+                await trio.sleep(self._requests.rates.take(peer, PING_COST, now))
+            case LeaseSpan(manifest):
+                self._requests.admit(peer, 1.0 + len(manifest) / MANIFEST_BYTES_PER_REQUEST, now)
             case _:
-                self._requests.admit(peer, COSTS.get(type(message), 1.0), now)
+                self._requests.admit(peer, 1.0, now)
 
     async def _serve_sessions(self, channel: Channel) -> None:
         outbox = Outbox(Room(self.house.queues, channel.remote))
@@ -395,12 +399,14 @@ class WorkerService:
             self._meter.report()
             self._arrivals.sweep()
             await self._supervised(self._sweep_sessions)
-            connected = frozenset(self._ports.transport.connected())
-            present = partial(self._is_present, connected)
-            await self._supervised(partial(self._control.sweep, present))
+            await self._supervised(self._sweep_leases)
 
     async def _sweep_sessions(self) -> None:
         self.sessions.sweep()
+
+    async def _sweep_leases(self) -> None:
+        connected = frozenset(self._ports.transport.connected())
+        self._control.sweep(partial(self._is_present, connected))
 
     def _is_present(self, connected: frozenset[PeerId], peer: PeerId) -> bool:
         return peer in connected or self._streams[peer] > 0

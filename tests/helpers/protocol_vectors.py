@@ -14,6 +14,7 @@ import msgpack
 from protocol.adverts import TOPIC, sign_advert
 from protocol.capabilities import issue_capability
 from protocol.codec import encode, encode_message
+from protocol.directory import shard_key
 from protocol.framing import encode_frame
 from protocol.invites import make_invite, print_invite
 from protocol.leases import sign_lease
@@ -27,6 +28,7 @@ from tests.helpers.protocol_samples import (
     ADVERT,
     CAPABILITY,
     CLIENT,
+    DIGEST,
     INVITE,
     LEASE,
     MANIFEST,
@@ -85,6 +87,11 @@ def membership() -> Json:
         "secret": key.secret.hex(),
         "swarm": key.swarm.hex(),
         "topic": {"name": TOPIC, "derived": key.topic(TOPIC)},
+        "provider_record": {
+            "shard": DIGEST.hex(),
+            "public": shard_key(DIGEST).hex(),
+            "derived": key.record_key(shard_key(DIGEST)).hex(),
+        },
         "proofs": [
             {
                 "dialler": CLIENT.peer,

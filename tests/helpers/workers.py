@@ -221,7 +221,9 @@ async def open_swarm(
     kv_memory_bytes: int = 1 << 16,
     queue_memory_bytes: int = QUEUE_BYTES,
     quotas: Quotas = QUOTAS_DEFAULT,
+    **ports: Any,
 ) -> AsyncIterator[Swarm]:
+    """`ports` are further ones of all workers."""
     async with open_network(seed) as network, trio.open_nursery() as nursery:
         speeds, directory = (Speed("float32", 10.0, 100.0),), VirtualDirectory()
 
@@ -229,12 +231,12 @@ async def open_swarm(
             own, counts, endpoint = identity(name), Counts(), await _join(network, nursery, name)
             engine: Any = compute(store) if compute else ToyCompute(CostModel())
             entropy = SeededEntropy(seed, name)
-            ports = WorkerPorts(
+            own_ports = WorkerPorts(
                 endpoint, endpoint, engine, store, VirtualClock(), entropy, counts, directory=directory.of(endpoint)
             )
             total_bytes = memory_bytes + queue_memory_bytes
             config = WorkerConfig(own, total_bytes, kv_memory_bytes, queue_memory_bytes, speeds, "cpu", "0", quotas)
-            service = WorkerService(ports, config)
+            service = WorkerService(replace(own_ports, **ports), config)
             worker = Worker(own, endpoint, service, engine, store, counts)
             await nursery.start(worker.run)
             return worker

@@ -90,7 +90,7 @@ def test_calls_run_in_order_on_one_thread_that_is_not_the_loops() -> None:
     async def main() -> None:
         with EngineThread(engine, lambda: None) as compute:
             for tokens in range(20):
-                await compute.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("tenant"), tokens))
+                await compute.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("client"), PeerId("tenant"), tokens))
             await compute.close(SESSION)
 
     trio.run(main)
@@ -116,7 +116,9 @@ def test_long_calls_do_not_keep_a_forward_waiting() -> None:
         with EngineThread(engine, queued.wait) as compute:
             async with trio.open_nursery() as nursery:
                 for tokens in range(3):
-                    nursery.start_soon(compute.open, SESSION, SessionSpec(DEPLOYMENT, PeerId("tenant"), tokens))
+                    nursery.start_soon(
+                        compute.open, SESSION, SessionSpec(DEPLOYMENT, PeerId("client"), PeerId("tenant"), tokens)
+                    )
                 await trio.testing.wait_all_tasks_blocked()
                 queued.set()
 
@@ -150,7 +152,7 @@ def test_steps_of_several_sessions_meet_in_one_forward(tmp_path: Path) -> None:
     engine.advance = counted  # type: ignore[method-assign]
     alone = [to_tensor(engine.step(_work(row[None])).forward) for row in rows]
     for other in others:
-        engine.open(other, SessionSpec(DEPLOYMENT, PeerId("tenant"), 16))
+        engine.open(other, SessionSpec(DEPLOYMENT, PeerId("client"), PeerId("tenant"), 16))
     forwards.clear()
     got: dict[int, torch.Tensor] = {}
 
@@ -178,7 +180,7 @@ def test_a_step_is_under_way_before_it_is_awaited_and_may_be_dropped(tmp_path: P
     engine, busy, told = _loaded(tmp_path), threading.Event(), list[int]()
     others = [SessionId(bytes([number]) * 16) for number in range(3)]
     for other in others:
-        engine.open(other, SessionSpec(DEPLOYMENT, PeerId("tenant"), 16))
+        engine.open(other, SessionSpec(DEPLOYMENT, PeerId("client"), PeerId("tenant"), 16))
     tell = EngineThread._tell
 
     def counted(thread: EngineThread) -> None:
@@ -208,7 +210,7 @@ def test_a_cancelled_call_is_abandoned_and_the_next_one_runs_after_it() -> None:
         with EngineThread(engine, lambda: None) as compute:
             engine.hold.clear()
             with trio.move_on_after(0) as scope:
-                await compute.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("tenant"), 1))
+                await compute.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("client"), PeerId("tenant"), 1))
             assert scope.cancelled_caught
             engine.hold.set()
             await compute.close(SESSION)
@@ -272,9 +274,9 @@ def _loaded(folder: Path) -> Engine:
     manifest = manifest_of(OWNER.peer, SALT, False, "float32", [entry])
     engine = Engine(lambda _: file)
     engine.load(SpanSpec(manifest, 0, 1))
-    engine.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("tenant"), 4096))
+    engine.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("client"), PeerId("tenant"), 4096))
     return engine
 
 
 def _work(rows: torch.Tensor) -> StepWork:
-    return StepWork(SESSION, PeerId("tenant"), 0, Operation.SPAN, 0, "", to_payload(rows, torch.float32), 1, "none")
+    return StepWork(SESSION, 0, Operation.SPAN, 0, "", to_payload(rows, torch.float32), 1, "none")

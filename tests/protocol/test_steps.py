@@ -196,9 +196,9 @@ def test_a_repetition_has_the_same_tensor() -> None:
     with pytest.raises(RemoteProtocolError, match="another tensor"):
         ledger.admit(make_step(0, 0, 1))
     ledger.admit(make_step(1, 10, acked=1))
-    assert set(ledger._asked) == {1}
+    assert set(ledger._admitted) == {1}
     ledger.reroute(1)
-    assert not ledger._asked
+    assert not ledger._admitted
 
 
 def test_an_acknowledged_step_is_not_answered_again() -> None:

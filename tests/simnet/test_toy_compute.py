@@ -23,14 +23,14 @@ ROWS = some_rows(12)
 
 def work(rows: Rows, position: int, operation: Operation = Operation.SPAN) -> StepWork:
     payload = Payload(TensorHeader("float32", rows.shape), rows.tobytes())
-    return StepWork(SESSION, PeerId("tenant"), position, operation, 0, "", payload, 0, "float32")
+    return StepWork(SESSION, position, operation, 0, "", payload, 0, "float32")
 
 
 async def opened(cost: CostModel | None = None) -> ToyCompute:
     engine = ToyCompute(cost or CostModel())
     _, manifest, _ = make_manifest(identity("ann"), 3)
     await engine.load(SpanSpec(manifest, 1, 3))
-    await engine.open(SESSION, SessionSpec(manifest.deployment, PeerId("tenant"), 12))
+    await engine.open(SESSION, SessionSpec(manifest.deployment, PeerId("client"), PeerId("tenant"), 12))
     return engine
 
 
@@ -104,7 +104,7 @@ def test_misuse_is_loud() -> None:
         with pytest.raises(LocalProtocolError):
             await engine.step(work(ROWS, 1))
         with pytest.raises(LocalProtocolError):
-            await engine.open(SESSION, SessionSpec(deployment, PeerId("tenant"), 1))
+            await engine.open(SESSION, SessionSpec(deployment, PeerId("client"), PeerId("tenant"), 1))
         with pytest.raises(LocalProtocolError):
             await engine.unload(deployment)
         with pytest.raises(Refused):

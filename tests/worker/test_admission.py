@@ -88,6 +88,11 @@ def test_the_least_recently_used_idle_deployment_makes_room() -> None:
     )
     assert ledger.holds(second)
     assert not ledger.holds(first)
+    last = ledger.leases[request(5).deployment]
+    last.state = SpanState.PREPARED
+    assert last.idle
+    last.makes_room = True
+    assert not last.idle, "what went for it is not gone yet"
 
 
 def test_no_more_is_evicted_than_is_needed() -> None:

@@ -66,15 +66,15 @@ class Shop:
         self.engine.load(SpanSpec(self.manifest, start, len(self.blocks) if end is None else end))
         self.engine.open(SESSION, self.spec(kv_tokens))
 
-    def spec(self, kv_tokens: int, **other: Any) -> SessionSpec:
-        return SessionSpec(self.manifest.deployment, PeerId("tenant"), kv_tokens, **other)
+    def spec(self, kv_tokens: int, client: str = "client", **other: Any) -> SessionSpec:
+        return SessionSpec(self.manifest.deployment, PeerId(client), PeerId("tenant"), kv_tokens, **other)
 
     def step(self, x: torch.Tensor, position: int, **other: Any) -> torch.Tensor:
         return to_tensor(self.engine.step(work(x, position, **other)).forward)
 
 
 def work(x: torch.Tensor, position: int, **other: Any) -> StepWork:
-    own = StepWork(SESSION, PeerId("tenant"), position, Operation.SPAN, 0, "", to_payload(x), 0, "none")
+    own = StepWork(SESSION, position, Operation.SPAN, 0, "", to_payload(x), 0, "none")
     return dataclasses.replace(own, **other)
 
 

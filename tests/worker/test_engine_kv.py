@@ -33,9 +33,8 @@ def named(number: int) -> SessionId:
 
 
 def begin(shop: Shop, number: int, tokens: int, **other: Any) -> int:
-    spec = SessionSpec(
-        **({"deployment": shop.manifest.deployment, "tenant": PeerId("ann"), "kv_tokens": tokens} | other)
-    )
+    terms: dict[str, Any] = {"client": PeerId("client"), "tenant": PeerId("ann"), "kv_tokens": tokens}
+    spec = SessionSpec(shop.manifest.deployment, **(terms | other))
     return shop.engine.open(named(number), spec)
 
 
@@ -303,7 +302,8 @@ def test_the_memory_of_a_session_is_that_of_its_tokens_in_whole_pages(shop: Shop
     begin(shop, 0, 600, page_keys=KEYS)
     book = shop.engine._spans[shop.manifest.deployment].kv.book  # type: ignore[union-attr]
     assert book.page_bytes == PAGE_TOKENS * TOKEN_BYTES
-    assert 600 * TOKEN_BYTES <= book.used_bytes - book.kept_bytes == 10 * book.page_bytes
+    assert 600 * TOKEN_BYTES <= book.used_bytes == 10 * book.page_bytes
+    assert not book.unused
     run(shop, 0, inputs(200), 0, [200])
     shop.engine.close(named(0))
-    assert book.used_bytes == book.kept_bytes == 3 * book.page_bytes
+    assert book.used_bytes == len(book.unused) * book.page_bytes == 3 * book.page_bytes

@@ -108,3 +108,20 @@ def test_the_engine_divides_a_tenants_sessions(tmp_path: Path, parts: int, least
         seen.append(len(ended) - before)
     assert seen == sizes
     assert not any(isinstance(each, Exception) for each in ended)
+
+
+def test_each_of_an_owners_processes_divides_its_own_sessions(tmp_path: Path) -> None:
+    """They are one tenant, whose pages all of them find, and as many clients, who know nothing of each other."""
+    shop = Shop(tmp_path, [random_tensors(0)])
+    shop.load()
+    seen, ended = list[int](), list[Any]()
+    sessions = [SessionId(bytes([number]) * 16) for number in range(8)]
+    for number, session in enumerate(sessions):
+        shop.engine.open(session, shop.spec(8, ("ann", "ben")[number % 2], micro_batches=2))
+    for session in sessions:
+        shop.engine.submit(work(inputs(1), 0, session=session), ended.append)
+    while not shop.engine.idle:
+        before = len(ended)
+        shop.engine.advance()
+        seen.append(len(ended) - before)
+    assert seen == [4, 4]

@@ -62,7 +62,7 @@ def test_it_computes_what_its_blocks_compute_and_costs_a_quarter(tmp_path: Path)
     loaded = shop.engine.load(SpanSpec(manifest, 0, 2))
     assert loaded.weight_bytes == request.weight_bytes == sum(entry.weight_bytes for entry in shop.entries)
     assert request.kv_token_bytes == 2 * 4 * CONFIG.kv_values_per_token, "keys and values are float32"
-    shop.engine.open(SESSION, SessionSpec(manifest.deployment, PeerId("tenant"), 600))
+    shop.engine.open(SESSION, SessionSpec(manifest.deployment, PeerId("client"), PeerId("tenant"), 600))
     got = to_tensor(shop.engine.step(work(x, 0)).forward)
     expected, floats = x, x
     for seed, tensors in enumerate(shop.blocks):

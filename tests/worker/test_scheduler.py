@@ -90,13 +90,46 @@ def test_decodes_without_end_do_not_keep_a_prompt_waiting() -> None:
     assert prompt.rows_left == 0
 
 
-def test_the_tenant_who_was_served_least_goes_on() -> None:
+def test_tenants_take_turns_at_going_first() -> None:
     scheduler: Scheduler[FakeJob] = Scheduler(100)
     greedy, modest = [FakeJob(b"a", "x", 300) for _ in range(3)], FakeJob(b"a", "y", 150)
     for job in (*greedy, modest):
         scheduler.add(job)
     order = [run(scheduler)[0][0].tenant for _ in range(4)]
     assert order == ["x", "y", "x", "y"]
+
+
+def test_who_was_served_for_long_does_not_wait_for_who_came_late() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100)
+    scheduler.add(FakeJob(b"a", "old", 100_000))
+    for _ in range(900):
+        run(scheduler)
+    new = [FakeJob(b"a", "new", 10_000) for _ in range(2)]
+    for job in new:
+        scheduler.add(job)
+    order = [run(scheduler)[0][0].tenant for _ in range(20)]
+    assert order == ["new", "old"] * 10
+
+
+def test_who_is_given_what_another_leaves_has_had_no_turn() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100)
+    scheduler.add(FakeJob(b"a", "y", 90))
+    scheduler.add(prompt := FakeJob(b"a", "x", 10_000))
+    for _ in range(20):
+        run(scheduler)
+        scheduler.add(FakeJob(b"a", "y", 90))
+    assert 10_000 - prompt.rows_left >= 900
+
+
+def test_turns_in_one_deployment_are_none_in_another() -> None:
+    """Else those who have prompts in two of them could always be first in one, and always second in the other."""
+    scheduler: Scheduler[FakeJob] = Scheduler(100)
+    jobs = [FakeJob(deployment, tenant, 10_000) for deployment in (b"a", b"b") for tenant in ("x", "y")]
+    for job in jobs:
+        scheduler.add(job)
+    for _ in range(40):
+        run(scheduler)
+    assert [job.rows_left for job in jobs] == [9000] * 4
 
 
 def test_deployments_take_turns() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import pytest
 import trio
 
+from protocol import limits
 from protocol.ids import ShardDigest
 from protocol.messages import (
+    CONTROL,
     LeaseSpan,
     LoadSpan,
     Message,
@@ -20,6 +25,8 @@ from protocol.messages import (
 from protocol.ports import LoadedSpan, SpanSpec
 from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, HandClient, Swarm, Worker, in_swarm, lease_of, make_manifest
+
+T = TypeVar("T")
 
 
 def reason(message: Message) -> str:
@@ -150,6 +157,46 @@ def test_loading_again_and_again_leaves_others_half_of_the_time(in_use: bool, le
         assert least_s <= took < least_s + 2
 
     in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=10.0)))
+
+
+def test_one_manifest_is_read_at_a_time_and_one_peers_keep_no_other_waiting() -> None:
+    reading, most = 0, 0
+
+    async def slowly(function: Callable[[], T]) -> T:
+        nonlocal reading, most
+        reading += 1
+        most = max(most, reading)
+        await trio.sleep(0.1)
+        reading -= 1
+        return function()
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        mallory = await swarm.another("mallory")
+        data, _, _ = make_manifest(swarm.client.identity, 2)
+        async with trio.open_nursery() as nursery:
+            for _ in range(40):
+                nursery.start_soon(mallory.ask, worker, lease_of(b"rubbish", 0, 2))
+            await trio.sleep(1)
+            began = trio.current_time()
+            assert isinstance(await swarm.client.ask(worker, lease_of(data, 0, 2)), SpanLeased)
+            assert trio.current_time() - began < 1
+        assert most == 1
+
+    in_swarm(1, test, run_sync=slowly)
+
+
+def test_who_sends_large_manifests_is_soon_told_to_wait() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        stream = await swarm.client.dial(worker, CONTROL)
+        large = lease_of(bytes(limits.MANIFEST_BYTES_MAX), 0, 1)
+        reasons = [reason(await stream.call(large)) for _ in range(20)]
+        assert reasons[0] == RefusalReason.BAD_MANIFEST
+        assert reasons.count(RefusalReason.BAD_MANIFEST) < 8
+        assert set(reasons) == {RefusalReason.BAD_MANIFEST, RefusalReason.RATE}
+
+    in_swarm(1, test)
 
 
 def test_spans_are_loaded_one_at_a_time() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from errno import ENOSPC
 from typing import Any
 
 import pytest
@@ -315,7 +316,9 @@ class Notes(Blank):
 def test_a_restart_forgets_no_revocation(damage: bytes) -> None:
     async def test(swarm: Swarm) -> None:
         notes = Notes()
-        await Rights(VirtualClock(), notes).revoke(swarm.client.peer, b"c" * 16)
+        before = Rights(VirtualClock(), notes)
+        before.revoke(swarm.client.peer, b"c" * 16)
+        await before.save()
         after = Rights(VirtualClock(), notes)
         await after.recall()
         assert list(after.gate.revoked) == [(swarm.client.peer, b"c" * 16)]
@@ -325,6 +328,41 @@ def test_a_restart_forgets_no_revocation(damage: bytes) -> None:
         assert not damaged.gate.revoked
 
     in_swarm(0, test)
+
+
+def test_a_revocation_of_which_the_disk_takes_no_note_ends_what_it_must() -> None:
+    class Disk(Notes):
+        full = True
+
+        async def write(self, data: bytes) -> None:
+            if self.full:
+                raise OSError(ENOSPC, "no space left")
+            await super().write(data)
+
+    notes = Disk()
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await swarm.client.deploy(worker, 2, 0, 2)
+        bob = await swarm.another("bob")
+        shown = capability(swarm, bob.peer, Right.MANAGE, Right.USE)
+        await lease(bob, worker, swarm.client, kv_tokens=KV_TOKENS, capability=shown)
+        route = await opened(bob, worker, capability=shown)
+        stream = await swarm.client.dial(worker, CONTROL)
+        revoke = RevokeCapability(DEPLOYMENT, b"c" * 16, b"")
+        for _ in range(2):
+            answer = await stream.call(revoke)
+            assert reason(answer) == RefusalReason.DISK
+            assert "until this worker restarts" in answer.detail
+        message, _ = await route.next()
+        assert reason(message) == RefusalReason.FORBIDDEN
+        assert leases(worker) == 1
+        assert "revoked" in await refused_session(bob, worker, capability=shown)
+        notes.full = False
+        assert await stream.call(revoke) == CapabilityRevoked()
+        assert (b"c" * 16).hex() in notes.data.decode()
+
+    in_swarm(1, test, revoked=notes)
 
 
 def test_requests_in_excess_are_refused_and_then_the_stream_ends() -> None:
