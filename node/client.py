@@ -25,7 +25,7 @@ from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, pla
 from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts
 from client.revoking import remind, revoke_everywhere
-from client.routing import Route, choose_route, held_route, route_of
+from client.routing import Route, choose_route, held_route, route_of, spans_meet
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
@@ -294,9 +294,7 @@ class Client:
         if key is not None:
             require_key(key, deployment, bytes.fromhex(token.key_check))
         config = checkpoint.config
-        view = await self.discover(
-            lambda view: held_route(view, deployment, config.num_blocks, without, {}) is not None
-        )
+        view = await self.discover(lambda view: spans_meet(view, deployment, config.num_blocks, without))
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
         route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS)
