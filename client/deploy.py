@@ -11,26 +11,18 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from client.asking import ANSWER_S, ask, channel_to
+from client.asking import ask, channel_to
 from client.driver import run_all
-from client.errors import HopLost, HopRefused, HopViolation
+from client.errors import HopRefused, HopViolation
 from client.leases import Leasing
 from client.ports import ClientPorts
 from client.routing import Hop, Route
 from client.upload import ShardUpload, Supply
 from protocol.channel import Channel
 from protocol.errors import InputError, RemoteProtocolError
-from protocol.ids import DeploymentId, PeerId
+from protocol.ids import PeerId
 from protocol.manifest import BlockEntry, Manifest, open_manifest
-from protocol.messages import (
-    CONTROL,
-    LoadSpan,
-    RefusalReason,
-    ReleaseSpan,
-    SpanLeased,
-    SpanLoaded,
-    SpanReleased,
-)
+from protocol.messages import CONTROL, LoadSpan, RefusalReason, SpanLeased, SpanLoaded
 
 LOAD_S = 900.0  # the worker reads its span from disk, twice after a restart, and measures it
 
@@ -50,13 +42,12 @@ class DeployProgress:
 
 @dataclass(frozen=True, slots=True)
 class DeployedHop:
-    """A loaded span, as the worker measured it."""
+    """A loaded span, and the memory of its weights, as the worker says."""
 
     peer: PeerId
     start: int
     end: int
     weight_bytes: int
-    block_time_us: int  # one position through one block
 
 
 Progress = Callable[[DeployProgress], None]
@@ -94,30 +85,6 @@ async def deploy(
     return tuple(done[hop.peer] for hop in route.hops)
 
 
-async def delete(ports: ClientPorts, route: Route) -> None:
-    """Have every hop end all leases and sessions of the deployment and delete it. Hops that are gone are passed over.
-
-    Raises HopRefused or HopViolation.
-    """
-
-    def task(hop: Hop) -> Callable[[], Awaitable[None]]:
-        async def run() -> None:
-            try:
-                await _delete_from(ports, hop, route.deployment)
-            except HopLost:
-                return
-
-        return run
-
-    await run_all(*(task(hop) for hop in route.hops))
-
-
-async def _delete_from(ports: ClientPorts, hop: Hop, deployment: DeploymentId) -> None:
-    async with channel_to(ports, hop, CONTROL) as channel:
-        request = ReleaseSpan(deployment, forget=True, capability=ports.credentials(deployment))
-        await ask(hop.peer, channel, request, SpanReleased, ANSWER_S)
-
-
 class _HopDeployment:
     """One hop's way from nothing to a loaded span."""
 
@@ -139,7 +106,7 @@ class _HopDeployment:
                     raise
                 loaded = await self._bring(control, signed, leasing, upload)  # a shard on its disk was damaged
         self._report("ready")
-        return DeployedHop(hop.peer, hop.start, hop.end, loaded.weight_bytes, loaded.block_time_us)
+        return DeployedHop(hop.peer, hop.start, hop.end, loaded.weight_bytes)
 
     async def _bring(self, control: Channel, signed: bytes, leasing: Leasing, upload: ShardUpload) -> SpanLoaded:
         self._report("lease")

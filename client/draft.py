@@ -26,18 +26,20 @@ ALONE_WEIGHTS_MAX = (
 
 class DraftModel:
     """Guesses by `model`. Guesses are ids below `vocab_size`, the large model's. `guess_s`: what one takes here.
+    `usual_threads`: the process's own number of threads, None to read it in the thread that makes this.
 
     One request at a time; set `sampling` before each.
     """
 
-    def __init__(self, model: LocalModel, vocab_size: int, guess_s: float) -> None:
+    def __init__(self, model: LocalModel, vocab_size: int, guess_s: float, usual_threads: int | None = None) -> None:
         self.sampling = SamplingParams()
         self.guess_s = guess_s
         self._sequence = LocalSequence(model)
         self._vocab_size = min(vocab_size, model.config.vocab_size)
         self._ids: list[int] = []
         weights = sum(block.num_parameters for block in model.config.blocks)
-        self._threads = 1 if weights <= ALONE_WEIGHTS_MAX else torch.get_num_threads()
+        self._usual_threads = usual_threads or torch.get_num_threads()
+        self._threads = 1 if weights <= ALONE_WEIGHTS_MAX else self._usual_threads
         self._foreign = False  # a token came that the draft does not have: it cannot go on
 
     @property
@@ -60,7 +62,7 @@ class DraftModel:
         start = len(self._sequence.held)
         ids = self._ids[start : min(start + count, self._sequence.model.config.max_position)]
         if ids and not self._foreign:
-            with _threads(self._threads):
+            with _threads(self._threads, self._usual_threads):
                 self._sequence.append(ids)
 
     def guess(self, count: int) -> Guess:
@@ -69,7 +71,7 @@ class DraftModel:
         # what follows the last token is asked of it anew when a guess that held has put it into the KV already
         self._sequence.truncate(len(self._ids) - 1)
         new, guesses = self._ids[len(self._sequence.held) :], list[int]()
-        with _threads(self._threads):
+        with _threads(self._threads, self._usual_threads):
             while len(guesses) < count:
                 logits = self._sequence.read(new)[: self._vocab_size]
                 guesses.append(sample(logits, self.sampling, len(self._ids) + len(guesses)))
@@ -78,11 +80,12 @@ class DraftModel:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Compute with so many threads, in this thread."""
-    before = torch.get_num_threads()
+def _threads(count: int, usual: int) -> Iterator[None]:
+    """Compute with so many threads in this thread, and with `usual` ones afterwards. torch stores the number for the
+    process too, and a thread takes it from there when it first computes: one that does so meanwhile keeps `count`. So
+    what this thread has is no measure of what is usual."""
     torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(usual)

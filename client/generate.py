@@ -26,7 +26,7 @@ from torch import Tensor
 
 from client.observer import ClientObserver, NullObserver
 from client.speculation import Speculation
-from client.tensors import WIRE_DTYPES, to_payload, to_tensor
+from client.tensors import DTYPES, to_payload, to_tensor
 from client.turns import Ends, RunSync, Turns, inline
 from models.sampling import SamplingParams, sample
 from protocol import limits
@@ -69,8 +69,8 @@ class GenerationParams:
             raise InputError(f"max_new_tokens must be 1 or more, not {self.max_new_tokens}")
         if not 1 <= self.prefill_chunk <= limits.STEP_TOKENS_MAX:
             raise InputError(f"prefill_chunk must lie in 1..{limits.STEP_TOKENS_MAX}, not {self.prefill_chunk}")
-        if self.wire_dtype not in WIRE_DTYPES:
-            raise InputError(f"wire_dtype must be one of {', '.join(WIRE_DTYPES)}, not {self.wire_dtype!r}")
+        if self.wire_dtype not in DTYPES:
+            raise InputError(f"wire_dtype must be one of {', '.join(DTYPES)}, not {self.wire_dtype!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,7 +334,7 @@ class Generation:
         return self._payload(self._turns.embed(ids))
 
     def _payload(self, embedded: Tensor) -> Payload:
-        return to_payload(embedded, WIRE_DTYPES[self._params.wire_dtype])
+        return to_payload(embedded, DTYPES[self._params.wire_dtype])
 
     def _note(self, token: int, known_s: float) -> None:
         if self.token_times_s:

@@ -63,10 +63,7 @@ class LeaseKeeper:
     async def lease(self, channel: Channel, hop: Hop, deployment: DeploymentId, request: LeaseSpan) -> SpanLeased:
         """Ask `hop` for a lease and keep it. Raises HopRefused, HopLost, HopViolation."""
         answer = await ask(hop.peer, channel, request, SpanLeased, ANSWER_S)
-        lease = self._opened(answer.lease, hop, deployment)
-        if lease.kv_tokens < request.kv_tokens:
-            raise HopViolation(hop.peer, "it granted a lease on other terms than were asked for")
-        self._keep(hop, request, lease)
+        self._keep(hop, request, self._opened(answer.lease, hop, deployment, request.kv_tokens))
         return answer
 
     async def run(self) -> None:
@@ -119,17 +116,21 @@ class LeaseKeeper:
 
     async def _extend(self, kept: KeptLease) -> None:
         deployment, capability = kept.lease.deployment, self.ports.credentials(kept.lease.deployment)
-        async with channel_to(self.ports, kept.hop, CONTROL) as channel:
-            renew = RenewLease(deployment, kept.request.lease_s, capability)
+        request, hop, anew = replace(kept.request, capability=capability), kept.hop, False
+        async with channel_to(self.ports, hop, CONTROL) as channel:
+            renew = RenewLease(deployment, request.lease_s, capability)
             try:
-                renewed = await ask(kept.hop.peer, channel, renew, LeaseRenewed, ANSWER_S)
+                data = (await ask(hop.peer, channel, renew, LeaseRenewed, ANSWER_S)).lease
             except HopRefused as refused:
-                if refused.reason not in _FORGOTTEN:
+                if refused.reason not in _FORGOTTEN or not self._holds(kept):
                     raise
-                await self.lease(channel, kept.hop, deployment, replace(kept.request, capability=capability))
-                return
-        if (deployment, kept.hop.peer) in self.kept:  # not given up meanwhile
-            self._keep(kept.hop, kept.request, self._opened(renewed.lease, kept.hop, deployment))
+                data, anew = (await ask(hop.peer, channel, request, SpanLeased, ANSWER_S)).lease, True
+        lease = self._opened(data, hop, deployment, request.kv_tokens)
+        if self._holds(kept):
+            self._keep(hop, request, lease)
+        elif anew and (deployment, hop.peer) not in self.kept:  # given up meanwhile, perhaps before it was there
+            self._parting.append(replace(kept, lease=lease))
+            self._changed.set()
 
     async def _quietly(self, what: Callable[[KeptLease], Awaitable[None]], kept: KeptLease) -> None:
         try:
@@ -140,7 +141,7 @@ class LeaseKeeper:
         except SottoError:
             return  # it is asked again, or the lease ends by itself
 
-    def _opened(self, data: bytes, hop: Hop, deployment: DeploymentId) -> Lease:
+    def _opened(self, data: bytes, hop: Hop, deployment: DeploymentId, kv_tokens: int) -> Lease:
         try:
             lease = open_lease(data, hop.peer)
         except RemoteProtocolError as error:
@@ -148,6 +149,8 @@ class LeaseKeeper:
         named = (lease.holder, lease.deployment, lease.start, lease.end)
         if named != (self.ports.identity.peer, deployment, hop.start, hop.end):
             raise HopViolation(hop.peer, "it granted a lease for something else than was asked for")
+        if lease.kv_tokens < kv_tokens:
+            raise HopViolation(hop.peer, "it granted a lease on other terms than were asked for")
         return lease
 
     def _keep(self, hop: Hop, request: LeaseSpan, lease: Lease) -> None:
@@ -156,10 +159,13 @@ class LeaseKeeper:
         self.kept[lease.deployment, hop.peer] = KeptLease(hop, request, lease, due, now + life_s)
         self._changed.set()
 
+    def _holds(self, kept: KeptLease) -> bool:
+        """False when it was given up, or another took its place."""
+        return self.kept.get((kept.lease.deployment, kept.hop.peer)) is kept
+
     def _forget(self, kept: KeptLease) -> None:
-        key = (kept.lease.deployment, kept.hop.peer)
-        if self.kept.get(key) is kept:
-            del self.kept[key]
+        if self._holds(kept):
+            del self.kept[kept.lease.deployment, kept.hop.peer]
 
 
 @dataclass(frozen=True, slots=True)

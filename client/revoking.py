@@ -4,31 +4,40 @@ from __future__ import annotations
 
 from functools import partial
 
+import trio
+
 from client.asking import ANSWER_S, ask, channel_to
 from client.driver import run_all
 from client.errors import HopRefused
 from client.ports import ClientPorts
 from client.routing import Hop, Route
-from protocol.errors import Refused, RouteUnavailable
+from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.messages import CONTROL, CapabilityRevoked, RefusalReason, RevokeCapability
 from protocol.swarm import SwarmView
+
+AT_ONCE = 64  # dials under way; who claims to hold the deployment and says nothing keeps one for a minute
 
 
 async def revoke_everywhere(
     ports: ClientPorts, view: SwarmView, deployment: DeploymentId, serial: bytes
 ) -> tuple[list[PeerId], list[PeerId]]:
     """Have all workers in `view` that hold the deployment refuse the capability `serial`. Gives those that were told,
-    and those that could not be."""
+    and those that could not be. Whatever one of them answers, the others are told."""
     told: list[PeerId] = []
     missed: list[PeerId] = []
+    turns = trio.Semaphore(AT_ONCE)
 
     async def tell(hop: Hop) -> None:
-        try:
-            if await revoke_at(ports, hop, deployment, (serial,)):
-                told.append(hop.peer)
-        except (Refused, RouteUnavailable):
-            missed.append(hop.peer)
+        async with turns:
+            try:
+                if await revoke_at(ports, hop, deployment, (serial,)):
+                    told.append(hop.peer)
+            except (Refused, RouteUnavailable):
+                missed.append(hop.peer)
+            except RemoteProtocolError:
+                ports.observer.violation(hop.peer)
+                missed.append(hop.peer)
 
     holders = view.holders(deployment)
     hops = [Hop(member.peer, member.advert.addrs, span.start, span.end) for member, span in holders]

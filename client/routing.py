@@ -2,11 +2,13 @@
 
 A hop runs its whole span, so a route is a chain of spans that meet exactly. Among all chains the one with the lowest
 predicted time per token wins, by the same costs as placements (client/placement/costs.py): measured block times, load,
-legs. Ties go to fewer hops, then to the lower peer ids. It passes over paused workers, and does not place spans.
+legs. Ties go to fewer hops, then to the lower peer ids. Adverts claim what they like, so of more than HELD_MAX spans
+that many are compared; there is a route whenever spans meet. It passes over paused workers, and does not place spans.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +19,8 @@ from protocol import limits
 from protocol.errors import RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.swarm import Member, SwarmView
+
+HELD_MAX = 256  # time and memory grow with the square: 40 ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,18 @@ def choose_route(
 ) -> Route:
     """The fastest chain of held spans over blocks [0, num_blocks). Raises RouteUnavailable saying what is missing."""
     held = _held(view, deployment, num_blocks, exclude)
-    chain = _fastest(held, num_blocks, client_rtts_ms or {})
-    if chain is None:
+    shortest = _shortest(held, num_blocks)
+    if shortest is None:
         raise RouteUnavailable(_gap([hop for _, hop, _ in held], num_blocks))
-    return Route(deployment, tuple(held[index][1] for index in chain))
+    rtts_ms = client_rtts_ms or {}
+    compared = _compared(held, rtts_ms)
+    chain = _fastest(compared, num_blocks, rtts_ms)
+    return Route(deployment, shortest if chain is None else tuple(compared[index][1] for index in chain))
+
+
+def spans_meet(view: SwarmView, deployment: DeploymentId, num_blocks: int, exclude: Collection[PeerId] = ()) -> bool:
+    """Whether `choose_route` finds a route, without looking for the fastest: quick enough for every advert."""
+    return _shortest(_held(view, deployment, num_blocks, exclude), num_blocks) is not None
 
 
 def held_route(
@@ -98,6 +110,36 @@ def _held(view: SwarmView, deployment: DeploymentId, num_blocks: int, exclude: C
         seconds = (span.end - span.start) * span.block_time_us / 1e6 * slowdown_of(member.advert.load_percent)
         held[member.peer] = (member, hop, seconds)
     return sorted(held.values(), key=lambda each: (each[1].start, each[1].peer))
+
+
+def _shortest(held: _Held, num_blocks: int) -> tuple[Hop, ...] | None:
+    """A chain of the fewest hops. A chain to a block is known when the first span that starts there is looked at."""
+    chains: dict[int, tuple[Hop, ...]] = {0: ()}
+    for _, hop, _ in held:
+        before, known = chains.get(hop.start), chains.get(hop.end)
+        if before is not None and (known is None or len(before) + 1 < len(known)):
+            chains[hop.end] = (*before, hop)
+    found = chains.get(num_blocks)
+    return found if found is not None and len(found) <= limits.HOPS_MAX else None
+
+
+def _compared(held: _Held, client_rtts_ms: Mapping[PeerId, float]) -> _Held:
+    """HELD_MAX at most: as many of each span as of the others, those that the client measured and those said to be fast
+    first, so that who claims much drives out no other span."""
+    if len(held) <= HELD_MAX:
+        return held
+    ranks, count = list[tuple[int, int]](), Counter[tuple[int, int]]()
+    order = sorted(range(len(held)), key=lambda at: _preference(held[at], client_rtts_ms))
+    for place, at in enumerate(order):
+        span = (held[at][1].start, held[at][1].end)
+        ranks.append((count[span], place))
+        count[span] += 1
+    return [held[at] for at in sorted(order[place] for _, place in sorted(ranks)[:HELD_MAX])]
+
+
+def _preference(each: tuple[Member, Hop, float], client_rtts_ms: Mapping[PeerId, float]) -> tuple[bool, float, PeerId]:
+    _, hop, seconds = each
+    return hop.peer not in client_rtts_ms, seconds, hop.peer
 
 
 def _fastest(held: _Held, num_blocks: int, client_rtts_ms: Mapping[PeerId, float]) -> tuple[int, ...] | None:

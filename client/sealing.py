@@ -14,20 +14,22 @@ import torch
 from torch import Tensor
 
 from client.page_keys import SECRET_BYTES
+from client.tensors import DTYPES
 from equivariant.ends import ClientEnds
 from equivariant.families import DeploymentSecrets, sealed_config
 from equivariant.keys import RootKey
 from equivariant.seal import seal_block
 from models.checkpoint import Checkpoint
-from models.config import BlockConfig
+from models.config import BlockConfig, ModelConfig
 from models.int8 import quantise_block
-from models.precision import INT8, PRECISIONS, compute_dtype
+from models.precision import INT8, PRECISIONS, compute_dtype, weight_bytes
+from protocol import limits
+from protocol.errors import InputError
 from protocol.ids import DeploymentId, PeerId, ShardDigest, deployment_id
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.tensors import TensorHeader
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
-assert tuple(DTYPES) == PRECISIONS
+HEADER_BYTES_MAX = 1 << 20  # of a shard, beside its weights; some 4 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,8 @@ class Sealer:
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, dtype: str, key: RootKey | None, deployment: DeploymentId) -> Sealer:
-        """Derive what all blocks share; seconds for a wide model."""
-        for config in checkpoint.config.blocks[:1] if key is not None else ():
-            sealed_config(config)  # refuses an unsupported family before any work
+        """Derive what all blocks share; seconds for a wide model. Raises as `require_sealable`."""
+        require_sealable(checkpoint.config, dtype, key is not None)
         width = checkpoint.config.hidden_size
         secrets = None if key is None else DeploymentSecrets.derive(key, deployment, width)
         return cls(checkpoint, dtype, secrets)
@@ -67,6 +68,21 @@ class Sealer:
         rotation = None if self.secrets is None else self.secrets.rotation
         ends, eps = self.checkpoint.ends(), self.checkpoint.config.rms_norm_eps
         return ClientEnds.open(ends, eps, rotation, torch.float32, DTYPES[self.dtype])
+
+
+def require_sealable(config: ModelConfig, dtype: str, sealed: bool) -> None:
+    """Before any work. Raises UnsupportedModel for a family that cannot be sealed, InputError for a model that does not
+    go into a manifest, or into shards, when its weights are `dtype`."""
+    if config.num_blocks > limits.BLOCKS_MAX:
+        raise InputError(f"the model has {config.num_blocks} blocks; {limits.BLOCKS_MAX} at most can be deployed")
+    blocks = {sealed_config(block) if sealed else block for block in config.blocks}
+    size = {name: max(weight_bytes(block, name) for block in blocks) + HEADER_BYTES_MAX for name in PRECISIONS}
+    if size[dtype] > limits.SHARD_BYTES_MAX:
+        fits = " or ".join(name for name in PRECISIONS if size[name] <= limits.SHARD_BYTES_MAX)
+        raise InputError(
+            f"a block takes {size[dtype] / 1e9:.1f} GB in {dtype}, and {limits.SHARD_BYTES_MAX / 1e9:.1f} GB at most "
+            f"can be deployed: {f'use --dtype {fits}' if fits else 'use a smaller model'}"
+        )
 
 
 def block_entry(

@@ -380,7 +380,8 @@ class RouteSession:
     def _silent(self) -> SottoError:
         who = ", ".join(short(hop.peer) for hop in self.route.hops)
         return RouteUnavailable(
-            f"no answer from the route over workers {who} for {self.terms.step_timeout_s:g} s; run again, or allow more"
+            f"no answer from the route over workers {who} for {self.terms.step_timeout_s:g} s; run again, and if "
+            "it is a long prompt that takes so long, with smaller steps (--strategy prefill_chunk=64)"
         )
 
     def _raise_failure(self) -> None:

@@ -11,15 +11,12 @@ import torch
 from torch import Tensor
 
 from models.blockwise import from_blocks, to_blocks
+from models.precision import PRECISIONS
 from protocol.tensors import INT8_BLOCKS, WIRE_BLOCK, Payload, TensorHeader
 
-WIRE_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
-_FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+assert tuple(DTYPES) == PRECISIONS  # what weights are sealed in, and activations sent in
+_FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
 _NAMES = {dtype: name for name, dtype in _FLOATS.items()}
 RECEIVED = (*_FLOATS, INT8_BLOCKS)  # the dtypes of headers that answers may have
 _BFLOAT16_EXPONENT = 0x7F80
@@ -27,7 +24,7 @@ _FACTOR_BITS_END = 0x7C00  # bfloat16 of 2^121: 127 times anything below is fini
 
 
 def to_payload(tensor: Tensor, dtype: torch.dtype) -> Payload:
-    """[T, d] in any float dtype, cast to the wire's `dtype`. Raises KeyError when that is none of WIRE_DTYPES."""
+    """[T, d] in any float dtype, cast to the wire's `dtype`. Raises KeyError when that is none of DTYPES."""
     shape = tuple(tensor.shape)
     if dtype == torch.int8:
         return Payload(TensorHeader(INT8_BLOCKS, shape), to_blocks(tensor.detach(), WIRE_BLOCK))

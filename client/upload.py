@@ -36,8 +36,8 @@ class ShardSource(Protocol):
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         """The piece list of a shard; None when what is here is not the shard of that digest. Raises InputError."""
 
-    async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
-        """At least one byte from `offset` on. Raises InputError when the shard is missing or ends too soon."""
+    async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
+        """The `nbytes` from `offset` on. Raises InputError when the shard is missing or ends too soon."""
 
 
 Holders = Callable[[int], Awaitable[tuple[Source, ...]]]

@@ -187,7 +187,6 @@ class ModelConfig:
     tie_word_embeddings: bool
     rms_norm_eps: float
     eos_ids: tuple[int, ...]
-    dtype: str  # as stored: "bfloat16", "float32", ...
     max_position: int  # context length in tokens
 
     def __post_init__(self) -> None:

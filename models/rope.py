@@ -78,30 +78,34 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 class Rotary:
     """Rows of cosines and sines, one per position, grown on demand up to the context length.
 
-    Blocks of equal `rope`, `head_dim`, dtype and device may share one. Not thread-safe.
+    Blocks of equal `rope`, `head_dim`, dtype and device may share one, in several threads: a table is replaced whole,
+    and who reads one keeps it.
     """
 
-    __slots__ = ("_attention_factor", "_cos", "_frequencies", "_sin", "device", "dtype", "max_position")
+    __slots__ = ("_attention_factor", "_frequencies", "_table", "device", "dtype", "max_position")
 
     def __init__(self, config: BlockConfig, dtype: torch.dtype, device: torch.device) -> None:
         frequencies, self._attention_factor = inverse_frequencies(config.rope, config.head_dim)
         self._frequencies = frequencies.to(device)
         self.dtype, self.device, self.max_position = dtype, device, config.max_position
-        self._cos, self._sin = self._rows(0)
+        self._table = self._rows(0)
 
     def at(self, position: int, count: int) -> tuple[Tensor, Tensor]:
         """What `rotate` takes, [count, hd] each, for positions [position, position + count), all below max_position."""
-        self._grow(position + count)
-        return _turns(self._cos[position : position + count], self._sin[position : position + count])
+        cos, sin = self._reaching(position + count)
+        return _turns(cos[position : position + count], sin[position : position + count])
 
     def at_each(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """`at`, for positions [R] that all lie below `end`."""
-        self._grow(end)
-        return _turns(self._cos.index_select(0, positions), self._sin.index_select(0, positions))
+        cos, sin = self._reaching(end)
+        return _turns(cos.index_select(0, positions), sin.index_select(0, positions))
 
-    def _grow(self, end: int) -> None:
-        if end > len(self._cos):
-            self._cos, self._sin = self._rows(min(self.max_position, max(end, 2 * len(self._cos), _FIRST_ROWS)))
+    def _reaching(self, end: int) -> tuple[Tensor, Tensor]:
+        """The table, or a longer one in its place, with rows up to `end` or the context's length."""
+        table = self._table
+        if end > len(table[0]):
+            table = self._table = self._rows(min(self.max_position, max(end, 2 * len(table[0]), _FIRST_ROWS)))
+        return table
 
     def _rows(self, count: int) -> tuple[Tensor, Tensor]:
         angles = torch.arange(count, dtype=torch.float32, device=self.device)[:, None] * self._frequencies

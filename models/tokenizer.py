@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tokenizers
 
-from models.errors import CheckpointError
+from models.errors import CheckpointError, ModelError
 
 _REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) a character
 
@@ -41,11 +41,6 @@ class Tokenizer:
                 raise
             raise CheckpointError(f"{file}: not a tokenizer.json ({error}); download it again") from error
 
-    @property
-    def vocab_size(self) -> int:
-        """How many tokens the file knows, added ones included; the model's vocabulary may be padded to more."""
-        return int(self._inner.get_vocab_size(with_added_tokens=True))
-
     def vocabulary(self) -> dict[str, int]:
         """Every token, added ones included, and its id."""
         return dict(self._inner.get_vocab(with_added_tokens=True))
@@ -53,9 +48,14 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of `text`; if `special`, with what the file's post-processor adds (a beginning-of-text token, often).
 
-        Raises UnicodeEncodeError, a ValueError, on a text with lone surrogates (a command line that was not UTF-8).
+        Raises ModelError on a text with lone surrogates: an escape in JSON, a command line that was not UTF-8.
         """
-        text.encode()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ModelError(
+                f"the text is not valid Unicode (character {error.start + 1} stands for none): write it in UTF-8"
+            ) from error
         return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -25,7 +25,7 @@ from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, pla
 from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts
 from client.revoking import remind, revoke_everywhere
-from client.routing import Route, choose_route, held_route, route_of
+from client.routing import Route, choose_route, held_route, route_of, spans_meet
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
@@ -218,7 +218,6 @@ class Client:
         route, view = await self._leased_route(model, data, options, without)
         if route is None:
             route, view, hops = await self._brought(model, needs, where, options)
-        await self._remind_of_revoked(route)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
         again = partial(self._again, route, partial(self.deploy, model, options))
         return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
@@ -245,6 +244,7 @@ class Client:
             try:
                 hops = await deploy(self.ports, route, data, supply, leasing, noted)
                 self._note_rate("bring_bytes_s", sum(lacking.values()), started)
+                await self._remind_of_revoked(route)
                 return route, view, hops
             except (HopRefused, HopLost, HopViolation) as failure:
                 await self.leases.release(manifest.deployment)
@@ -299,9 +299,7 @@ class Client:
         if key is not None:
             require_key(key, deployment, bytes.fromhex(token.key_check))
         config = checkpoint.config
-        view = await self.discover(
-            lambda view: held_route(view, deployment, config.num_blocks, without, {}) is not None
-        )
+        view = await self.discover(lambda view: spans_meet(view, deployment, config.num_blocks, without))
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
         route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS)
@@ -377,13 +375,15 @@ class Client:
         try:
             supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
             await deploy(self.ports, route, manifest, supply, leasing)
+            await self._remind_of_revoked(route)
         except (HopRefused, HopLost, HopViolation):  # others may have room
             await self.leases.release(deployment)
             return None, self.watch.view
         return route, view
 
     async def _remind_of_revoked(self, route: Route) -> None:
-        """A worker that did not hold the deployment when a capability was revoked has not heard of it."""
+        """A worker that did not hold the deployment when a capability was revoked has not heard of it. Raises
+        HopRefused, HopLost, HopViolation."""
         now_ms = int(self.ports.clock.time() * 1000)
         serials = self.grants.revoked(route.deployment, now_ms)
         if serials:

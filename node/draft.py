@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from client.draft import DraftModel
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
@@ -31,11 +33,13 @@ class OpenDraft:
 
 @dataclass(slots=True)
 class Draft:
-    """`given`: a folder or a hub id, None to look beside the checkpoint."""
+    """`given`: a folder or a hub id, None to look beside the checkpoint. Made on the event loop, whose number of
+    threads no draft model changes."""
 
     checkpoint: Checkpoint
     given: str | None = None
     _opened: OpenDraft | None = None
+    _usual_threads: int = field(default_factory=torch.get_num_threads)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self) -> OpenDraft:
@@ -45,7 +49,7 @@ class Draft:
                 draft = Checkpoint.open(self._place())
                 self._require_same_tokenizer(draft)
                 model = LocalModel(draft)
-                self._opened = OpenDraft(model, _guess_s(model))
+                self._opened = OpenDraft(model, _guess_s(model, self._usual_threads))
             return self._opened
 
     @property
@@ -79,9 +83,9 @@ class Draft:
             )
 
 
-def _guess_s(model: LocalModel) -> float:
+def _guess_s(model: LocalModel, usual_threads: int) -> float:
     """Seconds that one guess of `model` takes here, the best of a few."""
-    drafter, times = DraftModel(model, model.config.vocab_size, 0.0), list[float]()
+    drafter, times = DraftModel(model, model.config.vocab_size, 0.0, usual_threads), list[float]()
     for _ in range(_MEASURED_STEPS):
         drafter.begin([0])
         started = time.perf_counter()

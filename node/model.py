@@ -130,7 +130,8 @@ class DeployedModel:
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
-        """A request over a session of its own. Raises InputError before anything is sent when it cannot fit."""
+        """A request over a session of its own. Raises InputError, ModelError before anything is sent when it
+        cannot fit, or is no text."""
         ask = ask or Ask()
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         async with self.recorder.journal.under_way(), self._answer(ids, ask) as answer:
@@ -201,8 +202,10 @@ class DeployedModel:
         """The strategy of a request with the prompt `ids`: the one that `ask` names, or the best by what is known. Who
         has it chosen keeps to what was `kept`, while that is possible.
 
-        Raises InputError when the named one cannot be used here, or none can, with the reason.
+        Raises InputError when the named one cannot be used here, or none can, with the reason, and when the model does
+        not know one of `ids`.
         """
+        self._require_known(ids)
         wish = (ask.max_new_tokens, ask.sampling.temperature, ask.objective, ask.exact)
         recorder = self.recorder
         task = recorder.task(ids, *wish)
@@ -234,6 +237,15 @@ class DeployedModel:
             return self.choosing.decide(wanted)
         chosen_by = "default" if ask.strategy == self.default_strategy else "user"
         return Decided(Plan(task, ask.strategy, chosen_by, money=ask.money))
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        known = self.config.vocab_size
+        unknown = next((token for token in ids if not 0 <= token < known), None)
+        if unknown is not None:
+            raise InputError(
+                f"the prompt has token {unknown}, and the model knows 0 to {known - 1}: leave it out, or use the "
+                "tokenizer that belongs to the model"
+            )
 
     def params(self, ask: Ask, strategy: Strategy) -> GenerationParams:
         return GenerationParams(

@@ -23,7 +23,7 @@ from pathlib import Path
 import trio
 from safetensors.torch import save_file
 
-from client.sealing import Sealer, block_entry, manifest_of
+from client.sealing import Sealer, block_entry, manifest_of, require_sealable
 from equivariant.keys import RootKey, key_check, require_key
 from models.checkpoint import Checkpoint
 from node.files import write_atomic
@@ -194,6 +194,7 @@ def _seal_into(
         if folder.info.dtype != dtype:
             raise InputError(f"{path} holds {folder.info.dtype}: use --dtype {folder.info.dtype}, or another folder")
     else:
+        require_sealable(checkpoint.config, dtype, key is not None)  # before there is a folder
         folder = SealedFolder.create(path, checkpoint, dtype, key, owner)
     sealer = Sealer.open(checkpoint, dtype, key, folder.deployment)
     total = checkpoint.config.num_blocks
@@ -213,24 +214,24 @@ def sealed_place(base: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | 
 
 @dataclass(frozen=True, slots=True)
 class FolderSource:
-    """Implements client.deploy.ShardSource over a sealed folder."""
+    """Implements client.upload.ShardSource over a sealed folder."""
 
     folder: SealedFolder
 
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         return await trio.to_thread.run_sync(read_piece_list, self.folder.shard(digest), digest)
 
-    async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
+    async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
         def work() -> bytes:
             with self.folder.shard(digest).open("rb") as file:
                 file.seek(offset)
-                return file.read(max_bytes)
+                return file.read(nbytes)
 
         try:
             data = await trio.to_thread.run_sync(work)
         except FileNotFoundError:
             data = b""
-        if not data:
+        if len(data) < nbytes:
             raise InputError(f"a shard in {self.folder.path} is missing or cut short: seal the model again")
         return data
 

@@ -1,8 +1,9 @@
 """From a view to a placement. Equal inputs give equal placements, in whatever order the adverts came.
 
 Memory is never exceeded: weights within what an advert offers for weights, KV within what it offers for KV. Workers
-that accept nothing new are passed over. Among up to search.EXACT_WORKERS workers that can take a block the placement is
-the optimum; among more it is a good one (docs/PLACEMENT.md has the figures).
+that accept nothing new are passed over; of more than WORKERS_MAX others, those that the client measured and then the
+roomiest are looked at. Among up to search.EXACT_WORKERS workers that can take a block the placement is the optimum;
+among more it is a good one (docs/PLACEMENT.md has the figures).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from protocol.swarm import Member, SwarmView
 
 MIB = 1 << 20
 BOUND_ROUNDS = 40
+WORKERS_MAX = 1024  # time and memory grow with the square: a second, and some 100 MB
 PRODUCT_ROWS = 16  # of a product with weights, cost about twice what one does
 ROW_US = 200  # of a row beside its products: its message, its attention; 140 to 300 us measured
 BOUND_WORK = 2e9  # elementary steps: a few seconds
@@ -213,6 +215,9 @@ def _usable(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> list[M
         raise RouteUnavailable(
             f"{who}{but}, {options.hops_min} needed; start more with `sotto worker --bootstrap ADDR`, or wait for them"
         )
+    if len(members) > WORKERS_MAX:
+        members.sort(key=lambda member: (member.peer not in options.client_rtts_ms, -offer(member)[0], member.peer))
+        members = sorted(members[:WORKERS_MAX], key=lambda member: member.peer)
     return members
 
 

@@ -36,14 +36,14 @@ def read_config(config: Json, generation: Json) -> ConfigRead:
     eps = _number(config, "rms_norm_eps", 1e-6)
     if not 0 < num_blocks <= 1 << 16:
         raise ModelError(f"config.json: num_hidden_layers is {num_blocks}")
-    eos = generation["eos_token_id"] if generation.get("eos_token_id") is not None else config.get("eos_token_id")
+    eos = generation.get("eos_token_id")
+    eos = config.get("eos_token_id", family.eos_default) if eos is None else eos
     _token_ids("bos_token_id", config.get("bos_token_id"))  # read by nobody here; what cannot be one is refused
     model = {
         "vocab_size": _integer(config, "vocab_size"),
         "tie_word_embeddings": _flag(config, "tie_word_embeddings"),
         "rms_norm_eps": eps,
         "eos_ids": _token_ids("eos_token_id", eos),
-        "dtype": _dtype(config),
         "max_position": max_position,
     }
     block = _block(config, name) | {"rms_norm_eps": eps, "max_position": max_position}
@@ -176,11 +176,6 @@ def _yarn(values: Json) -> dict[str, Any]:
         if rope["attention_factor"] <= 0:
             raise ModelError("config.json: the rope's attention_factor must be positive")
     return rope
-
-
-def _dtype(config: Json) -> str:
-    name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return str(name).removeprefix("torch.")[:40]
 
 
 def _token_ids(key: str, value: object) -> tuple[int, ...]:

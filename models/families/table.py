@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What sets one family apart. `None` in a default means: derived from the other sizes."""
+    """What sets one family apart. `None` in a default means: derived from the other sizes, or none."""
 
     architecture: str  # the class name that config.json lists
     qkv_bias: bool = False  # always there, whatever config.json says
@@ -20,13 +20,14 @@ class Family:
     qk_norm: bool = False
     num_kv_heads_default: int | None = None
     head_dim_default: int | None = None
+    eos_default: int | None = None
     window_everywhere: bool = False  # Mistral: sliding_window holds in every block
     window_by_block: bool = False  # Qwen: use_sliding_window, max_window_layers, layer_types
 
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("LlamaForCausalLM", attention_bias_key=True, mlp_bias_key=True),
-    "mistral": Family("MistralForCausalLM", num_kv_heads_default=8, window_everywhere=True),
+    "llama": Family("LlamaForCausalLM", attention_bias_key=True, mlp_bias_key=True, eos_default=2),
+    "mistral": Family("MistralForCausalLM", num_kv_heads_default=8, eos_default=2, window_everywhere=True),
     "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, num_kv_heads_default=32, window_by_block=True),
     "qwen3": Family(
         "Qwen3ForCausalLM",
@@ -60,13 +61,8 @@ _MODULES: Mapping[str, str] = {
 IGNORED_SUFFIXES = ("self_attn.rotary_emb.inv_freq",)
 
 
-def block_prefix(index: int) -> str:
-    """What the names of block `index` start with."""
-    return f"model.layers.{index}."
-
-
 def hf_name(index: int, canonical: str) -> str:
     """The file's name of tensor `canonical` (models/config.py) of block `index`."""
     module = canonical.removesuffix("_bias")
     kind = "bias" if module != canonical else "weight"
-    return f"{block_prefix(index)}{_MODULES[module]}.{kind}"
+    return f"model.layers.{index}.{_MODULES[module]}.{kind}"

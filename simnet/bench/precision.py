@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from client.sealing import Sealer
-from client.tensors import WIRE_DTYPES, to_payload, to_tensor
+from client.tensors import DTYPES, to_payload, to_tensor
 from equivariant.ends import ClientEnds
 from equivariant.keys import RootKey
 from models.attention import KvCache
@@ -73,7 +73,7 @@ def run(checkpoint: Checkpoint, texts: Sequence[Text], say: Say) -> dict[str, An
         result["weights"][weights] = measure.row(weights, "float32")
     for wire in WIRES:
         say(f"activations in {wire}, {HOPS} hops")
-        sample = to_payload(torch.zeros(1, checkpoint.config.hidden_size), WIRE_DTYPES[wire])
+        sample = to_payload(torch.zeros(1, checkpoint.config.hidden_size), DTYPES[wire])
         result["wire"][wire] = measure.row("float32", wire) | {"bytes_per_token_and_hop": len(sample.data)}
     return result
 
@@ -140,7 +140,7 @@ class _Model:
             if weights == "int4":
                 tensors |= {name: _through_int4(tensors[name]) for name in MATRICES}
             blocks.append(Block(config, tensors, dtype=dtype))
-        return cls(sealer.ends(), blocks, WIRE_DTYPES[wire])
+        return cls(sealer.ends(), blocks, DTYPES[wire])
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """[T, V] float32"""

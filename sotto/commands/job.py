@@ -49,6 +49,7 @@ async def run_job(
     """Each line with its answer. A prompt that cannot be answered gets an "error"; a lost swarm ends the job."""
     import trio
 
+    from models.errors import ModelError
     from protocol.errors import InputError, Refused
 
     answers: list[dict[str, Any]] = [{} for _ in lines]
@@ -68,7 +69,7 @@ async def run_job(
         for index in waiting:
             try:
                 result = await answered(lines[index]["prompt"])
-            except (InputError, Refused) as error:
+            except (InputError, ModelError, Refused) as error:
                 answers[index] = {**lines[index], "error": str(error)}
             else:
                 answers[index] = {

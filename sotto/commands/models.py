@@ -37,11 +37,11 @@ def root_key(privacy: str, name: str | None, data_dir: Path) -> RootKey | None:
 
 def check_dtype(dtype: str) -> str:
     """Raises InputError for a precision that sealed blocks cannot have."""
-    from client.sealing import DTYPES
+    from models.precision import PRECISIONS
     from protocol.errors import InputError
 
-    if dtype not in DTYPES:
-        raise InputError(f"unknown --dtype {dtype!r}: use one of {', '.join(DTYPES)}")
+    if dtype not in PRECISIONS:
+        raise InputError(f"unknown --dtype {dtype!r}: use one of {', '.join(PRECISIONS)}")
     return dtype
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -148,6 +149,24 @@ def test_a_draft_without_a_tokens_embedding_makes_no_more_guesses() -> None:
     assert (draft.behind, draft.guess(3).ids) == (0, ())
     draft.begin([1, 2])
     assert len(draft.guess(3).ids) == 3
+
+
+def in_a_new_thread(work: Callable[[], object]) -> object:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def test_guessing_leaves_the_process_as_many_threads_as_it_had() -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        draft = drafter(SamplingParams())
+        draft.begin([1, 2])
+        in_a_new_thread(lambda: torch.set_num_threads(1))  # another draft model is in the middle of a guess
+        in_a_new_thread(lambda: draft.guess(1))
+        assert in_a_new_thread(torch.get_num_threads) == 3
+    finally:
+        torch.set_num_threads(usual)
 
 
 def test_a_draft_ends_with_its_context() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import trio
 from client.asking import channel_to
 from client.leases import RELEASE_S, LeaseKeeper, Leasing
 from client.routing import Hop
+from protocol.leases import open_lease, sign_lease
 from protocol.manifest import sign_manifest
 from protocol.messages import (
     CONTROL,
@@ -21,6 +23,7 @@ from protocol.messages import (
     RefusalReason,
     ReleaseSpan,
     RenewLease,
+    SpanLeased,
     SpanReleased,
 )
 from simnet.runtime import run
@@ -154,6 +157,66 @@ def test_a_worker_that_does_not_renew_is_asked_until_the_lease_is_over(answer: A
         assert 2 <= case.asked(RenewLease) <= 5
         assert len(case.keeper.kept) == 1
         assert case.asked(RenewLease, 1) >= 2, "the other goes on"
+
+    with_keeper(body)
+
+
+@pytest.mark.parametrize("when", [Refusal, SpanLeased, LeaseRenewed])
+def test_a_lease_that_is_given_up_while_it_is_renewed_does_not_come_back(when: type[Message]) -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        first, staying = case.depots[0], case.depots[1].endpoint.peer
+        if when is not LeaseRenewed:
+            first.lease = None  # forgotten
+
+        def given_up(answer: Message) -> Message:
+            if isinstance(answer, when):
+                case.keeper.part(DEPLOYMENT, [staying])
+            return answer
+
+        first.replace = given_up
+        await trio.sleep(3 * LEASE_S)
+        assert {peer for _, peer in case.keeper.kept} == {staying}
+        assert first.lease is None
+        assert case.asked(RenewLease) == 1
+        assert case.asked(LeaseSpan) == (2 if when is SpanLeased else 1)
+
+    with_keeper(body)
+
+
+def test_a_lease_that_took_its_place_meanwhile_is_kept() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        (key, other), first = next(iter(case.keeper.kept.items())), case.depots[0]
+
+        def taken(answer: Message) -> Message:
+            if isinstance(answer, LeaseRenewed) and case.keeper.kept[key] is other:
+                case.keeper.kept[key] = replace(other, due=1e9, until=2e9)
+            return answer
+
+        first.replace = taken
+        await trio.sleep(LEASE_S)
+        assert case.keeper.kept[key].due == 1e9
+        assert case.asked(ReleaseSpan) == 0
+
+    with_keeper(body)
+
+
+def test_a_renewal_on_other_terms_ends_the_lease() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        first = case.depots[0]
+
+        def less(answer: Message) -> Message:
+            if not isinstance(answer, LeaseRenewed):
+                return answer
+            lease = open_lease(answer.lease, first.identity.peer)
+            return LeaseRenewed(sign_lease(replace(lease, kv_tokens=lease.kv_tokens - 1), first.identity))
+
+        first.replace = less
+        await trio.sleep(3 * LEASE_S)
+        assert case.asked(RenewLease) == 1
+        assert len(case.keeper.kept) == 1
 
     with_keeper(body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.placement import ModelNeeds, Placement, PlaceOptions, alone, could_fit, lower_bound_ms, plan
+from client.placement.arrays import Floats
+from client.placement.distances import rtt_matrix_ms
 from client.placement.plan import PlannedHop
 from client.placement.search import EXACT_WORKERS
 from protocol.adverts import Advert, HeldSpan, Rtt, Speed, peer_tag
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.limits import HOPS_MAX
-from protocol.swarm import SwarmView
+from protocol.swarm import Member, SwarmView
 from tests.helpers.adverts import advert, peer, view
 from tests.helpers.placing import Judge, needs
 
@@ -410,3 +413,20 @@ def test_one_worker_alone_or_none() -> None:
     assert single is not None
     assert [hop.peer for hop in single.hops] == [peer(2)]
     assert alone(swarm, needs(*[4] * 5)) is None
+
+
+def test_of_very_many_workers_the_measured_and_the_roomiest_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["client.placement.plan"]
+    counts: list[int] = []
+
+    def noted(members: list[Member], rtts_ms: dict[PeerId, float]) -> Floats:
+        counts.append(len(members))
+        return rtt_matrix_ms(members, rtts_ms)
+
+    monkeypatch.setattr(module, "WORKERS_MAX", 3)
+    monkeypatch.setattr(module, "rtt_matrix_ms", noted)
+    swarm, model = view(*[advert(memory) for memory in (4, 5, 9, 6, 8, 7)]), needs(4, 4, 4)
+    assert {hop.peer for hop in plan(swarm, model).hops} <= {peer(2), peer(4), peer(5)}
+    options = PlaceOptions(client_rtts_ms={peer(0): 1.0}, hops_min=3)
+    assert {hop.peer for hop in plan(swarm, model, options).hops} == {peer(0), peer(2), peer(4)}
+    assert counts == [3, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import permutations
 
@@ -9,14 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from client import routing
 from client.placement import HOP_SOFTWARE_S, Placement, PlannedHop
-from client.placement.distances import RTT_UNKNOWN_MS
-from client.routing import Hop, Route, choose_route, route_of
+from client.placement.arrays import Floats
+from client.placement.distances import RTT_UNKNOWN_MS, rtt_matrix_ms
+from client.routing import Hop, Route, choose_route, route_of, spans_meet
 from protocol.adverts import HeldSpan, Rtt, peer_tag
 from protocol.errors import RouteUnavailable
-from protocol.ids import DeploymentId
+from protocol.ids import DeploymentId, PeerId
 from protocol.limits import HOPS_MAX
-from protocol.swarm import SwarmView
+from protocol.swarm import Member, SwarmView
 from tests.helpers.adverts import advert, peer, view
 
 DEPLOYMENT, OTHER = DeploymentId(b"d" * 16), DeploymentId(b"o" * 16)
@@ -119,6 +122,7 @@ def test_the_route_is_the_fastest_chain(held_spans: list[tuple[int, int, int]]) 
                 cost = sum((end - start) * us / 1e6 + PER_HOP_S for start, end, us in chain)
                 best = cost if best is None else min(best, cost)
     swarm = holding(*held_spans)
+    assert spans_meet(swarm, DEPLOYMENT, BLOCKS) == (best is not None)
     if best is None:
         with pytest.raises(RouteUnavailable):
             choose_route(swarm, DEPLOYMENT, BLOCKS)
@@ -126,6 +130,47 @@ def test_the_route_is_the_fastest_chain(held_spans: list[tuple[int, int, int]]) 
     route = choose_route(swarm, DEPLOYMENT, BLOCKS)
     us = {peer(index): span[2] for index, span in enumerate(held_spans)}
     assert sum((h.end - h.start) * us[h.peer] / 1e6 + PER_HOP_S for h in route.hops) == pytest.approx(best)
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Of how many workers the distances were looked at, one number for each time."""
+    counts: list[int] = []
+
+    def noted(members: Sequence[Member], client_rtts_ms: Mapping[PeerId, float]) -> Floats:
+        counts.append(len(members))
+        return rtt_matrix_ms(members, client_rtts_ms)
+
+    monkeypatch.setattr(routing, "HELD_MAX", most)
+    monkeypatch.setattr(routing, "rtt_matrix_ms", noted)
+    return counts
+
+
+def test_who_claims_much_neither_costs_much_nor_drives_out_other_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = compared(monkeypatch, 6)
+    claims = [(0, 2, 0)] * 20
+    swarm = holding(*claims, (0, 4, 90), (4, 6, 90), (4, 6, 10), (0, 4, 10))
+    assert [hop.peer for hop in choose_route(swarm, DEPLOYMENT, BLOCKS).hops] == [peer(23), peer(22)]
+    assert counts == [6]
+    counts = compared(monkeypatch, 3)
+    near = choose_route(swarm, DEPLOYMENT, BLOCKS, client_rtts_ms={peer(20): 1.0, peer(21): 1.0})
+    assert [hop.peer for hop in near.hops] == [peer(20), peer(21)]
+    assert counts == [3]
+
+
+def test_there_is_a_route_whatever_else_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = compared(monkeypatch, 3)
+    claims = [(start, end, 0) for start in range(1, 5) for end in range(start + 1, 6)]
+    swarm = holding(*claims, (0, 3, 900), (3, 6, 900))
+    assert spans(choose_route(swarm, DEPLOYMENT, BLOCKS)) == [(0, 3), (3, 6)]
+    assert counts == [3]
+
+
+def test_more_hops_than_a_route_may_have_do_not_meet() -> None:
+    each = holding(*[(block, block + 1, 1) for block in range(HOPS_MAX + 1)])
+    assert spans_meet(each, DEPLOYMENT, HOPS_MAX)
+    assert not spans_meet(each, DEPLOYMENT, HOPS_MAX + 1)
+    with pytest.raises(RouteUnavailable):
+        choose_route(each, DEPLOYMENT, HOPS_MAX + 1)
 
 
 def test_a_fresh_placement_is_a_route() -> None:

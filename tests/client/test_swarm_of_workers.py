@@ -16,7 +16,8 @@ import torch
 import trio
 from safetensors.torch import save
 
-from client.deploy import delete, deploy
+from client.asking import ANSWER_S, ask, channel_to
+from client.deploy import deploy
 from client.driver import Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.generate import Ends, Generation, GenerationHost, GenerationParams, inline, kv_tokens_for
@@ -38,7 +39,7 @@ from models.tokenizer import Tokenizer
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.manifest import Manifest, sign_manifest
-from protocol.messages import RefusalReason
+from protocol.messages import CONTROL, RefusalReason, ReleaseSpan, SpanReleased
 from protocol.pieces import PieceList
 from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 from simnet.runtime import SeededEntropy, VirtualClock, run
@@ -102,8 +103,8 @@ class Sealed:
         pieces = PieceList.of_bytes(self.shards[digest])
         return pieces if pieces.digest == digest else None
 
-    async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
-        return self.shards[digest][offset : offset + max_bytes]
+    async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
+        return self.shards[digest][offset : offset + nbytes]
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +218,20 @@ def test_three_workers_give_the_answer_of_the_model_itself(checkpoint: Checkpoin
     with_client(seal(checkpoint, tier), tmp_path, body)
 
 
+async def forgotten(client: Client, route: Route) -> None:
+    request = ReleaseSpan(DEPLOYMENT, forget=True, capability=client.ports.credentials(DEPLOYMENT))
+    for hop in route.hops:
+        async with channel_to(client.ports, hop, CONTROL) as channel:
+            await ask(hop.peer, channel, request, SpanReleased, ANSWER_S)
+
+
 def test_the_route_is_found_again_in_gossip(checkpoint: Checkpoint, tmp_path: Path) -> None:
     async def body(client: Client) -> None:
         placed = await client.deployed()
         view = await client.watch.wait_for(lambda view: len(view.holders(DEPLOYMENT)) == 3)
         assert choose_route(view, DEPLOYMENT, BLOCKS) == placed
         assert await client.ids(choose_route(view, DEPLOYMENT, BLOCKS), PROMPT, GenerationParams(2))
-        await delete(client.ports, placed)
+        await forgotten(client, placed)
         await client.watch.wait_for(lambda view: not view.holders(DEPLOYMENT))
         with pytest.raises(HopRefused):
             await client.driver.open_session(placed, SessionTerms(16))

@@ -71,10 +71,10 @@ class SlowSource:
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         return await self.source.pieces(digest)
 
-    async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
+    async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
         await trio.sleep(0.25)
         self.reads[digest] += 1
-        return await self.source.read(digest, offset, max_bytes)
+        return await self.source.read(digest, offset, nbytes)
 
 
 async def sealed(client: Client, model: Path) -> SealedModel:

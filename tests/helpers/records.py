@@ -27,7 +27,6 @@ CONFIG = ModelConfig(
     tie_word_embeddings=True,
     rms_norm_eps=1e-5,
     eos_ids=(2,),
-    dtype="float32",
     max_position=512,
 )
 

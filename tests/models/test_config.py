@@ -215,7 +215,6 @@ def test_blocks_of_a_model_agree() -> None:
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-6,
         "eos_ids": (),
-        "dtype": "float32",
         "max_position": 128,
     }
     windowed = dataclasses.replace(BLOCK, sliding_window=5)

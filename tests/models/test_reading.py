@@ -44,6 +44,8 @@ def test_absent_keys_take_the_default_that_transformers_gives(family: str) -> No
     assert block.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
     assert (block.sliding_window or None) == theirs.sliding_window if family != "llama" else not block.sliding_window
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.eos_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    assert ModelConfig.from_hf(written | {"eos_token_id": None}).eos_ids == ()
     assert block.qk_norm == (family == "qwen3")
     assert (block.q_bias, block.o_bias) == (family == "qwen2", False)
 
@@ -126,12 +128,6 @@ def test_token_ids_come_from_the_generation_config_first() -> None:
     config = hf(eos_token_id=7)
     assert ModelConfig.from_hf(config).eos_ids == (7,)
     assert ModelConfig.from_hf(config, {"eos_token_id": [7, 8]}).eos_ids == (7, 8)
-
-
-def test_the_stored_dtype_has_two_spellings() -> None:
-    assert ModelConfig.from_hf(hf(torch_dtype="bfloat16")).dtype == "bfloat16"
-    assert ModelConfig.from_hf(hf(dtype="float16")).dtype == "float16"
-    assert ModelConfig.from_hf(hf()).dtype == "float32"
 
 
 @pytest.mark.parametrize(

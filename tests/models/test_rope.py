@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
@@ -69,3 +71,51 @@ def test_rows_do_not_depend_on_how_the_table_grew() -> None:
         grown.at(position, 3)
     for ours, expected in zip(grown.at(690, 9), fresh.at(690, 9), strict=True):
         assert torch.equal(ours, expected)
+
+
+class Waiting(Rotary):
+    """The first rows of a context are made, and wait."""
+
+    __slots__ = ("go_on", "made")
+
+    def _rows(self, count: int) -> tuple[Tensor, Tensor]:
+        rows = super()._rows(count)
+        if count == 256:
+            self.made.set()
+            self.go_on.wait()
+        return rows
+
+
+class Watched(Tensor):
+    """Positions; `selected` is called after the first use of them."""
+
+    selected: Any = staticmethod(lambda: None)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rows = super().__torch_function__(func, types, args, kwargs or {})
+        if func is torch.Tensor.index_select:
+            cls.selected()
+        return rows
+
+
+def test_a_shorter_table_of_another_thread_takes_no_rows_away() -> None:
+    _, config = both(KINDS["default"], 8)
+    shared, fresh = (kind(config, torch.float32, torch.device("cpu")) for kind in (Waiting, Rotary))
+    shared.made, shared.go_on = threading.Event(), threading.Event()
+    other = threading.Thread(target=shared.at, args=(0, 1))
+    other.start()
+    shared.made.wait()
+
+    def shorter() -> None:
+        shared.go_on.set()
+        other.join()
+
+    Watched.selected = staticmethod(shorter)
+    positions = torch.tensor([700]).as_subclass(Watched)
+    try:
+        turned = shared.at_each(positions, 701)
+    finally:
+        shorter()
+    for ours, expected in zip(turned, fresh.at(700, 1), strict=True):
+        assert torch.equal(ours.as_subclass(Tensor), expected)

@@ -20,7 +20,7 @@ from node.chat import Chat, ChatOptions
 from node.draft import Draft
 from node.guessing import Guessing
 from node.model import Ask, DeployedModel, turns_over, wire_of
-from protocol.errors import RouteUnavailable
+from protocol.errors import InputError, RouteUnavailable
 from protocol.strategy import Strategy, parse
 from simnet.runtime import run
 
@@ -112,9 +112,15 @@ def model(**attributes: object) -> DeployedModel:
     )
     fake = SimpleNamespace(**known | attributes)
     guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
-    for name in ("_answer", "params", "host", "terms", "page_keys", "_kept_session"):
+    for name in ("_answer", "params", "host", "terms", "page_keys", "_kept_session", "_require_known"):
         setattr(fake, name, MethodType(getattr(DeployedModel, name), fake))
     return cast("DeployedModel", fake)
+
+
+@pytest.mark.parametrize("token", [-1, 9])
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(token: int) -> None:
+    with pytest.raises(InputError, match=f"token {token}, and the model knows 0 to 8"):
+        DeployedModel.decide(model(), [1, token], Ask())
 
 
 def test_loading_a_draft_model_is_part_of_what_a_user_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import trio
 
-from client.sealing import Sealer
+from client.sealing import Sealer, require_sealable
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
+from models.config import ModelConfig
 from node import sealing
 from node.keys import new_key
-from node.sealing import SealedFolder, seal_into, sealed_place
+from node.sealing import FolderSource, SealedFolder, seal_into, sealed_place
 from node.store import piece_list_of
+from protocol import limits
 from protocol.errors import InputError
 from protocol.manifest import open_manifest
 from protocol.signed import Identity
@@ -149,6 +153,42 @@ def test_damage_is_noticed(damage: str, checkpoint: Checkpoint, tmp_path: Path) 
     with pytest.raises(InputError, match="not sealed to the end"):
         folder.manifest(OWNER)
     assert seal(tmp_path / "s", checkpoint).entry(2) is not None
+
+
+def config_405b(num_blocks: int) -> ModelConfig:
+    sizes = {"hidden_size": 16384, "intermediate_size": 53248, "num_attention_heads": 128, "num_key_value_heads": 8}
+    more = {"num_hidden_layers": num_blocks, "vocab_size": 128_256, "max_position_embeddings": 131_072}
+    return ModelConfig.from_hf({"model_type": "llama", **sizes, **more})
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_block_that_is_no_shard_is_refused_with_what_helps(sealed: bool) -> None:
+    with pytest.raises(InputError, match=r"12\.8 GB in float32.*--dtype bfloat16 or float16 or int8"):
+        require_sealable(config_405b(126), "float32", sealed)
+    require_sealable(config_405b(126), "bfloat16", sealed)
+    require_sealable(config_405b(256), "int8", sealed)
+    with pytest.raises(InputError, match="257 blocks; 256 at most"):
+        require_sealable(config_405b(257), "int8", sealed)
+
+
+def test_what_cannot_be_sealed_leaves_no_folder_behind(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SHARD_BYTES_MAX", 1000)
+    with pytest.raises(InputError, match="use a smaller model"):
+        seal(tmp_path / "s", checkpoint)
+    monkeypatch.undo()
+    assert seal_into(tmp_path / "s", checkpoint, "bfloat16", KEY, OWNER.peer, lambda *_: None)
+
+
+def test_a_shard_that_ends_too_soon_is_said_to(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    entry = folder.entry(0)
+    assert entry is not None
+    read = partial(FolderSource(folder).read, entry.digest)
+    assert len(trio.run(read, 8, entry.shard_bytes - 8)) == entry.shard_bytes - 8
+    with pytest.raises(InputError, match="cut short"):
+        trio.run(read, 9, entry.shard_bytes - 8)
 
 
 def test_a_folder_with_other_things_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:

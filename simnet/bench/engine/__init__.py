@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import trio
 
-from client.sealing import DTYPES
 from models.checkpoint import Checkpoint
 from node.groups import ungrouped
 from protocol.errors import InputError
@@ -46,7 +45,7 @@ SECTIONS: dict[str, Section] = {
     "batching": batching_section,
     "prefix": prefix_section,
 }
-PRECISIONS = tuple(name for name in ("float32", "bfloat16", "int8") if name in DTYPES)
+PRECISIONS = ("float32", "bfloat16", "int8")
 # What does not depend on precision is measured in the first one alone.
 ONCE = ("software", "wire", "batching", "prefix")
 SPECULATION = "speculation"  # behind shaped links, so with workers of its own

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from client.generate import GenerationResult
-from client.tensors import WIRE_DTYPES, to_payload
+from client.tensors import DTYPES, to_payload
 from node.measuring import measure, time_ends
 from node.model import MISSING, Ask, DeployedModel
 from protocol.strategy import CHOICES, parse
@@ -91,7 +91,7 @@ async def wire_section(rig: Rig) -> dict[str, object]:
 
 def message_bytes(wire: str, width: int) -> int:
     """One token's activations as they travel, factors included."""
-    return len(to_payload(torch.zeros(1, width), WIRE_DTYPES[wire]).data)
+    return len(to_payload(torch.zeros(1, width), DTYPES[wire]).data)
 
 
 async def long_prefill_section(rig: Rig) -> dict[str, object]:

@@ -1,0 +1,97 @@
+"""Revoking: whatever single workers answer, the others are told."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import pytest
+import trio
+
+from client import revoking
+from client.observer import NullObserver
+from client.revoking import revoke_everywhere
+from protocol.adverts import HeldSpan
+from protocol.channel import Channel
+from protocol.ids import PeerId
+from protocol.messages import CONTROL, CapabilityRevoked, Message, Pong, Refusal, RefusalReason, RevokeCapability
+from protocol.ports import Stream
+from protocol.swarm import SwarmView
+from simnet.runtime import run
+from tests.helpers.adverts import advert
+from tests.helpers.fake_hop import DEPLOYMENT, FakeSwarm, fake_swarm
+
+SERIAL = bytes(16)
+
+
+class Violations(NullObserver):
+    def __init__(self) -> None:
+        self.peers: list[PeerId] = []
+
+    def violation(self, peer: PeerId) -> None:
+        self.peers.append(peer)
+
+
+def holding(swarm: FakeSwarm) -> SwarmView:
+    view = SwarmView()
+    for hop in swarm.hops:
+        held = replace(advert(spans=(HeldSpan(DEPLOYMENT, 0, 1, 1),)), addrs=hop.endpoint.addrs)
+        view = view.with_advert(hop.identity.peer, held, hop.identity.peer)
+    return view
+
+
+def answering(answer: Message, after_s: float) -> Callable[[Stream], Awaitable[None]]:
+    async def answered(stream: Stream) -> None:
+        channel = Channel(stream, CONTROL)
+        while (frame := await channel.receive()) is not None:
+            assert isinstance(frame[0], RevokeCapability)
+            await trio.sleep(after_s)
+            await channel.send(answer)
+
+    return answered
+
+
+def test_a_worker_that_lies_or_leaves_keeps_no_other_from_being_told() -> None:
+    async def main() -> None:
+        async with fake_swarm(5) as swarm:
+            answers: list[tuple[Message, float]] = [
+                (CapabilityRevoked(), 1.0),
+                (Pong(bytes(8)), 0.0),
+                (Refusal(RefusalReason.PAUSED, ""), 0.0),
+                (Refusal(RefusalReason.UNKNOWN_DEPLOYMENT, ""), 0.0),
+            ]
+            for hop, answer in zip(swarm.hops, answers, strict=False):
+                hop.endpoint.handle(CONTROL, answering(*answer))
+            honest, liar, refusing, _, gone = [hop.identity.peer for hop in swarm.hops]
+            swarm.network.crash(gone)
+            observer = Violations()
+            ports = replace(swarm.ports, observer=observer)
+            told, missed = await revoke_everywhere(ports, holding(swarm), DEPLOYMENT, SERIAL)
+            assert told == [honest]
+            assert missed == sorted([liar, refusing, gone])
+            assert observer.peers == [liar]
+
+    run(main, seed=1)
+
+
+def test_a_few_are_told_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revoking, "AT_ONCE", 2)
+    under_way, most = 0, 0
+
+    async def counting(stream: Stream) -> None:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            await answering(CapabilityRevoked(), 1.0)(stream)
+        finally:
+            under_way -= 1
+
+    async def main() -> None:
+        async with fake_swarm(5) as swarm:
+            for hop in swarm.hops:
+                hop.endpoint.handle(CONTROL, counting)
+            told, missed = await revoke_everywhere(swarm.ports, holding(swarm), DEPLOYMENT, SERIAL)
+            assert (len(told), missed, most) == (5, [], 2)
+
+    run(main, seed=1)
