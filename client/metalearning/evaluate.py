@@ -134,6 +134,7 @@ def _all_of_fold(
 ) -> dict[str, _Fold]:
     if asker != os.getpid():
         _end_with(asker)
+    known = compared(known)  # once, for all that it keeps
     return {name: _fold(known, tested, make, clock) for name, make in makers.items()}
 
 

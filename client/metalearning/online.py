@@ -10,7 +10,7 @@ by recursive least squares with forgetting (Haykin, "Adaptive Filter Theory", ch
 each new one, and with each day. How much requests scatter is learnt beside it, and one that is far off counts less. A
 machine that became slower moves `base`, which is the same for all strategies.
 
-When several requests in a row are far from what was expected, something has changed (`changes`): the level is let go,
+When several requests in a row are far from what was expected, something has changed: the level is let go,
 what is known of the strategies is doubted, and for the next LOOKING requests `looking` says that trials are worth more
 than usual: the cost of the strategy in use cannot show whether the change was the same for all.
 

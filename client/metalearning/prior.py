@@ -15,7 +15,7 @@ from client.metalearning.described import FEATURES
 from client.metalearning.selectors.hedged import Calibration
 from client.metalearning.table import Columns, Scale, Table, read
 
-RECORDS, CALIBRATION = "prior.csv", "prior.json"  # beside this module
+RECORDS, CALIBRATION = "prior.csv", "prior.calibration.json"  # beside this module
 
 _COLUMNS = Columns(tasks=FEATURES, strategy="strategy", performance="cost_s", hold_out="model")
 

@@ -135,7 +135,7 @@ def plan(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = None
         adds_up = _most_held(instance.room()) >= instance.blocks
         spans = _solved(instance, options) if adds_up else None
         if spans is not None:
-            exact = int((instance.room() > 0).sum()) <= search.EXACT_WORKERS
+            exact = int((instance.room() > 0).sum()) <= search.EXACT_WORKERS and len(members) < WORKERS_MAX
             return _placement(instance, spans, needs, options, exact)
     raise RouteUnavailable(_shortage(members, needs, options))
 
@@ -175,8 +175,9 @@ def alone(view: SwarmView, needs: ModelNeeds, options: PlaceOptions | None = Non
 
 
 def lower_bound_ms(view: SwarmView, needs: ModelNeeds, placement: Placement, options: PlaceOptions) -> float:
-    """No placement has a lower time per token (objective latency) or period (throughput) than this; see bound.py. It
-    does not use the condition of `hops_min`. May take seconds in a large swarm."""
+    """No placement on the workers that `plan` looks at has a lower time per token (objective latency) or period
+    (throughput) than this; see bound.py. It does not use the condition of `hops_min`. May take seconds in a large
+    swarm."""
     known_ms = placement.period_ms if options.objective == "throughput" else placement.predicted_ms_per_token
     if placement.exact and options.hops_min == 1:
         return known_ms
@@ -216,7 +217,13 @@ def _usable(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> list[M
             f"{who}{but}, {options.hops_min} needed; start more with `sotto worker --bootstrap ADDR`, or wait for them"
         )
     if len(members) > WORKERS_MAX:
-        members.sort(key=lambda member: (member.peer not in options.client_rtts_ms, -offer(member)[0], member.peer))
+        needed = max(1, sum(needs.block_bytes)), max(1, sum(needs.kv_bytes(options.concurrency)))
+        # Of the model there is room for: much of one kind of memory is no room.
+        shares = {
+            member.peer: min(has / whole for has, whole in zip(offer(member), needed, strict=True))
+            for member in members
+        }
+        members.sort(key=lambda each: (each.peer not in options.client_rtts_ms, -shares[each.peer], each.peer))
         members = sorted(members[:WORKERS_MAX], key=lambda member: member.peer)
     return members
 
@@ -278,7 +285,8 @@ def _shortage(members: list[Member], needs: ModelNeeds, options: PlaceOptions) -
     on_disk = any(member.advert.disk_free_bytes < member.advert.memory_free_bytes for member in members)
     weights = "--memory and --disk" if on_disk else "--memory"
     kinds = (("weights", needs.block_bytes, weights), ("KV cache", needs.kv_bytes(options.concurrency), "--kv-memory"))
-    who = f"the swarm's {len(members)} workers offer"
+    those = f"the swarm's {len(members)} {'roomiest ' if len(members) == WORKERS_MAX else ''}workers"
+    who = f"{those} offer"
     for kind, (name, per_block, option) in enumerate(kinds):
         need, have, largest = sum(per_block), sum(o[kind] for o in offers), max(o[kind] for o in offers)
         if need > have:
@@ -292,7 +300,7 @@ def _shortage(members: list[Member], needs: ModelNeeds, options: PlaceOptions) -
     able, held = int((room > 0).sum()), _most_held(room)
     if 0 < able < options.hops_min:
         return (
-            f"{able} of the swarm's {len(members)} workers have room for a block ({sizes}), {options.hops_min} needed; "
+            f"{able} of {those} have room for a block ({sizes}), {options.hops_min} needed; "
             f"start workers with more {weights} and --kv-memory, or ask for fewer"
         )
     if held < blocks <= int(room.sum()):

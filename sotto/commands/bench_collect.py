@@ -36,7 +36,7 @@ def collect(
         typer.Option(
             "--lossy",
             help="Export runs that lose precision also where the answer must be exact: for a prior. What "
-            "calibrating to it gave is written beside it, as .json.",
+            "calibrating to it gave is written beside it, as .calibration.json.",
         ),
     ] = False,
     as_json: Json = False,

@@ -430,3 +430,11 @@ def test_of_very_many_workers_the_measured_and_the_roomiest_are_looked_at(monkey
     options = PlaceOptions(client_rtts_ms={peer(0): 1.0}, hops_min=3)
     assert {hop.peer for hop in plan(swarm, model, options).hops} == {peer(0), peer(2), peer(4)}
     assert counts == [3, 3]
+
+
+def test_very_many_workers_without_kv_memory_keep_nobody_from_being_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["client.placement.plan"], "WORKERS_MAX", 3)
+    full = [advert(64, kv_mib=0) for _ in range(3)]
+    placement = plan(view(*full, advert(5, kv_mib=4)), needs(4, kv_mib=1))
+    assert [hop.peer for hop in placement.hops] == [peer(3)]
+    assert not placement.exact, "not all were looked at"

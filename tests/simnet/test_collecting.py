@@ -270,9 +270,14 @@ def test_the_selectors_read_it(tmp_path: Path) -> None:
         table.export(tmp_path, design("another"), tmp_path / "runs.csv")
 
 
-def test_a_table_for_a_prior_is_not_written_over_by_what_lies_beside_it(tmp_path: Path) -> None:
+def test_what_lies_beside_a_table_for_a_prior_has_a_name_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.metalearning.prior.calibrate", lambda records: records[:7])
     with store.opened(tmp_path, ORIGIN) as rows:
         rows.add(row())
-    with pytest.raises(InputError, match="name the table otherwise"):
-        table.export(tmp_path, design(), tmp_path / "runs.json", lossy=True)
-    assert not (tmp_path / "runs.json").exists()
+    report = table.export(tmp_path, design(), tmp_path / "runs.json", lossy=True)
+    beside = tmp_path / "runs.calibration.json"
+    assert report["calibration"] == str(beside)
+    assert beside.read_text() == "context"
+    assert (tmp_path / "runs.json").read_text().startswith("context,")

@@ -42,26 +42,25 @@ BUSY = 8  # requests at once, from which on a workload is one of many
 def export(folder: Path, design: Design, file: Path, *, lossy: bool = False) -> dict[str, Any]:
     """Write the table into `file`; what is in it and how to judge selectors by it. Raises InputError. `lossy`: with the
     runs that lose precision where the answer must be exact, for client/metalearning/prior.py."""
-    if lossy and file.suffix.lower() == ".json":
-        raise InputError(f"beside {file} a .json of that name is written: name the table otherwise, such as .csv")
     origin, rows = read(folder)
     if origin.grid != design.digest:
         raise InputError(f"the records in {folder} are of another grid than this version's")
     made = list(table(origin, rows, design, lossy=lossy))
     if not made:
         raise InputError("no run has gone well yet: there is nothing to export")
+    calibration = file.with_suffix(".calibration.json")
     try:
         with file.open("w", newline="", encoding="utf-8") as out:
             writer = csv.DictWriter(out, list(made[0]))
             writer.writeheader()
             writer.writerows(made)
         if lossy:
-            known = prior.calibrate(file.read_text(encoding="utf-8"))
-            file.with_suffix(".json").write_text(known, encoding="utf-8")
+            calibration.write_text(prior.calibrate(file.read_text(encoding="utf-8")), encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write {file}: {error.strerror}") from None
     return {
         "file": str(file),
+        **({"calibration": str(calibration)} if lossy else {}),
         "rows": len(made),
         "contexts": len({row["context"] for row in made}),
         "left_out": len(rows) - len(made),

@@ -15,7 +15,7 @@ import numpy as np
 from client.metalearning import candidates, evaluate, metrics
 from client.metalearning.advice import product
 from client.metalearning.crossfit import Parts
-from client.metalearning.evaluate import FIXED, NONE, ORACLE, OURS, Judged, Make
+from client.metalearning.evaluate import FIXED, ORACLE, OURS, Judged, Make
 from client.metalearning.resampling import Draws
 from client.metalearning.table import Array, Mask, Numbers, Table
 from protocol.errors import InputError
@@ -74,7 +74,7 @@ def figures(table: Table, found: Mapping[str, Judged]) -> dict[str, Any]:
     """Of a split, whose groups `table` has: what docs/SCHEDULER.md explains. Intervals are of 95 %."""
     halves = _halves(table)
     draws = Draws.of(table.groups)
-    base = {name: found[name].choices for name in (FIXED, NONE) if name in found}
+    base = found[FIXED].choices if FIXED in found else None
     return {
         "groups": len(np.unique(table.groups)),
         "remeasured_oracle": _remeasured(halves, draws),
@@ -83,13 +83,13 @@ def figures(table: Table, found: Mapping[str, Judged]) -> dict[str, Any]:
     }
 
 
-def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Mapping[str, Numbers]) -> dict[str, Any]:
+def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Numbers | None) -> dict[str, Any]:
     (halves, draws), choices = known, one.choices
     fractions = halves.fractions(choices)
     report: dict[str, Any] = {}
 
     def add(name: str, per_task: Array, turn: Callable[[float], float] = float) -> None:
-        report[name] = turn(float(np.mean(per_task)))
+        report[name] = turn(float(np.nanmean(per_task)))
         report[f"{name}_interval"] = [turn(end) for end in draws.mean(per_task)]
 
     def add_any(name: str, figure: Callable[[Numbers], float]) -> None:
@@ -104,11 +104,11 @@ def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Mappin
     add("mean_fraction_of_oracle", fractions)
     add("fraction_of_measured_best", metrics.reached(table, choices))
     add_any("worst_decile", lambda places: metrics.worst_decile(fractions[places]))
-    if NONE in base:
-        add("acceleration_over_none", _log_gain(table, choices, base[NONE]), lambda log: float(np.exp(log)))
-    if FIXED in base:
-        add("gain_over_fixed_ranking", fractions - halves.fractions(base[FIXED]))
-        report["leaves_the_ranking"] = float(np.mean(choices != base[FIXED]))
+    if candidates.NONE in table.strategies and table.measured[:, table.strategies.index(candidates.NONE)].any():
+        add("acceleration_over_none", _log_gain(table, choices), lambda log: float(np.exp(log)))
+    if base is not None:
+        add("gain_over_fixed_ranking", fractions - halves.fractions(base))
+        report["leaves_the_ranking"] = float(np.mean(choices != base))
     report["decision_ms"] = one.decision_ms
     return report
 
@@ -147,9 +147,10 @@ def _ceiling(table: Table, found: Mapping[str, Judged]) -> dict[str, Any] | None
     }
 
 
-def _log_gain(table: Table, choices: Numbers, plain: Numbers) -> Array:
-    rows = np.arange(len(choices))
-    return np.asarray(table.scores[rows, choices] - table.scores[rows, plain])
+def _log_gain(table: Table, choices: Numbers) -> Array:
+    """Over no acceleration; NaN where that did not run twice."""
+    plain = table.strategies.index(candidates.NONE)
+    return np.asarray(table.scores[np.arange(len(choices)), choices] - table.scores[:, plain])
 
 
 def _halves(table: Table) -> Parts:

@@ -24,7 +24,7 @@ def calibration() -> str:
 
 def test_the_shipped_calibration_is_that_of_the_shipped_records(calibration: str) -> None:
     assert json.loads(shipped(prior.CALIBRATION)) == json.loads(calibration), (
-        "write both anew: sotto bench collect --export client/metalearning/prior.csv --lossy"
+        "write it anew: python -m tests.helpers.calibration"
     )
 
 
