@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import trio
@@ -16,33 +17,44 @@ from protocol.ids import DeploymentId, PeerId
 from protocol.messages import CONTROL, CapabilityRevoked, RefusalReason, RevokeCapability
 from protocol.swarm import SwarmView
 
-AT_ONCE = 64  # dials under way; who claims to hold the deployment and says nothing keeps one for a minute
+AT_ONCE = 64  # dials under way
+FIRST_S = 5.0  # who claims to hold the deployment and says nothing is asked again, when all others were told
 
 
 async def revoke_everywhere(
     ports: ClientPorts, view: SwarmView, deployment: DeploymentId, serial: bytes
-) -> tuple[list[PeerId], list[PeerId]]:
+) -> tuple[list[PeerId], dict[PeerId, str]]:
     """Have all workers in `view` that hold the deployment refuse the capability `serial`. Gives those that were told,
-    and those that could not be. Whatever one of them answers, the others are told."""
+    and why others could not be. Whatever one of them answers, the others are told."""
     told: list[PeerId] = []
-    missed: list[PeerId] = []
+    missed: dict[PeerId, str] = {}
+    silent: list[Hop] = []
     turns = trio.Semaphore(AT_ONCE)
 
-    async def tell(hop: Hop) -> None:
+    async def tell(hop: Hop, patience_s: float) -> None:
         async with turns:
-            try:
-                if await revoke_at(ports, hop, deployment, (serial,)):
-                    told.append(hop.peer)
-            except (Refused, RouteUnavailable):
-                missed.append(hop.peer)
-            except RemoteProtocolError:
-                ports.observer.violation(hop.peer)
-                missed.append(hop.peer)
+            with trio.move_on_after(patience_s) as scope:
+                await attempt(hop)
+        if scope.cancelled_caught:
+            silent.append(hop)
 
-    holders = view.holders(deployment)
-    hops = [Hop(member.peer, member.advert.addrs, span.start, span.end) for member, span in holders]
-    await run_all(*(partial(tell, hop) for hop in hops))
-    return sorted(told), sorted(missed)
+    async def attempt(hop: Hop) -> None:
+        try:
+            if await revoke_at(ports, hop, deployment, (serial,)):
+                told.append(hop.peer)
+        except (Refused, RouteUnavailable) as error:
+            missed[hop.peer] = str(error)
+        except RemoteProtocolError as error:
+            ports.observer.violation(hop.peer)
+            missed[hop.peer] = str(error)
+
+    hops = {  # a peer may state many spans
+        member.peer: Hop(member.peer, member.advert.addrs, span.start, span.end)
+        for member, span in view.holders(deployment)
+    }
+    await run_all(*(partial(tell, hop, FIRST_S) for hop in hops.values()))
+    await run_all(*(partial(tell, hop, math.inf) for hop in silent[:]))
+    return sorted(told), dict(sorted(missed.items()))
 
 
 async def remind(ports: ClientPorts, route: Route, serials: tuple[bytes, ...]) -> None:

@@ -213,9 +213,9 @@ class Client:
         """
         data, manifest = model.folder.manifest(self._owner)
         needs = ModelNeeds.of_manifest(manifest, options.kv_room)
-        where = options.where(without)
         hops: tuple[DeployedHop, ...] = ()
-        route, view = await self._leased_route(model, data, options, without)
+        route, view, without = await self._leased_route(model, data, options, without)
+        where = options.where(without)
         if route is None:
             route, view, hops = await self._brought(model, needs, where, options)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
@@ -250,9 +250,10 @@ class Client:
                 await self.leases.release(manifest.deployment)
                 if _rivalled(failure) and trio.current_time() < patience:
                     await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
-                    held, view = await self._leased_route(model, data, options, where.exclude)
+                    held, view, without = await self._leased_route(model, data, options, where.exclude)
                     if held is not None:
                         return held, view, ()
+                    where = replace(where, exclude=without)
                     placement = await self._planned(view, needs, where)
                     continue
                 where = replace(where, exclude=where.exclude | {failure.peer})
@@ -307,9 +308,9 @@ class Client:
         again = partial(self._again, route, partial(self.attach, checkpoint, key))
         return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), token.dtype, again))
 
-    async def revoke(self, token: Token) -> tuple[list[PeerId], list[PeerId]]:
+    async def revoke(self, token: Token) -> tuple[list[PeerId], dict[PeerId, str]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
-        told, and those that could not be. Raises InputError when it is not this user's to revoke."""
+        told, and why others could not be. Raises InputError when it is not this user's to revoke."""
         if token.owner != self._owner.peer:
             raise InputError("the capability was issued by another identity: only its owner can revoke it")
         self.grants.revoke(token)
@@ -364,22 +365,27 @@ class Client:
 
     async def _leased_route(
         self, model: SealedModel, manifest: bytes, options: DeployOptions, without: frozenset[PeerId]
-    ) -> tuple[Route | None, SwarmView]:
-        """A route over workers that hold the model and lease it to us, None when there is none; and the view."""
+    ) -> tuple[Route | None, SwarmView, frozenset[PeerId]]:
+        """A route over workers that hold the model and lease it to us, None when there is none; the view; and who is
+        to be left out, with whoever would not hear of what was revoked."""
         view, deployment = await self.discover(), model.folder.deployment
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
         route = held_route(view, deployment, model.folder.info.num_blocks, without, rtts_ms)
         if route is None or len(route.hops) < options.hops_min:
-            return None, view
+            return None, view, without
         leasing = Leasing(self.leases, options.concurrency * options.kv_room)
         try:
             supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
             await deploy(self.ports, route, manifest, supply, leasing)
-            await self._remind_of_revoked(route)
         except (HopRefused, HopLost, HopViolation):  # others may have room
             await self.leases.release(deployment)
-            return None, self.watch.view
-        return route, view
+            return None, self.watch.view, without
+        try:
+            await self._remind_of_revoked(route)
+        except (HopRefused, HopLost, HopViolation) as failure:
+            await self.leases.release(deployment)
+            return None, self.watch.view, without | {failure.peer}
+        return route, view, without
 
     async def _remind_of_revoked(self, route: Route) -> None:
         """A worker that did not hold the deployment when a capability was revoked has not heard of it. Raises

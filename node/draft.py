@@ -25,10 +25,11 @@ _MEASURED_STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class OpenDraft:
-    """`guess_s`: what one guess takes here, measured."""
+    """`guess_s`: what one guess takes here, measured. `usual_threads`: the process's own number of threads."""
 
     model: LocalModel
     guess_s: float
+    usual_threads: int
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Draft:
                 draft = Checkpoint.open(self._place())
                 self._require_same_tokenizer(draft)
                 model = LocalModel(draft)
-                self._opened = OpenDraft(model, _guess_s(model, self._usual_threads))
+                self._opened = OpenDraft(model, _guess_s(model, self._usual_threads), self._usual_threads)
             return self._opened
 
     @property

@@ -37,5 +37,5 @@ class Guessing:
     async def _draft_model(self) -> DraftModel:
         if self._drafter is None:
             opened = await trio.to_thread.run_sync(self.draft.open)
-            self._drafter = DraftModel(opened.model, self.vocab_size, opened.guess_s)
+            self._drafter = DraftModel(opened.model, self.vocab_size, opened.guess_s, opened.usual_threads)
         return self._drafter

@@ -180,6 +180,8 @@ def seal_into(
 ) -> tuple[SealedFolder, Sealer]:
     """Seal `checkpoint` into `path` as a deployment of `owner`, going on where an earlier run stopped. Another process
     that is about the same is waited for. Raises InputError, ModelError."""
+    if not (path / "deployment.json").exists():
+        require_sealable(checkpoint.config, dtype, key is not None)  # before there is a folder
     with one_at_a_time(path):
         return _seal_into(path, checkpoint, dtype, key, owner, progress)
 
@@ -194,7 +196,6 @@ def _seal_into(
         if folder.info.dtype != dtype:
             raise InputError(f"{path} holds {folder.info.dtype}: use --dtype {folder.info.dtype}, or another folder")
     else:
-        require_sealable(checkpoint.config, dtype, key is not None)  # before there is a folder
         folder = SealedFolder.create(path, checkpoint, dtype, key, owner)
     sealer = Sealer.open(checkpoint, dtype, key, folder.deployment)
     total = checkpoint.config.num_blocks

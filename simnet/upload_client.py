@@ -42,8 +42,8 @@ class LoggedSource:
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         return await self.source.pieces(digest)
 
-    async def read(self, digest: ShardDigest, offset: int, max_bytes: int) -> bytes:
-        piece = await self.source.read(digest, offset, max_bytes)
+    async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
+        piece = await self.source.read(digest, offset, nbytes)
         await trio.sleep(PIECE_S)
         os.write(self.log, f"{digest.hex()} {offset // PIECE_BYTES}\n".encode())
         return piece

@@ -41,7 +41,7 @@ class Notebook(Protocol):
         """What was written last; b"" when nothing was."""
 
     async def write(self, data: bytes) -> None:
-        """Replace it all. Raises OSError, and then nothing changed."""
+        """Replace it all. Raises OSError: it may not last then."""
 
 
 class Blank:

@@ -80,7 +80,7 @@ class _Step:
         return self.session.span.spec.manifest.deployment
 
     @property
-    def tenant(self) -> PeerId:
+    def client(self) -> PeerId:
         return self.session.spec.client
 
     @property

@@ -1,9 +1,9 @@
 """Which rows run in the next forward: continuous batching with chunked prefill, as plain bookkeeping.
 
-One forward serves one deployment, or one job that runs alone; deployments, and tenants with such jobs, take turns.
+One forward serves one deployment, or one job that runs alone; deployments, and clients with such jobs, take turns.
 Steps of a few rows (decoding, speculation) always go first, all that fit; what room is left goes to long steps
-(prefill), a chunk each, and tenants take turns at having the first of it. So a long prompt slows nobody down by more
-than one chunk, and one tenant's prompts do not keep another's waiting. Short steps of a tenant that wants micro-batches
+(prefill), a chunk each, and clients take turns at having the first of it. So a long prompt slows nobody down by more
+than one chunk, and one client's prompts do not keep another's waiting. Short steps of a client that wants micro-batches
 go a part at a time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by
 themselves.
 
@@ -21,7 +21,7 @@ from protocol import limits
 ROWS_PER_FORWARD = 256  # a prefill chunk on a CPU: long enough for the kernels' full speed, short enough to wait for
 SHORT_ROWS = 1 + limits.DRAFTS_MAX  # a step of at most so many rows is a decode or a speculation, not a prefill
 PROMPT_SHARE = 4  # one row in so many is for long steps, however many decodes there are
-TENANTS_REMEMBERED = 4096
+TURNS_REMEMBERED = 4096
 
 
 class Job(Protocol):
@@ -30,7 +30,7 @@ class Job(Protocol):
     @property
     def deployment(self) -> bytes: ...
     @property
-    def tenant(self) -> str: ...
+    def client(self) -> str: ...
     @property
     def alone(self) -> bool:
         """Whether it shares no forward with others."""
@@ -43,18 +43,18 @@ class Job(Protocol):
 
     @property
     def beside_max(self) -> int:
-        """As a short step, it is one of at most so many of its tenant in a forward; at least 1."""
+        """As a short step, it is one of at most so many of its client in a forward; at least 1."""
 
 
 J = TypeVar("J", bound=Job)
-Queue = tuple[bytes, str]  # a deployment, and the tenant whose jobs run alone; "" for those that run together
+Queue = tuple[bytes, str]  # a deployment, and the client whose jobs run alone; "" for those that run together
 
 
 @dataclass(slots=True)
 class Scheduler(Generic[J]):
     rows_per_forward: int = ROWS_PER_FORWARD
     _queues: dict[Queue, deque[J]] = field(default_factory=dict)  # in the order in which they take turns
-    # By deployment and tenant: when its long steps were last the first of a forward, the later the higher.
+    # By deployment and client: when its long steps were last the first of a forward, the later the higher.
     _turns: dict[tuple[bytes, str], int] = field(default_factory=dict)
     _turn: int = 0
 
@@ -85,7 +85,7 @@ class Scheduler(Generic[J]):
         if len(queue) == 1 and not queue[0].alone and 1 == queue[0].rows_left <= queue[0].rows_at_once:
             return [(queue[0], 1)]  # a lone decode: there is nothing to choose
         if queue[0].alone:
-            queue.rotate(-1)  # a tenant's jobs that run alone take turns too
+            queue.rotate(-1)  # a client's jobs that run alone take turns too
             taken = [(queue[-1], min(self.rows_per_forward, queue[-1].rows_left, queue[-1].rows_at_once))]
         else:
             taken = self._together(queue)
@@ -113,12 +113,12 @@ class Scheduler(Generic[J]):
         # Decodes alone could fill every forward: some rows of each are for prompts, where there are any.
         room = self.rows_per_forward - (self.rows_per_forward // PROMPT_SHARE if len(short) < len(queue) else 0)
         for job in short:
-            if counts[job.tenant] >= job.beside_max:
+            if counts[job.client] >= job.beside_max:
                 held_back.append(job)
             elif job.rows_left <= room:
                 taken.append((job, job.rows_left))
                 room -= job.rows_left
-                counts[job.tenant] += 1
+                counts[job.client] += 1
         return taken, held_back
 
     def _long(self, jobs: list[J], room: int) -> list[tuple[J, int]]:
@@ -133,17 +133,17 @@ class Scheduler(Generic[J]):
         if taken:  # who comes after the first, and gets what that leaves, has had no turn
             self._turn += 1
             self._turns[_turn_of(taken[0][0])] = self._turn
-        if len(self._turns) > TENANTS_REMEMBERED:
+        if len(self._turns) > TURNS_REMEMBERED:
             self._turns.clear()  # a fresh start for all is fair too
         return taken
 
 
 def _queue_of(job: Job) -> Queue:
-    return job.deployment, job.tenant if job.alone else ""
+    return job.deployment, job.client if job.alone else ""
 
 
 def _turn_of(job: Job) -> tuple[bytes, str]:
-    return job.deployment, job.tenant
+    return job.deployment, job.client
 
 
 def _is_short(job: Job) -> bool:

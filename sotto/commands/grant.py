@@ -88,7 +88,7 @@ def revoke(
         base = folder(data_dir)
         token = Grants(base / "client" / "grants").find(capability)
 
-        async def work() -> tuple[list[PeerId], list[PeerId]]:
+        async def work() -> tuple[list[PeerId], dict[PeerId, str]]:
             options = ClientOptions(base, bootstrap_addrs(bootstrap), chooses=False)
             async with open_client(options) as client:
                 return await client.revoke(token)
@@ -98,5 +98,7 @@ def revoke(
             print_json({"serial": token.serial, "told": told, "missed": missed})
         else:
             print(f"revoked {token.serial}: {len(told)} workers told, {len(missed)} could not be")
+            for why in missed.values():
+                typer.echo(f"{why}; revoke again later", err=True)
         if missed:
             raise typer.Exit(1)

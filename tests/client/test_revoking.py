@@ -68,7 +68,8 @@ def test_a_worker_that_lies_or_leaves_keeps_no_other_from_being_told() -> None:
             ports = replace(swarm.ports, observer=observer)
             told, missed = await revoke_everywhere(ports, holding(swarm), DEPLOYMENT, SERIAL)
             assert told == [honest]
-            assert missed == sorted([liar, refusing, gone])
+            assert list(missed) == sorted([liar, refusing, gone])
+            assert "paused" in missed[refusing]
             assert observer.peers == [liar]
 
     run(main, seed=1)
@@ -92,6 +93,40 @@ def test_a_few_are_told_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
             for hop in swarm.hops:
                 hop.endpoint.handle(CONTROL, counting)
             told, missed = await revoke_everywhere(swarm.ports, holding(swarm), DEPLOYMENT, SERIAL)
-            assert (len(told), missed, most) == (5, [], 2)
+            assert (len(told), missed, most) == (5, {}, 2)
 
+    run(main, seed=1)
+
+
+def test_those_who_say_nothing_keep_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six of them, each with two spans, are more than are asked at a time. They are asked again at the end."""
+    monkeypatch.setattr(revoking, "AT_ONCE", 2)
+    heard_s: list[float] = []
+
+    async def mute(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async def honest(stream: Stream) -> None:
+        heard_s.append(trio.current_time() - began_s)
+        await answering(CapabilityRevoked(), 0.0)(stream)
+
+    async def main() -> None:
+        nonlocal began_s
+        async with fake_swarm(7) as swarm:
+            *liars, last = sorted(swarm.hops, key=lambda hop: hop.identity.peer)
+            for hop in liars:
+                hop.endpoint.handle(CONTROL, mute)
+            last.endpoint.handle(CONTROL, honest)
+            view = SwarmView()
+            for hop in [*liars, last]:
+                spans = (HeldSpan(DEPLOYMENT, 0, 1, 1), HeldSpan(DEPLOYMENT, 1, 2, 1))
+                held = replace(advert(spans=spans), addrs=hop.endpoint.addrs)
+                view = view.with_advert(hop.identity.peer, held, hop.identity.peer)
+            began_s = trio.current_time()
+            told, missed = await revoke_everywhere(swarm.ports, view, DEPLOYMENT, SERIAL)
+            assert told == [last.identity.peer]
+            assert set(missed) == {hop.identity.peer for hop in liars}
+            assert heard_s[0] <= len(liars) / 2 * revoking.FIRST_S + 5
+
+    began_s = 0.0
     run(main, seed=1)

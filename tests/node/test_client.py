@@ -12,9 +12,9 @@ from client.leases import LeaseKeeper
 from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
 from client.ports import ClientPorts
-from client.routing import Route
+from client.routing import Hop, Route
 from node.client import Client, DeployOptions, SealedModel
-from protocol.ids import DeploymentId
+from protocol.ids import DeploymentId, PeerId
 from protocol.swarm import SwarmView
 from simnet.runtime import VirtualClock, run
 from tests.helpers.adverts import advert, peer, view
@@ -41,8 +41,11 @@ class Owner(Client):
         first = HONEST if LIAR in options.exclude else LIAR
         return Placement((PlannedHop(first, 0, 4, 1, 1, 1, 1, 1, 1),), 0)
 
-    async def _leased_route(self, *_: object) -> tuple[None, SwarmView]:
-        return None, SWARM
+    async def discover(self, *_: object) -> SwarmView:
+        return SWARM
+
+    async def rtts_ms(self, _: object) -> dict[PeerId, float]:
+        return {}
 
     async def _ready(self, route: Route, *_: object) -> Any:
         return route
@@ -51,7 +54,10 @@ class Owner(Client):
         pass
 
 
-def test_a_worker_that_takes_no_word_of_what_was_revoked_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("held", [False, True], ids=["brought", "held"])
+def test_a_worker_that_takes_no_word_of_what_was_revoked_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, held: bool
+) -> None:
     reminded = []
 
     async def deploy(*_: object) -> tuple[()]:
@@ -65,13 +71,19 @@ def test_a_worker_that_takes_no_word_of_what_was_revoked_is_left_out(monkeypatch
     monkeypatch.setattr("node.client.deploy", deploy)
     monkeypatch.setattr("node.client.remind", remind)
     monkeypatch.setattr("node.client.ModelNeeds.of_manifest", lambda *_: None)
+    monkeypatch.setattr(
+        "node.client.held_route", lambda *_: Route(DEPLOYMENT, (Hop(LIAR, (), 0, 4),)) if held else None
+    )
     manifest = SimpleNamespace(deployment=DEPLOYMENT, dtype="float32")
-    folder = SimpleNamespace(manifest=lambda _: (b"", manifest), sealer=lambda *_: None)
+    info = SimpleNamespace(num_blocks=4)
+    folder = SimpleNamespace(
+        manifest=lambda _: (b"", manifest), sealer=lambda *_: None, deployment=DEPLOYMENT, info=info
+    )
     model = cast("SealedModel", SimpleNamespace(folder=folder, checkpoint=None, key=None))
 
     async def main() -> Any:
         return await Owner().deploy(model, DeployOptions())
 
-    route = run(main, seed=1)
-    assert [hop.peer for hop in route.hops] == [HONEST]
-    assert reminded == [LIAR, HONEST]
+    found = run(main, seed=1)
+    assert [hop.peer for hop in found.hops] == [HONEST]
+    assert reminded == [LIAR, HONEST], "nobody is asked twice, and nothing brought to who is left out"

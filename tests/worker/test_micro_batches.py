@@ -15,11 +15,11 @@ from tests.worker.test_scheduler import FakeJob, run
 from worker.scheduler import Scheduler
 
 
-def decode(tenant: str, beside_max: int = 1 << 30) -> FakeJob:
-    return FakeJob(b"a", tenant, 1, beside_max=beside_max)
+def decode(client: str, beside_max: int = 1 << 30) -> FakeJob:
+    return FakeJob(b"a", client, 1, beside_max=beside_max)
 
 
-def test_a_forward_takes_a_part_of_a_tenants_decodes_and_all_of_the_others() -> None:
+def test_a_forward_takes_a_part_of_a_clients_decodes_and_all_of_the_others() -> None:
     scheduler: Scheduler[FakeJob] = Scheduler(64)
     own, others = [decode("x", 2) for _ in range(5)], [decode("y"), decode("y")]
     prompt = FakeJob(b"a", "x", 500, beside_max=2)
@@ -92,7 +92,7 @@ def test_what_parts_are_worth_depends_on_what_rows_cost(requests: int, row_cost:
     ("parts", "least", "sizes"),
     [(1, 1, [5]), (2, 1, [3, 2]), (4, 1, [2, 2, 1]), (4, 2, [3, 2]), (2, 2, [3, 2]), (4, 3, [5]), (4, 9, [5])],
 )
-def test_the_engine_divides_a_tenants_sessions(tmp_path: Path, parts: int, least: int, sizes: list[int]) -> None:
+def test_the_engine_divides_a_clients_sessions(tmp_path: Path, parts: int, least: int, sizes: list[int]) -> None:
     shop = Shop(tmp_path, [random_tensors(0)])
     shop.load()
     seen, ended = list[int](), list[Any]()

@@ -1,4 +1,4 @@
-"""The scheduler of rows: everything is taken once and in order, short steps first, tenants and deployments fairly."""
+"""The scheduler of rows: everything is taken once and in order, short steps first, clients and deployments fairly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from worker.scheduler import SHORT_ROWS, Scheduler
 @dataclass(eq=False)
 class FakeJob:
     deployment: bytes
-    tenant: str
+    client: str
     rows_left: int
     rows_at_once: int = 1 << 30
     alone: bool = False
@@ -32,7 +32,7 @@ JOBS = st.lists(
     st.builds(
         FakeJob,
         deployment=st.sampled_from([b"a", b"b"]),
-        tenant=st.sampled_from(["x", "y", "z"]),
+        client=st.sampled_from(["x", "y", "z"]),
         rows_left=st.integers(1, 700),
         rows_at_once=st.integers(1, 300),
         beside_max=st.integers(1, 4),
@@ -90,12 +90,12 @@ def test_decodes_without_end_do_not_keep_a_prompt_waiting() -> None:
     assert prompt.rows_left == 0
 
 
-def test_tenants_take_turns_at_going_first() -> None:
+def test_clients_take_turns_at_going_first() -> None:
     scheduler: Scheduler[FakeJob] = Scheduler(100)
     greedy, modest = [FakeJob(b"a", "x", 300) for _ in range(3)], FakeJob(b"a", "y", 150)
     for job in (*greedy, modest):
         scheduler.add(job)
-    order = [run(scheduler)[0][0].tenant for _ in range(4)]
+    order = [run(scheduler)[0][0].client for _ in range(4)]
     assert order == ["x", "y", "x", "y"]
 
 
@@ -107,7 +107,7 @@ def test_who_was_served_for_long_does_not_wait_for_who_came_late() -> None:
     new = [FakeJob(b"a", "new", 10_000) for _ in range(2)]
     for job in new:
         scheduler.add(job)
-    order = [run(scheduler)[0][0].tenant for _ in range(20)]
+    order = [run(scheduler)[0][0].client for _ in range(20)]
     assert order == ["new", "old"] * 10
 
 
@@ -124,7 +124,7 @@ def test_who_is_given_what_another_leaves_has_had_no_turn() -> None:
 def test_turns_in_one_deployment_are_none_in_another() -> None:
     """Else those who have prompts in two of them could always be first in one, and always second in the other."""
     scheduler: Scheduler[FakeJob] = Scheduler(100)
-    jobs = [FakeJob(deployment, tenant, 10_000) for deployment in (b"a", b"b") for tenant in ("x", "y")]
+    jobs = [FakeJob(deployment, client, 10_000) for deployment in (b"a", b"b") for client in ("x", "y")]
     for job in jobs:
         scheduler.add(job)
     for _ in range(40):
@@ -149,12 +149,12 @@ def test_a_removed_job_is_not_taken() -> None:
     assert scheduler.take() == []
 
 
-def test_each_tenant_who_runs_alone_costs_the_others_one_forward_in_a_round() -> None:
+def test_each_client_who_runs_alone_costs_the_others_one_forward_in_a_round() -> None:
     scheduler: Scheduler[FakeJob] = Scheduler()
     shared = [FakeJob(b"a", f"shared {number}", 600, rows_at_once=1) for number in range(8)]
-    alone = [FakeJob(b"a", tenant, 600, rows_at_once=1, alone=True) for tenant in ("x", "x", "x", "y")]
+    alone = [FakeJob(b"a", client, 600, rows_at_once=1, alone=True) for client in ("x", "x", "x", "y")]
     for job in [*shared, *alone]:
         scheduler.add(job)
-    served = [[job.tenant for job, _ in run(scheduler)] for _ in range(12)]
-    assert [len(tenants) for tenants in served] == [8, 1, 1] * 4
-    assert [tenants[0] for tenants in served if len(tenants) == 1] == ["x", "y"] * 4, "however many sessions one has"
+    served = [[job.client for job, _ in run(scheduler)] for _ in range(12)]
+    assert [len(clients) for clients in served] == [8, 1, 1] * 4
+    assert [clients[0] for clients in served if len(clients) == 1] == ["x", "y"] * 4, "however many sessions one has"
