@@ -179,7 +179,7 @@ def test_submit_answers_each_line_in_order(swarm: Cluster, model: Path, tmp_path
     words = ["submit", str(tmp_path / "in.jsonl"), "-o", str(out), "-m", str(model), "-b", swarm.bootstrap, "-n", "5"]
     result = sotto(*words, "--json")
     assert result.exit_code == 1  # one could not be answered
-    assert one_object(result) == {"answered": 2, "failed": 1, "over_budget": 0, "output": str(out)}
+    assert one_object(result) == {"answered": 2, "failed": 1, "not_reached": 0, "over_budget": 0, "output": str(out)}
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == [line["prompt"] for line in prompts]
     assert answers[0]["id"] == 7
