@@ -33,7 +33,8 @@ class Where:
     quiet: bool
     capability: str | None
     draft: str | None = None
-    kv_tokens: int = KV_TOKENS
+    kv_tokens: int = KV_TOKENS  # of all sessions together
+    one_session: bool = False  # which can use no more than the model's context
     share_records: bool = False
     goal: Goal = "latency"
     expect_tokens: int | None = None

@@ -137,6 +137,9 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
+        from models.tokenizer import require_text
+
+        require_text(prompt)
         chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
@@ -260,6 +263,8 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     from sotto.commands.models import UploadTotal, describe_placement, open_model, root_key
 
     checkpoint = open_model(where.model)
+    if where.one_session:
+        where = replace(where, kv_tokens=min(where.kv_tokens, checkpoint.config.max_position))
     key = root_key(where.privacy, where.key, where.data_dir)
 
     total = UploadTotal()
