@@ -72,7 +72,9 @@ class Sealer:
 
 def require_sealable(config: ModelConfig, dtype: str, sealed: bool) -> None:
     """Before any work. Raises UnsupportedModel for a family that cannot be sealed, InputError for a model that does not
-    go into a manifest, or into shards, when its weights are `dtype`."""
+    go into a manifest, or into shards, when its weights are `dtype`, and for a `dtype` that weights cannot have."""
+    if dtype not in PRECISIONS:
+        raise InputError(f"unknown dtype {dtype!r}: use one of {', '.join(PRECISIONS)}")
     if config.num_blocks > limits.BLOCKS_MAX:
         raise InputError(f"the model has {config.num_blocks} blocks; {limits.BLOCKS_MAX} at most can be deployed")
     blocks = {sealed_config(block) if sealed else block for block in config.blocks}

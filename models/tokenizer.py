@@ -48,14 +48,9 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of `text`; if `special`, with what the file's post-processor adds (a beginning-of-text token, often).
 
-        Raises ModelError on a text with lone surrogates: an escape in JSON, a command line that was not UTF-8.
+        Raises as `require_text`.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ModelError(
-                f"the text is not valid Unicode (character {error.start + 1} stands for none): write it in UTF-8"
-            ) from error
+        require_text(text)
         return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -65,6 +60,16 @@ class Tokenizer:
     def stream(self) -> Detokenizer:
         """A fresh incremental decoder."""
         return Detokenizer(self)
+
+
+def require_text(text: str) -> None:
+    """Raises ModelError on a text with lone surrogates: an escape in JSON, a command line that was not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ModelError(
+            f"the text is not valid Unicode (character {error.start + 1} stands for none): write it in UTF-8"
+        ) from error
 
 
 class Detokenizer:

@@ -40,7 +40,8 @@ __all__ = ["AsyncChat", "AsyncModel", "AsyncSwarm", "Chat", "Model", "SamplingPa
 
 
 def _ask(max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str], strategy: Strategy | Auto) -> Ask:
-    return Ask(max_new_tokens, sampling or SamplingParams(), tuple(stop), strategy=strategy)
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    return Ask(max_new_tokens, sampling or SamplingParams(), stops, strategy=strategy)
 
 
 class AsyncModel:

@@ -114,5 +114,6 @@ class Chat:
         self._chat.reset()
 
     def close(self) -> None:
-        """Free the chat's session."""
-        self._portal.call(self._chat.aclose)
+        """Free the chat's session. Nothing is left to do when the swarm is closed already."""
+        if not self._portal.closed:
+            self._portal.call(self._chat.aclose)

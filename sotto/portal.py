@@ -16,6 +16,8 @@ from typing import Any, Generic, TypeVar
 import trio
 import trio.from_thread
 
+from protocol.errors import InputError
+
 R = TypeVar("R")
 T = TypeVar("T")
 _END = object()
@@ -28,6 +30,7 @@ class Portal(Generic[R]):
         self._resource = resource
         self._opened: queue.SimpleQueue[R | BaseException] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken | None = None
+        self._begun = threading.Event()  # the loop runs, and can be told to stop; or it never will
         self._stop: trio.Event | None = None
         self._scope = trio.CancelScope()
         self._thread = threading.Thread(target=self._run, name="sotto", daemon=True)
@@ -46,20 +49,34 @@ class Portal(Generic[R]):
         return opened
 
     def _abandon(self) -> None:
-        if self._token is not None:
-            with contextlib.suppress(trio.RunFinishedError):
-                trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
-            self._thread.join()
+        self._begun.wait()
+        self._tell(self._scope.cancel)
+        self._thread.join()
 
     def close(self) -> None:
         """Close the resource and end the loop. Idempotent."""
         if self._thread.is_alive() and self._stop is not None:
-            trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
+            self._tell(self._stop.set)
             self._thread.join()
 
+    @property
+    def closed(self) -> bool:
+        """The loop has ended, or has not begun."""
+        return not self._thread.is_alive()
+
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run `function` on the loop and wait for it; its error is raised here."""
-        return trio.from_thread.run(function, *args, trio_token=self._token)
+        """Run `function` on the loop and wait for it; its error is raised here. Raises InputError when the loop has
+        ended, or ends meanwhile."""
+        try:
+            return trio.from_thread.run(function, *args, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled) as error:
+            raise InputError("the swarm is closed: use the model inside its 'with' block") from error
+
+    def _tell(self, function: Callable[[], None]) -> None:
+        """Have `function` run on the loop, if there still is one."""
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                trio.from_thread.run_sync(function, trio_token=self._token)
 
     def stream(self, produce: Callable[[Callable[[T], None]], Awaitable[Any]]) -> Generator[T, None, None]:
         """What `produce(emit)` emits on the loop, as it comes. Closing the iterator cancels it."""
@@ -67,20 +84,22 @@ class Portal(Generic[R]):
         scope = trio.CancelScope()
 
         async def run() -> None:
+            with scope:
+                await produce(items.put)
+
+        def work() -> None:
             try:
-                with scope:
-                    await produce(items.put)
-            finally:
+                self.call(run)
+            finally:  # here, for there may be no loop that does it
                 items.put(_END)
 
-        producer = _Producer(lambda: self.call(run))
+        producer = _Producer(work)
         producer.start()
         try:
             while (item := items.get()) is not _END:
                 yield item
         finally:
-            if self._thread.is_alive():
-                trio.from_thread.run_sync(scope.cancel, trio_token=self._token)
+            self._tell(scope.cancel)
             producer.finish()
 
     def _run(self) -> None:
@@ -88,9 +107,12 @@ class Portal(Generic[R]):
             trio.run(self._main)
         except BaseException as error:  # the thread's boundary: whatever ended the loop belongs to the caller of open
             self._opened.put(error)
+        finally:
+            self._begun.set()
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
+        self._begun.set()
         with self._scope:
             async with self._resource() as resource:
                 self._stop = trio.Event()

@@ -33,7 +33,8 @@ class Where:
     quiet: bool
     capability: str | None
     draft: str | None = None
-    kv_tokens: int = KV_TOKENS
+    kv_tokens: int = KV_TOKENS  # of all sessions together
+    one_session: bool = False  # which can use no more than the model's context
     share_records: bool = False
     goal: Goal = "latency"
     expect_tokens: int | None = None
@@ -115,7 +116,7 @@ def strategy_of(
             raise InputError(f"--draft and speculation={chosen.speculation} contradict each other: leave one out")
         if weights != base.weights and capability is not None:
             raise InputError(f"the owner of a deployment chooses its weights, here {base.weights}: leave them out")
-        if dtype not in (None, DEFAULT.weights, weights):
+        if dtype not in (None, weights):
             raise InputError(f"--dtype {dtype} and weights={weights} contradict each other: give one of them")
     if exact and weights != DEFAULT.weights:
         raise InputError(f"--exact is an answer as in float32, and weights={weights} loses precision: leave one out")
@@ -136,10 +137,9 @@ def _no_choice(text: str, flag: str) -> str:
 def _owners_dtype(capability: str, dtype: str | None) -> str:
     from node.grants import read_token
     from protocol.errors import InputError
-    from protocol.strategy import DEFAULT
 
     owners = read_token(capability).dtype
-    if dtype not in (None, DEFAULT.weights, owners):
+    if dtype not in (None, owners):
         raise InputError(f"the owner of a deployment chooses its weights, here {owners}: leave --dtype out")
     return owners
 

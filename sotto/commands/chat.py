@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -95,17 +96,20 @@ def chat(
     """
     failed = False
     with errors(as_json):
+        from models.tokenizer import require_text
         from node.chat import ChatOptions, open_chat
         from sotto.chat import AsyncChat, Chat
         from sotto.portal import Portal
 
+        require_text(system or "")
         chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)
         ask = paid(ask, objective, price_per_hour, budget)
         where = for_what(where, ask, expect_tokens)
-        portal = Portal(partial(deployed, replace(where, kv_tokens=context, share_records=share_records)))
+        where = replace(where, kv_tokens=context, one_session=True, share_records=share_records)
+        portal = Portal(partial(deployed, where))
         ready = portal.open()
         try:
             options = ChatOptions(system, context, lambda text: typer.echo(f"[{text}]", err=True))
@@ -126,6 +130,8 @@ def chat(
 def _lines() -> Iterator[str]:
     """What the user says, turn by turn, until the end."""
     terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text are refused turn by turn
     if terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() a history and keys to edit with

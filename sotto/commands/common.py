@@ -199,7 +199,8 @@ def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:
     from simnet import cluster
 
     try:
-        return (cluster.load(cluster.default_folder()).bootstrap,)
+        net = cluster.load(cluster.default_folder())
+        return (net.bootstrap,) if any(worker.alive for worker in net.workers) else ()
     except InputError:
         return ()
 

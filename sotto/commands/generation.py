@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +23,7 @@ from sotto.commands.common import (
     Privacy,
     ShareRecords,
     errors,
+    keeping,
     print_json,
     progress_bar,
     run_async,
@@ -137,6 +137,9 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
+        from models.tokenizer import require_text
+
+        require_text(prompt)
         chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
@@ -204,14 +207,16 @@ def submit(
 ) -> None:
     """Answer a file of prompts; the lines come out in the order in which they went in.
 
-    A line that cannot be answered (too long, say) comes out with "error" instead of "text"; the others go on.
+    A line that cannot be answered (too long, say) comes out with "error" instead of "text"; the others go on. What ends
+    the job early, such as a lost worker, costs no answer that is there: the other lines say "error", and may be given
+    to another job.
     """
     with errors(as_json):
-        from node.files import write_atomic
-        from sotto.commands.job import Hear, read_prompts, run_job
+        from sotto.commands.job import Answers, Hear, check_output, read_prompts, run_job
 
         chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
         lines = read_prompts(prompts)
+        answers = Answers(check_output(output, prompts), lines)
         sealed = (privacy, weights, key)
         where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
         ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)
@@ -224,21 +229,29 @@ def submit(
             nonlocal dear
             dear += is_over_budget(decided) if dear or as_json else tell_over_budget(decided)
 
-        async def work() -> list[dict[str, Any]]:
-            async with deployed(replace(where, share_records=share_records, kv_tokens=kv_tokens)) as ready:
-                with progress_bar("prompts", bytes_=False, quiet=as_json) as update:
-                    return await run_job(ready, lines, ask, concurrency, Hear(update, heard))
+        ended: dict[str, Any] = {}
 
-        answers = run_async(work)
-        write_atomic(output, "".join(json.dumps(answer) + "\n" for answer in answers).encode())
-        failed = sum("error" in answer for answer in answers)
-        if as_json:
-            counts = {"answered": len(answers) - failed, "failed": failed, "over_budget": dear}
-            print_json({**counts, "output": str(output)})
-        else:
-            typer.echo(f"{len(answers) - failed} answered, {failed} failed: {output}")
-        if failed:
-            raise typer.Exit(1)
+        async def work() -> None:
+            async with deployed(replace(where, share_records=share_records, kv_tokens=kv_tokens)) as ready:
+                with progress_bar("prompts", bytes_=False, quiet=as_json) as update, keeping(ended), answers:
+                    await run_job(ready, lines, ask, concurrency, Hear(update, heard, answers.put))
+
+        run_async(work)
+        _end_of_job({**answers.counts(), "over_budget": dear, "output": str(output)}, ended, as_json)
+
+
+def _end_of_job(report: dict[str, Any], ended: dict[str, Any], as_json: bool) -> None:
+    """What became of the lines, and what ended the job early if something did."""
+    why = "interrupted" if "interrupted" in ended else ended.get("error")
+    if as_json:
+        print_json(report if why is None else {**report, "error": why})
+    else:
+        left = f", {report['not_reached']} not reached" if report["not_reached"] else ""
+        typer.echo(f"{report['answered']} answered, {report['failed']} failed{left}: {report['output']}")
+        if why is not None:
+            typer.echo(f'sotto: {why} (lines without an answer say "error": give those to another job)', err=True)
+    if why is not None or report["failed"]:
+        raise typer.Exit(1)
 
 
 @asynccontextmanager
@@ -250,6 +263,8 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     from sotto.commands.models import UploadTotal, describe_placement, open_model, root_key
 
     checkpoint = open_model(where.model)
+    if where.one_session:
+        where = replace(where, kv_tokens=min(where.kv_tokens, checkpoint.config.max_position))
     key = root_key(where.privacy, where.key, where.data_dir)
 
     total = UploadTotal()

@@ -1,17 +1,24 @@
-"""A job of many prompts: lines in, answers out in the same order, a few under way at once."""
+"""A job of many prompts: lines in, answers out in the same order, a few under way at once.
+
+Invariant: an answer that came is not lost when the job ends early. Nothing here starts a job again.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 if TYPE_CHECKING:
     from client.generate import GenerationResult
     from node.choosing import Decided
     from node.model import Ask, DeployedModel
+
+NOT_REACHED = "not answered: the job ended before"
 
 
 def read_prompts(file: Path) -> list[dict[str, Any]]:
@@ -35,24 +42,89 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def check_output(output: Path, prompts: Path) -> Path:
+    """`output`, if answers can be written there: asked before anything is started. Its folder is made if need be.
+    Raises InputError, OSError."""
+    from protocol.errors import InputError
+
+    there = output.exists()
+    if there and not output.is_file():
+        raise InputError(f"{output} is not a file: give --output the name of one")
+    if there and output.samefile(prompts):
+        raise InputError(f"{output} holds the prompts: give --output another name")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output if there else output.parent, os.W_OK):
+        raise InputError(f"{output} may not be written: give --output another name")
+    return output
+
+
+class Answers:
+    """The output of a job. Within the block each answer is written as soon as those before it are; at its end come, in
+    order, the rest, and an "error" for each line that has none. An interrupt may come at any moment."""
+
+    def __init__(self, output: Path, lines: list[dict[str, Any]]) -> None:
+        self._output = output
+        self._lines = lines
+        self._file: BinaryIO | None = None
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._written = (0, 0)  # lines, bytes: in one, so that a line is never there twice
+
+    def __enter__(self) -> Answers:
+        self._file = self._output.open("wb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        with self._file as file:
+            for index in range(self._written[0], len(self._lines)):
+                self._write(file, self._answers.get(index) or answer_of(self._lines[index], error=NOT_REACHED))
+
+    def put(self, index: int, answer: dict[str, Any]) -> None:
+        """The answer of line `index` has come."""
+        assert self._file is not None
+        self._answers[index] = answer
+        while self._written[0] in self._answers:
+            self._write(self._file, self._answers[self._written[0]])
+
+    def _write(self, file: BinaryIO, answer: dict[str, Any]) -> None:
+        count, end = self._written
+        data = json.dumps(answer).encode() + b"\n"
+        file.seek(end)
+        file.write(data)
+        file.flush()
+        self._written = (count + 1, end + len(data))
+
+    def counts(self) -> dict[str, int]:
+        """How many lines were answered, how many could not be, and how many the job did not reach."""
+        failed = sum("error" in answer for answer in self._answers.values())
+        came = len(self._answers)
+        return {"answered": came - failed, "failed": failed, "not_reached": len(self._lines) - came}
+
+
+def answer_of(line: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """`line` with what became of it now: an "error" of an earlier job is gone."""
+    return {name: value for name, value in line.items() if name != "error"} | fields
+
+
 @dataclass(frozen=True, slots=True)
 class Hear:
-    """`progress` gets how many of how many lines are done; `decided` what was decided for each, before it runs."""
+    """`progress` gets how many of how many lines are done; `decided` what was decided for each, before it runs;
+    `answered` each answer as it comes, and the index of its line."""
 
     progress: Callable[[int, int], None]
-    decided: Callable[[Decided], None] = lambda _: None
+    decided: Callable[[Decided], None]
+    answered: Callable[[int, dict[str, Any]], None]
 
 
-async def run_job(
-    model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, concurrency: int, hear: Hear
-) -> list[dict[str, Any]]:
-    """Each line with its answer. A prompt that cannot be answered gets an "error"; a lost swarm ends the job."""
+async def run_job(model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, concurrency: int, hear: Hear) -> None:
+    """Answer each line. A prompt that cannot be answered gets an "error"; a lost worker ends the job."""
     import trio
 
     from models.errors import ModelError
     from protocol.errors import InputError, Refused
 
-    answers: list[dict[str, Any]] = [{} for _ in lines]
     waiting = iter(range(len(lines)))
     done, streams = 0, min(concurrency, len(lines))
     ask = replace(ask, concurrency=streams)
@@ -70,14 +142,11 @@ async def run_job(
             try:
                 result = await answered(lines[index]["prompt"])
             except (InputError, ModelError, Refused) as error:
-                answers[index] = {**lines[index], "error": str(error)}
+                answer = answer_of(lines[index], error=str(error))
             else:
-                answers[index] = {
-                    **lines[index],
-                    "text": result.text,
-                    "ids": list(result.ids),
-                    "finish_reason": result.finish_reason,
-                }
+                found = {"text": result.text, "ids": list(result.ids), "finish_reason": result.finish_reason}
+                answer = answer_of(lines[index], **found)
+            hear.answered(index, answer)
             done += 1
             hear.progress(done, len(lines))
 
@@ -85,4 +154,3 @@ async def run_job(
     async with trio.open_nursery() as nursery:
         for _ in range(streams):
             nursery.start_soon(serve)
-    return answers

@@ -169,6 +169,8 @@ def test_a_block_that_is_no_shard_is_refused_with_what_helps(sealed: bool) -> No
     require_sealable(config_405b(256), "int8", sealed)
     with pytest.raises(InputError, match="257 blocks; 256 at most"):
         require_sealable(config_405b(257), "int8", sealed)
+    with pytest.raises(InputError, match="unknown dtype 'int4': use one of float32, bfloat16, float16, int8"):
+        require_sealable(config_405b(1), "int4", sealed)
 
 
 def test_what_cannot_be_sealed_leaves_no_folder_behind(

@@ -8,8 +8,9 @@ import re
 import runpy
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import trio
@@ -17,10 +18,12 @@ import trio
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
+from node.model import Ask, DeployedModel
 from protocol.errors import InputError, TransportError
+from protocol.strategy import DEFAULT
 from simnet.cluster import Cluster
 from sotto import AsyncSwarm, SamplingParams, Swarm
-from sotto.api import Model
+from sotto.api import AsyncModel, Model
 from sotto.demo import demo_checkpoint
 from tests.helpers.tiny_models import make_checkpoint
 
@@ -49,6 +52,21 @@ def test_the_table_of_calls_has_the_defaults_of_the_code(name: str, call: Callab
     stated = dict(part.split("=", 1) for part in row[1].split(", ") if "=" in part)
     real = {p.name: p.default for p in inspect.signature(call).parameters.values() if p.default is not p.empty}
     assert {each: ast.literal_eval(value) for each, value in stated.items()} == real
+
+
+def test_one_stop_string_needs_no_list() -> None:
+    asked: list[Ask] = []
+
+    class Deployed:
+        default_strategy = DEFAULT
+
+        async def generate(self, _: str, ask: Ask) -> None:
+            asked.append(ask)
+
+    model = AsyncModel(cast("DeployedModel", Deployed()))
+    trio.run(partial(model.generate, PROMPT, stop="###"))
+    trio.run(partial(model.generate, PROMPT, stop=["#", "!"]))
+    assert [ask.stop for ask in asked] == [("###",), ("#", "!")]
 
 
 def local_answer(folder: Path, new_tokens: int) -> str:

@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner, Result
@@ -16,8 +18,9 @@ from typer.testing import CliRunner, Result
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
-from simnet.cluster import Cluster
+from simnet.cluster import Cluster, WorkerProcess, default_folder
 from sotto.__main__ import app
+from sotto.commands.common import bootstrap_addrs
 from tests.helpers.tiny_models import make_checkpoint
 
 COMMANDS = [
@@ -179,7 +182,7 @@ def test_submit_answers_each_line_in_order(swarm: Cluster, model: Path, tmp_path
     words = ["submit", str(tmp_path / "in.jsonl"), "-o", str(out), "-m", str(model), "-b", swarm.bootstrap, "-n", "5"]
     result = sotto(*words, "--json")
     assert result.exit_code == 1  # one could not be answered
-    assert one_object(result) == {"answered": 2, "failed": 1, "over_budget": 0, "output": str(out)}
+    assert one_object(result) == {"answered": 2, "failed": 1, "not_reached": 0, "over_budget": 0, "output": str(out)}
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [answer["prompt"] for answer in answers] == [line["prompt"] for line in prompts]
     assert answers[0]["id"] == 7
@@ -294,6 +297,8 @@ def test_keys(tmp_path: Path) -> None:
         (["join", "sotto1AGyTxAiI"], "copy it again"),
         (["peers", "-b", "sotto1AGyTxAiI"], "copy it again"),
         (["run", "hello", "-b", "sotto9later"], "update sotto"),
+        (["run", "\udcff", "-b", "x"], "not valid Unicode"),
+        (["chat", "--system", "\udcff", "-b", "x"], "not valid Unicode"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -303,6 +308,25 @@ def test_an_error_is_one_line_that_says_what_to_do(words: list[str], says: str) 
         failed = sotto(*words, "--json")
         assert failed.exit_code == 1
         assert says in str(one_object(failed)["error"])
+
+
+def test_a_simulated_network_is_looked_for_only_while_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SOTTO_SWARM", raising=False)
+    folder, started = default_folder(), psutil.Process().create_time()
+    folder.mkdir(parents=True)
+    here = WorkerProcess(
+        pid=os.getpid(),
+        started=started,
+        name="a",
+        folder="a",
+        command=(),
+        peer="12D3KooWHere",
+        addrs=("/ip4/127.0.0.1",),
+    )
+    Cluster(folder, (here,)).save()
+    assert bootstrap_addrs(None) == (here.bootstrap,)
+    Cluster(folder, (replace(here, started=started - 1),)).save()  # before the machine was started again
+    assert bootstrap_addrs(None) == ()
 
 
 def test_a_bad_line_of_prompts_is_named_before_anything_starts(tmp_path: Path) -> None:

@@ -1,49 +1,156 @@
-"""A job of many prompts: one that cannot be answered costs the others nothing."""
+"""A job of many prompts: one that cannot be answered costs the others nothing, and what ends it early no answer."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import json
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 import tokenizers
 import trio
+from typer.testing import CliRunner, Result
 
+from client.errors import HopLost
 from models.tokenizer import Tokenizer
+from node.client import ClientOptions
 from node.model import Ask, DeployedModel
 from protocol.errors import InputError
-from sotto.commands.job import Hear, run_job
-from tests.helpers.tiny_models import tokenizer_json
+from protocol.ids import PeerId
+from sotto.__main__ import app
+from sotto.commands.job import NOT_REACHED, Answers, Hear, check_output, run_job
+from tests.helpers.tiny_models import make_checkpoint, tokenizer_json
 
 TOKENIZER = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json()))
+PEER = PeerId("12D3KooWLost")
 
 
 class Echo:
-    """A model that answers a prompt with itself."""
+    """A model that answers a prompt with itself, and a client that has nothing to deploy."""
 
     @asynccontextmanager
     async def ask(self, prompt: str, _: Ask) -> AsyncGenerator[Any, None]:
         if not prompt:
             raise InputError("an empty prompt")
+        if prompt == "lost":
+            raise HopLost(PEER, "was lost")
+        if prompt == "interrupted":
+            signal.raise_signal(signal.SIGINT)
+            await trio.sleep_forever()
         ids = TOKENIZER.encode(prompt)
         result = SimpleNamespace(text=prompt, ids=ids, finish_reason="length")
-        yield SimpleNamespace(decided=None, pieces=self.pieces(prompt), result=result)
+        decided = SimpleNamespace(choice=None)
+        yield SimpleNamespace(decided=decided, pieces=self.pieces(prompt), result=result)
 
     async def pieces(self, text: str) -> AsyncGenerator[str, None]:
         yield text
 
+    async def seal(self, *_: object) -> None: ...
+
+    async def deploy(self, *_: object) -> Echo:
+        return self
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
+@pytest.fixture
+def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`sotto submit` of prompts, one after the other, to a swarm that only echoes."""
+
+    @asynccontextmanager
+    async def echoing(_: ClientOptions) -> AsyncIterator[Echo]:
+        yield Echo()
+
+    monkeypatch.setattr("node.app_client.open_client", echoing)
+    model = make_checkpoint(tmp_path / "model")
+
+    def call(lines: list[dict[str, Any]], output: Path, *words: str) -> Result:
+        prompts = tmp_path / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        options = ["-m", str(model), "-b", "x", "--privacy", "plain", "--concurrency", "1", *words]
+        return CliRunner().invoke(app, ["submit", str(prompts), "-o", str(output), *options])
+
+    return call
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
 
 def test_a_prompt_that_cannot_be_answered_costs_no_other_its_answer() -> None:
-    lines = [{"prompt": "a"}, {"prompt": "x\ud83d"}, {"prompt": ""}, {"prompt": "b"}]
+    lines = [{"prompt": "a"}, {"prompt": "x\ud83d"}, {"prompt": ""}, {"prompt": "b", "error": "of an earlier job"}]
     heard: list[tuple[int, int]] = []
+    answers: dict[int, dict[str, Any]] = {}
 
-    async def main() -> list[dict[str, Any]]:
-        hear = Hear(lambda done, total: heard.append((done, total)))
-        return await run_job(cast("DeployedModel", Echo()), lines, Ask(), 1, hear)
+    async def main() -> None:
+        hear = Hear(lambda done, total: heard.append((done, total)), lambda _: None, answers.__setitem__)
+        await run_job(cast("DeployedModel", Echo()), lines, Ask(), 1, hear)
 
-    first, broken, empty, last = trio.run(main)
+    trio.run(main)
+    first, broken, empty, last = (answers[index] for index in range(4))
     assert (first["text"], last["text"]) == ("a", "b")
+    assert "error" not in last
     assert "not valid Unicode" in broken["error"]
     assert empty["error"] == "an empty prompt"
     assert heard[-1] == (4, 4)
+
+
+def test_an_answer_is_written_as_soon_as_those_before_it_are(tmp_path: Path) -> None:
+    file = tmp_path / "out"
+    file.write_text("of an earlier job\n" * 100)
+    answers = Answers(file, [{"prompt": str(index)} for index in range(4)])
+    with answers:
+        answers.put(1, {"text": "one"})
+        assert read(file) == []
+        answers.put(0, {"text": "none"})
+        assert [line["text"] for line in read(file)] == ["none", "one"]
+        answers.put(3, {"error": "three"})
+    assert read(file)[2:] == [{"prompt": "2", "error": NOT_REACHED}, {"error": "three"}]
+    assert answers.counts() == {"answered": 2, "failed": 1, "not_reached": 1}
+
+
+@pytest.mark.parametrize(("how", "says"), [("lost", "was lost"), ("interrupted", "interrupted")])
+def test_a_job_that_ends_early_keeps_what_was_answered(how: str, says: str, submit: Any, tmp_path: Path) -> None:
+    lines, out = [{"prompt": "a", "id": 7}, {"prompt": ""}, {"prompt": how}, {"prompt": "b"}], tmp_path / "out"
+    ended = submit(lines, out)
+    assert ended.exit_code == 1
+    assert ended.stdout == f"1 answered, 1 failed, 2 not reached: {out}\n"
+    assert ended.stderr.splitlines()[-1].startswith("sotto: ")
+    assert says in ended.stderr.splitlines()[-1]
+    answers = read(out)
+    assert (answers[0]["text"], answers[0]["id"]) == ("a", 7)
+    assert [answer.get("error") for answer in answers] == [None, "an empty prompt", NOT_REACHED, NOT_REACHED]
+    exported = json.loads(submit(lines, out, "--json").stdout)
+    assert says in exported.pop("error")
+    assert exported == {"answered": 1, "failed": 1, "not_reached": 2, "over_budget": 0, "output": str(out)}
+    rest = [line for line in answers if "error" in line][2:]
+    assert submit(rest, tmp_path / "rest").exit_code == 0
+    assert [(line["text"], "error" in line) for line in read(tmp_path / "rest")] == [("b", False)]
+
+
+def test_where_answers_cannot_be_written_is_known_before_anything_starts(submit: Any, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("")
+    (tmp_path / "out").mkdir()
+    for output, says in ((tmp_path / "out", "is not a file"), (prompts, "holds the prompts")):
+        refused = submit([{"prompt": "lost"}], output)
+        assert says in refused.stderr
+        assert refused.stdout == ""
+        with pytest.raises(InputError, match=says):
+            check_output(output, prompts)
+    assert check_output(tmp_path / "new" / "out", prompts).parent.is_dir()
+
+
+def test_prompts_that_are_not_utf_8_are_named_by_their_line(tmp_path: Path) -> None:
+    prompts = tmp_path / "in"
+    prompts.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    refused = CliRunner().invoke(app, ["submit", str(prompts), "-o", str(tmp_path / "out"), "-b", "x"])
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "line 2" in refused.stderr

@@ -43,7 +43,7 @@ def test_a_price_and_an_objective_are_the_requests() -> None:
         ("auto,lossy", "float32", "float32"),
         ("default", None, "float32"),
         ("weights=int8", None, "int8"),
-        ("weights=int8", "float32", "int8"),
+        ("weights=int8", "int8", "int8"),
     ],
 )
 def test_weights_are_chosen_only_where_loss_is_allowed_and_none_are_named(
@@ -69,8 +69,9 @@ def test_a_draft_model_and_precisions_that_contradict_each_other() -> None:
             strategy_of(text, None, "draft", None, exact=False)
     with pytest.raises(InputError, match="without --draft"):
         paid(Ask(strategy=chosen), "latency", 1.0, 0.5)
-    with pytest.raises(InputError, match="contradict"):
-        strategy_of("weights=int8", "bfloat16", None, None, exact=False)
+    for dtype in ("bfloat16", "float32"):
+        with pytest.raises(InputError, match=f"--dtype {dtype} and weights=int8 contradict"):
+            strategy_of("weights=int8", dtype, None, None, exact=False)
 
 
 @pytest.mark.parametrize(

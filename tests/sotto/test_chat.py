@@ -1,0 +1,49 @@
+"""`sotto chat`: what it reads, and what it leases."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from node.client import ClientOptions, DeployOptions
+from protocol.errors import InputError
+from sotto.__main__ import app
+from sotto.commands.chat import _lines
+from tests.helpers.tiny_models import SIZES, make_checkpoint
+
+
+def test_bytes_that_are_no_text_cost_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The turn is then refused by the tokenizer, with one line."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nhello\n/exit\n"), encoding="utf-8"))
+    assert list(_lines()) == ["\udcff", "hello"]
+
+
+@pytest.mark.parametrize(("context", "leased"), [(4096, SIZES["max_position_embeddings"]), (64, 64)])
+def test_no_more_kv_is_leased_than_the_model_can_use(
+    context: int, leased: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Unwilling:
+        async def seal(self, *_: object) -> None: ...
+
+        async def deploy(self, _: None, options: DeployOptions) -> None:
+            asked.append(options.kv_tokens)
+            raise InputError("not today")
+
+    @asynccontextmanager
+    async def opened(_: ClientOptions) -> AsyncIterator[Unwilling]:
+        yield Unwilling()
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr("node.app_client.open_client", opened)
+    words = ["-m", str(make_checkpoint(tmp_path / "model")), "-b", "x", "--privacy", "plain", "--context", str(context)]
+    refused = CliRunner().invoke(app, ["chat", *words], input="hello\n")
+    assert refused.stderr.splitlines()[-1] == "sotto: not today"
+    assert asked == [leased]

@@ -1,0 +1,108 @@
+"""The thread that holds a client for plain code: what is called when there is no loop, or none any more."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from protocol.errors import InputError
+from sotto.api import AsyncModel, AsyncSwarm, Model
+from sotto.chat import AsyncChat, Chat
+from sotto.portal import Portal
+
+WAIT_S = 10.0
+
+
+@asynccontextmanager
+async def resource() -> AsyncIterator[str]:
+    yield "open"
+
+
+class Idle:
+    """A model and a chat that answer nothing, and are never asked."""
+
+    async def aclose(self) -> None: ...
+
+
+def closed_portal() -> Portal[str]:
+    portal = Portal(resource)
+    assert portal.open() == "open"
+    portal.close()
+    return portal
+
+
+def in_time(work: Callable[[], Any]) -> BaseException | None:
+    """What `work` raises. It runs beside the test, so that one which never ends fails."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except (InputError, trio.RunFinishedError, trio.Cancelled) as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(WAIT_S)
+    assert not thread.is_alive(), "it waits for ever"
+    return raised[0] if raised else None
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, _: model.generate("a"),
+        lambda model, _: list(model.stream("a")),
+        lambda model, _: model.chat(),
+        lambda _, chat: chat.say("a"),
+        lambda _, chat: list(chat.stream("a")),
+    ],
+    ids=["generate", "stream", "chat", "say", "chat stream"],
+)
+def test_a_model_is_of_no_use_after_its_swarm_and_says_so(call: Callable[[Model, Chat], Any]) -> None:
+    portal = cast("Portal[AsyncSwarm]", closed_portal())
+    model, chat = Model(portal, AsyncModel(cast("Any", Idle()))), Chat(portal, AsyncChat(cast("Any", Idle())))
+    error = in_time(lambda: call(model, chat))
+    assert isinstance(error, InputError)
+    assert "the swarm is closed" in str(error)
+    assert in_time(chat.close) is None, "the session went with the swarm"
+
+
+def test_a_stream_ends_when_its_swarm_is_closed_meanwhile() -> None:
+    portal = Portal(resource)
+    portal.open()
+
+    async def produce(emit: Callable[[str], None]) -> None:
+        emit("one")
+        await trio.sleep_forever()
+
+    pieces = portal.stream(produce)
+    assert next(pieces) == "one"
+    portal.close()
+    assert isinstance(in_time(lambda: list(pieces)), InputError)
+
+
+def test_an_interrupt_before_the_loop_runs_undoes_what_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes where `open` waits; the loop begins only then."""
+    portal, begin = Portal(resource), threading.Event()
+    run = portal._run
+
+    def interrupt() -> None:
+        begin.set()
+        raise KeyboardInterrupt
+
+    def late() -> None:
+        begin.wait()
+        run()
+
+    monkeypatch.setattr(portal, "_thread", threading.Thread(target=late, daemon=True))
+    monkeypatch.setattr(portal, "_opened", SimpleNamespace(get=interrupt, put=lambda _: None))
+    with pytest.raises(KeyboardInterrupt):
+        portal.open()
+    assert not portal._thread.is_alive()
