@@ -15,3 +15,7 @@ class UnsupportedModel(ModelError):
 
 class ContextExceeded(ModelError):
     """More tokens than the model's context holds."""
+
+
+class TextError(ModelError):
+    """A text that is none: lone surrogates, from an escape in JSON or a command line that was not UTF-8."""

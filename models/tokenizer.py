@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tokenizers
 
-from models.errors import CheckpointError, ModelError
+from models.errors import CheckpointError, TextError
 
 _REPLACEMENT = "\ufffd"  # what decoders give for bytes that are not (yet) a character
 
@@ -63,11 +63,11 @@ class Tokenizer:
 
 
 def require_text(text: str) -> None:
-    """Raises ModelError on a text with lone surrogates: an escape in JSON, a command line that was not UTF-8."""
+    """Raises TextError on a text with lone surrogates: an escape in JSON, a command line that was not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ModelError(
+        raise TextError(
             f"the text is not valid Unicode (character {error.start + 1} stands for none): write it in UTF-8"
         ) from error
 

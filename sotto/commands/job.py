@@ -122,7 +122,7 @@ async def run_job(model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, c
     """Answer each line. A prompt that cannot be answered gets an "error"; a lost worker ends the job."""
     import trio
 
-    from models.errors import ModelError
+    from models.errors import TextError
     from protocol.errors import InputError, Refused
 
     waiting = iter(range(len(lines)))
@@ -141,7 +141,7 @@ async def run_job(model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, c
         for index in waiting:
             try:
                 result = await answered(lines[index]["prompt"])
-            except (InputError, ModelError, Refused) as error:
+            except (InputError, TextError, Refused) as error:
                 answer = answer_of(lines[index], error=str(error))
             else:
                 found = {"text": result.text, "ids": list(result.ids), "finish_reason": result.finish_reason}

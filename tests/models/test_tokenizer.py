@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, processors
 
-from models.errors import CheckpointError, ModelError
+from models.errors import CheckpointError, TextError
 from models.tokenizer import Tokenizer
 from tests.helpers.tiny_models import tokenizer_json
 
@@ -125,7 +125,7 @@ def test_special_tokens_are_not_text() -> None:
 
 
 def test_a_text_that_is_not_unicode_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"valid Unicode \(character 2"):
+    with pytest.raises(TextError, match=r"valid Unicode \(character 2"):
         BYTE_LEVEL.encode("a\udcff")
 
 

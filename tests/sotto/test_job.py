@@ -16,6 +16,7 @@ import trio
 from typer.testing import CliRunner, Result
 
 from client.errors import HopLost
+from models.errors import CheckpointError
 from models.tokenizer import Tokenizer
 from node.client import ClientOptions
 from node.model import Ask, DeployedModel
@@ -38,6 +39,8 @@ class Echo:
             raise InputError("an empty prompt")
         if prompt == "lost":
             raise HopLost(PEER, "was lost")
+        if prompt == "no draft":
+            raise CheckpointError("no such model")
         if prompt == "interrupted":
             signal.raise_signal(signal.SIGINT)
             await trio.sleep_forever()
@@ -100,6 +103,18 @@ def test_a_prompt_that_cannot_be_answered_costs_no_other_its_answer() -> None:
     assert "not valid Unicode" in broken["error"]
     assert empty["error"] == "an empty prompt"
     assert heard[-1] == (4, 4)
+
+
+def test_what_no_prompt_can_be_answered_without_ends_the_job() -> None:
+    answers: dict[int, dict[str, Any]] = {}
+
+    async def main() -> None:
+        hear = Hear(lambda *_: None, lambda _: None, answers.__setitem__)
+        await run_job(cast("DeployedModel", Echo()), [{"prompt": "no draft"}, {"prompt": "a"}], Ask(), 1, hear)
+
+    with pytest.RaisesGroup(CheckpointError):
+        trio.run(main)
+    assert not answers
 
 
 def test_an_answer_is_written_as_soon_as_those_before_it_are(tmp_path: Path) -> None:
