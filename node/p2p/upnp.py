@@ -35,10 +35,6 @@ class Mapping:
     port: int
 
     @property
-    def public(self) -> bool:
-        return ipaddress.ip_address(self.external_ip).is_global
-
-    @property
     def addr(self) -> str:
         return f"/ip{ipaddress.ip_address(self.external_ip).version}/{self.external_ip}/tcp/{self.external_port}"
 
