@@ -33,10 +33,11 @@ from node.joining import Leads, join_found
 from node.lan import allowed, on_lan
 from node.lifetime import running_worker
 from node.p2p import upnp
-from node.p2p.addresses import is_circuit, parse_listen, tcp_endpoint
+from node.p2p.addresses import parse_listen, tcp_endpoint
 from node.p2p.autonat import AutoNat
 from node.p2p.identify import seen_at
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from node.p2p.tcp import address_towards
 from node.version import VERSION
 from protocol.adverts import TOPIC, read_advert
 from protocol.channel import Channel
@@ -78,10 +79,10 @@ async def examine(options: DoctorOptions, tell: Callable[[str], None] = lambda _
             nursery.start_soon(found.look_for_multicast)
             await found.look_at_swarm(mesh, key, entry.addrs)
     return Facts(
-        port=_port(options.listen if running is None else tuple(running.get("addrs", ()))),
+        port=_port(options.listen if running is None else tuple(running.get("listening", ()))),
         port_error=error,
         running=str(running.get("reach", "unknown")) if running is not None else "",
-        local_ip=_address_towards("192.0.2.1"),
+        local_ip=address_towards("192.0.2.1"),
         bootstrap=tuple(found.bootstrap.items()),
         neighbour=found.neighbour,
         swarm=key.swarm.hex() if key is not None else "",
@@ -201,9 +202,8 @@ def _key(folder: Path, entry: Entry, running: dict[str, Any] | None) -> SwarmKey
 
 
 def _port(addrs: tuple[str, ...]) -> int | None:
-    """The port of the first address that is no circuit."""
-    ports = [tcp_endpoint(Multiaddr(addr))[1] for addr in addrs if not is_circuit(addr)]
-    return ports[0] if ports else None
+    """The port of the first address."""
+    return tcp_endpoint(Multiaddr(addrs[0]))[1] if addrs else None
 
 
 async def _bindable(listen: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
@@ -215,15 +215,6 @@ async def _bindable(listen: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
             return listen, ""
     except InputError as error:
         return (), str(error)
-
-
-def _address_towards(outside: str) -> str | None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((outside, 9))  # sends nothing
-        except OSError:
-            return None
-        return str(probe.getsockname()[0])
 
 
 async def _multicast_works() -> bool:

@@ -34,6 +34,7 @@ from node.lan import Presence, allowed, on_lan
 from node.lifetime import only_user_of, until_told
 from node.metrics import WorkerMetrics, serve_metrics
 from node.notebook import FileNotebook
+from node.open_files import allow_many
 from node.owner import Owner
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.p2p.reaching import Reaching, ReachOptions
@@ -116,6 +117,7 @@ async def run_worker(options: WorkerOptions) -> None:
     """Serve until told to stop. Raises InputError for what the owner must change (port in use, bad address...)."""
     torch.set_num_threads(options.threads)
     spare_imports()
+    allow_many()
     entry = read_entry(options.bootstrap)
     with only_user_of(options.data_dir, "worker"), ungrouped():
         key = key_of_worker(options.data_dir, entry, options.private, os.urandom)
@@ -211,13 +213,17 @@ async def _start_owner(nursery: trio.Nursery, service: WorkerService, options: W
 
 @contextmanager
 def _announced(folder: Path, mesh: Mesh, facts: Mapping[str, str]) -> Iterator[Callable[[], None]]:
-    """`worker.json` while the worker serves: how its maker, and its owner, find it. Call what it gives to renew it."""
+    """`worker.json` while the worker serves: how its maker, and its owner, find it. Call what it gives to renew it. A
+    full disk leaves an old one, and the worker goes on."""
     file = folder / STATE_FILE
 
     def announce() -> None:
         state = {"pid": os.getpid(), "peer": mesh.peer, "addrs": mesh.addrs, "listening": mesh.listening}
         state["reach"] = mesh.reach.state.value
-        write_atomic(file, json.dumps({**state, **facts}).encode())
+        try:
+            write_atomic(file, json.dumps({**state, **facts}).encode())
+        except OSError as error:
+            log.warning("where this worker is found cannot be written", extra={"path": file, "reason": str(error)})
 
     announce()
     try:

@@ -67,8 +67,8 @@ class ClientOptions:
     local network is searched for a public swarm. `discover_s` is how long to wait for workers. `capability`: what the
     owner of another's deployment gave, for a client that uses that one. `origin`: what the history says that this
     client's requests are. `draft`: see node.draft.Draft. `share_records`: tell other clients how strategies compared
-    here, and heed what they tell (node/sharing.py). `chooses`: have strategies chosen by records, which takes seconds
-    of a processor to get ready."""
+    here, and heed what they tell (node/sharing.py). `chooses`: have strategies chosen by records, which takes one to
+    two seconds of a processor to get ready, for the most part to load libraries."""
 
     data_dir: Path
     bootstrap: tuple[str, ...]

@@ -1,7 +1,9 @@
 """Structured logs on stderr: one JSON object a line, ids, counts and durations, never tokens, prompts or activations.
 
-Only fields that a call site passes through `extra=` are added, so nothing slips in by formatting. What peers can cause
-they can cause without end, so of one event few lines are written in a time, and the rest is counted.
+Fields are those that a call site passes through `extra=`. Texts of the network's code also name peers, protocols and
+addresses, and quote the transport's errors, which know nothing of what passes. Of what a handler of streams raised come
+its type and the places in the code. What peers can cause they can cause without end, so of one event few lines are
+written in a time, and the rest is counted.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ import logging
 import sys
 import traceback
 
+from protocol.errors import InputError
+
 FRAMES_KEPT = 6
 LINES_MAX = 20  # of one event in WINDOW_S
 WINDOW_S = 10.0
 EVENTS_MAX = 1000  # remembered; libraries format their texts before they log them
+_LEVELS = ("debug", "info", "warning", "error")
+_OURS = ("sotto", "node")  # node/p2p and its neighbours log under the names of their modules
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -56,11 +62,14 @@ class Repeats(logging.Filter):
 
 
 def configure(level: str = "info") -> None:
-    """Send the `sotto` loggers, and other libraries' warnings, to stderr."""
+    """Send our loggers from `level` on, and other libraries' warnings, to stderr. Raises InputError."""
+    if level.lower() not in _LEVELS:
+        raise InputError(f"{level!r} is no level of logging: give --log-level debug, info, warning or error")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
     handler.addFilter(Repeats())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    logging.getLogger("sotto").setLevel(level.upper())
+    for name in _OURS:
+        logging.getLogger(name).setLevel(level.upper())

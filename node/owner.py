@@ -70,7 +70,11 @@ class Owner:
         probe, pressure = Probe(), Pressure()
         while True:
             await trio.sleep(SAMPLE_S)
-            if pressure.feed(probe.sample(), trio.current_time()):
+            try:
+                sample = probe.sample()
+            except OSError:  # no file descriptor is free to ask the system: asked again in a moment
+                continue
+            if pressure.feed(sample, trio.current_time()):
                 self.service.stand_down(Cause.YIELDING)
             else:
                 self.service.stand_up(Cause.YIELDING)

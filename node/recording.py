@@ -190,7 +190,6 @@ class Recorder:
     clock: Clock
     entropy: Entropy
     origin: Origin = "request"
-    simulated: bool = False
     _hardware: str = field(default_factory=lambda: hardware())
 
     def task(
@@ -239,7 +238,7 @@ class Recorder:
             uid=self.entropy(16).hex(),
             at_ms=at_ms,
             origin=self.origin,
-            simulated=self.simulated,
+            simulated=False,
             version=VERSION,
             torch=torch.__version__,
             hardware=self._hardware,

@@ -84,7 +84,7 @@ class SealedFolder:
     @classmethod
     def create(cls, path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, owner: PeerId) -> SealedFolder:
         """Start a deployment of `owner` in an empty or new folder."""
-        if any(path.iterdir()):
+        if any(not file.name.startswith(".deployment.json.") for file in path.iterdir()):  # that is: killed below
             raise InputError(f"{path} is not empty and holds no sealed model: give another folder")
         salt = os.urandom(ID_BYTES)
         deployment = deployment_id(owner, salt)

@@ -27,6 +27,6 @@ async def serve(stream: Resettable, protocol: str, handler: StreamHandler) -> No
     except TransportError as error:
         log.debug("%s with %s ended: %s", protocol, stream.remote, error)
     except Exception as error:  # the port's contract: it costs this stream, never the node
-        log.warning("the handler of %s failed for %s: %r", protocol, stream.remote, error)
+        log.warning("the handler of %s failed for %s", protocol, stream.remote, exc_info=error)
     finally:
         await stream.reset()  # unless it is closed: a handler that was cut short must not look finished

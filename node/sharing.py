@@ -109,11 +109,6 @@ class Sharing:
         log.info("comparisons told", extra={"count": len(report.comparisons)})
         return True
 
-    async def wait_for(self, predicate: Callable[[Hearsay], bool]) -> None:
-        """Until `predicate` holds of what was heard. Waits as long as it takes: callers own timeouts."""
-        while not predicate(self.hearsay):
-            await self._changed.wait()
-
     def _admit(self, message: GossipMessage) -> bool:
         """Gossip's validator: what the gate refuses is neither heard nor forwarded."""
         try:

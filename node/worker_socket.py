@@ -28,6 +28,7 @@ SILENCE_S = 30.0
 CLIENTS_MAX = 8
 PAUSE_S_MAX = 366 * 86_400.0
 ANSWER_S = 5.0
+CROWDED_S = 0.1  # before accepting again when the system has no room for another connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,12 @@ async def serve_controls(
     try:
         async with trio.open_nursery() as nursery:
             while True:
-                client, _ = await listener.accept()
+                try:
+                    client, _ = await listener.accept()
+                except OSError as error:
+                    log.debug("the control socket accepts nobody", extra={"reason": str(error)})
+                    await trio.sleep(CROWDED_S)
+                    continue
                 nursery.start_soon(_serve, trio.SocketStream(client), controls, limiter)
     finally:
         listener.close()

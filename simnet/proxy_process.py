@@ -7,7 +7,6 @@ on another port. SIGHUP makes it read the links again. It says nothing and keeps
 from __future__ import annotations
 
 import json
-import resource
 import signal
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import trio
 
 from node.files import write_atomic
 from node.lifetime import until_told
+from node.open_files import allow_many
 from protocol.errors import InputError
 from simnet.proxy import Wires, dialling_host, serve
 from simnet.shape import load_wiring
@@ -25,8 +25,7 @@ async def run_proxy(folder: Path, lifeline: int | None) -> None:
     wiring = load_wiring(folder)
     if wiring is None:
         raise InputError(f"{folder} holds no links to shape")
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # two for each connection, however many there are
+    allow_many()  # two for each connection
     wires, ports = Wires(wiring), {}
     async with until_told(lifeline), trio.open_nursery() as nursery:
         with trio.open_signal_receiver(signal.SIGHUP) as changes:

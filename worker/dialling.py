@@ -1,55 +1,19 @@
 """Which addresses a worker dials when a ticket names its next hop. Pure.
 
 A client chooses its route, so it could choose what a worker connects to. What the next hop itself advertises goes
-before what the ticket says of it, and an address inside a network (loopback, link-local, private) is dialled only by a
-worker that is reached no further away than there: a worker on the internet never knocks at doors of its owner's own
-network, whoever asks for it.
+before what the ticket says of it, and either is dialled under the rule of protocol/scopes.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
 from protocol.ids import PeerId
+from protocol.scopes import dialable_from
 from protocol.swarm import SwarmView
-
-SCOPES = ("", "loopback", "link-local", "private", "global")  # from the narrowest on
-_NAT64 = IPv6Network("64:ff9b::/96")
-_INTERNET = IPv6Network(
-    "2000::/3"
-)  # what else exists in IPv6 was never given to anybody, or is for use inside networks
 
 
 def dialable(view: SwarmView, peer: PeerId, stated: tuple[str, ...], own: Iterable[str]) -> tuple[str, ...]:
     """Addresses under which a worker reached at `own` dials `peer`, of which a ticket stated some; () for none."""
     member = view.members.get(peer)
-    widest = max((SCOPES.index(scope_of(addr)) for addr in own), default=0)
-    addrs = member.advert.addrs if member is not None else stated
-    return tuple(addr for addr in addrs if scope_of(addr) in ("global", SCOPES[widest] or "global"))
-
-
-def scope_of(addr: str) -> str:
-    """One of SCOPES; "" for what is no address of one host: a name could stand for any."""
-    parts = addr.split("/")
-    try:
-        host = ip_address(parts[2]) if len(parts) > 2 and parts[1] in ("ip4", "ip6") else None
-    except ValueError:
-        return ""
-    if isinstance(host, IPv6Address):
-        host = _inside(host)
-    if host is None or host.is_unspecified or host.is_multicast:
-        return ""
-    if host.is_loopback:
-        return "loopback"
-    if host.is_link_local:
-        return "link-local"
-    # Shared addresses (100.64.0.0/10: VPNs, clusters, carriers) are neither global nor private to Python.
-    return "global" if host.is_global and (host.version == 4 or host in _INTERNET) else "private"
-
-
-def _inside(host: IPv6Address) -> IPv4Address | IPv6Address:
-    """The IPv4 address that packets to `host` end at, if it stands for one."""
-    if host in _NAT64:
-        return IPv4Address(host.packed[-4:])
-    return host.ipv4_mapped or host.sixtofour or host
+    return dialable_from(own, member.advert.addrs if member is not None else stated)

@@ -25,8 +25,7 @@ _EXAMPLE = "/ip4/192.0.2.7/tcp/4001"
 
 def parse(text: str) -> Multiaddr:
     """Any multiaddr over TCP, without /p2p. Raises InputError."""
-    if len(text) > ADDR_CHARS_MAX:
-        raise InputError(f"an address of {len(text)} characters: at most {ADDR_CHARS_MAX} fit into an advert")
+    _require_short(text)
     try:
         maddr = Multiaddr(text)
         names = [protocol.name for protocol in maddr.protocols()]
@@ -38,11 +37,16 @@ def parse(text: str) -> Multiaddr:
 
 
 def parse_bootstrap(text: str) -> tuple[PeerId, Multiaddr]:
-    """A multiaddr that ends in /p2p/<peer id>. Raises InputError."""
+    """A multiaddr, or a circuit address, that ends in /p2p/<peer id>. Raises InputError."""
     where, separator, peer = text.strip().rpartition("/p2p/")
     if not separator:
         raise InputError(f"{text!r} does not say whom to expect there: write it like {_EXAMPLE}/p2p/12D3KooW...")
-    maddr = parse(where)
+    if is_circuit(where):
+        _require_short(where)
+        relay, at = parse_circuit(where)
+        maddr = Multiaddr(f"{at}/p2p/{relay}{CIRCUIT}")
+    else:
+        maddr = parse(where)
     try:
         public_key_of(peer)
     except RemoteProtocolError as error:
@@ -62,7 +66,9 @@ def parse_announced(texts: Sequence[str]) -> tuple[str, ...]:
     if len(texts) > ADDRS_MAX:
         raise InputError(f"{len(texts)} addresses to announce, but an advert carries {ADDRS_MAX}: give the best ones")
     for text in texts:
-        host, port = str(parse(text)).split("/")[2::2]
+        kind, host, _, port = str(parse(text)).split("/")[1:]
+        if kind not in ("ip4", "ip6"):
+            raise InputError(f"{text!r} is a name, which hops and dial-backs do not look up: announce its IP address")
         if host in ("0.0.0.0", "::") or port == "0":
             raise InputError(f"nobody can dial {text!r}: announce the address and the port that others see")
     return tuple(str(parse(text)) for text in texts)
@@ -115,6 +121,11 @@ def peer_of_bytes(data: bytes) -> PeerId | None:
     except RemoteProtocolError:
         return None
     return peer
+
+
+def _require_short(text: str) -> None:
+    if len(text) > ADDR_CHARS_MAX:
+        raise InputError(f"an address of {len(text)} characters: at most {ADDR_CHARS_MAX} fit into an advert")
 
 
 def tcp_endpoint(maddr: Multiaddr) -> tuple[str, int]:

@@ -130,11 +130,11 @@ class Kademlia:
 
     async def _look_up(self, request: Message, enough: Callable[[Message], bool] = lambda _: False) -> Search:
         """Ask ever nearer peers until the nearest have answered, or `enough` says so of an answer."""
-        await self._meet()
         target = place_of(request.key)
         search = Search(target, self._node.peer)
-        search.add(self.table.closest(target))
         with trio.move_on_after(LOOKUP_S):
+            await self._meet()
+            search.add(self.table.closest(target))
             async with trio.open_nursery() as nursery:
 
                 async def pull() -> None:

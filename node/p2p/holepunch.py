@@ -7,6 +7,9 @@ the direct connection, and the relay carries nothing but what was under way.
 It guesses that a router lets a connection out under the port that it has inside, which most home routers do while that
 port is free; where one does not (carriers' NAT, mostly), the attempt fails and the peers stay on their relay. One
 attempt per relayed connection; it never makes anything worse. Source: libp2p's dcutr specification.
+
+Where to dial is the other's word, and it may be a stranger. Invariants: PUNCHES_MAX attempts at a time, in all; one
+address each, on the internet or in a network beyond which this node has no address and no neighbour.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from node.p2p.tcp import connect_from
 from protocol.errors import InputError, RemoteProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.ports import Stream
+from protocol.scopes import dialable_from
 
 log = logging.getLogger(__name__)
 
@@ -40,44 +44,52 @@ TALK_S = 8.0  # through the relay: three messages, and each side's question to a
 PUNCH_S = 3.0  # SYNs that cross arrive within a round trip; a lost one is sent again after a second
 AGAIN_S = 0.05  # a router that declines the other's first packet answers with a reset
 WITNESSES_MAX = 3
+PUNCHES_MAX = 8  # at a time: a client's relayed hops; each knocks PUNCH_S / AGAIN_S times at the most
 
 
 class HolePunching:
     def __init__(self, node: Node, host: Host) -> None:
         self._node = node
         self._host = host
+        self._punches = trio.CapacityLimiter(PUNCHES_MAX)
 
     def serve(self) -> None:
         self._node.handle(DCUTR, self._answer)
 
     async def start(self, peer: PeerId) -> None:
-        """Try to reach `peer`, who came through a relay, directly. Raises TransportError when that fails."""
-        with _talking():
-            own, source = await self._way_out()
-            stream = await self._node.open(peer, (), DCUTR)
-            try:
-                messages = Delimited(stream, MESSAGE_BYTES_MAX)
-                asked = trio.current_time()
-                await messages.send(HolePunch(type=HolePunch.CONNECT, ObsAddrs=own))
-                answer = await _received(messages, HolePunch.CONNECT)
-                round_trip_s = trio.current_time() - asked
-                await messages.send(HolePunch(type=HolePunch.SYNC))
-                await stream.finish()
-                await trio.sleep(round_trip_s / 2)
-            finally:
-                await stream.aclose()
-        await self._punch(peer, source, answer, initiator=False)
+        """Try to reach `peer`, who came through a relay, directly, when it is its turn. Raises TransportError when that
+        fails."""
+        async with self._punches:
+            with _talking():
+                own, source = await self._way_out()
+                stream = await self._node.open(peer, (), DCUTR)
+                try:
+                    messages = Delimited(stream, MESSAGE_BYTES_MAX)
+                    asked = trio.current_time()
+                    await messages.send(HolePunch(type=HolePunch.CONNECT, ObsAddrs=own))
+                    answer = await _received(messages, HolePunch.CONNECT)
+                    round_trip_s = trio.current_time() - asked
+                    await messages.send(HolePunch(type=HolePunch.SYNC))
+                    await stream.finish()
+                    await trio.sleep(round_trip_s / 2)
+                finally:
+                    await stream.aclose()
+            await self._punch(peer, source, answer, initiator=False)
 
     async def _answer(self, stream: Stream) -> None:
-        if self._host.observed_ip(ID.from_base58(stream.remote)) is not None:
-            raise TransportError(f"{stream.remote} is connected directly already")
+        peer = ID.from_base58(stream.remote)
+        if not self._host.is_live(peer) or self._host.observed_ip(peer) is not None:
+            raise TransportError(f"{stream.remote} is not connected through a relay")
         with _talking():
             own, source = await self._way_out()
             messages = Delimited(stream, MESSAGE_BYTES_MAX)
             request = await _received(messages, HolePunch.CONNECT)
             await messages.send(HolePunch(type=HolePunch.CONNECT, ObsAddrs=own))
             await _received(messages, HolePunch.SYNC)
-        await self._punch(stream.remote, source, request, initiator=True)
+        if not self._punches.available_tokens:  # to wait for one would be too late
+            raise TransportError("as many attempts as may be are under way")
+        async with self._punches:
+            await self._punch(stream.remote, source, request, initiator=True)
 
     async def _way_out(self) -> tuple[list[bytes], int]:
         """Where the router lets this node out, as far as can be guessed, and the port here."""
@@ -97,6 +109,8 @@ class HolePunching:
             tcp_endpoint(target)
         except (IndexError, InputError):
             raise TransportError(f"{peer} does not say where it can be dialled") from None
+        if not dialable_from(self._own_addrs(), (str(target),)):
+            raise TransportError(f"{peer} names {target}, which is inside a network")
         with trio.move_on_after(PUNCH_S):
             while self._host.observed_ip(ID.from_base58(peer)) is None:
                 try:
@@ -109,6 +123,12 @@ class HolePunching:
             log.info("direct connection", extra={"peer": peer, "addr": str(target)})
             return
         raise TransportError(f"no hole to {peer} at {target} within {PUNCH_S:g} s")
+
+    def _own_addrs(self) -> tuple[str, ...]:
+        """Where this node is, as far as it knows by itself: its addresses, and its neighbours' as connections have
+        them. A client has no addresses, but a relay."""
+        ips = [self._host.observed_ip(ID.from_base58(peer)) for peer in self._node.connected()]
+        return (*self._node.addrs, *(f"/ip{6 if ':' in ip else 4}/{ip}" for ip in ips if ip is not None))
 
 
 @contextmanager

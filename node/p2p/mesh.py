@@ -20,7 +20,6 @@ from libp2p.abc import INetStream, ISubscriptionAPI
 from libp2p.custom_types import TProtocol
 from libp2p.network.stream.net_stream import NetStream
 from libp2p.peer.id import ID
-from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
@@ -56,7 +55,7 @@ class MeshConfig:
     """`seed`: 32-byte Ed25519 identity. `listen`: multiaddrs, () for none (a client behind NAT dials only).
     `announce`: what peers are told to dial instead of the listening addresses (port forwarding). `dial_from`: the local
     IPv4 address that dials come from; None leaves it to the system. `direct`: protocols whose streams get a connection
-    of their own when they are opened here."""
+    of their own, here and at the peer; all others are served by libp2p alone, on connections whose kind is known."""
 
     seed: bytes = field(repr=False)
     listen: tuple[str, ...] = ("/ip4/127.0.0.1/tcp/0",)
@@ -77,13 +76,11 @@ class Mesh:
         host: Host,
         plane: DirectPlane,
         pubsub: GuardedPubsub,
-        router: GossipSub,
         nursery: trio.Nursery,
         config: MeshConfig,
     ) -> None:
         self._host = host
         self._plane = plane
-        self._router = router
         self._pubsub = pubsub
         self._nursery = nursery
         self._config = config
@@ -135,7 +132,8 @@ class Mesh:
             await serve(MeshStream(_net_stream(net)), protocol, handler)
 
         self._host.set_stream_handler(TProtocol(protocol), serve_net)
-        self._plane.handle(protocol, handler)
+        if protocol in self._config.direct:
+            self._plane.handle(protocol, handler)
 
     async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream:
         if peer == self._peer:
@@ -219,10 +217,6 @@ class Mesh:
         self._nursery.start_soon(_drain, unused)
         return subscription
 
-    def neighbours(self, topic: str) -> tuple[PeerId, ...]:
-        """The peers to whom messages of `topic` are forwarded now, sorted."""
-        return tuple(sorted(PeerId(peer.to_base58()) for peer in self._router.mesh.get(topic, ())))
-
     # dialling
 
     async def _ensure_connected(self, peer: PeerId, maddrs: list[Multiaddr]) -> None:
@@ -275,7 +269,7 @@ async def open_mesh(config: MeshConfig) -> AsyncIterator[Mesh]:
             entrance = Entrance(nursery, bound, doorway, plane.serve, config.dial_from)
             host = new_host(config.seed, entrance, config.announce, shunned)
             pubsub = GuardedPubsub(host, router)
-            mesh = Mesh(host, plane, pubsub, router, nursery, config)
+            mesh = Mesh(host, plane, pubsub, nursery, config)
             host.tell_addrs(lambda: mesh.addrs)
             mesh.circuits.serve_punching()
             async with (

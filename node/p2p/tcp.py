@@ -17,6 +17,7 @@ import errno
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import trio
@@ -115,6 +116,7 @@ class TcpListener(IListener):
         self._entrance = entrance
         self._handler = handler
         self._sockets: list[socket.socket] = []
+        self._addrs: tuple[Multiaddr, ...] = ()
         self._scope = trio.CancelScope()
 
     async def listen(self, maddr: Multiaddr) -> None:
@@ -125,7 +127,9 @@ class TcpListener(IListener):
         await trio.lowlevel.checkpoint()
 
     def get_addrs(self) -> tuple[Multiaddr, ...]:
-        return tuple(addr for listening in self._sockets for addr in _dialable_addrs(listening))
+        with suppress(OSError):  # no file descriptor is free to ask the system: it is as it was
+            self._addrs = tuple(addr for listening in self._sockets for addr in _dialable_addrs(listening))
+        return self._addrs
 
     async def close(self) -> None:
         self._scope.cancel()
@@ -235,26 +239,27 @@ def _why(host: str, port: int, error: OSError) -> str:
 
 def _dialable_addrs(listening: socket.socket) -> list[Multiaddr]:
     """Where a listening socket can be reached. A wildcard names no place: it becomes the machine's address towards
-    others, if it has one, and loopback."""
+    others, if it has one, and loopback. Raises OSError."""
     host, port = listening.getsockname()[:2]
     match host:
         case "0.0.0.0":
-            hosts = [*_address_towards(socket.AF_INET, "192.0.2.1"), "127.0.0.1"]
+            hosts = [address_towards("192.0.2.1"), "127.0.0.1"]
         case "::":
-            hosts = [*_address_towards(socket.AF_INET6, "2001:db8::1"), "::1"]
+            hosts = [address_towards("2001:db8::1"), "::1"]
         case _:
             hosts = [host]
-    return [Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}") for host in hosts]
+    return [Multiaddr(f"/{'ip6' if ':' in host else 'ip4'}/{host}/tcp/{port}") for host in hosts if host]
 
 
-def _address_towards(family: socket.AddressFamily, outside: str) -> list[str]:
-    """This machine's address on the route to `outside`, if there is a route. Connecting UDP sends nothing."""
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+def address_towards(outside: str) -> str | None:
+    """This machine's address on the route to `outside`; None without a route. Connecting UDP sends nothing. Raises
+    OSError: the system has no room for a socket."""
+    with socket.socket(socket.AF_INET6 if ":" in outside else socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((outside, 9))
         except OSError:
-            return []
-        return [str(probe.getsockname()[0])]
+            return None
+        return str(probe.getsockname()[0])
 
 
 def _remote_of(stream: trio.SocketStream) -> tuple[str, int] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ GATEWAY_S = 15.0  # everything that is asked of a router at a time
 LEASE_S = 3600
 RENEW_S = LEASE_S / 3
 PORTS_TRIED = 3  # somebody else in the house may have the first
+DESCRIPTORS_MAX = 1000  # miniupnpc waits with select(), which writes outside its set from descriptor 1024 on
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,6 @@ class Mapping:
     external_ip: str
     external_port: int
     port: int
-
-    @property
-    def public(self) -> bool:
-        return ipaddress.ip_address(self.external_ip).is_global
 
     @property
     def addr(self) -> str:
@@ -93,6 +91,10 @@ async def _in_thread(function: Callable[[], T | None]) -> T | None:
 
     def guarded() -> T | None:
         try:
+            with open(os.devnull, "rb") as probe:
+                if probe.fileno() >= DESCRIPTORS_MAX:
+                    log.warning("the router is not asked: this process has too many connections")
+                    return None
             return function()
         except Exception as error:  # the library raises bare Exception, and a router may answer anything
             log.debug("the router does not answer: %r", error)

@@ -19,7 +19,7 @@ from simnet.bench.pipes import DIRECT, SERVER_SEED, STREAM, TcpPipe, serve
 
 
 async def main() -> None:
-    async with open_mesh(MeshConfig(SERVER_SEED)) as mesh, trio.open_nursery() as nursery:
+    async with open_mesh(MeshConfig(SERVER_SEED, direct=(DIRECT,))) as mesh, trio.open_nursery() as nursery:
         for protocol in (DIRECT, STREAM):
             mesh.handle(protocol, serve)
         ports = {}

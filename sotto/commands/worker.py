@@ -56,8 +56,8 @@ Listen = Annotated[
 Announce = Annotated[
     list[str] | None,
     typer.Option(
-        help="Multiaddr to announce in place of those listened on (port forwarding); may be repeated. What peers "
-        "dialled is announced too."
+        help="Multiaddr to announce in place of those listened on (port forwarding), with an IP address; may be "
+        "repeated. What peers dialled is announced too."
     ),
 ]
 Bootstrap = Annotated[

@@ -72,9 +72,6 @@ class Member:
         self.handle, self.open = self._transport.handle, self._transport.open
         self.publish, self.subscribe = self._gossip.publish, self._gossip.subscribe
 
-    def neighbours(self, topic: str) -> tuple[PeerId, ...]:
-        return self._inner.neighbours(KEY.topic(topic))
-
     def __getattr__(self, name: str) -> Any:
         """What the tests ask of the adapter itself: peer, addrs, connect, and its insides."""
         return getattr(self._inner, name)
@@ -139,6 +136,15 @@ def peers_of(endpoint: Endpoint) -> tuple[PeerId, ...]:
     return tuple(sorted({*endpoint.connected(), *direct}))
 
 
+def forwards(endpoint: Endpoint, topic: str, other: Endpoint) -> bool:
+    """Does `endpoint` pass messages of `topic` on to `other`?"""
+    if isinstance(endpoint, Member):
+        return forwards(endpoint._inner, KEY.topic(topic), other)
+    if isinstance(endpoint, Mesh):
+        return other.peer in {peer.to_base58() for peer in endpoint._pubsub.router.mesh.get(topic, ())}
+    return other.peer in endpoint.neighbours(topic)
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """Wait for what the network will do by itself; the run's guard bounds it."""
     while not condition():
@@ -150,7 +156,7 @@ async def gossip_line(topic: str, *endpoints: Endpoint) -> None:
     for near, far in pairwise(endpoints):
         await near.connect(full_addr(far))
     for near, far in pairwise(endpoints):
-        await until(lambda n=near, f=far: f.peer in n.neighbours(topic) and n.peer in f.neighbours(topic))
+        await until(lambda n=near, f=far: forwards(n, topic, f) and forwards(f, topic, n))
 
 
 @asynccontextmanager

@@ -379,6 +379,7 @@ ADDRESSES = [
     b"/ip6/2001:db8::1/tcp/4001",
     b"/dns4/example.org/tcp/443",
     b"/ip4/192.0.2.7/tcp/4001/p2p/" + WORKER.peer.encode(),
+    b"/ip4/192.0.2.7/tcp/4001/p2p/%s/p2p-circuit/p2p/%s" % (WORKER.peer.encode(), WORKER.peer.encode()),
     b"/ip4/192.0.2.7/udp/4001/quic-v1/webtransport",
     b"/ip6zone/x/ip6/fe80::1/tcp/1",
     b"/unix/a/b",

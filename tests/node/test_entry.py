@@ -131,6 +131,36 @@ def test_no_invite_of_a_worker_that_is_gone_though_its_number_may_live_on(tmp_pa
 
 
 @pytest.mark.usefixtures("running")
+def test_an_invite_of_a_relayed_worker_is_read_again(tmp_path: Path) -> None:
+    circuit = f"/ip4/192.0.2.9/tcp/4517/p2p/{peer(2)}/p2p-circuit"
+    state(tmp_path, PUBLIC_SWARM, ["/ip4/127.0.0.1/tcp/1", circuit])
+    invite = print_invite(invite_of_worker(tmp_path))
+    entry = read_entry([invite])
+    assert entry.addrs == (f"{circuit}/p2p/{peer(1)}",)
+    assert print_invite(invite_by(entry)) == invite
+
+
+CIRCUIT = f"/ip4/192.0.2.9/tcp/1/p2p/{peer(2)}/p2p-circuit"
+
+
+@pytest.mark.parametrize(
+    ("addr", "says"),
+    [
+        (f"/p2p-circuit/p2p/{peer(1)}", "whom to expect"),
+        (f"/ip4/192.0.2.9/tcp/1/p2p-circuit/p2p/{peer(1)}", "whom to expect"),
+        (f"{CIRCUIT}/p2p/{peer(3)}/p2p-circuit/p2p/{peer(1)}", "at most 128"),
+        (f"/dns4/{'x' * 80}/tcp/1/p2p/{peer(2)}/p2p-circuit/p2p/{peer(1)}", "at most 128"),
+        (f"/ip4/192.0.2.9/tcp/1/p2p/{peer(2)} /p2p-circuit/p2p/rubbish", "peer id"),
+        (f"{CIRCUIT}/p2p/rubbish", "peer id"),
+        (f"{CIRCUIT}", "peer id"),
+    ],
+)
+def test_a_circuit_that_leads_nowhere_is_said(addr: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        read_entry([addr])
+
+
+@pytest.mark.usefixtures("running")
 def test_no_invite_without_an_address_or_the_right_key(tmp_path: Path) -> None:
     state(tmp_path, PUBLIC_SWARM, [])
     with pytest.raises(InputError, match="--listen"):

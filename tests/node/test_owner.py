@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -13,11 +14,14 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
+from node import worker_socket
 from node.files import parse_life
 from node.grants import Grants, OwnCredentials, grant_to, read_token
 from node.identity import load_identity
-from node.pressure import BEGIN_S, END_S, Pressure, Probe, Sample
+from node.owner import Owner
+from node.pressure import BEGIN_S, END_S, SAMPLE_S, Pressure, Probe, Sample
 from node.quotas import parse_quotas
 from node.sealing import SealInfo
 from node.worker_socket import LINE_BYTES_MAX, Controls, ask_worker, serve_controls
@@ -25,6 +29,7 @@ from protocol.capabilities import CapabilityGate, Claim, Right
 from protocol.errors import InputError
 from protocol.ids import deployment_id
 from protocol.signed import Identity
+from worker.duty import Cause
 
 HOLDER = Identity(b"h" * 32)
 SALT = bytes(16)
@@ -97,6 +102,63 @@ def test_a_folder_with_a_long_name_costs_the_socket_only(tmp_path: Path) -> None
     folder = tmp_path / ("n" * 120)
     folder.mkdir()
     trio.run(serve_controls, folder, Controls(lambda _: None, lambda: None, dict))
+
+
+class NoRoom:
+    """Accepts nobody at first: the process has no file descriptor left."""
+
+    def __init__(self, path: Path) -> None:
+        self.listener = ORIGINAL(path)
+        self.times = 2
+
+    async def accept(self) -> Any:
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        assert self.listener is not None
+        return await self.listener.accept()
+
+    def close(self) -> None:
+        assert self.listener is not None
+        self.listener.close()
+
+
+ORIGINAL = worker_socket._listener
+
+
+def test_a_moment_without_file_descriptors_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_socket, "_listener", NoRoom)
+    with_socket(tmp_path, lambda folder, _: ask_worker(folder, {"do": "status"}) and None)
+
+
+def test_a_machine_that_cannot_be_measured_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    service: Any = FakeService()
+    samples = iter([OSError(errno.EMFILE, "Too many open files"), EASY])
+
+    def sample(_: Probe) -> Sample:
+        match next(samples):
+            case Sample() as measured:
+                return measured
+            case error:
+                raise error
+
+    async def main() -> None:
+        probe = Probe()
+        monkeypatch.setattr("node.owner.Probe", lambda: probe)
+        monkeypatch.setattr(Probe, "sample", sample)
+        with trio.move_on_after(2.5 * SAMPLE_S):
+            await Owner(service).yield_to_others()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert service.stood_up == [Cause.YIELDING]
+
+
+class FakeService:
+    def __init__(self) -> None:
+        self.stood_up: list[Cause] = []
+
+    def stand_up(self, cause: Cause) -> None:
+        self.stood_up.append(cause)
 
 
 BUSY, EASY, BETWEEN, FULL = Sample(0.9, 0.5), Sample(0.1, 0.5), Sample(0.5, 0.5), Sample(0.1, 0.05)

@@ -109,6 +109,15 @@ def test_a_seal_killed_in_a_real_process_goes_on(tmp_path: Path) -> None:
     assert before.items() <= after.items()
 
 
+def test_a_seal_killed_in_its_first_moment_goes_on(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / ".deployment.json.x1y2").write_text("{")
+    seal(tmp_path, checkpoint)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        seal(tmp_path / "other", checkpoint)
+
+
 def test_a_wrong_key_is_told_before_anything_is_computed(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

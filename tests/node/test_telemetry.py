@@ -7,16 +7,20 @@ import json
 import logging
 import socket
 import urllib.request
+from collections.abc import Iterator
 
 import pytest
+import trio
 from prometheus_client import generate_latest
 
 from client.observer import ClientObserver
-from node.logs import EVENTS_MAX, LINES_MAX, JsonFormatter, Repeats
+from node.logs import EVENTS_MAX, LINES_MAX, JsonFormatter, Repeats, configure
 from node.metrics import ClientMetrics, WorkerMetrics, parse_metrics_address, serve_metrics
+from node.serving import serve
 from protocol.errors import InputError
 from protocol.ids import PeerId
 from protocol.messages import CONTROL, RefusalReason
+from protocol.ports import Stream
 from tests.helpers.adverts import advert, view
 from worker.observer import WorkerObserver
 
@@ -144,6 +148,57 @@ def test_a_log_line_has_ids_and_places_but_nothing_that_was_said() -> None:
     assert line["exception"] == "ValueError"
     assert "test_telemetry.py" in line["traceback"][-1]
     assert secret not in stream.getvalue()
+
+
+def test_what_a_handler_raised_is_not_quoted() -> None:
+    secret, written = "the user's own words", io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(JsonFormatter())
+
+    class Far:
+        remote = STRANGER
+
+        async def reset(self) -> None:
+            pass
+
+    async def fails(_: Stream) -> None:
+        raise ValueError(secret)
+
+    logger = logging.getLogger("node.serving")
+    logger.addHandler(handler)
+    try:
+        trio.run(serve, Far(), CONTROL, fails)
+    finally:
+        logger.removeHandler(handler)
+    line = json.loads(written.getvalue())
+    assert (line["exception"], STRANGER in line["event"]) == ("ValueError", True)
+    assert secret not in written.getvalue()
+
+
+@pytest.fixture
+def _unchanged() -> Iterator[None]:
+    """Logging as it is, put back afterwards."""
+    root, named = logging.getLogger(), [logging.getLogger(name) for name in ("sotto", "node")]
+    handlers, levels = root.handlers[:], [each.level for each in (root, *named)]
+    yield
+    root.handlers[:] = handlers
+    for each, level in zip((root, *named), levels, strict=True):
+        each.setLevel(level)
+
+
+@pytest.mark.usefixtures("_unchanged")
+@pytest.mark.parametrize("level", ["debug", "error"])
+def test_the_level_is_of_all_that_is_ours(level: str) -> None:
+    configure(level)
+    for name in ("sotto.worker", "node.p2p.mesh", "node.serving"):
+        assert logging.getLogger(name).getEffectiveLevel() == getattr(logging, level.upper())
+    assert logging.getLogger("a library").getEffectiveLevel() == logging.WARNING
+
+
+@pytest.mark.parametrize("level", ["verbose", "", "20", "notset"])
+def test_what_is_no_level_is_said(level: str) -> None:
+    with pytest.raises(InputError, match="debug, info, warning or error"):
+        configure(level)
 
 
 def test_a_flood_of_one_event_is_counted_not_written() -> None:

@@ -290,6 +290,8 @@ def test_keys(tmp_path: Path) -> None:
         (["worker", "--listen", "4001"], "/ip4/"),
         (["worker", "--announce", "/ip4/0.0.0.0/tcp/4517"], "nobody can dial"),
         (["worker", "--announce", f"/dns4/{'x' * 128}/tcp/4517"], "at most 128"),
+        (["worker", "--announce", "/dns4/worker.example/tcp/4517"], "announce its IP address"),
+        (["worker", "--log-level", "verbose"], "info, warning or error"),
         (["worker", *["--announce", "/ip4/192.0.2.7/tcp/4517"] * 5], "give the best ones"),
         (["worker", "-b", "/ip4/192.0.2.7/tcp/4517"], "/p2p/"),
         (["invite"], "no worker runs"),

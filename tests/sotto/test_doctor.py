@@ -7,9 +7,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import trio
 from typer.testing import CliRunner
 
+from node.app_doctor import DoctorOptions, examine
 from node.entry import invite_by, read_entry
+from node.lifetime import only_user_of
 from node.p2p import upnp
 from protocol.invites import print_invite
 from simnet.cluster import Cluster
@@ -54,6 +57,15 @@ def test_a_machine_where_a_worker_runs(swarm: Cluster) -> None:
     assert (status, levels["port"]) == (0, "ok")
     assert "runs here" in texts["port"]
     assert "runs here" in texts["reachable"]
+
+
+def test_the_port_is_the_one_that_the_worker_listens_on(tmp_path: Path) -> None:
+    """Whatever its announced addresses look like: the router forwards to this one."""
+    state = {"reach": "relayed", "addrs": ["/dns4/worker.example/tcp/80"], "listening": ["/ip4/192.0.2.7/tcp/4517"]}
+    with only_user_of(tmp_path, "worker"):
+        (tmp_path / "worker.json").write_text(json.dumps(state))
+        facts = trio.run(examine, DoctorOptions(tmp_path, (), (), 1 << 20))
+    assert (facts.port, facts.running) == (4517, "relayed")
 
 
 def test_a_machine_that_is_no_use_to_a_swarm(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
@@ -23,6 +24,7 @@ from protocol.errors import LocalProtocolError, TransportError
 from protocol.ids import ShardDigest
 from protocol.limits import ADDRS_MAX
 from tests.conformance.adapters import full_addr, seed_of, until
+from tests.helpers.adverts import peer as person
 
 KEY = shard_key(ShardDigest(b"d" * 32))
 GUARD_S = 30.0
@@ -101,6 +103,33 @@ def test_a_peer_that_is_gone_costs_one_question():
         assert c.peer not in a.directory.table
 
     run(body, "a", "b")
+
+
+class Silent:
+    """A node whose neighbour, a stranger, says nothing; nor does anybody else."""
+
+    peer, addrs = person(0), ()
+
+    def connected(self):
+        return (person(1),)
+
+    def known_addrs(self, peer):
+        return ()
+
+    async def open(self, peer, addrs, protocol):
+        await trio.sleep_forever()
+
+
+def test_a_lookup_ends_in_time_among_those_who_say_nothing():
+    async def main():
+        directory = Kademlia(Silent())
+        for number in range(2, 40):
+            directory.table.add(Contact(person(number), ("/ip4/192.0.2.1/tcp/1",)))
+        started = trio.current_time()
+        assert await directory.providers(KEY) == ()
+        assert dht.ASK_S < trio.current_time() - started <= dht.LOOKUP_S
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 # --- hostile peers

@@ -16,13 +16,16 @@ import node.p2p.accepting as accepting
 import node.p2p.direct as direct
 import node.p2p.doorway as doorway
 import node.p2p.mesh as mesh
+from node.p2p.dht import KAD
 from node.p2p.doorway import Doorway
+from node.p2p.holepunch import DCUTR
 from node.p2p.mesh import MeshConfig, open_mesh
 from node.p2p.records import MAGIC
+from node.p2p.relay import HOP, Relay
 from node.p2p.streams import MeshStream
 from protocol.errors import LocalProtocolError, Refused, TransportError
 from protocol.ids import PeerId
-from tests.conformance.adapters import absent_peer, receive_exactly, seed_of, serving, until
+from tests.conformance.adapters import absent_peer, echo, receive_exactly, seed_of, serving, until
 from tests.conformance.test_conforming_cancellation import at_every_step
 from tests.node.p2p.direct_peers import ECHO, RAW, config, connect, receive_until_error, rogue, run, works
 from tests.node.p2p.stock import stock_host
@@ -211,6 +214,19 @@ def test_only_the_protocols_that_were_named_go_direct():
     async def body(a, b):
         async with open_mesh(MeshConfig(seed_of("c"))) as c:
             await works(a, c, MeshStream)
+
+    run(body)
+
+
+@pytest.mark.parametrize("protocol", [DCUTR, HOP, KAD, "/test/of/libp2p"])
+def test_what_was_not_named_is_not_served(protocol):
+    async def body(a, b):
+        a.directory.serve()
+        Relay(a).serve()
+        a.handle("/test/of/libp2p", echo)
+        with pytest.raises(Refused):
+            await rogue(a, protocol)
+        await works(a, b)
 
     run(body)
 

@@ -150,7 +150,7 @@ async def hold(stream):
     await stream.send(b"x")
     await trio.sleep_forever()
 async def main():
-    async with open_mesh(MeshConfig(b"k" * 32)) as mesh:
+    async with open_mesh(MeshConfig(b"k" * 32, direct=("/test/raw/1",))) as mesh:
         mesh.handle("/test/raw/1", hold)
         print(mesh.addrs[0], mesh.peer, flush=True)
         await trio.sleep_forever()

@@ -89,9 +89,9 @@ def test_a_flood_of_entries_costs_the_stream_and_leaves_nothing():
         await trio.sleep(0.2)
         await until(lambda: a._pubsub._reading[b._host.get_id()] <= 2)  # b's own, perhaps opened anew
         await still_works(a, b)
-        assert set(a._router.back_off) <= {TOPIC}
-        assert set(a._router.graft_flood_tracking[b._host.get_id()]) <= {TOPIC}
-        assert a._router.ihave_message_limits.keys() <= {b._host.get_id()}
+        assert set(a._pubsub.router.back_off) <= {TOPIC}
+        assert set(a._pubsub.router.graft_flood_tracking[b._host.get_id()]) <= {TOPIC}
+        assert a._pubsub.router.ihave_message_limits.keys() <= {b._host.get_id()}
 
     run(body)
 

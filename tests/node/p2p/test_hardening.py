@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -250,7 +252,7 @@ def test_nothing_listens_after_the_node_stopped():
 
 def test_announced_addresses_replace_the_listening_ones():
     async def main():
-        announce = ("/dns4/worker.example/tcp/4001",)
+        announce = ("/ip4/192.0.2.7/tcp/4001",)
         async with open_mesh(MeshConfig(seed_of("a"), announce=announce)) as mesh:
             assert mesh.addrs == announce
 
@@ -265,6 +267,30 @@ def test_a_wildcard_is_announced_as_addresses_that_can_be_dialled():
             assert not any("0.0.0.0" in addr for addr in a.addrs)
             assert len(a.addrs) == len(set(a.addrs)) <= 2
             assert await b.connect(f"{a.addrs[-1]}/p2p/{a.peer}") == a.peer
+
+    trio.run(main)
+
+
+@pytest.mark.parametrize("addr", ["/dns4/worker.example/tcp/4001", "/dns6/worker.example/tcp/4001"])
+def test_a_name_is_not_announced(addr):
+    async def main():
+        with pytest.raises(InputError, match="IP address"):
+            async with open_mesh(MeshConfig(seed_of("a"), announce=(addr,))):
+                pass
+
+    trio.run(main)
+
+
+def test_a_node_without_a_file_descriptor_left_is_where_it_was(monkeypatch):
+    async def main():
+        async with open_mesh(MeshConfig(seed_of("a"), ("/ip4/0.0.0.0/tcp/0",))) as a:
+            before = a.addrs
+            with monkeypatch.context() as patched:
+                patched.setattr(socket, "socket", no_socket)
+                assert a.addrs == before != ()
+
+    def no_socket(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
 
     trio.run(main)
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 
 import pytest
+import trio
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
+from multiaddr import Multiaddr
 
 from node.p2p.delimited import Delimited
-from node.p2p.holepunch import DCUTR
+from node.p2p.holepunch import DCUTR, PUNCHES_MAX, HolePunching
 from node.p2p.mesh import MeshConfig, open_mesh
 from protocol.errors import TransportError
 from tests.conformance.adapters import echo, full_addr, receive_exactly, seed_of, until
+from tests.helpers.adverts import peer
 from tests.helpers.home_networks import CORE_IP, homes, inside, permitted, router_ip
 from tests.node.p2p.test_relay import ECHO, run
 
@@ -77,6 +80,104 @@ def test_nonsense_costs_its_stream_only(addrs, monkeypatch):
 
     monkeypatch.setattr("node.p2p.holepunch.PUNCH_S", 0.3)
     run(body)
+
+
+class Nobody:
+    """Both the node and the host of a HolePunching, connected to `neighbours`."""
+
+    def __init__(self, addrs=(), neighbours=()):
+        self.addrs = addrs
+        self.neighbours = {str(peer(number)): ip for number, ip in enumerate(neighbours)}
+
+    def connected(self):
+        return tuple(self.neighbours)
+
+    def observed_ip(self, other):
+        return self.neighbours.get(other.to_base58())
+
+    async def take_connection(self, raw, other, maddr):
+        self.neighbours[other.to_base58()] = maddr
+
+
+INSIDE = ("/ip4/169.254.169.254/tcp/80", "/ip4/192.168.1.1/tcp/80", "/ip4/127.0.0.1/tcp/22", "/ip4/100.64.0.1/tcp/1")
+OUTSIDE = "/ip4/8.8.8.8/tcp/4517"
+HOME, RELAY = "/ip4/192.168.1.5/tcp/4517", "8.8.4.4"
+
+
+@pytest.mark.parametrize(
+    ("node", "dialled"),
+    [
+        (Nobody(("/ip4/8.8.8.1/tcp/4517",)), (OUTSIDE,)),
+        (Nobody((HOME,), (RELAY,)), (OUTSIDE,)),
+        (Nobody((), (RELAY,)), (OUTSIDE,)),
+        (Nobody((HOME,), ("192.168.1.9",)), (OUTSIDE, INSIDE[1], INSIDE[3])),
+        (Nobody((), ("127.0.0.1",)), (OUTSIDE, INSIDE[2])),
+    ],
+    ids=["public", "relayed", "a client", "all at home", "one machine"],
+)
+def test_a_stranger_sends_nobody_into_its_owners_network(node, dialled, monkeypatch):
+    found = []
+
+    async def connect(source, target, initiator):
+        found.append(str(target))
+
+    async def main():
+        punching = HolePunching(node, node)
+        for addr in (OUTSIDE, *INSIDE):
+            told = HolePunch(ObsAddrs=[Multiaddr(addr).to_bytes()])
+            with suppress(TransportError):
+                await punching._punch(peer(99), 0, told, initiator=True)
+            node.neighbours.pop(peer(99), None)
+
+    monkeypatch.setattr("node.p2p.holepunch.connect_from", connect)
+    trio.run(main)
+    assert found == list(dialled)
+
+
+def test_attempts_are_few_at_a_time(monkeypatch):
+    async def body(there):
+        diallers = []
+
+        async def connect(source, target, initiator):
+            diallers.append(initiator)
+            raise OSError("no way out")
+
+        monkeypatch.setattr("node.p2p.holepunch.connect_from", connect)
+        stream = await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        with pytest.raises(TransportError, match="no hole"):
+            await there.hidden.circuits._punching.start(there.near.peer)
+        assert set(diallers) == {True, False}, "both sides dial"
+        diallers.clear()
+        async with AsyncExitStack() as stack:
+            for _ in range(PUNCHES_MAX):
+                await there.near.circuits._punching._punches.acquire_on_behalf_of(token := object())
+                stack.callback(there.near.circuits._punching._punches.release_on_behalf_of, token)
+            with pytest.raises(TransportError, match="no hole"):
+                await there.hidden.circuits._punching.start(there.near.peer)
+        assert set(diallers) == {False}
+        await stream.aclose()
+
+    monkeypatch.setattr("node.p2p.holepunch.PUNCH_S", 0.3)
+    run(body)
+
+
+def test_who_is_connected_directly_is_not_dialled(monkeypatch):
+    """Neither is who has no connection of libp2p at all."""
+
+    class Far:
+        remote = str(peer(1))
+
+    async def main():
+        node = Nobody()
+        node.is_live = lambda _: False
+        with pytest.raises(TransportError, match="through a relay"):
+            await HolePunching(node, node)._answer(Far())
+        node.is_live = lambda _: True
+        node.neighbours[peer(1)] = "8.8.8.8"
+        with pytest.raises(TransportError, match="through a relay"):
+            await HolePunching(node, node)._answer(Far())
+
+    trio.run(main)
 
 
 @contextmanager

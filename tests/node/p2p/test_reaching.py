@@ -151,6 +151,17 @@ def test_a_port_that_the_router_maps_is_announced_once_it_was_dialled(monkeypatc
     run(body)
 
 
+@pytest.mark.parametrize(("descriptors", "answer"), [(0, None), (10_000, "192.0.2.1")])
+def test_the_router_is_not_asked_over_a_descriptor_that_select_cannot_take(descriptors, answer, monkeypatch):
+    class Gateway:
+        def externalipaddress(self):
+            return "192.0.2.1"
+
+    monkeypatch.setattr(upnp, "DESCRIPTORS_MAX", descriptors)
+    monkeypatch.setattr(upnp, "_gateway", Gateway)
+    assert trio.run(upnp.find_gateway) == answer
+
+
 def test_only_the_address_that_a_peer_is_seen_at_is_dialled():
     addrs = ("/ip4/11.0.0.7/tcp/80", "/ip4/11.0.0.7/tcp/81", "/dns4/example.org/tcp/82", "/ip6/2001:db8::1/tcp/80")
     assert _seen_at("10.1.1.1", addrs) == [Multiaddr("/ip4/10.1.1.1/tcp/80"), Multiaddr("/ip4/10.1.1.1/tcp/81")]

@@ -123,6 +123,16 @@ def test_bulk_arrives_in_order_and_a_slow_reader_blocks_the_sender():
     run(body)
 
 
+def test_a_circuit_is_a_way_into_the_swarm():
+    async def body(there):
+        assert await there.near.connect(f"{there.circuits[0]}/p2p/{there.hidden.peer}") == there.hidden.peer
+        stream = await there.near.open(there.hidden.peer, (), ECHO)
+        await stream.send(b"hello")
+        assert await receive_exactly(stream, 5) == b"hello"
+
+    run(body)
+
+
 def test_many_streams_share_one_circuit():
     async def body(there):
         async with trio.open_nursery() as nursery:

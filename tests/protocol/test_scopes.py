@@ -1,0 +1,40 @@
+"""How far an address reaches."""
+
+from __future__ import annotations
+
+import pytest
+
+from protocol.scopes import scope_of
+
+
+@pytest.mark.parametrize(
+    ("addr", "scope"),
+    [
+        ("/ip4/127.0.0.1/tcp/22", "loopback"),
+        ("/ip4/169.254.169.254/tcp/80", "link-local"),
+        ("/ip4/10.1.2.3/tcp/4001", "private"),
+        ("/ip4/8.8.8.8/tcp/4001", "global"),
+        ("/ip6/::1/tcp/1", "loopback"),
+        ("/ip6/fe80::1/tcp/1", "link-local"),
+        ("/ip6/fd00::1/tcp/1", "private"),
+        ("/ip6/2606:4700::1111/tcp/1", "global"),
+        ("/ip6/fec0::1/tcp/1", "private"),
+        ("/ip6/::ffff:127.0.0.1/tcp/1", "loopback"),
+        ("/ip6/::ffff:100.64.0.1/tcp/1", "private"),
+        ("/ip6/64:ff9b::8.8.8.8/tcp/1", "global"),
+        ("/ip6/64:ff9b::169.254.169.254/tcp/1", "link-local"),
+        ("/ip6/64:ff9b:1::10.1.2.3/tcp/1", "private"),
+        ("/ip6/2002:0a01:0203::1/tcp/1", "private"),
+        ("/ip4/100.64.0.1/tcp/1", "private"),
+        ("/ip4/100.100.100.200/tcp/80", "private"),
+        ("/ip4/192.0.2.1/tcp/1", "private"),
+        ("/ip4/0.0.0.0/tcp/1", ""),
+        ("/ip4/224.0.0.1/tcp/1", ""),
+        ("/dns4/localhost/tcp/1", ""),
+        ("/ip4/nonsense/tcp/1", ""),
+        ("rubbish", ""),
+        ("", ""),
+    ],
+)
+def test_scopes(addr: str, scope: str) -> None:
+    assert scope_of(addr) == scope
