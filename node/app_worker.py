@@ -214,7 +214,7 @@ async def _start_owner(nursery: trio.Nursery, service: WorkerService, options: W
 @contextmanager
 def _announced(folder: Path, mesh: Mesh, facts: Mapping[str, str]) -> Iterator[Callable[[], None]]:
     """`worker.json` while the worker serves: how its maker, and its owner, find it. Call what it gives to renew it. A
-    full disk leaves an old one, and the worker goes on."""
+    full disk leaves an old one, or none, and the worker goes on."""
     file = folder / STATE_FILE
 
     def announce() -> None:
@@ -225,6 +225,7 @@ def _announced(folder: Path, mesh: Mesh, facts: Mapping[str, str]) -> Iterator[C
         except OSError as error:
             log.warning("where this worker is found cannot be written", extra={"path": file, "reason": str(error)})
 
+    file.unlink(missing_ok=True)  # what an earlier process left, where a full disk keeps the new one out
     announce()
     try:
         yield announce

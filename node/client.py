@@ -214,21 +214,27 @@ class Client:
         data, manifest = model.folder.manifest(self._owner)
         needs = ModelNeeds.of_manifest(manifest, options.kv_room)
         hops: tuple[DeployedHop, ...] = ()
-        route, view, without = await self._leased_route(model, data, options, without)
-        where = options.where(without)
+        route, view, failure = await self._leased_route(model, data, options, without)
+        where = _past(options.where(without), failure)
         if route is None:
-            route, view, hops = await self._brought(model, needs, where, options)
+            route, view, hops = await self._brought(model, needs, where, options, failure)
         sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
         again = partial(self._again, route, partial(self.deploy, model, options))
         return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
 
     async def _brought(
-        self, model: SealedModel, needs: ModelNeeds, where: PlaceOptions, options: DeployOptions
+        self,
+        model: SealedModel,
+        needs: ModelNeeds,
+        where: PlaceOptions,
+        options: DeployOptions,
+        before: _Failure | None = None,
     ) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
-        """Place the model and bring it there, again without whoever declines, as long as there are others."""
+        """Place the model and bring it there, again without whoever declines, as long as there are others. `before`:
+        why it was not used where it is."""
         data, manifest = model.folder.manifest(self._owner)
         leasing = Leasing(self.leases, options.concurrency * options.kv_room)
-        placement, view = await self.place(needs, where)
+        placement, view = await self._placed(needs, where, before)
         patience = trio.current_time() + RIVALS_S
         while True:
             options.on_placement(placement, view)
@@ -250,21 +256,28 @@ class Client:
                 await self.leases.release(manifest.deployment)
                 if _rivalled(failure) and trio.current_time() < patience:
                     await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
-                    held, view, without = await self._leased_route(model, data, options, where.exclude)
+                    held, view, again = await self._leased_route(model, data, options, where.exclude)
                     if held is not None:
                         return held, view, ()
-                    where = replace(where, exclude=without)
-                    placement = await self._planned(view, needs, where)
+                    where = _past(where, again)
+                    placement, view = await self._placed(needs, where, again or failure)
                     continue
-                where = replace(where, exclude=where.exclude | {failure.peer})
-                log.info("left out", extra={"peer": failure.peer, "why": str(failure)})
+                where = _past(where, failure)
                 if len(where.exclude) > LEFT_OUT_MAX:
                     raise
-                view = self.watch.view
-                try:
-                    placement = await self._planned(view, needs, where)
-                except RouteUnavailable:
-                    raise failure from None
+                placement, view = await self._placed(needs, where, failure)
+
+    async def _placed(
+        self, needs: ModelNeeds, where: PlaceOptions, failure: _Failure | None
+    ) -> tuple[Placement, SwarmView]:
+        """As `place`; after a `failure` over the workers that are known, and where these are too few it is raised."""
+        if failure is None:
+            return await self.place(needs, where)
+        view = self.watch.view
+        try:
+            return await self._planned(view, needs, where), view
+        except RouteUnavailable:
+            raise failure from None
 
     def _note_rate(self, name: str, moved_bytes: int, started: float) -> None:
         with suppress(OSError):  # a disk that is full fails what matters, not this
@@ -365,27 +378,27 @@ class Client:
 
     async def _leased_route(
         self, model: SealedModel, manifest: bytes, options: DeployOptions, without: frozenset[PeerId]
-    ) -> tuple[Route | None, SwarmView, frozenset[PeerId]]:
-        """A route over workers that hold the model and lease it to us, None when there is none; the view; and who is
-        to be left out, with whoever would not hear of what was revoked."""
+    ) -> tuple[Route | None, SwarmView, _Failure | None]:
+        """A route over workers that hold the model and lease it to us, None when there is none; the view; and who would
+        not hear of what was revoked, and is to be left out."""
         view, deployment = await self.discover(), model.folder.deployment
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
         route = held_route(view, deployment, model.folder.info.num_blocks, without, rtts_ms)
         if route is None or len(route.hops) < options.hops_min:
-            return None, view, without
+            return None, view, None
         leasing = Leasing(self.leases, options.concurrency * options.kv_room)
         try:
             supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
             await deploy(self.ports, route, manifest, supply, leasing)
         except (HopRefused, HopLost, HopViolation):  # others may have room
             await self.leases.release(deployment)
-            return None, self.watch.view, without
+            return None, self.watch.view, None
         try:
             await self._remind_of_revoked(route)
         except (HopRefused, HopLost, HopViolation) as failure:
             await self.leases.release(deployment)
-            return None, self.watch.view, without | {failure.peer}
-        return route, view, without
+            return None, self.watch.view, failure
+        return route, view, None
 
     async def _remind_of_revoked(self, route: Route) -> None:
         """A worker that did not hold the deployment when a capability was revoked has not heard of it. Raises
@@ -396,7 +409,18 @@ class Client:
             await remind(self.ports, route, serials)
 
 
-def _rivalled(failure: HopRefused | HopLost | HopViolation) -> bool:
+_Failure = HopRefused | HopLost | HopViolation
+
+
+def _past(where: PlaceOptions, failure: _Failure | None) -> PlaceOptions:
+    """Without the worker that failed."""
+    if failure is None:
+        return where
+    log.info("left out", extra={"peer": failure.peer, "why": str(failure)})
+    return replace(where, exclude=where.exclude | {failure.peer})
+
+
+def _rivalled(failure: _Failure) -> bool:
     """Another client of this user brings the same deployment to the same workers, in other spans: one of the two must
     wait until the other is done, and use what it brought."""
     return isinstance(failure, HopRefused) and failure.reason == RefusalReason.SESSIONS

@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import traceback
+from types import TracebackType
 
 from protocol.errors import InputError
 
@@ -36,8 +37,7 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[0] is not None:
             # Type and places only: an exception's text may quote what a user sent.
             line["exception"] = record.exc_info[0].__name__
-            frames = traceback.extract_tb(record.exc_info[2])[-FRAMES_KEPT:]
-            line["traceback"] = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+            line["traceback"] = places(record.exc_info[2])
         return json.dumps(line, default=str)
 
 
@@ -59,6 +59,12 @@ class Repeats(logging.Filter):
             since, lines = record.created, 0
         self._events[event] = (since, lines + 1)
         return lines < LINES_MAX
+
+
+def places(trace: TracebackType | None) -> list[str]:
+    """Where in the code something was raised."""
+    frames = traceback.extract_tb(trace)[-FRAMES_KEPT:]
+    return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
 
 
 def configure(level: str = "info") -> None:

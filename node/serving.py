@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
+from node.logs import places
 from protocol.errors import TransportError
 from protocol.ports import Stream, StreamHandler
 
@@ -27,6 +28,8 @@ async def serve(stream: Resettable, protocol: str, handler: StreamHandler) -> No
     except TransportError as error:
         log.debug("%s with %s ended: %s", protocol, stream.remote, error)
     except Exception as error:  # the port's contract: it costs this stream, never the node
-        log.warning("the handler of %s failed for %s", protocol, stream.remote, exc_info=error)
+        # Its text may quote what a user sent, and a client's log is a terminal.
+        raised = {"exception": type(error).__name__, "traceback": places(error.__traceback__)}
+        log.warning("the handler of %s failed for %s", protocol, stream.remote, extra=raised)
     finally:
         await stream.reset()  # unless it is closed: a handler that was cut short must not look finished

@@ -32,6 +32,7 @@ class Portal(Generic[R]):
         self._token: trio.lowlevel.TrioToken | None = None
         self._begun = threading.Event()  # the loop runs, and can be told to stop; or it never will
         self._stop: trio.Event | None = None
+        self._failure: BaseException | None = None  # what ended the loop unasked
         self._scope = trio.CancelScope()
         self._thread = threading.Thread(target=self._run, name="sotto", daemon=True)
 
@@ -69,7 +70,12 @@ class Portal(Generic[R]):
         ended, or ends meanwhile."""
         try:
             return trio.from_thread.run(function, *args, trio_token=self._token)
-        except (trio.RunFinishedError, trio.Cancelled) as error:
+        except (trio.RunFinishedError, trio.Cancelled, BaseExceptionGroup) as error:
+            if isinstance(error, BaseExceptionGroup) and error.split(trio.Cancelled)[1] is not None:
+                raise
+            self._thread.join()
+            if self._failure is not None:
+                raise self._failure from None
             raise InputError("the swarm is closed: use the model inside its 'with' block") from error
 
     def _tell(self, function: Callable[[], None]) -> None:
@@ -106,6 +112,7 @@ class Portal(Generic[R]):
         try:
             trio.run(self._main)
         except BaseException as error:  # the thread's boundary: whatever ended the loop belongs to the caller of open
+            self._failure = error
             self._opened.put(error)
         finally:
             self._begun.set()

@@ -57,23 +57,23 @@ class HolePunching:
         self._node.handle(DCUTR, self._answer)
 
     async def start(self, peer: PeerId) -> None:
-        """Try to reach `peer`, who came through a relay, directly, when it is its turn. Raises TransportError when that
-        fails."""
+        """Try to reach `peer`, who came through a relay, directly. Raises TransportError when that fails."""
+        with _talking():
+            own, source = await self._way_out()
+            stream = await self._node.open(peer, (), DCUTR)
+            try:
+                messages = Delimited(stream, MESSAGE_BYTES_MAX)
+                asked = trio.current_time()
+                await messages.send(HolePunch(type=HolePunch.CONNECT, ObsAddrs=own))
+                answer = await _received(messages, HolePunch.CONNECT)
+                round_trip_s = trio.current_time() - asked
+                self._require_turn()
+                await messages.send(HolePunch(type=HolePunch.SYNC))
+                await stream.finish()
+                await trio.sleep(round_trip_s / 2)
+            finally:
+                await stream.aclose()
         async with self._punches:
-            with _talking():
-                own, source = await self._way_out()
-                stream = await self._node.open(peer, (), DCUTR)
-                try:
-                    messages = Delimited(stream, MESSAGE_BYTES_MAX)
-                    asked = trio.current_time()
-                    await messages.send(HolePunch(type=HolePunch.CONNECT, ObsAddrs=own))
-                    answer = await _received(messages, HolePunch.CONNECT)
-                    round_trip_s = trio.current_time() - asked
-                    await messages.send(HolePunch(type=HolePunch.SYNC))
-                    await stream.finish()
-                    await trio.sleep(round_trip_s / 2)
-                finally:
-                    await stream.aclose()
             await self._punch(peer, source, answer, initiator=False)
 
     async def _answer(self, stream: Stream) -> None:
@@ -86,10 +86,14 @@ class HolePunching:
             request = await _received(messages, HolePunch.CONNECT)
             await messages.send(HolePunch(type=HolePunch.CONNECT, ObsAddrs=own))
             await _received(messages, HolePunch.SYNC)
-        if not self._punches.available_tokens:  # to wait for one would be too late
-            raise TransportError("as many attempts as may be are under way")
+        self._require_turn()
         async with self._punches:
             await self._punch(stream.remote, source, request, initiator=True)
+
+    def _require_turn(self) -> None:
+        """To wait for one would be too late. Who only talks, or is silent, takes nobody's."""
+        if not self._punches.available_tokens:
+            raise TransportError("as many attempts as may be are under way")
 
     async def _way_out(self) -> tuple[list[bytes], int]:
         """Where the router lets this node out, as far as can be guessed, and the port here."""

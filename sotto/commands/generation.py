@@ -237,19 +237,21 @@ def submit(
                     await run_job(ready, lines, ask, concurrency, Hear(update, heard, answers.put))
 
         run_async(work)
-        _end_of_job({**answers.counts(), "over_budget": dear, "output": str(output)}, ended, as_json)
+        why = "interrupted" if "interrupted" in ended else ended.get("error")
+        if why is not None and answers.whole:
+            why += ' (lines without an answer say "error": give those to another job)'
+        _end_of_job({**answers.counts(), "over_budget": dear, "output": str(output)}, why, as_json)
 
 
-def _end_of_job(report: dict[str, Any], ended: dict[str, Any], as_json: bool) -> None:
+def _end_of_job(report: dict[str, Any], why: str | None, as_json: bool) -> None:
     """What became of the lines, and what ended the job early if something did."""
-    why = "interrupted" if "interrupted" in ended else ended.get("error")
     if as_json:
         print_json(report if why is None else {**report, "error": why})
     else:
         left = f", {report['not_reached']} not reached" if report["not_reached"] else ""
         typer.echo(f"{report['answered']} answered, {report['failed']} failed{left}: {report['output']}")
         if why is not None:
-            typer.echo(f'sotto: {why} (lines without an answer say "error": give those to another job)', err=True)
+            typer.echo(f"sotto: {why}", err=True)
     if why is not None or report["failed"]:
         raise typer.Exit(1)
 

@@ -99,6 +99,8 @@ def revoke(
         else:
             print(f"revoked {token.serial}: {len(told)} workers told, {len(missed)} could not be")
             for why in missed.values():
-                typer.echo(f"{why}; revoke again later", err=True)
+                typer.echo(why, err=True)
+            if missed:
+                typer.echo("revoke again later to tell them", err=True)
         if missed:
             raise typer.Exit(1)

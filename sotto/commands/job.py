@@ -9,9 +9,10 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from client.generate import GenerationResult
@@ -65,12 +66,12 @@ class Answers:
     def __init__(self, output: Path, lines: list[dict[str, Any]]) -> None:
         self._output = output
         self._lines = lines
-        self._file: BinaryIO | None = None
+        self._file: FileIO | None = None
         self._answers: dict[int, dict[str, Any]] = {}
         self._written = (0, 0)  # lines, bytes: in one, so that a line is never there twice
 
     def __enter__(self) -> Answers:
-        self._file = self._output.open("wb")
+        self._file = self._output.open("wb", buffering=0)
         return self
 
     def __exit__(
@@ -88,19 +89,36 @@ class Answers:
         while self._written[0] in self._answers:
             self._write(self._file, self._answers[self._written[0]])
 
-    def _write(self, file: BinaryIO, answer: dict[str, Any]) -> None:
+    def _write(self, file: FileIO, answer: dict[str, Any]) -> None:
+        """Raises InputError when the disk does not take all of it; then there is nothing of it."""
+        from protocol.errors import InputError
+
         count, end = self._written
         data = json.dumps(answer).encode() + b"\n"
-        file.seek(end)
-        file.write(data)
-        file.flush()
+        try:
+            file.seek(end)
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+        except OSError as error:
+            file.truncate(end)
+            raise InputError(
+                f"{self._output} cannot be written ({error.strerror}): it holds the first {count} lines; give the "
+                "others to another job"
+            ) from None
         self._written = (count + 1, end + len(data))
 
+    @property
+    def whole(self) -> bool:
+        """Each line is in the output, with its answer or an "error"."""
+        return self._written[0] == len(self._lines)
+
     def counts(self) -> dict[str, int]:
-        """How many lines were answered, how many could not be, and how many the job did not reach."""
-        failed = sum("error" in answer for answer in self._answers.values())
-        came = len(self._answers)
-        return {"answered": came - failed, "failed": failed, "not_reached": len(self._lines) - came}
+        """Of how many lines the output has the answer, how many could not be answered, and how many the job did not
+        reach, or write."""
+        there = [answer for index, answer in self._answers.items() if index < self._written[0]]
+        failed = sum("error" in answer for answer in there)
+        return {"answered": len(there) - failed, "failed": failed, "not_reached": len(self._lines) - len(there)}
 
 
 def answer_of(line: dict[str, Any], **fields: Any) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from io import FileIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -115,6 +117,29 @@ def test_what_no_prompt_can_be_answered_without_ends_the_job() -> None:
     with pytest.RaisesGroup(CheckpointError):
         trio.run(main)
     assert not answers
+
+
+def test_a_disk_that_fills_up_leaves_whole_lines_and_says_how_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(FileIO):
+        def write(self, data: Any) -> int:
+            if self.tell() > 20:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:11])
+
+    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, mode))
+    file = tmp_path / "out"
+    answers = Answers(file, [{"prompt": str(index)} for index in range(3)])
+    answers.__enter__()
+    answers.put(0, {"text": "0123456"})
+    for attempt in (lambda: answers.put(1, {"text": "0123456"}), lambda: answers.__exit__(None, None, None)):
+        with pytest.raises(InputError, match=r"No space left.*holds the first 1 lines"):
+            attempt()
+    monkeypatch.undo()
+    assert file.read_bytes() == b'{"text": "0123456"}\n'
+    assert answers.counts() == {"answered": 1, "failed": 0, "not_reached": 2}
+    assert not answers.whole
 
 
 def test_an_answer_is_written_as_soon_as_those_before_it_are(tmp_path: Path) -> None:

@@ -88,6 +88,31 @@ def test_a_stream_ends_when_its_swarm_is_closed_meanwhile() -> None:
     assert isinstance(in_time(lambda: list(pieces)), InputError)
 
 
+def test_a_loop_that_a_fault_of_ours_ended_says_which() -> None:
+    crash = trio.Event()
+
+    async def crashing() -> None:
+        await crash.wait()
+        raise ValueError("a bug")
+
+    @asynccontextmanager
+    async def faulty() -> AsyncIterator[str]:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(crashing)
+            yield "open"
+
+    async def use() -> None:
+        crash.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+
+    portal = Portal(faulty)
+    portal.open()
+    for _ in range(2):
+        with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="a bug")):
+            portal.call(use)
+
+
 def test_an_interrupt_before_the_loop_runs_undoes_what_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes where `open` waits; the loop begins only then."""
     portal, begin = Portal(resource), threading.Event()
