@@ -68,6 +68,9 @@ class Node:
     def get_transport_addrs(self) -> list[Multiaddr]:
         return [Multiaddr(self.addrs[0])]
 
+    def is_live(self, peer: ID) -> bool:
+        return True
+
     def observed_ip(self, peer: ID) -> str | None:
         name = PeerId(peer.to_base58())
         if name in self._away:
