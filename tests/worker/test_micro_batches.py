@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,19 @@ def test_what_parts_are_worth_depends_on_what_rows_cost(requests: int, row_cost:
     assert parted / whole > ratio
 
 
+def decoded(shop: Shop, sessions: Sequence[SessionId]) -> list[int]:
+    """One step of each session, all asked for at once: how many each forward ends."""
+    seen, ended = list[int](), list[Any]()
+    for session in sessions:
+        shop.engine.submit(work(inputs(1), 0, session=session), ended.append)
+    while not shop.engine.idle:
+        before = len(ended)
+        shop.engine.advance()
+        seen.append(len(ended) - before)
+    assert not any(isinstance(each, Exception) for each in ended)
+    return seen
+
+
 @pytest.mark.parametrize(
     ("parts", "least", "sizes"),
     [(1, 1, [5]), (2, 1, [3, 2]), (4, 1, [2, 2, 1]), (4, 2, [3, 2]), (2, 2, [3, 2]), (4, 3, [5]), (4, 9, [5])],
@@ -95,33 +109,18 @@ def test_what_parts_are_worth_depends_on_what_rows_cost(requests: int, row_cost:
 def test_the_engine_divides_a_clients_sessions(tmp_path: Path, parts: int, least: int, sizes: list[int]) -> None:
     shop = Shop(tmp_path, [random_tensors(0)])
     shop.load()
-    seen, ended = list[int](), list[Any]()
     sessions = [SessionId(bytes([number]) * 16) for number in range(6)]
     for session in sessions:
         shop.engine.open(session, shop.spec(8, micro_batches=parts, micro_batch_min=least))
     shop.engine.close(sessions.pop())
-    for session in sessions:
-        shop.engine.submit(work(inputs(1), 0, session=session), ended.append)
-    while not shop.engine.idle:
-        before = len(ended)
-        shop.engine.advance()
-        seen.append(len(ended) - before)
-    assert seen == sizes
-    assert not any(isinstance(each, Exception) for each in ended)
+    assert decoded(shop, sessions) == sizes
 
 
 def test_each_of_an_owners_processes_divides_its_own_sessions(tmp_path: Path) -> None:
     """They are one tenant, whose pages all of them find, and as many clients, who know nothing of each other."""
     shop = Shop(tmp_path, [random_tensors(0)])
     shop.load()
-    seen, ended = list[int](), list[Any]()
     sessions = [SessionId(bytes([number]) * 16) for number in range(8)]
     for number, session in enumerate(sessions):
         shop.engine.open(session, shop.spec(8, ("ann", "ben")[number % 2], micro_batches=2))
-    for session in sessions:
-        shop.engine.submit(work(inputs(1), 0, session=session), ended.append)
-    while not shop.engine.idle:
-        before = len(ended)
-        shop.engine.advance()
-        seen.append(len(ended) - before)
-    assert seen == [4, 4]
+    assert decoded(shop, sessions) == [4, 4]
