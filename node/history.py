@@ -12,11 +12,12 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from client.metalearning.record import COLUMNS, Record, Scalar, from_row, to_row
+from node.lifetime import one_at_a_time
 from protocol.errors import InputError
 
 ROWS_MAX = 200_000  # about 100 MB
@@ -96,10 +97,11 @@ class History:
         self.path, self._rows_max = path, rows_max
         with _translated(path):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite gives its other files the same mode
+            _create(path)
             self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
-            with _translated(path):
+            # Nobody waits for SQLite to change the journal of a new file: the second to come hears "database is locked".
+            with _translated(path), one_at_a_time(path.parent):
                 self._db.row_factory = sqlite3.Row
                 self._migrate()
         except BaseException:
@@ -146,7 +148,7 @@ class History:
     def _migrate(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
-        with self._writing():  # two processes may open a new file at the same time
+        with self._writing():
             (done,) = self._db.execute("PRAGMA user_version").fetchone()
             if done > len(MIGRATIONS):
                 raise InputError(
@@ -167,6 +169,13 @@ class History:
             self._db.execute("ROLLBACK")
             raise
         self._db.execute("COMMIT")
+
+
+def _create(path: Path) -> None:
+    """Make the file where there is none: SQLite gives its other files the same mode. One that exists is left alone, for
+    to close any handle of it would drop the locks that SQLite holds for this process."""
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
 
 
 def _statements(script: str) -> Iterator[str]:

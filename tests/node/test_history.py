@@ -6,6 +6,8 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -138,6 +140,30 @@ def test_two_processes_write_at_the_same_time(path: Path) -> None:
     with History(path) as history:
         assert len(history) == 200
         assert len(set(history.records())) == 200
+
+
+def test_whoever_opens_a_new_file_waits_for_whoever_makes_it(tmp_path: Path) -> None:
+    def opened(number: int) -> None:
+        together.wait()
+        with History(tmp_path / str(number // 4) / "history.db"):
+            pass
+
+    together = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(opened, range(200)))
+
+
+def test_a_second_user_in_one_process_keeps_the_locks_of_the_first(path: Path) -> None:
+    """The system drops all of a process's locks on a file as soon as it closes any handle of it."""
+    code = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], timeout=0); "
+        "print(db.execute('PRAGMA journal_mode = DELETE').fetchone())"  # only who is alone with the file may
+    )
+    with History(path) as first:
+        first.add([RECORD])
+        History(path).close()
+        other = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+        assert "database is locked" in other.stderr
 
 
 def test_a_file_of_the_first_schema_keeps_its_rows(path: Path) -> None:
