@@ -100,7 +100,7 @@ class History:
             _create(path)
             self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
-            # Nobody waits for SQLite to change the journal of a new file: the second to come hears "database is locked".
+            # SQLite does not wait to change the journal of a new file: the second to come hears "database is locked".
             with _translated(path), one_at_a_time(path.parent):
                 self._db.row_factory = sqlite3.Row
                 self._migrate()
