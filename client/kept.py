@@ -35,6 +35,19 @@ PAUSE_S = 1.0  # between two refusals that came at once
 BACKOFF_S = 0.5  # after a refusal or a second loss, twice as long each time; a lost session is opened again at once
 
 _LOST = (RouteUnavailable, Refused, TransportError)
+# Refusals of what a worker is, not of what was asked: another may serve.
+_GONE = frozenset(
+    (
+        RefusalReason.HOP_LOST,
+        RefusalReason.INTERNAL,
+        RefusalReason.PAUSED,
+        RefusalReason.PREEMPTED,
+        RefusalReason.STOPPING,
+        RefusalReason.UNKNOWN_DEPLOYMENT,
+        RefusalReason.UNKNOWN_LEASE,
+        RefusalReason.UNKNOWN_SESSION,
+    )
+)
 
 
 class OpenedSession(Steps, Protocol):
@@ -75,10 +88,12 @@ Opener = Callable[[Opening], Awaitable[Opened]]
 @dataclass(frozen=True, slots=True)
 class KeptTerms:
     """`losses_max`: how many losses in a row are made good; preemptions are, LOSSES_MAX in a row at least. `notice` is
-    told in a sentence what befell the session."""
+    told in a sentence what befell the session. `refusals`: a worker that declines what was asked (no room, too many
+    sessions) is lost too."""
 
     losses_max: int = LOSSES_MAX
     notice: Callable[[str], None] = lambda _: None
+    refusals: bool = True
 
 
 class KeptSession:
@@ -133,7 +148,8 @@ class KeptSession:
         if reason == RefusalReason.KV_MEMORY and 0 <= trio.current_time() - self._roomless_since < NO_ROOM_S:
             await trio.sleep(PAUSE_S)
         else:
-            self._note_loss(error, max(self._terms.losses_max, LOSSES_MAX if again else 0))
+            final = reason and reason not in _GONE and not self._terms.refusals
+            self._note_loss(error, max(0 if final else self._terms.losses_max, LOSSES_MAX if again else 0))
             if self._in_a_row > 1 or reason:
                 await trio.sleep(BACKOFF_S * 2 ** (self._in_a_row - 1))
 

@@ -117,7 +117,7 @@ class Chat:
         finally:
             if said or request.ids:
                 self.transcript.said(text, "".join(said), prompt.dropped)
-        if request.finish_reason is not None:
+        if request.finish_reason is not None and self._kept.losses == before:
             self._model.choosing.learn(decided, request.token_times_s)
 
     def _decide(self, prompt: ChatPrompt, ask: Ask) -> Decided:
@@ -164,7 +164,7 @@ class Chat:
 
     async def _open(self, opening: Opening) -> Opened:
         if opening.anew:
-            self._model = await self._model.deploy_again(opening.without)
+            self._model = await self._model.moved(opening.without)
             self._terms = self._terms_of(self._used)
         return await self._model.opened(opening, self._terms, self._used)
 

@@ -44,6 +44,7 @@ from node.rates import note_rate
 from node.recording import Journal, Origin, Recorder, Subject, wanted
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
 from node.sharing import COMPARED_MAX, Sharing, Sources
+from node.standing import Standing
 from protocol import limits
 from protocol.capabilities import Right
 from protocol.errors import InputError, RouteUnavailable
@@ -374,6 +375,7 @@ class Client:
             turns=turns_over(ends),
             batches=Batches(),
             choosing=self.choosing,
+            standing=Standing(),
         )
 
     async def _leased_route(

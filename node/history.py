@@ -61,6 +61,7 @@ MIGRATIONS = (
     ALTER TABLE records ADD COLUMN predicted_answer_token_s REAL;
     ALTER TABLE records ADD COLUMN predicted_spread REAL;
     """,
+    "ALTER TABLE records ADD COLUMN measured_losses INTEGER;",
 )
 
 

@@ -24,7 +24,7 @@ from client.generate import (
     GenerationResult,
     kv_tokens_for,
 )
-from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms, Opened, Opening
+from client.kept import LOSSES_MAX, KeptAsk, KeptRequest, KeptSession, KeptTerms, Opened, Opening
 from client.metalearning.price import Goal, Money
 from client.page_keys import PageKeys, page_context
 from client.placement import Placement
@@ -45,6 +45,7 @@ from node.choosing import Choosing, Decided, Wanted
 from node.draft import Draft
 from node.guessing import Guessing
 from node.recording import Plan, Progress, Recorder
+from node.standing import Standing
 from protocol.errors import InputError
 from protocol.ids import ID_BYTES, PeerId
 from protocol.strategy import CHOICES, DEFAULT, Auto, Facts, Strategy, infeasible, parse
@@ -64,8 +65,9 @@ class Ask:
     """What a user asks for besides the prompt. `stop`: strings that end the answer and are not part of it.
     `strategy`: the one to use, or how to choose one. `exact`: refuse one that loses precision. `objective`: the time of
     this request, the rate of all that run beside it, or the price. `money`: what workers cost, and the answer may.
-    `concurrency`: requests that the caller keeps under way, this one included. `trace`: keep account of where the time
-    goes. `choose`: how a token is chosen; benchmarks dictate answers."""
+    `concurrency`: requests that the caller keeps under way, this one included. `recover`: when workers are lost, go on
+    over others, which may take as long as a deployment; else that is an error, at once. `trace`: keep account of where
+    the time goes. `choose`: how a token is chosen; benchmarks dictate answers."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -73,6 +75,7 @@ class Ask:
     ignore_eos: bool = False
     strategy: Strategy | Auto = NO_TRIALS
     exact: bool = False
+    recover: bool = False
     trace: bool = False
     objective: Goal = "latency"
     money: Money | None = None
@@ -127,6 +130,7 @@ class DeployedModel:
     turns: Turns  # of all requests here
     batches: Batches  # of those with batching=static
     choosing: Choosing
+    standing: Standing[DeployedModel]
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
@@ -134,7 +138,8 @@ class DeployedModel:
         cannot fit, or is no text."""
         ask = ask or Ask()
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        async with self.recorder.journal.under_way(), self._answer(ids, ask) as answer:
+        model = self.standing.newest or self
+        async with self.recorder.journal.under_way(), model._answer(ids, ask) as answer:
             yield answer
 
     @asynccontextmanager
@@ -147,7 +152,7 @@ class DeployedModel:
         params, host = self.params(ask, strategy), await self.host(ask, strategy, self.guessing())
         host = replace(host, started_at=started_at)
         trace = StepTrace() if ask.trace else None
-        kept = self._kept_session(kv_tokens, strategy, trace)
+        kept = self._kept_session(kv_tokens, strategy, trace, ask.recover)
         request = KeptRequest(kept, KeptAsk(ids, params, self.ends), host)
         stream = TextStream(request, self.tokenizer.stream(), ask.stop)
         report = partial(self._report, trace, request, kept) if trace else None
@@ -160,19 +165,34 @@ class DeployedModel:
                         yield Answer(stream, pieces, report, decided)
                 finally:
                     await kept.aclose()
-        if request.finish_reason is not None:
+        if request.finish_reason is not None and not kept.losses:
             self.choosing.learn(decided, request.token_times_s)
 
-    def _kept_session(self, kv_tokens: int, strategy: Strategy, trace: StepTrace | None) -> KeptSession:
+    def _kept_session(
+        self, kv_tokens: int, strategy: Strategy, trace: StepTrace | None, recover: bool = False
+    ) -> KeptSession:
         """For one request. What a worker keeps of it is found by page keys, after a preemption too."""
-        terms = replace(self.terms(kv_tokens, strategy), trace=trace)
+        model, request = self, self.ports.entropy(ID_BYTES)
 
         async def opened(opening: Opening) -> Opened:
+            nonlocal model
+            if opening.anew and recover:
+                model = await model.moved(opening.without)
             if trace is not None:
                 trace.begin()
-            return await self.opened(opening, terms, strategy)
+            terms = replace(model.terms(kv_tokens, strategy), trace=trace, request=request)
+            return await model.opened(opening, terms, strategy)
 
-        return KeptSession(opened, KeptTerms(losses_max=0))
+        return KeptSession(opened, KeptTerms(LOSSES_MAX if recover else 0, refusals=False))
+
+    async def moved(self, without: frozenset[PeerId]) -> DeployedModel:
+        """The model over the route that its requests move to, past the workers `without` where there are others.
+        Raises what a deployment raises."""
+
+        async def found(left: DeployedModel) -> DeployedModel:
+            return replace(await left.deploy_again(without), standing=self.standing)
+
+        return await self.standing.moved(self, without, found)
 
     async def opened(self, opening: Opening, terms: SessionTerms, strategy: Strategy) -> Opened:
         """A session over this route for a request with `strategy`. Raises SottoError."""
@@ -270,7 +290,8 @@ class DeployedModel:
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, turns)
 
     def _report(self, trace: StepTrace, request: KeptRequest, kept: KeptSession) -> TraceReport:
-        summed = report(trace, request.prompt_tokens, self.route, self.recorder.route().leg_rtt_ms)
+        now = self.standing.newest or self
+        summed = report(trace, request.prompt_tokens, now.route, now.recorder.route().leg_rtt_ms)
         return replace(summed, preemptions=kept.preemptions)
 
     def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
@@ -313,15 +334,16 @@ class Before(NamedTuple):
     out: int = 0
     in_: int = 0
     preemptions: int = 0
+    losses: int = 0
 
     @classmethod
     def of(cls, kept: KeptSession) -> Before:
-        return cls(*kept.moved, kept.preemptions)
+        return cls(*kept.moved, kept.preemptions, kept.losses)
 
 
 def progress(request: KeptRequest, kept: KeptSession, guesses: Speculation | None, before: Before) -> Progress:
     """What a request came to, for its record."""
-    out, in_, preemptions = Before.of(kept)
+    out, in_, preemptions, losses = Before.of(kept)
     return Progress(
         times_s=request.token_times_s,
         finish=request.finish_reason or "",
@@ -331,6 +353,7 @@ def progress(request: KeptRequest, kept: KeptSession, guesses: Speculation | Non
         accepted=guesses.accepted if guesses else 0,
         prefix_tokens=request.reused_tokens,
         preemptions=preemptions - before.preemptions,
+        losses=losses - before.losses,
     )
 
 

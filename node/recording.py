@@ -160,7 +160,7 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a request came: when each token was there, bytes of activations, guesses, prompt that was not computed,
-    how often it was preempted."""
+    how often it was preempted, and lost a worker."""
 
     times_s: tuple[float, ...] = ()
     finish: str = ""
@@ -170,6 +170,7 @@ class Progress:
     accepted: int = 0
     prefix_tokens: int = 0
     preemptions: int = 0
+    losses: int = 0
 
 
 @dataclass(slots=True)
@@ -284,6 +285,7 @@ def _outcome(entry: Entry, total_s: float) -> Outcome:
         accepted=progress.accepted,
         prefix_tokens=progress.prefix_tokens,
         preemptions=progress.preemptions,
+        losses=progress.losses,
         finish="" if entry.error else finish,
         error=entry.error or ("" if finish else "cancelled"),
     )

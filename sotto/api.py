@@ -39,9 +39,11 @@ from sotto.portal import Portal
 __all__ = ["AsyncChat", "AsyncModel", "AsyncSwarm", "Chat", "Model", "SamplingParams", "Swarm"]
 
 
-def _ask(max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str], strategy: Strategy | Auto) -> Ask:
+def _ask(
+    max_new_tokens: int, sampling: SamplingParams | None, stop: Sequence[str], strategy: Strategy | Auto, recover: bool
+) -> Ask:
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    return Ask(max_new_tokens, sampling or SamplingParams(), stops, strategy=strategy)
+    return Ask(max_new_tokens, sampling or SamplingParams(), stops, strategy=strategy, recover=recover)
 
 
 class AsyncModel:
@@ -58,9 +60,12 @@ class AsyncModel:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         strategy: str = "auto",
+        recover: bool = True,
     ) -> GenerationResult:
-        """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
-        return await self._model.generate(prompt, _ask(max_new_tokens, sampling, stop, self._chosen(strategy)))
+        """The whole answer: `.text`, `.ids`, `.finish_reason`, times. `recover`: when workers are lost, go on over
+        others; else that is an error, at once. Raises InputError, RouteUnavailable..."""
+        ask = _ask(max_new_tokens, sampling, stop, self._chosen(strategy), recover)
+        return await self._model.generate(prompt, ask)
 
     def _chosen(self, strategy: str) -> Strategy | Auto:
         return parse_choice(strategy, self._model.default_strategy)
@@ -73,9 +78,12 @@ class AsyncModel:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         strategy: str = "auto",
+        recover: bool = True,
     ) -> AsyncGenerator[str, None]:
-        """The answer's text in pieces as they become certain. Close it (contextlib.aclosing) to stop early."""
-        async with self._model.ask(prompt, _ask(max_new_tokens, sampling, stop, self._chosen(strategy))) as answer:
+        """The answer's text in pieces as they become certain. Close it (contextlib.aclosing) to stop early. `recover`:
+        as in `generate`."""
+        ask = _ask(max_new_tokens, sampling, stop, self._chosen(strategy), recover)
+        async with self._model.ask(prompt, ask) as answer:
             async for piece in answer.pieces:
                 yield piece
 
@@ -163,10 +171,18 @@ class Model:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         strategy: str = "auto",
+        recover: bool = True,
     ) -> GenerationResult:
-        """The whole answer: `.text`, `.ids`, `.finish_reason`, times. Raises InputError, RouteUnavailable..."""
+        """The whole answer: `.text`, `.ids`, `.finish_reason`, times. `recover`: when workers are lost, go on over
+        others; else that is an error, at once. Raises InputError, RouteUnavailable..."""
         work = partial(
-            self._model.generate, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, strategy=strategy
+            self._model.generate,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            strategy=strategy,
+            recover=recover,
         )
         return self._portal.call(work)
 
@@ -178,10 +194,18 @@ class Model:
         sampling: SamplingParams | None = None,
         stop: Sequence[str] = (),
         strategy: str = "auto",
+        recover: bool = True,
     ) -> Iterator[str]:
-        """The answer's text in pieces as they become certain. Leaving the loop early stops the request."""
+        """The answer's text in pieces as they become certain. Leaving the loop early stops the request. `recover`: as
+        in `generate`."""
         pieces = partial(
-            self._model.stream, prompt, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, strategy=strategy
+            self._model.stream,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            strategy=strategy,
+            recover=recover,
         )
 
         async def produce(emit: Callable[[str], None]) -> None:

@@ -65,8 +65,8 @@ def kind_of(model: ModelFeatures, route: RouteFeatures, task: TaskFeatures) -> b
 
 
 def cost_s(record: Record) -> float | None:
-    """Seconds per token of the answer; None for a request that failed."""
-    return None if record.measured.error else record.measured.answer_token_s or None
+    """Seconds per token of the answer; None for a request that failed, or lost a worker."""
+    return (record.measured.answer_token_s or None) if record.measured.is_whole else None
 
 
 def compared(records: Iterable[Record]) -> dict[Place, Compared]:

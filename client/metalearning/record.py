@@ -57,6 +57,14 @@ class Outcome:
     preemptions: Annotated[
         int | None, About("", "times that a worker took its memory for another; nothing where nobody counted")
     ] = None
+    losses: Annotated[
+        int | None, About("", "times that a worker was lost, and it went on over others; nothing where nobody counted")
+    ] = None
+
+    @property
+    def is_whole(self) -> bool:
+        """It ended well, and its times are of one run: none of it was computed again after a loss."""
+        return not self.error and not self.losses
 
     @property
     def answer_token_s(self) -> float | None:

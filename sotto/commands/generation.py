@@ -207,9 +207,9 @@ def submit(
 ) -> None:
     """Answer a file of prompts; the lines come out in the order in which they went in.
 
-    A line that cannot be answered (too long, say) comes out with "error" instead of "text"; the others go on. What ends
-    the job early, such as a lost worker, costs no answer that is there: the other lines say "error", and may be given
-    to another job.
+    A line that cannot be answered (too long, say) comes out with "error" instead of "text"; the others go on. When
+    workers are lost the job goes on over others. What ends it early costs no answer that is there: the other lines say
+    "error", and may be given to another job.
     """
     with errors(as_json):
         from sotto.commands.job import Answers, Hear, check_output, read_prompts, run_job

@@ -137,7 +137,8 @@ class Hear:
 
 
 async def run_job(model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, concurrency: int, hear: Hear) -> None:
-    """Answer each line. A prompt that cannot be answered gets an "error"; a lost worker ends the job."""
+    """Answer each line. A prompt that cannot be answered gets an "error". When workers are lost the job goes on over
+    others, and ends where there are none."""
     import trio
 
     from models.errors import TextError
@@ -145,7 +146,7 @@ async def run_job(model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, c
 
     waiting = iter(range(len(lines)))
     done, streams = 0, min(concurrency, len(lines))
-    ask = replace(ask, concurrency=streams)
+    ask = replace(ask, concurrency=streams, recover=True)
 
     async def answered(prompt: str) -> GenerationResult:
         async with model.ask(prompt, ask) as answer:

@@ -381,6 +381,24 @@ def test_no_room_at_the_first_opening_is_the_callers_to_hear() -> None:
     assert len(opener.anew) == 1
 
 
+@pytest.mark.parametrize("reason", ["kv_memory", "sessions", "forbidden", "rate"])
+def test_who_declines_what_was_asked_is_not_lost_to_a_request(reason: str) -> None:
+    opener = Opener([Session(3, HopRefused(PEER, reason))])
+    with pytest.raises(HopRefused, match=reason):
+        virtual(lambda: ids(request(KeptSession(opener, KeptTerms(refusals=False)), PROMPT)))
+    assert len(opener.anew) == 1
+
+
+@pytest.mark.parametrize("reason", ["stopping", "paused", "unknown_lease", "unknown_deployment", "hop_lost"])
+def test_a_worker_that_no_longer_serves_is_lost_to_a_request(reason: str) -> None:
+    gone = HopRefused(PEER, reason)
+    opener = Opener([Session(3, gone), Session(0, gone), Session()])
+    kept = KeptSession(opener, KeptTerms(refusals=False))
+    assert virtual(lambda: ids(request(kept, PROMPT))) == alone(PROMPT)
+    assert opener.anew == [False, False, True]
+    assert opener.openings[-1].without == {PEER}
+
+
 def test_closing_ends_the_session() -> None:
     session = Session()
 

@@ -95,6 +95,7 @@ RECORD = Record(
         finish="length",
         error="",
         preemptions=0,
+        losses=0,
     ),
 )
 

@@ -20,6 +20,7 @@ from node.chat import Chat, ChatOptions
 from node.draft import Draft
 from node.guessing import Guessing
 from node.model import Ask, DeployedModel, turns_over, wire_of
+from node.standing import Standing
 from protocol.errors import InputError, RouteUnavailable
 from protocol.strategy import Strategy, parse
 from simnet.runtime import run
@@ -108,6 +109,7 @@ def model(**attributes: object) -> DeployedModel:
         guessing=lambda: guessing,
         recorder=None,
         predicted=predicted(1),
+        standing=Standing[DeployedModel](),
         tokenizer=SimpleNamespace(vocabulary=dict, stream=lambda: None),
     )
     fake = SimpleNamespace(**known | attributes)
@@ -156,13 +158,13 @@ def test_a_session_over_a_route_that_was_found_anew_serves_the_next_turn() -> No
         assert terms.micro_batches == 3, "as suits the route"
         return Opened(cast("OpenedSession", session))
 
-    async def deploy_again(_without: object) -> DeployedModel:
+    async def moved(_without: object) -> DeployedModel:
         return model(predicted=predicted(3), opened=opened)
 
     async def main() -> None:
         session.aclose = aclose
         template = cast("ChatTemplate", SimpleNamespace(tokens={}, stops=()))
-        chat = Chat(model(predicted=predicted(2), opened=lost, deploy_again=deploy_again), template, ChatOptions())
+        chat = Chat(model(predicted=predicted(2), opened=lost, moved=moved), template, ChatOptions())
         for _ in range(2):
             await chat._request(ChatPrompt((1,), 9, 0), Ask(), Strategy(), 0.0)
             await chat._kept.ready([1])

@@ -1,0 +1,47 @@
+"""What the requests of one deployment go over: the route that it was deployed on, or the one that took its place when
+workers were lost. All of its requests share it, so they move together, and those that begin later follow."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+import trio
+
+from client.errors import short
+from client.routing import Route
+from protocol.ids import PeerId
+
+log = logging.getLogger("sotto.client")
+
+
+class Placed(Protocol):
+    """The part of node.model.DeployedModel that is used here."""
+
+    @property
+    def route(self) -> Route: ...
+
+
+M = TypeVar("M", bound=Placed)
+Find = Callable[[M], Awaitable[M]]
+"""The model over a route that is found now, instead of one that it is on."""
+
+
+class Standing(Generic[M]):
+    """`newest`: what requests begin with; None before the first move."""
+
+    def __init__(self) -> None:
+        self.newest: M | None = None
+        self._moving = trio.Lock()
+
+    async def moved(self, left: M, without: frozenset[PeerId], find: Find[M]) -> M:
+        """What to go on with instead of `left`, past the workers `without`. Who comes while others move waits for
+        them, and goes where they went unless that is among `without`. Raises what `find` raises."""
+        async with self._moving:
+            newest = self.newest or left
+            if newest is left or not without.isdisjoint(hop.peer for hop in newest.route.hops):
+                newest = self.newest = await find(newest)
+                lost = "workers" if len(without) != 1 else f"worker {short(*without)}"
+                log.warning("%s lost: requests go on over another route", lost)
+            return newest

@@ -1,0 +1,49 @@
+"""A job over real workers, one of which is killed: it goes on over another, and says the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from models.checkpoint import Checkpoint
+from models.local import LocalModel
+from models.tokenizer import Tokenizer
+from node.client import Client
+from node.model import Ask
+from simnet import cluster
+from sotto.commands.job import Hear, run_job
+from tests.helpers.swarm import deploy, with_client
+from tests.helpers.tiny_models import make_checkpoint
+
+PROMPTS = ["the quiet brook", "a worker sees", "no words", "the client holds", "the key", "of a model", "one", "two"]
+TOKENS = 24
+
+
+def test_a_killed_worker_does_not_end_a_job(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    answers = dict[int, dict[str, Any]]()
+    with cluster.running(tmp_path / "cluster", [cluster.WorkerSpec("200MiB", "50MiB", 1)] * 3) as net:
+        pids = {worker.peer: worker.pid for worker in net.workers}
+
+        async def work(client: Client) -> set[str]:
+            ready = await deploy(client, model, workers=2)
+            victim = ready.route.hops[1].peer
+
+            def answered(index: int, answer: dict[str, Any]) -> None:
+                answers[index] = answer
+                if len(answers) == 2:
+                    os.kill(pids[victim], signal.SIGKILL)
+
+            lines = [{"prompt": prompt} for prompt in PROMPTS]
+            hear = Hear(lambda *_: None, lambda _: None, answered)
+            await run_job(ready, lines, Ask(TOKENS, ignore_eos=True), 3, hear)
+            assert ready.standing.newest is not None
+            return {victim} & {hop.peer for hop in ready.standing.newest.route.hops}
+
+        assert with_client(net, tmp_path / "data", work) == set()
+    checkpoint = Checkpoint.open(model)
+    local, tokenizer = LocalModel(checkpoint), Tokenizer.open(checkpoint.tokenizer_file)
+    expected = [local.generate(tokenizer.encode(prompt), TOKENS) for prompt in PROMPTS]
+    assert [answers[index]["ids"] for index in range(len(PROMPTS))] == expected

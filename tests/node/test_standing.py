@@ -1,0 +1,79 @@
+"""Requests that lose a worker move together, and once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import trio
+
+from client.routing import Hop, Route
+from node.standing import Standing
+from protocol.errors import RouteUnavailable
+from protocol.ids import PeerId
+from simnet.runtime import run
+from tests.helpers.protocol_samples import DEPLOYMENT
+
+A, B, C = (PeerId("12D3KooW" + letter * 44) for letter in "abc")
+
+
+@dataclass(frozen=True)
+class OnPeer:
+    peer: PeerId
+
+    @property
+    def route(self) -> Route:
+        return Route(DEPLOYMENT, (Hop(self.peer, (), 0, 1),))
+
+
+class Finder:
+    """Finds C, then B, then C..., a second each; the first `failures` times nothing."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.calls, self.failures = list[OnPeer](), failures
+
+    async def __call__(self, left: OnPeer) -> OnPeer:
+        self.calls.append(left)
+        await trio.sleep(1)
+        if len(self.calls) <= self.failures:
+            raise RouteUnavailable("nobody has room")
+        return OnPeer(B if left.peer == C else C)
+
+
+def test_requests_that_lose_a_worker_together_move_once() -> None:
+    async def main() -> None:
+        standing, find, left, went = Standing[OnPeer](), Finder(), OnPeer(A), list[OnPeer]()
+
+        async def move() -> None:
+            went.append(await standing.moved(left, frozenset({A}), find))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(move)
+        assert [each.peer for each in went] == [C] * 5
+        assert find.calls == [left]
+        assert standing.newest is went[0]
+
+    run(main, seed=0)
+
+
+def test_who_has_lost_the_new_route_too_moves_again() -> None:
+    async def main() -> None:
+        standing, find = Standing[OnPeer](), Finder()
+        first = await standing.moved(OnPeer(A), frozenset({A}), find)
+        assert (await standing.moved(first, frozenset(), find)).peer == B, "that it failed is enough"
+        third = await standing.moved(OnPeer(A), frozenset({A, B}), find)
+        assert third.peer == C, "one that others moved to, and that this one knows to be lost"
+
+    run(main, seed=0)
+
+
+def test_a_move_that_fails_is_tried_again_by_the_next() -> None:
+    async def main() -> None:
+        standing, find, left = Standing[OnPeer](), Finder(failures=1), OnPeer(A)
+        with pytest.raises(RouteUnavailable):
+            await standing.moved(left, frozenset({A}), find)
+        assert standing.newest is None
+        assert (await standing.moved(left, frozenset({A}), find)).peer == C
+
+    run(main, seed=0)
