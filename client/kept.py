@@ -2,10 +2,11 @@
 
 Of a request only what follows the longest common beginning of its prompt and of what the hops' KV holds is sent;
 the first step truncates the rest there. When the session is lost, also in the middle of an answer, another one is
-opened (over the same route, then over one that is found anew, past the workers that were lost), and what was known and
-is not in kept pages is computed again: tokens depend on their positions alone, so the answer goes on as if nothing had
-happened. The same when it is preempted: a worker took its memory for a client that holds less. Then the same route is
-waited for, as long as it takes within reason; preempted again without a token between, it is lost like any other. When
+opened (over the same route, then over one that is found anew, past the workers that were lost; at once past one that
+was lost again and again), and what was known and is not in kept pages is computed again: tokens depend on their
+positions alone, so the answer goes on as if nothing had happened. The same when it is preempted: a worker took its
+memory for a client that holds less. Then the same route is waited for, as long as it takes within reason; preempted
+again without a token between, it is lost like any other. When
 a session is closed its pages stay, under their names on its route.
 
 Invariant: `held` is what the KV holds for certain. One request at a time. Where sessions come from is the opener's.
@@ -13,6 +14,7 @@ Invariant: `held` is what the KV holds for certain. One request at a time. Where
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -29,6 +31,8 @@ from protocol.ids import PeerId
 from protocol.messages import RefusalReason
 
 LOSSES_MAX = 3  # in a row, without a token between them
+REQUEST_LOSSES_MAX = 16  # of one request
+BLAMED_MAX = 2  # losses of one request that one worker is named in: it is passed over then, tokens between or not
 PREEMPTIONS_MAX = 32  # of one request: honest workers take hours to come to that
 NO_ROOM_S = 300.0  # how long who was preempted looks for room again
 PAUSE_S = 1.0  # between two refusals that came at once
@@ -107,7 +111,10 @@ class KeptSession:
         self._opened: Opened | None = None
         self._moved_before = (0, 0)
         self._in_a_row = 0
+        self._anew = False
         self._without: frozenset[PeerId] = frozenset()  # the workers that were lost in a row
+        self._blamed: Counter[PeerId] = Counter()  # of this request
+        self._losses_left = REQUEST_LOSSES_MAX
         self._preemptions_left = PREEMPTIONS_MAX
         self._roomless_since = inf  # when it was preempted, while it has no room again
         self._preempted = False  # since the last token
@@ -121,13 +128,14 @@ class KeptSession:
     def begin(self) -> None:
         """Another request begins."""
         self._preemptions_left, self._preempted = PREEMPTIONS_MAX, False
+        self._losses_left, self._blamed = REQUEST_LOSSES_MAX, Counter()
 
     async def ready(self, known: Sequence[int]) -> OpenedSession:
         """The open session; one is opened when there is none, for a sequence that begins with `known`. Raises
         SottoError when that fails again and again."""
         while self._opened is None:
             try:
-                opened = await self._opener(Opening(known, self._in_a_row > 1, self._without))
+                opened = await self._opener(Opening(known, self._anew, self._without))
             except _LOST as error:
                 await self.lost(error)
                 continue
@@ -163,11 +171,15 @@ class KeptSession:
 
     def _note_loss(self, error: SottoError, most: int) -> None:
         self._in_a_row += 1
-        if self._in_a_row > most:
+        self._losses_left -= 1
+        if self._in_a_row > most or self._losses_left < 0:
             self.progressed()
             raise error
         peer: PeerId | None = getattr(error, "peer", None)
-        self._without |= {peer} if peer else set()
+        if peer is not None:
+            self._without |= {peer}
+            self._blamed[peer] += 1
+        self._anew = self._in_a_row > 1 or (peer is not None and self._blamed[peer] > BLAMED_MAX)
         if self._in_a_row == 1:
             self.losses += 1
             who = f"worker {short(peer)} is" if peer else "the workers are"
@@ -181,7 +193,7 @@ class KeptSession:
 
     def progressed(self) -> None:
         """A token came: whatever fails next is another failure."""
-        self._in_a_row, self._without, self._preempted = 0, frozenset(), False
+        self._in_a_row, self._anew, self._without, self._preempted = 0, False, frozenset(), False
 
     async def aclose(self, keep: bool = True) -> None:
         """Free the KV on all hops, which `keep` its full pages as long as they have room. The next request opens a

@@ -8,7 +8,7 @@ more often than every RETRY_S: a lease that is over by then is let go.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -36,6 +36,7 @@ from protocol.messages import (
 
 LEASE_S = 600
 RETRY_S = 15.0
+RESUME_S = 2.5 * RETRY_S
 RELEASE_S = 2.0  # for telling all workers at the end; leases of a client that is gone end by themselves
 _FORGOTTEN = (RefusalReason.UNKNOWN_LEASE, RefusalReason.UNKNOWN_DEPLOYMENT)
 
@@ -88,6 +89,18 @@ class LeaseKeeper:
         """Give up the leases of `deployment`, but for those at `staying`, without waiting until workers know."""
         gone = [key for key in self.kept if key[0] == deployment and key[1] not in staying]
         self._parting += [self.kept.pop(key) for key in gone]
+        self._changed.set()
+
+    def held(self, deployment: DeploymentId) -> list[KeptLease]:
+        """What is kept now, for `resume`."""
+        return [kept for key, kept in self.kept.items() if key[0] == deployment]
+
+    def resume(self, held: Sequence[KeptLease]) -> None:
+        """Ask soon, for a while, for those of `held` that are not kept any more."""
+        now = self.ports.clock.monotonic()
+        for each in held:
+            key = each.lease.deployment, each.hop.peer
+            self.kept.setdefault(key, replace(each, due=now, until=now + RESUME_S))
         self._changed.set()
 
     async def aclose(self) -> None:

@@ -164,7 +164,8 @@ class Chat:
 
     async def _open(self, opening: Opening) -> Opened:
         if opening.anew:
-            self._model = await self._model.moved(opening.without)
+            found = await self._model.deploy_again(opening.without)  # alone: a worker that declines may serve others
+            self._model = self._model.succeeded_by(found)
             self._terms = self._terms_of(self._used)
         return await self._model.opened(opening, self._terms, self._used)
 
@@ -175,6 +176,7 @@ async def open_chat(model: DeployedModel, options: ChatOptions | None = None) ->
     options = options or ChatOptions()
     if options.context_tokens < 2:
         raise InputError(f"a chat needs a context of 2 tokens or more, not {options.context_tokens}")
+    model = model.standing.newest or model
     template = await trio.to_thread.run_sync(ChatTemplate.open, model.checkpoint.path, datetime.now())
     return Chat(model, template, options)
 

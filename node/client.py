@@ -47,7 +47,7 @@ from node.sharing import COMPARED_MAX, Sharing, Sources
 from node.standing import Standing
 from protocol import limits
 from protocol.capabilities import Right
-from protocol.errors import InputError, RouteUnavailable
+from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import PeerId
 from protocol.messages import RefusalReason
 from protocol.reports import pen_of
@@ -288,13 +288,18 @@ class Client:
         self, left: Route, deployed: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]], without: frozenset[PeerId]
     ) -> DeployedModel:
         """The model over a route that is found now, past the workers `without` where there are others. What was leased
-        for the route that is left and the new one has no use for is given up."""
+        for the route that is left and the new one has no use for is given up; where there is no new one, it is not."""
+        held = self.leases.held(left.deployment)
         try:
-            ready = await deployed(without)
-        except RouteUnavailable:
-            if not without:
-                raise
-            ready = await deployed(frozenset())
+            try:
+                ready = await deployed(without)
+            except (RouteUnavailable, Refused):
+                if not without:
+                    raise
+                ready = await deployed(frozenset())
+        except BaseException:
+            self.leases.resume(held)
+            raise
         self.leases.part(left.deployment, [hop.peer for hop in ready.route.hops])
         return ready
 

@@ -1,7 +1,8 @@
 """A deployed model at the client: prompts in, text out, over a route of workers.
 
 One session per request: opened before the first token, closed after the last, whatever happens between, and opened
-again when workers preempt it. It holds the model's ends and the tokenizer, which never leave this process.
+again when workers preempt it or, where that is asked for, are lost. It holds the model's ends and the tokenizer, which
+never leave this process.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from node.draft import Draft
 from node.guessing import Guessing
 from node.recording import Plan, Progress, Recorder
 from node.standing import Standing
-from protocol.errors import InputError
+from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import ID_BYTES, PeerId
 from protocol.strategy import CHOICES, DEFAULT, Auto, Facts, Strategy, infeasible, parse
 
@@ -152,10 +153,11 @@ class DeployedModel:
         params, host = self.params(ask, strategy), await self.host(ask, strategy, self.guessing())
         host = replace(host, started_at=started_at)
         trace = StepTrace() if ask.trace else None
-        kept = self._kept_session(kv_tokens, strategy, trace, ask.recover)
+        way = _Way(self, kv_tokens, strategy, trace, ask.recover)
+        kept = KeptSession(way.opened, KeptTerms(LOSSES_MAX if ask.recover else 0, refusals=False))
         request = KeptRequest(kept, KeptAsk(ids, params, self.ends), host)
         stream = TextStream(request, self.tokenizer.stream(), ask.stop)
-        report = partial(self._report, trace, request, kept) if trace else None
+        report = partial(_report, trace, request, kept, way) if trace else None
         with self.recorder.request(decided.plan) as entry:
             entry.progress = partial(progress, request, kept, host.speculation, Before())
             async with self.seat(strategy):
@@ -168,31 +170,27 @@ class DeployedModel:
         if request.finish_reason is not None and not kept.losses:
             self.choosing.learn(decided, request.token_times_s)
 
-    def _kept_session(
-        self, kv_tokens: int, strategy: Strategy, trace: StepTrace | None, recover: bool = False
-    ) -> KeptSession:
-        """For one request. What a worker keeps of it is found by page keys, after a preemption too."""
-        model, request = self, self.ports.entropy(ID_BYTES)
-
-        async def opened(opening: Opening) -> Opened:
-            nonlocal model
-            if opening.anew and recover:
-                model = await model.moved(opening.without)
-            if trace is not None:
-                trace.begin()
-            terms = replace(model.terms(kv_tokens, strategy), trace=trace, request=request)
-            return await model.opened(opening, terms, strategy)
-
-        return KeptSession(opened, KeptTerms(LOSSES_MAX if recover else 0, refusals=False))
-
     async def moved(self, without: frozenset[PeerId]) -> DeployedModel:
         """The model over the route that its requests move to, past the workers `without` where there are others.
         Raises what a deployment raises."""
 
         async def found(left: DeployedModel) -> DeployedModel:
-            return replace(await left.deploy_again(without), standing=self.standing)
+            return left.succeeded_by(await left.deploy_again(without))
 
         return await self.standing.moved(self, without, found)
+
+    def succeeded_by(self, found: DeployedModel) -> DeployedModel:
+        """`found` with what the client holds of the model here: it is in memory once, and static requests have one
+        gate."""
+        return replace(
+            found,
+            standing=self.standing,
+            ends=self.ends,
+            turns=self.turns,
+            batches=self.batches,
+            draft=self.draft,
+            tokenizer=self.tokenizer,
+        )
 
     async def opened(self, opening: Opening, terms: SessionTerms, strategy: Strategy) -> Opened:
         """A session over this route for a request with `strategy`. Raises SottoError."""
@@ -237,7 +235,10 @@ class DeployedModel:
             draft_model=self.draft.found,
             missing=MISSING,
         )
-        reason = infeasible(self.default_strategy if isinstance(ask.strategy, Auto) else ask.strategy, facts)
+        named = None if isinstance(ask.strategy, Auto) else ask.strategy
+        if named is not None and facts.hops == 1 and self.standing.newest is self:  # there were more when it was named
+            named = replace(named, micro_batches=0)
+        reason = infeasible(named or self.default_strategy, facts)
         if reason is not None:
             raise InputError(reason)
         if isinstance(ask.strategy, Auto):
@@ -255,8 +256,9 @@ class DeployedModel:
                 kept=kept,
             )
             return self.choosing.decide(wanted)
-        chosen_by = "default" if ask.strategy == self.default_strategy else "user"
-        return Decided(Plan(task, ask.strategy, chosen_by, money=ask.money))
+        assert named is not None
+        chosen_by = "default" if named == self.default_strategy else "user"
+        return Decided(Plan(task, named, chosen_by, money=ask.money))
 
     def _require_known(self, ids: Sequence[int]) -> None:
         known = self.config.vocab_size
@@ -289,11 +291,6 @@ class DeployedModel:
             turns = Turns(self.ends, in_thread, tile_rows=self.ends.tile_rows)
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, turns)
 
-    def _report(self, trace: StepTrace, request: KeptRequest, kept: KeptSession) -> TraceReport:
-        now = self.standing.newest or self
-        summed = report(trace, request.prompt_tokens, now.route, now.recorder.route().leg_rtt_ms)
-        return replace(summed, preemptions=kept.preemptions)
-
     def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
         """What a session of a request with `strategy` is opened with."""
         shares = strategy.batching != "off" and not strategy.deterministic
@@ -316,6 +313,39 @@ class DeployedModel:
     def session(self, kv_tokens: int) -> AbstractAsyncContextManager[RouteSession]:
         """A session of its own over the route, for those who do the steps themselves."""
         return self.driver.session(self.route, SessionTerms(kv_tokens))
+
+
+@dataclass(slots=True)
+class _Way:
+    """Where one request goes: over `model`'s route, or the one that it has moved to."""
+
+    model: DeployedModel
+    kv_tokens: int
+    strategy: Strategy
+    trace: StepTrace | None
+    recover: bool
+    _request: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._request = self.model.ports.entropy(ID_BYTES)
+
+    async def opened(self, opening: Opening) -> Opened:
+        """A session for the request. What a worker keeps of it is found by page keys, after a preemption too. Raises
+        SottoError; RouteUnavailable where there is nothing to move to."""
+        if opening.anew and self.recover:
+            try:
+                self.model = await self.model.moved(opening.without)
+            except (InputError, Refused) as error:  # not for what this request asks
+                raise RouteUnavailable(f"workers were lost, and no others could take their place: {error}") from error
+        if self.trace is not None:
+            self.trace.begin()
+        terms = self.model.terms(self.kv_tokens, self.strategy)
+        return await self.model.opened(opening, replace(terms, trace=self.trace, request=self._request), self.strategy)
+
+
+def _report(trace: StepTrace, request: KeptRequest, kept: KeptSession, way: _Way) -> TraceReport:
+    rtts_ms = way.model.recorder.route().leg_rtt_ms
+    return replace(report(trace, request.prompt_tokens, way.model.route, rtts_ms), preemptions=kept.preemptions)
 
 
 def wire_of(strategy: Strategy, dtype: str) -> str:

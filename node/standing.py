@@ -11,6 +11,7 @@ import trio
 
 from client.errors import short
 from client.routing import Route
+from protocol.errors import SottoError
 from protocol.ids import PeerId
 
 log = logging.getLogger("sotto.client")
@@ -34,14 +35,31 @@ class Standing(Generic[M]):
     def __init__(self) -> None:
         self.newest: M | None = None
         self._moving = trio.Lock()
+        self._tries = 0  # at moving, that have ended
+        self._failure: SottoError | None = None  # of the newest
 
     async def moved(self, left: M, without: frozenset[PeerId], find: Find[M]) -> M:
         """What to go on with instead of `left`, past the workers `without`. Who comes while others move waits for
-        them, and goes where they went unless that is among `without`. Raises what `find` raises."""
+        them, and shares what came of it; who comes later goes where they went, unless that is among `without`. Raises
+        what `find` raises."""
+        tries = self._tries
         async with self._moving:
             newest = self.newest or left
-            if newest is left or not without.isdisjoint(hop.peer for hop in newest.route.hops):
-                newest = self.newest = await find(newest)
-                lost = "workers" if len(without) != 1 else f"worker {short(*without)}"
-                log.warning("%s lost: requests go on over another route", lost)
-            return newest
+            if tries != self._tries:
+                if self._failure is not None:
+                    raise self._failure.with_traceback(None)
+                return newest
+            if newest is not left and without.isdisjoint(hop.peer for hop in newest.route.hops):
+                return newest
+            return await self._move(newest, without, find)
+
+    async def _move(self, left: M, without: frozenset[PeerId], find: Find[M]) -> M:
+        try:
+            found = await find(left)
+        except SottoError as error:
+            self._tries, self._failure = self._tries + 1, error
+            raise
+        self._tries, self._failure, self.newest = self._tries + 1, None, found
+        lost = "workers" if len(without) != 1 else f"worker {short(*without)}"
+        log.warning("%s lost: requests go on over another route", lost)
+        return found

@@ -17,6 +17,7 @@ from client.kept import (
     LOSSES_MAX,
     NO_ROOM_S,
     PREEMPTIONS_MAX,
+    REQUEST_LOSSES_MAX,
     KeptAsk,
     KeptRequest,
     KeptSession,
@@ -34,7 +35,7 @@ from simnet.runtime import VirtualClock, run
 from tests.client.test_speculation import HashedEnds, Machine
 
 T = TypeVar("T")
-PEER = PeerId("12D3KooW" + "x" * 44)
+PEER, OTHER = (PeerId("12D3KooW" + letter * 44) for letter in "xy")
 ENDS = HashedEnds()
 PROMPT = [1, 2, 3, 4]
 
@@ -216,9 +217,9 @@ def test_pages_stay_under_the_names_of_the_route_that_computed_them() -> None:
 
 
 def test_the_next_route_passes_over_whom_was_lost_and_a_token_ends_that() -> None:
-    opener = Opener([Session(6), None, Session(5), Session()])
+    opener = Opener([Session(6), None, Session(5, HopLost(OTHER, "was lost")), Session()])
     virtual(lambda: ids(request(opener.kept(), PROMPT)))
-    assert [opening.without for opening in opener.openings] == [set(), {PEER}, {PEER}, {PEER}]
+    assert [opening.without for opening in opener.openings] == [set(), {PEER}, {PEER}, {OTHER}]
     assert opener.anew == [False, False, True, False], "after a token, the same route is tried first"
 
 
@@ -257,7 +258,15 @@ def test_losses_that_are_far_apart_are_all_made_good() -> None:
     opener = Opener([Session(4) for _ in range(3 * LOSSES_MAX)] + [Session()])
     asked = GenerationParams(40)
     assert virtual(lambda: ids(request(opener.kept(), [1], asked))) == alone([1], asked)
-    assert not any(opener.anew)
+    assert opener.anew[:4] == [False, False, False, True], "a worker that is lost again and again is passed over"
+    assert opener.openings[3].without == {PEER}
+
+
+def test_a_worker_that_gives_one_token_and_leaves_is_not_followed_for_ever() -> None:
+    opener = Opener([Session(4) for _ in range(100)])
+    with pytest.raises(HopLost):
+        virtual(lambda: ids(request(opener.kept(), [1], GenerationParams(90))))
+    assert len(opener.openings) == 1 + REQUEST_LOSSES_MAX
 
 
 def test_a_peer_that_breaks_the_protocol_is_not_asked_again() -> None:

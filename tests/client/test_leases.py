@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from client.asking import channel_to
-from client.leases import RELEASE_S, LeaseKeeper, Leasing
+from client.leases import RELEASE_S, RESUME_S, LeaseKeeper, Leasing
 from client.routing import Hop
 from protocol.leases import open_lease, sign_lease
 from protocol.manifest import sign_manifest
@@ -81,6 +81,22 @@ def test_what_a_route_that_was_left_leased_is_given_up_at_once() -> None:
         assert case.asked(RenewLease, 0) == 0
         assert case.asked(RenewLease, 1) > 1
         assert {peer for _, peer in case.keeper.kept} == {staying}
+
+    with_keeper(body)
+
+
+def test_what_a_move_gave_up_and_found_nothing_for_is_leased_again_where_that_can_be() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        held = case.keeper.held(DEPLOYMENT)
+        await case.keeper.release(DEPLOYMENT)
+        case.depots[1].replace = lambda _: None
+        case.keeper.resume(held)
+        await trio.sleep(2 * RESUME_S)
+        assert {peer for _, peer in case.keeper.kept} == {case.depots[0].endpoint.peer}, "the other is gone"
+        assert case.depots[0].lease is not None
+        await trio.sleep(2 * LEASE_S)
+        assert case.asked(RenewLease) > 2, "it is renewed from then on"
 
     with_keeper(body)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from types import MethodType, SimpleNamespace
 from typing import cast
 
@@ -19,11 +20,15 @@ from models.sampling import SamplingParams
 from node.chat import Chat, ChatOptions
 from node.draft import Draft
 from node.guessing import Guessing
-from node.model import Ask, DeployedModel, turns_over, wire_of
+from node.model import Ask, DeployedModel, _Way, turns_over, wire_of
 from node.standing import Standing
-from protocol.errors import InputError, RouteUnavailable
+from protocol.errors import InputError, Refused, RouteUnavailable, SottoError
+from protocol.ids import PeerId
 from protocol.strategy import Strategy, parse
 from simnet.runtime import run
+from tests.helpers.records import RECORD
+
+PEER = PeerId("12D3KooW" + "x" * 44)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +119,7 @@ def model(**attributes: object) -> DeployedModel:
     )
     fake = SimpleNamespace(**known | attributes)
     guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
-    for name in ("_answer", "params", "host", "terms", "page_keys", "_kept_session", "_require_known"):
+    for name in ("_answer", "params", "host", "terms", "page_keys", "_require_known"):
         setattr(fake, name, MethodType(getattr(DeployedModel, name), fake))
     return cast("DeployedModel", fake)
 
@@ -158,16 +163,75 @@ def test_a_session_over_a_route_that_was_found_anew_serves_the_next_turn() -> No
         assert terms.micro_batches == 3, "as suits the route"
         return Opened(cast("OpenedSession", session))
 
-    async def moved(_without: object) -> DeployedModel:
+    async def deploy_again(_without: object) -> DeployedModel:
         return model(predicted=predicted(3), opened=opened)
 
     async def main() -> None:
         session.aclose = aclose
         template = cast("ChatTemplate", SimpleNamespace(tokens={}, stops=()))
-        chat = Chat(model(predicted=predicted(2), opened=lost, moved=moved), template, ChatOptions())
+        before = model(predicted=predicted(2), opened=lost, deploy_again=deploy_again, succeeded_by=lambda found: found)
+        chat = Chat(before, template, ChatOptions())
         for _ in range(2):
             await chat._request(ChatPrompt((1,), 9, 0), Ask(), Strategy(), 0.0)
             await chat._kept.ready([1])
             assert not session.closed
 
     run(main, seed=0)
+
+
+@pytest.mark.parametrize("error", [Refused("memory", "no room for the span"), InputError("the sealed model is gone")])
+def test_a_request_that_cannot_move_was_lost_and_not_declined(error: SottoError) -> None:
+    """A job gives declined lines up one by one, and ends where there are no workers."""
+
+    async def moved(without: frozenset[PeerId]) -> DeployedModel:
+        assert without == {PEER}
+        raise error
+
+    async def main() -> None:
+        way = _Way(model(moved=moved), 9, Strategy(), None, recover=True)
+        with pytest.raises(RouteUnavailable, match="no others could take their place"):
+            await way.opened(Opening([1], anew=True, without=frozenset({PEER})))
+
+    run(main, seed=0)
+
+
+def test_a_request_keeps_its_id_over_the_route_that_it_moves_to_and_is_parted_as_suits_that() -> None:
+    seen = list[SessionTerms]()
+
+    async def opened(_opening: Opening, terms: SessionTerms, _used: Strategy) -> Opened:
+        seen.append(terms)
+        return Opened(cast("OpenedSession", None))
+
+    async def moved(_without: frozenset[PeerId]) -> DeployedModel:
+        return model(predicted=predicted(3), opened=opened)
+
+    async def main() -> None:
+        names = count()
+        ports = SimpleNamespace(clock=None, entropy=lambda length: bytes([next(names)] * length))
+        way = _Way(model(predicted=predicted(2), opened=opened, moved=moved, ports=ports), 9, Strategy(), None, True)
+        for anew in (False, True, False):
+            await way.opened(Opening([1], anew))
+
+    run(main, seed=0)
+    assert [terms.micro_batches for terms in seen] == [2, 3, 3]
+    assert len({terms.request for terms in seen}) == 1
+
+
+def test_parts_that_were_named_for_several_hops_are_none_of_one_that_is_left() -> None:
+    asked = Ask(strategy=parse("micro_batches=2"))
+    with pytest.raises(InputError, match="this route has one hop"):
+        DeployedModel.decide(alone(), [1], asked)
+    left = alone()
+    left.standing.newest = left
+    assert DeployedModel.decide(left, [1], asked).plan.strategy.micro_batches == 0
+
+
+def alone() -> DeployedModel:
+    """A model on one hop, as far as decisions need it."""
+    return model(
+        route=SimpleNamespace(hops=(None,)),
+        recorder=SimpleNamespace(task=lambda *_: RECORD.task),
+        draft=SimpleNamespace(found=False),
+        default_strategy=Strategy(),
+        standing=Standing[DeployedModel](),
+    )

@@ -68,12 +68,48 @@ def test_who_has_lost_the_new_route_too_moves_again() -> None:
     run(main, seed=0)
 
 
-def test_a_move_that_fails_is_tried_again_by_the_next() -> None:
+def test_requests_that_lose_a_worker_together_hear_together_that_there_is_no_other() -> None:
     async def main() -> None:
         standing, find, left = Standing[OnPeer](), Finder(failures=1), OnPeer(A)
-        with pytest.raises(RouteUnavailable):
-            await standing.moved(left, frozenset({A}), find)
+
+        async def move() -> None:
+            with pytest.raises(RouteUnavailable, match="nobody has room"):
+                await standing.moved(left, frozenset({A}), find)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(move)
+        assert (trio.current_time(), len(find.calls)) == (1, 1), "one search for all"
         assert standing.newest is None
-        assert (await standing.moved(left, frozenset({A}), find)).peer == C
+        assert (await standing.moved(left, frozenset({A}), find)).peer == C, "who tries again searches again"
+
+    run(main, seed=0)
+
+
+def test_who_waited_goes_where_the_others_went_though_the_lost_worker_is_there_again() -> None:
+    async def back(left: OnPeer) -> OnPeer:
+        await trio.sleep(1)
+        return OnPeer(left.peer)
+
+    async def main() -> None:
+        standing, left = Standing[OnPeer](), OnPeer(A)
+
+        async def move() -> None:
+            assert (await standing.moved(left, frozenset({A}), back)) is standing.newest
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(move)
+        assert trio.current_time() == 1
+
+    run(main, seed=0)
+
+
+def test_who_is_cancelled_while_it_moves_leaves_that_to_the_next() -> None:
+    async def main() -> None:
+        standing, find, left = Standing[OnPeer](), Finder(), OnPeer(A)
+        with trio.move_on_after(0.5):
+            await standing.moved(left, frozenset({A}), find)
+        assert (await standing.moved(left, frozenset({A}), find)) is standing.newest
 
     run(main, seed=0)
