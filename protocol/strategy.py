@@ -29,7 +29,8 @@ class Strategy:
 
     batching: steps of several sessions in one forward as they come, in groups that begin and end together, or never.
     prefix_cache: workers keep the pages of this prompt for later ones, and use those that they hold.
-    prefill_chunk: tokens of the prompt in one step.
+    prefill_chunk: tokens of the prompt in one message. A worker computes long ones in parts of 256 rows, so that other
+        sessions' tokens get their turn between them.
     speculation: guesses at the next tokens from the text so far, or from a small draft model.
     drafts_max: guesses in one step.
     wire: precision of activations between client and hops.

@@ -266,6 +266,8 @@ class Engine:
             else:
                 self._fail(taken[0][0], error)
             return
+        if self._device.type == "cuda":  # else the time is that of starting the kernels
+            torch.cuda.synchronize(self._device)
         self._ended_s, start = time.perf_counter(), 0
         took_s = self._ended_s - started
         company = sum(count == step.rows_left for step, count in taken) > 1

@@ -8,7 +8,7 @@ requests are served with guesses by prompt lookup too: how many were sent, and h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,10 +28,9 @@ from simnet import cluster
 from simnet.bench import workloads
 from simnet.bench.engine import PRECISIONS, checkpoint_of, describe, require
 from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, answer
-from simnet.bench.library import Library
 from simnet.bench.machine import facts
 from simnet.bench.paired import Budget
-from simnet.bench.serving import Served, serve, serve_batches
+from simnet.bench.serving import serve, serve_library
 from simnet.bench.workloads import ChatShape, Request, Source, Workload
 from simnet.topology import profile
 
@@ -147,7 +146,7 @@ async def _measure(bench: Bench, options: Options, report: dict[str, Any], hear:
                 asked = len(work.requests)
                 mean = Work(min(slots, asked), work.prompt_tokens // asked, work.new_tokens // asked)
                 threads = await rig.library_threads(mean)
-                batches = await _library(library, work, slots, threads)
+                batches = await serve_library(library, work, slots, threads)
                 point["transformers"] = batches.figures() | {"threads": threads}
             report["points"].append(point)
             hear.found(point)
@@ -170,14 +169,6 @@ async def _answer(model: DeployedModel, strategy: Strategy, guesses: Guesses, re
     guesses.drafted += result.drafted
     guesses.accepted += result.accepted
     return result
-
-
-async def _library(library: Library, work: Workload, slots: int, threads: int) -> Served:
-    async def whole(batch: Sequence[Request]) -> list[float]:
-        prompts, longest = [request.prompt for request in batch], max(request.new_tokens for request in batch)
-        return await trio.to_thread.run_sync(library.padded, prompts, longest, threads)
-
-    return await serve_batches(work, whole, slots)
 
 
 def workload_of(options: Options, source: Source) -> Workload:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import trio
 
 from client.tracing import at_percent
+from simnet.bench.library import Library
 from simnet.bench.workloads import Request, Workload
 
 PERCENTILES = (50, 90, 95, 99)
@@ -136,3 +137,13 @@ async def serve_batches(
         waiting = waiting[len(batch) :]
         await whole(batch)
     return Served(tuple(timed[number] for number in range(len(timed))))
+
+
+async def serve_library(library: Library, workload: Workload, slots: int, threads: int) -> Served:
+    """`workload` in static batches of transformers, padded to the longest of each."""
+
+    async def whole(batch: Sequence[Request]) -> list[float]:
+        prompts, longest = [request.prompt for request in batch], max(request.new_tokens for request in batch)
+        return await trio.to_thread.run_sync(library.padded, prompts, longest, threads)
+
+    return await serve_batches(workload, whole, slots)

@@ -100,10 +100,12 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Hear:
-    """`update(done, total)` counts requests, as if every point took `rounds`; `say`: what is measured now."""
+    """`update(done, total)` counts requests, as if every point took `rounds`; `say`: what is measured now; `found` gets
+    each point as it is measured."""
 
     update: Callable[[int, int], None] = _to_nobody
     say: Callable[[str], None] = _to_nobody
+    found: Callable[[dict[str, Any]], None] = _to_nobody
 
 
 @dataclass(slots=True)
@@ -173,7 +175,9 @@ async def _measure(options: SpeculationBench, net: cluster.Cluster, report: dict
                 patience = Patience(budget.next(), ENOUGH, options.rounds, warm_up=False)
                 rounds = await cell.measure(patience, hear.say, count)
                 done += 1
-                report["points"].append({"rtt_ms": rtt_ms, "workload": workload, **cell.figures(rounds)})
+                point = {"rtt_ms": rtt_ms, "workload": workload, **cell.figures(rounds)}
+                report["points"].append(point)
+                hear.found(point)
 
 
 async def _turn(

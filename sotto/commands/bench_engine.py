@@ -20,9 +20,10 @@ Data = Annotated[
         exists=True,
         file_okay=False,
         help="Folder with azure_llm_trace_conv_2023.csv for the chat trace and spec_bench_question.jsonl for texts to "
-        "edit. What it does not hold is made up.",
+        "edit. What it does not hold is made up. Default: ../shared/data, if there is such.",
     ),
 ]
+DATA_BESIDE = Path("../shared/data")
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -77,7 +78,7 @@ def engine(
             only=tuple(words(only)) if only else bench.PARTS,
             dtypes=tuple(words(dtype)) if dtype else bench.PRECISIONS,
             minutes=minutes,
-            data=data,
+            data=data or data_beside(),
             sizes=Sizes(batch=batch, trace_requests=requests),
         )
         with _bar(as_json) as (update, say), keeping(report):
@@ -87,6 +88,11 @@ def engine(
     if as_json:
         print_json(report)
     end(report)
+
+
+def data_beside() -> Path | None:
+    """Where data is when nobody says."""
+    return DATA_BESIDE if DATA_BESIDE.is_dir() else None
 
 
 def say_line(text: str) -> None:

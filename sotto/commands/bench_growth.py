@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, lines, say_line, words
+from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, data_beside, lines, say_line, words
 from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
 
 OneDtype = Annotated[str, typer.Option(help="Precision: float32, bfloat16 or int8.")]
@@ -103,7 +103,7 @@ def serve(
             per_s=per_s,
             tokens_max=tokens_max,
             profile=profile,
-            data=data,
+            data=data or data_beside(),
             library=library,
         )
         with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, keeping(report):

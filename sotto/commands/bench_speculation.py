@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import Data, Plots, say_line
+from sotto.commands.bench_engine import Data, Out, Plots, data_beside, lines, say_line
 from sotto.commands.common import Json, Model, end, errors, keeping, print_json, progress_bar
 
 WIDTH = 46
@@ -31,6 +31,7 @@ def speculation(
     ] = 10.0,
     data: Data = None,
     plots: Plots = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Tokens per second against round-trip time, without guesses, with lookup, and with a draft model beside it.
@@ -38,7 +39,7 @@ def speculation(
     Real workers behind shaped links; answers of the editing workload are dictated, those of writing are the model's.
     """
     report: dict[str, Any] = {}
-    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
+    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, lines(out) as write:
         from simnet.bench import plots as pictures
         from simnet.bench import speculation as bench
         from sotto.commands.models import open_model
@@ -54,10 +55,10 @@ def speculation(
             rounds=rounds,
             minutes=minutes,
             workloads=tuple(workload or bench.WORKLOADS),
-            data=data,
+            data=data or data_beside(),
         )
         with progress_bar("requests", bytes_=False, quiet=as_json) as update, keeping(report):
-            bench.run(options, report, bench.Hear(update, say_line))
+            bench.run(options, report, bench.Hear(update, say_line, write))
         if plots is not None:
             report["plots"] = [str(path) for path in bench.plot(report, plots)]
     if as_json:

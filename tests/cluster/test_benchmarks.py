@@ -68,7 +68,13 @@ RATIOS = {
         "prefix_cache_ttft_vs_transformers",
         "prefix_cache_ttft_vs_transformers_same_kernel",
     },
-    "batching": {"continuous_vs_static_batching", "continuous_vs_static_latency"},
+    "batching": {
+        "continuous_vs_static_batching",
+        "continuous_vs_static_latency",
+        "continuous_vs_transformers",
+        "continuous_vs_transformers_same_kernel",
+        "continuous_vs_transformers_latency",
+    },
 }
 
 
@@ -109,7 +115,7 @@ def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) 
     software = report["float32"]["software"]
     assert min(software["software_us_per_hop"], software["tcp_us_per_hop"], *software["token_us"].values()) > 0
     assert set(report["float32"]["decode"]["memory_limit_share"]) >= {"sealed", "transformers"}
-    for section in ("throughput", "prefill", "long_prefill", "prefix"):
+    for section in ("throughput", "prefill", "long_prefill", "prefix", "batching"):
         threads = report["float32"][section]["threads"]
         assert threads["workers"] == 3
         assert {threads["transformers"], threads["transformers_same_kernel"]} <= {1, min(3, cores())}

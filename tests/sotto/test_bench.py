@@ -128,6 +128,14 @@ def test_what_is_asked_for_reaches_the_benchmark(monkeypatch: pytest.MonkeyPatch
     (options,) = asked
     assert (options.only, options.sizes.batch, options.sizes.trace_requests) == (("batching",), 8, 24)
     assert options.data == tmp_path
+    monkeypatch.delenv("SOTTO_BENCH_DATA")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    beside = Path("../shared/data")
+    for there in (None, beside):
+        assert CliRunner().invoke(app, words).exit_code == 0
+        assert asked.pop().data == there
+        beside.mkdir(parents=True, exist_ok=True)
     gone = CliRunner().invoke(app, [*words, "--data", str(tmp_path / "gone")])
     assert gone.exit_code == 2
     assert len(asked) == 1, "a folder that is not there is no folder without files"

@@ -24,6 +24,7 @@ from simnet import cluster
 from simnet.bench import speculation
 from simnet.bench.engine.batches import prefill_section, throughput_section
 from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
+from simnet.bench.engine.headlines import headlines
 from simnet.bench.engine.rig import Bench, Rig, Section, Sizes
 from simnet.bench.engine.traffic import batching_section, prefix_section
 from simnet.bench.machine import facts
@@ -104,6 +105,15 @@ def require(given: Sequence[str], known: Sequence[str], option: str) -> None:
 
 def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     """`measure` with workers of its own, and guessing behind links with delay. Raises InputError."""
+    try:
+        _run(options, report, hear)
+    finally:
+        by_precision = {dtype: dict(report.get(dtype, {})) for dtype in options.dtypes}
+        by_precision[options.dtypes[0]] |= {SPECULATION: report.get(SPECULATION, {})}
+        report["headlines"] = headlines(by_precision, options.dtypes)
+
+
+def _run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     if any(name in SECTIONS for name in options.only):
         _run_sections(options, report, hear)
     if SPECULATION in options.only:

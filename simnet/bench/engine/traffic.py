@@ -11,7 +11,7 @@ from protocol.strategy import parse
 from simnet.bench.engine.rig import PREFIX_NEW_TOKENS, Rig, Work, answer, in_thread
 from simnet.bench.library import Library
 from simnet.bench.paired import Contestant, Rounds
-from simnet.bench.serving import serve
+from simnet.bench.serving import Served, serve, serve_library
 from simnet.bench.workloads import ChatShape, Request, Workload, agents, chat
 
 CHAT_SCALE = 0.125  # of the trace's lengths: a CPU serves in minutes what the trace's machines serve in hours
@@ -21,27 +21,42 @@ LOAD = 1.25  # requests arrive so much faster than they can be served: what is c
 
 async def batching_section(rig: Rig) -> dict[str, object]:
     """Continuous against static batching, with as many requests at a time, at the same workers: tokens per second, and
-    the mean latency per token (a ratio above 1: continuous is faster)."""
+    the mean latency per token (a ratio above 1: continuous is faster). Beside it transformers in static batches."""
     sizes, model = rig.sizes, await rig.deployed()
     shape = ChatShape(scale=CHAT_SCALE, tokens_max=sizes.trace_tokens_max)
     trace = chat(rig.source(), sizes.trace_requests, shape)
     paced = await _paced(rig, model, trace)
-    latency: dict[str, list[float]] = {"continuous": [], "static": []}
+    asked = len(trace.requests)
+    threads = await rig.threads(Work(sizes.batch, trace.prompt_tokens // asked, max(1, trace.new_tokens // asked)))
+    libraries = {"transformers": await rig.library(), "transformers_same_kernel": await rig.library(same_kernel=True)}
+    contestants: dict[str, Contestant] = {}
+    latency: dict[str, list[float]] = {}
+
+    def told(name: str, served: Served) -> float:
+        latency.setdefault(name, []).append(1 / served.latency_per_token_s)
+        return served.tokens_per_s
 
     async def turn(batching: str) -> float:
         strategy = parse(f"batching={batching}", model.default_strategy)
         answered = partial(answer, model, strategy=strategy)
-        served = await serve(paced.unseen(rig.source()), answered, sizes.batch)
-        latency[batching].append(1 / served.latency_per_token_s)
-        return served.tokens_per_s
+        return told(batching, await serve(paced.unseen(rig.source()), answered, sizes.batch))
 
-    contestants: dict[str, Contestant] = {name: partial(turn, name) for name in ("static", "continuous")}
-    rounds = await rig.rounds(contestants, [("continuous", "static")])
+    async def library_turn(name: str) -> float:
+        return told(name, await serve_library(libraries[name], paced, sizes.batch, threads[name]))
+
+    contestants |= {name: partial(turn, name) for name in ("static", "continuous")}
+    contestants |= {name: partial(library_turn, name) for name in libraries}
+    rivals = [("continuous", name) for name in ("static", *libraries)]
+    rounds = await rig.rounds(contestants, rivals)
     counted = len(rounds.rates["static"])  # the round that warms up does not count
     latencies = Rounds({name: values[-counted:] for name, values in latency.items()})
     return {
         "continuous_vs_static_batching": rounds.ratio("continuous", "static").figures(),
         "continuous_vs_static_latency": latencies.ratio("continuous", "static").figures(),
+        **{f"continuous_vs_{rival}": rounds.ratio("continuous", rival).figures() for rival in libraries},
+        **{f"continuous_vs_{rival}_latency": latencies.ratio("continuous", rival).figures() for rival in libraries},
+        "threads": threads,
+        "weights": rig.weights,
         "workload": {
             "name": trace.name, "origin": trace.origin, "requests": len(trace.requests), "slots": sizes.batch,
             "prompt_tokens": trace.prompt_tokens, "new_tokens": trace.new_tokens, "load": LOAD,
