@@ -1,8 +1,8 @@
 """`--strategy auto`: the chooser of a client, with records to learn from and its own requests to be corrected by.
 
 The prior (recorded cells of a designed grid) comes with sotto where there is one; it is fitted in a thread, and until
-that is done the ranking is used. Corrections begin with the history's newest requests, replayed in the same thread. No
-trio here but the thread.
+that is done its ranking is used, which comes with it. Corrections begin with the history's newest requests, replayed in
+the same thread. No trio here but the thread.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from client.metalearning.candidates import name_of, possible
+from client.metalearning import shipped
+from client.metalearning.candidates import RANKING, name_of, possible
 from client.metalearning.chooser import Asked, Choice, Chooser
 from client.metalearning.comparing import kind_of
 from client.metalearning.described import described, place, situation
@@ -76,13 +77,20 @@ class _Seen:
         chooser.note(self.asked, self.strategy, self.at, self.cost_s)
 
 
+@cache
+def shipped_ranking() -> tuple[str, ...]:
+    """The ranking by the records that come with sotto."""
+    calibration = files("client.metalearning") / shipped.CALIBRATION
+    return shipped.ranking(calibration.read_text(encoding="utf-8")) if calibration.is_file() else RANKING
+
+
 @dataclass(slots=True)
 class Choosing:
     """Of all deployed models of one client."""
 
     entropy: Entropy
     clock: Clock = field(default_factory=SystemClock)
-    chooser: Chooser = field(default_factory=Chooser)
+    chooser: Chooser = field(default_factory=lambda: Chooser(ranking=shipped_ranking()))
     _meanwhile: list[_Seen] | None = None  # what was learnt while the prior is being fitted
 
     def decide(self, wanted: Wanted) -> Decided:
@@ -140,7 +148,7 @@ def replayed(chooser: Chooser, records: Sequence[Record], now_s: float = math.in
     seen = list[_Seen]()
     for record in sorted(records[-REPLAYED_MAX:], key=lambda record: record.at_ms):
         name, token_s = name_of(record.strategy), record.measured.answer_token_s
-        if name is not None and record.measured.is_whole and token_s:
+        if name is not None and record.measured.is_whole and not record.simulated and token_s:
             seen.append(_Seen(asked_of(record, (name,), now_s), name, situation(record.task), token_s))
     if chooser.advisor is not None:
         known = chooser.advisor.expect([each.asked.task for each in seen])
@@ -183,7 +191,7 @@ def fitted_prior() -> Advisor | None:
     from client.metalearning import prior
 
     folder = files("client.metalearning")
-    records, calibration = folder / prior.RECORDS, folder / prior.CALIBRATION
+    records, calibration = folder / shipped.RECORDS, folder / shipped.CALIBRATION
     if not records.is_file():
         return None
     known = calibration.read_text(encoding="utf-8") if calibration.is_file() else None

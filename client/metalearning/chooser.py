@@ -121,12 +121,13 @@ class _Known:
 
 @dataclass(slots=True)
 class Chooser:
-    """`advisor` may come later, when it has been fitted. `explore` 0 tries nothing of its own; a request with a `draw`
-    of 1 tries nothing at all. `peers`: None heeds none."""
+    """`advisor` may come later, when it has been fitted; `ranking` holds until then. `explore` 0 tries nothing of its
+    own; a request with a `draw` of 1 tries nothing at all. `peers`: None heeds none."""
 
     advisor: Advice | None = None
     explore: float = EXPLORE
     peers: Hearsay | None = None
+    ranking: Sequence[str] = RANKING
     _corrections: OrderedDict[str, Corrections] = field(default_factory=OrderedDict)
 
     def choose(self, asked: Asked) -> Choice:
@@ -155,7 +156,7 @@ class Chooser:
         shown = Choice("", "records", fraction_of, spread_of, from_peers=more_of)
         if len(names) == 1:
             return _because(shown, names[0], "only one is possible")
-        ranked = self.advisor.ranking if self.advisor else RANKING
+        ranked = self.advisor.ranking if self.advisor else self.ranking
         usual = next((names.index(name) for name in ranked if name in names), 0)
         safe = names.index(advised) if advised in names else usual
         bold = int(fractions.argmax())

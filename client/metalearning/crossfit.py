@@ -1,7 +1,7 @@
 """Choices judged on runs that had no part in saying what was right.
 
 The best of a task, picked by the same runs that it is scored by, profits from their noise: no choice can reach it. So
-the runs of a cell are dealt out to parts in turn (blocks are hours apart, so a part is spread over them); the best is
+the runs of a cell are dealt out to parts in turn (blocks are apart in time, so a part is spread over them); the best is
 picked on one part and scored on another, all ways round. Needs two runs of every measured cell.
 
 `noise` is one run's, pooled over the strategies of a task: two runs of one cell say next to nothing about it.

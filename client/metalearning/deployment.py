@@ -126,7 +126,7 @@ def corrected(options: Sequence[Option], records: Sequence[Record], now_ms: int)
         strategy, token_s = record.strategy, record.measured.token_s
         plain = strategy.speculation == "off" and strategy.wire == "float32" and record.task.concurrency == 1
         predicted_s = predicted_token_s(record.model_features, record.route, strategy.weights)
-        if plain and token_s and predicted_s > 0 and record.measured.is_whole:
+        if plain and token_s and predicted_s > 0 and record.measured.is_whole and not record.simulated:
             age_days = max(0, now_ms - record.at_ms) / DAY_MS
             seen.setdefault(strategy.weights, []).append(
                 (0.5 ** (age_days / HALF_LIFE_DAYS), math.log(token_s / predicted_s))

@@ -125,7 +125,7 @@ def judge_all(
     except BrokenExecutor as error:
         raise InputError(f"a process that judged selectors died: is there memory for {processes}? {error}") from None
     judged = {name: _whole(table, outs, [found[name] for found in every]) for name in makers}
-    judged[ORACLE] = Judged(np.nanargmax(table.fractions, axis=1), table.fractions, None)
+    judged[ORACLE] = Judged(np.nanargmax(table.scores, axis=1), table.fractions, None)
     return judged
 
 
@@ -204,6 +204,7 @@ def _figures(table: Table, one: Judged, judged: Mapping[str, Judged], by: tuple[
         **asdict(metrics.quality(table, one.choices)),
         "mean_fraction_of_oracle_interval": draws.mean(reached),
         "cross_fitted_fraction_of_oracle": None if halves is None else float(halves.fractions(one.choices).mean()),
+        "cross_fitted_tolerant_accuracy": None if halves is None else float(halves.tolerant(one.choices).mean()),
         "decision_ms": one.decision_ms,
     }
     if FIXED in judged:
@@ -212,7 +213,7 @@ def _figures(table: Table, one: Judged, judged: Mapping[str, Judged], by: tuple[
         found["gain_over_fixed_ranking_interval"] = draws.mean(gain)
     if table.scale.absolute:
         rows = np.arange(len(one.choices))
-        best = np.nanargmax(table.fractions, axis=1)
+        best = np.nanargmax(table.scores, axis=1)
         lost = np.abs(table.performance[rows, best] - table.performance[rows, one.choices])
         found["mean_absolute_regret"] = float(lost.mean())
     return found

@@ -46,11 +46,11 @@ def reached(table: Table, choices: Numbers) -> Array:
 
 def right(table: Table, choices: Numbers) -> npt.NDArray[np.bool_]:
     """Of each task, whether the choice is the best, or one of several that are equally good."""
-    return reached(table, choices) >= 1.0
+    return np.asarray(table.scores[np.arange(len(choices)), choices] >= 0.0)
 
 
 def tolerably_right(table: Table, choices: Numbers) -> npt.NDArray[np.bool_]:
-    rows, best = np.arange(len(choices)), np.nanargmax(table.fractions, axis=1)
+    rows, best = np.arange(len(choices)), np.nanargmax(table.scores, axis=1)
     gap = np.abs(table.performance[rows, best] - table.performance[rows, choices])
     noise = np.hypot(table.errors[rows, best], table.errors[rows, choices])
     near = reached(table, choices) >= 1.0 - TOLERANCE
@@ -72,7 +72,7 @@ def f1(wanted: Numbers, choices: Numbers) -> float:
 
 def truths(table: Table, choices: Numbers) -> Numbers:
     """Of each task, the strategy that was best; the one chosen, where several were."""
-    return np.asarray(np.where(right(table, choices), choices, np.nanargmax(table.fractions, axis=1)))
+    return np.asarray(np.where(right(table, choices), choices, np.nanargmax(table.scores, axis=1)))
 
 
 def worst_decile(fractions: Array) -> float:

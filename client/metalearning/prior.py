@@ -15,8 +15,6 @@ from client.metalearning.described import FEATURES
 from client.metalearning.selectors.hedged import Calibration
 from client.metalearning.table import Columns, Scale, Table, read
 
-RECORDS, CALIBRATION = "prior.csv", "prior.calibration.json"  # beside this module
-
 _COLUMNS = Columns(tasks=FEATURES, strategy="strategy", performance="cost_s", hold_out="model")
 
 
@@ -29,8 +27,9 @@ def fitted(records: str, calibration: str | None = None) -> Advisor:
 def calibrate(records: str) -> str:
     """What `fitted` takes. Needs several times as long as it saves once."""
     selector = product()
-    Advisor(selector, _table(records))
-    return json.dumps({"records": _digest(records), **asdict(selector.calibration)}, indent=1) + "\n"
+    advisor = Advisor(selector, _table(records))
+    found = {"records": _digest(records), "ranking": advisor.ranking, **asdict(selector.calibration)}
+    return json.dumps(found, indent=1) + "\n"
 
 
 def _known(calibration: str | None, records: str) -> Calibration | None:

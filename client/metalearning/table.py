@@ -28,6 +28,7 @@ UNKNOWN = frozenset(
     ("", "?", "-", "na", "n/a", "<na>", "#n/a", "nan", "+nan", "-nan", "null", "none", "missing", "unknown")
 )
 WHOLE = re.compile(r"^(-?\d+)\.0+$")  # 2 and 2.0 are one group
+PERFORMANCE_MAX = 1e100  # squares and differences stay finite
 INFINITE = {"infinity": "inf", "+infinity": "inf", "+inf": "inf", "inf": "inf", "-infinity": "-inf", "-inf": "-inf"}
 
 
@@ -178,6 +179,7 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
     texts: dict[tuple[str, ...], tuple[str, ...]] = {}  # a task's rows share them: there are hundreds to a task
     empty = 0
     try:
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
         _check_header(rows.fieldnames, wanted)
         for row in rows:
             cell = _row(row, columns, scale, rows.line_num)
@@ -233,12 +235,12 @@ def _row(
     *task, strategy, text = given
     if text.lower() in UNKNOWN:
         return None
-    try:
-        performance = float(text)
-    except ValueError:
-        performance = math.nan
-    if not math.isfinite(performance):
-        raise InputError(f"line {line}: {columns.performance} is {text!r}, not a finite number; leave out failed runs")
+    performance = float(text) if _is_number(text) else math.nan
+    if not abs(performance) <= PERFORMANCE_MAX:
+        raise InputError(
+            f"line {line}: {columns.performance} is {text!r}, not a number of at most {PERFORMANCE_MAX:g}; leave out "
+            "failed runs"
+        )
     if performance <= 0 and not scale.absolute:
         raise InputError(
             f"line {line}: {columns.performance} is {text}: ratios need positive values; use --regret absolute"

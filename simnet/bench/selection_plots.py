@@ -88,8 +88,8 @@ def predicted(
 
 
 def learning_curve(path: Path, points: Points) -> Path:
-    """Mean fraction of the oracle against the number of records, a line for each selector."""
-    picture, axes = blank("What more records bring", "records", "mean fraction of the oracle")
+    """Mean fraction of the oracle against the number of recorded contexts, a line for each selector."""
+    picture, axes = blank("What more records bring", "recorded contexts", "mean fraction of the oracle")
     axes.set_xscale("log")
     for name, curve in points.items():
         width = 2.5 if name == OURS else 1.2

@@ -120,7 +120,7 @@ def _words(text: str) -> tuple[str, ...]:
 def _shipped() -> Path:
     from importlib.resources import files
 
-    from client.metalearning.prior import RECORDS
+    from client.metalearning.shipped import RECORDS
     from protocol.errors import InputError
 
     prior = files("client.metalearning") / RECORDS

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from client.metalearning import prior
+from client.metalearning.shipped import CALIBRATION, RECORDS
 
 if __name__ == "__main__":
     folder = Path(prior.__file__).parent
-    records = (folder / prior.RECORDS).read_text(encoding="utf-8")
-    (folder / prior.CALIBRATION).write_text(prior.calibrate(records), encoding="utf-8")
+    records = (folder / RECORDS).read_text(encoding="utf-8")
+    (folder / CALIBRATION).write_text(prior.calibrate(records), encoding="utf-8")

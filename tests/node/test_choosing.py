@@ -11,12 +11,13 @@ import pytest
 import trio
 
 from client.metalearning.candidates import CANDIDATES
+from client.metalearning.chooser import Chooser
 from client.metalearning.described import FEATURES, described, place
 from client.metalearning.online import Corrections
 from client.metalearning.price import Money
 from client.metalearning.record import Record
 from client.metalearning.table import Task
-from node.choosing import DAY_S, Choosing, Wanted, asked_of, replayed
+from node.choosing import DAY_S, Choosing, Wanted, asked_of, fitted_prior, replayed
 from protocol.strategy import Auto, Facts, Strategy, parse
 from tests.helpers.records import RECORD, numbered
 
@@ -38,7 +39,7 @@ class At:
 
 
 def choosing_at(now_s: float) -> Choosing:
-    return Choosing(lambda size: bytes(size), At(now_s))
+    return Choosing(lambda size: bytes(size), At(now_s), Chooser())
 
 
 def wanted(how: Auto = Auto(explore=False), **task: object) -> Wanted:  # noqa: B008  # frozen
@@ -110,12 +111,22 @@ def test_a_budget_rules_out_and_leaves_the_cheapest() -> None:
         assert decided.plan.money == Money(hour, budget)
 
 
+def test_before_the_records_are_fitted_their_ranking_holds() -> None:
+    choosing, prior = Choosing(lambda count: b"\xff" * count), fitted_prior()
+    assert prior is not None
+    assert tuple(choosing.chooser.ranking) == prior.ranking
+    exact, lossy = (choosing.decide(wanted(Auto(lossy, explore=False))).plan for lossy in (False, True))
+    assert (exact.strategy, exact.why) == (Strategy(speculation="lookup"), "ranking")
+    assert lossy.strategy == Strategy(speculation="lookup", wire="int8")
+
+
 def test_requests_that_failed_or_ran_otherwise_teach_nothing() -> None:
     choosing = choosing_at(NOW_S)
     failed = replace(RECORD.measured, error="HopLost", ttft_s=None)
-    replayed(
-        choosing.chooser, [numbered(1, strategy=Strategy(), measured=failed), ran(2, "prefill_chunk=17", 0.01)], NOW_S
-    )
+    moved = replace(RECORD.measured, losses=1)
+    others = [numbered(1, strategy=Strategy(), measured=failed), numbered(3, strategy=Strategy(), measured=moved)]
+    others += [numbered(4, strategy=Strategy(), simulated=True), ran(2, "prefill_chunk=17", 0.01)]
+    replayed(choosing.chooser, others, NOW_S)
     key = place(RECORD.model, RECORD.model_features, RECORD.route)
     assert choosing.chooser.seen(key) == 0
 

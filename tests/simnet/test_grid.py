@@ -6,7 +6,7 @@ import csv
 from collections import Counter
 from importlib.resources import files
 
-from client.metalearning.prior import RECORDS
+from client.metalearning.shipped import RECORDS
 from protocol.strategy import DEFAULT, describe, parse
 from simnet.bench.collect.grid import (
     CONTEXTS,

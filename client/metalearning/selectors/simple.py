@@ -58,7 +58,9 @@ class SingleBest(Greedy):
 
 
 class FixedRanking(Greedy):
-    """The strategies by their mean fraction of the oracle; of each task, the first that is possible there."""
+    """The strategies by their mean fraction of the oracle; of each task, the first that is possible there. The usual
+    form has average ranks (Brazdil and Soares, "A comparison of ranking methods for classification algorithm
+    selection", 2000); what a choice is worth weighs large losses as they are."""
 
     def fit(self, table: Table) -> None:
         self._row = ranking(table.fractions)

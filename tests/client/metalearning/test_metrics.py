@@ -52,6 +52,12 @@ def test_ties_are_right() -> None:
     assert metrics.quality(of, choices(1, 0)) == metrics.Quality(1.0, 1.0, 1.0, 1.0, 1.0)
 
 
+def test_of_a_huge_range_the_best_is_still_one() -> None:
+    of = table("x5,y7,z-1e30", lower=False, absolute=True)
+    assert metrics.right(of, choices(0)).tolist() == [False]
+    assert metrics.truths(of, choices(0)).tolist() == [1]
+
+
 def test_macro_f1_counts_every_strategy_alike() -> None:
     # Truth x x x y, chosen always x: F1 of x is 6/7, of y 0.
     of = table("x1,y2", "x1,y2", "x1,y2", "x2,y1")

@@ -10,6 +10,7 @@ import pytest
 
 from client.metalearning import prior
 from client.metalearning.selectors.hedged import Calibration, Hedged
+from client.metalearning.shipped import CALIBRATION, RECORDS
 from client.metalearning.table import Mask, Table, Task
 
 
@@ -19,25 +20,25 @@ def shipped(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def calibration() -> str:
-    return prior.calibrate(shipped(prior.RECORDS))
+    return prior.calibrate(shipped(RECORDS))
 
 
 def test_the_shipped_calibration_is_that_of_the_shipped_records(calibration: str) -> None:
-    assert json.loads(shipped(prior.CALIBRATION)) == json.loads(calibration), (
+    assert json.loads(shipped(CALIBRATION)) == json.loads(calibration), (
         "write it anew: python -m tests.helpers.calibration"
     )
 
 
 def test_a_fit_with_what_is_known_calibrates_nothing(calibration: str, monkeypatch: pytest.MonkeyPatch) -> None:
     task = Task(cells=(None,) * len(prior.FEATURES))
-    records = shipped(prior.RECORDS)
+    records = shipped(RECORDS)
     found = prior.fitted(records).expect([task])
     monkeypatch.setattr(Hedged, "_calibrated", None)
     assert prior.fitted(records, calibration).expect([task]) == found
 
 
 def test_other_records_are_calibrated_anew(calibration: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = shipped(prior.RECORDS).splitlines()
+    lines = shipped(RECORDS).splitlines()
     calibrated: list[int] = []
 
     def count(selector: Hedged, table: Table, sets: Sequence[Mask]) -> Calibration:

@@ -40,6 +40,11 @@ def test_higher_is_better_and_differences() -> None:
     np.testing.assert_allclose(table.fractions, [[0, 0.5, 1], [1, 1, np.nan]])
 
 
+def test_spaces_around_names_do_not_matter() -> None:
+    spaced = [line.replace(",", ", ") for line in LINES]
+    assert read(spaced, COLUMNS, LOWER).repeats == read(LINES, COLUMNS, LOWER).repeats
+
+
 def test_a_part_knows_nothing_of_the_rest() -> None:
     part = read(LINES, COLUMNS, LOWER).of(np.array([False, True]))
     assert part.repeats == {(0, 0): (5.0,), (0, 2): (4.0,)}
@@ -123,7 +128,9 @@ def test_what_is_held_out_tells_tasks_apart() -> None:
         (["model,tokens,how,ms,ms", "a,1,x,1,1"], "two columns ms"),
         ([*LINES, "a,1,x"], "line 7 has fewer cells"),
         ([*LINES, "a,1,x,1,1"], "line 7 has more cells"),
-        ([*LINES, "a,1,x,fast"], "line 7: ms is 'fast', not a finite number"),
+        ([*LINES, "a,1,x,fast"], "line 7: ms is 'fast', not a number"),
+        ([*LINES, "a,1,x,1_000"], "line 7: ms is '1_000', not a number"),
+        ([*LINES, "a,1,x,1e101"], "not a number of at most 1e[+]100"),
         ([*LINES, "a,1,x,inf"], "line 7: ms is 'inf'"),
         ([*LINES, "a,1,,1"], "line 7: how is empty"),
         ([*LINES, "a,1,x,0"], "line 7: ms is 0: ratios need positive values; use --regret absolute"),
