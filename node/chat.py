@@ -164,8 +164,7 @@ class Chat:
 
     async def _open(self, opening: Opening) -> Opened:
         if opening.anew:
-            found = await self._model.deploy_again(opening.without)  # alone: a worker that declines may serve others
-            self._model = self._model.succeeded_by(found)
+            self._model = await self._model.moved(opening.without)
             self._terms = self._terms_of(self._used)
         return await self._model.opened(opening, self._terms, self._used)
 

@@ -86,11 +86,12 @@ def shipped_ranking() -> tuple[str, ...]:
 
 @dataclass(slots=True)
 class Choosing:
-    """Of all deployed models of one client."""
+    """Of all deployed models of one client. `chooser` may begin with `shipped_ranking`, until `prepare` has fitted what
+    that is of."""
 
     entropy: Entropy
     clock: Clock = field(default_factory=SystemClock)
-    chooser: Chooser = field(default_factory=lambda: Chooser(ranking=shipped_ranking()))
+    chooser: Chooser = field(default_factory=Chooser)
     _meanwhile: list[_Seen] | None = None  # what was learnt while the prior is being fitted
 
     def decide(self, wanted: Wanted) -> Decided:

@@ -20,6 +20,8 @@ from client.deploy import Progress as UploadProgress
 from client.driver import Driver
 from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
+from client.metalearning.candidates import RANKING
+from client.metalearning.chooser import Chooser
 from client.page_keys import plain_secret
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
 from client.placement.needs import Objective, whole_pages
@@ -33,7 +35,7 @@ from client.upload import Supply, holders_in
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
-from node.choosing import Choosing
+from node.choosing import Choosing, shipped_ranking
 from node.defaults import KV_TOKENS
 from node.draft import Draft
 from node.grants import Grants, Token
@@ -136,7 +138,8 @@ class Client:
         self.leases = LeaseKeeper(ports)
         self.grants = Grants(options.data_dir / "client" / "grants")
         self.journal = Journal(history_file(options.data_dir) if wanted() else None)
-        self.choosing = Choosing(ports.entropy, ports.clock)
+        ranking = shipped_ranking() if options.chooses and options.origin == "request" else RANKING
+        self.choosing = Choosing(ports.entropy, ports.clock, Chooser(ranking=ranking))
         self._owner = owner
         self.sharing = self._sharing() if options.share_records else None
         self._driver = driver

@@ -132,6 +132,7 @@ class DeployedModel:
     batches: Batches  # of those with batching=static
     choosing: Choosing
     standing: Standing[DeployedModel]
+    has_moved: bool = False  # to this route from another
 
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
@@ -184,6 +185,7 @@ class DeployedModel:
         gate."""
         return replace(
             found,
+            has_moved=True,
             standing=self.standing,
             ends=self.ends,
             turns=self.turns,
@@ -236,7 +238,7 @@ class DeployedModel:
             missing=MISSING,
         )
         named = None if isinstance(ask.strategy, Auto) else ask.strategy
-        if named is not None and facts.hops == 1 and self.standing.newest is self:  # there were more when it was named
+        if named is not None and facts.hops == 1 and self.has_moved:  # there were more when it was named
             named = replace(named, micro_batches=0)
         reason = infeasible(named or self.default_strategy, facts)
         if reason is not None:

@@ -257,6 +257,8 @@ class Engine:
         try:
             with _Refusals(RefusalReason.BAD_STEP):
                 rows = self._forward(taken)
+                if self._device.type == "cuda":  # else the time is that of starting the kernels
+                    torch.cuda.synchronize(self._device)
         except Exception as error:  # it is the steps' failure, whatever it is: the engine serves the others on
             if len(taken) > 1:  # one of them may have been too much for the memory: each by itself
                 if not isinstance(error, Refused):  # a bug of ours, which costs nobody's step but must not go unseen
@@ -266,8 +268,6 @@ class Engine:
             else:
                 self._fail(taken[0][0], error)
             return
-        if self._device.type == "cuda":  # else the time is that of starting the kernels
-            torch.cuda.synchronize(self._device)
         self._ended_s, start = time.perf_counter(), 0
         took_s = self._ended_s - started
         company = sum(count == step.rows_left for step, count in taken) > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from client.metalearning.advice import Advisor
     from client.metalearning.chooser import Asked, Choice
     from client.metalearning.deployment import Rates
-    from client.metalearning.price import Goal
     from client.metalearning.record import Record
 
 BECAUSE_MAX = 5  # features that are shown
@@ -158,8 +157,8 @@ def _deployment(record: Record, records: list[Record], rates: Rates, now_ms: int
         weight_bytes = int(model.parameters * WEIGHT_BYTES[name])
         switch_s = rates.switch_s(weight_bytes, sealed=name == weights, held=name == weights)
         options.append(deployment.Option(name, deployment.predicted_token_s(model, record.route, name), switch_s))
-    tokens, goal = deployment.expected_tokens(alike, now_ms), cast("Goal", record.task.objective)
-    verdict = deployment.decide(deployment.corrected(options, alike, now_ms), weights, tokens, goal)
+    tokens = deployment.expected_tokens(alike, now_ms)
+    verdict = deployment.decide(deployment.corrected(options, alike, now_ms), weights, tokens)
     return {
         "weights": verdict.weights,
         "reason": verdict.reason(),

@@ -17,7 +17,7 @@ from client.metalearning.online import Corrections
 from client.metalearning.price import Money
 from client.metalearning.record import Record
 from client.metalearning.table import Task
-from node.choosing import DAY_S, Choosing, Wanted, asked_of, fitted_prior, replayed
+from node.choosing import DAY_S, Choosing, Wanted, asked_of, fitted_prior, replayed, shipped_ranking
 from protocol.strategy import Auto, Facts, Strategy, parse
 from tests.helpers.records import RECORD, numbered
 
@@ -112,7 +112,8 @@ def test_a_budget_rules_out_and_leaves_the_cheapest() -> None:
 
 
 def test_before_the_records_are_fitted_their_ranking_holds() -> None:
-    choosing, prior = Choosing(lambda count: b"\xff" * count), fitted_prior()
+    choosing, prior = choosing_at(NOW_S), fitted_prior()
+    choosing.chooser.ranking = shipped_ranking()
     assert prior is not None
     assert tuple(choosing.chooser.ranking) == prior.ranking
     exact, lossy = (choosing.decide(wanted(Auto(lossy, explore=False))).plan for lossy in (False, True))

@@ -163,13 +163,13 @@ def test_a_session_over_a_route_that_was_found_anew_serves_the_next_turn() -> No
         assert terms.micro_batches == 3, "as suits the route"
         return Opened(cast("OpenedSession", session))
 
-    async def deploy_again(_without: object) -> DeployedModel:
+    async def moved(_without: object) -> DeployedModel:
         return model(predicted=predicted(3), opened=opened)
 
     async def main() -> None:
         session.aclose = aclose
         template = cast("ChatTemplate", SimpleNamespace(tokens={}, stops=()))
-        before = model(predicted=predicted(2), opened=lost, deploy_again=deploy_again, succeeded_by=lambda found: found)
+        before = model(predicted=predicted(2), opened=lost, moved=moved)
         chat = Chat(before, template, ChatOptions())
         for _ in range(2):
             await chat._request(ChatPrompt((1,), 9, 0), Ask(), Strategy(), 0.0)
@@ -221,17 +221,15 @@ def test_parts_that_were_named_for_several_hops_are_none_of_one_that_is_left() -
     asked = Ask(strategy=parse("micro_batches=2"))
     with pytest.raises(InputError, match="this route has one hop"):
         DeployedModel.decide(alone(), [1], asked)
-    left = alone()
-    left.standing.newest = left
-    assert DeployedModel.decide(left, [1], asked).plan.strategy.micro_batches == 0
+    assert DeployedModel.decide(alone(has_moved=True), [1], asked).plan.strategy.micro_batches == 0
 
 
-def alone() -> DeployedModel:
+def alone(has_moved: bool = False) -> DeployedModel:
     """A model on one hop, as far as decisions need it."""
     return model(
         route=SimpleNamespace(hops=(None,)),
         recorder=SimpleNamespace(task=lambda *_: RECORD.task),
         draft=SimpleNamespace(found=False),
         default_strategy=Strategy(),
-        standing=Standing[DeployedModel](),
+        has_moved=has_moved,
     )

@@ -108,9 +108,9 @@ def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     try:
         _run(options, report, hear)
     finally:
-        by_precision = {dtype: dict(report.get(dtype, {})) for dtype in options.dtypes}
-        by_precision[options.dtypes[0]] |= {SPECULATION: report.get(SPECULATION, {})}
-        report["headlines"] = headlines(by_precision, options.dtypes)
+        sections = {dtype: dict(report.get(dtype, {})) for dtype in PRECISIONS}
+        sections["float32"][SPECULATION] = report.get(SPECULATION, {})  # as it is always measured
+        report["headlines"] = headlines(sections)
 
 
 def _run(options: Options, report: dict[str, Any], hear: Hear) -> None:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 ALSO = ("software_us_per_hop", "tcp_us_per_hop")  # what is said beside a ratio
+OF_SEVERAL = ("sealed_vs_plain",)  # sections, so that theirs stands behind it
 
 
-def headlines(report: Mapping[str, Any], precisions: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """name -> precision -> figures. A name that several sections have gets its section behind it."""
-    found = [
-        (name, section, dtype, value)
-        for dtype in precisions
-        for section, figures in report.get(dtype, {}).items()
-        for name, value in figures.items()
-        if name in ALSO or (isinstance(value, dict) and "ratio" in value)
-    ]
-    sections = Counter(name for name, _ in {(name, section) for name, section, *_ in found})
+def headlines(report: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """name -> precision -> figures, from precision -> section -> name -> figures."""
     named = dict[str, dict[str, Any]]()
-    for name, section, dtype, value in found:
-        named.setdefault(f"{name}_{section}" if sections[name] > 1 else name, {})[dtype] = value
+    for dtype, sections in report.items():
+        for section, figures in sections.items():
+            for name, value in _ratios(figures):
+                named.setdefault(f"{name}_{section}" if name in OF_SEVERAL else name, {})[dtype] = value
     return named
+
+
+def _ratios(figures: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in figures.items():
+        if name in ALSO or _is_ratio(value):
+            yield name, value
+        elif isinstance(value, dict):
+            yield from ((f"{name}_{each}", ratio) for each, ratio in value.items() if _is_ratio(ratio))
+
+
+def _is_ratio(value: object) -> bool:
+    return isinstance(value, dict) and "ratio" in value

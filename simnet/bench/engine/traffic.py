@@ -3,15 +3,15 @@ instructions in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from node.model import Ask, DeployedModel
+from node.model import Ask
 from protocol.strategy import parse
 from simnet.bench.engine.rig import PREFIX_NEW_TOKENS, Rig, Work, answer, in_thread
 from simnet.bench.library import Library
 from simnet.bench.paired import Contestant, Rounds
-from simnet.bench.serving import Served, serve, serve_library
+from simnet.bench.serving import Answer, Served, serve, serve_library
 from simnet.bench.workloads import ChatShape, Request, Workload, agents, chat
 
 CHAT_SCALE = 0.125  # of the trace's lengths: a CPU serves in minutes what the trace's machines serve in hours
@@ -25,10 +25,11 @@ async def batching_section(rig: Rig) -> dict[str, object]:
     sizes, model = rig.sizes, await rig.deployed()
     shape = ChatShape(scale=CHAT_SCALE, tokens_max=sizes.trace_tokens_max)
     trace = chat(rig.source(), sizes.trace_requests, shape)
-    paced = await _paced(rig, model, trace)
     asked = len(trace.requests)
-    threads = await rig.threads(Work(sizes.batch, trace.prompt_tokens // asked, max(1, trace.new_tokens // asked)))
+    mean = Work(min(sizes.batch, asked), trace.prompt_tokens // asked, max(1, trace.new_tokens // asked))
+    threads = await rig.threads(mean)
     libraries = {"transformers": await rig.library(), "transformers_same_kernel": await rig.library(same_kernel=True)}
+    paced = await _paced(rig, trace, partial(answer, model), [(libraries[name], threads[name]) for name in libraries])
     contestants: dict[str, Contestant] = {}
     latency: dict[str, list[float]] = {}
 
@@ -104,8 +105,12 @@ async def prefix_section(rig: Rig) -> dict[str, object]:
     }
 
 
-async def _paced(rig: Rig, model: DeployedModel, trace: Workload) -> Workload:
-    """The trace with its arrivals at LOAD times the rate at which it is served when all of it waits at the start."""
+async def _paced(rig: Rig, trace: Workload, answered: Answer, libraries: Sequence[tuple[Library, int]]) -> Workload:
+    """The trace with its arrivals at LOAD times the rate at which the fastest serves it when all of it waits at the
+    start. `libraries`: with their threads."""
     rig.bench.say("how fast the trace can be served")
-    served = await serve(trace.at_once(), partial(answer, model), rig.sizes.batch)
-    return trace.at_rate(LOAD * len(trace.requests) / served.seconds)
+    waiting, slots = trace.at_once(), rig.sizes.batch
+    times = [(await serve(waiting, answered, slots)).seconds]
+    for library, threads in libraries:
+        times.append((await serve_library(library, waiting, slots, threads)).seconds)
+    return trace.at_rate(LOAD * len(trace.requests) / min(times))
