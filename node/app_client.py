@@ -112,7 +112,7 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                     nursery.start_soon(stay_joined, mesh, leads, random.random)
                     nursery.start_soon(client.leases.run)
                     nursery.start_soon(client.journal.run)
-                    if options.chooses and options.origin == "request":
+                    if options.advised:
                         nursery.start_soon(client.choosing.prepare, partial(client.journal.newest, REPLAYED_MAX))
                     if client.sharing is not None:
                         nursery.start_soon(client.sharing.tell_on)

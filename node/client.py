@@ -83,6 +83,11 @@ class ClientOptions:
     share_records: bool = False
     chooses: bool = True
 
+    @property
+    def advised(self) -> bool:
+        """Whether records have a say in what is chosen here. A bench asks for what it measures."""
+        return self.chooses and self.origin == "request"
+
 
 @dataclass(frozen=True, slots=True)
 class SealedModel:
@@ -138,7 +143,7 @@ class Client:
         self.leases = LeaseKeeper(ports)
         self.grants = Grants(options.data_dir / "client" / "grants")
         self.journal = Journal(history_file(options.data_dir) if wanted() else None)
-        ranking = shipped_ranking() if options.chooses and options.origin == "request" else RANKING
+        ranking = shipped_ranking() if options.advised else RANKING
         self.choosing = Choosing(ports.entropy, ports.clock, Chooser(ranking=ranking))
         self._owner = owner
         self.sharing = self._sharing() if options.share_records else None

@@ -1,20 +1,21 @@
-"""What a client does without a worker that goes wrong while the model is brought to it."""
+"""What a client does without a worker that goes wrong, while the model is brought to it or later; how it begins."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from client.errors import HopViolation
+from client.errors import HopRefused, HopViolation
 from client.leases import LeaseKeeper
 from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
 from client.ports import ClientPorts
 from client.routing import Hop, Route
-from node.client import Client, DeployOptions, SealedModel
+from node.client import Client, ClientOptions, DeployOptions, SealedModel
 from protocol.errors import RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.swarm import SwarmView
@@ -103,3 +104,50 @@ def test_a_worker_that_takes_no_word_of_what_was_revoked_is_left_out(deploying: 
 def test_where_there_is_no_other_its_own_words_are_heard(deploying: Callable[..., list[PeerId]]) -> None:
     with pytest.raises(HopViolation, match="Pong came"):
         deploying(LIAR)
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [({}, "speculation=lookup,wire=int8"), ({"chooses": False}, "default"), ({"origin": "bench"}, "default")],
+)
+def test_only_who_is_advised_by_records_begins_with_their_ranking(
+    changes: dict[str, Any], first: str, tmp_path: Path
+) -> None:
+    ports = cast("ClientPorts", SimpleNamespace(clock=VirtualClock(), gossip=None, observer=None, entropy=bytes))
+
+    async def main() -> str:
+        client = Client(ClientOptions(tmp_path, (), **changes), cast("Any", None), ports, cast("Any", None))
+        return client.choosing.chooser.ranking[0]
+
+    assert run(main, seed=0) == first
+
+
+@pytest.mark.parametrize("refusal", [RouteUnavailable("none left"), HopRefused(HONEST, "memory")])
+def test_a_route_is_found_anew_past_the_lost_and_else_among_all_and_leases_stay_where_there_is_none(
+    refusal: Exception,
+) -> None:
+    left = Route(DEPLOYMENT, (Hop(HONEST, (), 0, 4),))
+    asked, resumed, parted = list[frozenset[PeerId]](), list[Any](), list[Any]()
+
+    async def main() -> None:
+        owner = Owner()
+        leases: Any = SimpleNamespace(
+            held=lambda _: ["kept"], resume=resumed.append, part=lambda _, staying: parted.append(staying)
+        )
+        owner.leases = leases
+
+        async def deployed(without: frozenset[PeerId]) -> Any:
+            asked.append(without)
+            if without or not there:
+                raise refusal
+            return SimpleNamespace(route=left)
+
+        there = True
+        await owner._again(left, deployed, frozenset({LIAR}))
+        assert (asked, parted, resumed) == ([{LIAR}, set()], [[HONEST]], [])
+        there = False
+        with pytest.raises(type(refusal)):
+            await owner._again(left, deployed, frozenset({LIAR}))
+        assert (len(parted), resumed) == (1, [["kept"]])
+
+    run(main, seed=0)
