@@ -103,7 +103,7 @@ class Choosing:
             able = {before.strategy: able[before.strategy]}
         draw = int.from_bytes(self.entropy(4), "big") / 2**32 if wanted.how.explore else 1.0
         asked = Asked(
-            place=place(wanted.name, wanted.model, wanted.route),
+            place=place(wanted.name, wanted.model, wanted.route, wanted.task),
             task=described(wanted.model, wanted.route, wanted.task),
             possible=able.keys(),
             draw=draw,
@@ -166,7 +166,7 @@ def asked_of(record: Record, possible: Collection[str], now_s: float = math.inf)
     """The question that a recorded request was."""
     model, route, paid, budget = record.model_features, record.route, record.price_per_hour, record.budget
     return Asked(
-        place=place(record.model, model, route),
+        place=place(record.model, model, route, record.task),
         task=described(model, route, record.task),
         possible=possible,
         draw=1.0,

@@ -75,7 +75,7 @@ def compared(records: Iterable[Record]) -> dict[Place, Compared]:
     for record in records:
         name, cost = name_of(record.strategy), cost_s(record)
         if name is not None and cost is not None and not record.simulated:
-            where = place(record.model, record.model_features, record.route)
+            where = place(record.model, record.model_features, record.route, record.task)
             kind = kind_of(record.model_features, record.route, record.task)
             costs[kind, where][name].append(math.log(cost))
     found: defaultdict[Place, list[Compared]] = defaultdict(list)

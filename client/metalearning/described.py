@@ -26,8 +26,7 @@ FEATURES: tuple[str, ...] = (
 
 def described(model: ModelFeatures, route: RouteFeatures, task: TaskFeatures) -> Task:
     """The cells of FEATURES."""
-    if task.objective == "cost":  # who pays by the hour wants the most tokens of it
-        task = replace(task, objective="throughput")
+    task = replace(task, objective=_judged_by(task))
     values = [getattr(part, name) for part, names in ((model, MODEL), (route, ROUTE), (task, TASK)) for name in names]
     return Task(cells=tuple(value if value is None or isinstance(value, str) else float(value) for value in values))
 
@@ -37,8 +36,14 @@ def situation(task: TaskFeatures) -> Situation:
     return Situation(task.prompt_tokens, task.max_new_tokens, task.concurrency)
 
 
-def place(name: str, model: ModelFeatures, route: RouteFeatures) -> str:
-    """What is learnt from a user's own requests is learnt of this: a model in a precision, and routes that are about
-    alike (hops; wire and compute to a factor of two). The same tomorrow, over other machines of the same kind."""
+def place(name: str, model: ModelFeatures, route: RouteFeatures, task: TaskFeatures) -> str:
+    """What is learnt from a user's own requests is learnt of this: a model in a precision, routes that are about alike
+    (hops; wire and compute to a factor of two), and an objective, for another one's predictions err otherwise. The same
+    tomorrow, over other machines of the same kind."""
     sizes = (round(math.log2(1 + value)) for value in (route.rtt_ms, route.compute_us))
-    return "|".join(map(str, (name, model.weight_bytes, route.hops, *sizes)))
+    return "|".join(map(str, (name, model.weight_bytes, route.hops, *sizes, _judged_by(task))))
+
+
+def _judged_by(task: TaskFeatures) -> str:
+    """Who pays by the hour wants the most tokens of it."""
+    return "throughput" if task.objective == "cost" else task.objective

@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from client.metalearning import metrics
 from client.metalearning.crossfit import Parts
-from client.metalearning.resampling import Draws
+from client.metalearning.resampling import Draws, median
 from client.metalearning.selectors.alors import Alors
 from client.metalearning.selectors.base import Selector, compared
 from client.metalearning.selectors.boosting import Boosting
@@ -60,11 +60,17 @@ def selectors(plain: str) -> Mapping[str, Make]:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What one selector chose for every task, what it expected of each strategy, and how long a choice took."""
+    """What one selector chose for every task, what it expected of each strategy, and how long choices took that were
+    timed."""
 
     choices: Numbers
     expected: Array
-    decision_ms: float | None
+    decisions_ms: tuple[float, ...] = ()
+
+    def decision_figures(self) -> dict[str, Any]:
+        """The median, and its 95 % interval; nothing for what took no time."""
+        middle, *ends = median(self.decisions_ms) if self.decisions_ms else (None,)
+        return {"decision_ms": middle, "decision_ms_interval": ends or None}
 
 
 def folds(table: Table) -> list[Numbers]:
@@ -125,7 +131,7 @@ def judge_all(
     except BrokenExecutor as error:
         raise InputError(f"a process that judged selectors died: is there memory for {processes}? {error}") from None
     judged = {name: _whole(table, outs, [found[name] for found in every]) for name in makers}
-    judged[ORACLE] = Judged(np.nanargmax(table.scores, axis=1), table.fractions, None)
+    judged[ORACLE] = Judged(np.nanargmax(table.scores, axis=1), table.fractions)
     return judged
 
 
@@ -168,7 +174,7 @@ def _whole(table: Table, outs: list[Mask], found: list[_Fold]) -> Judged:
     expected = np.zeros(table.performance.shape)
     for out, one in zip(outs, found, strict=True):
         choices[out], expected[out] = one.choices, one.expected
-    return Judged(choices, expected, float(np.median([time for one in found for time in one.decisions_ms])))
+    return Judged(choices, expected, tuple(time for one in found for time in one.decisions_ms))
 
 
 def report(table: Table, judged: Mapping[str, Judged], plain: str) -> dict[str, Any]:
@@ -205,7 +211,7 @@ def _figures(table: Table, one: Judged, judged: Mapping[str, Judged], by: tuple[
         "mean_fraction_of_oracle_interval": draws.mean(reached),
         "cross_fitted_fraction_of_oracle": None if halves is None else float(halves.fractions(one.choices).mean()),
         "cross_fitted_tolerant_accuracy": None if halves is None else float(halves.tolerant(one.choices).mean()),
-        "decision_ms": one.decision_ms,
+        **one.decision_figures(),
     }
     if FIXED in judged:
         gain = reached - metrics.reached(table, judged[FIXED].choices)

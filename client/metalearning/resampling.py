@@ -6,7 +6,8 @@ made once and serve every figure, so that differences are paired. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +53,14 @@ class Draws:
         """Of any figure of a sample; it gets the places of the tasks, each as often as it was drawn."""
         places = np.arange(self.counts.shape[1])
         return _ends(np.array([figure(np.repeat(places, row.astype(np.int64))) for row in self.counts]))
+
+
+def median(values: Sequence[float]) -> tuple[float, float, float]:
+    """The median of at least one value, and its 95 % interval, from their order alone: whatever they are drawn
+    from, as many lie below its median as coins show heads (by the normal approximation to the binomial)."""
+    ordered, half = np.sort(values), 1.96 * math.sqrt(len(values)) / 2
+    low, high = math.floor(len(values) / 2 - half), math.ceil(len(values) / 2 + half)
+    return float(np.median(ordered)), float(ordered[max(0, low)]), float(ordered[min(len(values) - 1, high)])
 
 
 def _ends(values: Array) -> Interval:

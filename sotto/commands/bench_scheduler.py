@@ -156,10 +156,12 @@ def _print(report: dict[str, Any]) -> None:
         if point["selector"] == "sotto":
             figures = f"{point['mean_fraction_of_oracle']:.3f}, tolerant {point['tolerant_accuracy']:.3f}"
             print(f"learnt from {point['contexts']} contexts, {point['split']} out: {figures}")
-    for name, splits in {**(report["ablation"] or {}), "words": (report["text"] or {}).get("splits", {})}.items():
-        for split, each in splits.items():
-            low, high = each["gain_interval"]
-            print(f"{name}, {split} out: it is worth {each['gain']:+.4f} ({low:+.4f} to {high:+.4f})")
+    words = {"sotto": {"words": report["text"]["splits"]}} if report["text"] else {}
+    for selector, parts in [*(report["ablation"] or {}).items(), *words.items()]:
+        for name, splits in parts.items():
+            for split, each in splits.items():
+                low, high = each["gain_interval"]
+                print(f"{selector}, {name}, {split} out: it is worth {each['gain']:+.4f} ({low:+.4f} to {high:+.4f})")
     if report["text_left_out"]:
         print(f"descriptions in words: {report['text_left_out']}")
     for outcome, names in report["goals"].items():

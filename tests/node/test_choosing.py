@@ -84,7 +84,7 @@ def test_what_is_old_counts_less() -> None:
     choosing = choosing_at(NOW_S)
     future = replace(ran(1, "default", 0.05), at_ms=RECORD.at_ms + 10**11)
     replayed(choosing.chooser, [future, *(ran(n, "default", 0.05) for n in range(2, 5))], NOW_S)
-    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route)) == 4
+    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)) == 4
 
 
 def test_a_plan_says_why_and_what_is_expected() -> None:
@@ -128,7 +128,7 @@ def test_requests_that_failed_or_ran_otherwise_teach_nothing() -> None:
     others = [numbered(1, strategy=Strategy(), measured=failed), numbered(3, strategy=Strategy(), measured=moved)]
     others += [numbered(4, strategy=Strategy(), simulated=True), ran(2, "prefill_chunk=17", 0.01)]
     replayed(choosing.chooser, others, NOW_S)
-    key = place(RECORD.model, RECORD.model_features, RECORD.route)
+    key = place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)
     assert choosing.chooser.seen(key) == 0
 
 
@@ -137,7 +137,7 @@ def test_own_requests_are_learnt_from_at_once() -> None:
     decided = choosing.decide(wanted())
     choosing.learn(decided, (0.1, 0.2, 0.3))
     choosing.learn(decided, ())
-    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route)) == 1
+    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)) == 1
 
 
 def test_lossy_strategies_and_trials_need_leave() -> None:
@@ -152,7 +152,7 @@ def test_lossy_strategies_and_trials_need_leave() -> None:
 def test_a_client_begins_with_its_history() -> None:
     choosing = choosing_at(NOW_S)
     trio.run(choosing.prepare, lambda: [ran(number, "default", 0.02) for number in range(5)])
-    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route)) == 5
+    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)) == 5
 
 
 class Records:
@@ -193,7 +193,7 @@ def test_requests_that_end_while_the_prior_is_fitted_are_not_forgotten(monkeypat
 
     monkeypatch.setattr("node.choosing.fitted_prior", fitted)
     trio.run(choosing.prepare, lambda: [ran(number, "default", 0.02) for number in range(5)])
-    here = place(RECORD.model, RECORD.model_features, RECORD.route)
+    here = place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)
     assert choosing.chooser.seen(here) == 6
     choosing.learn(choosing.decide(wanted()), (0.1, 0.2))
     assert choosing.chooser.seen(here) == 7
@@ -222,7 +222,7 @@ def test_what_was_decided_first_is_kept_and_expected_anew() -> None:
     assert later.plan.task.prompt_tokens == 400
     assert later.plan.predicted.answer_token_s is not None
     choosing.learn(later, (0.1, 0.2))
-    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route)) == 21
+    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)) == 21
     gone = replace(first, choice=replace(first.choice, strategy="wire=int8"))  # type: ignore[type-var]
     assert choosing.decide(replace(wanted(), kept=gone)).plan.strategy != parse("wire=int8"), "not allowed any more"
 

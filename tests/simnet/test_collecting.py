@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from node.history import History, parse_condition
 from node.model import Ask
 from node.paths import history_file
 from node.recording import Journal
-from protocol.errors import InputError
+from protocol.errors import InputError, RouteUnavailable
 from simnet.bench.collect import cell, store, table
 from simnet.bench.collect.estimate import hours_left, per_minute
 from simnet.bench.collect.grid import Cell, Context
@@ -29,7 +30,7 @@ from simnet.bench.collect.store import Origin
 from simnet.bench.collect.table import FEATURES
 from simnet.bench.collect.tasks import Drawn, Room, draw, known_before
 from tests.helpers.collecting import ALONE, STRATEGIES, TASK, design
-from tests.helpers.records import numbered
+from tests.helpers.records import RECORD, numbered
 
 ROOM = Room(vocabulary=4000, context_tokens=2048)
 ORIGIN = Origin(grid="tiny", hardware="a machine")
@@ -179,7 +180,7 @@ def test_requests_of_a_run_say_how_many_are_under_way_and_know_the_leaders_prefi
     async def main() -> None:
         drawn = draw(design().cells[0], ROOM)
         model: Any = Model(Recording(Journal(None)))
-        await cell.measure(model, Ask(), TASK, drawn)
+        await cell.measure(model, Ask(), TASK, drawn, cell.Kept(model.recorder.journal))
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
     leader, *others = asked
@@ -192,12 +193,38 @@ def test_requests_of_a_run_are_in_the_history_before_the_next_run(tmp_path: Path
     made = [numbered(number, origin="bench") for number in range(1, 5)]
 
     async def main() -> None:
-        await cell.remember(Journal(history_file(tmp_path)), made)
-        await cell.remember(Journal(None), made)  # switched off
+        for later in (Journal(history_file(tmp_path)), Journal(None)):  # the second is switched off
+            kept = cell.Kept(later)
+            for record in made:
+                kept.add(partial(replace, record))
+            await kept.remember()
 
     trio.run(main)
     with History(history_file(tmp_path)) as history:
         assert history.records([parse_condition("origin=bench")]) == made
+
+
+def test_a_run_that_failed_is_in_the_history_and_has_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests end, one well; then the run is given up."""
+    lost = replace(RECORD.measured, error="RouteUnavailable")
+    ended = [numbered(1, origin="bench"), numbered(2, origin="bench", measured=lost)]
+
+    async def fails(*given: Any) -> None:
+        kept = next(each for each in given if isinstance(each, cell.Kept))
+        for record in ended:
+            kept.add(partial(replace, record))
+        raise RouteUnavailable("a worker is gone")
+
+    monkeypatch.setattr(cell, "measure", fails)
+    monkeypatch.setattr(cell, "features", lambda *_: {})
+    recorder = SimpleNamespace(journal=Journal(history_file(tmp_path)))
+    model: Any = SimpleNamespace(recorder=recorder, decide=lambda *_: None)
+    found = trio.run(cell.run, model, design().cells[0], draw(design().cells[0], ROOM))
+    assert found == {"features": {}, "error": "RouteUnavailable: a worker is gone"}
+    with History(history_file(tmp_path)) as history:
+        assert history.records() == ended
 
 
 def test_the_table_has_what_a_choice_may_be_learnt_from() -> None:

@@ -18,6 +18,7 @@ from client.metalearning.evaluate import FIXED, NONE, OURS
 from client.metalearning.selectors.base import Prediction
 from client.metalearning.selectors.hedged import Hedged
 from client.metalearning.selectors.neighbours import Neighbours
+from client.metalearning.selectors.simple import FixedRanking
 from client.metalearning.table import Array, Table, Task
 from protocol.errors import InputError
 from protocol.strategy import lossy, parse
@@ -142,6 +143,9 @@ def test_figures_of_a_split(known: Records, judge: Judge) -> None:
     assert each[FIXED]["gain_over_fixed_ranking"] == 0.0
     assert each[NONE]["mean_fraction_of_oracle"] < each[FIXED]["mean_fraction_of_oracle"] < 1.02
     assert each["oracle"]["macro_f1"] == 1.0
+    low, high = each[FIXED]["decision_ms_interval"]
+    assert low <= each[FIXED]["decision_ms"] <= high
+    assert each["oracle"]["decision_ms"] is None
     for one in each.values():
         assert one["strict_accuracy"] <= one["tolerant_accuracy"] <= 1
         assert one["within_5_percent"] <= one["tolerant_accuracy"]
@@ -201,10 +205,18 @@ def test_a_point_of_the_curve_learns_from_so_many(judge: Judge, monkeypatch: pyt
 
 
 def test_features_are_left_out_by_their_group(judge: Judge) -> None:
-    whole = {split: {OURS: judge.choices(split, judge.selectors[OURS])} for split in SPLITS}
-    report = ablation.without_parts(judge, whole)
-    assert set(report) == {"without_model", "without_route", "without_task"}
-    assert any(each["gain"] for splits in report.values() for each in splits.values())
+    """Of the product, and of a learner that follows its features wherever they lead."""
+    both = replace(judge, baselines={**CHEAP, "gradient_boosting": Neighbours}, product=FixedRanking)
+    names = ("gradient_boosting", OURS)
+    whole = {split: {name: both.choices(split, both.selectors[name]) for name in names} for split in SPLITS}
+    report = ablation.without_parts(both, whole)
+    assert tuple(report) == names
+    gains = {
+        name: [each["gain"] for splits in found.values() for each in splits.values()] for name, found in report.items()
+    }
+    assert all(set(found) == {"without_model", "without_route", "without_task"} for found in report.values())
+    assert any(gains["gradient_boosting"])
+    assert not any(gains[OURS]), "a ranking looks at no feature"
 
 
 def words(texts: Sequence[str]) -> Array:

@@ -12,6 +12,7 @@ import trio
 from trio.testing import MockClock
 
 from client.metalearning.candidates import CANDIDATES
+from node.recording import Journal
 from protocol.errors import InputError, SottoError
 from protocol.strategy import lossy, parse
 from simnet.bench.collect import cell, grid
@@ -79,7 +80,8 @@ def test_requests_that_take_too_long_are_an_error_of_the_tree(monkeypatch: pytes
         await trio.sleep_forever()
 
     monkeypatch.setattr(cell, "measure", never)
-    model: Any = SimpleNamespace(config=SimpleNamespace(vocab_size=8_000, max_position=2048))
+    config, recorder = SimpleNamespace(vocab_size=8_000, max_position=2048), SimpleNamespace(journal=Journal(None))
+    model: Any = SimpleNamespace(config=config, recorder=recorder)
     given = Live(tmp_path, tmp_path)
     with pytest.raises(SottoError, match="wire=int8 took more than 240 s"):
         trio.run(

@@ -2,8 +2,8 @@
 
 What is known before a run (`features`) is taken before it; nothing that was measured is among it. A run that fails
 gives the error and no figures. All requests are there when the clock starts: latency counts from then, so waiting for
-a turn and opening a session are part of it. What each request was goes to the history of the collection's client, when
-the clock has stopped.
+a turn and opening a session are part of it. What each request was, also of a run that failed, goes to the history of
+the client that made it, when the clock has stopped.
 """
 
 from __future__ import annotations
@@ -44,17 +44,30 @@ class _Answered:
 
 
 class Kept(Journal):
-    """Keeps what each request would leave in the history; made only after the run, for it takes time."""
+    """Keeps what each request of a run would leave in the history `later`; made only after the run, for it takes
+    time."""
 
-    def __init__(self) -> None:
+    def __init__(self, later: Journal) -> None:
         super().__init__(None)
+        self.prefixes = later.prefixes  # which knows the leader's
+        self._later = later
         self._builds: list[Build] = []
+        self._records: list[Record] = []
 
     def add(self, build: Build) -> None:
         self._builds.append(build)
 
     def records(self) -> list[Record]:
-        return [build() for build in self._builds]
+        """Of the requests that ended so far."""
+        self._records += [build() for build in self._builds]
+        self._builds.clear()
+        return self._records
+
+    async def remember(self) -> None:
+        """In the history when this returns, so that no later run is measured beside the writing."""
+        for record in self.records():
+            self._later.add(partial(replace, record))
+        await self._later.flush()
 
 
 @dataclass(slots=True)
@@ -81,25 +94,15 @@ async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int
         model.decide(drawn.leader.prompt, Ask(strategy=parse(cell.strategy)))
     except InputError as reason:
         return row | {"infeasible": str(reason)}
-    found, error = None, "it took too long"
+    measured, error, kept = None, "it took too long", Kept(model.recorder.journal)
     with trio.move_on_after(CELL_S_MAX):
         try:
             ask = Ask(ignore_eos=True, strategy=parse(cell.strategy), objective=cell.context.task.objective)
-            found = await measure(model, ask, cell.context.task, drawn, pids)
+            measured = await measure(model, ask, cell.context.task, drawn, kept, pids)
         except* (SottoError, psutil.NoSuchProcess) as group:
             error = _first(group)
-    if found is None:
-        return row | {"error": error}
-    measured, records = found
-    await remember(model.recorder.journal, records)
-    return row | {"measured": measured}
-
-
-async def remember(journal: Journal, records: Sequence[Record]) -> None:
-    """In the history when this returns, so that no later run is measured beside the writing."""
-    for record in records:
-        journal.add(partial(replace, record))
-    await journal.flush()
+    await kept.remember()
+    return row | ({"error": error} if measured is None else {"measured": measured})
 
 
 def features(model: DeployedModel, cell: Cell, drawn: Drawn) -> dict[str, Any]:
@@ -112,11 +115,9 @@ def features(model: DeployedModel, cell: Cell, drawn: Drawn) -> dict[str, Any]:
 
 
 async def measure(
-    model: DeployedModel, ask: Ask, task: TaskPoint, drawn: Drawn, pids: Sequence[int] = ()
-) -> tuple[dict[str, Any], list[Record]]:
-    """What came of it, and what each request would have left in the history."""
-    kept = Kept()
-    kept.prefixes = model.recorder.journal.prefixes  # which knows the leader's
+    model: DeployedModel, ask: Ask, task: TaskPoint, drawn: Drawn, kept: Kept, pids: Sequence[int] = ()
+) -> dict[str, Any]:
+    """What came of it. What each request would have left in the history is in `kept`, for who has time to write."""
     await _answer(model, ask, drawn.leader)
     await model.recorder.journal.flush()  # what it leaves in the history is not written beside what is measured
     meter = _Meter(pids)
@@ -124,8 +125,7 @@ async def measure(
     ask = replace(ask, concurrency=task.concurrency)
     served = await serve(drawn.work, partial(_answer, noted, ask), task.concurrency)
     measured = figures(served) | meter.figures()
-    records = kept.records()
-    return measured | _totals([record.measured for record in records], drawn), records
+    return measured | _totals([record.measured for record in kept.records()], drawn)
 
 
 async def _answer(model: DeployedModel, ask: Ask, request: Request) -> _Answered:

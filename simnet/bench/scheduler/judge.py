@@ -67,7 +67,7 @@ def judged(judge: Judge, split: str) -> dict[str, Judged]:
     table = judge.records.judged
     found = {name: judge.choices(split, make) for name, make in judge.selectors.items()}
     best = np.asarray(np.nanargmax(table.fractions, axis=1))
-    return {**found, ORACLE: Judged(best, table.fractions, None)}
+    return {**found, ORACLE: Judged(best, table.fractions)}
 
 
 def figures(table: Table, found: Mapping[str, Judged]) -> dict[str, Any]:
@@ -109,8 +109,7 @@ def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Number
     if base is not None:
         add("gain_over_fixed_ranking", fractions - halves.fractions(base))
         report["leaves_the_ranking"] = float(np.mean(choices != base))
-    report["decision_ms"] = one.decision_ms
-    return report
+    return report | one.decision_figures()
 
 
 def _remeasured(halves: Parts, draws: Draws) -> dict[str, Any]:

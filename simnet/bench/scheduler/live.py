@@ -185,11 +185,13 @@ async def _turn(model: DeployedModel, live: Live, cell: Cell, turn: tuple[int, s
     strategy = Auto(lossy=not task.exact) if name == AUTO else parse(name)
     ask = Ask(ignore_eos=True, strategy=strategy, objective=task.objective, exact=task.exact)
     drawn = draw(Cell(number, cell.context, name), room(model.config, live.design))
+    kept = cells.Kept(model.recorder.journal)
     try:
         with trio.fail_after(cells.CELL_S_MAX):
-            measured, records = await cells.measure(model, ask, task, drawn)
+            measured = await cells.measure(model, ask, task, drawn, kept)
     except trio.TooSlowError:
         raise SottoError(f"requests with {name} took more than {cells.CELL_S_MAX:g} s together") from None
+    records = kept.records()  # the client's folder is gone when it ends
     if any(record.measured.error for record in records):
         raise SottoError(f"a request with {name} failed")
     return 1 / cost(task, measured), [name_of(record.strategy) or "another" for record in records]

@@ -57,7 +57,7 @@ def _steps(judge: Judge, sections: Sequence[str], no_words: str | None) -> int:
     folds = judge.folds()
     total = folds * len(judge.selectors)
     total += curve.steps(judge) if "curve" in sections else 0
-    total += folds * len(ablation.PARTS) if "ablation" in sections else 0
+    total += folds * len(ablation.PARTS) * len(ablation.learners(judge)) if "ablation" in sections else 0
     return total + (folds if no_words is None else 0)
 
 
