@@ -26,7 +26,7 @@ from node.groups import ungrouped
 from node.model import Ask, DeployedModel, in_thread
 from protocol.tensors import DTYPE_BYTES
 from simnet import cluster
-from simnet.bench.engine import MODELS, PRECISIONS, checkpoint_of, describe, require
+from simnet.bench.checkpoints import MODELS, PRECISIONS, checkpoint_of, describe, require
 from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, together
 from simnet.bench.fits import growth
 from simnet.bench.library import Library

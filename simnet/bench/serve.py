@@ -26,7 +26,7 @@ from protocol.errors import InputError
 from protocol.strategy import Strategy, parse
 from simnet import cluster
 from simnet.bench import workloads
-from simnet.bench.engine import PRECISIONS, checkpoint_of, describe, require
+from simnet.bench.checkpoints import PRECISIONS, checkpoint_of, describe, require
 from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, answer
 from simnet.bench.machine import facts
 from simnet.bench.paired import Budget

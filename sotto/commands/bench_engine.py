@@ -64,8 +64,9 @@ def engine(
     """
     report: dict[str, Any] = {}
     with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, lines(out) as found:
-        from simnet.bench import engine as bench
         from simnet.bench import plots as pictures
+        from simnet.bench.checkpoints import PRECISIONS
+        from simnet.bench.engine import run as bench
         from simnet.bench.engine.rig import Sizes
         from sotto.demo import demo_checkpoint
 
@@ -76,7 +77,7 @@ def engine(
             tokenizer_from=demo_checkpoint(),
             model=model,
             only=tuple(words(only)) if only else bench.PARTS,
-            dtypes=tuple(words(dtype)) if dtype else bench.PRECISIONS,
+            dtypes=tuple(words(dtype)) if dtype else PRECISIONS,
             minutes=minutes,
             data=data or data_beside(),
             sizes=Sizes(batch=batch, trace_requests=requests),

@@ -14,7 +14,8 @@ import trio
 
 from node.cores import cores
 from protocol.errors import InputError
-from simnet.bench import engine, growth, serve
+from simnet.bench import growth, serve
+from simnet.bench.engine import run as engine
 from simnet.bench.engine.rig import Sizes
 from simnet.bench.paired import Budget
 from simnet.bench.workloads import Source

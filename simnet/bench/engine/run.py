@@ -19,9 +19,9 @@ import trio
 
 from models.checkpoint import Checkpoint
 from node.groups import ungrouped
-from protocol.errors import InputError
 from simnet import cluster
 from simnet.bench import speculation
+from simnet.bench.checkpoints import PRECISIONS, checkpoint_of, describe, require
 from simnet.bench.engine.batches import prefill_section, throughput_section
 from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
 from simnet.bench.engine.headlines import headlines
@@ -29,13 +29,7 @@ from simnet.bench.engine.rig import Bench, Rig, Section, Sizes
 from simnet.bench.engine.traffic import batching_section, prefix_section
 from simnet.bench.machine import facts
 from simnet.bench.paired import Budget
-from simnet.random_model import RandomModel
 
-MODELS = {
-    "30m": RandomModel(512, 1376, 8, 8, 4, max_position_embeddings=16_384),
-    "120m": RandomModel(768, 2048, 12, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
-    "500m": RandomModel(1536, 4096, 20, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
-}
 SECTIONS: dict[str, Section] = {
     "decode": decode_section,
     "throughput": throughput_section,
@@ -46,7 +40,6 @@ SECTIONS: dict[str, Section] = {
     "batching": batching_section,
     "prefix": prefix_section,
 }
-PRECISIONS = ("float32", "bfloat16", "int8")
 # What does not depend on precision is measured in the first one alone.
 ONCE = ("software", "wire", "batching", "prefix")
 SPECULATION = "speculation"  # behind shaped links, so with workers of its own
@@ -94,13 +87,6 @@ class Options:
     @property
     def parts(self) -> int:
         return len(self.plan()) + (SPECULATION in self.only)
-
-
-def require(given: Sequence[str], known: Sequence[str], option: str) -> None:
-    """Raises InputError unless every name that `option` was given is one of `known`."""
-    for name in given:
-        if name not in known:
-            raise InputError(f"{option} {name!r} is not known: choose of {', '.join(known)}")
 
 
 def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
@@ -185,29 +171,6 @@ def _speculation(options: Options, report: dict[str, Any], hear: Hear) -> None:
         data=options.data,
     )
     speculation.run(bench, report, speculation.Hear(say=hear.say))
-
-
-def checkpoint_of(model: str, folder: Path, tokenizer_from: Path) -> Path:
-    """A random model of this name, written into `folder`, or the checkpoint that is named. Raises InputError."""
-    if model in MODELS:
-        return MODELS[model].write(folder / "model" / model, tokenizer_from, torch.float32)
-    if not (Path(model) / "config.json").is_file():
-        raise InputError(f"there is no model {model!r}: choose {', '.join(MODELS)}, or the folder of a checkpoint")
-    return Path(model)
-
-
-def describe(name: str, model: Path) -> dict[str, Any]:
-    """What the figures are of."""
-    config = Checkpoint.open(str(model)).config
-    blocks = sum(block.num_parameters for block in config.blocks)
-    return {
-        "name": name if name in MODELS else Path(name).name,
-        "weights_per_token": blocks + config.vocab_size * config.hidden_size,
-        "blocks": config.num_blocks,
-        "width": config.hidden_size,
-        "vocabulary": config.vocab_size,
-        "context": config.max_position,
-    }
 
 
 async def _measure(bench: Bench, dtype: str, names: Sequence[str], figures: dict[str, Any], found: Found) -> None:
