@@ -9,17 +9,20 @@ token without guesses takes two of them: four legs. Two workloads:
 
 The ways of guessing take turns in each round, which has a text of its own, forth and back; rounds end when the ratios
 are known, or a point's share of the time is over. Rates are of decoding, after the first token. A plain request is
-shorter than the others where links are slow: its rate does not depend on its length.
+shorter than the others where links are slow: its rate does not depend on its length. Where transformers is installed,
+it takes turns, too: as many tokens after the same prompts, in this process, without links, guesses and sealing.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -41,13 +44,15 @@ from protocol.strategy import parse
 from simnet import cluster
 from simnet.bench import plots
 from simnet.bench.dictated import Dictated
-from simnet.bench.paired import Budget, Patience, Rounds, take_turns
+from simnet.bench.library import Library
+from simnet.bench.paired import Budget, Contestant, Patience, Rounds, take_turns
 from simnet.bench.workloads import EDIT_PROMPTS, first_turns
 from simnet.shape import Shape, Wiring
 
 RTTS_MS = (0.0, 10.0, 30.0, 100.0, 300.0)
 HEADLINE_MS, HEADLINE_WAY = 100.0, "lookup"
 WAYS = ("off", "lookup", "draft")
+THEIRS = "transformers"
 ENOUGH = 0.03
 WORKLOADS = ("editing", "writing")
 HOPS = 3
@@ -114,11 +119,13 @@ class _Cell:
 
     ways: tuple[str, ...]
     answer: Callable[[str, int], Awaitable[GenerationResult]]
+    theirs: Callable[[int], float] | None = None  # tokens per second of transformers with a round's text
     results: dict[str, list[GenerationResult]] = field(default_factory=dict)
 
     async def measure(self, patience: Patience, say: Callable[[str], None], count: Callable[[int], None]) -> Rounds:
         """`count` hears how many requests were answered."""
         self.results = {way: [] for way in self.ways}
+        contestants: dict[str, Contestant] = {}
 
         async def turn(way: str) -> float:
             result = await self.answer(way, len(self.results[way]))
@@ -126,14 +133,21 @@ class _Cell:
             count(sum(map(len, self.results.values())))
             return result.tokens_per_second
 
-        return await take_turns({way: partial(turn, way) for way in self.ways}, patience, say)
+        contestants |= {way: partial(turn, way) for way in self.ways}
+        if (theirs := self.theirs) is not None:
+            rounds = itertools.count()
+            contestants[THEIRS] = lambda: trio.to_thread.run_sync(theirs, next(rounds))
+        pairs = [(way, self.ways[0]) for way in self.ways[1:]]
+        return await take_turns(contestants, patience, say, pairs)
 
     def figures(self, rounds: Rounds) -> dict[str, Any]:
         """Speed and, beside it, the ratio to no guesses and how many guesses held."""
-        figures: dict[str, Any] = {way: {"tokens_per_s": round(rounds.median(way), 2)} for way in self.ways}
+        figures: dict[str, Any] = {name: {"tokens_per_s": round(rounds.median(name), 2)} for name in rounds.rates}
+        for name in rounds.rates:
+            if name != self.ways[0]:
+                figures[name] |= rounds.ratio(name, self.ways[0]).figures()
         for way in self.ways[1:]:
-            drafted, accepted = (sum(getattr(result, name) for result in self.results[way]) for name in GUESSES)
-            figures[way] |= rounds.ratio(way, self.ways[0]).figures() | {"drafted": drafted, "accepted": accepted}
+            figures[way] |= {name: sum(getattr(result, name) for result in self.results[way]) for name in GUESSES}
         return figures
 
 
@@ -155,6 +169,7 @@ def run(options: SpeculationBench, report: dict[str, Any], hear: Hear) -> None:
 async def _measure(options: SpeculationBench, net: cluster.Cluster, report: dict[str, Any], hear: Hear) -> None:
     async with _deployed(options, net.bootstrap) as model:
         texts = Texts.open(options, model.tokenizer, model.config.max_position)
+        library = await trio.to_thread.run_sync(_library, options.model)
         report["texts"] = texts.origin
         ways = WAYS if await _has_draft(model) else WAYS[:-1]
         cells = len(options.rtts_ms) * len(options.workloads)
@@ -171,7 +186,7 @@ async def _measure(options: SpeculationBench, net: cluster.Cluster, report: dict
             for workload in options.workloads:
                 hear.say(f"{workload}, round trips of {rtt_ms:g} ms")
                 answer = partial(_turn, model, texts, workload, plain_tokens)
-                cell = _Cell(ways, answer)
+                cell = _Cell(ways, answer, partial(_their_turn, library, texts, workload) if library else None)
                 patience = Patience(budget.next(), ENOUGH, options.rounds, warm_up=False)
                 rounds = await cell.measure(patience, hear.say, count)
                 done += 1
@@ -185,6 +200,15 @@ async def _turn(
 ) -> GenerationResult:
     tokens = plain_tokens if way == WAYS[0] else texts.tokens(workload)
     return await _answer(model, way, texts.text(workload, number), tokens)
+
+
+def _library(model: Path) -> Library | None:
+    return Library(model, "float32") if find_spec(THEIRS) is not None else None
+
+
+def _their_turn(library: Library, texts: Texts, workload: str, number: int) -> float:
+    text = texts.text(workload, number)
+    return library.decode(text.prompt, len(text.output) or texts.tokens(workload))
 
 
 def headlines(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -309,7 +333,7 @@ def plot(report: Mapping[str, Any], folder: Path) -> list[Path]:
     panels: Sequence[Any] = figure.subplots(1, len(workloads), squeeze=False)[0]
     for axes, workload in zip(panels, workloads, strict=True):
         points = [point for point in report["points"] if point["workload"] == workload]
-        for way in WAYS:
+        for way in (*WAYS, THEIRS):
             rates = [(point["rtt_ms"], point[way]["tokens_per_s"]) for point in points if way in point]
             if rates:
                 axes.plot(*zip(*rates, strict=True), "o-", label=way)

@@ -41,8 +41,8 @@ def engine(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of decode, throughput, prefill, long_prefill, software, wire, batching, prefix, speculation; with "
-            "commas. Default: all."
+            help="Of decode, throughput, prefill, long_prefill, software, wire, batching, prefix, speculation, "
+            "growth; with commas. Default: all."
         ),
     ] = None,
     dtype: Annotated[
@@ -58,7 +58,7 @@ def engine(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Decoding, throughput and prefill through three sealed hops beside transformers, as ratios of one run.
+    """Decoding, throughput and prefill through three sealed hops beside transformers, as ratios; and how cost grows.
 
     Real workers on loopback, one thread each. Random weights: they measure speed, and say nothing of answers.
     """
@@ -85,7 +85,8 @@ def engine(
         with _bar(as_json) as (update, say), keeping(report):
             bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))
         if plots is not None:
-            report["plots"] = [str(path) for path in pictures.breakdown(report, plots)]
+            drawn = (*pictures.breakdown(report, plots), *pictures.growth(report.get("growth", {}), plots))
+            report["plots"] = [str(path) for path in drawn]
     if as_json:
         print_json(report)
     end(report)

@@ -69,7 +69,7 @@ def speculation(
 
 
 def _print(report: dict[str, Any]) -> None:
-    ways = [way for way in ("off", "lookup", "draft") if way in report["points"][0]]
+    ways = [way for way in ("off", "lookup", "draft", "transformers") if way in report["points"][0]]
     print(f"{'tokens/s':<20}" + "".join(f"{way:>{WIDTH}}" for way in ways))
     for point in report["points"]:
         cells = [f"{point[way]['tokens_per_s']:.1f}{_won(point[way])}" for way in ways]
@@ -84,5 +84,5 @@ def _print(report: dict[str, Any]) -> None:
 def _won(figures: dict[str, Any]) -> str:
     if "ratio" not in figures:
         return ""
-    interval = f"{figures['ratio']:.2f}x, {figures['low']:.2f} to {figures['high']:.2f}"
-    return f" ({interval}; {figures['accepted']}/{figures['drafted']} held)"
+    held = f"; {figures['accepted']}/{figures['drafted']} held" if "drafted" in figures else ""
+    return f" ({figures['ratio']:.2f}x, {figures['low']:.2f} to {figures['high']:.2f}{held})"

@@ -63,7 +63,12 @@ RATIOS = {
         "pipelined_prefill_300_vs_transformers_same_kernel",
     },
     "software": {"software_vs_tcp"},
-    "wire": {"decode_bfloat16_vs_float32_wire", "prefill_bfloat16_vs_float32_wire"},
+    "wire": {
+        "decode_bfloat16_vs_float32_wire",
+        "prefill_bfloat16_vs_float32_wire",
+        "decode_int8_wire_vs_transformers",
+        "prefill_float32_wire_vs_transformers",
+    },
     "prefix": {
         "prefix_cache_ttft",
         "prefix_cache_ttft_vs_transformers",
@@ -165,6 +170,32 @@ def test_guessing_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, mo
     assert (asked[0].minutes, asked[0].data) == (3.0, tmp_path)
     assert report["speculation"]["speculation_at_100ms_rtt"] == {"ratio": 3.0}
     assert [each["section"] for each in found] == ["speculation"]
+
+
+def test_growth_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[growth.Options] = []
+
+    def run(options: growth.Options, report: dict[str, Any], progress: growth.Progress) -> None:
+        asked.append(options)
+        point = {"axis": "hops", "value": 1, "x": 1, "ms_per_token": 2.0}
+        progress.found(point)
+        progress.update(1, 4)
+        report["axes"] = {"hops": {"unit": "hops", "cost": "ms_per_token", "points": [point]}}
+
+    monkeypatch.setattr(growth, "run", run)
+    found: list[dict[str, Any]] = []
+    told: list[tuple[float, int]] = []
+    report: dict[str, Any] = {}
+    options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("growth",), ("bfloat16",), minutes=3.0)
+    engine.run(options, report, engine.Hear(found.append, silent, lambda *each: told.append(each)))
+    assert (asked[0].model, asked[0].dtype, asked[0].minutes, asked[0].axes) == (
+        tiny,
+        "bfloat16",
+        3.0,
+        tuple(growth.AXES),
+    )
+    assert found == [{"dtype": "bfloat16", "section": "growth", **report["growth"]["axes"]["hops"]["points"][0]}]
+    assert told == [(0.25, 1), (1, 1)]
 
 
 def test_growth_and_what_is_known_of_it(swarm: Cluster, tmp_path: Path, tiny: str, monkeypatch: Any) -> None:

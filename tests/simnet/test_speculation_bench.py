@@ -53,6 +53,7 @@ def test_a_report_has_every_way_at_every_round_trip(tmp_path: Path, monkeypatch:
     ]
     for point in report["points"]:
         assert point["off"]["tokens_per_s"] > 0
+        assert 0 < point["transformers"]["low"] <= point["transformers"]["ratio"]
         for way in ("lookup", "draft"):
             assert 0 < point[way]["low"] <= point[way]["ratio"] <= point[way]["high"]
             assert 0 <= point[way]["accepted"] <= point[way]["drafted"]
@@ -86,6 +87,25 @@ def test_ways_take_turns_forth_and_back_until_their_ratios_are_known() -> None:
     assert figures["lookup"]["ratio"] == pytest.approx(4.0)
     assert (figures["draft"]["drafted"], figures["draft"]["accepted"]) == (12, 9)
     assert set(figures["off"]) == {"tokens_per_s"}
+
+
+def test_transformers_takes_turns_with_the_same_texts_and_ends_no_rounds() -> None:
+    """Its own rate is unsteady; what is waited for is what guesses win."""
+    given: list[int] = []
+
+    async def answer(way: str, number: int) -> GenerationResult:
+        return GenerationResult((1, 2), "", "length", 3, (1.0, {"off": 1.4, "lookup": 1.1}[way]))
+
+    def theirs(number: int) -> float:
+        given.append(number)
+        return 10.0 * (1 + number)
+
+    cell = bench._Cell(("off", "lookup"), answer, theirs)
+    rounds = trio.run(cell.measure, Patience(1e9, 0.03, 3, warm_up=False), lambda _: None, lambda _: None)
+    assert given == [0, 1, 2]
+    figures = cell.figures(rounds)
+    assert figures["transformers"]["tokens_per_s"] == 20.0
+    assert set(figures["transformers"]) == set(figures["lookup"]) - set(bench.GUESSES)
 
 
 def test_texts_come_from_the_data_folder_where_they_are_long_enough(tmp_path: Path) -> None:

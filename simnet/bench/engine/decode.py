@@ -60,9 +60,10 @@ def _read_in(rig: Rig) -> list[tuple[str, str]]:
 
 async def wire_section(rig: Rig) -> dict[str, object]:
     """Activations on the wire in each precision: one request's decoding, one long prompt, bytes of a token for each
-    message, and how near the answers are to those over float32. On loopback bytes cost little: what is seen here is
-    what making them smaller costs."""
-    model, sizes = await rig.deployed(), rig.sizes
+    message, and how near the answers are to those over float32. Beside them transformers, which sends none. On loopback
+    bytes cost little: what is seen here is what making them smaller costs."""
+    model, sizes, library = await rig.deployed(), rig.sizes, await rig.library()
+    threads = await rig.library_threads(Work(1, sizes.long_tokens))
     wires = [name for name in CHOICES["wire"] if f"wire={name}" not in MISSING]
 
     async def turn(wire: str, prompt_tokens: int, new: int) -> GenerationResult:
@@ -78,13 +79,20 @@ async def wire_section(rig: Rig) -> dict[str, object]:
 
     contestants: dict[str, Contestant] = {f"decode_{wire}": partial(decoded, wire) for wire in wires}
     contestants |= {f"prefill_{wire}": partial(filled, wire) for wire in wires}
-    pairs: list[Pair] = [(f"{kind}_{wire}", f"{kind}_float32") for wire in wires[1:] for kind in ("decode", "prefill")]
+    (prompt,), (long,) = rig.prompts(1, sizes.prompt_tokens), rig.prompts(1, sizes.long_tokens)
+    contestants["decode_transformers"] = in_thread(partial(library.decode, prompt, sizes.new_tokens))
+    contestants["prefill_transformers"] = in_thread(partial(library.prefill, [long], threads))
+    kinds = ("decode", "prefill")
+    pairs: list[Pair] = [(f"{kind}_{wire}", f"{kind}_float32") for wire in wires[1:] for kind in kinds]
     rounds = await rig.rounds(contestants, pairs)
+    ours = [(kind, f"{kind}_{wire}") for wire in wires for kind in kinds]
     width = rig.checkpoint.config.hidden_size
     return {
-        **{f"{kind}_vs_float32_wire": rounds.ratio(kind, base).figures() for kind, base in pairs},
+        **{f"{name}_vs_float32_wire": rounds.ratio(name, base).figures() for name, base in pairs},
+        **{f"{name}_wire_vs_transformers": rounds.ratio(name, f"{kind}_transformers").figures() for kind, name in ours},
         "bytes_per_token_and_message": {wire: message_bytes(wire, width) for wire in wires},
         "agreement_with_float32_wire": await with_float32_wire(rig, wires[1:]),
+        "threads": {"transformers": {"decode": 1, "prefill": threads}},
         "medians": rounds.medians(),
     }
 

@@ -2,7 +2,8 @@
 
 Real workers as processes on loopback, one compute thread each; the client and transformers in this process. Every
 figure is a ratio within a round, with its 95 % interval over rounds; a set of rounds ends when its ratios are known
-well enough, or its share of the time is over. `*_same_kernel` is transformers with our matrix kernel.
+well enough, or its share of the time is over. `*_same_kernel` is transformers with our matrix kernel. Guessing over
+links with delay, and how cost grows with the work, are benchmarks of their own, which this one ends with.
 
 Random weights measure speed alone: nothing here says anything of answers. Loopback only.
 """
@@ -20,7 +21,7 @@ import trio
 from models.checkpoint import Checkpoint
 from node.groups import ungrouped
 from simnet import cluster
-from simnet.bench import speculation
+from simnet.bench import growth, speculation
 from simnet.bench.checkpoints import PRECISIONS, checkpoint_of, describe, require
 from simnet.bench.engine.batches import prefill_section, throughput_section
 from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
@@ -42,8 +43,9 @@ SECTIONS: dict[str, Section] = {
 }
 # What does not depend on precision is measured in the first one alone.
 ONCE = ("software", "wire", "batching", "prefix")
-SPECULATION = "speculation"  # behind shaped links, so with workers of its own
-PARTS = (*SECTIONS, SPECULATION)
+# With workers of their own: behind shaped links, and of other numbers.
+SPECULATION, GROWTH = "speculation", "growth"
+PARTS = (*SECTIONS, SPECULATION, GROWTH)
 SPECULATION_RTT_MS, SPECULATION_TOKENS = 100.0, 128
 Found = Callable[[dict[str, Any]], None]
 """Gets each section's figures as soon as they are there."""
@@ -86,11 +88,11 @@ class Options:
 
     @property
     def parts(self) -> int:
-        return len(self.plan()) + (SPECULATION in self.only)
+        return len(self.plan()) + (SPECULATION in self.only) + (GROWTH in self.only)
 
 
 def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
-    """`measure` with workers of its own, and guessing behind links with delay. Raises InputError."""
+    """`measure` with workers of its own, then guessing behind links with delay, and growth. Raises InputError."""
     try:
         _run(options, report, hear)
     finally:
@@ -104,10 +106,14 @@ def _run(options: Options, report: dict[str, Any], hear: Hear) -> None:
         _run_sections(options, report, hear)
     if SPECULATION in options.only:
         hear.say("guesses behind links with delay")
-        hear.update(options.parts - 1, options.parts)
+        hear.update(len(options.plan()), options.parts)
         report[SPECULATION] = {}
         _speculation(options, report[SPECULATION], hear)
         hear.found({"dtype": "float32", "section": SPECULATION, **report[SPECULATION]})
+    if GROWTH in options.only:
+        hear.say("how cost grows")
+        report[GROWTH] = {}
+        _growth(options, report[GROWTH], hear)
     hear.update(options.parts, options.parts)
 
 
@@ -171,6 +177,26 @@ def _speculation(options: Options, report: dict[str, Any], hear: Hear) -> None:
         data=options.data,
     )
     speculation.run(bench, report, speculation.Hear(say=hear.say))
+
+
+def _growth(options: Options, report: dict[str, Any], hear: Hear) -> None:
+    """All axes of `sotto bench growth`, in the first precision; each point is told of as it is measured."""
+    dtype = options.dtypes[0]
+    asked = growth.Options(
+        folder=options.folder / GROWTH,
+        tokenizer_from=options.tokenizer_from,
+        model=options.model,
+        dtype=dtype,
+        minutes=options.minutes / options.parts,
+    )
+
+    def update(done: int, total: int) -> None:
+        hear.update(options.parts - 1 + done / total, options.parts)
+
+    def found(point: growth.Point) -> None:
+        hear.found({"dtype": dtype, "section": GROWTH, **point})
+
+    growth.run(asked, report, growth.Progress({}, found, update, hear.say))
 
 
 async def _measure(bench: Bench, dtype: str, names: Sequence[str], figures: dict[str, Any], found: Found) -> None:
