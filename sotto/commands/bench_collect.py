@@ -39,6 +39,10 @@ def collect(
             "calibrating to it gave is written beside it, as .calibration.json.",
         ),
     ] = False,
+    adopt: Annotated[
+        Path | None,
+        typer.Option(help="Begin --folder with the runs of this export, made on such a machine; run nothing."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run every strategy in every context of the grid, on real workers behind shaped links, and record what came of it.
@@ -51,10 +55,14 @@ def collect(
         from simnet.bench.collect import table
         from simnet.bench.collect.design import frozen
         from simnet.bench.collect.run import Hear, Options, run
+        from simnet.bench.collect.store import Origin
         from sotto.demo import demo_checkpoint
 
         place = (folder or data_dir() / "collect").expanduser().absolute()
-        if export is not None:
+        if adopt is not None:
+            design = frozen()
+            report = table.adopt(place, Origin.here(design.digest), adopt)
+        elif export is not None:
             report = table.export(place, frozen(), export, lossy=lossy)
         else:
             options = Options(place, demo_checkpoint(), frozen(), hours, limit, only_route, contexts, blocks, calm)

@@ -297,6 +297,32 @@ def test_the_selectors_read_it(tmp_path: Path) -> None:
         table.export(tmp_path, design("another"), tmp_path / "runs.csv")
 
 
+def test_a_collection_goes_on_from_its_export(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    measured = {"latency_per_token_s": 0.5, "tokens_per_s": 4.0, "makespan_s": 2.25, "tokens": 64}
+    with store.opened(here, ORIGIN) as rows:
+        for number in range(3):
+            rows.add(row(number, measured=measured))
+        rows.add(row(3, error="Refused: no"))
+    table.export(here, design(), tmp_path / "runs.csv")
+    assert table.adopt(there, ORIGIN, tmp_path / "runs.csv") == {"adopted": 3}
+    with store.opened(there, ORIGIN) as rows:
+        assert rows.done == {(0, number, "default") for number in range(3)}, "what failed is run again"
+        assert [each["measured"] for each in rows.rows] == [measured] * 3
+    table.export(there, design(), tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_bytes() == (tmp_path / "runs.csv").read_bytes()
+    with pytest.raises(InputError, match=r"hardware a machine, now another.*must not mix"):
+        table.adopt(tmp_path / "elsewhere", replace(ORIGIN, hardware="another"), tmp_path / "runs.csv")
+    with pytest.raises(InputError, match="has runs of its own"):
+        table.adopt(there, ORIGIN, tmp_path / "runs.csv")
+    for wrong in ("", "name,age\n1,2\n", "grid,version\n\x00,\n"):
+        (tmp_path / "wrong.csv").write_text(wrong)
+        with pytest.raises(InputError, match="no export"):
+            table.adopt(tmp_path / "elsewhere", ORIGIN, tmp_path / "wrong.csv")
+    with pytest.raises(InputError, match="cannot read"):
+        table.adopt(tmp_path / "elsewhere", ORIGIN, tmp_path / "missing.csv")
+
+
 def test_what_lies_beside_a_table_for_a_prior_has_a_name_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,7 +72,7 @@ def opened(folder: Path, origin: Origin) -> Iterator[Store]:
             if not lines:
                 _write(file, asdict(origin))
             else:
-                _require_same(path, lines[0], origin)
+                require_same(path, _origin(path, lines[0]), origin)
             yield Store(file, _rows(path, lines[1:]))
 
 
@@ -92,8 +92,9 @@ def key(row: Row) -> Key:
     return row["block"], row["context"], row["strategy"]
 
 
-def _require_same(path: Path, line: bytes, origin: Origin) -> None:
-    then, now = asdict(_origin(path, line)), asdict(origin)
+def require_same(path: Path, whose: Origin, origin: Origin) -> None:
+    """Raises InputError unless the records in `path`, which are of `whose`, are of `origin`."""
+    then, now = asdict(whose), asdict(origin)
     differing = [f"{name} {then[name]}, now {now[name]}" for name in now if then[name] != now[name]]
     if differing:
         raise InputError(

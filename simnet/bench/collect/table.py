@@ -14,13 +14,14 @@ outcome. The columns, in this order:
 
 `performance` is in tokens per second, higher is better: where the objective is latency, of one request as its user
 feels it, the mean over requests; where it is throughput, of all together. `cost_s` is the same as seconds per token,
-lower is better. Beside the records for a prior lies what calibrating to them gave. Pure, but for the files.
+lower is better. Beside the records for a prior lies what calibrating to them gave. `adopt` is the way back: a
+collection goes on from its export. Pure, but for the files.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,14 @@ from protocol.errors import InputError
 from protocol.strategy import Facts, infeasible, parse
 from simnet.bench.collect.design import Design, shape
 from simnet.bench.collect.grid import Context, TaskPoint
-from simnet.bench.collect.store import Origin, Row, read
+from simnet.bench.collect.store import Origin, Row, opened, read, require_same
 from simnet.shape import Shape
 
 # For `sotto select --task-columns`: what the product's selector looks at, and what it is told is allowed. `model`,
 # `route` and `workload` are for --hold-out.
 FEATURES = (*described.FEATURES, "task_exact")
+PARTS = ("model", "route", "task")
+TEXTS = ("grid", "version", "torch", "hardware")  # of what a row's origin says
 BUSY = 8  # requests at once, from which on a workload is one of many
 
 
@@ -95,6 +98,51 @@ def table(origin: Origin, rows: list[Row], design: Design, *, lossy: bool = Fals
             "method": origin.method,
             "at_ms": row["at_ms"],
         }
+
+
+def adopt(folder: Path, origin: Origin, file: Path) -> dict[str, Any]:
+    """Begin a collection in `folder` with the runs of the export `file`, which is of this `origin`; what it left out is
+    run again. Raises InputError: another origin, no export, a folder that has runs."""
+    rows = list[Row]()
+    try:
+        with file.open(newline="", encoding="utf-8") as lines:
+            for each in csv.DictReader(lines):
+                require_same(file, Origin(**{name: each[name] for name in TEXTS}, method=int(each["method"])), origin)
+                rows.append(_adopted(each))
+            if not rows:
+                raise ValueError(file)
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from None
+    except (KeyError, ValueError, TypeError):
+        raise InputError(f"{file} is no export of 'sotto bench collect'") from None
+    with opened(folder, origin) as kept:
+        if kept.rows:
+            raise InputError(f"{folder} has runs of its own: name another --folder")
+        for row in rows:
+            kept.add(row)
+    return {"adopted": len(rows)}
+
+
+def _adopted(cells: Mapping[str, str]) -> Row:
+    """A row as the collection's file has it; features stay as they were written, for they are only written again."""
+    parts = {part: _part(part, cells) for part in (*PARTS, "measured")}
+    measured = {
+        name: int(value) if value.isdecimal() else float(value) for name, value in parts.pop("measured").items()
+    }
+    return {
+        "block": int(cells["block"]),
+        "context": int(cells["context"]),
+        **{name: cells[name] for name in ("strategy", "model", "route")},
+        "at_ms": int(cells["at_ms"]),
+        "seconds": measured["makespan_s"],  # the leader's time, and that of deploying, are in no table
+        "setup_s": 0.0,
+        "features": parts,
+        "measured": measured,
+    }
+
+
+def _part(part: str, cells: Mapping[str, str]) -> dict[str, str]:
+    return {name.removeprefix(f"{part}_"): value for name, value in cells.items() if name.startswith(f"{part}_")}
 
 
 def cost(task: TaskPoint, measured: dict[str, float]) -> float:
