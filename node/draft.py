@@ -47,7 +47,7 @@ class Draft:
         """The draft model; takes seconds the first time. Call it in a thread. Raises InputError, ModelError."""
         with self._lock:
             if self._opened is None:
-                draft = Checkpoint.open(self._place())
+                draft = Checkpoint.open(self.place())
                 self._require_same_tokenizer(draft)
                 model = LocalModel(draft)
                 self._opened = OpenDraft(model, _guess_s(model, self._usual_threads), self._usual_threads)
@@ -58,7 +58,8 @@ class Draft:
         """Whether there is one, by its place alone: `open` may still refuse it."""
         return self.given is not None or self._beside() is not None
 
-    def _place(self) -> str | Path:
+    def place(self) -> str | Path:
+        """What the user named, or the folder beside. Raises InputError when there is neither."""
         place = self.given or self._beside()
         if place is not None:
             return place

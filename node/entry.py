@@ -89,7 +89,9 @@ def invite_of_worker(folder: Path) -> Invite:
     """An invite to the swarm of the worker that runs in `folder`, by way of that worker. Raises InputError."""
     state = running_worker(folder)
     if state is None:
-        raise InputError(f"no worker runs in {folder}: start one with 'sotto worker', or give --bootstrap ADDRESS")
+        raise InputError(
+            f"no worker runs in {folder}: start one with 'sotto worker', or give its --data-dir, or --bootstrap ADDRESS"
+        )
     try:
         peer, addrs, swarm = state["peer"], state["addrs"], bytes.fromhex(state["swarm"])
     except (ValueError, KeyError, TypeError) as error:

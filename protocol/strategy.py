@@ -142,16 +142,22 @@ def infeasible(strategy: Strategy, facts: Facts) -> str | None:
     """Why `strategy` cannot be used with `facts`, in words for the user; None when it can."""
     missing = next((part for part in pairs(strategy) if part in facts.missing), None)
     if missing is not None:
-        return f"{missing} is not supported by this version, or by the workers of this route"
+        return f"{missing} is not supported by this version, or by the workers of this route: leave it out"
     if facts.deployed in CHOICES["weights"] and strategy.weights != facts.deployed:
         return (
             f"weights={strategy.weights} needs the model deployed in that precision, and it is deployed in "
             f"{facts.deployed}"
         )
     if strategy.speculation == "draft" and not facts.draft_model:
-        return "speculation=draft needs a draft model of the same tokenizer, and there is none"
+        return (
+            "speculation=draft needs a draft model of the same tokenizer, and there is none: name one (--draft), or "
+            "use speculation=lookup"
+        )
     if strategy.micro_batches > 1 and facts.hops < 2:
-        return "micro_batches above 1 keep several hops busy at the same time, and this route has one hop"
+        return (
+            "micro_batches above 1 keep several hops busy at the same time, and this route has one hop: spread the "
+            "model (--workers 2), or leave them out"
+        )
     if strategy.micro_batches > 1 and strategy.batching == "off":
         return "micro_batches above 1 split a batch, and with batching=off there is none"
     if strategy.micro_batches > 1 and strategy.deterministic:

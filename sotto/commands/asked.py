@@ -51,7 +51,6 @@ def where_of(
     """The options of a command line, checked. Raises InputError."""
     from node.metrics import parse_metrics_address
     from node.paths import data_dir
-    from sotto.commands.models import check_dtype
 
     privacy, dtype, key = sealed
     given, metrics, quiet, capability, draft = rest
@@ -59,7 +58,7 @@ def where_of(
         model=model,
         bootstrap=bootstrap_addrs(bootstrap),
         privacy=privacy,
-        dtype=None if dtype is None else check_dtype(dtype),
+        dtype=dtype,
         key=key,
         workers=workers,
         data_dir=data_dir(given),
@@ -71,10 +70,14 @@ def where_of(
 
 
 def for_what(where: Where, ask: Ask, expect_tokens: int | None) -> Where:
-    """`where`, for requests like `ask`."""
+    """`where`, for requests like `ask`. Raises InputError where these want a draft model, and there is none."""
+    from node.draft import Draft
     from protocol.strategy import Auto
+    from sotto.commands.models import open_model
 
     chooses = isinstance(ask.strategy, Auto)
+    if not isinstance(ask.strategy, Auto) and ask.strategy.speculation == "draft":
+        Draft(open_model(where.model), where.draft).place()  # before a model is brought to workers
     return replace(where, goal=ask.objective, expect_tokens=expect_tokens, chooses=chooses)
 
 
@@ -90,10 +93,13 @@ def strategy_of(
     says these unless the strategy does, or the owner of the deployment that `capability` is for. Without a `text` it is
     chosen, but who names a draft model wants it to guess, and who wants it `deterministic` the default so: no records
     say when these pay. Raises InputError."""
+    from node.model import MISSING
     from protocol import limits
     from protocol.errors import InputError
     from protocol.strategy import DEFAULT, Auto, Facts, Strategy, infeasible, parse_choice
+    from sotto.commands.models import check_dtype
 
+    dtype = None if dtype is None else check_dtype(dtype)
     named = dtype if capability is None else _owners_dtype(capability, dtype)
     base = Strategy(
         weights=cast("Weights", named or DEFAULT.weights),
@@ -121,7 +127,8 @@ def strategy_of(
     if exact and weights != DEFAULT.weights:
         raise InputError(f"--exact is an answer as in float32, and weights={weights} loses precision: leave one out")
     if isinstance(chosen, Strategy):  # what no route can help is refused before a model is brought to one
-        reason = infeasible(chosen, Facts(hops=limits.HOPS_MAX, exact=exact, deployed=weights, draft_model=True))
+        facts = Facts(hops=limits.HOPS_MAX, exact=exact, deployed=weights, draft_model=True, missing=MISSING)
+        reason = infeasible(chosen, facts)
         if reason is not None:
             raise InputError(reason)
     return chosen, weights

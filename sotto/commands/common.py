@@ -125,7 +125,10 @@ def remedy(error: BaseException) -> str | None:
         case LocalProtocolError():
             return None
         case RemoteProtocolError():
-            return f"a peer broke the protocol ({error}): leave it out, or use another swarm"
+            return (
+                f"a peer broke the protocol ({error}): run again; if it says the same, use another swarm (-b), and "
+                "tell the worker's owner"
+            )
         case TransportError():
             return f"{error}: check that the peer is up and reachable, then run again"
         case SottoError() | ModelError() | OSError():
@@ -185,6 +188,19 @@ def run_async(main: Callable[[], Awaitable[T]]) -> T:
     import trio
 
     return trio.run(main)
+
+
+def only_behind(context: typer.Context) -> None:
+    """Options that stand before a subcommand would be lost: it has its own. Raises InputError."""
+    from protocol.errors import InputError
+
+    sources = [(param, context.get_parameter_source(param.name or "")) for param in context.command.params]
+    lost = [param.opts[0] for param, source in sources if source is not None and source.name == "COMMANDLINE"]
+    if lost:
+        raise InputError(
+            f"{', '.join(lost)} counts behind the word: write 'sotto {context.info_name} "
+            f"{context.invoked_subcommand} ... {lost[0]} ...'"
+        )
 
 
 def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:

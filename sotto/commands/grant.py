@@ -54,11 +54,17 @@ def grant(
         from node.grants import Grants, grant_to
         from node.paths import data_dir as folder
         from node.sealing import SealedFolder, sealed_place
+        from protocol.errors import InputError
         from sotto.commands.models import check_dtype, open_model, root_key
 
         base = folder(data_dir)
         checkpoint, root = open_model(model), root_key(privacy, key, base)
         place = sealed_place(base / "sealed", checkpoint, check_dtype(dtype), root)
+        if not place.exists():
+            raise InputError(
+                f"{checkpoint.name} was not deployed from here in {dtype} under this key: 'sotto run' does it, or give "
+                "the --dtype, --privacy and --key that it was deployed with"
+            )
         token = grant_to(peer, base / "client", SealedFolder.open(place).info, rights, for_)
         Grants(base / "client" / "grants").keep(token)
         if as_json:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sotto.commands.common import DataDir, Json, errors, print_json
+from sotto.commands.common import DataDir, Json, errors, only_behind, print_json
 
 if TYPE_CHECKING:
     from client.metalearning.record import Record
@@ -38,6 +38,8 @@ def history(
     Rows leave this machine only by 'export', summaries of them only with --share-records.
     """
     if context.invoked_subcommand is not None:
+        with errors():
+            only_behind(context)
         return
     with errors(as_json):
         from client.metalearning.record import to_row

@@ -36,8 +36,8 @@ def root_key(privacy: str, name: str | None, data_dir: Path) -> RootKey | None:
 
 
 def check_dtype(dtype: str) -> str:
-    """Raises InputError for a precision that sealed blocks cannot have."""
-    from models.precision import PRECISIONS
+    """Raises InputError for a precision that is not deployed."""
+    from client.metalearning.deployment import PRECISIONS
     from protocol.errors import InputError
 
     if dtype not in PRECISIONS:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, WorkerDir, errors, print_json
+from sotto.commands.common import Json, WorkerDir, errors, only_behind, print_json
 
 app = typer.Typer(
     epilog="Example: sotto worker --memory 8GiB --bootstrap /ip4/203.0.113.7/tcp/4517/p2p/12D3Koo…",
@@ -109,6 +109,8 @@ def worker(
     It never holds a key, a token or a word of text. Stop it with Ctrl-C.
     """
     if context.invoked_subcommand is not None:
+        with errors():
+            only_behind(context)
         return
     with errors():
         import trio

@@ -284,7 +284,7 @@ def test_keys(tmp_path: Path) -> None:
         (["worker", "--quota", "colour=blue"], "peer-bandwidth"),
         (["worker", "pause"], "no worker runs"),
         (["worker", "pause", "--for", "ever"], "30m"),
-        (["grant", "bob"], "seal"),
+        (["grant", "bob"], "'sotto run' does it, or give the --dtype"),
         (["revoke", "0" * 32], "give the whole token"),
         (["run", "hello", "-b", "x", "--capability", "rubbish"], "copy the whole token"),
         (["worker", "--listen", "4001"], "/ip4/"),
@@ -310,6 +310,19 @@ def test_an_error_is_one_line_that_says_what_to_do(words: list[str], says: str) 
         failed = sotto(*words, "--json")
         assert failed.exit_code == 1
         assert says in str(one_object(failed)["error"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["history", "-w", "model=a", "export", "x.csv"], "--where counts behind the word"),
+        (["history", "--data-dir", "d", "--last", "3", "import", "x.csv"], "history import ... --last ..."),
+        (["worker", "--data-dir", "d", "status"], "write 'sotto worker status ... --data-dir ...'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_an_option_before_a_subcommand_is_not_lost_in_silence(words: list[str], says: str) -> None:
+    assert says in complaint(sotto(*words))
 
 
 def test_a_simulated_network_is_looked_for_only_while_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -377,13 +390,21 @@ def test_a_worker_whose_port_is_taken(swarm: Cluster, tmp_path: Path) -> None:
     [
         (["--strategy", "speed=11"], "no part of a strategy"),
         (["--strategy", "wire=int3"], "wire must be one of float32, bfloat16, int8"),
+        (["--strategy", "weights=int4"], "leave it out"),
+        (["--dtype", "int4"], "unknown --dtype 'int4': use one of float32, bfloat16, int8"),
+        (["--dtype", "float16"], "unknown --dtype 'float16': use one of float32, bfloat16, int8"),
+        (["--strategy", "speculation=draft", "-m", "{model}"], "name one with --draft PATH"),
         (["--strategy", "weights=int8", "--dtype", "bfloat16"], "contradict each other"),
         (["--exact", "--dtype", "int8"], "--exact is an answer as in float32"),
         (["--exact", "--strategy", "weights=bfloat16"], "weights=bfloat16 loses precision"),
     ],
 )
-def test_a_strategy_that_cannot_be_meant_is_refused_before_anything_starts(words: list[str], why: str) -> None:
-    for command in (["run", PROMPT], ["submit", "none.jsonl", "-o", "out.jsonl"]):
+def test_a_strategy_that_cannot_be_meant_is_refused_before_anything_starts(
+    words: list[str], why: str, model: Path, tmp_path: Path
+) -> None:
+    words = [word.format(model=model) for word in words]
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n')
+    for command in (["run", PROMPT], ["submit", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl")]):
         result = sotto(*command, "-b", "/ip4/127.0.0.1/tcp/1", *words)
         assert why in complaint(result)
 
@@ -393,7 +414,7 @@ def test_run_takes_a_strategy_and_refuses_what_cannot_be_had(swarm: Cluster, mod
     plain = one_object(sotto(*words))["ids"]
     assert one_object(sotto(*words, "--strategy", "speculation=lookup,prefill_chunk=2"))["ids"] == plain
     error = str(one_object(sotto(*words, "--strategy", "weights=int4"))["error"])
-    assert "unknown --dtype 'int4'" in error
+    assert "weights=int4 is not supported by this version" in error
     error = str(one_object(sotto(*words, "--exact", "--strategy", "wire=int8"))["error"])
     assert "wire=int8 loses precision" in error
     assert one_object(sotto(*words, "--exact"))["ids"] == plain
