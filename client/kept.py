@@ -9,7 +9,9 @@ memory for a client that holds less. Then the same route is waited for, as long 
 again without a token between, it is lost like any other. When
 a session is closed its pages stay, under their names on its route.
 
-Invariant: `held` is what the KV holds for certain. One request at a time. Where sessions come from is the opener's.
+Invariants: `held` is what the KV of all hops holds when they have computed what was sent, in the order in which it was
+sent. Only what an answer showed to be computed is named: a name that stood for anything else would give a later session
+KV of another text, and that a wrong answer. One request at a time. Where sessions come from is the opener's.
 """
 
 from __future__ import annotations
@@ -79,10 +81,12 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A session that may hold the first tokens already, and the keys of the pages of a sequence on its route."""
+    """A session that may hold the first tokens already, and the keys of the pages of a sequence on its route. `named`:
+    the tokens of the pages to which its opening gave names; hops keep whatever fills these."""
 
     session: OpenedSession
     page_keys: Callable[[Sequence[int]], bytes] = lambda _: b""
+    named: Sequence[int] = ()
 
 
 Opener = Callable[[Opening], Awaitable[Opened]]
@@ -105,6 +109,7 @@ class KeptSession:
 
     def __init__(self, opener: Opener, terms: KeptTerms | None = None) -> None:
         self.held: list[int] = []
+        self._computed = 0  # so many tokens of it are in the KV of all hops by now
         self.losses = self.preemptions = 0  # over its whole life
         self._opener = opener
         self._terms = terms or KeptTerms()
@@ -131,8 +136,10 @@ class KeptSession:
         self._losses_left, self._blamed = REQUEST_LOSSES_MAX, Counter()
 
     async def ready(self, known: Sequence[int]) -> OpenedSession:
-        """The open session; one is opened when there is none, for a sequence that begins with `known`. Raises
+        """The open session; one is opened when there is none that may hold a sequence that begins with `known`. Raises
         SottoError when that fails again and again."""
+        if self._opened is not None and common(self._opened.named, known) < len(self._opened.named):
+            await self.aclose()  # else the pages of `known` were kept under names of others
         while self._opened is None:
             try:
                 opened = await self._opener(Opening(known, self._anew, self._without))
@@ -141,6 +148,7 @@ class KeptSession:
                 continue
             self._opened, self._roomless_since = opened, inf
             self.held = list(known[: opened.session.held_tokens])
+            self._computed = len(self.held)
         return self._opened.session
 
     async def lost(self, error: SottoError) -> None:
@@ -185,10 +193,12 @@ class KeptSession:
             who = f"worker {short(peer)} is" if peer else "the workers are"
             self._terms.notice(f"{who} lost to this session: it is opened again, and what was said is computed anew")
 
-    def settle(self, ids: list[int]) -> None:
-        """A request has ended, well or early: the KV holds `ids`."""
+    def settle(self, ids: list[int], answered: bool) -> None:
+        """A request has ended, well or early: the KV will hold `ids`. If the request was not `answered` yet, a hop may
+        still hold what was there before."""
         if self._opened is not None:
             self._opened.session.abandon()
+            self._computed = len(ids) if answered else min(self._computed, common(self.held, ids))
             self.held = ids
 
     def progressed(self) -> None:
@@ -200,9 +210,9 @@ class KeptSession:
         session."""
         self._moved_before = self.moved
         opened, self._opened = self._opened, None
-        held, self.held = self.held, []
+        computed, self.held = self.held[: self._computed], []
         if opened is not None:
-            opened.session.keep_pages = opened.page_keys(held) if keep else b""
+            opened.session.keep_pages = opened.page_keys(computed) if keep else b""
             await opened.session.aclose()
 
 
@@ -279,7 +289,8 @@ class KeptRequest:
                             self._kept.progressed()
                             yield token
                 finally:
-                    self._kept.settle([*self._ask.prompt, *self.ids][: generation.held_tokens])
+                    held = [*self._ask.prompt, *self.ids][: generation.held_tokens]
+                    self._kept.settle(held, answered=bool(generation.ids))
                 return
             except _LOST as error:
                 await self._kept.lost(error)

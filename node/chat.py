@@ -145,8 +145,10 @@ class Chat:
             params = replace(params, stop_ids=params.stop_ids | self._end_ids())
         host = replace(await model.host(ask, strategy, self._guessing), started_at=started_at)
         terms = self._terms_of(strategy)
-        # What a session was opened with cannot be changed, and what its KV holds is as exact as it was sent.
-        if (terms, strategy.wire) != (self._terms, self._used.wire):
+        # What a session was opened with cannot be changed, the names of its pages neither; and what its KV holds is as
+        # exact as it was sent.
+        used = self._used
+        if (terms, strategy.wire, strategy.prefix_cache) != (self._terms, used.wire, used.prefix_cache):
             await self._kept.aclose()
         self._terms, self._used = terms, strategy
         request = KeptRequest(self._kept, KeptAsk(prompt.ids, params, model.ends), host)

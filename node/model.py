@@ -47,6 +47,7 @@ from node.draft import Draft
 from node.guessing import Guessing
 from node.recording import Plan, Progress, Recorder
 from node.standing import Standing
+from protocol import limits
 from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import ID_BYTES, PeerId
 from protocol.strategy import CHOICES, DEFAULT, Auto, Facts, Strategy, infeasible, parse
@@ -197,8 +198,9 @@ class DeployedModel:
     async def opened(self, opening: Opening, terms: SessionTerms, strategy: Strategy) -> Opened:
         """A session over this route for a request with `strategy`. Raises SottoError."""
         page_keys = self.page_keys(strategy)
-        terms = replace(terms, page_keys=page_keys(opening.known[:-1]))  # the last token is always computed
-        return Opened(await self.driver.open_session(self.route, terms), page_keys)
+        keys = page_keys(opening.known[:-1])  # the last token is always computed
+        named = opening.known[: len(keys) // limits.PAGE_KEY_BYTES * limits.PAGE_TOKENS]
+        return Opened(await self.driver.open_session(self.route, replace(terms, page_keys=keys)), page_keys, named)
 
     def seat(self, strategy: Strategy) -> AbstractAsyncContextManager[None]:
         """The block is a request with `strategy`: a static one begins with its batch."""

@@ -87,7 +87,8 @@ CLIENT_RECEIVES: Table = {
         SessionFailed: State.FAILED,
     },
     State.OPEN: {StepOutput: State.OPEN, StepTimes: State.OPEN, SessionFailed: State.FAILED},
-    State.FAILED: _DONE,  # a hop's failure is the last that it says of a session
+    # A hop that knows a session no more says so of each step that was on its way.
+    State.FAILED: {SessionFailed: State.FAILED},
     # What was on its way when the client closed is no violation.
     State.CLOSED: {
         Attached: State.CLOSED,
@@ -120,7 +121,7 @@ WORKER_SENDS: Table = {
         SessionFailed: State.FAILED,
     },
     State.OPEN: {StepOutput: State.OPEN, StepTimes: State.OPEN, SessionFailed: State.FAILED},
-    State.FAILED: _DONE,
+    State.FAILED: {SessionFailed: State.FAILED},
     State.CLOSED: _DONE,
 }
 TABLES: Mapping[tuple[Role, str], Table] = MappingProxyType(

@@ -40,6 +40,7 @@ class _Session:
     span: SpanSpec
     spec: SessionSpec
     kv: list[list[bytes]]  # per block, the digest after each position
+    began: bool = False
 
 
 @dataclass(slots=True)
@@ -89,6 +90,10 @@ class ToyCompute:
         rows = _rows(work)
         if work.position + len(rows) > session.spec.kv_tokens:
             raise LocalProtocolError("a step beyond the reservation")
+        if session.began and work.position < len(session.kv[0]):  # the keys stand for what was there
+            kept = session.spec.page_keys[: work.position // limits.PAGE_TOKENS]
+            session.spec = replace(session.spec, page_keys=kept)
+        session.began = True
         out = rows
         for block, kv in zip(range(session.span.start, session.span.end), session.kv, strict=True):
             out = apply_block(block, kv, work.position, out)
@@ -113,7 +118,7 @@ class ToyCompute:
         spec, size = session.spec, limits.PAGE_TOKENS
         for index, key in enumerate(keys[: len(session.kv[0]) // size]):
             page = [block[index * size : (index + 1) * size] for block in session.kv]
-            self.pages.setdefault((spec.deployment, spec.tenant, key), page)
+            self.pages[spec.deployment, spec.tenant, key] = page
 
     async def _charge(self, seconds: float) -> None:
         self._busy_until = max(trio.current_time(), self._busy_until) + seconds

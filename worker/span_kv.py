@@ -60,6 +60,7 @@ class SessionKv:
     ) -> None:
         self.kv_tokens, self._keys = terms
         self._book, self.slabs, self.table = book, slabs, table
+        self._began = False  # before, a step below `held` computes again what other hops do not hold
         self._shut = table.hits  # so many pages, the first ones, are shared or named by keys
         self.held = table.hits * limits.PAGE_TOKENS
         self.extent = Extent(runs_of(table.pages, limits.PAGE_TOKENS), self.held)
@@ -77,6 +78,8 @@ class SessionKv:
             return
         copied = self._book.write(self.table, first)
         self._shut = first
+        if self._began:  # the keys stand for what was there, and not for what comes now
+            self._keys = self._keys[:first]
         self.extent.runs = runs_of(self.table.pages, limits.PAGE_TOKENS)
         if copied is not None:
             old, new = (page * limits.PAGE_TOKENS for page in copied)
@@ -85,7 +88,7 @@ class SessionKv:
 
     def commit(self, length: int) -> None:
         """All blocks have computed the tokens below `length`."""
-        self.extent.length = length
+        self.extent.length, self._began = length, True
         self._keep(self._keys)
 
     def forget_keys(self) -> None:

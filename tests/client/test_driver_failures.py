@@ -192,6 +192,24 @@ def test_the_word_of_the_hop_before_names_the_lost_one() -> None:
     with_swarm(2, body)
 
 
+def test_a_hop_that_says_so_of_each_step_on_its_way_costs_no_other_session_anything() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        lost = set[SessionId]()
+
+        def twice(step: Step, _: Payload, replies: list[Reply]) -> list[Reply]:
+            said = SessionFailed(step.session, RefusalReason.PREEMPTED, "room")
+            return [(said, b"")] * 2 if step.session in lost else replies
+
+        swarm.hops[0].conduct.outputs = twice
+        async with driver.session(swarm.route, TERMS) as session, driver.session(swarm.route, TERMS) as other:
+            lost.add(session.id)
+            with pytest.raises(HopRefused, match="room"):
+                await session.step(activations(1), position=0)
+            assert (await other.step(activations(1), position=0)).header.shape == (1, 4)
+
+    with_swarm(1, body)
+
+
 def test_a_last_hop_cannot_have_lost_the_next_one() -> None:
     async def body(swarm: FakeSwarm, driver: Driver) -> None:
         def gone(step: Step, _: Payload, __: list[Reply]) -> list[Reply]:

@@ -66,9 +66,10 @@ class Session(Machine):
 
 @dataclass
 class Opener:
-    """Gives `sessions` one after the other; None cannot be opened."""
+    """Gives `sessions` one after the other; None cannot be opened. `names`: so many first tokens are named."""
 
     sessions: list[Session | None]
+    names: int = 0
     openings: list[Opening] = field(default_factory=list)
     opened_at: list[float] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -89,7 +90,7 @@ class Opener:
         if session is None:
             raise HopRefused(PEER, "kv_memory")
         session.held = list(opening.known[: session.held_tokens])
-        return Opened(session, lambda ids: bytes([number, *ids]))
+        return Opened(session, lambda ids: bytes([number, *ids]), opening.known[: self.names])
 
     def kept(self) -> KeptSession:
         return KeptSession(self, KeptTerms(notice=self.notices.append))
@@ -301,6 +302,44 @@ def test_an_answer_that_is_stopped_leaves_what_it_computed(after_s: float) -> No
 
     following, answer = virtual(main)
     assert answer == alone(following)
+
+
+def test_a_prompt_that_goes_back_into_named_pages_has_a_session_of_its_own() -> None:
+    """Else what it computes would be kept under names of another text."""
+    sessions = [Session(), Session()]
+    opener = Opener(list(sessions), names=4)
+
+    async def main() -> list[list[int]]:
+        kept, answers = opener.kept(), []
+        for prompt in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 9], [1, 2, 9, 4, 5]):
+            answers.append(await ids(request(kept, prompt)))
+        await kept.aclose()
+        return answers
+
+    answers = virtual(main)
+    assert answers[2] == alone([1, 2, 9, 4, 5])
+    assert opener.known == [[1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5]], "the second prompt differs behind what is named"
+    assert list(sessions[0].keep_pages) == [1, 1, 2, 3, 4, 9, *answers[1][:-1]]
+    assert list(sessions[1].keep_pages) == [2, 1, 2, 9, 4, 5, *answers[2][:-1]]
+
+
+@pytest.mark.parametrize("failed", [False, True], ids=["given up", "lost"])
+def test_what_no_answer_confirmed_is_not_named(failed: bool) -> None:
+    """The second request's prompt is on its way when it ends: one hop may have computed it, and another still hold the
+    first one's tokens in its place."""
+    first = Session(lost_at=6 if failed else None)
+    opener = Opener([first, Session()])
+
+    async def main() -> None:
+        kept = opener.kept()
+        await ids(request(kept, [1, 2, 3, 4, 5, 6], params(3)))
+        with trio.move_on_after(0.05):  # a step takes twice as long
+            await ids(request(kept, [1, 2, 7, 8, 9, 10, 11, 12, 13]))
+        await kept.aclose()
+
+    virtual(main)
+    assert first.rows[:5] == [3, 3, 1, 1, 3], "chunks of the second were sent"
+    assert list(first.keep_pages) == [1, 1, 2], "what both have in common"
 
 
 def preempted() -> HopRefused:

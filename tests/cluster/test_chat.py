@@ -117,6 +117,39 @@ def test_the_next_process_finds_what_a_chat_left(swarm: Cluster, tmp_path: Path)
     assert ids[0] == ids[1]
 
 
+@pytest.mark.parametrize("strategy", [Strategy(), Strategy(deterministic=True)], ids=["default", "deterministic"])
+def test_no_page_stands_for_the_text_of_another_conversation(
+    strategy: Strategy, swarm: Cluster, tmp_path: Path
+) -> None:
+    """Said, forgotten, and something else said; then the first again, in a chat that finds what the other left."""
+    one, other = (f"{word} {' '.join([word] * 150)}" for word in ("file", "open"))
+    turns = list[Turn]()
+
+    async def first(chat: Chat) -> None:
+        await said(chat, one, Ask(2, strategy=strategy))
+        chat.reset()
+        await said(chat, other, Ask(2, strategy=strategy))
+
+    async def second(chat: Chat) -> None:
+        turns.append(await said(chat, one, Ask(12, strategy=strategy)))
+
+    for work in (first, second):
+        chatting(swarm, tmp_path / "data", work, workers=2)
+    reference = Reference(Checkpoint.open(demo_checkpoint()))
+    assert list(turns[0].result.ids) == reference.ids(one, 12, SamplingParams())
+    assert turns[0].reused_tokens >= PAGE_TOKENS, "what the first conversation left is still found"
+
+
+def test_who_names_no_pages_from_now_on_has_another_session(swarm: Cluster, tmp_path: Path) -> None:
+    named, unnamed = Ask(4, strategy=Strategy()), Ask(4, strategy=Strategy(prefix_cache=False))
+
+    async def work(chat: Chat) -> None:
+        turns = [await said(chat, text, ask) for text, ask in zip(TEXTS, (named, unnamed, unnamed), strict=True)]
+        assert [bool(turn.reused_tokens) for turn in turns] == [False, False, True]
+
+    chatting(swarm, tmp_path / "data", work)
+
+
 @pytest.mark.parametrize(
     "ask",
     [Ask(24), Ask(24, SamplingParams(0.8, seed=4), strategy=Strategy(speculation="draft"))],

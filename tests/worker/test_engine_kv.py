@@ -141,6 +141,20 @@ def test_a_later_session_begins_where_an_earlier_one_left_its_pages(shop: Shop) 
     check(shop)
 
 
+def test_who_goes_back_into_named_pages_takes_their_names_with_it(shop: Shop) -> None:
+    """Another text follows there: found under the old name, it would be a wrong beginning."""
+    loaded(shop)
+    x, other = inputs(300), -inputs(300)
+    begin(shop, 1, 300, page_keys=KEYS[:3])
+    run(shop, 1, x, 0, [200])
+    run(shop, 1, other, 70, [230])
+    assert begin(shop, 2, 300, page_keys=KEYS) == PAGE_TOKENS, "the first page is as it was"
+    now = (KEYS[0], *KEYS[5:])
+    shop.engine.close(named(1), now)
+    assert begin(shop, 3, 300, page_keys=now) == 4 * PAGE_TOKENS, "what closing names is there"
+    check(shop)
+
+
 def test_a_hop_that_holds_more_than_others_begins_where_they_do(shop: Shop) -> None:
     """The client begins at the least that any hop holds: here inside what this hop shares."""
     loaded(shop)
