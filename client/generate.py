@@ -30,7 +30,7 @@ from client.tensors import DTYPES, to_payload, to_tensor
 from client.turns import Ends, RunSync, Turns, inline
 from models.sampling import SamplingParams, sample
 from protocol import limits
-from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError, SottoError
+from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError
 from protocol.ports import Clock
 from protocol.tensors import Payload
 
@@ -76,7 +76,8 @@ class GenerationParams:
 @dataclass(frozen=True, slots=True)
 class GenerationHost:
     """What a generation needs of the world. `speculation`, when there is one, is for this generation alone; `turns` are
-    those of all requests of the model, None for a request that shares its products with none. `started_at`: when the
+    those of all requests of the model, None for a request that shares its products with none. `observer` hears of a
+    request as its user sees it, however often it was begun again (client/kept.py). `started_at`: when the
     request began, by `clock`, since opening its session is part of what a user waits for; None: with its tokens."""
 
     clock: Clock
@@ -201,10 +202,8 @@ class Generation:
 
     async def tokens(self) -> AsyncGenerator[int, None]:
         """The new token ids, each as soon as it is known. Raises what ends the session (client/session.py)."""
-        observer, begun = self._host.observer, self._host.started_at
+        begun = self._host.started_at
         self._started_at = self._host.clock.monotonic() if begun is None else begun
-        observer.request_started(len(self._prompt))
-        failure = "internal"
         self._turns.begin()
         try:
             if self._host.speculation is not None:
@@ -227,18 +226,8 @@ class Generation:
                 answer = await self._answer(step, 1 + len(drafts))
             stopped = self._stopped or token in self._params.stop_ids
             self.finish_reason = "stop" if stopped else "length"
-        except SottoError as error:
-            failure = type(error).__name__
-            raise
-        except (trio.Cancelled, GeneratorExit):
-            failure = "cancelled"
-            raise
         finally:
             self._turns.end()
-            if self.finish_reason is None:
-                observer.request_failed(failure)
-            else:
-                observer.request_finished(self.finish_reason, len(self.ids), self._elapsed_s())
 
     async def _turn(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Turn:
         chosen, following = list[int](), tuple[int, ...]()
@@ -337,10 +326,6 @@ class Generation:
         return to_payload(embedded, DTYPES[self._params.wire_dtype])
 
     def _note(self, token: int, known_s: float) -> None:
-        if self.token_times_s:
-            self._host.observer.next_token(known_s - self.token_times_s[-1])
-        else:
-            self._host.observer.first_token(known_s)
         self.ids.append(token)
         self.token_times_s.append(known_s)
 

@@ -273,8 +273,27 @@ class KeptRequest:
 
     async def tokens(self) -> AsyncGenerator[int, None]:
         """The new token ids, each as soon as it is known. Raises SottoError when the session cannot be had again."""
-        begun = self._host.started_at
+        begun, observer = self._host.started_at, self._host.observer
         started_at = self._host.clock.monotonic() if begun is None else begun
+        observer.request_started(len(self._ask.prompt))
+        failure = "internal"
+        try:
+            async with aclosing(self._tokens(started_at)) as tokens:
+                async for token in tokens:
+                    yield token
+        except SottoError as error:
+            failure = type(error).__name__
+            raise
+        except (trio.Cancelled, GeneratorExit):
+            failure = "cancelled"
+            raise
+        finally:
+            if self.finish_reason is None:
+                observer.request_failed(failure, len(self.ids))
+            else:
+                observer.request_finished(self.finish_reason, len(self.ids), self._host.clock.monotonic() - started_at)
+
+    async def _tokens(self, started_at: float) -> AsyncGenerator[int, None]:
         self._kept.begin()
         while True:
             known = [*self._ask.prompt, *self.ids]
@@ -284,8 +303,7 @@ class KeptRequest:
                 try:
                     async with aclosing(generation.tokens()) as tokens:
                         async for token in tokens:
-                            self.ids.append(token)
-                            self._times_s.append(self._host.clock.monotonic() - started_at)
+                            self._note(token, self._host.clock.monotonic() - started_at)
                             self._kept.progressed()
                             yield token
                 finally:
@@ -297,6 +315,14 @@ class KeptRequest:
             except RemoteProtocolError:  # never again with that peer; a later request opens a session of its own
                 await self._kept.aclose(keep=False)
                 raise
+
+    def _note(self, token: int, known_s: float) -> None:
+        if self._times_s:
+            self._host.observer.next_token(known_s - self._times_s[-1])
+        else:
+            self._host.observer.first_token(known_s)
+        self.ids.append(token)
+        self._times_s.append(known_s)
 
     def _next(self, session: OpenedSession, known: list[int]) -> Generation:
         """What is left of the request, over `session`."""

@@ -14,7 +14,7 @@ class ClientObserver(Protocol):
     """Telemetry hooks of the client. Durations in seconds."""
 
     def request_started(self, prompt_tokens: int) -> None:
-        """A generation begins; nothing was sent yet."""
+        """A request begins; nothing was sent yet."""
 
     def first_token(self, seconds: float) -> None:
         """Time from the start of the request to its first token."""
@@ -23,10 +23,10 @@ class ClientObserver(Protocol):
         """Time between one token and the next."""
 
     def request_finished(self, finish_reason: str, generated_tokens: int, seconds: float) -> None:
-        """A generation ended well: "stop" or "length"."""
+        """A request ended well: "stop" or "length"."""
 
-    def request_failed(self, kind: str) -> None:
-        """A generation ended early; `kind` is the class of the error, or "cancelled"."""
+    def request_failed(self, kind: str, generated_tokens: int) -> None:
+        """A request ended early; `kind` is the class of the error, or "cancelled"."""
 
     def step_computed(self, peer: PeerId, seconds: float) -> None:
         """What a hop says that a step took it."""
@@ -50,7 +50,7 @@ class NullObserver:
     def first_token(self, seconds: float) -> None: ...
     def next_token(self, seconds: float) -> None: ...
     def request_finished(self, finish_reason: str, generated_tokens: int, seconds: float) -> None: ...
-    def request_failed(self, kind: str) -> None: ...
+    def request_failed(self, kind: str, generated_tokens: int) -> None: ...
     def step_computed(self, peer: PeerId, seconds: float) -> None: ...
     def output_dropped(self, peer: PeerId) -> None: ...
     def hop_lost(self, peer: PeerId) -> None: ...

@@ -65,10 +65,15 @@ def gumbel(seed: int, position: int, count: int) -> _Floats:
     Raw 64-bit words are made into uniforms here, since numpy promises the words of a bit generator for ever and the
     floats of a Generator not. `position` sits in the counter's second word: the first one counts the words drawn.
     """
-    words = np.random.Philox(key=seed, counter=position << 64).random_raw(count)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53  # inside (0, 1), never at its ends
-    noise: _Floats = -np.log(-np.log(uniform))
+    noise: _Floats = -np.log(-np.log(_uniform(np.random.Philox(key=seed, counter=position << 64).random_raw(count))))
     return noise
+
+
+def _uniform(words: npt.NDArray[np.uint64]) -> _Floats:
+    """Inside (0, 1): at an end the noise would be infinite, and choose a token that was ruled out. The largest word and
+    a half rounds to 2^53."""
+    uniform: _Floats = ((words >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return np.minimum(uniform, 1 - 2.0**-53)
 
 
 def _top_k(scaled: _Floats, k: int) -> _Floats:

@@ -189,8 +189,9 @@ class ClientMetrics:
         self._succeeded.labels(finish_reason).inc()
         self._e2e.observe(seconds)
 
-    def request_failed(self, kind: str) -> None:
+    def request_failed(self, kind: str, generated_tokens: int) -> None:
         self._running.dec()
+        self._generated.inc(generated_tokens)
         self._failed.labels(kind).inc()
 
     def step_computed(self, peer: PeerId, seconds: float) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.sampling import SamplingParams, gumbel, sample
+from models.sampling import SamplingParams, _uniform, gumbel, sample
 
 LOGITS = torch.tensor([1.0, -0.5, 2.0, 0.3, 2.0, -3.0, 0.9, 1.7], dtype=torch.float64)
 
@@ -110,6 +110,12 @@ def test_the_noise_is_pinned() -> None:
     # positions do not overlap, however many words one takes
     assert not set(gumbel(5, 3, 4000).tolist()) & set(gumbel(5, 4, 4000).tolist())
     assert gumbel(2**64 - 1, 2**40, 3).shape == (3,)
+
+
+def test_no_noise_is_infinite() -> None:
+    ends = _uniform(np.array([0, 2**64 - 1], dtype=np.uint64))
+    assert 0 < ends[0] < ends[1] < 1
+    assert np.isfinite(-np.log(-np.log(ends))).all()
 
 
 def test_a_tiny_temperature_is_greedy_and_a_ban_holds() -> None:

@@ -58,7 +58,7 @@ def client_metrics() -> str:
     observer.next_token(0.01)
     observer.request_finished("stop", 2, 0.3)
     observer.request_started(5)
-    observer.request_failed("HopLost")
+    observer.request_failed("HopLost", 1)
     observer.step_computed(STRANGER, 0.01)
     observer.output_dropped(STRANGER)
     observer.hop_lost(STRANGER)
