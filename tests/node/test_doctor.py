@@ -58,6 +58,7 @@ def test_a_machine_that_is_well_has_nothing_to_mend():
             "to port 4517 in this machine",
         ),
         ("reachable", {"verdicts": (None, "/ip4/11.0.0.1/tcp/4517")}, Level.WARN, "1 of 2 peers cannot"),
+        ("reachable", {"verdicts": ("/ip4/9.9.9.9/tcp/1", *WELL.verdicts * 2)}, Level.OK, "reach /ip4/11.0.0.1/"),
         ("reachable", {"verdicts": ()}, Level.WARN, "not known"),
         ("reachable", {"port": None, "verdicts": ()}, Level.WARN, "--listen"),
         ("reachable", {"port": None, "verdicts": (), "relays": 0}, Level.FAIL, "no relay"),
