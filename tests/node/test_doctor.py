@@ -93,6 +93,21 @@ def test_each_ailment_is_named_with_its_remedy(check, facts, level, says):
     assert (found, says in text) == (level, True), text
 
 
+@pytest.mark.parametrize(
+    ("check", "facts"),
+    [
+        ("version", {"versions": ("1.0", "0.9\x1b]0;x\x07\n")}),
+        ("router", {"gateway": "\x1b[2J\x9b1m\r"}),
+        ("swarm", {"bootstrap": (("a", "\x1b[2J"),)}),
+        ("reachable", {"verdicts": (None,), "seen_at": "\x1b[2J"}),
+    ],
+)
+def test_nobody_writes_to_the_terminal(check, facts):
+    _, text = finding(check, **facts)
+    assert text.isprintable()
+    assert "?" in text
+
+
 def test_what_nobody_knows_is_not_stated():
     checks = {each.check for each in diagnose(replace(WELL, skews_s=(), bootstrap=(), relays=0))}
     assert not checks & {"clock", "relay", "member"}
