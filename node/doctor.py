@@ -1,15 +1,18 @@
 """What the doctor concludes: gathered facts to findings, each with what to do. Pure.
 
 Every finding is one line that its reader can act on: `fail` stops a worker from being of use, `warn` makes it slower or
-harder to find, `ok` is fine. How facts are gathered is app_doctor.py's business.
+harder to find, `ok` is fine. How facts are gathered is app_doctor.py's business. Whatever peers and routers wrote, a
+finding is fit for a terminal.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from client.errors import printable
 from node.files import show_bytes
 from protocol.limits import CLOCK_SKEW_MAX_S
 
@@ -64,7 +67,8 @@ class Facts:
 def diagnose(facts: Facts) -> tuple[Finding, ...]:
     """All findings, in the order in which a reader should mend them."""
     checks = (_folder, _memory, _port, _bootstrap, _member, _reachable, _gateway, _relay, _clock, _multicast, _version)
-    return tuple(finding for check in checks for finding in check(facts))
+    findings = (finding for check in checks for finding in check(facts))
+    return tuple(replace(each, text=printable(each.text), remedy=printable(each.remedy)) for each in findings)
 
 
 def _folder(facts: Facts) -> Iterator[Finding]:
@@ -165,7 +169,8 @@ def _reachable(facts: Facts) -> Iterator[Finding]:
     elif not facts.verdicts:
         yield Finding("reachable", Level.WARN, "nobody tried to dial this machine, so it is not known")
     elif len(dialled) * 2 > len(facts.verdicts):
-        yield Finding("reachable", Level.OK, f"{len(dialled)} of {len(facts.verdicts)} peers reach {dialled[0]}")
+        best = Counter(dialled).most_common(1)[0][0]  # a liar may be the first to answer
+        yield Finding("reachable", Level.OK, f"{len(dialled)} of {len(facts.verdicts)} peers reach {best}")
     else:
         yield Finding(
             "reachable",

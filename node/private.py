@@ -54,6 +54,10 @@ class PrivateTransport:
         return self.inner.addrs
 
     @property
+    def own_addrs(self) -> tuple[str, ...]:
+        return self.inner.own_addrs
+
+    @property
     def relayed(self) -> bool:
         return self.inner.relayed
 

@@ -70,7 +70,13 @@ class Transport(Protocol):
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        """Multiaddrs (without /p2p suffix) under which this node can be dialled; they follow its reachability."""
+        """Multiaddrs (without /p2p suffix) under which this node can be dialled; they follow its reachability,
+        so in part they are what others say."""
+
+    @property
+    def own_addrs(self) -> tuple[str, ...]:
+        """Addresses that show how far away this node is reached, whatever others say: where it listens, or its owner
+        announces it. Where it does neither, those of its neighbours, as connections have them, without a port."""
 
     @property
     def relayed(self) -> bool:

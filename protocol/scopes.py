@@ -1,7 +1,8 @@
 """How far an address reaches, and which addresses a node dials because somebody else says so. Pure.
 
 An address inside a network (loopback, link-local, private) is dialled only by a node that is reached no further away
-than there: a node on the internet never knocks at doors of its owner's own network, whoever asks for it.
+than there: a node on the internet never knocks at doors of its owner's own network, whoever asks for it. What others
+say about where the node is reached can only make it stricter.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 _INTERNET = IPv6Network("2000::/3")  # the rest of IPv6 was never given to anybody, or is for use inside networks
 
 
-def dialable_from(own: Iterable[str], addrs: Iterable[str]) -> tuple[str, ...]:
-    """Those of `addrs` that a node reached at `own` dials; where a node is reached nowhere, those on the internet."""
-    widest = max((SCOPES.index(scope_of(addr)) for addr in own), default=0)
-    return tuple(addr for addr in addrs if scope_of(addr) in ("global", SCOPES[widest] or "global"))
+def dialable_from(own: Iterable[str], addrs: Iterable[str], told: Iterable[str] = ()) -> tuple[str, ...]:
+    """Those of `addrs` that a node reached at `own` dials; where a node is reached nowhere, those on the internet. So
+    does one that is reached on the internet by what it was `told`, which counts for nothing else."""
+    widest = SCOPES[max((SCOPES.index(scope_of(addr)) for addr in own), default=0)]
+    inner = "global" if any(scope_of(addr) == "global" for addr in told) else widest or "global"
+    return tuple(addr for addr in addrs if scope_of(addr) in ("global", inner))
 
 
 def scope_of(addr: str) -> str:

@@ -53,6 +53,10 @@ class VirtualEndpoint:
         return self._addrs
 
     @property
+    def own_addrs(self) -> tuple[str, ...]:
+        return self._addrs
+
+    @property
     def relayed(self) -> bool:
         return False
 

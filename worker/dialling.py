@@ -13,7 +13,10 @@ from protocol.scopes import dialable_from
 from protocol.swarm import SwarmView
 
 
-def dialable(view: SwarmView, peer: PeerId, stated: tuple[str, ...], own: Iterable[str]) -> tuple[str, ...]:
-    """Addresses under which a worker reached at `own` dials `peer`, of which a ticket stated some; () for none."""
+def dialable(
+    view: SwarmView, peer: PeerId, stated: tuple[str, ...], own: Iterable[str], told: Iterable[str] = ()
+) -> tuple[str, ...]:
+    """Addresses under which a worker reached at `own`, and others say at `told`, dials `peer`, of which a ticket stated
+    some; () for none."""
     member = view.members.get(peer)
-    return dialable_from(own, member.advert.addrs if member is not None else stated)
+    return dialable_from(own, member.advert.addrs if member is not None else stated, told)

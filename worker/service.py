@@ -385,7 +385,7 @@ class WorkerService:
     def _reach(self, peer: PeerId, stated: tuple[str, ...]) -> tuple[str, ...]:
         """Where to dial a worker that a client names: a next hop, a source of shards. Raises TransportError."""
         transport = self._ports.transport
-        addrs = dialable(self.herald.view, peer, stated, transport.addrs)
+        addrs = dialable(self.herald.view, peer, stated, transport.own_addrs, transport.addrs)
         if not addrs and peer not in transport.connected():
             raise TransportError("the peer has no address that this worker dials")
         return addrs

@@ -128,6 +128,11 @@ def _require_short(text: str) -> None:
         raise InputError(f"an address of {len(text)} characters: at most {ADDR_CHARS_MAX} fit into an advert")
 
 
+def of_ip(ip: str) -> str:
+    """An IP address as a multiaddr without a port."""
+    return f"/ip{6 if ':' in ip else 4}/{ip}"
+
+
 def tcp_endpoint(maddr: Multiaddr) -> tuple[str, int]:
     """IP address and port of a multiaddr (what follows the port is ignored). Raises InputError."""
     parts = str(maddr).split("/")

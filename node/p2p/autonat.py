@@ -1,7 +1,8 @@
 """Can others dial this node? libp2p's AutoNAT v1, both sides: ask peers to dial back, and dial back for peers.
 
 Invariants: only the address that the asking peer's connection comes from is dialled, so that nobody is made to knock at
-a stranger's door; the handshake must prove that very peer; dials are few per peer and in all.
+a stranger's door; the handshake must prove that very peer; dials are few per peer and in all. Who dialled back is
+believed about a port that it was asked to dial, at an IP address that it was asked to dial or sees this node come from.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from multiaddr import Multiaddr
 
 from node.p2p.addresses import is_circuit, stated, tcp_endpoint
 from node.p2p.delimited import Delimited
+from node.p2p.identify import seen_at
 from node.p2p.mesh import Mesh
 from node.p2p.streams import foreign
 from protocol.errors import InputError, RemoteProtocolError, TransportError
@@ -48,11 +50,11 @@ class AutoNat:
     async def ask(self, peer: PeerId, addrs: tuple[str, ...]) -> str | None:
         """Have `peer`, who is connected, dial `addrs` here: the address that worked, or None when none did.
 
-        Raises TransportError when it does not say (it may not speak this, or be busy).
+        Raises TransportError when it does not say (it may not speak this, or be busy), or says what cannot be.
         """
+        asked = [addr for addr in addrs if not is_circuit(addr)]
         own = Message.PeerInfo(
-            id=ID.from_base58(self._mesh.peer).to_bytes(),
-            addrs=[Multiaddr(addr).to_bytes() for addr in addrs if not is_circuit(addr)],
+            id=ID.from_base58(self._mesh.peer).to_bytes(), addrs=[Multiaddr(addr).to_bytes() for addr in asked]
         )
         try:
             with trio.fail_after(ASK_S):
@@ -66,13 +68,27 @@ class AutoNat:
         except (trio.TooSlowError, RemoteProtocolError) as error:
             raise TransportError(f"{peer} does not say whether it can dial back: {error}") from error
         if answer.status == Message.OK:
-            worked = stated([answer.addr])
-            if not worked or is_circuit(worked[0]):
-                raise TransportError(f"{peer} says it dialled, but not where")
-            return worked[0]
+            return await self._believed(peer, stated([answer.addr]), asked)
         if answer.status == Message.E_DIAL_ERROR:
             return None
         raise TransportError(f"{peer} does not dial back (status {answer.status})")
+
+    async def _believed(self, peer: PeerId, worked: tuple[str, ...], asked: list[str]) -> str:
+        """Where `peer`, who was `asked` to dial, says that it did. Raises TransportError when that cannot be."""
+        if not worked or is_circuit(worked[0]):
+            raise TransportError(f"{peer} says it dialled, but not where")
+        try:
+            ip, port = _endpoint(worked[0])
+        except InputError:
+            raise TransportError(f"{peer} says it dialled a name, {worked[0]}") from None
+        endpoints = [_endpoint(addr) for addr in asked]
+        if port not in {wanted for _, wanted in endpoints}:
+            raise TransportError(f"{peer} says it dialled {worked[0]}, a port that it was not asked to dial")
+        if ip not in {wanted for wanted, _ in endpoints}:  # behind a router: what only others can know
+            seen = await seen_at(self._mesh, peer)
+            if seen is None or ip != _plain(seen):
+                raise TransportError(f"{peer} says it dialled {worked[0]}, but sees this node at {seen}")
+        return f"/ip{ip.version}/{ip}/tcp/{port}"
 
     async def _serve(self, stream: Stream) -> None:
         messages = Delimited(stream, MESSAGE_BYTES_MAX)
@@ -109,9 +125,7 @@ class AutoNat:
 
 
 def _seen_at(ip: str, addrs: tuple[str, ...]) -> list[Multiaddr]:
-    address = ipaddress.ip_address(ip)
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
+    address = _plain(ip)
     found: dict[str, None] = {}
     for addr in addrs:
         try:
@@ -120,3 +134,16 @@ def _seen_at(ip: str, addrs: tuple[str, ...]) -> list[Multiaddr]:
             continue
         found[f"/ip{address.version}/{address}/tcp/{port}"] = None
     return [Multiaddr(addr) for addr in found][:ADDRS_DIALLED_MAX]
+
+
+def _endpoint(addr: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
+    """Raises InputError."""
+    ip, port = tcp_endpoint(Multiaddr(addr))
+    return _plain(ip), port
+
+
+def _plain(ip: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Sockets for both families show an IPv4 address as an IPv6 one."""
+    address = ipaddress.ip_address(ip)
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address

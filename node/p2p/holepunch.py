@@ -24,7 +24,7 @@ from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
 from multiaddr import Multiaddr
 
-from node.p2p.addresses import is_circuit, stated, tcp_endpoint
+from node.p2p.addresses import is_circuit, of_ip, stated, tcp_endpoint
 from node.p2p.delimited import Delimited
 from node.p2p.host import Host
 from node.p2p.identify import seen_at
@@ -103,7 +103,7 @@ class HolePunching:
         for witness in witnesses[:WITNESSES_MAX]:
             ip = await seen_at(self._node, witness)
             if ip is not None:
-                return [Multiaddr(f"/ip{6 if ':' in ip else 4}/{ip}/tcp/{port}").to_bytes()], port
+                return [Multiaddr(f"{of_ip(ip)}/tcp/{port}").to_bytes()], port
         raise TransportError("nobody says where this node's connections come from")
 
     async def _punch(self, peer: PeerId, source: int, told: HolePunch, *, initiator: bool) -> None:
@@ -113,7 +113,7 @@ class HolePunching:
             tcp_endpoint(target)
         except (IndexError, InputError):
             raise TransportError(f"{peer} does not say where it can be dialled") from None
-        if not dialable_from(self._own_addrs(), (str(target),)):
+        if not dialable_from(self._own_addrs(), (str(target),), self._node.addrs):
             raise TransportError(f"{peer} names {target}, which is inside a network")
         with trio.move_on_after(PUNCH_S):
             while self._host.observed_ip(ID.from_base58(peer)) is None:
@@ -132,7 +132,7 @@ class HolePunching:
         """Where this node is, as far as it knows by itself: its addresses, and its neighbours' as connections have
         them. A client has no addresses, but a relay."""
         ips = [self._host.observed_ip(ID.from_base58(peer)) for peer in self._node.connected()]
-        return (*self._node.addrs, *(f"/ip{6 if ':' in ip else 4}/{ip}" for ip in ips if ip is not None))
+        return (*self._node.own_addrs, *(of_ip(ip) for ip in ips if ip is not None))
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from libp2p.transport.exceptions import MuxerUpgradeFailure
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
-from node.p2p.addresses import dialable, tcp_endpoint
+from node.p2p.addresses import dialable, of_ip, tcp_endpoint
 from node.p2p.peerbook import PeerBook, learn, push_handler
 from node.p2p.shunned import Shunned
 from node.p2p.streams import logged
@@ -78,6 +78,11 @@ class Host(BasicHost):
             if remote is not None and not conn.muxed_conn.is_closed:
                 return remote[0]
         return None
+
+    def neighbours_at(self) -> tuple[str, ...]:
+        """The IP addresses that direct connections come from, as multiaddrs."""
+        ips = (self.observed_ip(peer) for peer in self.live_peers())
+        return tuple(dict.fromkeys(of_ip(ip) for ip in ips if ip is not None))
 
     async def check_dial(self, maddr: Multiaddr, peer: ID) -> None:
         """Dial for the handshake alone, which proves `peer` at `maddr`. Raises what libp2p raises."""

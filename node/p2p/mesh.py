@@ -115,6 +115,10 @@ class Mesh:
         return self.reach.addrs(self._config.announce or self.listening, limits.ADDRS_MAX)
 
     @property
+    def own_addrs(self) -> tuple[str, ...]:
+        return self._config.announce or self.listening or self._host.neighbours_at()
+
+    @property
     def relayed(self) -> bool:
         return self.reach.state is ReachState.RELAYED
 

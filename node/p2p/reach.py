@@ -10,7 +10,7 @@
 
 Peers' verdicts are hearsay: the majority of the latest ones counts, one per peer, and each is forgotten after
 VERDICT_LIFE_S. Peers on the open internet outvote those on this machine or in this house, who can dial it anyway. A lie
-costs a detour through a relay, or addresses that do not answer; nothing else follows from it.
+of the majority costs a detour through a relay, or one announced address that does not answer; of fewer peers, nothing.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ class Reach:
         return ReachState.RELAYED if self.circuits else ReachState.UNREACHABLE
 
     @property
-    def confirmed(self) -> tuple[str, ...]:
-        """Addresses that peers have dialled, the most often confirmed first."""
-        votes = Counter(verdict.addr for verdict in self._voters() if verdict.addr is not None)
-        return tuple(addr for addr, _ in votes.most_common())
+    def confirmed(self) -> str | None:
+        """The address that more than half of the peers have dialled, if there is one."""
+        voters = self._voters()
+        votes = Counter(verdict.addr for verdict in voters if verdict.addr is not None)
+        return next((addr for addr, count in votes.items() if 2 * count > len(voters)), None)
 
     @property
     def verdicts(self) -> int:
@@ -96,12 +97,14 @@ class Reach:
             self.circuits = circuits
 
     def addrs(self, direct: tuple[str, ...], count: int) -> tuple[str, ...]:
-        """What to announce, `count` at most: what only others can know of (they dialled it, the router mapped it), then
-        what this node listens on, then circuits, which always get a place while they are needed."""
+        """What to announce, `count` at most: what only others can know of (most of them dialled it, the router mapped
+        it), then what this node knows by itself, of which it always announces something, then circuits, which all
+        get a place while they are needed."""
         circuits = self.circuits if self.state is ReachState.RELAYED else ()
-        found = (*self.confirmed, *((self.mapped,) if self.mapped else ()))
-        best = tuple(dict.fromkeys((*(addr for addr in found if addr not in direct), *direct)))
-        return (*best[: max(0, count - len(circuits))], *circuits)[:count]
+        room = max(0, count - len(circuits))
+        found = dict.fromkeys(addr for addr in (self.confirmed, self.mapped) if addr and addr not in direct)
+        best = (*tuple(found)[: max(0, room - 1) if direct else room], *dict.fromkeys(direct))
+        return (*best[:room], *circuits)[:count]
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

@@ -4,7 +4,8 @@ Speaks RESERVE and CONNECT of /libp2p/circuit/relay/0.2.0/hop. It replaces py-li
 name of whomever the message names, resets a circuit whose reader pauses, and writes status messages into the data.
 
 Invariants: a reservation is the connected peer's own; a circuit leads to a peer that reserved and is connected now;
-all circuits together pass BYTES_PER_S; a reader that stops stalls its own circuit. The relay sees peer ids, sizes and
+all circuits together pass BYTES_PER_S; a reader that stops stalls its own circuit; at a target that is full nobody
+keeps two circuits while another peer has none. The relay sees peer ids, sizes and
 times; what passes is encrypted between the ends. Circuits have no limit of bytes or time, and say so by stating none.
 """
 
@@ -14,6 +15,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import trio
@@ -36,6 +38,7 @@ TALK_S = 5.0  # a request and its answer
 RESERVATION_S = 3600.0
 RESERVATIONS_MAX = 64
 CIRCUITS_PER_PEER_MAX = 16  # to one reserved peer, and from one peer
+CIRCUITS_PER_PAIR_MAX = 2  # an honest peer needs one, and comes again before its dead one is noticed
 CIRCUITS_MAX = 128
 BYTES_PER_S = 16 << 20  # of the owner's uplink, for all circuits: a 64 KiB activation passes in 4 ms
 PIECE_BYTES = 64 << 10
@@ -49,10 +52,21 @@ class Node(Protocol):
     @property
     def addrs(self) -> tuple[str, ...]: ...
     @property
+    def own_addrs(self) -> tuple[str, ...]: ...
+    @property
     def relayed(self) -> bool: ...
     def handle(self, protocol: str, handler: StreamHandler) -> None: ...
     async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream: ...
     def connected(self) -> tuple[PeerId, ...]: ...
+
+
+@dataclass(slots=True, eq=False)
+class Circuit:
+    """Cancelling `end` ends it."""
+
+    source: PeerId
+    target: PeerId
+    end: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
 class Relay:
@@ -60,7 +74,7 @@ class Relay:
 
     def __init__(self, node: Node, wall: Callable[[], float] = time.time) -> None:
         self.reservations: dict[PeerId, float] = {}  # until when, trio's clock
-        self.circuits: Counter[PeerId] = Counter()  # per end
+        self.circuits: list[Circuit] = []  # the oldest first
         self._node = node
         self._wall = wall
         self._free_at = 0.0  # when the bytes let through so far are paid for
@@ -103,27 +117,52 @@ class Relay:
         if target is None or self.reservations.get(target, 0.0) <= trio.current_time() or target == source:
             await messages.send(_status(pb.NO_RESERVATION))
             return
-        if max(self.circuits[target], self.circuits[source]) >= CIRCUITS_PER_PEER_MAX or (
-            self.circuits.total() >= 2 * CIRCUITS_MAX
-        ):
+        circuit = self._admit(source, target)
+        if circuit is None:
             await messages.send(_status(pb.RESOURCE_LIMIT_EXCEEDED))
             return
-        self.circuits.update((source, target))
         try:
-            try:
-                far, far_messages = await self._call(source, target)
-            except (TransportError, RemoteProtocolError) as error:
-                log.debug("no circuit to %s: %s", target, error)
-                await messages.send(_status(pb.CONNECTION_FAILED))
-                return
-            try:
-                await messages.send(_status(pb.OK))
-                await self._join((stream, messages), (far, far_messages))
-            finally:
-                await far.aclose()
+            with circuit.end:
+                await self._carry(circuit, stream, messages)
         finally:
-            self.circuits.subtract((source, target))
-            self.circuits = +self.circuits
+            if circuit in self.circuits:
+                self.circuits.remove(circuit)
+        if circuit.end.cancelled_caught:
+            raise TransportError(f"the circuit from {source} to {target} made room for another")
+
+    def _admit(self, source: PeerId, target: PeerId) -> Circuit | None:
+        """A place for one more circuit, None when there is none. At a target that is full, the source that has most
+        makes room for one that would still have fewer: its oldest circuit ends."""
+        there = [circuit for circuit in self.circuits if circuit.target == target]
+        had = sum(circuit.source == source for circuit in there)
+        outgoing = sum(circuit.source == source for circuit in self.circuits)
+        if had >= CIRCUITS_PER_PAIR_MAX or outgoing >= CIRCUITS_PER_PEER_MAX:
+            return None
+        if len(there) >= CIRCUITS_PER_PEER_MAX:
+            ((greediest, most),) = Counter(circuit.source for circuit in there).most_common(1)
+            if most < had + 2:
+                return None
+            oldest = next(circuit for circuit in there if circuit.source == greediest)
+            self.circuits.remove(oldest)
+            oldest.end.cancel()
+        elif len(self.circuits) >= CIRCUITS_MAX:
+            return None
+        self.circuits.append(circuit := Circuit(source, target))
+        return circuit
+
+    async def _carry(self, circuit: Circuit, stream: Stream, messages: Delimited) -> None:
+        """Raises TransportError."""
+        try:
+            far, far_messages = await self._call(circuit.source, circuit.target)
+        except (TransportError, RemoteProtocolError) as error:
+            log.debug("no circuit to %s: %s", circuit.target, error)
+            await messages.send(_status(pb.CONNECTION_FAILED))
+            return
+        try:
+            await messages.send(_status(pb.OK))
+            await self._join((stream, messages), (far, far_messages))
+        finally:
+            await far.aclose()
 
     async def _call(self, source: PeerId, target: PeerId) -> tuple[Stream, Delimited]:
         """A stream to `target` that it accepted as `source`'s. Raises TransportError, RemoteProtocolError."""

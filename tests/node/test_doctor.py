@@ -58,6 +58,7 @@ def test_a_machine_that_is_well_has_nothing_to_mend():
             "to port 4517 in this machine",
         ),
         ("reachable", {"verdicts": (None, "/ip4/11.0.0.1/tcp/4517")}, Level.WARN, "1 of 2 peers cannot"),
+        ("reachable", {"verdicts": ("/ip4/9.9.9.9/tcp/1", *WELL.verdicts * 2)}, Level.OK, "reach /ip4/11.0.0.1/"),
         ("reachable", {"verdicts": ()}, Level.WARN, "not known"),
         ("reachable", {"port": None, "verdicts": ()}, Level.WARN, "--listen"),
         ("reachable", {"port": None, "verdicts": (), "relays": 0}, Level.FAIL, "no relay"),
@@ -90,6 +91,21 @@ def test_a_machine_that_is_well_has_nothing_to_mend():
 def test_each_ailment_is_named_with_its_remedy(check, facts, level, says):
     found, text = finding(check, **facts)
     assert (found, says in text) == (level, True), text
+
+
+@pytest.mark.parametrize(
+    ("check", "facts"),
+    [
+        ("version", {"versions": ("1.0", "0.9\x1b]0;x\x07\n")}),
+        ("router", {"gateway": "\x1b[2J\x9b1m\r"}),
+        ("swarm", {"bootstrap": (("a", "\x1b[2J"),)}),
+        ("reachable", {"verdicts": (None,), "seen_at": "\x1b[2J"}),
+    ],
+)
+def test_nobody_writes_to_the_terminal(check, facts):
+    _, text = finding(check, **facts)
+    assert text.isprintable()
+    assert "?" in text
 
 
 def test_what_nobody_knows_is_not_stated():

@@ -46,7 +46,7 @@ class Node:
     takes none, and sees peers come from one address, `away` only when asked again."""
 
     peer = WORKER.peer
-    addrs = ("/ip4/192.0.2.1/tcp/4001",)
+    addrs = own_addrs = ("/ip4/192.0.2.1/tcp/4001",)
     relayed = False
 
     def __init__(self, data: bytes, away: PeerId | None = None) -> None:
@@ -264,7 +264,12 @@ def dial_back_request(data: bytes) -> None:
 
 _DIALLED = [
     AutoNatMessage(dialResponse=AutoNatMessage.DialResponse(status=status, addr=addr))
-    for status, addr in ((AutoNatMessage.OK, _ADDRS[0]), (AutoNatMessage.E_DIAL_ERROR, b""), (AutoNatMessage.OK, b""))
+    for status, addr in (
+        (AutoNatMessage.OK, Multiaddr(Node.addrs[0]).to_bytes()),
+        (AutoNatMessage.OK, _ADDRS[0]),
+        (AutoNatMessage.E_DIAL_ERROR, b""),
+        (AutoNatMessage.OK, b""),
+    )
 ]
 
 

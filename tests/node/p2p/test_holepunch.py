@@ -85,8 +85,9 @@ def test_nonsense_costs_its_stream_only(addrs, monkeypatch):
 class Nobody:
     """Both the node and the host of a HolePunching, connected to `neighbours`."""
 
-    def __init__(self, addrs=(), neighbours=()):
-        self.addrs = addrs
+    def __init__(self, own_addrs=(), neighbours=(), told=None):
+        self.own_addrs = own_addrs
+        self.addrs = own_addrs if told is None else told
         self.neighbours = {str(peer(number)): ip for number, ip in enumerate(neighbours)}
 
     def connected(self):
@@ -112,8 +113,11 @@ HOME, RELAY = "/ip4/192.168.1.5/tcp/4517", "8.8.4.4"
         (Nobody((), (RELAY,)), (OUTSIDE,)),
         (Nobody((HOME,), ("192.168.1.9",)), (OUTSIDE, INSIDE[1], INSIDE[3])),
         (Nobody((), ("127.0.0.1",)), (OUTSIDE, INSIDE[2])),
+        (Nobody(("/ip4/8.8.8.1/tcp/4517",), (), (HOME,)), (OUTSIDE,)),
+        (Nobody((), (), (HOME,)), (OUTSIDE,)),
+        (Nobody((HOME,), (), ("/ip4/8.8.8.1/tcp/4517",)), (OUTSIDE,)),
     ],
-    ids=["public", "relayed", "a client", "all at home", "one machine"],
+    ids=["public", "relayed", "a client", "all at home", "one machine", "lied to", "a client lied to", "forwarded"],
 )
 def test_a_stranger_sends_nobody_into_its_owners_network(node, dialled, monkeypatch):
     found = []

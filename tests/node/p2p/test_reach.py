@@ -61,6 +61,28 @@ def test_a_forwarded_port_is_announced_first_as_others_see_it():
     assert reach_after((LAN, False)).addrs((OUTSIDE, LAN), 4) == (OUTSIDE, LAN), "known addresses keep their order"
 
 
+def test_one_address_is_announced_that_others_say_and_only_by_a_majority():
+    lies = [(f"/ip4/10.0.0.{index}/tcp/80", True) for index in range(5)]
+    assert reach_after(*lies).addrs((LAN,), 4) == (LAN,)
+    assert reach_after((OUTSIDE, True), (LAN, True)).addrs((LAN,), 4) == (LAN,), "half is no majority"
+    assert reach_after((OUTSIDE, True), (None, True), (LAN, True)).confirmed is None
+    honest = [(OUTSIDE, True)] * 3
+    assert reach_after(*lies[:2], *honest).addrs((LAN,), 4) == (OUTSIDE, LAN)
+    assert reach_after(*lies[:2], *[(LAN, True)] * 3).addrs((LAN,), 4) == (LAN,)
+
+
+def test_what_others_say_leaves_room_for_what_the_node_knows():
+    direct = tuple(f"/ip4/10.0.0.{index}/tcp/1" for index in range(4))
+    reach = reach_after((OUTSIDE, True))
+    assert reach.addrs(direct, 4) == (OUTSIDE, *direct[:3])
+    assert reach.addrs(direct, 1) == direct[:1]
+    assert reach.addrs((), 1) == (OUTSIDE,)
+    reach.map_to("/ip4/11.0.0.1/tcp/9")
+    reach.heard(PEERS[0], None, True, 1.0)
+    reach.relay_through((CIRCUIT, CIRCUIT + "2", CIRCUIT + "3"))
+    assert reach.addrs(direct, 4) == (direct[0], CIRCUIT, CIRCUIT + "2", CIRCUIT + "3")
+
+
 def test_a_circuit_keeps_its_place_in_a_full_list():
     reach = reach_after((None, True))
     reach.relay_through((CIRCUIT,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import pytest
 import trio
@@ -60,7 +60,7 @@ def test_nodes_that_can_be_dialled_find_it_out():
         async with node_of("second") as second:
             await second.connect(full_addr(first))
             await until(lambda: {first.reach.state, second.reach.state} == {ReachState.PUBLIC})
-            assert second.reach.confirmed == second.addrs
+            assert (second.reach.confirmed,) == second.addrs
             assert not second.relayed
 
     run(body)
@@ -206,19 +206,83 @@ def test_junk_costs_its_stream_only(data):
     run(body)
 
 
+@asynccontextmanager
+async def says(name, addr):
+    """A peer that says, whoever asks, that it dialled the address which these bytes stand for."""
+
+    async def answer(stream):
+        messages = Delimited(stream, 4096)
+        await messages.receive(Message)
+        ok = Message.DialResponse(status=Message.OK, addr=addr)
+        await messages.send(Message(type=Message.DIAL_RESPONSE, dialResponse=ok))
+
+    async with open_mesh(MeshConfig(seed_of(name))) as mesh:
+        mesh.handle(AUTONAT, answer)
+        yield mesh
+
+
 def test_a_liar_that_names_no_address_is_not_believed():
     async def body(first):
-        async def lie(stream):
-            messages = Delimited(stream, 4096)
-            await messages.receive(Message)
-            answer = Message.DialResponse(status=Message.OK, addr=b"\xff\xff")
-            await messages.send(Message(type=Message.DIAL_RESPONSE, dialResponse=answer))
-
-        async with open_mesh(MeshConfig(seed_of("liar"))) as liar:
-            liar.handle(AUTONAT, lie)
+        async with says("liar", b"\xff\xff") as liar:
             await first.connect(full_addr(liar))
             with pytest.raises(TransportError):
                 await AutoNat(first).ask(liar.peer, first.addrs)
             assert first.host.observed_ip(ID.from_base58(liar.peer)) == "127.0.0.1"
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("worked", "believed"),
+    [
+        ("/ip4/192.0.2.9/tcp/4517", True),  # as asked
+        ("/ip4/127.0.0.1/tcp/4517", True),  # a router forwards the port: the peer sees this node at its address
+        ("/ip4/127.0.0.1/tcp/80", False),
+        ("/ip4/10.0.0.7/tcp/4517", False),
+        ("/ip6/::ffff:192.0.2.9/tcp/4517", True),
+        ("/dns4/example.org/tcp/4517", False),
+    ],
+)
+def test_who_dialled_back_is_believed_about_what_it_was_asked_to_dial(worked, believed):
+    async def body(first):
+        async with says("peer", Multiaddr(worked).to_bytes()) as other:
+            await first.connect(full_addr(other))
+            asked = ("/ip4/192.0.2.9/tcp/4517", "/ip4/192.0.2.10/tcp/4518", f"{full_addr(other)}/p2p-circuit")
+            if believed:
+                assert await AutoNat(first).ask(other.peer, asked) == worked.replace("/ip6/::ffff:", "/ip4/")
+                return
+            with pytest.raises(TransportError, match="says it dialled"):
+                await AutoNat(first).ask(other.peer, asked)
+
+    run(body)
+
+
+def test_liars_change_neither_what_a_node_announces_nor_whom_it_dials():
+    async def body(first):
+        async with AsyncExitStack() as stack:
+            for number in range(5):
+                lie = Multiaddr(f"/ip4/169.254.169.{number}/tcp/80").to_bytes()
+                liar = await stack.enter_async_context(says(f"liar {number}", lie))
+                await first.connect(full_addr(liar))
+            await until(lambda: len(first.reaching._asked) == 5)
+            await trio.sleep(0.3)  # their answers
+            assert first.addrs == first.listening
+            assert first.own_addrs == first.listening
+            for number, peer in enumerate(first.connected()[:3]):  # what a majority would do
+                first.reach.heard(peer, "/ip4/169.254.169.254/tcp/80", True, float(number))
+            assert first.addrs == ("/ip4/169.254.169.254/tcp/80", *first.listening)
+            assert first.own_addrs == first.listening
+
+    run(body)
+
+
+def test_a_node_that_does_not_listen_is_where_its_neighbours_are():
+    async def body(first):
+        async with open_mesh(MeshConfig(seed_of("second"), ())) as second:
+            assert second.own_addrs == ()
+            await second.connect(full_addr(first))
+            second.reach.relay_through(("/ip4/10.0.0.7/tcp/1/p2p/x/p2p-circuit",))
+            second.reach.shut()
+            assert (len(second.addrs), second.own_addrs) == (1, ("/ip4/127.0.0.1",))
 
     run(body)

@@ -68,11 +68,42 @@ def hop(kind, target=None):
     return pb.HopMessage(type=kind, peer=peer)
 
 
-async def answer_to(node, target, message):
+async def asked(node, target, message):
+    """The stream, and the answer on it."""
     stream = await node.open(target.peer, target.addrs, HOP)
     messages = Delimited(stream, 4096)
     await messages.send(message)
-    return (await messages.receive(pb.HopMessage)).status
+    return stream, (await messages.receive(pb.HopMessage)).status
+
+
+async def answer_to(node, target, message):
+    return (await asked(node, target, message))[1]
+
+
+def ends_of(relay):
+    return [(circuit.source, circuit.target) for circuit in relay.circuits]
+
+
+def waits_in_circuits(node):
+    """It accepts them, and for once does not end those in which nobody speaks. Those that ended."""
+    ended = []
+
+    async def accept(stream):
+        messages = Delimited(stream, 4096)
+        await messages.receive(pb.StopMessage)
+        await messages.send(pb.StopMessage(type=pb.StopMessage.STATUS, status=pb.OK))
+        try:
+            await stream.receive(1)
+        finally:
+            ended.append(stream)
+
+    node.handle(STOP, accept)
+    return ended
+
+
+async def connects(there, node, times=1):
+    """Ask for circuits to the hidden node, of which nothing is made; the answers."""
+    return [await answer_to(node, there.middle, hop(pb.HopMessage.CONNECT, there.hidden.peer)) for _ in range(times)]
 
 
 # --- the promise of a stream
@@ -145,7 +176,7 @@ def test_many_streams_share_one_circuit():
 
             for number in range(30):
                 nursery.start_soon(ask, number)
-        assert there.relay.circuits == {there.near.peer: 1, there.hidden.peer: 1}
+        assert ends_of(there.relay) == [(there.near.peer, there.hidden.peer)]
 
     run(body)
 
@@ -226,6 +257,66 @@ def test_reservations_and_circuits_are_bounded(monkeypatch):
         await there.near.open(there.hidden.peer, there.circuits, ECHO)
         with pytest.raises(TransportError, match="status 201"):
             await (await there.stranger("stranger")).open(there.hidden.peer, there.circuits, ECHO)
+
+    run(body)
+
+
+def test_one_peer_does_not_take_all_circuits_of_another():
+    async def body(there):
+        hog = await there.stranger("hog")
+        waits_in_circuits(there.hidden)
+        assert await connects(there, hog, 16) == [pb.OK] * 2 + [pb.RESOURCE_LIMIT_EXCEEDED] * 14
+        there.hidden.circuits.serve()
+        stream = await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        await stream.send(b"hello")
+        assert await receive_exactly(stream, 5) == b"hello"
+
+    run(body)
+
+
+def test_at_a_full_target_whoever_has_two_circuits_makes_room(monkeypatch):
+    async def body(there):
+        monkeypatch.setattr(relay_module, "CIRCUITS_PER_PEER_MAX", 4)
+        waits_in_circuits(there.hidden)
+        first, second, third, fourth = [await there.stranger(f"stranger {number}") for number in range(4)]
+        hidden = there.hidden.peer
+        assert await connects(there, first, 2) == await connects(there, second, 2) == [pb.OK, pb.OK]
+        older = there.relay.circuits[0]
+        assert await connects(there, there.near) == await connects(there, third) == [pb.OK]
+        assert older not in there.relay.circuits
+        holders = [first.peer, second.peer, there.near.peer, third.peer]
+        assert ends_of(there.relay) == [(holder, hidden) for holder in holders]
+        for newcomer in (fourth, third):
+            assert await connects(there, newcomer) == [pb.RESOURCE_LIMIT_EXCEEDED], "all have one"
+
+    run(body)
+
+
+def test_the_end_of_a_circuit_that_made_room_is_heard_at_both_ends(monkeypatch):
+    async def body(there):
+        monkeypatch.setattr(relay_module, "CIRCUITS_PER_PEER_MAX", 2)
+        ended, hog = waits_in_circuits(there.hidden), await there.stranger("hog")
+        stream, _ = await asked(hog, there.middle, hop(pb.HopMessage.CONNECT, there.hidden.peer))
+        assert await connects(there, hog) == [pb.OK]
+        assert not ended
+        assert await connects(there, there.near) == [pb.OK]
+        with pytest.raises(TransportError):
+            await stream.receive(1)
+        await until(lambda: len(ended) == 1)
+
+    run(body)
+
+
+def test_who_is_a_full_target_still_reaches_others(monkeypatch):
+    async def body(there):
+        monkeypatch.setattr(relay_module, "CIRCUITS_PER_PEER_MAX", 1)
+        other = await there.stranger("other")
+        await other.connect(full_addr(there.middle))
+        other.circuits.serve()
+        other.handle(ECHO, echo)
+        reservation = await other.circuits.reserve(there.middle.peer, ())
+        await there.near.open(there.hidden.peer, there.circuits, ECHO)
+        await (await there.hidden.open(other.peer, reservation.circuits, ECHO)).aclose()
 
     run(body)
 
