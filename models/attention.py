@@ -13,9 +13,12 @@ from torch import Tensor
 
 from models.config import BlockConfig
 from models.layout import Group, Layout, Read
-from models.pages import Extent, Kv, Run
+from models.pages import Extent, Kv, Place, Run
 
 FUSED_KEYS_MAX = 512  # in bfloat16: up to here the fused kernel beats two products, whose fixed cost is higher
+# Of scores, of keys and of values, that `attend_tile` has at a time, but for one head's scores: 16 MiB, which the
+# allocator hands out again without new pages.
+TILE_NUMBERS = 1 << 22
 
 
 class KvCache:
@@ -129,22 +132,52 @@ def attend_tile(queries: Tensor, kv: Kv, layout: Layout, window: int) -> Tensor:
     """`attend_batch` of one segment, whose bits do not depend on how the keys lie: queries [nq, T, hd] of the last T
     tokens give [T, nq hd].
 
-    Tokens after a query's own add exact zeros, whatever finite numbers they hold. In at least float32 throughout.
+    Tokens after a query's own add exact zeros, whatever finite numbers they hold. In at least float32 throughout, and
+    a few heads at a time. How many, and which keys are read, follows from the shapes and from where the T tokens end:
+    never from how many of them are new.
     """
-    num_queries, count, head_dim = queries.shape
+    _, count, head_dim = queries.shape
     wide = torch.promote_types(queries.dtype, torch.float32)
-    (read,) = layout.plan(kv.keys, 0).apart
-    keys, values = (
-        torch.cat([tensor.narrow(1, at, count) for at, count in read.places], dim=1).to(wide)
-        for tensor in (kv.keys, kv.values)
-    )
-    num_keys, length = keys.shape[:2]
-    rows = queries.reshape(num_keys, -1, head_dim).to(wide) * head_dim**-0.5
-    scores = torch.bmm(rows, keys.transpose(1, 2)).view(num_queries, count, length)
+    rows = queries.reshape(len(kv.keys), -1, head_dim).to(wide) * head_dim**-0.5
+    (segment,) = layout.segments
+    end = segment.position + segment.count
+    start = max(0, end - count + 1 - window) if window else 0
+    length = end - start
     hidden = ~_mask(count, length, window, queries.device)
-    weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), dim=2).view(num_keys, -1, length)
-    mixed = torch.bmm(weights, values).view(num_queries, count, head_dim).to(queries.dtype)
-    return mixed.transpose(0, 1).reshape(count, -1)
+    pieces = [segment.extent.places(*piece) for piece in _pieces(start, end, TILE_NUMBERS // head_dim)]
+    heads = max(1, TILE_NUMBERS // (length * max(rows.shape[1], head_dim)))  # of keys and values
+    at_once = count * max(1, TILE_NUMBERS // (length * count))  # rows of one of them, whole query heads
+    parts = []
+    for first in range(0, len(rows), heads):
+        keys, values = kv.keys[first : first + heads], kv.values[first : first + heads]
+        for some in torch.split(rows[first : first + heads], at_once, dim=1):
+            scores = _whole([torch.bmm(some, _read(keys, piece, wide).transpose(1, 2)) for piece in pieces], dim=2)
+            scores.view(-1, count, length).masked_fill_(hidden, -torch.inf)
+            parts.append(_mixed(torch.softmax(scores, dim=2), values, pieces).view(-1, count, head_dim))
+    return _whole(parts, dim=0).to(queries.dtype).transpose(0, 1).reshape(count, -1)
+
+
+def _mixed(weights: Tensor, values: Tensor, pieces: Sequence[Sequence[Place]]) -> Tensor:
+    """The values [nk, ., hd] that lie at `pieces`, by their weights [nk, T, L]: [nk, T, hd]."""
+    mixed, start = weights.new_zeros(()), 0
+    for piece in pieces:
+        read = _read(values, piece, weights.dtype)
+        part = torch.bmm(weights.narrow(2, start, read.shape[1]), read)
+        mixed, start = part if start == 0 else mixed + part, start + read.shape[1]
+    return mixed
+
+
+def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    return [(at, min(at + most, end)) for at in range(start, end, most)]
+
+
+def _read(tensor: Tensor, places: Sequence[Place], dtype: torch.dtype) -> Tensor:
+    """A copy of the tokens at `places` of [nk, ., hd], one after another."""
+    return torch.cat([tensor.narrow(1, at, count) for at, count in places], dim=1).to(dtype)
+
+
+def _whole(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=dim)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, window: int) -> Tensor:

@@ -81,6 +81,8 @@ class KvSlab:
         for tensor, area in zip((self.keys, self.values), self._maps, strict=False):
             heads, capacity, width = tensor.shape
             token_bytes = width * tensor.element_size()
+            if count * token_bytes < mmap.PAGESIZE:
+                continue  # of no head a whole page
             for head in range(heads):
                 first = (head * capacity + start) * token_bytes
                 low = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE

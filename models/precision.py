@@ -16,6 +16,9 @@ FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 INT8 = "int8"
 PRECISIONS = (*FLOAT_BYTES, INT8)
 SCALE_BYTES = 4
+# Of a token in a block, as it is counted. The books of a page of 64 tokens take some 150 bytes, and a moment: little
+# beside 2 KiB. Models that people run have 512 bytes or more.
+KV_TOKEN_BYTES_MIN = 32
 
 
 def compute_dtype(precision: str) -> str:
@@ -52,5 +55,10 @@ def weight_bytes(config: BlockConfig, precision: str) -> int:
 
 
 def kv_token_bytes(config: BlockConfig, precision: str) -> int:
-    """One token in the block's KV cache."""
-    return FLOAT_BYTES[compute_dtype(precision)] * config.kv_values_per_token
+    """What one token in the block's KV cache counts as, at workers and at clients."""
+    return counted_kv_bytes(config, FLOAT_BYTES[compute_dtype(precision)])
+
+
+def counted_kv_bytes(config: BlockConfig, itemsize: int) -> int:
+    """`kv_token_bytes`, of numbers of `itemsize` bytes."""
+    return max(KV_TOKEN_BYTES_MIN, itemsize * config.kv_values_per_token)

@@ -5,6 +5,9 @@ A full page may be kept under a key, which its tenant chose and which stands for
 later sessions of this tenant that name the key share the page instead of computing it. What no session uses stays until
 its memory is needed, least recently used first.
 
+Strangers choose how small pages are, and which of them are free. So that no call is long all the same, pages go many at
+a time, and those that keys name are bounded in number.
+
 Invariant: a page is free, used by one session or more, or kept unused. One that two sessions use, or that a key names,
 is never written to. All books together hold no more than their budget. What is reserved for sessions is not counted
 here (kv_pool.py): as sessions never use more pages than they reserved, room is found by giving up unused pages alone.
@@ -16,13 +19,17 @@ import logging
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from heapq import merge
+from itertools import islice, pairwise, repeat
 
 from protocol import limits
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import PeerId
 from protocol.messages import RefusalReason
 from worker.free_runs import FreeRuns
+
+# Of one span: two million tokens. At a microsecond or so a page, to give up those of all spans takes a quarter second.
+NAMED_PAGES_MAX = 1 << 15
 
 log = logging.getLogger("sotto.worker")
 
@@ -57,11 +64,19 @@ class KvBudget:
 
     def make_room(self, wanted_bytes: int) -> None:
         """Give up unused pages until `wanted_bytes` fit. Raises Refused(KV_MEMORY) when they cannot."""
-        while (missing := self.used_bytes + wanted_bytes - self.bytes_max) > 0:
-            oldest = min((book for book in self.books if book.unused), key=lambda book: book.oldest_turn, default=None)
-            if oldest is None:
-                raise Refused(RefusalReason.KV_MEMORY, f"{missing} bytes of KV are missing")
-            oldest.give_up_oldest()
+        missing = self.used_bytes + wanted_bytes - self.bytes_max
+        if missing <= 0:
+            return
+        going: Counter[int] = Counter()  # how many, by the book's number
+        for _, number in merge(*(zip(book.unused.values(), repeat(number)) for number, book in enumerate(self.books))):
+            going[number] += 1
+            missing -= self.books[number].page_bytes
+            if missing <= 0:
+                break
+        for number, count in going.items():
+            self.books[number].give_up(count)
+        if missing > 0:
+            raise Refused(RefusalReason.KV_MEMORY, f"{missing} bytes of KV are missing")
 
 
 class PageBook:
@@ -85,10 +100,6 @@ class PageBook:
         """Of pages that sessions use or that are kept."""
         return (len(self._users) + len(self.unused)) * self.page_bytes
 
-    @property
-    def oldest_turn(self) -> int:
-        return next(iter(self.unused.values()))
-
     def open(self, tenant: PeerId, tokens: int, keys: Sequence[bytes] = ()) -> PageTable:
         """Pages for a session of `tokens` tokens, beginning with those that `tenant` has kept under the first of
         `keys`; the page of the last token is never one of them, so that there is something to compute. Raises
@@ -108,12 +119,15 @@ class PageBook:
             raise
         return table
 
-    def keep(self, table: PageTable, index: int, key: bytes) -> None:
-        """The session's page `index` is full: keep it under `key`. The first page of a key stays; a page has one."""
-        page, kept = table.pages[index], (table.tenant, key)
-        if kept not in self._kept and page not in self._key_of:
-            self._kept[kept] = page
-            self._key_of[page] = kept
+    def keep(self, table: PageTable, first: int, *keys: bytes) -> None:
+        """The session's pages from number `first` on are full: keep them under `keys`, if there is room for names. The
+        first page of a key stays; a page has one."""
+        self.give_up(min(len(self.unused), len(self._kept) + len(keys) - NAMED_PAGES_MAX))
+        for page, key in zip(table.pages[first:], keys, strict=False):
+            kept = table.tenant, key
+            if kept not in self._kept and page not in self._key_of and len(self._kept) < NAMED_PAGES_MAX:
+                self._kept[kept] = page
+                self._key_of[page] = kept
 
     def write(self, table: PageTable, first: int) -> tuple[int, int] | None:
         """The session is about to write to its pages from number `first` on: make them its own.
@@ -121,16 +135,22 @@ class PageBook:
         When page `first` had to be replaced: (old, new), to copy what is before the first token written. Raises
         Refused(KV_MEMORY), which a session that keeps to its reservation never meets.
         """
-        copied = None
+        shared: list[int] = []
+        left: Counter[int] = Counter()  # a session that names one key twice may use a page twice
         for index in range(first, len(table.pages)):
             page = table.pages[index]
-            if self._users[page] == 1:
+            if self._users[page] - left[page] > 1:
+                shared.append(index)
+                left[page] += 1
+        fresh = dict(zip(shared, self._fresh(len(shared)), strict=True)) if shared else {}
+        copied = (table.pages[first], fresh[first]) if first in fresh else None
+        for index in range(first, len(table.pages)):
+            page = table.pages[index]
+            if index in fresh:
+                table.pages[index] = fresh[index]
+                assert not self._leave(page), "others use it"
+            else:
                 self._forget_key(page)
-                continue
-            table.pages[index] = self._fresh(1)[0]
-            assert not self._leave(page), "others use it"
-            if index == first:
-                copied = (page, table.pages[index])
         return copied
 
     def close(self, table: PageTable) -> None:
@@ -139,11 +159,12 @@ class PageBook:
         table.pages.clear()
         self._free_all([page for page in left if self._leave(page)])
 
-    def give_up_oldest(self) -> None:
-        """Free the page that was unused for longest."""
-        page, _ = self.unused.popitem(last=False)
-        self._forget_key(page)
-        self._free_all([page])
+    def give_up(self, count: int) -> None:
+        """Free the `count` pages that were unused for longest; none if it is less than 1."""
+        pages = [self.unused.popitem(last=False)[0] for _ in range(count)]
+        for page in pages:
+            self._forget_key(page)
+        self._free_all(pages)
 
     def take_stale(self, most: int) -> list[int]:
         """Up to `most` stale pages in order, whose memory the caller gives back now."""
@@ -158,8 +179,7 @@ class PageBook:
         if self._users:
             raise LocalProtocolError("pages are in use")
         self._budget.books.remove(self)
-        while self.unused:
-            self.give_up_oldest()
+        self.give_up(len(self.unused))
         if self._free.runs != [(0, self.pages)] or self._kept or self._key_of:
             log.error("the book of a span's pages was wrong", extra={"pages": self.pages, "free": self._free.pages})
 
@@ -173,6 +193,7 @@ class PageBook:
         assert users == self._users, "every use is one table's"
         assert sorted([*free, *users, *self.unused]) == list(range(self.pages)), "a page is one of the three"
         assert self._kept == {kept: page for page, kept in self._key_of.items()}, "keys and pages agree"
+        assert len(self._kept) <= NAMED_PAGES_MAX, "keys are bounded"
         assert self.unused.keys() == self._key_of.keys() - users.keys(), "what nobody uses has a key"
         assert list(self.unused.values()) == sorted(self.unused.values()), "the oldest is first"
         assert self.stale.keys() <= set(free), "only free pages wait for their memory to be given back"
@@ -210,6 +231,5 @@ class PageBook:
             del self._kept[kept]
 
     def _free_all(self, pages: list[int]) -> None:
-        for page in pages:
-            self._free.put(page)
+        self._free.put(pages)
         self.stale.update(dict.fromkeys(pages))

@@ -40,8 +40,9 @@ def span_for(house: House, ticket: Ticket) -> tuple[SpanLease, Capability | None
     held = span.request.spec
     if span.state is not SpanState.LOADED or (held.start, held.end) != (ticket.start, ticket.end):
         raise Refused(RefusalReason.UNKNOWN_DEPLOYMENT, f"blocks {ticket.start}..{ticket.end} are not loaded here")
-    if ticket.kv_tokens > span.request.context_tokens:
-        detail = f"{ticket.kv_tokens} tokens; the context has {span.request.context_tokens}"
+    most = span.request.session_tokens_max
+    if ticket.kv_tokens > most:
+        detail = f"{ticket.kv_tokens} tokens; a session of this model has at most {most} here"
         raise Refused(RefusalReason.UNSUPPORTED, detail)
     return span, capability
 

@@ -1,7 +1,8 @@
 """The blocks of one loaded span.
 
 Invariant: a batch takes bounded memory: its caller keeps to `rows_at_once`, below which intermediate results stay
-within WORKSPACE_BYTES, and a chunk of a step sees exactly what it would see in one pass. It knows no messages.
+within WORKSPACE_BYTES, or to a tile, of whose scores a few heads' are there at a time. A chunk of a step sees exactly
+what it would see in one pass. It knows no messages.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 
 from models.config import BlockConfig
 from models.pages import Extent, KvSlab, can_be_lazy, runs_of
+from models.precision import counted_kv_bytes
 from protocol import limits
 from protocol.ids import PeerId
 from worker.kv_pages import KvBudget, PageBook, PageTable
@@ -27,7 +28,7 @@ class SpanKv:
         self, configs: Sequence[BlockConfig], dtype: torch.dtype, device: torch.device, budget: KvBudget
     ) -> None:
         self._configs, self._dtype, self._device = tuple(configs), dtype, device
-        self.token_bytes = dtype.itemsize * sum(config.kv_values_per_token for config in configs)
+        self.token_bytes = sum(counted_kv_bytes(config, dtype.itemsize) for config in configs)
         page_bytes = limits.PAGE_TOKENS * self.token_bytes
         pages = budget.bytes_max // page_bytes * (SLACK if can_be_lazy(device) else 1)
         self.book = PageBook(budget, pages, page_bytes)
@@ -102,6 +103,6 @@ class SessionKv:
 
     def _keep(self, keys: Sequence[bytes]) -> None:
         full = min(self.length // limits.PAGE_TOKENS, len(keys))
-        while self._shut < full:
-            self._book.keep(self.table, self._shut, keys[self._shut])
-            self._shut += 1
+        if self._shut < full:
+            self._book.keep(self.table, self._shut, *keys[self._shut : full])
+            self._shut = full

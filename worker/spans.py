@@ -22,6 +22,8 @@ from protocol.tensors import DTYPE_BYTES
 
 INTEGER_DTYPE = "int32"  # linear maps over Z_2^32: weights and inputs both
 SHARD_OVERHEAD_BYTES_MAX = 1 << 20  # a safetensors header of one block is about 1 KiB; more would fill the disk
+# Of one row in one block, in float32: 256 MiB, of which some copies are made. 64 heads may look at a million tokens.
+ROW_SCORES_MAX = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class SpanRequest:
     signed: bytes = field(repr=False, compare=False)  # the manifest as it came: what a restarted worker reads again
     weight_bytes: int  # in the deployment's precision
     kv_token_bytes: int  # one token in all blocks of the span
-    context_tokens: int
+    session_tokens_max: int
 
     @property
     def deployment(self) -> DeploymentId:
@@ -68,7 +70,7 @@ def read_span(data: bytes, start: int, end: int) -> SpanRequest:
         signed=data,
         weight_bytes=loaded_bytes(manifest.dtype, configs),
         kv_token_bytes=_kv_token_bytes(manifest.dtype, configs),
-        context_tokens=min(config.max_position for config in configs),
+        session_tokens_max=min(_tokens_max(config) for config in configs),
     )
 
 
@@ -101,6 +103,12 @@ def loaded_bytes(dtype: str, configs: Sequence[BlockConfig]) -> int:
     if dtype == INTEGER_DTYPE:
         return DTYPE_BYTES[dtype] * sum(config.num_parameters for config in configs)
     return sum(weight_bytes(config, dtype) for config in configs)
+
+
+def _tokens_max(config: BlockConfig) -> int:
+    """Tokens that a session over the block may have: its context, if one row's scores take bounded memory."""
+    seen_max, seen = ROW_SCORES_MAX // config.num_heads, config.sliding_window or config.max_position
+    return config.max_position if seen <= seen_max else min(config.max_position, seen_max)
 
 
 def _kv_token_bytes(dtype: str, configs: Sequence[BlockConfig]) -> int:

@@ -57,8 +57,17 @@ def test_what_a_span_costs() -> None:
     wanted = request(1, blocks=3)
     assert wanted.weight_bytes == 3 * BLOCK_BYTES
     assert wanted.kv_token_bytes == 3 * KV_TOKEN_BYTES
-    assert wanted.context_tokens == CONFIG.max_position
+    assert wanted.session_tokens_max == CONFIG.max_position
     assert len(wanted.shards) == 3
+
+
+@pytest.mark.parametrize(
+    ("heads", "window", "tokens"),
+    [(1, 0, 1 << 21), (1024, 0, 1 << 16), (1024, 4096, 1 << 21), (1024, 1 << 20, 1 << 16)],
+)
+def test_scores_of_one_row_bound_what_a_session_may_hold(heads: int, window: int, tokens: int) -> None:
+    config = dataclasses.replace(CONFIG, num_heads=heads, sliding_window=window, max_position=1 << 21)
+    assert read_span(make_manifest(ANN, 2, config=config)[0], 0, 2).session_tokens_max == tokens
 
 
 def test_missing_memory_is_named_to_the_byte_and_nothing_changes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from client.placement.needs import ModelNeeds
 from models.pages import KvSlab
 from protocol.errors import Refused
 from protocol.ids import PeerId, SessionId
 from protocol.limits import PAGE_TOKENS
 from protocol.ports import SessionSpec, StepResult
-from tests.worker.test_engine import SESSION, Shop, direct, inputs, random_tensors, work
+from tests.helpers.workers import make_manifest
+from tests.worker.test_engine import CONFIG, OWNER, SESSION, Shop, direct, inputs, random_tensors, work
 from worker import engine, span_kv
 from worker.engine import Engine
+from worker.kv_pages import KvBudget
 from worker.payloads import to_tensor
+from worker.span_kv import SpanKv
+from worker.spans import read_span
 
 KEYS = tuple(bytes([number]) * 16 for number in range(8))
 TOKEN_BYTES = 3 * 2 * 2 * 8 * 4  # of the shop's three blocks in float32
@@ -309,6 +315,17 @@ def test_a_slab_gives_back_what_nobody_needs(shop: Shop) -> None:
     tidied(shop)
     pages = slab.keys[:, : 9 * PAGE_TOKENS].reshape(-1)
     assert pages.count_nonzero() < len(pages) // 2, "forgotten memory reads as zeros, but for the rims of its pages"
+
+
+@pytest.mark.parametrize(("heads", "width", "counted"), [(1, 2, 32), (1, 8, 32), (2, 8, 64)])
+def test_however_small_keys_are_a_token_counts_the_same_for_all(heads: int, width: int, counted: int) -> None:
+    config = dataclasses.replace(CONFIG, num_kv_heads=heads, head_dim=width)
+    data, manifest, _ = make_manifest(OWNER, 3, config=config, dtype="bfloat16")
+    kv = SpanKv([config] * 2, torch.bfloat16, torch.device("cpu"), KvBudget(1 << 20))
+    assert kv.token_bytes == 2 * counted
+    assert kv.book.page_bytes == 2 * counted * PAGE_TOKENS
+    assert read_span(data, 1, 3).kv_token_bytes == kv.token_bytes, "what a session reserves"
+    assert sum(ModelNeeds.of_manifest(manifest, 1).kv_bytes()[1:]) == kv.token_bytes, "what a client plans with"
 
 
 def test_the_memory_of_a_session_is_that_of_its_tokens_in_whole_pages(shop: Shop) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -10,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import PeerId
 from protocol.limits import PAGE_TOKENS
+from worker import kv_pages
 from worker.free_runs import FreeRuns
 from worker.kv_pages import KvBudget, PageBook, PageTable, pages_for
 
@@ -151,11 +155,93 @@ def test_free_runs_prefer_one_run_and_merge() -> None:
     free = FreeRuns([(0, 2), (4, 3), (10, 8)])
     assert free.take(3) == [4, 5, 6], "the shortest that is long enough"
     assert free.take(9) == [*range(10, 18), 0]
-    for page in (11, 13, 12, 0):
-        free.put(page)
+    free.put([11, 13])
+    free.put([0, 12])
+    free.put([])
     assert free.runs == [(0, 2), (11, 3)]
     with pytest.raises(LocalProtocolError):
         free.take(6)
+
+
+def test_scattered_pages_are_taken_in_one_pass() -> None:
+    free = FreeRuns([(3 * number, 1 + number % 2) for number in range(20_000)])
+    started = time.perf_counter()
+    assert len(free.take(25_000)) == 25_000
+    assert time.perf_counter() - started < 2.0, "going through all runs for each of 15,000 takes many times that"
+    assert free.pages == 5_000
+
+
+def test_many_pages_go_at_the_price_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    budget, given = KvBudget(600), list[int]()
+    books, put = [PageBook(budget, 2000, size) for size in (1, 2)], FreeRuns.put
+
+    def counted(free: FreeRuns, pages: Collection[int]) -> None:
+        given.append(len(pages))
+        put(free, pages)
+
+    monkeypatch.setattr(FreeRuns, "put", counted)
+    names = keys(*(str(number // 2) for number in range(100)))  # every second page is kept
+    tables = [book.open(ANN, 100 * PAGE_TOKENS) for book in books]
+    for book, table in zip(books, tables, strict=True):
+        book.keep(table, 0, *names)
+        book.close(table)
+    assert [len(book.unused) for book in books] == [50, 50]
+    younger = list(books[1].unused)
+    given.clear()
+    table = books[0].open(BEN, 510 * PAGE_TOKENS)
+    assert [count for count in given if count] == [50, 5], "50 pages of 1 byte, then 5 of 2: the oldest"
+    assert list(books[1].unused) == younger[5:]
+    assert not books[0].unused
+    given.clear()
+    books[0].close(table)
+    assert [count for count in given if count] == [510]
+
+
+def test_a_write_to_many_shared_pages_takes_new_ones_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    book, taken, take = PageBook(KvBudget(99), 99, 1), list[int](), FreeRuns.take
+    monkeypatch.setattr(FreeRuns, "take", lambda free, count: taken.append(count) or take(free, count))
+    one = book.open(ANN, 9 * PAGE_TOKENS)
+    book.keep(one, 0, *keys(*"abcdefgh"))
+    other = book.open(ANN, 9 * PAGE_TOKENS, keys(*"abcdefgh"))
+    taken.clear()
+    assert book.write(other, 2) == (one.pages[2], other.pages[2])
+    assert taken == [6]
+    assert other.pages[:2] == one.pages[:2]
+    book.check([one, other])
+
+
+def test_a_page_that_a_session_uses_twice_becomes_its_own_once() -> None:
+    book = PageBook(KvBudget(3), 9, 1)
+    first = book.open(ANN, 2 * PAGE_TOKENS)
+    book.keep(first, 0, b"a")
+    book.close(first)
+    twice = book.open(ANN, 3 * PAGE_TOKENS, keys("a", "a"))
+    page = twice.pages[0]
+    assert twice.pages[1] == page
+    assert book.write(twice, 0) == (page, twice.pages[0]), "within what it reserved"
+    assert twice.pages[1] == page
+    book.check([twice])
+
+
+def test_so_many_pages_have_names_and_the_oldest_lose_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_pages, "NAMED_PAGES_MAX", 5)
+    book = PageBook(KvBudget(PAGES * 2), PAGES * 8, 1)
+    first = book.open(ANN, 3 * PAGE_TOKENS)
+    book.keep(first, 0, *keys("a", "b", "c"))
+    book.close(first)
+    second = book.open(ANN, 4 * PAGE_TOKENS)
+    book.keep(second, 0, *keys("d", "e", "f", "g"))
+    assert len(book.unused) == 1, "two of the three had to go"
+    book.check([second])
+    third = book.open(ANN, 4 * PAGE_TOKENS, keys("a"))
+    assert third.hits == 1, "the last of a prefix go first"
+    book.keep(third, 1, *keys("h", "i"))
+    assert len(book._kept) == 5, "sessions use all that have names: the others get none"
+    book.check([second, third])
+    for table in (second, third):
+        book.close(table)
+    assert len(book.unused) == 5
+    book.check([])
 
 
 def test_a_span_that_goes_tells_of_pages_that_were_lost(caplog: pytest.LogCaptureFixture) -> None:
