@@ -43,6 +43,7 @@ def span_for(house: House, ticket: Ticket) -> tuple[SpanLease, Capability | None
     if ticket.kv_tokens > span.request.context_tokens:
         detail = f"{ticket.kv_tokens} tokens; the context has {span.request.context_tokens}"
         raise Refused(RefusalReason.UNSUPPORTED, detail)
+    house.spans.require_use(span)
     return span, capability
 
 
