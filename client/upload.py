@@ -27,6 +27,8 @@ from protocol.swarm import SwarmView
 PIECE_S = 60.0  # one piece of a shard, 1 MiB: slower than 17 KiB/s is as good as lost
 SILENCE_S = 60.0  # the worker tells its progress every second, whatever it waits for
 STALLED_S = 300.0  # in which a piece at least must have come, from wherever, whatever the worker says meanwhile
+SLOWEST_BYTES_S = 8 << 10  # over SLOWEST_S, whatever comes meanwhile: 1 Mbit/s of uplink gives it to fifteen hops
+SLOWEST_S = 600.0
 PIECE_ASKED_MAX = 3  # a piece that was lost with another source's stream may be asked for again, but not for ever
 
 
@@ -83,11 +85,12 @@ class ShardUpload:
         """
         if not blocks:
             return
+        pace = _Pace(moved, self._ports.clock.monotonic())
         async with channel_to(self._ports, self._hop, SHARD) as channel:
             for index, block in blocks.items():
                 pieces = await self._pieces(index, block)
                 offer = _Offer(self._ports, self._hop, channel, self._supply.source, pieces)
-                await offer.run(index, await self._others(index), moved)
+                await offer.run(index, await self._others(index), pace)
 
     async def _pieces(self, index: int, block: BlockEntry) -> PieceList:
         pieces = await self._supply.source.pieces(block.digest)
@@ -104,6 +107,27 @@ class ShardUpload:
         return tuple(source for source in found if source.peer != self._hop.peer)[: limits.SHARD_SOURCES_MAX], right
 
 
+@dataclass(slots=True)
+class _Pace:
+    """How fast the shards of a worker come together, whoever gives them, and however many they are. Pure."""
+
+    tell: Callable[[int], None]  # of bytes that are there since the last time
+    since: float  # monotonic seconds
+    moved_bytes: int = 0  # since then
+
+    def moved(self, nbytes: int) -> None:
+        self.moved_bytes += nbytes
+        self.tell(nbytes)
+
+    def too_slow(self, now: float) -> bool:
+        """Looked at every SLOWEST_S."""
+        if now - self.since < SLOWEST_S:
+            return False
+        slow = self.moved_bytes < SLOWEST_BYTES_S * (now - self.since)
+        self.since, self.moved_bytes = now, 0
+        return slow
+
+
 class _Offer:
     """One shard, from its offer until the worker has stored it."""
 
@@ -115,7 +139,7 @@ class _Offer:
         self._pieces = pieces
         self._asked: Counter[int] = Counter()
 
-    async def run(self, index: int, others: tuple[tuple[Source, ...], bytes], moved: Callable[[int], None]) -> None:
+    async def run(self, index: int, others: tuple[tuple[Source, ...], bytes], pace: _Pace) -> None:
         digest, size = self._pieces.digest, self._pieces.shard_bytes
         told = mark = 0
         with within(self._peer, PIECE_S):
@@ -128,17 +152,19 @@ class _Offer:
                     await self._send(index, message)
                     moved_at = self._ports.clock.monotonic()
                 case ShardProgress() if message.digest == digest and message.present_bytes <= size:
-                    moved(message.present_bytes - told)
+                    pace.moved(message.present_bytes - told)
                     told, now = message.present_bytes, self._ports.clock.monotonic()
                     if told - mark >= limits.PIECE_BYTES:
                         mark, moved_at = told, now
                     elif now - moved_at > STALLED_S:
                         raise HopLost(self._peer, f"got no further piece of a shard in {STALLED_S:g} s")
                 case ShardStored() if message.digest == digest:
-                    moved(size - told)
+                    pace.moved(size - told)
                     return
                 case _:
                     raise HopViolation(self._peer, f"{type(message).__name__} came, which fits no offered shard")
+            if pace.too_slow(self._ports.clock.monotonic()):
+                raise HopLost(self._peer, f"got shards slower than {SLOWEST_BYTES_S >> 10} KiB/s for {SLOWEST_S:g} s")
 
     async def _send(self, block: int, wanted: PiecesWanted) -> None:
         for index in range(wanted.first, wanted.first + wanted.count):

@@ -1,9 +1,11 @@
 """The shard store on disk: `shards/<digest>.safetensors`, whole, or `partial/<digest>`, with holes for missing pieces.
 
-Nothing says which pieces a partial file has: its bytes do, checked against the shard's list whenever a fetch begins. So
-whatever a crash left behind, only pieces that match count. A shard gets its name by a rename after its bytes were
-synced. Beside a whole shard lies its piece list, which its digest checks; it can always be made anew. A whole shard of
-an earlier run is read to the end before it is believed. Calls run in threads: the event loop never waits for a disk.
+Nothing on disk says which pieces a partial file has: its bytes do, checked against the shard's list once in the life
+of a process, which then knows what it adds; a file that it made itself is empty. So whatever a crash left behind, only
+pieces that match count, and whoever begins a shard again and again has nothing read. A shard gets its name by a rename
+after its bytes were synced. Beside a whole shard lies its piece list, which its digest checks; it can always be made
+anew. A whole shard of an earlier run is read to the end before it is believed. Calls run in threads, and those that
+read a whole file go one at a time: neither the event loop nor other calls wait for the disk.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import errno
 import os
 from collections.abc import Callable, Collection, Iterator, Set
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,6 +33,13 @@ T = TypeVar("T")
 _LIST_BYTES_MAX = 32 * limits.PIECES_MAX
 
 
+@dataclass(slots=True, eq=False)
+class _Part:
+    """A partial file as this process knows it. What still writes to a file that was deleted holds the old one."""
+
+    present: set[int] | None  # pieces; None: nobody has looked yet
+
+
 class DiskStore:
     """Implements protocol.ports.ShardStore under `folder`, in at most `bytes_max` of disk."""
 
@@ -38,7 +48,9 @@ class DiskStore:
         self._partial = folder / "partial"
         self.bytes_max = bytes_max
         self._checked: dict[ShardDigest, None] = {}  # whole shards that this process wrote, or read to the end
+        self._parts: dict[ShardDigest, _Part] = {}  # of files that are there, at most
         self._room = trio.Lock()
+        self._reading = trio.CapacityLimiter(1)  # of a whole file
         self._spans = SpanFiles(folder / "spans")
         for path in (self._whole, self._partial):
             path.mkdir(parents=True, exist_ok=True)
@@ -53,13 +65,18 @@ class DiskStore:
             return await _thread(lambda: _size(self.path(digest)))
 
     async def begin(self, pieces: PieceList, keep: Keep) -> Set[int]:
-        part = self._part(pieces.digest)
         async with self._room:
             if await _thread(lambda: _size(self.path(pieces.digest))) is not None:
                 return frozenset(range(pieces.count))
             kept = frozenset(keep())
-            await _thread(lambda: self._make_room(pieces, kept))
-        return await _thread(lambda: frozenset(_present(part, pieces)))
+            part = await _thread(lambda: self._make_room(pieces, kept))
+
+        def look() -> set[int]:
+            if part.present is None:  # who waited for the same reading finds it done
+                part.present = set(_present(self._part(pieces.digest), pieces))
+            return part.present
+
+        return frozenset(part.present if part.present is not None else await _thread(look, self._reading))
 
     async def write(self, pieces: PieceList, index: int, piece: bytes) -> bool:
         def work() -> bool:
@@ -72,7 +89,11 @@ class DiskStore:
                     left = left[file.write(left) :]
             return True
 
-        return await _thread(work)
+        part = self._parts.get(pieces.digest)  # before the file is opened: it is never newer than that
+        written = await _thread(work)
+        if written and part is not None and part.present is not None:
+            part.present.add(index)
+        return written
 
     async def commit(self, pieces: PieceList) -> None:
         def work() -> None:
@@ -84,6 +105,7 @@ class DiskStore:
                 with part.open("r+b") as file:
                     os.fsync(file.fileno())
                 os.replace(part, whole)
+                self._parts.pop(pieces.digest, None)
                 sync_folder(self._whole)
             self._checked[pieces.digest] = None
 
@@ -97,11 +119,12 @@ class DiskStore:
                     os.utime(path)
                     self._checked[digest] = None
                     return True
+            self._parts.pop(digest, None)
             with suppress(OSError):
                 os.replace(path, self._part(digest))  # its good pieces need not come again
             return False
 
-        return await _thread(work)
+        return await _thread(work, None if digest in self._checked else self._reading)
 
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         return await _thread(lambda: read_piece_list(self.path(digest), digest))
@@ -131,14 +154,19 @@ class DiskStore:
     async def saved_spans(self) -> tuple[tuple[DeploymentId, bytes], ...]:
         return await _thread(self._spans.saved)
 
-    def _make_room(self, pieces: PieceList, keep: Collection[ShardDigest]) -> None:
+    def _make_room(self, pieces: PieceList, keep: Collection[ShardDigest]) -> _Part:
         """Reserve the shard's whole size by a file of that size, evicting others for it."""
         part = self._part(pieces.digest)
         used = sum(size for size, _ in self._files().values()) - (_size(part) or 0)
         self._evict(used + pieces.shard_bytes - self.bytes_max, {*keep, pieces.digest}, pieces.shard_bytes)
         with _refusing(), part.open("ab") as file:
-            if file.tell() != pieces.shard_bytes:
+            size = file.tell()
+            if size != pieces.shard_bytes:
                 file.truncate(pieces.shard_bytes)
+        known = self._parts.get(pieces.digest)
+        if known is None or size != pieces.shard_bytes:
+            known = self._parts[pieces.digest] = _Part(None if size else set())
+        return known
 
     def _evict(self, excess: int, keep: Collection[ShardDigest], wanted: int) -> None:
         """Delete `excess` bytes of what was used least recently. Raises Refused(DISK), and then deletes nothing."""
@@ -171,6 +199,7 @@ class DiskStore:
 
     def _delete(self, digest: ShardDigest) -> None:
         self._checked.pop(digest, None)
+        self._parts.pop(digest, None)
         for path in (self.path(digest), list_file(self.path(digest)), self._part(digest)):
             path.unlink(missing_ok=True)
 
@@ -260,5 +289,5 @@ def _refusing() -> Iterator[None]:
         raise Refused(RefusalReason.DISK, what) from error
 
 
-async def _thread(work: Callable[[], T]) -> T:
-    return await trio.to_thread.run_sync(work)
+async def _thread(work: Callable[[], T], limiter: trio.CapacityLimiter | None = None) -> T:
+    return await trio.to_thread.run_sync(work, limiter=limiter)

@@ -285,7 +285,7 @@ class ShardStore(Protocol):
         """Bytes of a whole shard; None when it is not here."""
 
     async def begin(self, pieces: PieceList, keep: Keep) -> Set[int]:
-        """Make room for a shard and say which of its pieces are here already, each checked now.
+        """Make room for a shard and say which of its pieces are here already, each checked by this process.
 
         What was used least recently goes first; nothing that `keep` names goes.
         """

@@ -69,12 +69,18 @@ DISK_MAX = 1 << 52  # where no budget is set; no advert states more
 @dataclass(slots=True)
 class SpanLedger:
     """All spans of a worker, one per deployment, within `memory_bytes` for weights. The shards of those that are leased
-    fit into `disk_bytes`, the store's budget; what one owner has leased takes at most `owner_share` of the memory."""
+    fit into `disk_bytes`, the store's budget. What one owner has in use takes at most `owner_share` of the memory and
+    of the places for deployments, and never all places; what is idle does not count, for it makes room."""
 
     memory_bytes: int
     disk_bytes: int = DISK_MAX
     owner_share: float = 1.0
     leases: dict[DeploymentId, SpanLease] = field(default_factory=dict)
+
+    @property
+    def owner_places(self) -> int:
+        """How many deployments of one owner may be in use."""
+        return min(max(1, int(self.owner_share * LEASES_MAX)), LEASES_MAX - 1)
 
     @property
     def used_bytes(self) -> int:
@@ -108,14 +114,16 @@ class SpanLedger:
         before = self.leases.get(request.deployment)
         if before is not None:
             if before.request == request:
-                self._require_quotas(request, before)
+                self.require_use(before)
+                self._require_disk(request, before)
                 if before.state is SpanState.LOADED:  # else only bytes count as use
                     before.touched = now
                 return ()
             if before.state is SpanState.LOADING or before.sessions or before.holders.keys() - {peer}:
                 raise Refused(RefusalReason.SESSIONS, "the deployment's other span here is in use")
         gone = ([before] if before else []) + self._evicted_for(request, before)
-        self._require_quotas(request, before)
+        self._require_share(request, before)
+        self._require_disk(request, before)
         for lease in gone:
             del self.leases[lease.request.deployment]
         self.leases[request.deployment] = SpanLease(request, now)
@@ -154,6 +162,12 @@ class SpanLedger:
             self.remove(lease)
         return tuple(gone)
 
+    def require_use(self, lease: SpanLease) -> None:
+        """Before it is leased or a session opens on it: either keeps it from making room. Raises Refused (MEMORY) when
+        it is idle and its owner has no share left."""
+        if lease.idle:
+            self._require_share(lease.request, lease)
+
     def wants(self, digest: ShardDigest, peer: PeerId) -> SpanLease:
         """The span that needs the shard and that `peer` leases. Raises Refused(FORBIDDEN)."""
         for lease in self.leases.values():
@@ -176,17 +190,24 @@ class SpanLedger:
     def loaded(self) -> Iterable[SpanLease]:
         return (lease for lease in self.leases.values() if lease.state is SpanState.LOADED)
 
-    def _require_quotas(self, request: SpanRequest, replaced: SpanLease | None) -> None:
-        """Raises Refused (MEMORY, DISK) when the span is too much for its owner, or its shards for the disk."""
-        others = [lease for lease in self.leases.values() if lease is not replaced]
-        leased = sum(lease.request.weight_bytes for lease in others if lease.holders and _same_owner(lease, request))
+    def _require_share(self, request: SpanRequest, replaced: SpanLease | None) -> None:
+        """Raises Refused (MEMORY) when `request` in the place of `replaced` is too much for its owner."""
+        others = (lease for lease in self.leases.values() if lease is not replaced and not lease.idle)
+        own = [lease.request.weight_bytes for lease in others if lease.request.owner == request.owner]
         share = int(self.owner_share * self.memory_bytes)
-        if leased + request.weight_bytes > share:
-            detail = f"one owner may lease {share} bytes here: {leased + request.weight_bytes - share} bytes too many"
+        excess = sum(own) + request.weight_bytes - share
+        if excess > 0:
+            detail = f"one owner may use {share} bytes here: {excess} bytes too many beside what its others use"
             raise Refused(RefusalReason.MEMORY, detail)
+        if len(own) >= self.owner_places:
+            detail = f"one owner may use {self.owner_places} deployments here: give up leases of another one first"
+            raise Refused(RefusalReason.MEMORY, detail)
+
+    def _require_disk(self, request: SpanRequest, replaced: SpanLease | None) -> None:
+        """Raises Refused (DISK) when the span's shards are too much for the disk."""
         shards = dict(request.shards)
-        for lease in others:
-            if lease.pinned:
+        for lease in self.leases.values():
+            if lease.pinned and lease is not replaced:
                 shards.update(lease.request.shards)
         missing = sum(shards.values()) - self.disk_bytes
         if missing > 0:
@@ -215,10 +236,6 @@ class SpanLedger:
         if slots > 0:
             raise Refused(RefusalReason.MEMORY, f"{LEASES_MAX} deployments are held here, and none is idle")
         return gone
-
-
-def _same_owner(lease: SpanLease, request: SpanRequest) -> bool:
-    return lease.request.owner == request.owner
 
 
 @dataclass(slots=True)

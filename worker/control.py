@@ -7,8 +7,8 @@ holds the owner's capability. Whoever leases a span may have it loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import inf
@@ -42,11 +42,13 @@ from worker.config import WorkerPorts
 from worker.fetches import Fetches
 from worker.house import House
 from worker.leases import LeaseBook, Terms
+from worker.quotas import QueueBook
 from worker.saved import SavedSpan, read_saved
 from worker.sessions import SessionTable
 from worker.spans import SpanRequest, read_span
 
 log = logging.getLogger("sotto.worker")
+MANIFEST_BYTES_WAITING_MAX = 16 << 20  # to be read, and as much for their deployment's turn: 40 models of the deepest
 
 
 @dataclass(slots=True)
@@ -60,6 +62,8 @@ class Control:
     fetches: Fetches
     changed: Callable[[], None]
     spawn: Callable[[Callable[[], Awaitable[None]]], None]
+    _unread_manifests: QueueBook = field(default_factory=lambda: QueueBook(MANIFEST_BYTES_WAITING_MAX))  # by peer
+    _read_manifests: QueueBook = field(default_factory=lambda: QueueBook(MANIFEST_BYTES_WAITING_MAX))  # by owner
     _locks: dict[DeploymentId | PeerId, trio.Lock] = field(default_factory=dict)
     _reads: trio.Lock = field(default_factory=trio.Lock)
     _loads: trio.Lock = field(default_factory=trio.Lock)
@@ -102,6 +106,11 @@ class Control:
         self.house.duty.require()
         request = await self._read(message, peer)
         claim = Claim(peer, Right.MANAGE, request.deployment, request.owner)
+        self.house.rights.require(claim, message.capability)  # nobody else's manifests wait at an owner's expense
+        with _counted(self._read_manifests, request.owner, message):
+            return await self._lease_in_turn(message, peer, request, claim)
+
+    async def _lease_in_turn(self, message: LeaseSpan, peer: PeerId, request: SpanRequest, claim: Claim) -> SpanLeased:
         async with self._alone(request.deployment):
             self.house.duty.require()
             capability = self.house.rights.require(claim, message.capability)
@@ -129,8 +138,9 @@ class Control:
     async def _read(self, message: LeaseSpan, peer: PeerId) -> SpanRequest:
         """A manifest of the largest size takes some 100 ms to decode and check, before it is known whose it is. So one
         is read at a time, and one of each peer waits for that: a peer that sends many keeps no other waiting."""
-        async with self._alone(peer), self._reads:
-            return await self.ports.run_sync(partial(read_span, message.manifest, message.start, message.end))
+        with _counted(self._unread_manifests, peer, message):
+            async with self._alone(peer), self._reads:
+                return await self.ports.run_sync(partial(read_span, message.manifest, message.start, message.end))
 
     async def _missing(self, span: SpanLease) -> tuple[ShardDigest, ...]:
         """What has to come before the span can be loaded. Nothing when it is: as a cache it may outlive its shards."""
@@ -284,3 +294,16 @@ class Control:
         self.fetches.prune()
         self.sessions.report_memory()
         self.changed()
+
+
+@contextmanager
+def _counted(book: QueueBook, whose: PeerId, message: LeaseSpan) -> Iterator[None]:
+    """Count a manifest that waits. Raises Refused(RATE) when there is no room for it."""
+    size = len(message.manifest)
+    if not book.fits(whose, size):
+        raise Refused(RefusalReason.RATE, "too many manifests wait here already: come again in 5 s")
+    book.take(whose, size)
+    try:
+        yield
+    finally:
+        book.give(whose, size)

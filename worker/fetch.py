@@ -24,6 +24,7 @@ from worker.piece_plan import Giver, PiecePlan
 TICK_S = 0.25  # how often a giver is looked at when nothing happens, and progress told when something does
 ALIVE_S = 1.0  # progress is told this often even when there is none
 HEAD_START_S = 1.0  # workers that were called answer within this time, or the client's line is used for all
+SILENT_S = 60.0  # a worker that owes pieces and brings none for so long has failed: 17 KiB/s, as clients have it
 DRAIN_S = 30.0  # for pieces that were asked for before the shard was whole, and are still on their way
 
 
@@ -86,10 +87,13 @@ class Fetch:
             self._wake()
 
     async def _ask(self, channel: Channel, giver: Giver, wait: Wait | None) -> None:
-        """Keep the giver's window full, and a waiting client informed."""
+        """Keep the giver's window full, and a waiting client informed, who may be slow: it leaves when it has had
+        enough."""
         now = self.ports.clock.monotonic
         started = now()
         while not self.over:
+            if wait is None and giver.outstanding and now() - giver.heard >= SILENT_S:
+                raise TransportError(f"it owes pieces, and none came for {SILENT_S:g} s")
             if wait is not None and (told := wait.due(self, now())) is not None:
                 await channel.send(told)
                 continue

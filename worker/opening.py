@@ -44,6 +44,7 @@ def span_for(house: House, ticket: Ticket) -> tuple[SpanLease, Capability | None
     if ticket.kv_tokens > most:
         detail = f"{ticket.kv_tokens} tokens; a session of this model has at most {most} here"
         raise Refused(RefusalReason.UNSUPPORTED, detail)
+    house.spans.require_use(span)
     return span, capability
 
 

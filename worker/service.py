@@ -80,6 +80,7 @@ SHUN_S = 60.0
 PING_COST = 0.2  # requests
 MANIFEST_BYTES_PER_REQUEST = 20 << 10  # reading so much of a manifest takes as long as a request
 Serve = Callable[[Channel], Awaitable[None]]
+Answer = Callable[[Message, bytes], Awaitable[None]]
 
 __all__ = ["WorkerConfig", "WorkerPorts", "WorkerService"]
 
@@ -239,15 +240,17 @@ class WorkerService:
 
         await self._serve_requests(channel, answer)
 
-    async def _serve_requests(self, channel: Channel, answer: Callable[[Message, bytes], Awaitable[None]]) -> None:
-        while (received := await channel.receive()) is not None:
+    async def _serve_requests(self, channel: Channel, answer: Answer) -> None:
+        async def serve(request: Message, body: bytes) -> None:
             try:
-                await self._admit(received[0], channel.remote)
-                await answer(*received)
+                await self._admit(request, channel.remote)
+                await answer(request, body)
             except Refused as refusal:
                 self._ports.observer.request_refused(refusal.reason)
                 log.info("refused", extra={"peer": channel.remote, "reason": refusal.reason})
                 await channel.send(Refusal(refusal.reason, refusal.detail[: limits.DETAIL_CHARS_MAX]))
+
+        await _each(channel, serve)
 
     async def _admit(self, message: Message, peer: PeerId) -> None:
         """Count a request. Raises Refused(RATE); but a ping, which nothing can refuse, waits.
@@ -276,8 +279,7 @@ class WorkerService:
             self.sessions.client_gone(outbox)
 
     async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
-        while (received := await channel.receive()) is not None:
-            message, body = received
+        async def read(message: Message, body: bytes) -> None:
             await self._its_turn(channel, message)
             if isinstance(message, Attach):
                 try:
@@ -285,14 +287,15 @@ class WorkerService:
                 except Refused as refusal:
                     outbox.force(SessionFailed(message.session, refusal.reason, refusal.detail))
                     self._ports.observer.session_failed(refusal.reason)
-                    continue
-                self.sessions.attach(message, channel.remote, outbox)
+                else:
+                    self.sessions.attach(message, channel.remote, outbox)
             elif not self._route(message, body, channel.remote):
                 outbox.force(SessionFailed(_session_of(message), RefusalReason.UNKNOWN_SESSION, ""))
 
+        await _each(channel, read)
+
     async def _serve_link(self, channel: Channel) -> None:
-        while (received := await channel.receive()) is not None:
-            message, body = received
+        async def read(message: Message, body: bytes) -> None:
             await self._its_turn(channel, message)
             try:
                 self._route(message, body, channel.remote)
@@ -300,6 +303,8 @@ class WorkerService:
                 # One client's session out of order must not cost the others on this link theirs.
                 self._ports.observer.violation(channel.remote, LINK)
                 log.warning("dropped", extra={"peer": channel.remote, "error": str(error)})
+
+        await _each(channel, read)
 
     async def _its_turn(self, channel: Channel, message: Message) -> None:
         cost = OPENING_COST if isinstance(message, OpenSession) else 1.0
@@ -415,6 +420,14 @@ class WorkerService:
         self.sessions.stop()
         for outbox in list(self._outboxes):
             await outbox.drained()
+
+
+async def _each(channel: Channel, answer: Answer) -> None:
+    """Deal with what comes until the peer ends the stream. A frame has up to 33 MiB, and a peer up to 64 streams: none
+    is held while the next is waited for."""
+    while (received := await channel.receive()) is not None:
+        await answer(*received)
+        del received
 
 
 async def _race(*tasks: Callable[[], Awaitable[None]]) -> None:

@@ -2,9 +2,10 @@
 client sent. One stream each, kept for the next shards.
 
 Invariant: at most SUPPLIERS_PER_CLIENT_MAX streams for one client and SUPPLIERS_MAX in all, whatever clients name, and
-at most SEARCHES_MAX searches in the directory at a time; what is too much is left out. One that failed is left alone
-for REST_S as far as that client is concerned, who may have named a wrong address. One that broke the protocol is left
-alone by all, while it is among the last SHUNNED_MAX.
+at most SEARCHES_MAX searches in the directory at a time, and JOBS_MAX fetches wait for a supplier; what is too much is
+left out. One that failed, or owes pieces and brings none (worker/fetch.py), is left alone for REST_S as far as that
+client is concerned, who may have named a wrong address. One that broke the protocol is left alone by all, while it is
+among the last SHUNNED_MAX.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ ANSWER_S = 30.0  # the supplier may have to read its whole shard once, to make i
 IDLE_S = 30.0
 SUPPLIERS_PER_CLIENT_MAX = limits.SHARD_SOURCES_MAX
 SUPPLIERS_MAX = 64
+JOBS_MAX = 64  # a client has as many streams, and an honest one a fetch or two at a time
 REST_S = 60.0
 SEARCHES_MAX = 8
 SEARCHED_BYTES_MIN = 4 * limits.PIECE_BYTES  # a smaller shard is here before the directory has answered
@@ -63,6 +65,15 @@ class Supplier:
     giver: Giver
     jobs: deque[Job] = field(default_factory=deque)
     called: trio.Event = field(default_factory=trio.Event)
+
+    def take(self, job: Job) -> bool:
+        """Help with it in its turn. False when too many wait before it; those whose fetches are over do not count."""
+        self.jobs = deque(each for each in self.jobs if not each.fetch.over)
+        if len(self.jobs) >= JOBS_MAX:
+            return False
+        self.jobs.append(job)
+        self.called.set()
+        return True
 
     async def next(self) -> Job | None:
         """The next fetch that is not over; None when there was none for IDLE_S."""
@@ -127,10 +138,8 @@ class Suppliers:
         if supplier is None and self._welcome(client, peer):
             supplier = self._live[client, peer] = Supplier(client, peer, addrs, Giver(peer))
             self.spawn(partial(self._run, supplier))
-        if supplier is not None:
+        if supplier is not None and supplier.take(job):
             job.fetch.called(supplier.giver)
-            supplier.jobs.append(job)
-            supplier.called.set()
 
     async def _run(self, supplier: Supplier) -> None:
         """Dial, and help with one fetch after the other until there is none, or the stream fails."""

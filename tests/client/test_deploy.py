@@ -14,7 +14,7 @@ from client.deploy import DeployProgress, deploy
 from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
 from client.routing import Hop, Route
-from client.upload import PIECE_ASKED_MAX, Holders, Supply, holders_in, nobody
+from client.upload import PIECE_ASKED_MAX, SLOWEST_S, Holders, ShardUpload, Supply, holders_in, nobody
 from node.grants import OwnCredentials
 from protocol.adverts import HeldSpan
 from protocol.capabilities import CapabilityGate, Claim, Right
@@ -218,6 +218,34 @@ def test_a_worker_that_only_says_that_it_goes_on_is_given_up() -> None:
         with trio.fail_after(1000), pytest.raises(HopLost, match="no further piece") as caught:
             await case.deploy()
         assert caught.value.peer == case.depots[0].endpoint.peer
+
+    with_depots(body)
+
+
+@pytest.mark.parametrize("claimed_kib_s", [5, 12])
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_worker_that_goes_on_too_slowly_is_given_up(claimed_kib_s: int, count: int) -> None:
+    """It says each second that others brought it a little. 1 Mbit/s shared by ten hops is enough."""
+    shards = [bytes([number]) * (12 * PIECE_BYTES // count) for number in range(count)]
+    lists = {pieces.digest: pieces for pieces in map(PieceList.of_bytes, shards)}
+
+    class Large(Shards):
+        async def pieces(self, digest: ShardDigest) -> PieceList | None:
+            return lists[digest]
+
+    async def body(case: Case) -> None:
+        first = case.depots[0]
+        first.dawdling, first.claimed_per_s = True, claimed_kib_s << 10
+        source = Large(dict(zip(lists, shards, strict=True)))
+        upload = ShardUpload(case.swarm.ports, case.route.hops[0], DEPLOYMENT, Supply(source))
+        began = trio.current_time()
+        if claimed_kib_s > 8:
+            await upload.run(dict(enumerate(map(block, shards))), lambda _: None)
+            assert trio.current_time() - began > SLOWEST_S
+        else:
+            with pytest.raises(HopLost, match="slower than 8 KiB/s"):
+                await upload.run(dict(enumerate(map(block, shards))), lambda _: None)
+            assert trio.current_time() - began < SLOWEST_S + 2
 
     with_depots(body)
 

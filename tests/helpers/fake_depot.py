@@ -58,6 +58,7 @@ class FakeDepot:
     streams: int = 0
     greedy: bool = False  # never has enough of the first piece
     dawdling: bool = False  # wants nothing, and says so each second
+    claimed_per_s: int = 0  # bytes that it says it has meanwhile, from others
 
     def serve(self) -> None:
         self.endpoint.handle(CONTROL, self._control)
@@ -119,9 +120,10 @@ class FakeDepot:
         """One piece after the other. False when the client left, or this side does."""
         parts = self.partial.setdefault(pieces.digest, {})
         await self._answer(channel, ShardProgress(pieces.digest, sum(map(len, parts.values()))))
-        while self.dawdling:
+        claimed = 0
+        while self.dawdling and (claimed := claimed + self.claimed_per_s) < max(pieces.shard_bytes, 1):
             await trio.sleep(1)
-            await self._answer(channel, ShardProgress(pieces.digest, 0))
+            await self._answer(channel, ShardProgress(pieces.digest, claimed))
         for index in [0] * 99 if self.greedy else range(pieces.count):
             if index in parts and not self.greedy:
                 continue

@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -205,6 +207,81 @@ def test_a_shard_is_read_once_in_the_life_of_a_process(tmp_path: Path, monkeypat
 
     on_disk(tmp_path, first)
     on_disk(tmp_path, second)
+
+
+def readings(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The partial files that were read, as it goes on; fails when two are read at a time."""
+    reads: list[Path] = []
+    present, alone = module._present, threading.Lock()
+
+    def spy(part: Path, pieces: PieceList) -> list[int]:
+        reads.append(part)
+        assert alone.acquire(blocking=False), "two at a time"
+        try:
+            time.sleep(0.01)
+            return list(present(part, pieces))
+        finally:
+            alone.release()
+
+    monkeypatch.setattr(module, "_present", spy)
+    return reads
+
+
+def test_who_begins_a_shard_again_and_again_has_nothing_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces, parts = pieces_of(content(1))
+    others = [pieces_of(content(number)) for number in range(2, 5)]
+    reads = readings(monkeypatch)
+
+    async def first(store: DiskStore) -> None:
+        for index in (2, 0):
+            await store.begin(pieces, nothing)
+            assert await store.write(pieces, index, parts[index])
+            assert not await store.write(pieces, 3, parts[0])
+        assert await store.begin(pieces, nothing) == {0, 2}
+        for other, its_parts in others:
+            assert await store.begin(other, nothing) == frozenset()
+            assert await store.write(other, 0, its_parts[0])
+        assert reads == [], "this process made the files"
+
+    async def second(store: DiskStore) -> None:
+        async with trio.open_nursery() as nursery:
+            for shard in (pieces, *(other for other, _ in others)):
+                for _ in range(10):
+                    nursery.start_soon(store.begin, shard, nothing)
+        assert len(reads) == 4, "once each"
+        assert await store.begin(pieces, nothing) == {0, 2}
+        assert await fill(store, content(1)) == [1, 3]
+        assert store.path(pieces.digest).read_bytes() == content(1)
+
+    on_disk(tmp_path, first)
+    on_disk(tmp_path, second)
+
+
+def test_what_is_known_of_a_partial_file_goes_with_it(tmp_path: Path) -> None:
+    shard = content(1)
+    pieces, parts = pieces_of(shard)
+    file = tmp_path / "partial" / pieces.digest.hex()
+
+    async def body(store: DiskStore) -> None:
+        damages: list[Callable[[], None]] = [
+            lambda: file.unlink(),
+            lambda: os.truncate(file, PIECE),
+            lambda: os.truncate(file, 0),
+        ]
+        for gone in damages:
+            await store.begin(pieces, nothing)
+            for index in (0, 1):
+                assert await store.write(pieces, index, parts[index])
+            gone()
+            here = {0} if file.exists() and file.stat().st_size else set()
+            assert await store.begin(pieces, nothing) == here
+        await fill(store, content(2))  # it makes room for that
+        assert not file.exists()
+        assert await fill(store, shard) == [0, 1, 2, 3]
+        await fill(store, content(2))
+        assert await fill(store, shard) == [0, 1, 2, 3], "a whole one that went"
+
+    on_disk(tmp_path, body, len(shard))
 
 
 def test_a_piece_list_is_made_anew_when_it_does_not_hold(tmp_path: Path) -> None:

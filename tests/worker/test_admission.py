@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from math import inf
 
 import pytest
@@ -132,7 +133,43 @@ def test_an_owner_leases_at_most_its_share_of_the_memory() -> None:
     prepared(ledger, request(3, owner="bob"), 1.0, BOB.peer)
     assert reason_of(lambda: ledger.prepare(request(4), 1.0, ANN.peer)) == RefusalReason.MEMORY
     first.holders.clear()
+    first.sessions = 1
+    assert reason_of(lambda: ledger.prepare(request(4), 1.0, ANN.peer)) == RefusalReason.MEMORY, "it is still in use"
+    first.sessions = 0
     ledger.prepare(request(4), 1.0, ANN.peer)
+
+
+@pytest.mark.parametrize("use", ["leased", "sessions", "loading", "idle"])
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.01])
+def test_whatever_one_owner_does_another_finds_a_place(use: str, share: float) -> None:
+    ledger, ann = SpanLedger(1 << 30, owner_share=share), 0
+    for name in range(LEASES_MAX):
+        with suppress(Refused):
+            lease = loaded(ledger, request(name), 0.0)
+            ledger.require_use(lease)
+            if use == "leased":
+                lease.holders[ANN.peer] = Holding(LEASE, inf, b"")
+            lease.sessions = int(use == "sessions")
+            lease.state = SpanState.LOADING if use == "loading" else SpanState.LOADED
+            ann += 1
+    assert ann == (LEASES_MAX if use == "idle" else ledger.owner_places)
+    assert ledger.owner_places == {1.0: LEASES_MAX - 1, 0.5: LEASES_MAX // 2, 0.01: 1}[share]
+    prepared(ledger, request(9, owner="bob"), 1.0, BOB.peer)
+
+
+def test_a_cache_beyond_its_owners_share_is_used_only_when_others_make_way() -> None:
+    ledger = SpanLedger(4 * BLOCK_BYTES, owner_share=0.5)
+    caches = [loaded(ledger, request(name), 0.0) for name in range(4)]
+    for lease in caches[:2]:
+        ledger.require_use(lease)
+        lease.sessions = 1
+    for name in (2, 3):
+        assert reason_of(lambda name=name: ledger.require_use(caches[name])) == RefusalReason.MEMORY
+        assert reason_of(lambda name=name: ledger.prepare(request(name), 1.0, ANN.peer)) == RefusalReason.MEMORY
+    ledger.require_use(caches[0])
+    ledger.prepare(request(0), 1.0, ANN.peer)
+    caches[1].sessions = 0
+    ledger.require_use(caches[2])
 
 
 def test_the_disk_is_bounded_before_a_byte_is_uploaded() -> None:
@@ -213,8 +250,10 @@ def test_a_silent_upload_is_dropped_and_a_loaded_span_is_not() -> None:
 def test_no_more_deployments_than_an_advert_can_name() -> None:
     ledger = SpanLedger(1 << 30)
     for name in range(LEASES_MAX):
-        prepared(ledger, request(name), 0.0)
-    assert reason_of(lambda: ledger.prepare(request(99), 1.0, ANN.peer)) == RefusalReason.MEMORY
+        prepared(ledger, request(name, owner="ann" if name else "bob"), 0.0)
+    for owner in ("ann", "carl"):
+        wanted = request(99, owner=owner)
+        assert reason_of(lambda wanted=wanted: ledger.prepare(wanted, 1.0, wanted.owner)) == RefusalReason.MEMORY
     lease = ledger.leases[request(3).deployment]
     lease.holders.clear()
     assert ledger.prepare(request(99), 1.0, ANN.peer) == (lease,)

@@ -10,6 +10,7 @@ import trio
 from protocol import limits
 from protocol.adverts import TOPIC, Advert, AdvertGate, HeldSpan, Rtt, Speed, peer_tag, sign_advert
 from protocol.ids import PeerId
+from protocol.messages import ReleaseSpan
 from simnet.runtime import VirtualClock
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, QUEUE_BYTES, Swarm, identity, in_swarm
 from worker.herald import GAP_S
@@ -135,7 +136,8 @@ def test_an_advert_with_too_much_to_say_still_fits() -> None:
         herald = worker.service.herald
         herald.config = replace(herald.config, speeds=tuple(Speed(f"dtype{i}", 1.0, 1.0) for i in range(4)))
         for index in range(limits.ADVERT_SPANS_MAX):
-            await swarm.client.deploy(worker, 1, 0, 1, bytes([index]) * 16)
+            deployment = await swarm.client.deploy(worker, 1, 0, 1, bytes([index]) * 16)
+            await swarm.client.ask(worker, ReleaseSpan(deployment, False, b""))
         herald._rtts = {identity(str(index)).peer: (1000 / 7, 0.0) for index in range(40)}
         addrs, long = worker.endpoint.addrs, ("/dns4/" + "x" * 100 + "/tcp/1",) * 4
         now_ms = int(VirtualClock().time() * 1000)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
 from collections.abc import Callable
+from math import inf
 from typing import TypeVar
 
 import pytest
@@ -24,7 +27,19 @@ from protocol.messages import (
 )
 from protocol.ports import LoadedSpan, SpanSpec
 from simnet.compute import CostModel, ToyCompute
-from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, HandClient, Swarm, Worker, in_swarm, lease_of, make_manifest
+from tests.helpers.workers import (
+    BLOCK_BYTES,
+    DEPLOYMENT,
+    HandClient,
+    Swarm,
+    Worker,
+    identity,
+    in_swarm,
+    lease_of,
+    make_manifest,
+)
+from worker import control
+from worker.config import Quotas
 
 T = TypeVar("T")
 
@@ -195,6 +210,84 @@ def test_who_sends_large_manifests_is_soon_told_to_wait() -> None:
         assert reasons[0] == RefusalReason.BAD_MANIFEST
         assert reasons.count(RefusalReason.BAD_MANIFEST) < 8
         assert set(reasons) == {RefusalReason.BAD_MANIFEST, RefusalReason.RATE}
+
+    in_swarm(1, test)
+
+
+def answers(many: list[Message]) -> dict[str, int]:
+    return dict(Counter(each.reason if isinstance(each, Refusal) else type(each).__name__ for each in many))
+
+
+def test_manifests_that_wait_to_be_read_are_bounded_and_leave_others_room() -> None:
+    async def slowly(function: Callable[[], T]) -> T:
+        await trio.sleep(10)
+        return function()
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        data, _, _ = make_manifest(swarm.client.identity, 2)
+        large = lease_of(bytes(limits.MANIFEST_BYTES_MAX), 0, 1)
+        told: list[Message] = []
+
+        async def tell(client: HandClient, request: LeaseSpan) -> None:
+            told.append(await client.ask(worker, request))
+
+        async with trio.open_nursery() as nursery:
+            for name in ("mallory", "trudy", "eve"):
+                crowd = await swarm.another(name)
+                for _ in range(20):
+                    nursery.start_soon(tell, crowd, large)
+                await trio.sleep(1)
+            assert answers(told) == {RefusalReason.RATE: 46}
+            assert "come again in" in "".join(each.detail for each in told if isinstance(each, Refusal))
+            for _ in range(8):
+                nursery.start_soon(tell, swarm.client, lease_of(data, 0, 2))
+        assert answers(told) == {RefusalReason.RATE: 46, RefusalReason.BAD_MANIFEST: 14, "SpanLeased": 8}
+        book = worker.service._control._unread_manifests
+        assert book.used_bytes == 0
+
+    in_swarm(1, test, run_sync=slowly, quotas=Quotas(requests=inf, peer_requests=inf))
+
+
+def test_manifests_that_wait_for_their_deployment_are_bounded_for_each_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        bob = await swarm.another("bob")
+        data, manifest, shards = make_manifest(swarm.client.identity, 2)
+        assert await missing(swarm.client, worker, lease_of(data, 0, 2))
+        await swarm.client.upload(worker, shards)
+        told: list[Message] = []
+
+        async def tell(request: Message) -> None:
+            told.append(await swarm.client.ask(worker, request))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(tell, LoadSpan(manifest.deployment))
+            await trio.sleep(1)
+            for _ in range(10):
+                nursery.start_soon(tell, lease_of(data, 0, 2))
+            await trio.sleep(1)
+            assert answers(told) == {RefusalReason.RATE: 6}
+            assert reason(await bob.ask(worker, lease_of(data, 0, 2))) == RefusalReason.FORBIDDEN, "it does not wait"
+            own = lease_of(make_manifest(bob.identity, 2)[0], 0, 2)
+            assert isinstance(await bob.ask(worker, own), SpanLeased)
+        assert answers(told) == {RefusalReason.RATE: 6, "SpanLeased": 4, "SpanLoaded": 1}
+        assert worker.service._control._read_manifests.used_bytes == 0
+
+    size = len(make_manifest(identity("client"), 2)[0])
+    monkeypatch.setattr(control, "MANIFEST_BYTES_WAITING_MAX", 8 * size)
+    in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=10.0)))
+
+
+def test_a_stream_that_waits_for_its_next_message_holds_none_before() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        streams = [await swarm.client.dial(worker, CONTROL) for _ in range(4)]
+        for stream in streams:
+            assert isinstance(await stream.call(lease_of(b"held" * 1000, 0, 1)), Refusal)
+        gc.collect()
+        requests = [each for each in gc.get_objects() if type(each) is LeaseSpan]
+        assert not [each for each in requests if each.manifest == b"held" * 1000]
 
     in_swarm(1, test)
 

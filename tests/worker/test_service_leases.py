@@ -44,7 +44,7 @@ from tests.helpers.workers import (
     some_rows,
 )
 from worker.admission import UPLOAD_SILENCE_S
-from worker.config import Blank
+from worker.config import Blank, Quotas
 from worker.leases import GRACE_S
 from worker.rights import Rights
 from worker.service import SWEEP_S
@@ -399,3 +399,24 @@ def test_nobody_holds_memory_that_it_does_not_fill() -> None:
         worker.assert_idle()
 
     in_swarm(1, test)
+
+
+def test_sessions_on_spans_that_are_not_leased_are_its_owners_share_too() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        for salt in (b"other" + bytes(11), SALT):
+            other = await swarm.client.deploy(worker, 2, 0, 2, salt)
+            await swarm.client.ask(worker, ReleaseSpan(other, False, b""))
+        first, second = worker.service.house.spans.leases
+        route = await opened(swarm.client, worker, deployment=first)
+        assert RefusalReason.MEMORY in await refused_session(swarm.client, worker, deployment=second)
+        data, _, _ = make_manifest(swarm.client.identity, 2, b"third" + bytes(11))
+        assert reason(await swarm.client.ask(worker, lease_of(data, 0, 2))) == RefusalReason.MEMORY
+        bob = await swarm.another("bob")
+        await lease(bob, worker)
+        await route.aclose()
+        await trio.sleep(1)
+        assert isinstance(await swarm.client.ask(worker, lease_of(data, 0, 2)), SpanLeased)
+
+    room: Any = {"memory_bytes": 4 * BLOCK_BYTES + KV_BYTES, "kv_memory_bytes": KV_BYTES}
+    in_swarm(1, test, quotas=Quotas(owner_memory_share=0.5), **room)

@@ -35,11 +35,14 @@ from tests.helpers.shards import (
     in_big_swarm,
     leased,
     lines,
+    next_of,
     reason,
     source,
 )
 from tests.helpers.workers import DEPLOYMENT, Swarm, Worker
+from worker.fetch import SILENT_S
 from worker.piece_plan import LATE_S, WINDOW_START
+from worker.suppliers import JOBS_MAX
 
 
 def test_several_sources_share_the_work() -> None:
@@ -145,6 +148,68 @@ def test_a_source_that_lies_is_named_and_not_asked_again() -> None:
         assert list(worker.store.whole.values()) == shards
         assert worker.counts.violations == [(liar.peer, SHARD)]
         assert sum(isinstance(message, ShardAsk) for message in asked) == 1
+
+    in_big_swarm(1, test)
+
+
+async def silent_source(swarm: Swarm, shards: list[bytes]) -> Source:
+    """It has the shards, and never gives a piece."""
+    named = await swarm.another("silent")
+
+    async def offer(stream: Stream) -> None:
+        channel = Channel(stream, SHARD)
+        while (received := await channel.receive()) is not None:
+            match received[0]:
+                case ShardAsk(digest):
+                    pieces = next(each for each in map(PieceList.of_bytes, shards) if each.digest == digest)
+                    await channel.send(ShardOffer(digest, pieces.shard_bytes, (), b""), pieces.hashes)
+
+    named.endpoint.handle(SHARD, offer)
+    return Source(named.peer, named.endpoint.addrs)
+
+
+def test_a_source_that_owes_pieces_and_brings_none_is_let_go() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        (shard,) = await leased(swarm.client, worker)
+        sources = (await silent_source(swarm, [shard]),)
+        channel = await swarm.client.dial(worker, SHARD)
+        await swarm.client.offer(channel, shard, sources, capability(swarm.client, worker))
+        await trio.sleep(SILENT_S - 5)
+        assert _shard_streams(swarm, worker) == [sources[0].peer]
+        await trio.sleep(10)
+        assert worker.service._fetches._running, "its client is waited for"
+        assert not _shard_streams(swarm, worker)
+        await swarm.client.upload(worker, [shard], sources=sources)
+        assert not _shard_streams(swarm, worker), "it rests"
+
+    in_big_swarm(1, test)
+
+
+def test_what_waits_for_a_source_is_bounded() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        stays, goes = await leased(swarm.client, worker, 2)
+        sources, right = (await silent_source(swarm, [stays, goes]),), capability(swarm.client, worker)
+
+        async def offered(shard: bytes) -> Channel:
+            channel = await swarm.client.dial(worker, SHARD)
+            await swarm.client.offer(channel, shard, sources, right)
+            await next_of(channel, PiecesWanted)
+            return channel
+
+        await offered(stays)
+        (supplier,) = worker.service._fetches.suppliers._live.values()
+        for _ in range(20):
+            await (await offered(goes)).aclose()
+            await trio.sleep(0.1)
+        assert len(supplier.jobs) == 1, "the fetches before it are over"
+        for _ in range(JOBS_MAX + 5):
+            channel = await swarm.client.dial(worker, SHARD)
+            await swarm.client.offer(channel, stays, sources, right)
+            await trio.sleep(0.1)
+            await channel.aclose()
+        assert len(supplier.jobs) == JOBS_MAX, "one fetch, asked for again and again"
 
     in_big_swarm(1, test)
 
