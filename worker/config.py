@@ -74,7 +74,7 @@ class Quotas:
     """What peers may take of this machine besides memory. Rates per second; bytes count both directions. "peer" is one
     connection's other end, "owner" whoever signed a deployment's manifest."""
 
-    owner_memory_share: float = 1.0  # of the weight memory, and of places for deployments, that one owner may use
+    owner_memory_share: float = 1.0  # of the weight memory, and of all places for deployments but one, for one owner
     bandwidth: float = inf
     peer_bandwidth: float = inf
     requests: float = 1000.0  # control and shard requests, and session openings

@@ -122,7 +122,8 @@ class PageBook:
     def keep(self, table: PageTable, first: int, *keys: bytes) -> None:
         """The session's pages from number `first` on are full: keep them under `keys`, if there is room for names. The
         first page of a key stays; a page has one."""
-        self.give_up(min(len(self.unused), len(self._kept) + len(keys) - NAMED_PAGES_MAX))
+        new = sum((table.tenant, key) not in self._kept for key in keys)
+        self.give_up(min(len(self.unused), len(self._kept) + new - NAMED_PAGES_MAX))
         for page, key in zip(table.pages[first:], keys, strict=False):
             kept = table.tenant, key
             if kept not in self._kept and page not in self._key_of and len(self._kept) < NAMED_PAGES_MAX:

@@ -73,14 +73,14 @@ class SessionKv:
     def begin(self, position: int) -> None:
         """A step is about to write from `position` <= `length` on. Raises Refused(KV_MEMORY) for a session that wrote
         into pages it shares, when no page is left; never for others."""
-        self.extent.truncate(position)
         first = position // limits.PAGE_TOKENS
+        if self._began and position < self.length:  # the keys stand for what was there, and not for what comes now
+            self._keys = self._keys[:first]
+        self.extent.truncate(position)
         if first >= self._shut:
             return
         copied = self._book.write(self.table, first)
         self._shut = first
-        if self._began:  # the keys stand for what was there, and not for what comes now
-            self._keys = self._keys[:first]
         self.extent.runs = runs_of(self.table.pages, limits.PAGE_TOKENS)
         if copied is not None:
             old, new = (page * limits.PAGE_TOKENS for page in copied)

@@ -147,6 +147,16 @@ def test_a_later_session_begins_where_an_earlier_one_left_its_pages(shop: Shop) 
     check(shop)
 
 
+def test_who_goes_back_before_a_page_is_full_names_it_no_more(shop: Shop) -> None:
+    loaded(shop)
+    x, other = inputs(300), -inputs(300)
+    begin(shop, 1, 300, page_keys=KEYS[:4])
+    run(shop, 1, x, 0, [200])
+    run(shop, 1, other, 195, [100])
+    assert begin(shop, 2, 300, page_keys=KEYS) == 3 * PAGE_TOKENS, "the fourth page holds another text"
+    check(shop)
+
+
 def test_who_goes_back_into_named_pages_takes_their_names_with_it(shop: Shop) -> None:
     """Another text follows there: found under the old name, it would be a wrong beginning."""
     loaded(shop)
