@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
@@ -27,7 +26,6 @@ from client.kept import (
     Opening,
     common,
 )
-from client.observer import NullObserver
 from client.speculation import PromptLookup, Speculation
 from models.sampling import SamplingParams
 from protocol.errors import SottoError
@@ -304,68 +302,6 @@ def test_an_answer_that_is_stopped_leaves_what_it_computed(after_s: float) -> No
 
     following, answer = virtual(main)
     assert answer == alone(following)
-
-
-class Notes(NullObserver):
-    def __init__(self) -> None:
-        self.notes: list[tuple[str, object]] = []
-
-    def request_started(self, prompt_tokens: int) -> None:
-        self.notes.append(("started", prompt_tokens))
-
-    def first_token(self, seconds: float) -> None:
-        self.notes.append(("first", round(seconds, 6)))
-
-    def next_token(self, seconds: float) -> None:
-        self.notes.append(("next", round(seconds, 6)))
-
-    def request_finished(self, finish_reason: str, generated_tokens: int, seconds: float) -> None:
-        self.notes.append(("finished", (finish_reason, generated_tokens, round(seconds, 6))))
-
-    def request_failed(self, kind: str, generated_tokens: int) -> None:
-        self.notes.append(("failed", (kind, generated_tokens)))
-
-
-def observed(opener: Opener, tokens: int = 3, until_s: float = 99.0) -> list[tuple[str, object]]:
-    """What an observer hears of a request for so many tokens, given up after `until_s`."""
-    notes = Notes()
-
-    async def main() -> None:
-        kept = KeptSession(opener, KeptTerms(losses_max=1))
-        host = GenerationHost(VirtualClock(), observer=notes)
-        with trio.move_on_after(until_s):
-            await ids(KeptRequest(kept, KeptAsk(PROMPT, params(tokens), ENDS), host))
-
-    with suppress(SottoError):
-        virtual(main)
-    return notes.notes
-
-
-def test_an_observer_hears_of_one_request_and_its_times() -> None:
-    heard = [("started", 4), ("first", 0.1), ("next", 0.1), ("next", 0.1), ("finished", ("length", 3, 0.3))]
-    assert observed(Opener([Session()])) == heard
-
-
-def test_of_a_request_that_lost_its_session_an_observer_hears_once() -> None:
-    """It took longer; its user has one answer, and neither a failure nor a second first token."""
-    heard = observed(Opener([Session(3), Session()]))
-    assert [name for name, _ in heard] == ["started", "first", "next", "next", "finished"]
-    assert heard[-1] == ("finished", ("length", 3, 0.4))
-
-
-def test_a_request_that_fails_or_is_given_up_is_counted_by_its_kind_with_what_it_had() -> None:
-    assert observed(Opener([Session(3), Session(1)]))[-1] == ("failed", ("HopLost", 1))
-    assert observed(Opener([Session()]), tokens=9, until_s=0.25)[-1] == ("failed", ("cancelled", 2))
-
-    async def leave() -> list[tuple[str, object]]:
-        notes = Notes()
-        host = GenerationHost(VirtualClock(), observer=notes)
-        asked = KeptRequest(Opener([Session()]).kept(), KeptAsk(PROMPT, params(), ENDS), host)
-        async with aclosing(asked.tokens()) as tokens:
-            await anext(tokens)
-        return notes.notes
-
-    assert virtual(leave)[-1] == ("failed", ("cancelled", 1))
 
 
 def test_a_prompt_that_goes_back_into_named_pages_has_a_session_of_its_own() -> None:

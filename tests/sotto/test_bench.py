@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from node.groups import leaf
 from protocol.errors import InputError, LocalProtocolError
-from simnet.bench import dataplane, engine, growth, plots, precision, serve, speculation
+from simnet.bench import dataplane, growth, plots, precision, serve, speculation
+from simnet.bench.engine import run as engine
 from simnet.bench.scheduler import live
 from simnet.bench.scheduler import run as scheduler
 from sotto.__main__ import app
