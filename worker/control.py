@@ -215,7 +215,12 @@ class Control:
     async def _restore(self, request: SpanRequest) -> None:
         if request.deployment in self.house.spans.leases or not self.house.spans.fits(request):
             return
-        self.house.spans.prepare(request, self.ports.clock.monotonic(), request.owner)
+        try:
+            self.house.spans.prepare(request, self.ports.clock.monotonic(), request.owner)
+        except Refused as refusal:
+            if refusal.reason is not RefusalReason.MEMORY:
+                raise
+            return  # its owner uses its share by now: what is on disk may be wanted again later
         span = self.house.spans.known(request.deployment)
         try:
             await self._load_span(span)

@@ -8,6 +8,8 @@ import trio
 from protocol.errors import Refused
 from protocol.messages import LoadSpan, RefusalReason, ReleaseSpan, SpanLeased, SpanLoaded
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, in_swarm, lease_of, make_manifest
+from worker.admission import SpanLease, SpanLedger
+from worker.spans import SpanRequest
 
 
 def test_a_worker_that_restarts_serves_from_its_store() -> None:
@@ -55,6 +57,28 @@ def test_the_newest_spans_come_back_as_far_as_they_fit() -> None:
         assert {held.deployment for held in worker.service.herald._held()} == set(deployments[1:])
 
     in_swarm(1, test, memory_bytes=4 * BLOCK_BYTES + 1, kv_memory_bytes=1)
+
+
+def test_a_span_for_which_its_owner_has_no_share_left_now_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its owner was sooner than the disk, and uses other spans by then."""
+
+    async def test(swarm: Swarm) -> None:
+        kept = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        late = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
+        require = SpanLedger._require_share
+
+        def used_up(ledger: SpanLedger, request: SpanRequest, replaced: SpanLease | None) -> None:
+            if request.deployment == late:
+                raise Refused(RefusalReason.MEMORY, "one owner may use less")
+            require(ledger, request, replaced)
+
+        monkeypatch.setattr(SpanLedger, "_require_share", used_up)
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        assert [held.deployment for held in worker.service.herald._held()] == [kept]
+        assert set(worker.store.spans) == {kept, late}
+
+    in_swarm(1, test)
 
 
 @pytest.mark.parametrize("damage", ["record", "wrong name", "shard garbled", "shard gone", "engine refuses"])
