@@ -69,6 +69,9 @@ def test_the_history_is_learnt_from() -> None:
     assert choosing.decide(wanted()).plan.strategy == Strategy(speculation="lookup")
     other = replace(wanted(), name="another model")
     assert choosing.decide(other).plan.strategy == Strategy(), "what one model showed says nothing of another"
+    rate, money = (choosing.decide(wanted(objective=objective)).plan.strategy for objective in ("throughput", "cost"))
+    assert RECORD.task.objective == "latency"
+    assert rate == money == Strategy(), "nor what it showed for one objective, whose predictions err otherwise"
 
 
 def test_what_is_old_counts_less() -> None:
