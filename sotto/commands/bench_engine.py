@@ -31,6 +31,13 @@ Out = Annotated[
     ),
 ]
 Plots = Annotated[Path | None, typer.Option(help="Draw pictures (PNG) into this folder; needs the extra 'plots'.")]
+Keep = Annotated[
+    Path | None,
+    typer.Option(
+        help="Leave the workers' files and the requests' records in this new folder: 'sotto history --data-dir' takes "
+        "the folders in it that hold client/history.db. Default: nothing stays."
+    ),
+]
 BenchModel = Annotated[
     str, typer.Option("--model", "-m", help="A random model, 30m, 120m or 500m, or a folder in Hugging Face layout.")
 ]
@@ -56,6 +63,7 @@ def engine(
     data: Data = None,
     plots: Plots = None,
     out: Out = None,
+    keep: Keep = None,
     as_json: Json = False,
 ) -> None:
     """Decoding, throughput and prefill through three sealed hops beside transformers, as ratios; and how cost grows.
@@ -63,7 +71,7 @@ def engine(
     Real workers on loopback, one thread each. Random weights: they measure speed, and say nothing of answers.
     """
     report: dict[str, Any] = {}
-    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, lines(out) as found:
+    with errors(as_json), workplace(keep) as folder, lines(out) as found:
         from simnet.bench import plots as pictures
         from simnet.bench.checkpoints import PRECISIONS
         from simnet.bench.engine import run as bench
@@ -73,7 +81,7 @@ def engine(
         if plots is not None:
             pictures.require(plots)
         options = bench.Options(
-            folder=Path(folder),
+            folder=folder,
             tokenizer_from=demo_checkpoint(),
             model=model,
             only=tuple(words(only)) if only else bench.PARTS,
@@ -90,6 +98,25 @@ def engine(
     if as_json:
         print_json(report)
     end(report)
+
+
+@contextmanager
+def workplace(keep: Path | None) -> Iterator[Path]:
+    """The folder of a benchmark's files. Raises InputError where those of another are."""
+    if keep is None:
+        with tempfile.TemporaryDirectory(prefix="sotto-bench-") as name:
+            yield Path(name)
+        return
+    from protocol.errors import InputError
+
+    folder = keep.expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise InputError(f"--keep {folder} is not empty: name a new folder")
+    except OSError as error:
+        raise InputError(f"--keep {folder} cannot be used: {error.strerror}") from error
+    yield folder
 
 
 def data_beside() -> Path | None:

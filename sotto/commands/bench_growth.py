@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import BenchModel, Data, Out, Plots, data_beside, lines, say_line, words
+from sotto.commands.bench_engine import (
+    BenchModel,
+    Data,
+    Keep,
+    Out,
+    Plots,
+    data_beside,
+    lines,
+    say_line,
+    words,
+    workplace,
+)
 from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
 
 OneDtype = Annotated[str, typer.Option(help="Precision: float32, bfloat16 or int8.")]
@@ -25,6 +35,7 @@ def growth(
     minutes: Annotated[float, typer.Option(min=0, help="Time for measuring, about.")] = 20.0,
     plots: Plots = None,
     out: Out = None,
+    keep: Keep = None,
     as_json: Json = False,
 ) -> None:
     """How cost grows with context, concurrency, hops and the model's size, and what memory a session takes.
@@ -32,7 +43,7 @@ def growth(
     Each axis gives an exponent, and where it bends. With --out a run that was cut short goes on where it stopped.
     """
     report: dict[str, Any] = {}
-    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
+    with errors(as_json), workplace(keep) as folder:
         from simnet.bench import growth as bench
         from simnet.bench import plots as pictures
         from sotto.demo import demo_checkpoint
@@ -40,7 +51,7 @@ def growth(
         if plots is not None:
             pictures.require(plots)
         options = bench.Options(
-            folder=Path(folder),
+            folder=folder,
             tokenizer_from=demo_checkpoint(),
             model=model,
             dtype=dtype,
@@ -78,6 +89,7 @@ def serve(
     data: Data = None,
     plots: Plots = None,
     out: Out = None,
+    keep: Keep = None,
     as_json: Json = False,
 ) -> None:
     """Serve a workload through three sealed hops: throughput, and percentiles of what its users wait for.
@@ -85,7 +97,7 @@ def serve(
     The chat trace's lengths are taken at an eighth. Where --data has no trace, a generator of the same shape is used.
     """
     report: dict[str, Any] = {}
-    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
+    with errors(as_json), workplace(keep) as folder:
         from simnet.bench import plots as pictures
         from simnet.bench import serve as bench
         from sotto.demo import demo_checkpoint
@@ -93,7 +105,7 @@ def serve(
         if plots is not None:
             pictures.require(plots)
         options = bench.Options(
-            folder=Path(folder),
+            folder=folder,
             tokenizer_from=demo_checkpoint(),
             model=model,
             dtype=dtype,

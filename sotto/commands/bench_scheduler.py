@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sotto.commands.bench_engine import Keep, workplace
 from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
 
 SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
@@ -39,6 +39,7 @@ def scheduler(
             help="With --live: for each workload, about; a warm-up and 8 rounds are made in any case. Default: 30.",
         ),
     ] = None,
+    keep: Keep = None,
     as_json: Json = False,
 ) -> None:
     """Judge every selector on models, routes and workloads that it never saw; how it learns; what features are worth.
@@ -46,8 +47,8 @@ def scheduler(
     One thread; minutes for a few thousand runs. See docs/SCHEDULER.md for what the figures mean.
     """
     with errors(as_json):
-        _check(live, plots, minutes)
-        report = _live(records, only, minutes, as_json) if live else _judged(records, only, plots, as_json)
+        _check(live, plots, (minutes, keep))
+        report = _live(records, only, (minutes, keep), as_json) if live else _judged(records, only, plots, as_json)
     if as_json:
         print_json(report)
     elif live:
@@ -57,13 +58,16 @@ def scheduler(
     end(report)
 
 
-def _check(live: bool, plots: Path | None, minutes: float | None) -> None:
+def _check(live: bool, plots: Path | None, of_live: tuple[float | None, Path | None]) -> None:
     from protocol.errors import InputError
 
     if live and plots is not None:
         raise InputError("--plots draws what was judged on records: leave it out with --live")
+    minutes, keep = of_live
     if minutes is not None and not live:
         raise InputError("--minutes is how long --live takes: give both, or neither")
+    if keep is not None and not live:
+        raise InputError("--keep leaves what --live measured: give both, or neither")
 
 
 def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: bool) -> dict[str, Any]:
@@ -95,19 +99,18 @@ def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda text: line.update(text)
 
 
-def _live(records: Path | None, only: str | None, minutes: float | None, quiet: bool) -> dict[str, Any]:
+def _live(records: Path | None, only: str | None, how: tuple[float | None, Path | None], quiet: bool) -> dict[str, Any]:
     from client.metalearning.advice import Advisor, product
     from simnet.bench.scheduler import live as bench
     from simnet.bench.scheduler import records as tables
     from sotto.demo import demo_checkpoint
 
     report: dict[str, Any] = {}
+    minutes, keep = how
     advisor = Advisor(product(), tables.load(records or _shipped()).known)
-    with tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder:
+    with workplace(keep) as folder:
         names = tuple(bench.WORKLOADS) if only is None else _words(only)
-        options = bench.Live(
-            Path(folder), demo_checkpoint(), bench.MINUTES if minutes is None else minutes, names, advisor
-        )
+        options = bench.Live(folder, demo_checkpoint(), bench.MINUTES if minutes is None else minutes, names, advisor)
         with _status(quiet) as say, keeping(report):
             bench.run(options, report, say)
     return report

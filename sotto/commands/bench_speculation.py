@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import Data, Out, Plots, data_beside, lines, say_line
+from sotto.commands.bench_engine import Data, Keep, Out, Plots, data_beside, lines, say_line, workplace
 from sotto.commands.common import Json, Model, end, errors, keeping, print_json, progress_bar
 
 WIDTH = 46
@@ -32,6 +30,7 @@ def speculation(
     data: Data = None,
     plots: Plots = None,
     out: Out = None,
+    keep: Keep = None,
     as_json: Json = False,
 ) -> None:
     """Tokens per second against round-trip time, without guesses, with lookup, and with a draft model beside it.
@@ -39,7 +38,7 @@ def speculation(
     Real workers behind shaped links; answers of the editing workload are dictated, those of writing are the model's.
     """
     report: dict[str, Any] = {}
-    with errors(as_json), tempfile.TemporaryDirectory(prefix="sotto-bench-") as folder, lines(out) as write:
+    with errors(as_json), workplace(keep) as folder, lines(out) as write:
         from simnet.bench import plots as pictures
         from simnet.bench import speculation as bench
         from sotto.commands.models import open_model
@@ -47,7 +46,7 @@ def speculation(
         if plots is not None:
             pictures.require(plots)
         options = bench.SpeculationBench(
-            folder=Path(folder),
+            folder=folder,
             model=open_model(model).path,
             draft=draft,
             rtts_ms=tuple(rtt_ms or bench.RTTS_MS),

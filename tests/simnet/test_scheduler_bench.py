@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from client.metalearning import candidates
+from client.metalearning.crossfit import Parts
 from client.metalearning.evaluate import FIXED, NONE, OURS
 from client.metalearning.selectors.base import Prediction
 from client.metalearning.selectors.hedged import Hedged
@@ -202,6 +203,12 @@ def test_a_point_of_the_curve_learns_from_so_many(judge: Judge, monkeypatch: pyt
         10,
         "all",
     ]
+    at_all = [point for point in points if (point["split"], point["contexts"]) == ("route", "all")]
+    reported = figures(spying.records.judged.held_out("route"), whole["route"])["selectors"]
+    for point in at_all:
+        told = {name: value for name, value in reported[point["selector"]].items() if name in point}
+        assert {"tolerant_accuracy", "macro_f1", "worst_decile", "acceleration_over_none_interval"} < set(told)
+        assert {name: point[name] for name in told} == {name: pytest.approx(value) for name, value in told.items()}
 
 
 def test_features_are_left_out_by_their_group(judge: Judge) -> None:
@@ -216,6 +223,12 @@ def test_features_are_left_out_by_their_group(judge: Judge) -> None:
     }
     assert all(set(found) == {"without_model", "without_route", "without_task"} for found in report.values())
     assert any(gains["gradient_boosting"])
+    parts = Parts.of(both.records.judged.held_out("model"))
+    assert parts is not None
+    with_all = parts.fractions(whole["model"]["gradient_boosting"].choices).mean()
+    for splits in report["gradient_boosting"].values():
+        without = splits["model"]
+        assert without["gain"] == pytest.approx(with_all - without["mean_fraction_of_oracle"])
     assert not any(gains[OURS]), "a ranking looks at no feature"
 
 
@@ -282,7 +295,8 @@ def test_the_whole_report_and_its_pictures(judge: Judge, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("words", "says"), [(("--live", "--plots", "there"), "--plots"), (("--minutes", "3"), "--live")]
+    ("words", "says"),
+    [(("--live", "--plots", "there"), "--plots"), (("--minutes", "3"), "--live"), (("--keep", "there"), "--live")],
 )
 def test_options_that_mean_nothing_together_are_refused(words: tuple[str, ...], says: str) -> None:
     result = CliRunner().invoke(app, ["bench", "scheduler", *words, "--json"])

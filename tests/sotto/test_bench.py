@@ -119,6 +119,28 @@ def test_what_was_measured_before_an_error_is_printed(
         assert json.loads(result.stdout) == {**MEASURED, "error": "the prompt is too long"}
 
 
+@pytest.mark.parametrize("command", ["engine", "growth", "serve", "speculation", "scheduler --live"])
+def test_what_a_benchmark_left_behind_is_kept_where_asked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    """In a folder that nothing else is in: what `auto` measured yesterday is no part of what it knows today."""
+
+    def run(options: Any, report: dict[str, Any], hear: Any, *_: Any) -> None:
+        (options.folder / "history.sqlite").write_bytes(b"")
+        report |= MEASURED
+
+    for bench in (engine, growth, serve, speculation, live):
+        monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr("client.metalearning.advice.Advisor", lambda *_: None)
+    words = ["bench", *command.split(), "--keep", str(tmp_path / "kept"), "--json"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "kept" / "history.sqlite").exists()
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 1
+    assert "not empty" in json.loads(again.stdout)["error"]
+
+
 def test_what_is_asked_for_reaches_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(engine, "run", lambda options, report, hear: asked.append(options))

@@ -16,13 +16,12 @@ from client.metalearning.crossfit import Parts
 from client.metalearning.evaluate import FIXED, OURS, Judged
 from client.metalearning.resampling import Draws
 from client.metalearning.table import Array, Mask, Table
-from simnet.bench.scheduler.judge import Judge, Learnt
+from simnet.bench.scheduler.judge import Judge, Learnt, of_many, per_context
 from simnet.bench.scheduler.records import SPLITS
 
 SIZES = (15, 30, 60, 120)
 SEEDS = 3
 LEARNERS = (FIXED, "gradient_boosting", OURS)
-METRICS = ("tolerant_accuracy", "mean_fraction_of_oracle")
 
 
 def sizes(judge: Judge) -> list[int]:
@@ -40,8 +39,9 @@ def steps(judge: Judge) -> int:
 
 
 def curve(judge: Judge, whole: Mapping[str, Mapping[str, Judged]]) -> list[dict[str, Any]]:
-    """A point for each split, selector and size; `whole` has the choices with all contexts, by split and selector.
-    Intervals are over groups and contexts, of the mean over the orders; `seeds` are the orders' own figures."""
+    """A point for each split, selector and size, with the figures that selectors are judged by; `whole` has the choices
+    with all contexts, by split and selector. Intervals are over groups and contexts, of the mean over the orders;
+    `seeds` are the orders' own figures."""
     points = []
     for split in SPLITS:
         table = judge.records.judged.held_out(split)
@@ -50,9 +50,13 @@ def curve(judge: Judge, whole: Mapping[str, Mapping[str, Judged]]) -> list[dict[
         for name in _learners(judge):
             for size in sizes(judge):
                 found = [judge.choices(split, judge.selectors[name], _first(size, seed)) for seed in range(SEEDS)]
-                points.append({"split": split, "selector": name, "contexts": size, **_figures(found, halves, draws)})
+                points.append(
+                    {"split": split, "selector": name, "contexts": size, **_figures(found, table, halves, draws)}
+                )
             every = [whole[split][name]]
-            points.append({"split": split, "selector": name, "contexts": "all", **_figures(every, halves, draws)})
+            points.append(
+                {"split": split, "selector": name, "contexts": "all", **_figures(every, table, halves, draws)}
+            )
     return points
 
 
@@ -68,15 +72,17 @@ def _first(size: int, seed: int) -> Learnt:
     return learnt
 
 
-def _figures(found: list[Judged], halves: Parts, draws: Draws) -> dict[str, Any]:
-    each = {
-        METRICS[0]: [halves.tolerant(one.choices) for one in found],
-        METRICS[1]: [halves.fractions(one.choices) for one in found],
-    }
+def _figures(found: list[Judged], table: Table, halves: Parts, draws: Draws) -> dict[str, Any]:
+    each = [per_context(table, halves, one.choices) for one in found]
     report: dict[str, Any] = {}
-    for metric, values in each.items():
-        mean: Array = np.mean(values, axis=0)
-        report[metric] = float(mean.mean())
-        report[f"{metric}_interval"] = list(draws.mean(mean))
-        report[f"{metric}_seeds"] = [float(value.mean()) for value in values]
+    for name, (_, turn) in each[0].items():
+        mean: Array = np.mean([values[name][0] for values in each], axis=0)
+        report[name] = turn(float(np.nanmean(mean)))
+        report[f"{name}_interval"] = [turn(end) for end in draws.mean(mean)]
+        report[f"{name}_seeds"] = [turn(float(np.nanmean(values[name][0]))) for values in each]
+    every = np.arange(len(table.tasks))
+    figures = [of_many(table, halves, one.choices) for one in found]
+    for name in figures[0]:
+        report[f"{name}_seeds"] = [figure[name](every) for figure in figures]
+        report[name] = float(np.mean(report[f"{name}_seeds"]))
     return report

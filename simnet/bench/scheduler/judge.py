@@ -6,6 +6,7 @@ runs say is looked at only to score the choice made for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,31 +86,42 @@ def figures(table: Table, found: Mapping[str, Judged]) -> dict[str, Any]:
 
 def _figures(table: Table, one: Judged, known: tuple[Parts, Draws], base: Numbers | None) -> dict[str, Any]:
     (halves, draws), choices = known, one.choices
-    fractions = halves.fractions(choices)
     report: dict[str, Any] = {}
-
-    def add(name: str, per_task: Array, turn: Callable[[float], float] = float) -> None:
+    for name, (per_task, turn) in per_context(table, halves, choices).items():
         report[name] = turn(float(np.nanmean(per_task)))
         report[f"{name}_interval"] = [turn(end) for end in draws.mean(per_task)]
-
-    def add_any(name: str, figure: Callable[[Numbers], float]) -> None:
+    for name, figure in of_many(table, halves, choices).items():
         report[name] = figure(np.arange(len(choices)))
         report[f"{name}_interval"] = list(draws.any(figure))
-
-    add("tolerant_accuracy", halves.tolerant(choices))
-    add("within_5_percent", halves.near(choices))
-    add("strict_accuracy", halves.strict(choices))
-    truth = metrics.truths(table, choices)
-    add_any("macro_f1", lambda places: metrics.f1(truth[places], choices[places]))
-    add("mean_fraction_of_oracle", fractions)
-    add("fraction_of_measured_best", metrics.reached(table, choices))
-    add_any("worst_decile", lambda places: metrics.worst_decile(fractions[places]))
-    if candidates.NONE in table.strategies and table.measured[:, table.strategies.index(candidates.NONE)].any():
-        add("acceleration_over_none", _log_gain(table, choices), lambda log: float(np.exp(log)))
     if base is not None:
-        add("gain_over_fixed_ranking", fractions - halves.fractions(base))
+        gain = halves.fractions(choices) - halves.fractions(base)
+        report["gain_over_fixed_ranking"] = float(gain.mean())
+        report["gain_over_fixed_ranking_interval"] = list(draws.mean(gain))
         report["leaves_the_ranking"] = float(np.mean(choices != base))
     return report | one.decision_figures()
+
+
+def per_context(table: Table, halves: Parts, choices: Numbers) -> dict[str, tuple[Array, Callable[[float], float]]]:
+    """By name: a value of each context, NaN where it has none, and what makes a figure of their mean."""
+    found: dict[str, tuple[Array, Callable[[float], float]]] = {
+        "tolerant_accuracy": (halves.tolerant(choices), float),
+        "within_5_percent": (halves.near(choices), float),
+        "strict_accuracy": (halves.strict(choices), float),
+        "mean_fraction_of_oracle": (halves.fractions(choices), float),
+        "fraction_of_measured_best": (metrics.reached(table, choices), float),
+    }
+    if candidates.NONE in table.strategies and table.measured[:, table.strategies.index(candidates.NONE)].any():
+        found["acceleration_over_none"] = (_log_gain(table, choices), math.exp)
+    return found
+
+
+def of_many(table: Table, halves: Parts, choices: Numbers) -> dict[str, Callable[[Numbers], float]]:
+    """By name: a figure of several contexts, which a single one does not have, as a function of their places."""
+    truth, fractions = metrics.truths(table, choices), halves.fractions(choices)
+    return {
+        "macro_f1": lambda places: metrics.f1(truth[places], choices[places]),
+        "worst_decile": lambda places: metrics.worst_decile(fractions[places]),
+    }
 
 
 def _remeasured(halves: Parts, draws: Draws) -> dict[str, Any]:
