@@ -27,7 +27,7 @@ from node.defaults import KV_TOKENS
 from node.model import Ask, Before, DeployedModel, progress
 from protocol.errors import InputError
 from protocol.ids import ID_BYTES
-from protocol.strategy import Strategy
+from protocol.strategy import Auto, Strategy
 
 OVER_BUDGET = "no strategy is expected to stay within the budget: the cheapest is used"
 
@@ -121,8 +121,10 @@ class Chat:
             self._model.choosing.learn(decided, request.token_times_s)
 
     def _decide(self, prompt: ChatPrompt, ask: Ask) -> Decided:
-        """A chat that chooses keeps to what it chose first: another strategy may need another session. What is expected
-        of it is said, and learnt from, anew at each turn."""
+        """A chat that chooses keeps to what it chose first: another strategy may need another session. So it tries
+        nothing: a trial would last as long as the chat. What is expected is said, and learnt from, anew each turn."""
+        if isinstance(ask.strategy, Auto):
+            ask = replace(ask, strategy=replace(ask.strategy, explore=False))
         decided = self._model.decide(prompt.ids, ask, self._chosen)
         if decided.choice is not None:
             if decided.choice.over_budget and self._chosen is None:

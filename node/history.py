@@ -1,9 +1,9 @@
 """The history: one row for each finished request, in one SQLite file of the client's data folder.
 
-Invariant: rows are only ever added, and dropped when there are more than ROWS_MAX, the oldest first; a trigger refuses
-any change. Any number of processes may use the file (WAL: a writer waits for another, readers for nobody). The schema
-has a number, and MIGRATIONS leads from each to the next. What a row means is client/metalearning/record.py's.
-Synchronous: callers on an event loop use a thread (node/recording.py does).
+Invariant: rows are only ever added, and dropped when there are more than ROWS_MAX, the oldest by their time first; a
+trigger refuses any change. Any number of processes may use the file (WAL: a writer waits for another, readers for
+nobody). The schema has a number, and MIGRATIONS leads from each to the next. What a row means is
+client/metalearning/record.py's. Synchronous: callers on an event loop use a thread (node/recording.py does).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from client.metalearning.record import COLUMNS, Record, Scalar, from_row, to_row
@@ -22,6 +23,11 @@ from protocol.errors import InputError
 
 ROWS_MAX = 200_000  # about 100 MB
 BUSY_S = 5.0  # how long to wait for another writer, whose transactions take milliseconds
+ROWS_AT_ONCE = 500  # of a transaction: an import of a hundred thousand rows would else lock requests out for longer
+DROP_OLDEST = """
+    DELETE FROM records WHERE (at_ms, id) <=
+        (SELECT at_ms, id FROM records ORDER BY at_ms DESC, id DESC LIMIT 1 OFFSET ?)
+"""
 OPERATORS = ("<=", ">=", "!=", "=", "<", ">")
 
 # Never edit one that was released: add the next. What is no longer recorded stays in the table, empty: SQLite drops
@@ -62,7 +68,12 @@ MIGRATIONS = (
     ALTER TABLE records ADD COLUMN predicted_spread REAL;
     """,
     "ALTER TABLE records ADD COLUMN measured_losses INTEGER;",
+    "CREATE INDEX by_time ON records (at_ms, id);",
 )
+
+
+class HistoryBusy(InputError):
+    """Another process has been writing for longer than BUSY_S. Nothing is wrong with the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +134,20 @@ class History:
         """Append those that are not there yet; how many. Durable but for a power cut. Raises InputError."""
         places = ", ".join(f":{name}" for name in COLUMNS)
         insert = f"INSERT OR IGNORE INTO records ({', '.join(COLUMNS)}) VALUES ({places})"
-        with _translated(self.path), self._writing():
-            before = self._db.total_changes
-            self._db.executemany(insert, map(to_row, records))
-            added = self._db.total_changes - before
-            self._db.execute("DELETE FROM records WHERE id <= (SELECT MAX(id) FROM records) - ?", (self._rows_max,))
+        added, rows = 0, map(to_row, records)
+        with _translated(self.path):
+            while some := list(islice(rows, ROWS_AT_ONCE)):
+                with self._writing():
+                    before = self._db.total_changes
+                    self._db.executemany(insert, some)
+                    added += self._db.total_changes - before
+                    self._db.execute(DROP_OLDEST, (self._rows_max,))
         return added
 
     def rows(self, where: Sequence[Condition] = (), last: int | None = None) -> list[dict[str, Scalar]]:
         """The rows that all of `where` hold for, the oldest first; only the `last` of them. Raises InputError."""
         tests = " AND ".join(f"{each.column} {each.operator} ?" for each in where) or "TRUE"
-        query = f"SELECT {', '.join(COLUMNS)} FROM records WHERE {tests} ORDER BY id DESC LIMIT ?"
+        query = f"SELECT {', '.join(COLUMNS)} FROM records WHERE {tests} ORDER BY at_ms DESC, id DESC LIMIT ?"
         with _translated(self.path):
             found = self._db.execute(query, (*(each.value for each in where), -1 if last is None else last)).fetchall()
         return [dict(row) for row in reversed(found)]
@@ -149,8 +163,10 @@ class History:
     def _migrate(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = NORMAL")
+        if self._version() == len(MIGRATIONS):
+            return  # a reader waits for nobody
         with self._writing():
-            (done,) = self._db.execute("PRAGMA user_version").fetchone()
+            done = self._version()  # another may have been at it meanwhile
             if done > len(MIGRATIONS):
                 raise InputError(
                     f"{self.path} was written by a newer version of sotto: use that, or move the file away"
@@ -158,8 +174,10 @@ class History:
             for script in MIGRATIONS[done:]:
                 for statement in _statements(script):
                     self._db.execute(statement)
-            if done < len(MIGRATIONS):
-                self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            self._db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    def _version(self) -> int:
+        return int(self._db.execute("PRAGMA user_version").fetchone()[0])
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -193,7 +211,15 @@ def _statements(script: str) -> Iterator[str]:
 def _translated(path: Path) -> Iterator[None]:
     try:
         yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise HistoryBusy(f"the history {path} is being written by another process: try again later") from None
+        raise _unusable(path, error) from None
     except sqlite3.DatabaseError as error:
-        raise InputError(f"the history {path} cannot be used ({error}): move it away, and a new one is begun") from None
+        raise _unusable(path, error) from None
     except OSError as error:
         raise InputError(f"cannot open the history {path}: {error.strerror}") from None
+
+
+def _unusable(path: Path, error: sqlite3.DatabaseError) -> InputError:
+    return InputError(f"the history {path} cannot be used ({error}): move it away, and a new one is begun")

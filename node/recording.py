@@ -30,11 +30,11 @@ from client.metalearning.features import (
     route_features,
 )
 from client.metalearning.price import Money
-from client.metalearning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record
+from client.metalearning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record, from_row, to_row
 from client.placement import ModelNeeds, Placement
 from models.config import ModelConfig
 from node.cores import cores
-from node.history import History
+from node.history import History, HistoryBusy
 from node.version import VERSION
 from protocol.errors import InputError, SottoError
 from protocol.ids import PeerId
@@ -120,6 +120,8 @@ class Journal:
             self._waiting.clear()
             try:
                 await trio.to_thread.run_sync(self._write, self._path, builds)
+            except HistoryBusy:
+                self._waiting.extendleft(reversed(builds))  # with the next ones
             except InputError as error:
                 log.warning("requests are not recorded", extra={"error": str(error)})
                 self._path = None
@@ -127,7 +129,7 @@ class Journal:
     def _write(self, path: Path, builds: Sequence[Build]) -> None:
         if self._history is None:
             self._history = History(path)
-        self._history.add([build() for build in builds])
+        self._history.add(filter(_readable, (build() for build in builds)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +291,16 @@ def _outcome(entry: Entry, total_s: float) -> Outcome:
         finish="" if entry.error else finish,
         error=entry.error or ("" if finish else "cancelled"),
     )
+
+
+def _readable(record: Record) -> bool:
+    """Whether the row can be read again: rows are never changed, and one that cannot would spoil all the others."""
+    try:
+        from_row(to_row(record))
+    except InputError as error:
+        log.warning("a request is not recorded", extra={"error": str(error)})
+        return False
+    return True
 
 
 def _line(text: str) -> str:

@@ -31,8 +31,8 @@ from client.metalearning.online import ERROR_DEVIATION, Corrections, Situation, 
 from client.metalearning.table import Array, Task
 
 EXPLORE = 0.03  # of requests, at most
-REGRET_MAX = 0.2  # a trial may be expected to cost a fifth more, no more
-LOOK, LOOK_REGRET_MAX = 10.0, 0.3  # times as often, and that much more, for a while after something changed
+REGRET_MAX = 0.2  # a trial may be expected to lose a fifth of the best one's speed, no more
+LOOK, LOOK_REGRET_MAX = 10.0, 0.3  # times as often, and that much of it, for a while after something changed
 TRUST = 1.0  # deviations by which a gain must exceed nothing
 DOUBT_MAX = ERROR_DEVIATION * 2**0.5  # of a difference that no request has shown
 SPREAD_UNKNOWN = 0.15  # of a fraction of the oracle, without records
@@ -218,7 +218,7 @@ class Chooser:
         if asked.draw >= self._tried(asked):
             return None
         gains = fractions - fractions[best]
-        able = (gains >= -regret_max) & (gains + doubts > 0)
+        able = (gains >= -regret_max * fractions[best]) & (gains + doubts > 0)
         able[best] = False
         if not able.any():
             return None

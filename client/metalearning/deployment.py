@@ -140,17 +140,17 @@ def expected_tokens(records: Sequence[Record], now_ms: int) -> float:
     return float(sum(each.measured.tokens for each in records if now_ms - each.at_ms <= HORIZON_DAYS * DAY_MS))
 
 
-def kv_room_tokens(records: Sequence[Record], least: int, most: int) -> int:
-    """Room that almost all own requests would have fitted into, those under way beside them included: whole pages, at
-    least `least`. It costs no switch; what is leased, nobody else can use."""
+def kv_room_tokens(records: Sequence[Record]) -> int:
+    """Room that almost all own requests would have fitted into, those under way beside them included: whole pages, one
+    at least. It costs no switch; what is leased, nobody else can use."""
     needs = sorted(
         (each.task.prompt_tokens + each.task.max_new_tokens) * each.task.concurrency
         for each in records
         if not each.measured.error
     )
     if not needs:
-        return least
-    return max(least, min(whole_pages(needs[math.ceil(ROOM_SHARE * len(needs)) - 1]), most))
+        return whole_pages(1)
+    return whole_pages(needs[math.ceil(ROOM_SHARE * len(needs)) - 1])
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -41,7 +41,7 @@ class _Number:
         if self.log:
             raw = np.log(np.maximum(raw, 1e-300))
         elif self.unit:
-            raw = np.arcsinh(raw / self.unit)
+            raw = _bent(raw, self.unit)
         missing = np.isnan(raw)
         raw = np.clip(np.where(missing, self.median, raw), *self.ends)
         out[:, 0] = raw / self.scale - self.median / self.scale
@@ -115,13 +115,19 @@ def _number(place: int, cells: list[float | str | None]) -> _Number | None:
     if log:
         values = np.log(values)
     elif unit:
-        values = np.arcsinh(values / unit)
+        values = _bent(values, unit)
     low, high = float(values.min()), float(values.max())
     margin = high / 2 - low / 2 or 1.0  # halves: the width itself may be beyond what a float holds
     scale = (float((values / margin).std()) or 1.0) * margin
     return _Number(
         place, log, unit, float(np.median(values)), scale, (low - margin, high + margin), len(values) < len(cells)
     )
+
+
+def _bent(values: Array, unit: float) -> Array:
+    """Like a logarithm far from zero, whatever the sign. Beyond what a float holds, the largest that it does."""
+    with np.errstate(over="ignore"):
+        return np.arcsinh(np.clip(values / unit, -NUMBER_MAX, NUMBER_MAX))
 
 
 def _unit(values: Array) -> float | None:

@@ -14,14 +14,17 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from client.metalearning.candidates import WHYS
 from client.metalearning.features import About, ModelFeatures, RouteFeatures, TaskFeatures
+from protocol import limits
 from protocol.errors import InputError
 from protocol.strategy import Strategy, describe, parse
 
 Scalar = str | int | float | None
 ORIGINS, CHOOSERS = ("request", "bench"), ("default", "user", "auto")
 TEXT_CHARS_MAX = 200
-SERIES_MAX = 65  # a leg more than the longest route has hops
+SERIES_MAX = limits.HOPS_MAX + 1  # a leg more than the longest route has hops
+NUMBER_CHARS_MAX = 24  # repr of a float; also that of a series' numbers, a separator each
 INT_MAX = 1 << 53
+AT_MS_MAX = 32_503_680_000_000  # the year 3000; calendars end at 9999
 SERIES = "tuple"
 
 
@@ -160,6 +163,8 @@ def from_row(row: Mapping[str, object]) -> Record:
     record = Record(**values)
     if not re.fullmatch("[0-9a-f]{32}", record.uid):
         raise InputError("uid is not 16 bytes in hex")
+    if record.at_ms >= AT_MS_MAX:
+        raise InputError("at_ms is past the year 3000: it counts milliseconds since 1970")
     if record.origin not in ORIGINS or record.chosen_by not in CHOOSERS:
         raise InputError(f"origin must be one of {', '.join(ORIGINS)}, and chosen_by of {', '.join(CHOOSERS)}")
     if record.why not in ("", *WHYS):
@@ -191,7 +196,7 @@ def _read(column: Column, value: object) -> Any:
         if column.kind is Strategy:
             return parse(_text(value))
         if column.kind == SERIES:
-            parts = _text(value).split(";")
+            parts = _text(value, SERIES_MAX * (NUMBER_CHARS_MAX + 1)).split(";")
             if len(parts) > SERIES_MAX:
                 raise ValueError("too many numbers")
             return tuple(_number(part) for part in parts)
@@ -205,9 +210,9 @@ def _read(column: Column, value: object) -> Any:
         raise InputError(f"{column.name}: {str(value)[:40]!r} cannot be used ({error})") from None
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str) or len(value) > TEXT_CHARS_MAX or not (value == "" or value.isprintable()):
-        raise ValueError(f"not a line of at most {TEXT_CHARS_MAX} characters")
+def _text(value: object, chars_max: int = TEXT_CHARS_MAX) -> str:
+    if not isinstance(value, str) or len(value) > chars_max or not (value == "" or value.isprintable()):
+        raise ValueError(f"not a line of at most {chars_max} characters")
     return value
 
 

@@ -163,7 +163,7 @@ def _deployment(record: Record, records: list[Record], rates: Rates, now_ms: int
         "weights": verdict.weights,
         "reason": verdict.reason(),
         "expected_tokens": verdict.tokens,
-        "kv_room_tokens": deployment.kv_room_tokens(alike, 1, model.context),
+        "kv_room_tokens": deployment.kv_room_tokens(alike),
         "options": [
             {**asdict(each), "pays_after_tokens": verdict.pays_after.get(each.weights)} for each in verdict.options
         ],

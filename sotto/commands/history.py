@@ -111,6 +111,7 @@ def _print_table(records: list[Record]) -> None:
     from datetime import UTC, datetime
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from protocol.strategy import describe
@@ -125,9 +126,9 @@ def _print_table(records: list[Record]) -> None:
         measured = record.measured
         table.add_row(
             datetime.fromtimestamp(record.at_ms / 1000, UTC).astimezone().strftime("%m-%d %H:%M"),
-            record.model,
-            describe(record.strategy) + (f" ({record.why})" if record.why else ""),
-            measured.error or measured.finish,
+            escape(record.model),
+            escape(describe(record.strategy)) + (f" ({record.why})" if record.why else ""),
+            escape(measured.error or measured.finish),
             str(record.route.hops),
             f"{record.task.prompt_tokens}+{measured.tokens}",
             "-" if measured.ttft_s is None else f"{measured.ttft_s:.2f}",

@@ -7,14 +7,15 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from client.metalearning.record import COLUMNS, to_row
-from node.history import MIGRATIONS, Condition, History, parse_condition
+from client.metalearning.record import COLUMNS, Record, to_row
+from node.history import MIGRATIONS, Condition, History, HistoryBusy, parse_condition
 from protocol.errors import InputError
 from tests.helpers.records import RECORD, numbered
 
@@ -62,6 +63,52 @@ def test_rows_are_bounded_and_the_oldest_go_first(path: Path) -> None:
         for number in range(5):
             history.add([numbered(number)])
         assert [record.uid for record in history.records()] == [f"{number:032x}" for number in (2, 3, 4)]
+
+
+def test_only_rows_that_are_there_count_towards_the_bound(path: Path) -> None:
+    """Rows that are added again and ignored use up numbers, which are no measure of how many there are."""
+    with History(path, rows_max=10) as history:
+        for _ in range(3):
+            history.add(numbered(number) for number in range(7))
+        history.add([numbered(7)])
+        assert len(history) == 8
+
+
+def test_the_newest_are_those_of_the_latest_time(path: Path) -> None:
+    """An old export that is imported does not pass for what was measured last."""
+    with History(path, rows_max=10) as history:
+        history.add(numbered(number, at_ms=1000 + number) for number in range(6))
+        history.add(numbered(100 + number, at_ms=number) for number in range(8))
+        found = [int(record.uid, 16) for record in history.records()]
+        assert found == [104, 105, 106, 107, 0, 1, 2, 3, 4, 5]
+        assert [int(record.uid, 16) for record in history.records(last=2)] == [4, 5]
+
+
+def test_many_rows_are_written_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody waits for all of them."""
+    monkeypatch.setattr("node.history.ROWS_AT_ONCE", 2)
+    with History(path) as history, History(path) as other:
+
+        def seen() -> Iterator[Record]:
+            for number in range(5):
+                assert len(other) == number // 2 * 2
+                yield numbered(number)
+
+        assert history.add(seen()) == 5
+
+
+def test_while_another_writes_a_reader_reads_and_a_writer_is_told_so(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.history.BUSY_S", 0.0)
+    with History(path) as history, History(path) as other:
+        history.add([RECORD])
+        with history._writing():
+            with History(path) as reader:
+                assert reader.records() == [RECORD]
+            with pytest.raises(HistoryBusy, match="try again"):
+                other.add([numbered(2)])
+        assert other.add([numbered(2)]) == 1
 
 
 def test_a_row_cannot_be_changed(path: Path) -> None:

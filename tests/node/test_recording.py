@@ -185,6 +185,42 @@ def test_a_history_that_cannot_be_written_fails_no_request(tmp_path: Path, caplo
     assert [message.message for message in caplog.records] == ["requests are not recorded"]
 
 
+def test_a_record_that_could_not_be_read_again_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Rows are never changed: one such would make all the others unreadable."""
+
+    async def body(recorder: Recorder) -> None:
+        for temperature in (1e16, 0.5):
+            task = recorder.task(IDS, 8, temperature, "latency", False)
+            with recorder.request(Plan(task, Strategy(), "user")) as entry:
+                serve(entry, (0.1,), "stop")
+
+    with caplog.at_level(logging.WARNING):
+        (record,) = recorded(tmp_path / "history.db", body)
+    assert record.task.temperature == 0.5
+    assert [message.message for message in caplog.records] == ["a request is not recorded"]
+
+
+def test_a_history_that_another_writes_for_long_is_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("node.history.BUSY_S", 0.0)
+
+    async def body(recorder: Recorder) -> None:
+        async def ask() -> None:
+            with recorder.request(plan(recorder)) as entry:
+                serve(entry, (0.1,), "stop")
+            await recorder.journal.flush()
+
+        await ask()
+        with History(tmp_path / "history.db") as other, other._writing():
+            await ask()
+            await ask()
+        await ask()
+
+    assert len(recorded(tmp_path / "history.db", body)) == 4
+    assert not caplog.records
+
+
 def test_no_history_no_file(tmp_path: Path) -> None:
     async def main() -> None:
         journal = Journal(None)

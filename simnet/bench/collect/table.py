@@ -48,7 +48,8 @@ def export(folder: Path, design: Design, file: Path, *, lossy: bool = False) -> 
     origin, rows = read(folder)
     if origin.grid != design.digest:
         raise InputError(f"the records in {folder} are of another grid than this version's")
-    made = list(table(origin, rows, design, lossy=lossy))
+    # By blocks, for halves of a cell's runs alternate: a run that failed was made again, after those of later blocks.
+    made = sorted(table(origin, rows, design, lossy=lossy), key=lambda row: row["block"])
     if not made:
         raise InputError("no run has gone well yet: there is nothing to export")
     calibration = file.with_suffix(".calibration.json")

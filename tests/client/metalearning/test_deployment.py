@@ -113,10 +113,14 @@ def test_expected_is_as_much_as_lately() -> None:
 
 def test_room_fits_own_requests_in_whole_pages() -> None:
     records = [replace(RECORD, task=replace(RECORD.task, prompt_tokens=200, concurrency=4))] * 10
-    assert kv_room_tokens(records, 16, 10_000) == whole_pages(1056)
-    assert kv_room_tokens(records, 4096, 10_000) == 4096
-    assert kv_room_tokens(records, 16, 512) == 512
-    assert kv_room_tokens([], 16, 512) == 16
+    assert kv_room_tokens(records) == whole_pages(1056)
+    assert kv_room_tokens([]) == whole_pages(1)
+
+
+def test_room_is_for_all_requests_together_however_short_the_models_context() -> None:
+    task = replace(RECORD.task, prompt_tokens=500, max_new_tokens=64, concurrency=8)
+    records = [replace(RECORD, task=task, model_features=replace(RECORD.model_features, context=1024))] * 10
+    assert kv_room_tokens(records) >= 8 * 564
 
 
 def test_switching_is_sealing_and_bringing() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.metalearning.record import COLUMNS, SERIES, Outcome, Prediction, Record, from_row, to_row
 from protocol.errors import InputError
+from protocol.limits import HOPS_MAX
 from protocol.strategy import Strategy
 from tests.helpers.history_table import filled
 from tests.helpers.records import RECORD, numbered
@@ -26,6 +27,14 @@ def test_a_record_comes_back_from_its_row() -> None:
     assert to_row(RECORD)["route_leg_rtt_ms"] == "0.5;20.25;0.5"
     texts = {name: "" if value is None else str(value) for name, value in to_row(RECORD).items()}  # as CSV has it
     assert from_row(texts) == RECORD
+
+
+def test_a_record_of_the_longest_route_comes_back() -> None:
+    spans, legs = tuple(123456.789 + n for n in range(HOPS_MAX)), tuple(1e-7 / 3 + n for n in range(HOPS_MAX + 1))
+    far = replace(RECORD, route=replace(RECORD.route, hops=HOPS_MAX, span_us=spans, leg_rtt_ms=legs))
+    assert from_row(to_row(far)) == far
+    with pytest.raises(InputError, match="route_leg_rtt_ms"):
+        from_row(to_row(replace(far, route=replace(far.route, leg_rtt_ms=(*legs, 1.0)))))
 
 
 def test_every_column_says_what_it_is() -> None:

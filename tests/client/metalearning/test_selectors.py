@@ -288,6 +288,14 @@ def test_counts_with_zeros_are_told_apart_at_every_size() -> None:
     assert signed[0, 0] < signed[1, 0] - 0.5
 
 
+def test_one_number_beyond_all_others_leaves_a_column_of_numbers() -> None:
+    """Such as the largest float where "no limit" was meant, beside others so small that their ratio is none."""
+    tasks = tuple(Task(cells=(cell,)) for cell in (1e300, 1e-9, 1e-10, -1e-11, 0.0, 2e-10))
+    encoded = Encoder(tasks).encode(tasks)
+    assert np.isfinite(encoded).all()
+    assert encoded[:, 0].argmax() == 0
+
+
 def test_words_among_numbers_are_categories_too() -> None:
     fitted = tuple(Task(cells=(cell,)) for cell in (1.0, 2.0, 3.0, "auto", "auto", None))
     encoded = Encoder(fitted).encode((*fitted, Task(cells=("none such",))))
