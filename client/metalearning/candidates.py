@@ -10,18 +10,19 @@ from typing import Literal, get_args
 
 from protocol.strategy import DEPLOYMENT_TIME, Facts, Strategy, infeasible, lossy, parse
 
+DEFAULT = "default"
 NONE = "batching=off,prefix_cache=false,prefill_chunk=2048"
 CANDIDATES: tuple[str, ...] = (
     NONE,
     "prefix_cache=false,prefill_chunk=2048",  # continuous batching alone
     "batching=off,prefill_chunk=2048",  # prefix caching alone
     "batching=off,prefix_cache=false,prefill_chunk=128",  # chunked prefill alone
-    "default",  # all three
+    DEFAULT,  # all three
     "speculation=lookup",
     "wire=int8",
     "speculation=lookup,wire=int8",
 )
-RANKING = ("default", "speculation=lookup")  # before there are records: what loses nothing and seldom costs
+RANKING = (DEFAULT, "speculation=lookup")  # before there are records: what loses nothing and seldom costs
 
 Why = Literal["only one is possible", "records", "unsure", "ranking", "trial", "peers", "budget"]
 """records: what the records advise, or own requests showed to be better. unsure: something else may be better, but not

@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from client.metalearning.candidates import CANDIDATES, RANKING, Why
+from client.metalearning.candidates import CANDIDATES, DEFAULT, RANKING, Why
 from client.metalearning.hearsay import Hearsay
 from client.metalearning.online import ERROR_DEVIATION, Corrections, Situation, corrected
 from client.metalearning.table import Array, Task
@@ -37,7 +37,6 @@ TRUST = 1.0  # deviations by which a gain must exceed nothing
 DOUBT_MAX = ERROR_DEVIATION * 2**0.5  # of a difference that no request has shown
 SPREAD_UNKNOWN = 0.15  # of a fraction of the oracle, without records
 ROUTES_REMEMBERED = 256
-DEFAULT = "default"
 SHIFT_MAX = 0.05  # of a strategy's log cost beside the default's, by all that peers say
 SHIFT_MIN = 0.02  # a smaller gain on peers' word is not worth a try
 SWAYED_MAX = 0.1  # of choices, that peers may decide

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from client.metalearning.candidates import CANDIDATES, name_of
+from client.metalearning.candidates import CANDIDATES, DEFAULT, name_of
 from client.metalearning.described import place
 from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatures
 from client.metalearning.online import NOISE
@@ -21,7 +21,6 @@ from client.metalearning.record import Record
 from protocol import limits
 from protocol.reports import KIND_BYTES, PERCENT, Comparison, Report, strategy_tag
 
-DEFAULT = "default"
 RUNS_MIN = 4  # of each strategy: fewer say little, and too much of single requests
 TAGS: Mapping[bytes, str] = {strategy_tag(name): name for name in CANDIDATES}
 EDGES: tuple[tuple[float, ...], ...] = (

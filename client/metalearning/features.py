@@ -20,7 +20,7 @@ from protocol.swarm import Member, SwarmView
 from protocol.tensors import DTYPE_BYTES
 
 NGRAM = 3  # shorter ones repeat in any text
-PAGE_TOKENS = 16
+PIECE_TOKENS = 16
 PAGES_REMEMBERED = 1 << 16  # a million tokens of recent prompts, about 10 MB
 STATED_MAX = 1e12  # GB/s, GFLOP/s, us: a worker that states more would leave rows that cannot be read again
 WEIGHT_BYTES: Mapping[str, float] = {**DTYPE_BYTES, "int4": 0.5}
@@ -153,15 +153,15 @@ class PrefixMemory:
     def share(self, ids: Sequence[int]) -> float:
         """The share of `ids` with which a remembered prompt began; `ids` is remembered from now on."""
         known, same, chain = 0, True, 0
-        for start in range(0, len(ids) - PAGE_TOKENS + 1, PAGE_TOKENS):
-            chain = hash((chain, *ids[start : start + PAGE_TOKENS]))
+        for start in range(0, len(ids) - PIECE_TOKENS + 1, PIECE_TOKENS):
+            chain = hash((chain, *ids[start : start + PIECE_TOKENS]))
             same = same and chain in self._pages
             known += same
             self._pages[chain] = None
             self._pages.move_to_end(chain)
         while len(self._pages) > self.pages_max:
             self._pages.popitem(last=False)
-        return round(known * PAGE_TOKENS / len(ids), 4) if ids else 0.0
+        return round(known * PIECE_TOKENS / len(ids), 4) if ids else 0.0
 
 
 def _speed(member: Member) -> tuple[float, float]:

@@ -29,6 +29,7 @@ from simnet import cluster
 from simnet.bench.checkpoints import MODELS, PRECISIONS, checkpoint_of, describe, require
 from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, together
 from simnet.bench.fits import growth
+from simnet.bench.hear import Hear
 from simnet.bench.library import Library
 from simnet.bench.machine import facts, resident_bytes
 from simnet.bench.paired import Budget
@@ -78,7 +79,7 @@ AXES = {
 @dataclass(frozen=True, slots=True)
 class Options:
     """`axes`: names of AXES. `model`: of all axes but "model". `minutes`: of measuring, in all. `values`: other ones
-    of an axis."""
+    of an axis. `known`: points of an earlier run, by axis and value."""
 
     folder: Path
     tokenizer_from: Path
@@ -88,6 +89,7 @@ class Options:
     minutes: float = 20.0
     new_tokens: int = 16
     values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    known: Mapping[tuple[str, int], Point] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.axes, tuple(AXES), "--axis")
@@ -107,41 +109,30 @@ class Options:
         return max([3, *(self.of("hops") if "hops" in self.axes else ())])
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """`known`: points of an earlier run, by axis and value. `found` hears of each new one, `update` how many of all
-    are there."""
-
-    known: Mapping[tuple[str, int], Point]
-    found: Callable[[Point], None]
-    update: Callable[[int, int], None]
-    say: Callable[[str], None]
-
-
 class _Run:
     """One run of the benchmark: its points, its clock, its files."""
 
-    def __init__(self, options: Options, net: cluster.Cluster, progress: Progress) -> None:
-        self.options, self.net, self.progress = options, net, progress
+    def __init__(self, options: Options, net: cluster.Cluster, hear: Hear) -> None:
+        self.options, self.net, self.hear = options, net, hear
         self.pids = tuple(worker.pid for worker in net.workers)
         self.points: dict[str, list[Point]] = {axis: [] for axis in options.axes}
         asked = [(axis, value) for axis in options.axes for value in options.of(axis)]
         self._all = len(asked)
-        self.budget = Budget(60 * options.minutes, sum(point not in progress.known for point in asked))
+        self.budget = Budget(60 * options.minutes, sum(point not in options.known for point in asked))
 
     def missing(self, axis: str) -> list[int]:
         """Values that have no point yet; those of an earlier run are taken over."""
         values = self.options.of(axis)
         self.points[axis] += [
-            self.progress.known[axis, value] for value in values if (axis, value) in self.progress.known
+            self.options.known[axis, value] for value in values if (axis, value) in self.options.known
         ]
         self._update()
-        return [value for value in values if (axis, value) not in self.progress.known]
+        return [value for value in values if (axis, value) not in self.options.known]
 
     def add(self, axis: str, value: int, figures: Point) -> None:
         point = {"axis": axis, "value": value, "x": value, **figures}
         self.points[axis].append(point)
-        self.progress.found(point)
+        self.hear.found(point)
         self._update()
 
     @asynccontextmanager
@@ -149,7 +140,7 @@ class _Run:
         """`model` over the run's workers, with room for `sizes`. Its files are its own."""
         folder = self.options.folder / f"{model.replace('/', '_')}-{sizes.hops}-{sizes.batch}-{sizes.kv_tokens}"
         checkpoint = _checkpoint(model, self.options.folder, self.options.tokenizer_from)
-        bench = Bench(folder, checkpoint, self.net.bootstrap, sizes, self.budget, self.progress.say, None, self.pids)
+        bench = Bench(folder, checkpoint, self.net.bootstrap, sizes, self.budget, self.hear.say, None, self.pids)
         async with Rig(bench, self.options.dtype) as rig:
             yield rig
 
@@ -167,17 +158,17 @@ class _Run:
         ]
 
     def _update(self) -> None:
-        self.progress.update(sum(map(len, self.points.values())), self._all)
+        self.hear.update(sum(map(len, self.points.values())), self._all)
 
 
-def run(options: Options, report: dict[str, Any], progress: Progress) -> None:
+def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     """`measure` with workers of its own. Raises InputError."""
     specs = [cluster.WorkerSpec("8GiB", "3GiB", 1)] * options.workers
     with cluster.running(options.folder / "cluster", specs) as net:
-        measure(options, net, report, progress)
+        measure(options, net, report, hear)
 
 
-def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], progress: Progress) -> None:
+def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], hear: Hear) -> None:
     """All that `options` ask for, into `report`. What is cut short leaves what there is. Raises InputError."""
     torch.set_num_threads(1)
     model = _checkpoint(options.model, options.folder, options.tokenizer_from)
@@ -186,8 +177,8 @@ def measure(options: Options, net: cluster.Cluster, report: dict[str, Any], prog
     left_out = {axis: sorted(set(options.of(axis)) - set(fitting.of(axis))) for axis in options.axes}
     report["longer_than_context"] = {axis: values for axis, values in left_out.items() if values}
     for axis, values in report["longer_than_context"].items():
-        progress.say(f"{axis}: the model's context has no room for {', '.join(map(str, values))}")
-    running = _Run(fitting, net, progress)
+        hear.say(f"{axis}: the model's context has no room for {', '.join(map(str, values))}")
+    running = _Run(fitting, net, hear)
     try:
         with ungrouped():
             trio.run(_measure, running)

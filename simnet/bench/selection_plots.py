@@ -71,13 +71,13 @@ def _short(name: str) -> str:
     return name if len(name) <= NAME_CHARS_MAX else f"{name[: half - 1]}…{name[-half:]}"
 
 
-def predicted(
-    path: Path, predicted: Sequence[float], measured: Sequence[float], unit: str = "fraction of the best"
-) -> Path:
-    """A point for each pair of finite numbers above zero; on the line they agree."""
+def predicted(path: Path, predicted: Sequence[float], measured: Sequence[float]) -> Path:
+    """A point for each pair of finite fractions of the best above zero; on the line they agree."""
     pairs = np.array([predicted, measured], dtype=np.float64).T.reshape(-1, 2)
     pairs = pairs[(np.isfinite(pairs) & (pairs > 0)).all(axis=1)]
-    picture, axes = blank("Predicted against measured", f"predicted {unit}", f"measured {unit}")
+    picture, axes = blank(
+        "Predicted against measured", "predicted fraction of the best", "measured fraction of the best"
+    )
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.plot(pairs[:, 0], pairs[:, 1], ".", markersize=4, alpha=0.5, color=COLOURS[OURS])

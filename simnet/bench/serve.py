@@ -8,7 +8,6 @@ requests are served with guesses by prompt lookup too: how many were sent, and h
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +27,7 @@ from simnet import cluster
 from simnet.bench import workloads
 from simnet.bench.checkpoints import PRECISIONS, checkpoint_of, describe, require
 from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, answer
+from simnet.bench.hear import Hear
 from simnet.bench.machine import facts
 from simnet.bench.paired import Budget
 from simnet.bench.serving import serve, serve_library
@@ -64,15 +64,6 @@ class Options:
         if not self.concurrency or min(self.concurrency) < 1:
             raise InputError("--concurrency takes numbers of 1 and more, with commas")
         require((self.dtype,), PRECISIONS, "--dtype")
-
-
-@dataclass(frozen=True, slots=True)
-class Hear:
-    """`found` gets each point as it is measured, `update` how many requests of all are answered."""
-
-    found: Callable[[dict[str, Any]], None]
-    update: Callable[[int, int], None]
-    say: Callable[[str], None]
 
 
 def run(options: Options, report: dict[str, Any], hear: Hear) -> None:

@@ -44,6 +44,7 @@ from protocol.strategy import parse
 from simnet import cluster
 from simnet.bench import plots
 from simnet.bench.dictated import Dictated
+from simnet.bench.hear import Hear
 from simnet.bench.library import Library
 from simnet.bench.paired import Budget, Contestant, Patience, Rounds, take_turns
 from simnet.bench.workloads import EDIT_PROMPTS, first_turns
@@ -64,9 +65,6 @@ EDITED_WORDS = 0.04
 OPENINGS = ("The Python language", "A function is", "This module provides", "When the file is closed,")
 
 GUESSES = ("drafted", "accepted")
-
-
-def _to_nobody(*_: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +99,6 @@ class Text:
     prompt: tuple[int, ...]
     output: tuple[int, ...] = ()
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Hear:
-    """`update(done, total)` counts requests, as if every point took `rounds`; `say`: what is measured now; `found` gets
-    each point as it is measured."""
-
-    update: Callable[[int, int], None] = _to_nobody
-    say: Callable[[str], None] = _to_nobody
-    found: Callable[[dict[str, Any]], None] = _to_nobody
 
 
 @dataclass(slots=True)

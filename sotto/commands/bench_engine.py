@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sotto.commands.bench_common import (
+    BenchModel,
+    Data,
+    Keep,
+    Out,
+    Plots,
+    data_beside,
+    lines,
+    say_line,
+    words,
+    workplace,
+)
 from sotto.commands.common import Json, end, errors, keeping, print_json
-
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        envvar="SOTTO_BENCH_DATA",
-        exists=True,
-        file_okay=False,
-        help="Folder with azure_llm_trace_conv_2023.csv for the chat trace and spec_bench_question.jsonl for texts to "
-        "edit. What it does not hold is made up. Default: ../shared/data, if there is such.",
-    ),
-]
-DATA_BESIDE = Path("../shared/data")
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="Append each result to this file as it is measured, one JSON object a line; it survives an interrupt."
-    ),
-]
-Plots = Annotated[Path | None, typer.Option(help="Draw pictures (PNG) into this folder; needs the extra 'plots'.")]
-Keep = Annotated[
-    Path | None,
-    typer.Option(
-        help="Leave the workers' files and the requests' records in this new folder: 'sotto history --data-dir' takes "
-        "the folders in it that hold client/history.db. Default: nothing stays."
-    ),
-]
-BenchModel = Annotated[
-    str, typer.Option("--model", "-m", help="A random model, 30m, 120m or 500m, or a folder in Hugging Face layout.")
-]
 
 
 def engine(
@@ -76,6 +56,7 @@ def engine(
         from simnet.bench.checkpoints import PRECISIONS
         from simnet.bench.engine import run as bench
         from simnet.bench.engine.rig import Sizes
+        from simnet.bench.hear import Hear
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
@@ -91,44 +72,13 @@ def engine(
             sizes=Sizes(batch=batch, trace_requests=requests),
         )
         with _bar(as_json) as (update, say), keeping(report):
-            bench.run(options, report, bench.Hear(found if as_json else _shown(found), say, update))
+            bench.run(options, report, Hear(found=found if as_json else _shown(found), update=update, say=say))
         if plots is not None:
             drawn = (*pictures.breakdown(report, plots), *pictures.growth(report.get("growth", {}), plots))
             report["plots"] = [str(path) for path in drawn]
     if as_json:
         print_json(report)
     end(report)
-
-
-@contextmanager
-def workplace(keep: Path | None) -> Iterator[Path]:
-    """The folder of a benchmark's files. Raises InputError where those of another are."""
-    if keep is None:
-        with tempfile.TemporaryDirectory(prefix="sotto-bench-") as name:
-            yield Path(name)
-        return
-    from protocol.errors import InputError
-
-    folder = keep.expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise InputError(f"--keep {folder} is not empty: name a new folder")
-    except OSError as error:
-        raise InputError(f"--keep {folder} cannot be used: {error.strerror}") from error
-    yield folder
-
-
-def data_beside() -> Path | None:
-    """Where data is when nobody says."""
-    return DATA_BESIDE if DATA_BESIDE.is_dir() else None
-
-
-def say_line(text: str) -> None:
-    """A line on standard error that says what is measured now."""
-    from rich.console import Console
-
-    Console(stderr=True).print(text, markup=False, highlight=False)
 
 
 @contextmanager
@@ -174,22 +124,3 @@ def _text(value: Any) -> str:
     if "low" in value:
         return f"{value['ratio']:g} ({value['low']:g} to {value['high']:g}, {value['rounds']} rounds)"
     return "  ".join(f"{name} {_text(each)}" for name, each in value.items())
-
-
-@contextmanager
-def lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Results go to the file line by line, each at once."""
-    if out is None:
-        yield lambda _: None
-        return
-    with out.open("a", encoding="utf-8") as file:
-
-        def write(result: dict[str, Any]) -> None:
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-
-        yield write
-
-
-def words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

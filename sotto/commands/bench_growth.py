@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import (
+from sotto.commands.bench_common import (
     BenchModel,
     Data,
     Keep,
@@ -46,10 +46,12 @@ def growth(
     with errors(as_json), workplace(keep) as folder:
         from simnet.bench import growth as bench
         from simnet.bench import plots as pictures
+        from simnet.bench.hear import Hear
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
             pictures.require(plots)
+        run = {"model": model, "dtype": dtype}
         options = bench.Options(
             folder=folder,
             tokenizer_from=demo_checkpoint(),
@@ -57,11 +59,11 @@ def growth(
             dtype=dtype,
             axes=tuple(words(axis)) if axis else tuple(bench.AXES),
             minutes=minutes,
+            known=known_points(out, run),
         )
-        run = {"model": model, "dtype": dtype}
         with lines(out) as write, progress_bar("points", bytes_=False, quiet=as_json) as update, keeping(report):
-            heard = bench.Progress(known_points(out, run), lambda point: write({"run": run, **point}), update, say_line)
-            bench.run(options, report, heard)
+            hear = Hear(found=lambda point: write({"run": run, **point}), update=update, say=say_line)
+            bench.run(options, report, hear)
         if plots is not None:
             report["plots"] = [str(path) for path in pictures.growth(report, plots)]
     if as_json:
@@ -100,6 +102,7 @@ def serve(
     with errors(as_json), workplace(keep) as folder:
         from simnet.bench import plots as pictures
         from simnet.bench import serve as bench
+        from simnet.bench.hear import Hear
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
@@ -119,7 +122,7 @@ def serve(
             library=library,
         )
         with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, keeping(report):
-            bench.run(options, report, bench.Hear(write, update, say_line))
+            bench.run(options, report, Hear(found=write, update=update, say=say_line))
         if plots is not None:
             report["plots"] = [str(path) for path in pictures.serving(report, plots)]
     if as_json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import Keep, workplace
+from sotto.commands.bench_common import Keep, say_line, words, workplace
 from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
 
 SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
@@ -80,7 +80,7 @@ def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: b
         pictures.require(plots)
     judge = Judge(tables.load(records or _shipped()), time.process_time)
     with progress_bar("folds", bytes_=False, quiet=quiet) as update:
-        report, found = bench.run(judge, bench.SECTIONS if only is None else _words(only), update)
+        report, found = bench.run(judge, bench.SECTIONS if only is None else tuple(words(only)), update)
     if plots is not None:
         report["plots"] = [str(path) for path in bench.plot(report, found, plots)]
     return report
@@ -93,7 +93,7 @@ def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
 
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
-        yield lambda text: console.print(text, markup=False, highlight=False)
+        yield say_line
         return
     with console.status("starting") as line:
         yield lambda text: line.update(text)
@@ -109,15 +109,11 @@ def _live(records: Path | None, only: str | None, how: tuple[float | None, Path 
     minutes, keep = how
     advisor = Advisor(product(), tables.load(records or _shipped()).known)
     with workplace(keep) as folder:
-        names = tuple(bench.WORKLOADS) if only is None else _words(only)
+        names = tuple(bench.WORKLOADS) if only is None else tuple(words(only))
         options = bench.Live(folder, demo_checkpoint(), bench.MINUTES if minutes is None else minutes, names, advisor)
         with _status(quiet) as say, keeping(report):
             bench.run(options, report, say)
     return report
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip() not in ("", "none"))
 
 
 def _shipped() -> Path:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_engine import Data, Keep, Out, Plots, data_beside, lines, say_line, workplace
+from sotto.commands.bench_common import Data, Keep, Out, Plots, data_beside, lines, say_line, workplace
 from sotto.commands.common import Json, Model, end, errors, keeping, print_json, progress_bar
 
 WIDTH = 46
@@ -41,6 +41,7 @@ def speculation(
     with errors(as_json), workplace(keep) as folder, lines(out) as write:
         from simnet.bench import plots as pictures
         from simnet.bench import speculation as bench
+        from simnet.bench.hear import Hear
         from sotto.commands.models import open_model
 
         if plots is not None:
@@ -57,7 +58,7 @@ def speculation(
             data=data or data_beside(),
         )
         with progress_bar("requests", bytes_=False, quiet=as_json) as update, keeping(report):
-            bench.run(options, report, bench.Hear(update, say_line, write))
+            bench.run(options, report, Hear(found=write, update=update, say=say_line))
         if plots is not None:
             report["plots"] = [str(path) for path in bench.plot(report, plots)]
     if as_json:

@@ -222,7 +222,7 @@ def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:
 
 
 @contextmanager
-def progress_bar(label: str, *, bytes_: bool, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(label: str, *, bytes_: bool, quiet: bool) -> Iterator[Callable[[float, int], None]]:
     """A bar on standard error that `update(done, total)` moves; none is drawn as long as there is nothing to do."""
     from rich import progress
     from rich.console import Console

@@ -17,6 +17,7 @@ from protocol.errors import InputError
 from simnet.bench import growth, serve
 from simnet.bench.engine import run as engine
 from simnet.bench.engine.rig import Sizes
+from simnet.bench.hear import Hear
 from simnet.bench.paired import Budget
 from simnet.bench.workloads import Source
 from simnet.cluster import Cluster
@@ -96,16 +97,13 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("node.client.SETTLE_S", 0.0)
 
 
-def silent(*_: Any) -> None: ...
-
-
 def test_every_section_of_the_engine(swarm: Cluster, tmp_path: Path, tiny: str) -> None:
     assert set(RATIOS) == set(engine.SECTIONS)
     options = engine.Options(tmp_path, demo_checkpoint(), tiny, dtypes=("float32",), minutes=0, sizes=SIZES)
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     told: list[tuple[float, int]] = []
-    engine.measure(options, swarm, report, engine.Hear(found.append, silent, lambda *each: told.append(each)))
+    engine.measure(options, swarm, report, Hear(found=found.append, update=lambda *each: told.append(each)))
     assert told[-1] == (len(options.plan()), options.parts)
     assert [done for done, _ in told] == sorted(done for done, _ in told), "a bar never goes back"
     assert [(each["dtype"], each["section"]) for each in found] == [("float32", name) for name in engine.SECTIONS]
@@ -138,7 +136,7 @@ def test_a_short_context_makes_the_work_smaller(swarm: Cluster, tmp_path: Path) 
     only = ("long_prefill", "wire", "prefix")
     options = engine.Options(tmp_path, demo_checkpoint(), short, only, ("float32",), minutes=0, sizes=SIZES)
     report: dict[str, Any] = {}
-    engine.measure(options, swarm, report, engine.Hear(silent, silent))
+    engine.measure(options, swarm, report, Hear())
     assert report["shortened_to_context"] == {"long_tokens": 300, "prefix_tokens": 70}
     assert report["sizes"]["long_tokens"] == 63
     assert report["float32"]["long_prefill"]["pipelined_prefill_63"]["ratio"] > 0
@@ -148,7 +146,7 @@ def test_a_short_context_makes_the_work_smaller(swarm: Cluster, tmp_path: Path) 
 def test_int8_stands_beside_the_same_product(swarm: Cluster, tmp_path: Path, tiny: str) -> None:
     options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("decode",), ("int8",), minutes=0, sizes=SIZES)
     report: dict[str, Any] = {}
-    engine.measure(options, swarm, report, engine.Hear(silent, silent))
+    engine.measure(options, swarm, report, Hear())
     figures = report["int8"]["decode"]
     assert figures["weights"] == {"transformers": "float32", "transformers_same_kernel": "int8"}
     assert figures["agreement_with_float32"]["largest_logit_difference"] > 1e-4, "int8 is not float32"
@@ -165,7 +163,7 @@ def test_guessing_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, mo
     found: list[dict[str, Any]] = []
     report: dict[str, Any] = {}
     options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("speculation",), minutes=3.0, data=tmp_path)
-    engine.run(options, report, engine.Hear(found.append, silent))
+    engine.run(options, report, Hear(found=found.append))
     assert (asked[0].rtts_ms, asked[0].workloads, asked[0].model) == ((100.0,), ("editing",), Path(tiny))
     assert (asked[0].minutes, asked[0].data) == (3.0, tmp_path)
     assert report["speculation"]["speculation_at_100ms_rtt"] == {"ratio": 3.0}
@@ -175,11 +173,11 @@ def test_guessing_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, mo
 def test_growth_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[growth.Options] = []
 
-    def run(options: growth.Options, report: dict[str, Any], progress: growth.Progress) -> None:
+    def run(options: growth.Options, report: dict[str, Any], hear: Hear) -> None:
         asked.append(options)
         point = {"axis": "hops", "value": 1, "x": 1, "ms_per_token": 2.0}
-        progress.found(point)
-        progress.update(1, 4)
+        hear.found(point)
+        hear.update(1, 4)
         report["axes"] = {"hops": {"unit": "hops", "cost": "ms_per_token", "points": [point]}}
 
     monkeypatch.setattr(growth, "run", run)
@@ -187,7 +185,7 @@ def test_growth_is_measured_by_its_own_benchmark(tmp_path: Path, tiny: str, monk
     told: list[tuple[float, int]] = []
     report: dict[str, Any] = {}
     options = engine.Options(tmp_path, demo_checkpoint(), tiny, ("growth",), ("bfloat16",), minutes=3.0)
-    engine.run(options, report, engine.Hear(found.append, silent, lambda *each: told.append(each)))
+    engine.run(options, report, Hear(found=found.append, update=lambda *each: told.append(each)))
     assert (asked[0].model, asked[0].dtype, asked[0].minutes, asked[0].axes) == (
         tiny,
         "bfloat16",
@@ -205,10 +203,9 @@ def test_growth_and_what_is_known_of_it(swarm: Cluster, tmp_path: Path, tiny: st
         tmp_path, demo_checkpoint(), tiny, minutes=0, new_tokens=3, values={**values, "model": (0, 1)}
     )
     found: list[dict[str, Any]] = []
-    updates: list[tuple[int, int]] = []
+    updates: list[tuple[float, int]] = []
     report: dict[str, Any] = {}
-    progress = growth.Progress({}, found.append, lambda *done: updates.append(done), silent)
-    growth.measure(options, swarm, report, progress)
+    growth.measure(options, swarm, report, Hear(found=found.append, update=lambda *done: updates.append(done)))
     assert list(report["axes"]) == list(growth.AXES)
     assert updates[-1] == (12, 12)
     for name, axis in report["axes"].items():
@@ -219,9 +216,8 @@ def test_growth_and_what_is_known_of_it(swarm: Cluster, tmp_path: Path, tiny: st
     assert [point["x"] for point in report["axes"]["hops"]["points"]] == [1, 2]
     again: dict[str, Any] = {}
     known = {(point["axis"], point["value"]): point for point in found}
-    growth.measure(
-        options, swarm, again, growth.Progress(known, lambda _: pytest.fail("measured again"), silent, silent)
-    )
+    once = Hear(found=lambda _: pytest.fail("measured again"))
+    growth.measure(replace(options, known=known), swarm, again, once)
     assert again["axes"] == report["axes"]
 
 
@@ -237,7 +233,7 @@ def test_a_workload_is_served(swarm: Cluster, tmp_path: Path, tiny: str) -> None
     )
     report: dict[str, Any] = {}
     found: list[dict[str, Any]] = []
-    serve.measure(options, swarm, report, serve.Hear(found.append, silent, silent))
+    serve.measure(options, swarm, report, Hear(found=found.append))
     assert found == report["points"]
     assert [point["concurrency"] for point in found] == [1, 3]
     assert report["workload"]["origin"] == "built-in"
@@ -260,8 +256,8 @@ def test_edited_texts_are_dictated_and_guessed_at(swarm: Cluster, tmp_path: Path
         library=False,
     )
     report: dict[str, Any] = {}
-    counts: list[tuple[int, int]] = []
-    serve.measure(options, swarm, report, serve.Hear(silent, lambda *each: counts.append(each), silent))
+    counts: list[tuple[float, int]] = []
+    serve.measure(options, swarm, report, Hear(update=lambda *each: counts.append(each)))
     (point,) = report["points"]
     assert "drafted" not in point["sotto"]
     guessed = point["sotto_lookup"]
@@ -289,7 +285,7 @@ def test_turns_of_growth_go_forth_and_back(tmp_path: Path) -> None:
         return turn
 
     options = growth.Options(tmp_path, demo_checkpoint(), axes=("hops",), minutes=0)
-    running = growth._Run(options, Cluster(tmp_path, (), None), growth.Progress({}, silent, silent, silent))
+    running = growth._Run(options, Cluster(tmp_path, (), None), Hear())
     ours, theirs = trio.run(running.turns, contestant("ours"), contestant("theirs"))
     assert turns == ["ours", "theirs", "theirs", "ours"]
     assert ours == theirs == {"ms_per_token": 2.5}

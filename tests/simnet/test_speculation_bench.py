@@ -15,6 +15,7 @@ from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
 from protocol.errors import InputError
 from simnet.bench import speculation as bench
+from simnet.bench.hear import Hear
 from simnet.bench.paired import Patience
 from simnet.bench.workloads import EDIT_PROMPTS
 from sotto.demo import demo_checkpoint
@@ -45,7 +46,7 @@ def test_a_report_has_every_way_at_every_round_trip(tmp_path: Path, monkeypatch:
     counts: list[tuple[int, int]] = []
     options = bench.SpeculationBench(tmp_path, demo_checkpoint(), rtts_ms=(0.0, 40.0), tokens=32, rounds=2)
     report: dict[str, Any] = {}
-    bench.run(options, report, bench.Hear(lambda done, total: counts.append((done, total))))
+    bench.run(options, report, Hear(update=lambda done, total: counts.append((done, total))))
     assert counts[-1] == (24, 24)
     assert json.loads(json.dumps(report)) == report
     assert [(point["rtt_ms"], point["workload"]) for point in report["points"]] == [

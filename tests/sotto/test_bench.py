@@ -14,6 +14,7 @@ from node.groups import leaf
 from protocol.errors import InputError, LocalProtocolError
 from simnet.bench import dataplane, growth, plots, precision, serve, speculation
 from simnet.bench.engine import run as engine
+from simnet.bench.hear import Hear
 from simnet.bench.scheduler import live
 from simnet.bench.scheduler import run as scheduler
 from sotto.__main__ import app
@@ -88,11 +89,10 @@ def test_growth_goes_on_where_its_file_ends(tmp_path: Path) -> None:
 
 def test_the_time_is_that_of_points_that_are_missing(tmp_path: Path) -> None:
     """A file has the points of all axes that earlier runs measured."""
-    options = growth.Options(tmp_path, tmp_path, axes=("hops",), values={"hops": (1, 2, 3)})
     known: dict[tuple[str, int], dict[str, Any]] = {("hops", 1): {}, ("context", 128): {}, ("context", 256): {}}
-    progress = growth.Progress(known, lambda _: None, lambda *_: None, lambda _: None)
+    options = growth.Options(tmp_path, tmp_path, axes=("hops",), values={"hops": (1, 2, 3)}, known=known)
     net: Any = SimpleNamespace(workers=())
-    assert growth._Run(options, net, progress).budget.sets == 2
+    assert growth._Run(options, net, Hear()).budget.sets == 2
 
 
 MEASURED = {"model": {"name": "small"}, "dtype": "float32", "points": [], "axes": {}}

@@ -24,6 +24,7 @@ import numpy as np
 from sklearn.cluster import KMeans
 
 from client.metalearning.encoding import Encoder
+from client.metalearning.metrics import reached
 from client.metalearning.selectors.base import Greedy, Prediction, best, compared, ranking
 from client.metalearning.selectors.boosting import Boosting
 from client.metalearning.selectors.grown import Grown
@@ -58,11 +59,6 @@ class Calibration:
 
     weights: tuple[float, ...]
     cautions: tuple[float | None, ...]
-
-    @property
-    def trusted(self) -> bool:
-        """Whether the mixture ever counts."""
-        return any(caution is not None for caution in self.cautions)
 
 
 class Hedged:
@@ -129,16 +125,16 @@ class Hedged:
         if len(np.unique(table.groups)) < 2:
             return Calibration((1 / count,) * count, (None,) * len(sets))
         each, ranked = self._held_out(table, sets)
-        reached = [_reached(table, best(one, table.measured)) for one in each[0]]
-        leader = max(reached, key=lambda one: float(one.mean()))
-        behind = [(one - leader).mean() / (_error(one - leader, table.groups) + ERROR_MIN) for one in reached]
+        found = [reached(table, best(one, table.measured)) for one in each[0]]
+        leader = max(found, key=lambda one: float(one.mean()))
+        behind = [(one - leader).mean() / (_error(one - leader, table.groups) + ERROR_MIN) for one in found]
         kept = np.array(behind) > -BEHIND_MAX
         weights, cautions = kept / kept.sum(), list[float | None]()
         for place, allowed in enumerate(sets):
             there = np.asarray(allowed.any(axis=1))
             safe, bold, gain, doubt = _compared(weights, each[place][:, there], ranked[there], allowed[there])
             part = table.of(there)
-            gained = _reached(part, bold) - _reached(part, safe)
+            gained = reached(part, bold) - reached(part, safe)
             cautions.append(caution_of(gain, doubt, gained, part.groups))
         return Calibration(tuple(weights.tolist()), tuple(cautions))
 
@@ -190,10 +186,6 @@ def _groups(table: Table) -> Numbers:
     if count < 2:
         return table.groups
     return np.asarray(KMeans(count, n_init=3, random_state=0).fit_predict(points), dtype=np.int64)
-
-
-def _reached(table: Table, choices: Numbers) -> Array:
-    return np.take_along_axis(table.fractions, choices[:, None], axis=1)[:, 0]
 
 
 def _error(values: Array, groups: Numbers) -> float:

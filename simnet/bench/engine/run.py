@@ -28,6 +28,7 @@ from simnet.bench.engine.decode import decode_section, long_prefill_section, sof
 from simnet.bench.engine.headlines import headlines
 from simnet.bench.engine.rig import Bench, Rig, Section, Sizes
 from simnet.bench.engine.traffic import batching_section, prefix_section
+from simnet.bench.hear import Hear
 from simnet.bench.machine import facts
 from simnet.bench.paired import Budget
 
@@ -47,21 +48,6 @@ ONCE = ("software", "wire", "batching", "prefix")
 SPECULATION, GROWTH = "speculation", "growth"
 PARTS = (*SECTIONS, SPECULATION, GROWTH)
 SPECULATION_RTT_MS, SPECULATION_TOKENS = 100.0, 128
-Found = Callable[[dict[str, Any]], None]
-"""Gets each section's figures as soon as they are there."""
-
-
-def _to_nobody(done: float, total: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Hear:
-    """`found`: see Found. `say`: what is done now. `update`: how many parts are done, the one under way in proportion
-    to its time, of how many."""
-
-    found: Found
-    say: Callable[[str], None]
-    update: Callable[[float, int], None] = _to_nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +162,7 @@ def _speculation(options: Options, report: dict[str, Any], hear: Hear) -> None:
         workloads=("editing",),
         data=options.data,
     )
-    speculation.run(bench, report, speculation.Hear(say=hear.say))
+    speculation.run(bench, report, Hear(say=hear.say))
 
 
 def _growth(options: Options, report: dict[str, Any], hear: Hear) -> None:
@@ -190,16 +176,18 @@ def _growth(options: Options, report: dict[str, Any], hear: Hear) -> None:
         minutes=options.minutes / options.parts,
     )
 
-    def update(done: int, total: int) -> None:
+    def update(done: float, total: int) -> None:
         hear.update(options.parts - 1 + done / total, options.parts)
 
     def found(point: growth.Point) -> None:
         hear.found({"dtype": dtype, "section": GROWTH, **point})
 
-    growth.run(asked, report, growth.Progress({}, found, update, hear.say))
+    growth.run(asked, report, Hear(found=found, update=update, say=hear.say))
 
 
-async def _measure(bench: Bench, dtype: str, names: Sequence[str], figures: dict[str, Any], found: Found) -> None:
+async def _measure(
+    bench: Bench, dtype: str, names: Sequence[str], figures: dict[str, Any], found: Callable[[dict[str, Any]], None]
+) -> None:
     async with Rig(bench, dtype) as rig:
         for name in names:
             bench.say(f"{dtype}, {name}")
