@@ -80,7 +80,7 @@ def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: b
         pictures.require(plots)
     judge = Judge(tables.load(records or _shipped()), time.process_time)
     with progress_bar("folds", bytes_=False, quiet=quiet) as update:
-        report, found = bench.run(judge, bench.SECTIONS if only is None else tuple(words(only)), update)
+        report, found = bench.run(judge, bench.SECTIONS if only is None else _sections(only), update)
     if plots is not None:
         report["plots"] = [str(path) for path in bench.plot(report, found, plots)]
     return report
@@ -114,6 +114,10 @@ def _live(records: Path | None, only: str | None, how: tuple[float | None, Path 
         with _status(quiet) as say, keeping(report):
             bench.run(options, report, say)
     return report
+
+
+def _sections(only: str) -> tuple[str, ...]:
+    return () if only == "none" else tuple(words(only))
 
 
 def _shipped() -> Path:

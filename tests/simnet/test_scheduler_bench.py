@@ -304,6 +304,25 @@ def test_options_that_mean_nothing_together_are_refused(words: tuple[str, ...], 
     assert says in json.loads(result.stdout)["error"]
 
 
+@pytest.mark.parametrize(
+    ("only", "sections"), [("none", ()), ("curve, text", ("curve", "text")), (None, ("curve", "ablation", "text"))]
+)
+def test_sections_are_made_as_asked(
+    only: str | None, sections: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def made(judge: Judge, sections: Sequence[str], update: object) -> tuple[dict[str, object], None]:
+        asked.append(sections)
+        return {}, None
+
+    monkeypatch.setattr("simnet.bench.scheduler.run.run", made)
+    (tmp_path / "records.csv").write_text("\n".join(LINES) + "\n")
+    words = ["bench", "scheduler", "--records", str(tmp_path / "records.csv"), "--json"]
+    result = CliRunner().invoke(app, words if only is None else [*words, "--only", only])
+    assert (result.exit_code, asked) == (0, [sections]), result.output
+
+
 def test_what_ran_once() -> None:
     """A strategy that ran once in a context is learnt from there, and not judged; a context that ran once is left
     out."""
