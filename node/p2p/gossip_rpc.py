@@ -22,6 +22,10 @@ IDS_MAX = 200  # message ids of one IHAVE or IWANT: ten seconds of all that a ne
 IDS_PER_UNIT = 20
 AUTHOR_PREFIX = bytes.fromhex("002408011220")  # an Ed25519 key as a peer id (protocol/ids.py)
 AUTHOR_BYTES = len(AUTHOR_PREFIX) + 32
+KEY_AT = 2  # what follows in a peer id is the key itself, as a message may repeat it
+SEQNO_BYTES_MAX = 8
+ENVELOPE_BYTES_MAX = 512  # of a message beside its data: author, number, topic, signature and key take some 290
+ID_BYTES_MAX = 100  # author and number have 46, twice as many in hexadecimal
 
 
 def trim(rpc: rpc_pb2.RPC, topics: Collection[str]) -> float:
@@ -50,13 +54,18 @@ def _is_name(topic: object) -> bool:
 
 
 def _is_ours(message: rpc_pb2.Message, topics: Collection[str]) -> bool:
-    """One of our topics, by an author whose key is in its id: others bring a key along, of a kind that may be slow."""
+    """One of our topics, by an author whose key is in its id: others bring a key along, of a kind that may be slow.
+    Nothing but its data is large: all of it is kept for minutes and forwarded, and whoever forwards it can add to what
+    is not signed."""
     author = message.from_id
     return (
         len(message.topicIDs) == 1
         and message.topicIDs[0] in topics
         and len(author) == AUTHOR_BYTES
         and author.startswith(AUTHOR_PREFIX)
+        and len(message.seqno) <= SEQNO_BYTES_MAX
+        and message.key in (b"", author[KEY_AT:])
+        and message.ByteSize() - len(message.data) <= ENVELOPE_BYTES_MAX
     )
 
 
@@ -66,7 +75,8 @@ def _trim_control(control: rpc_pb2.ControlMessage, topics: Collection[str]) -> i
         entries = getattr(control, name)
         _keep(entries, {each.topicID: each for each in entries if each.topicID in topics}.values())
     wanted = rpc_pb2.ControlIWant(messageIDs=islice(_ids(control.iwant), IDS_MAX))
-    _keep(control.iwant, [wanted] if wanted.messageIDs else [])
+    del control.iwant[:]
+    control.iwant.extend([wanted] if wanted.messageIDs else [])
     for offer in control.ihave:
         _keep(offer.messageIDs, list(islice(_ids([offer]), IDS_MAX)))
     for prune in control.prune:
@@ -76,8 +86,10 @@ def _trim_control(control: rpc_pb2.ControlMessage, topics: Collection[str]) -> i
 
 
 def _ids(entries: Iterable[rpc_pb2.ControlIHave | rpc_pb2.ControlIWant]) -> Iterable[bytes]:
-    """The message ids of `entries`, each once."""
-    return dict.fromkeys(number for entry in entries for number in islice(entry.messageIDs, IDS_MAX))
+    """The message ids of `entries`, each once. Those that no message of ours can have are left out: they would be
+    repeated to who sent them."""
+    first = (number for entry in entries for number in islice(entry.messageIDs, IDS_MAX))
+    return dict.fromkeys(number for number in first if len(number) <= ID_BYTES_MAX)
 
 
 def _keep(field: Any, kept: Iterable[Any]) -> None:

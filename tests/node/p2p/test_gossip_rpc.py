@@ -13,11 +13,22 @@ from libp2p.utils.varint import encode_varint_prefixed
 from node.p2p.gossip import STREAMS_PER_NEIGHBOUR
 from node.p2p.gossip_rpc import ENTRIES_MAX, IDS_MAX, IDS_PER_UNIT, TOPIC_CHARS_MAX, trim
 from protocol.errors import TransportError
+from protocol.limits import GOSSIP_BYTES_MAX
 from tests.conformance.adapters import full_addr, until
 from tests.node.p2p.test_hardening import TOPIC, run, still_works
 
 AUTHOR = b"\x00\x24\x08\x01\x12\x20" + bytes(32)
+KEY = AUTHOR[2:]
 GOSSIPSUB = "/meshsub/1.1.0"
+
+
+def message(**fields):
+    """As large as an honest one can be."""
+    honest = {
+        "data": bytes(GOSSIP_BYTES_MAX), "topicIDs": ["t" * TOPIC_CHARS_MAX], "from_id": AUTHOR, "seqno": bytes(8),
+        "signature": bytes(64), "key": KEY,
+    }  # fmt: skip
+    return rpc_pb2.Message(**{**honest, **fields})
 
 
 def test_an_honest_rpc_passes_whole():
@@ -54,6 +65,52 @@ def test_what_nobody_needs_is_left_out():
     assert [len(each.messageIDs) for each in rpc.control.ihave] == [IDS_MAX]
     assert [list(each.messageIDs) for each in rpc.control.iwant] == [[b"the same"]]
     assert not rpc.control.idontwant
+
+
+@pytest.mark.parametrize("honest", [{}, {"key": b""}, {"data": b"short"}])
+def test_the_largest_honest_message_passes(honest):
+    rpc = rpc_pb2.RPC(publish=[message(**honest)])
+    trim(rpc, {"t" * TOPIC_CHARS_MAX})
+    assert list(rpc.publish) == [message(**honest)]
+
+
+@pytest.mark.parametrize(
+    "padded",
+    [
+        {"seqno": bytes(9)},
+        {"key": KEY + b"x"},
+        {"key": KEY[::-1]},
+        {"signature": bytes(600)},
+        {"data": b"", "seqno": bytes(100_000)},
+    ],
+)
+def test_a_message_is_small_beside_its_data(padded):
+    rpc = rpc_pb2.RPC(publish=[message(**padded)])
+    trim(rpc, {"t" * TOPIC_CHARS_MAX})
+    assert not rpc.publish
+
+
+def test_a_message_is_not_padded_with_fields_that_nobody_knows():
+    unknown = b"\xfa\x01" + b"\xd8\x04" + bytes(600)  # field 31, of so many bytes
+    rpc = rpc_pb2.RPC(publish=[rpc_pb2.Message.FromString(message(data=b"").SerializeToString() + unknown)])
+    trim(rpc, {"t" * TOPIC_CHARS_MAX})
+    assert not rpc.publish
+
+
+def test_one_iwant_that_repeats_itself_is_answered_once():
+    rpc = rpc_pb2.RPC()
+    rpc.control.iwant.add(messageIDs=[b"the same"] * 1000)
+    assert trim(rpc, {TOPIC}) == 1 + 1 + 1 / IDS_PER_UNIT
+    assert [list(each.messageIDs) for each in rpc.control.iwant] == [[b"the same"]]
+
+
+def test_ids_that_no_message_has_are_neither_asked_for_nor_looked_up():
+    ids = [AUTHOR + bytes(8), (AUTHOR + bytes(8)).hex().encode(), bytes(101), bytes(100_000)]
+    rpc = rpc_pb2.RPC()
+    rpc.control.ihave.add(topicID=TOPIC, messageIDs=ids)
+    rpc.control.iwant.add(messageIDs=ids)
+    assert trim(rpc, {TOPIC}) == 1 + 2 + 4 / IDS_PER_UNIT
+    assert [list(each.messageIDs) for each in (*rpc.control.ihave, *rpc.control.iwant)] == [ids[:2], ids[:2]]
 
 
 @pytest.mark.parametrize("kind", ["publish", "subscriptions", "graft", "prune", "ihave", "iwant", "idontwant"])
