@@ -3,7 +3,8 @@
 Invariants: an exception while a message is handled costs that message; each neighbour may forward FORWARDED_PER_S
 messages a second (the library's own limit throttles honest relays and is off), and who asks for more work than
 PRICE_PER_S (gossip_rpc.py) is read more slowly; nothing that a neighbour named outlives it; a message names one topic;
-a validator runs once per new message and what it lets pass is delivered and forwarded.
+a validator runs once per new message and what it lets pass is delivered and forwarded; a neighbour that stays
+connected has one stream from here, also when it was slow to take it or has two connections.
 
 Low rate only: one message costs a node 10 to 16 ms of CPU. Not for anything that must arrive.
 """
@@ -47,6 +48,7 @@ NEIGHBOURS_REMEMBERED = 4096  # rate limits kept; the connection limit is below 
 TOPICS_PER_NEIGHBOUR = 64  # that it says it follows; foreign nodes may follow topics of their own
 STREAMS_PER_NEIGHBOUR = 4  # it needs one, and one more for a moment when it connects anew
 RPC_BYTES_MAX = 256 * 1024  # IDS_MAX adverts, asked for at once; a stream holds one RPC while it arrives
+GREET_AGAIN_S = (1.0, 4.0, 15.0, 60.0, 240.0)  # pauses before a stream to a neighbour is tried again
 SUBSCRIPTION_MESSAGES = 256  # unread messages of a topic before the oldest is dropped
 
 
@@ -126,6 +128,7 @@ class GuardedPubsub(Pubsub):
         self._forwarding: OrderedDict[ID, _Allowance] = OrderedDict()  # messages
         self._asking: OrderedDict[ID, _Allowance] = OrderedDict()  # units of gossip_rpc.trim
         self._reading: Counter[ID] = Counter()  # streams
+        self._greeting: set[ID] = set()  # those that a stream is being opened to
 
     async def continuously_read_stream(self, stream: INetStream) -> None:
         """In the library's place: it does all that an RPC asks for at once. Raises ParseError; its caller resets."""
@@ -157,6 +160,26 @@ class GuardedPubsub(Pubsub):
             await super().push_msg(msg_forwarder, msg)
         except Exception as error:  # runs in a task of the service: what escapes here ends the node
             log.warning("a gossip message from %s failed: %r", msg_forwarder, error)
+
+    async def _handle_new_peer_with_retry(self, peer_id: ID, timeout: float | None = None) -> None:
+        """The library gives up for good when a stream was not negotiated in time: a neighbour that was busy then would
+        stay deaf and mute for as long as it is connected. The tries are few, for it may not speak gossipsub."""
+        await super()._handle_new_peer_with_retry(peer_id, timeout)
+        for pause_s in GREET_AGAIN_S:
+            if peer_id in self.peers or not self._peer_is_connected(peer_id):
+                return
+            await trio.sleep(pause_s)
+            await super()._handle_new_peer_with_retry(peer_id, timeout)
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        """Once at a time: the second of two connections would replace the first one's queue, whose tasks never end."""
+        if peer_id in self._greeting:
+            return
+        self._greeting.add(peer_id)
+        try:
+            await super()._handle_new_peer(peer_id)
+        finally:
+            self._greeting.discard(peer_id)
 
     def _handle_dead_peer(self, peer_id: ID) -> None:
         super()._handle_dead_peer(peer_id)

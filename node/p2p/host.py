@@ -6,7 +6,8 @@ alone, and tests/node/p2p/test_pins.py fails when it changes: TransportUpgrader.
 library builds its own yamux by name), Swarm.auto_connector is replaced (it dials whoever it has heard of),
 Swarm.common_stream_handler is wrapped (what escapes from it ends the node), Swarm.upgrade_inbound_raw_conn is followed
 (a connection whose upgrade is done no longer waits at the door), Swarm.connections is read and closed at
-once (the library closes one by one, 0.1 s each), BasicHost._identify_peer is replaced (it believes a megabyte).
+once (the library closes one by one, 0.1 s each), Swarm.add_conn is followed (it registers connections that have ended),
+BasicHost._identify_peer is replaced (it believes a megabyte).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from libp2p.identity.identify_push.identify_push import ID_PUSH
 from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
@@ -36,6 +38,7 @@ from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.p2p.addresses import dialable, of_ip, tcp_endpoint
+from node.p2p.doorway import source_of
 from node.p2p.peerbook import PeerBook, learn, push_handler
 from node.p2p.shunned import Shunned
 from node.p2p.streams import logged
@@ -50,6 +53,8 @@ log = logging.getLogger(__name__)
 
 YAMUX = TProtocol("/yamux/1.0.0")
 CONNECTIONS_MAX = 2000
+INBOUND_MAX = CONNECTIONS_MAX - 100  # whoever else comes, this node can still dial
+INBOUND_PER_ADDRESS_MAX = 256  # one host takes an eighth of the places at most; loopback is no exception
 CONNECTIONS_PER_PEER_MAX = 2  # both sides may dial at once; more is waste
 UPGRADE_S = 3.0  # a connection that stays silent holds its slot no longer
 NEGOTIATE_S = 5.0
@@ -154,23 +159,40 @@ def stated_addrs(host: Host, peer: ID) -> tuple[str, ...]:
 
 class _Muxers(MuxerMultistream):
     """Negotiates as the library does, then builds our yamux. Only peers that protocol/ids.py knows how to name pass,
-    and no shunned ones."""
+    no shunned ones, and of those that come no more than there is room for, in all and from their address."""
 
     def __init__(self, muxers: TMuxerOptions, negotiate_timeout: int, shunned: Shunned) -> None:
         super().__init__(muxers, negotiate_timeout)
         self._memory = Memory[Yamux]()
         self._shunned = shunned
+        self._inbound: dict[Yamux, str] = {}  # by where they come from; through relays: "", as one address
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
+        address = (conn.get_remote_address() or ("", 0))[0]
         try:
             public_key_of(peer_id.to_base58())
-            self._shunned.check(PeerId(peer_id.to_base58()), (conn.get_remote_address() or ("", 0))[0])
+            self._shunned.check(PeerId(peer_id.to_base58()), address)
         except RemoteProtocolError as error:
             raise MuxerUpgradeFailure(f"a peer whose id is no Ed25519 key: {peer_id}") from error
         except TransportError as error:
             raise MuxerUpgradeFailure(str(error)) from error
-        await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        return Yamux(conn, peer_id, self._memory)
+        muxed = Yamux(conn, peer_id, self._memory)
+        if not conn.is_initiator:
+            self._take_place(muxed, source_of(address))
+        try:
+            await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
+        except BaseException:
+            muxed.end()
+            raise
+        return muxed
+
+    def _take_place(self, muxed: Yamux, source: str) -> None:
+        """It has one until it is closed. Raises MuxerUpgradeFailure."""
+        self._inbound = {each: where for each, where in self._inbound.items() if not each.is_closed}
+        taken = list(self._inbound.values())
+        if len(taken) >= INBOUND_MAX or taken.count(source) >= INBOUND_PER_ADDRESS_MAX:
+            raise MuxerUpgradeFailure(f"no room for another connection from {source or 'a relay'}")
+        self._inbound[muxed] = source
 
 
 class _Swarm(Swarm):
@@ -181,6 +203,15 @@ class _Swarm(Swarm):
         if isinstance(stream, TcpStream):
             stream.on_admitted()
         return conn
+
+    async def add_conn(self, muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        """The library registers also what has ended while it was starting, and it would stay for ever."""
+        try:
+            return await super().add_conn(muxed_conn, direction)
+        finally:
+            for conn in self.get_connections(muxed_conn.peer_id):
+                if isinstance(conn, SwarmConn) and conn.is_closed:
+                    self.remove_conn(conn)
 
 
 class _NoAutoConnector(AutoConnector):

@@ -1,0 +1,228 @@
+"""Connections and gossip streams at their beginning: ended at once, two at a time, negotiated too slowly, too many."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import trio
+import trio.testing
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.host.exceptions import StreamFailure
+from libp2p.network.stream.exceptions import StreamReset
+from libp2p.peer.id import ID
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
+from libp2p.transport.exceptions import MuxerUpgradeFailure
+
+import node.p2p.gossip as gossip
+import node.p2p.host as host
+from node.p2p.doorway import Doorway
+from node.p2p.gossip import GOSSIPSUB
+from node.p2p.host import YAMUX, _Muxers
+from node.p2p.mesh import MeshConfig, open_mesh
+from node.p2p.shunned import Shunned
+from node.p2p.yamux import Yamux
+from node.p2p.yamux_limits import Memory
+from protocol.errors import TransportError
+from simnet import runtime
+from tests.conformance.adapters import full_addr, seed_of, until
+from tests.node.p2p.test_hardening import run, still_works
+
+
+class EndedAtBirth(Yamux):
+    """The peer leaves in the breath in which it has come."""
+
+    async def start(self):
+        self.event_started.set()
+
+    async def accept_stream(self):
+        raise MuxedConnUnavailable("it has left")
+
+    async def close(self):
+        self.end()
+
+
+def test_a_connection_that_ended_at_its_birth_is_not_kept():
+    async def body(a, b):
+        dead = EndedAtBirth(SimpleNamespace(is_initiator=False), b._host.get_id(), Memory())
+        await a._host.swarm.add_conn(dead, "inbound")
+        assert a._host.swarm.connections == {}
+        await still_works(a, b)
+
+    run(body)
+
+
+def gossip_streams(monkeypatch, mesh, before):
+    """`before(peer)` is awaited before `mesh` opens a gossip stream."""
+    new_stream = mesh._host.new_stream
+
+    async def new(peer, protocols):
+        if GOSSIPSUB in protocols:
+            await before(peer)
+        return await new_stream(peer, protocols)
+
+    monkeypatch.setattr(mesh._host, "new_stream", new)
+
+
+def test_a_neighbour_with_two_connections_gets_one_gossip_stream(monkeypatch):
+    async def body(a, b):
+        opened, go = [], trio.Event()
+
+        async def slow(peer):
+            opened.append(peer)
+            await go.wait()
+
+        gossip_streams(monkeypatch, a, slow)
+        neighbour = b._host.get_id()
+        await a.connect(full_addr(b))
+        await until(lambda: bool(opened))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a._pubsub._handle_new_peer, neighbour)
+            await trio.testing.wait_all_tasks_blocked()
+            go.set()
+        await until(lambda: neighbour in a._pubsub.peers)
+        assert opened == [neighbour]
+        await until(lambda: not a._pubsub._greeting)
+        await still_works(a, b)
+
+    run(body)
+
+
+def test_a_neighbour_that_was_slow_to_negotiate_is_asked_again(monkeypatch):
+    monkeypatch.setattr(gossip, "GREET_AGAIN_S", (0.0, 0.0))
+
+    async def body(a, b):
+        failures = [StreamFailure("no answer in time"), StreamReset()]
+
+        async def slow(peer):
+            await trio.lowlevel.checkpoint()
+            if failures:
+                raise failures.pop()
+
+        gossip_streams(monkeypatch, a, slow)
+        await a.connect(full_addr(b))
+        await until(lambda: b._host.get_id() in a._pubsub.peers)
+        await still_works(a, b)
+
+    run(body)
+
+
+def test_a_neighbour_that_speaks_no_gossipsub_is_asked_a_few_times(monkeypatch):
+    monkeypatch.setattr(gossip, "GREET_AGAIN_S", (0.0, 0.0))
+
+    async def body(a, b):
+        asked = []
+
+        async def refused(peer):
+            asked.append(peer)
+            await trio.lowlevel.checkpoint()
+            raise StreamFailure("not spoken here")
+
+        gossip_streams(monkeypatch, a, refused)
+        await a.connect(full_addr(b))
+        await until(lambda: len(asked) >= 3 and not a._pubsub._greeting)
+        await a._pubsub._handle_new_peer_with_retry(b._host.get_id())
+        assert len(asked) == 6
+
+    run(body)
+
+
+class Comer:
+    """A connection whose Noise handshake is done."""
+
+    def __init__(self, number, address, is_initiator=False):
+        self.is_initiator = is_initiator
+        self.peer = ID.from_pubkey(create_new_key_pair(bytes([number]) * 32).public_key)
+        self._address = address
+
+    def get_remote_address(self):
+        return self._address and (self._address, 4001)
+
+
+class Selector:
+    """Negotiates at once, or fails with `error`."""
+
+    error = None
+
+    async def select(self, conn, is_initiator, timeout):
+        await trio.lowlevel.checkpoint()
+        if self.error:
+            raise self.error
+
+
+def muxers_of(selector):
+    muxers = _Muxers({YAMUX: Yamux}, 1, Shunned(Doorway()))
+    muxers._selector = selector
+    return muxers
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "another"),
+    [
+        ("192.0.2.1", "192.0.2.1", "192.0.2.2"),
+        ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1"),  # a site counts as one
+        (None, None, "192.0.2.1"),  # through relays
+    ],
+)
+def test_one_address_takes_so_many_places_and_gets_them_back(monkeypatch, first, second, another):
+    monkeypatch.setattr(host, "INBOUND_PER_ADDRESS_MAX", 2)
+
+    async def main():
+        muxers = muxers_of(Selector())
+        comers = [Comer(1, first), Comer(2, second)]
+        inside = [await muxers.new_conn(each, each.peer) for each in comers]
+        for each in (Comer(3, first), Comer(4, second)):
+            with pytest.raises(MuxerUpgradeFailure, match="no room"):
+                await muxers.new_conn(each, each.peer)
+        for each in (Comer(5, another), Comer(6, first, is_initiator=True)):
+            assert not (await muxers.new_conn(each, each.peer)).is_closed
+        inside[0].end()
+        assert not (await muxers.new_conn(Comer(7, second), Comer(7, second).peer)).is_closed
+        assert len(muxers._inbound) == 3
+
+    runtime.run(main, seed=1)
+
+
+def test_those_that_come_leave_places_for_dialling(monkeypatch):
+    monkeypatch.setattr(host, "INBOUND_MAX", 3)
+
+    async def main():
+        muxers = muxers_of(Selector())
+        for number in range(3):
+            await muxers.new_conn(Comer(number, f"192.0.2.{number}"), Comer(number, "").peer)
+        with pytest.raises(MuxerUpgradeFailure, match="no room"):
+            await muxers.new_conn(Comer(9, "192.0.2.9"), Comer(9, "").peer)
+        await muxers.new_conn(Comer(9, "192.0.2.9", is_initiator=True), Comer(9, "").peer)
+
+    runtime.run(main, seed=1)
+
+
+def test_who_fails_to_negotiate_a_muxer_keeps_no_place(monkeypatch):
+    monkeypatch.setattr(host, "INBOUND_PER_ADDRESS_MAX", 1)
+
+    async def main():
+        selector = Selector()
+        muxers = muxers_of(selector)
+        comer = Comer(1, "192.0.2.1")
+        selector.error = ValueError("no muxer in common")
+        for _ in range(3):
+            with pytest.raises(ValueError, match="no muxer"):
+                await muxers.new_conn(comer, comer.peer)
+        selector.error = None
+        await muxers.new_conn(comer, comer.peer)
+
+    runtime.run(main, seed=1)
+
+
+def test_a_newcomer_without_a_place_is_refused_and_can_be_dialled(monkeypatch):
+    monkeypatch.setattr(host, "INBOUND_PER_ADDRESS_MAX", 1)
+
+    async def body(a, b):
+        await b.connect(full_addr(a))
+        async with open_mesh(MeshConfig(seed_of("c"))) as c:
+            with pytest.raises(TransportError):
+                await c.connect(full_addr(a))
+            await a.connect(full_addr(c))
+        await still_works(a, b)
+
+    run(body)
