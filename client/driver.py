@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from protocol.channel import Channel
 from protocol.errors import LocalProtocolError, RemoteProtocolError, SottoError, TransportError
 from protocol.ids import ID_BYTES, PeerId, SessionId
 from protocol.messages import SESSION, Message
+from protocol.ports import Stream
 from protocol.tickets import Ticket, issue_ticket
 
 DIAL_S = 10.0
@@ -147,13 +149,22 @@ class _Link:
             await self._channel.aclose()
 
 
+@dataclass(slots=True)
+class _Dials:
+    """Of one worker, one at a time. `failures`: how many have failed; `failure`: the newest of them."""
+
+    lock: trio.Lock = field(default_factory=trio.Lock)
+    failures: int = 0
+    failure: SottoError | None = None
+
+
 class Driver:
     """Opens sessions over routes. `run` must be running meanwhile."""
 
     def __init__(self, ports: ClientPorts) -> None:
         self._ports = ports
         self._links: dict[PeerId, _Link] = {}
-        self._dialling: dict[PeerId, trio.Lock] = {}
+        self._dials: dict[PeerId, _Dials] = {}
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: TaskStatus = trio.TASK_STATUS_IGNORED) -> None:
@@ -206,19 +217,21 @@ class Driver:
                 link.sessions.pop(session.id, None)
 
     async def _link(self, hop: Hop) -> _Link:
-        """The stream to `hop`, opened if there is none. Raises HopLost."""
-        async with self._dialling.setdefault(hop.peer, trio.Lock()):
+        """The stream to `hop`, opened if there is none. Who comes while another dials shares what comes of that; who
+        comes later dials anew. Raises HopLost."""
+        dials = self._dials.setdefault(hop.peer, _Dials())
+        failures = dials.failures
+        async with dials.lock:
             link = self._links.get(hop.peer)
             if link is not None:
                 return link
-            stream = None
-            with trio.move_on_after(DIAL_S):
-                try:
-                    stream = await self._ports.transport.open(hop.peer, hop.addrs, SESSION)
-                except TransportError as error:
-                    raise blame(hop.peer, error, "cannot be reached") from error
-            if stream is None:
-                raise HopLost(hop.peer, f"could not be reached within {DIAL_S:g} s")
+            if dials.failure is not None and dials.failures != failures:
+                raise dials.failure.with_traceback(None)
+            try:
+                stream = await self._dial(hop)
+            except SottoError as error:
+                dials.failures, dials.failure = dials.failures + 1, error
+                raise
             if self._nursery is None:
                 await stream.aclose()
                 raise LocalProtocolError("the driver is not running")
@@ -226,6 +239,15 @@ class Driver:
             self._links[hop.peer] = link
             self._nursery.start_soon(self._carry, link)
             return link
+
+    async def _dial(self, hop: Hop) -> Stream:
+        """A new stream to `hop`. Raises HopLost."""
+        with trio.move_on_after(DIAL_S):
+            try:
+                return await self._ports.transport.open(hop.peer, hop.addrs, SESSION)
+            except TransportError as error:
+                raise blame(hop.peer, error, "cannot be reached") from error
+        raise HopLost(hop.peer, f"could not be reached within {DIAL_S:g} s")
 
     async def _carry(self, link: _Link) -> None:
         """Read and write a link until it ends, whichever side ends it."""

@@ -281,6 +281,50 @@ def test_a_worker_that_cannot_be_dialled_is_named() -> None:
     with_swarm(2, body)
 
 
+def test_all_who_wait_for_a_silent_worker_hear_of_it_together_and_who_comes_later_dials_anew() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        silent, given_up = swarm.hops[0].identity.peer, list[float]()
+        swarm.network.freeze(silent)
+
+        async def give_up() -> None:
+            with pytest.raises(HopLost, match="cannot be reached") as caught:
+                await driver.open_session(swarm.route, TERMS)
+            assert caught.value.peer == silent
+            given_up.append(trio.current_time())
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(16):
+                nursery.start_soon(give_up)
+        assert len(set(given_up)) == 1, "they wait for one dial"
+        swarm.network.thaw(silent)
+        async with driver.session(swarm.route, TERMS) as session:
+            await session.step(activations(1), position=0)
+
+    with_swarm(1, body)
+
+
+def test_a_dial_that_was_cancelled_says_nothing_to_those_who_wait() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        silent = swarm.hops[0].identity.peer
+        swarm.network.freeze(silent)
+
+        async def use() -> None:
+            async with driver.session(swarm.route, TERMS) as session:
+                await session.step(activations(1), position=0)
+
+        async def use_later() -> None:
+            await trio.sleep(0.5)
+            await use()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(use_later)
+            with trio.move_on_after(1):
+                await use()
+            swarm.network.thaw(silent)
+
+    with_swarm(1, body)
+
+
 def test_a_hop_that_stops_reading_costs_the_step_budget_and_no_more() -> None:
     async def body(swarm: FakeSwarm, driver: Driver) -> None:
         async with driver.session(swarm.route, SessionTerms(64, step_timeout_s=15.0)) as session:
