@@ -6,8 +6,8 @@ opened (over the same route, then over one that is found anew, past the workers 
 was lost again and again), and what was known and is not in kept pages is computed again: tokens depend on their
 positions alone, so the answer goes on as if nothing had happened. The same when it is preempted: a worker took its
 memory for a client that holds less. Then the same route is waited for, as long as it takes within reason; preempted
-again without a token between, it is lost like any other. When
-a session is closed its pages stay, under their names on its route.
+again without a token between, it is lost like any other. Who declines what was asked is asked again, and no other in
+its place. When a session is closed its pages stay, under their names on its route.
 
 Invariants: `held` is what the KV of all hops holds when they have computed what was sent, in the order in which it was
 sent. Only what an answer showed to be computed is named: a name that stood for anything else would give a later session
@@ -37,10 +37,14 @@ REQUEST_LOSSES_MAX = 16  # of one request
 BLAMED_MAX = 2  # losses of one request that one worker is named in: it is passed over then, tokens between or not
 PREEMPTIONS_MAX = 32  # of one request: honest workers take hours to come to that
 NO_ROOM_S = 300.0  # how long who was preempted looks for room again
+BUSY_S = 30.0  # how long a worker that is busy is asked again, before that counts as a refusal
 PAUSE_S = 1.0  # between two refusals that came at once
 BACKOFF_S = 0.5  # after a refusal or a second loss, twice as long each time; a lost session is opened again at once
 
 _LOST = (RouteUnavailable, Refused, TransportError)
+# At an opening these pass by themselves. A session that was closed keeps its place until its last step is computed, and
+# whoever closed it may come back before that.
+_BUSY = frozenset((RefusalReason.RATE, RefusalReason.SESSIONS))
 # Refusals of what a worker is, not of what was asked: another may serve.
 _GONE = frozenset(
     (
@@ -96,8 +100,8 @@ Opener = Callable[[Opening], Awaitable[Opened]]
 @dataclass(frozen=True, slots=True)
 class KeptTerms:
     """`losses_max`: how many losses in a row are made good; preemptions are, LOSSES_MAX in a row at least. `notice` is
-    told in a sentence what befell the session. `refusals`: a worker that declines what was asked (no room, too many
-    sessions) is lost too."""
+    told in a sentence what befell the session. `refusals`: a worker that declines what was asked (no room, no right) is
+    asked again, as often; else that is final."""
 
     losses_max: int = LOSSES_MAX
     notice: Callable[[str], None] = lambda _: None
@@ -116,12 +120,14 @@ class KeptSession:
         self._opened: Opened | None = None
         self._moved_before = (0, 0)
         self._in_a_row = 0
-        self._anew = False
+        self._anew = False  # the next opening is over a route that is found anew
         self._without: frozenset[PeerId] = frozenset()  # the workers that were lost in a row
+        self._violators: frozenset[PeerId] = frozenset()  # over its whole life
         self._blamed: Counter[PeerId] = Counter()  # of this request
         self._losses_left = REQUEST_LOSSES_MAX
         self._preemptions_left = PREEMPTIONS_MAX
         self._roomless_since = inf  # when it was preempted, while it has no room again
+        self._busy_since = inf  # when a busy worker was first asked for the session that is to be opened
         self._preempted = False  # since the last token
 
     @property
@@ -134,6 +140,7 @@ class KeptSession:
         """Another request begins."""
         self._preemptions_left, self._preempted = PREEMPTIONS_MAX, False
         self._losses_left, self._blamed = REQUEST_LOSSES_MAX, Counter()
+        self._busy_since = inf
 
     async def ready(self, known: Sequence[int]) -> OpenedSession:
         """The open session; one is opened when there is none that may hold a sequence that begins with `known`. Raises
@@ -142,11 +149,14 @@ class KeptSession:
             await self.aclose()  # else the pages of `known` were kept under names of others
         while self._opened is None:
             try:
-                opened = await self._opener(Opening(known, self._anew, self._without))
+                opened = await self._opener(Opening(known, self._anew, self._without | self._violators))
             except _LOST as error:
                 await self.lost(error)
                 continue
-            self._opened, self._roomless_since = opened, inf
+            except RemoteProtocolError as error:
+                await self.violated(error)
+                raise
+            self._opened, self._anew, self._roomless_since, self._busy_since = opened, False, inf, inf
             self.held = list(known[: opened.session.held_tokens])
             self._computed = len(self.held)
         return self._opened.session
@@ -154,20 +164,47 @@ class KeptSession:
     async def lost(self, error: SottoError) -> None:
         """The session failed with `error`, or could not be opened. Raises it when nothing more can be done; comes back
         when it is time to try again."""
+        opening = self._opened is None
         await self.aclose()
         reason = error.reason if isinstance(error, Refused) else ""
+        declined = bool(reason) and reason not in _GONE
+        if declined:
+            self._anew = False  # whom the opener found anew is asked again, too
         again, self._preempted = self._preempted, self._preempted or reason == RefusalReason.PREEMPTED
         if reason == RefusalReason.PREEMPTED:
             self._note_preemption(error)
         if reason == RefusalReason.PREEMPTED and not again:
             return
-        if reason == RefusalReason.KV_MEMORY and 0 <= trio.current_time() - self._roomless_since < NO_ROOM_S:
+        if self._passes(reason, opening):
             await trio.sleep(PAUSE_S)
         else:
-            final = reason and reason not in _GONE and not self._terms.refusals
-            self._note_loss(error, max(0 if final else self._terms.losses_max, LOSSES_MAX if again else 0))
+            final = declined and not self._terms.refusals
+            self._count_loss(error, max(0 if final else self._terms.losses_max, LOSSES_MAX if again else 0))
+            if not declined:
+                self._avoid(getattr(error, "peer", None))
             if self._in_a_row > 1 or reason:
                 await trio.sleep(BACKOFF_S * 2 ** (self._in_a_row - 1))
+
+    async def violated(self, error: RemoteProtocolError) -> None:
+        """The session, or its opening, ended in a breach of the protocol: its pages are not kept. Where `error` names a
+        worker, the next opening is over a route that is found anew without it, if there are others."""
+        await self.aclose(keep=False)
+        self.progressed()
+        peer: PeerId | None = getattr(error, "peer", None)
+        if peer is not None:
+            self._anew, self._violators = True, self._violators | {peer}
+
+    def _passes(self, reason: str, opening: bool) -> bool:
+        """Whether to wait until a refusal for `reason` passes by itself."""
+        now = trio.current_time()
+        if reason == RefusalReason.KV_MEMORY:
+            return 0 <= now - self._roomless_since < NO_ROOM_S
+        if not opening or reason not in _BUSY:
+            return False
+        if self._busy_since == inf:
+            self._busy_since = now
+            self._terms.notice(f"a worker is busy ({reason}): it is asked again for {BUSY_S:g} s")
+        return now - self._busy_since < BUSY_S
 
     def _note_preemption(self, error: SottoError) -> None:
         if not self._preemptions_left:
@@ -177,21 +214,24 @@ class KeptSession:
         self._roomless_since = min(self._roomless_since, trio.current_time())
         self._terms.notice("a worker needs its memory for another client: the answer goes on when there is room again")
 
-    def _note_loss(self, error: SottoError, most: int) -> None:
+    def _count_loss(self, error: SottoError, most: int) -> None:
         self._in_a_row += 1
         self._losses_left -= 1
         if self._in_a_row > most or self._losses_left < 0:
             self.progressed()
             raise error
-        peer: PeerId | None = getattr(error, "peer", None)
+        if self._in_a_row == 1:
+            self.losses += 1
+            peer: PeerId | None = getattr(error, "peer", None)
+            who = f"worker {short(peer)} is" if peer else "the workers are"
+            self._terms.notice(f"{who} lost to this session: it is opened again, and what was said is computed anew")
+
+    def _avoid(self, peer: PeerId | None) -> None:
+        """A worker was lost. The same route is tried once more, unless `peer` is to blame again and again."""
         if peer is not None:
             self._without |= {peer}
             self._blamed[peer] += 1
         self._anew = self._in_a_row > 1 or (peer is not None and self._blamed[peer] > BLAMED_MAX)
-        if self._in_a_row == 1:
-            self.losses += 1
-            who = f"worker {short(peer)} is" if peer else "the workers are"
-            self._terms.notice(f"{who} lost to this session: it is opened again, and what was said is computed anew")
 
     def settle(self, ids: list[int], answered: bool) -> None:
         """A request has ended, well or early: the KV will hold `ids`. If the request was not `answered` yet, a hop may
@@ -312,8 +352,8 @@ class KeptRequest:
                 return
             except _LOST as error:
                 await self._kept.lost(error)
-            except RemoteProtocolError:  # never again with that peer; a later request opens a session of its own
-                await self._kept.aclose(keep=False)
+            except RemoteProtocolError as error:  # this request ends; a later one goes past that peer, if it can
+                await self._kept.violated(error)
                 raise
 
     def _note(self, token: int, known_s: float) -> None:

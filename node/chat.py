@@ -24,7 +24,7 @@ from models.chat_template import ChatMessage, ChatTemplate
 from models.tokenizer import Tokenizer
 from node.choosing import Decided
 from node.defaults import KV_TOKENS
-from node.model import Ask, Before, DeployedModel, progress
+from node.model import Ask, Before, DeployedModel, moved_on, progress
 from protocol.errors import InputError
 from protocol.ids import ID_BYTES
 from protocol.strategy import Auto, Strategy
@@ -168,7 +168,7 @@ class Chat:
 
     async def _open(self, opening: Opening) -> Opened:
         if opening.anew:
-            self._model = await self._model.moved(opening.without)
+            self._model = await moved_on(self._model, opening)
             self._terms = self._terms_of(self._used)
         return await self._model.opened(opening, self._terms, self._used)
 

@@ -337,14 +337,19 @@ class _Way:
         """A session for the request. What a worker keeps of it is found by page keys, after a preemption too. Raises
         SottoError; RouteUnavailable where there is nothing to move to."""
         if opening.anew and self.recover:
-            try:
-                self.model = await self.model.moved(opening.without)
-            except (InputError, Refused) as error:  # not for what this request asks
-                raise RouteUnavailable(f"workers were lost, and no others could take their place: {error}") from error
+            self.model = await moved_on(self.model, opening)
         if self.trace is not None:
             self.trace.begin()
         terms = self.model.terms(self.kv_tokens, self.strategy)
         return await self.model.opened(opening, replace(terms, trace=self.trace, request=self._request), self.strategy)
+
+
+async def moved_on(model: DeployedModel, opening: Opening) -> DeployedModel:
+    """The model over the route that `opening` is to go over. Raises RouteUnavailable where there is none."""
+    try:
+        return await model.moved(opening.without)
+    except (InputError, Refused) as error:  # not for what this request asks
+        raise RouteUnavailable(f"workers were lost, and no others could take their place: {error}") from error
 
 
 def _report(trace: StepTrace, request: KeptRequest, kept: KeptSession, way: _Way) -> TraceReport:

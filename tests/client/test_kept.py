@@ -66,9 +66,10 @@ class Session(Machine):
 
 @dataclass
 class Opener:
-    """Gives `sessions` one after the other; None cannot be opened. `names`: so many first tokens are named."""
+    """Gives `sessions` one after the other; None finds no room, an error is raised. `names`: so many first tokens are
+    named."""
 
-    sessions: list[Session | None]
+    sessions: Sequence[Session | SottoError | None]
     names: int = 0
     openings: list[Opening] = field(default_factory=list)
     opened_at: list[float] = field(default_factory=list)
@@ -89,6 +90,8 @@ class Opener:
         session = self.sessions[number - 1]
         if session is None:
             raise HopRefused(PEER, "kv_memory")
+        if isinstance(session, SottoError):
+            raise session
         session.held = list(opening.known[: session.held_tokens])
         return Opened(session, lambda ids: bytes([number, *ids]), opening.known[: self.names])
 
@@ -180,7 +183,7 @@ def test_a_session_lost_at_any_step_is_replayed(lost_at: int, guess: bool) -> No
 
 
 def test_a_route_that_cannot_be_opened_again_is_found_anew() -> None:
-    opener = Opener([Session(6), None, Session()])
+    opener = Opener([Session(6), HopLost(PEER, "is gone"), Session()])
     assert virtual(lambda: ids(request(opener.kept(), PROMPT))) == alone(PROMPT)
     assert opener.anew == [False, False, True]
     assert len(opener.notices) == 1, "the user is told once"
@@ -218,7 +221,7 @@ def test_pages_stay_under_the_names_of_the_route_that_computed_them() -> None:
 
 
 def test_the_next_route_passes_over_whom_was_lost_and_a_token_ends_that() -> None:
-    opener = Opener([Session(6), None, Session(5, HopLost(OTHER, "was lost")), Session()])
+    opener = Opener([Session(6), HopLost(PEER, "is gone"), Session(5, HopLost(OTHER, "was lost")), Session()])
     virtual(lambda: ids(request(opener.kept(), PROMPT)))
     assert [opening.without for opening in opener.openings] == [set(), {PEER}, {PEER}, {OTHER}]
     assert opener.anew == [False, False, True, False], "after a token, the same route is tried first"
@@ -243,11 +246,11 @@ def test_a_lost_session_is_opened_again_at_once() -> None:
 
 
 def test_it_gives_up_when_nothing_helps_and_begins_anew_with_the_next_request() -> None:
-    opener = Opener([None] * (LOSSES_MAX + 1) + [Session()])
+    opener = Opener([*[HopLost(PEER, "is gone")] * (LOSSES_MAX + 1), Session()])
 
     async def main() -> list[int]:
         kept = opener.kept()
-        with pytest.raises(HopRefused):
+        with pytest.raises(HopLost):
             await ids(request(kept, PROMPT))
         return await ids(request(kept, PROMPT))
 
@@ -283,6 +286,7 @@ def test_a_peer_that_breaks_the_protocol_is_not_asked_again() -> None:
         return await ids(request(kept, PROMPT))
 
     assert virtual(main) == alone(PROMPT)
+    assert [(opening.anew, opening.without) for opening in opener.openings] == [(False, set()), (True, {PEER})]
 
 
 @pytest.mark.parametrize("after_s", [0.05, 0.15, 0.25, 0.6, 0.75])

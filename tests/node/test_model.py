@@ -195,6 +195,20 @@ def test_a_request_that_cannot_move_was_lost_and_not_declined(error: SottoError)
     run(main, seed=0)
 
 
+def test_a_chat_that_cannot_move_was_lost_and_not_declined() -> None:
+    """It looks for others again, and does not go back to the route that it lost."""
+
+    async def moved(_without: frozenset[PeerId]) -> DeployedModel:
+        raise Refused("memory", "no room for the span")
+
+    async def main() -> None:
+        chat = Chat(model(moved=moved), cast("ChatTemplate", None), ChatOptions())
+        with pytest.raises(RouteUnavailable, match="no others could take their place"):
+            await chat._open(Opening([1], anew=True))
+
+    run(main, seed=0)
+
+
 def test_a_request_keeps_its_id_over_the_route_that_it_moves_to_and_is_parted_as_suits_that() -> None:
     seen = list[SessionTerms]()
 
