@@ -61,13 +61,13 @@ class SwarmWatch:
             self.refused[reason] = self.refused.get(reason, 0) + 1
             self._observer.advert_refused(reason)
             return False
-        self._view = self._view.at(now_ms).with_advert(message.author, advert, message.received_from)
+        self._view = self._view.at(now_ms).with_advert(message.author, advert, message.received_from, now_ms)
         self._wake()
         return True
 
     def _until_expiry_s(self, view: SwarmView) -> float:
-        expiries = [member.advert.expires_ms for member in view.members.values()]
-        return max(0.0, (min(expiries) - self._now_ms()) / 1000) if expiries else float("inf")
+        ends = [member.until_ms for member in view.members.values()]
+        return max(0.0, (min(ends) - self._now_ms()) / 1000) if ends else float("inf")
 
     def _wake(self) -> None:
         self._changed.set()

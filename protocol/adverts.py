@@ -2,7 +2,8 @@
 
 An advert is at most limits.ADVERT_BYTES_MAX on the wire. Sequence numbers start at the clock's milliseconds, so a
 worker that restarts goes on above its past. `AdvertGate` refuses whatever is forged, replayed, expired, from the future
-or living too long; it remembers one sequence number per peer and is bounded.
+or living too long, and what comes faster than honest workers speak; it remembers a few numbers per peer and is bounded.
+An author's clock may be wrong by CLOCK_SKEW_MAX_S either way, so `believed_until_ms` goes by the receiver's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from protocol.signed import Identity, Signed
 
 TOPIC = "sotto/adverts/1"
 _DOMAIN = "advert/1"
+_SKEW_MS = round(limits.CLOCK_SKEW_MAX_S * 1000)
 Count = Annotated[int, Between(0, 1 << 53)]
 Milliseconds = Annotated[int, Between(0, 1 << 53)]
 
@@ -92,7 +94,7 @@ class Advert(Record):
 
 
 class AdvertRefused(RemoteProtocolError):
-    """`reason` is one of a few names, for counters: forged, expired, future, replay, full."""
+    """`reason` is one of a few names, for counters: forged, expired, future, replay, rate, crowd, full."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -113,8 +115,16 @@ def sign_advert(advert: Advert, identity: Identity) -> bytes:
 
 
 def advert_interval_s(peers: int) -> float:
-    """Seconds between a worker's adverts in a swarm of `peers`: each node receives at most 5 a second at any size."""
-    return max(limits.ADVERT_INTERVAL_MIN_S, peers / limits.ADVERTS_RECEIVED_PER_S)
+    """Seconds between a worker's adverts in a swarm of `peers`: each node receives at most 5 a second from up to 300.
+    Bounded, for peers may be invented: see limits."""
+    wanted_s = peers / limits.ADVERTS_RECEIVED_PER_S
+    return min(max(limits.ADVERT_INTERVAL_MIN_S, wanted_s), limits.ADVERT_INTERVAL_MAX_S)
+
+
+def believed_until_ms(advert: Advert, received_ms: int) -> int:
+    """When an advert that came at `received_ms` ends: after its life by the receiver's clock, and never later than any
+    tolerable clock of its author says, or what was held back on the way could live twice."""
+    return min(received_ms + advert.expires_ms - advert.issued_ms, advert.expires_ms + _SKEW_MS)
 
 
 def read_advert(data: bytes, author: PeerId) -> Advert:
@@ -131,30 +141,63 @@ def read_advert(data: bytes, author: PeerId) -> Advert:
     return decode(Advert, body)
 
 
+@dataclass(frozen=True, slots=True)
+class _Heard:
+    """What is remembered of a peer: its last sequence, the latest end of all its adverts, and how many it may send."""
+
+    sequence: int
+    expires_ms: int
+    room: float
+    at_ms: int
+
+
 @dataclass(slots=True)
 class AdvertGate:
-    """Admits each peer's adverts in rising sequence."""
+    """Admits each peer's adverts in rising sequence, no faster than honest ones send them, and so many new peers."""
 
-    latest: dict[PeerId, tuple[int, int]] = field(default_factory=dict)  # peer -> (sequence, latest expires_ms of all)
+    latest: dict[PeerId, _Heard] = field(default_factory=dict)
+    _room: float = float(limits.ADVERT_AUTHORS_BURST)  # for new peers
+    _at_ms: int = 0
 
     def admit(self, data: bytes, author: PeerId, now_ms: int) -> Advert:
         """The advert in `data`, published by `author`. Raises RemoteProtocolError, and then nothing changed."""
         advert = read_advert(data, author)
-        if advert.expires_ms <= now_ms:
+        if advert.expires_ms + _SKEW_MS <= now_ms:
             raise AdvertRefused("expired", "an advert that has expired")
-        if advert.issued_ms > now_ms + limits.CLOCK_SKEW_MAX_S * 1000:
+        if advert.issued_ms > now_ms + _SKEW_MS:
             raise AdvertRefused("future", "an advert from the future: the peer's clock, or this one, is wrong")
         known = self.latest.get(author)
-        if known is not None and advert.sequence <= known[0]:
-            raise AdvertRefused("replay", "an advert that is not newer than the last one: a replay")
-        if known is None and len(self.latest) >= limits.PEERS_MAX:
-            self._make_room(now_ms)
-        self.latest[author] = (advert.sequence, max(advert.expires_ms, known[1] if known else 0))
+        self.latest[author] = self._first(advert, now_ms) if known is None else _next(known, advert, now_ms)
         return advert
+
+    def _first(self, advert: Advert, now_ms: int) -> _Heard:
+        """Raises AdvertRefused."""
+        room = _refilled(self._room, now_ms - self._at_ms, limits.ADVERT_AUTHORS_PER_S, limits.ADVERT_AUTHORS_BURST)
+        if room < 1:
+            raise AdvertRefused("crowd", "more new peers than a node should hear of")
+        if len(self.latest) >= limits.PEERS_MAX:
+            self._make_room(now_ms)
+        self._room, self._at_ms = room - 1, now_ms
+        return _Heard(advert.sequence, advert.expires_ms, limits.ADVERTS_BURST - 1, now_ms)
 
     def _make_room(self, now_ms: int) -> None:
         # Once all adverts of a peer have expired, none can be replayed: its own expiry refuses it.
-        for peer in [peer for peer, (_, expires_ms) in self.latest.items() if expires_ms <= now_ms]:
+        for peer in [peer for peer, heard in self.latest.items() if heard.expires_ms + _SKEW_MS <= now_ms]:
             del self.latest[peer]
         if len(self.latest) >= limits.PEERS_MAX:
             raise AdvertRefused("full", "too many peers")
+
+
+def _next(known: _Heard, advert: Advert, now_ms: int) -> _Heard:
+    """Raises AdvertRefused."""
+    if advert.sequence <= known.sequence:
+        raise AdvertRefused("replay", "an advert that is not newer than the last one: a replay")
+    room = _refilled(known.room, now_ms - known.at_ms, limits.ADVERTS_PER_S, limits.ADVERTS_BURST)
+    if room < 1:
+        raise AdvertRefused("rate", "more adverts than a worker has reason to send")
+    return _Heard(advert.sequence, max(advert.expires_ms, known.expires_ms), room - 1, now_ms)
+
+
+def _refilled(room: float, waited_ms: int, per_s: float, burst: int) -> float:
+    # A clock that was set back counts as time, too: nobody is shut out until it is there again.
+    return min(float(burst), room + abs(waited_ms) / 1000 * per_s)

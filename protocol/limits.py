@@ -19,11 +19,13 @@ READ_BYTES = 64 * KIB  # asked of a stream at a time: all that one record brings
 
 # Containers inside a header.
 ARRAY_ITEMS_MAX = 256  # any array: nested announcements of 2^20 items would take 8 MB each before the input ends
+HEADER_ARRAYS_MAX = 1024  # no record but a manifest has 40; a million empty ones would hold up the event loop for 0.5 s
 TENSOR_DIMS_MAX = 4
 TENSOR_DIM_MAX = 1 << 24  # no vocabulary or width is near it; byte counts are products of Python's exact integers
 BLOCKS_MAX = 256  # the deepest public model has 126 blocks
 TENSORS_PER_BLOCK_MAX = 64
 CONFIG_PAIRS_MAX = 64
+MANIFEST_ARRAYS_MAX = 2 + BLOCKS_MAX * (3 + CONFIG_PAIRS_MAX + 3 * TENSORS_PER_BLOCK_MAX)  # the largest has so many
 HOPS_MAX = 64
 SHARD_BYTES_MAX = 8 << 30  # one block of a 400 B-parameter model in float32 is about 13 GB, in bfloat16 6.5 GB
 PIECES_MAX = SHARD_BYTES_MAX // PIECE_BYTES  # their list is 256 KiB, one frame
@@ -35,17 +37,26 @@ ADDR_CHARS_MAX = 128
 ADDRS_MAX = 4
 TICKET_BYTES_MAX = 2 * KIB
 
-# Gossip. One node saturates at 60-100 messages a second; it should receive at most 6, reports included.
+# Gossip. One node saturates at 60-100 messages a second; it should receive at most 6, reports included. Workers keep to
+# that up to 300 of them. In a larger swarm they advertise every ADVERT_INTERVAL_MAX_S all the same, for how many there
+# are is hearsay: who invents thousands must not silence the others. So a node receives 17 a second in an honest swarm
+# of 1,000 (a fifth of a core), and above 1,200 its neighbours' allowance for what they forward begins to cost adverts,
+# of which a worker needs one in three to come through.
 GOSSIP_BYTES_MAX = 4 * KIB  # any topic; larger RPCs risk the silent loss above 1 MiB and cost every node
 ADVERT_BYTES_MAX = KIB
 ADVERT_RTTS_MAX = 16
 ADVERT_SPANS_MAX = 8
 ADVERTS_RECEIVED_PER_S = 5.0
 ADVERT_INTERVAL_MIN_S = 2.0  # a newcomer sees a small swarm within this time
+ADVERT_INTERVAL_MAX_S = 60.0  # a newcomer sees any swarm within this time
 ADVERT_LIFE_INTERVALS = 3  # two lost adverts do not make a peer vanish
 CLOCK_SKEW_MAX_S = 30.0  # machines on NTP are within 1 s; a minute-old replay must not pass as new
 PEERS_MAX = 20_000  # SwarmView entries: about 20 MB
-ADVERT_LIFE_MAX_S = ADVERT_LIFE_INTERVALS * PEERS_MAX / ADVERTS_RECEIVED_PER_S  # what the largest swarm needs
+ADVERT_LIFE_MAX_S = ADVERT_LIFE_INTERVALS * ADVERT_INTERVAL_MAX_S  # what the largest swarm needs
+ADVERTS_PER_S = 1.0  # of one author: an honest one never sends two within a second
+ADVERTS_BURST = 3  # in a row: some come late, and together
+ADVERT_AUTHORS_PER_S = 5.0  # that are new, for identities are free: as many adverts as a node should receive
+ADVERT_AUTHORS_BURST = 1000  # in a row, after a quiet time: a newcomer misses nobody in a swarm of so many
 
 # Reports: what clients tell each other of strategies. Beside adverts a node should receive far fewer of them.
 REPORT_BYTES_MAX = KIB

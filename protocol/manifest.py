@@ -7,7 +7,7 @@ It names no model, file or person, and holds nothing about the key.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from protocol import limits
 from protocol.codec import decode, encode
@@ -63,6 +63,8 @@ class BlockEntry(Record):
 @dataclass(frozen=True, slots=True)
 class Manifest(Record):
     """A deployment: one model under one root key and deployment id, which follows from the owner and `salt`."""
+
+    ARRAYS_MAX: ClassVar[int] = limits.MANIFEST_ARRAYS_MAX
 
     deployment: Annotated[DeploymentId, Size(ID_BYTES, ID_BYTES)]
     salt: Annotated[bytes, Size(ID_BYTES, ID_BYTES)]

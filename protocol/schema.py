@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
+from protocol import limits
+
 Scalar = int | float | str | bool
 Plain = Any  # what msgpack holds: nested lists of scalars and bytes
 
@@ -61,6 +63,7 @@ class Record:
 
     __slots__ = ()
     TAG: ClassVar[int] = 0
+    ARRAYS_MAX: ClassVar[int] = limits.HEADER_ARRAYS_MAX  # in one of its kind, itself and all within
 
     def __post_init__(self) -> None:
         layout: _Layout = _layout_of(type(self))

@@ -10,32 +10,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from protocol.adverts import Advert, HeldSpan
+from protocol.adverts import Advert, HeldSpan, believed_until_ms
 from protocol.ids import DeploymentId, PeerId
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A worker as its latest advert tells it. `received_from` is the neighbour that brought the advert."""
+    """A worker as its latest advert tells it, until `until_ms` by this node's clock. `received_from` is the neighbour
+    that brought the advert."""
 
     peer: PeerId
     advert: Advert
     received_from: PeerId
+    until_ms: int
 
 
 @dataclass(frozen=True, slots=True)
 class SwarmView:
     members: Mapping[PeerId, Member] = field(default_factory=lambda: MappingProxyType({}))
 
-    def with_advert(self, peer: PeerId, advert: Advert, received_from: PeerId) -> SwarmView:
-        """The view after an admitted advert."""
-        return SwarmView(MappingProxyType({**self.members, peer: Member(peer, advert, received_from)}))
+    def with_advert(self, peer: PeerId, advert: Advert, received_from: PeerId, now_ms: int) -> SwarmView:
+        """The view after an advert that was admitted at `now_ms`."""
+        member = Member(peer, advert, received_from, believed_until_ms(advert, now_ms))
+        return SwarmView(MappingProxyType({**self.members, peer: member}))
 
     def at(self, now_ms: int) -> SwarmView:
         """The view without what has expired by `now_ms`."""
-        if all(member.advert.expires_ms > now_ms for member in self.members.values()):
+        if all(member.until_ms > now_ms for member in self.members.values()):
             return self
-        alive = {key: value for key, value in self.members.items() if value.advert.expires_ms > now_ms}
+        alive = {key: value for key, value in self.members.items() if value.until_ms > now_ms}
         return SwarmView(MappingProxyType(alive))
 
     def ranked(self) -> tuple[Member, ...]:

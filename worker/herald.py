@@ -24,7 +24,7 @@ from worker.config import WorkerConfig, WorkerPorts
 from worker.house import House
 
 log = logging.getLogger("sotto.worker")
-GAP_S = 1.0  # between two adverts, whatever happens
+GAP_S = 1.0 / limits.ADVERTS_PER_S  # between two adverts, whatever happens
 RTT_EVERY_S = 30.0
 RTT_ROUND_S = 5.0  # a new neighbour is measured within this time
 PING_S = 5.0
@@ -53,7 +53,7 @@ class Herald:
         except RemoteProtocolError:
             self.ports.observer.advert_refused(message.author)
             return False
-        self.view = self.view.at(now_ms).with_advert(message.author, advert, message.received_from)
+        self.view = self.view.at(now_ms).with_advert(message.author, advert, message.received_from, now_ms)
         return True
 
     async def listen(self) -> None:
@@ -111,7 +111,7 @@ class Herald:
         """Signed, and small enough: what does not fit is left out, round-trip times first, then the oldest spans."""
         now_ms = self._now_ms()
         self._sequence = max(self._sequence + 1, now_ms)
-        life_s = min(limits.ADVERT_LIFE_INTERVALS * interval_s, limits.ADVERT_LIFE_MAX_S)
+        life_s = limits.ADVERT_LIFE_INTERVALS * interval_s
         rtts = [Rtt(peer_tag(peer), rtt_ms) for peer, (rtt_ms, _) in sorted(self._rtts.items())]
         rtts = rtts[: limits.ADVERT_RTTS_MAX]
         spans = self._held()

@@ -32,6 +32,7 @@ from protocol.errors import InputError, RemoteProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.limits import ADDR_CHARS_MAX
 from protocol.ports import Stream
+from protocol.scopes import scope_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ RENEW_MIN_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """`circuits`: the addresses under which the relay makes this node dialable, best first."""
+    """`circuits`: the addresses under which the relay makes this node dialable, best first: those on the internet, and
+    of these what the relay says now."""
 
     relay: PeerId
     renew_s: float
@@ -104,10 +106,13 @@ class Circuits:
         await stream.aclose()
         if answer.status != pb.OK:
             raise TransportError(f"{relay} gives no reservation (status {answer.status})")
-        life_s = min(max(answer.reservation.expire - self._wall(), 0.0), RESERVATION_S)
+        life_s = min(answer.reservation.expire - self._wall(), RESERVATION_S)
+        if life_s <= RENEW_MIN_S:
+            raise TransportError(f"{relay} gives a reservation for {life_s:.0f} s: its clock or this one is wrong")
         self._reserved[relay] = trio.current_time() + life_s
         suffix = f"/p2p/{relay}"
-        direct = addresses.dialable((*addrs, *addresses.stated(answer.reservation.addrs, suffix)))
+        told = addresses.stated(answer.reservation.addrs, suffix)  # newer than `addrs`, which it said when it connected
+        direct = sorted(addresses.dialable((*told, *addrs)), key=lambda addr: scope_of(str(addr)) != "global")
         circuits = [f"{addr}{suffix}{CIRCUIT}" for addr in direct if not addresses.is_circuit(str(addr))]
         usable = tuple(addr for addr in circuits if len(addr) <= ADDR_CHARS_MAX)
         if not usable:

@@ -6,7 +6,8 @@ streams, keeps up to 50,000 values of 1 MiB for strangers, and never asks whom i
 
 Invariants: a record names nobody but the peer that brought it, as the handshake proved it; requests are read and
 answered within SERVE_S, at most REQUESTS_PER_S of one peer; the table holds only peers that have answered; a lookup
-ends within LOOKUP_S. It keeps no values and no signed peer records.
+ends within LOOKUP_S, and dials addresses that peers named under the rule of protocol/scopes.py. It keeps no values and
+no signed peer records.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from protocol.directory import KEY_BYTES
 from protocol.errors import LocalProtocolError, RemoteProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.ports import Provider, Stream, StreamHandler
+from protocol.scopes import dialable_from
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,8 @@ class Node(Protocol):
     def peer(self) -> PeerId: ...
     @property
     def addrs(self) -> tuple[str, ...]: ...
+    @property
+    def own_addrs(self) -> tuple[str, ...]: ...
     def handle(self, protocol: str, handler: StreamHandler) -> None: ...
     async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream: ...
     def connected(self) -> tuple[PeerId, ...]: ...
@@ -159,9 +163,10 @@ class Kademlia:
 
     async def _ask(self, contact: Contact, request: Message) -> Message:
         """Raises TransportError, RemoteProtocolError. Who takes a record need not answer: an empty one is made up."""
+        addrs = dialable_from(self._node.own_addrs, contact.addrs, self._node.addrs)  # () will do for who is connected
         try:
             with trio.fail_after(ASK_S):
-                stream = await self._node.open(contact.peer, contact.addrs, KAD)
+                stream = await self._node.open(contact.peer, addrs, KAD)
                 try:
                     messages = Delimited(stream, ANSWER_BYTES_MAX)
                     await messages.send(request)

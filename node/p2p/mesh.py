@@ -86,7 +86,7 @@ class Mesh:
         self._config = config
         self._peer = PeerId(host.get_id().to_base58())
         self._circuits = Circuits(self, host)
-        self.reach = Reach()
+        self.reach = Reach(own=lambda: self._announced)
         self.directory = Kademlia(self)
         self._dials: dict[PeerId, trio.Lock] = {}
         self._topics: dict[str, TopicSubscription] = {}
@@ -112,15 +112,20 @@ class Mesh:
 
     @property
     def addrs(self) -> tuple[str, ...]:
-        return self.reach.addrs(self._config.announce or self.listening, limits.ADDRS_MAX)
+        return self.reach.addrs(self._announced, limits.ADDRS_MAX)
 
     @property
     def own_addrs(self) -> tuple[str, ...]:
-        return self._config.announce or self.listening or self._host.neighbours_at()
+        return self._announced or self._host.neighbours_at()
 
     @property
     def relayed(self) -> bool:
         return self.reach.state is ReachState.RELAYED
+
+    @property
+    def _announced(self) -> tuple[str, ...]:
+        """What this node says of itself, whatever others say."""
+        return self._config.announce or self.listening
 
     def known_addrs(self, peer: PeerId) -> tuple[str, ...]:
         """Where `peer` said, when it connected, that it can be dialled."""

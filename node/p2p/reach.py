@@ -10,7 +10,9 @@
 
 Peers' verdicts are hearsay: the majority of the latest ones counts, one per peer, and each is forgotten after
 VERDICT_LIFE_S. Peers on the open internet outvote those on this machine or in this house, who can dial it anyway. A lie
-of the majority costs a detour through a relay, or one announced address that does not answer; of fewer peers, nothing.
+of the majority costs a detour through a relay, or one announced address that does not answer; of half of them, that
+detour at most; of fewer peers, nothing. A node that was dialled at addresses of which it can announce none, for no
+majority names one, is as good as unreachable.
 """
 
 from __future__ import annotations
@@ -44,9 +46,11 @@ class _Verdict:
 
 @dataclass(slots=True)
 class Reach:
-    """`on_change` is called when the state, or what to announce, has changed."""
+    """`on_change` is called when the state, or what to announce, has changed. `own`: the addresses that this node
+    announces by itself."""
 
     on_change: Callable[[], None] = lambda: None
+    own: Callable[[], tuple[str, ...]] = lambda: ()
     mapped: str | None = None
     circuits: tuple[str, ...] = ()
     _verdicts: dict[PeerId, _Verdict] = field(default_factory=dict)
@@ -55,9 +59,9 @@ class Reach:
     @property
     def state(self) -> ReachState:
         yes, no = self._counts()
-        if yes > no:
+        if yes > no and self._announced():
             return ReachState.PUBLIC if self.mapped is None else ReachState.MAPPED
-        if not no and not self._shut:
+        if not yes and not no and not self._shut:
             return ReachState.UNKNOWN
         return ReachState.RELAYED if self.circuits else ReachState.UNREACHABLE
 
@@ -105,6 +109,11 @@ class Reach:
         found = dict.fromkeys(addr for addr in (self.confirmed, self.mapped) if addr and addr not in direct)
         best = (*tuple(found)[: max(0, room - 1) if direct else room], *dict.fromkeys(direct))
         return (*best[:room], *circuits)[:count]
+
+    def _announced(self) -> bool:
+        """Is there an address at which a peer dialled, among those to announce?"""
+        worked = {verdict.addr for verdict in self._voters() if verdict.addr is not None}
+        return self.confirmed is not None or not worked.isdisjoint((*self.own(), self.mapped))
 
     @contextmanager
     def _watched(self) -> Iterator[None]:

@@ -74,7 +74,7 @@ class Reaching:
 
     @property
     def hidden(self) -> bool:
-        """Peers say that they cannot dial this node."""
+        """Peers cannot dial this node, or not at an address that it could announce."""
         return self.mesh.reach.state in (ReachState.RELAYED, ReachState.UNREACHABLE)
 
     async def _probe(self) -> None:

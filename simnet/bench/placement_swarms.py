@@ -81,7 +81,7 @@ class Matrices:
                 break
         view = SwarmView()
         for number, advert in enumerate(adverts):
-            view = view.with_advert(_peer(number), advert, _peer(number))
+            view = view.with_advert(_peer(number), advert, _peer(number), advert.issued_ms)
         at = {_peer(number): number for number in range(count)}
         order = [*(at[member.peer] for member in view.ranked()), count]
         label = f"{name}, {count} peers, {len(needs.block_bytes)} blocks"
@@ -95,7 +95,7 @@ def heard(drawn: Drawn, seed: int, neighbours: int = 16) -> SwarmView:
     for row, member in enumerate(members):
         others = [index for index in rng.permutation(len(members)).tolist() if index != row][:neighbours]
         rtts = tuple(Rtt(peer_tag(members[other].peer), float(drawn.rtt_ms[row, other])) for other in others)
-        view = view.with_advert(member.peer, _with_rtts(member, rtts), member.peer)
+        view = view.with_advert(member.peer, _with_rtts(member, rtts), member.peer, member.advert.issued_ms)
     return view
 
 

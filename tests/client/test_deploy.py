@@ -322,7 +322,7 @@ def test_holders_are_those_whose_spans_have_the_block() -> None:
     for each, (start, end) in zip(peers, ((0, 2), (1, 3), (0, 3)), strict=True):
         addrs = ("/ip4/192.0.2.8/tcp/4001",) if each != peers[2] else ()
         held = replace(advert(spans=(HeldSpan(DEPLOYMENT, start, end, 1),)), addrs=addrs)
-        view = view.with_advert(each, held, each)
+        view = view.with_advert(each, held, each, held.issued_ms)
 
     async def body() -> list[set[str]]:
         holders = holders_in(view, DEPLOYMENT)

@@ -58,7 +58,7 @@ def swarms(draw: st.DrawFn, workers: int, model: st.SearchStrategy[ModelNeeds] =
         rtts += tuple(
             Rtt(peer_tag(peer(other)), 1.0) for other in range(number + 1, len(adverts)) if draw(st.booleans())
         )
-        swarm = swarm.with_advert(peer(number), replace(each, rtts=rtts), peer(number))
+        swarm = swarm.with_advert(peer(number), replace(each, rtts=rtts), peer(number), each.issued_ms)
     client: dict[PeerId, float] = {}
     if draw(st.booleans()):
         client = {peer(number): draw(delays) for number in range(len(adverts))}
@@ -142,7 +142,7 @@ def test_more_memory_never_makes_it_slower(judge: Judge, number: int, more_mib: 
         memory_free_bytes=member.advert.memory_free_bytes + more,
         disk_free_bytes=member.advert.disk_free_bytes + more,
     )
-    after = plan(judge.swarm.with_advert(member.peer, richer, member.peer), judge.model, options)
+    after = plan(judge.swarm.with_advert(member.peer, richer, member.peer, richer.issued_ms), judge.model, options)
     assert after.predicted_ms_per_token <= before.predicted_ms_per_token + 0.002 * (len(after.hops) + 1)
 
 
@@ -299,7 +299,7 @@ def test_equal_inputs_give_equal_placements() -> None:
     forwards = view(*adverts)
     backwards = SwarmView()
     for member in reversed(forwards.ranked()):
-        backwards = backwards.with_advert(member.peer, member.advert, member.peer)
+        backwards = backwards.with_advert(member.peer, member.advert, member.peer, member.advert.issued_ms)
     assert plan(forwards, model) == plan(backwards, model)
 
 
@@ -360,7 +360,7 @@ def test_order_follows_the_round_trips() -> None:
     swarm = SwarmView()
     for number, place in site.items():
         rtts = tuple(Rtt(peer_tag(peer(o)), 2.0 + abs(place - at)) for o, at in site.items() if o != number)
-        swarm = swarm.with_advert(peer(number), replace(advert(4), rtts=rtts), peer(number))
+        swarm = swarm.with_advert(peer(number), replace(advert(4), rtts=rtts), peer(number), 0)
     client = {peer(number): 50.0 for number in site}
     placement = plan(swarm, needs(*[4] * 4), PlaceOptions(client_rtts_ms=client))
     places = [site[number] for hop in placement.hops for number in site if peer(number) == hop.peer]

@@ -22,6 +22,7 @@ def members(rtts: Mapping[int, Mapping[int, float]], count: int) -> list[Member]
             peer(number),
             replace(advert(), rtts=tuple(Rtt(peer_tag(peer(o)), ms) for o, ms in rtts.get(number, {}).items())),
             peer(number),
+            until_ms=0,
         )
         for number in range(count)
     ]

@@ -36,7 +36,7 @@ def holding(swarm: FakeSwarm) -> SwarmView:
     view = SwarmView()
     for hop in swarm.hops:
         held = replace(advert(spans=(HeldSpan(DEPLOYMENT, 0, 1, 1),)), addrs=hop.endpoint.addrs)
-        view = view.with_advert(hop.identity.peer, held, hop.identity.peer)
+        view = view.with_advert(hop.identity.peer, held, hop.identity.peer, held.issued_ms)
     return view
 
 
@@ -121,7 +121,7 @@ def test_those_who_say_nothing_keep_nobody_waiting(monkeypatch: pytest.MonkeyPat
             for hop in [*liars, last]:
                 spans = (HeldSpan(DEPLOYMENT, 0, 1, 1), HeldSpan(DEPLOYMENT, 1, 2, 1))
                 held = replace(advert(spans=spans), addrs=hop.endpoint.addrs)
-                view = view.with_advert(hop.identity.peer, held, hop.identity.peer)
+                view = view.with_advert(hop.identity.peer, held, hop.identity.peer, held.issued_ms)
             began_s = trio.current_time()
             told, missed = await revoke_everywhere(swarm.ports, view, DEPLOYMENT, SERIAL)
             assert told == [last.identity.peer]

@@ -82,7 +82,7 @@ def measured(handlers: Sequence[Handler]) -> tuple[dict[PeerId, float], list[Pee
 async def joined(stack: AsyncExitStack, network: VirtualNetwork, number: int, handler: Handler) -> Member:
     endpoint = await stack.enter_async_context(network.join(number.to_bytes(32, "big")))
     endpoint.handle(CONTROL, handler)
-    return Member(endpoint.peer, replace(advert(), addrs=endpoint.addrs), endpoint.peer)
+    return Member(endpoint.peer, replace(advert(), addrs=endpoint.addrs), endpoint.peer, until_ms=0)
 
 
 def test_the_way_there_and_back_whatever_the_first_ping_took() -> None:
@@ -106,7 +106,7 @@ def test_more_workers_than_are_dialled_at_once() -> None:
 
 
 def test_of_many_workers_some_with_room_and_some_of_all() -> None:
-    members = [Member(peer(n), advert(memory_mib=n), peer(n)) for n in range(200)]
+    members = [Member(peer(n), advert(memory_mib=n), peer(n), until_ms=0) for n in range(200)]
     asked = worth_asking(members)
     assert len({member.peer for member in asked}) == PEERS_MAX
     assert {peer(n) for n in range(200 - PEERS_MAX // 2, 200)} <= {member.peer for member in asked}

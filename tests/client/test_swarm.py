@@ -135,10 +135,35 @@ def test_adverts_that_do_not_hold_are_refused_and_counted() -> None:
         await line.raw(1, encode(replace(signed, signature=bytes(64))))
         await line.raw(1, b"rubbish")
         await line.say(0, replace(fresh(), sequence=first.sequence))
-        await line.say(1, fresh(issued_ms=now_ms() - 9000, expires_ms=now_ms() - 10))
+        await line.say(1, fresh(issued_ms=now_ms() - 39_000, expires_ms=now_ms() - 30_000))
         await line.say(1, fresh(issued_ms=now_ms() + 60_000, expires_ms=now_ms() + 66_000))
         assert line.watch.refused == {"forged": 2, "malformed": 1, "replay": 1, "expired": 1, "future": 1}
         assert len(line.forwarded) == 1
         assert line.peers() == {WORKERS[0].peer}
+
+    on_a_line(body)
+
+
+def test_a_worker_whose_clock_is_behind_is_seen_for_its_adverts_life() -> None:
+    async def body(line: Line) -> None:
+        await line.say(0, fresh(issued_ms=now_ms() - 10_000, expires_ms=now_ms() - 4000))
+        assert line.peers() == {WORKERS[0].peer}
+        at = trio.current_time()
+        await line.watch.wait_for(lambda view: not view.members)
+        assert trio.current_time() - at == pytest.approx(5.5, abs=0.1)
+
+    on_a_line(body)
+
+
+def test_a_flood_of_one_author_is_not_passed_on() -> None:
+    async def body(line: Line) -> None:
+        first = now_ms()
+        for number in range(100):
+            told = sign_advert(fresh(sequence=first + number), WORKERS[0])
+            await line.workers[0].publish(TOPIC, told)
+        await line.say(1, fresh())
+        assert line.watch.refused == {"rate": 97}
+        assert len(line.forwarded) == 4
+        assert line.peers() == {WORKERS[0].peer, WORKERS[1].peer}
 
     on_a_line(body)

@@ -55,5 +55,5 @@ def view(*adverts: Advert) -> SwarmView:
     """Worker i is `peer(i)`."""
     swarm = SwarmView()
     for number, each in enumerate(adverts):
-        swarm = swarm.with_advert(peer(number), replace(each), peer(number))
+        swarm = swarm.with_advert(peer(number), replace(each), peer(number), each.issued_ms)
     return swarm

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocol import limits
-from protocol.adverts import Advert, AdvertGate, HeldSpan, Rtt, Speed, advert_interval_s, peer_tag, sign_advert
+from protocol.adverts import (
+    Advert,
+    AdvertGate,
+    AdvertRefused,
+    HeldSpan,
+    Rtt,
+    Speed,
+    advert_interval_s,
+    believed_until_ms,
+    peer_tag,
+    sign_advert,
+)
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
 from protocol.ids import DeploymentId
@@ -48,8 +59,8 @@ def test_sequences_are_kept_for_each_peer() -> None:
 @pytest.mark.parametrize(
     ("issued", "expires", "why"),
     [
-        (-6000, 0, "expired"),
-        (-6000, -1, "expired"),
+        (-SKEW_MS - 6000, -SKEW_MS, "expired"),
+        (-SKEW_MS - 6000, -SKEW_MS - 1, "expired"),
         (SKEW_MS + 1, SKEW_MS + 6000, "future"),
     ],
 )
@@ -60,7 +71,9 @@ def test_a_wrong_time_is_refused(issued: int, expires: int, why: str) -> None:
     assert gate.latest == {}
 
 
-@pytest.mark.parametrize(("issued", "expires"), [(-6000, 1), (SKEW_MS, SKEW_MS + 6000), (0, LIFE_MS)])
+@pytest.mark.parametrize(
+    ("issued", "expires"), [(-6000, 1), (-SKEW_MS - 6000, 1 - SKEW_MS), (SKEW_MS, SKEW_MS + 6000), (0, LIFE_MS)]
+)
 def test_a_tolerable_time_is_not(issued: int, expires: int) -> None:
     admit(AdvertGate(), replace(ADVERT, issued_ms=NOW_MS + issued, expires_ms=NOW_MS + expires))
 
@@ -171,7 +184,9 @@ def test_the_gate_is_bounded_and_lets_expired_peers_go(monkeypatch: pytest.Monke
         admit(gate, ADVERT, identity=identities[3])
     assert set(gate.latest) == {identity.peer for identity in identities[:3]}
     admit(gate, replace(ADVERT, sequence=ADVERT.sequence + 1), identity=identities[2])  # who is known is still heard
-    admit(gate, ADVERT, now_ms=NOW_MS + 1000, identity=identities[3])
+    with pytest.raises(RemoteProtocolError, match="too many peers"):  # the last of the first could still be replayed
+        admit(gate, ADVERT, now_ms=NOW_MS + 1000, identity=identities[3])
+    admit(gate, ADVERT, now_ms=NOW_MS + 1000 + SKEW_MS, identity=identities[3])
     assert len(gate.latest) == 3
     assert identities[0].peer not in gate.latest
 
@@ -183,16 +198,85 @@ def test_a_peer_is_not_forgotten_while_an_older_advert_of_its_lives(monkeypatch:
     long = replace(ADVERT, expires_ms=NOW_MS + 60_000)
     admit(gate, long)
     admit(gate, replace(ADVERT, sequence=ADVERT.sequence + 1, expires_ms=NOW_MS + 10))
+    later_ms = NOW_MS + SKEW_MS + 20
     with pytest.raises(RemoteProtocolError, match="too many peers"):
-        admit(gate, replace(ADVERT, expires_ms=NOW_MS + 90_000), now_ms=NOW_MS + 20, identity=OTHER)
+        admit(gate, replace(ADVERT, expires_ms=NOW_MS + 90_000), now_ms=later_ms, identity=OTHER)
     with pytest.raises(RemoteProtocolError, match="replay"):
-        admit(gate, long, now_ms=NOW_MS + 20)
+        admit(gate, long, now_ms=later_ms)
 
 
-@pytest.mark.parametrize("peers", [0, 1, 10, 11, 500, 6001, limits.PEERS_MAX])
-def test_the_interval_keeps_every_node_below_five_a_second(peers: int) -> None:
+def refusal(gate: AdvertGate, sequence: int, now_ms: int, identity: Identity = WORKER) -> str:
+    """Why a good advert is refused; "" when it is not."""
+    before = (dict(gate.latest), gate._room, gate._at_ms)
+    try:
+        admit(gate, replace(ADVERT, sequence=sequence, expires_ms=NOW_MS + LIFE_MS), now_ms, identity)
+    except AdvertRefused as error:
+        assert (gate.latest, gate._room, gate._at_ms) == before
+        return error.reason
+    return ""
+
+
+def test_an_author_that_floods_is_heard_at_the_pace_of_an_honest_one() -> None:
+    gate = AdvertGate()
+    per_second = [
+        [refusal(gate, 100 * second + n, NOW_MS + 1000 * second + n) for n in range(100)] for second in range(5)
+    ]
+    assert [answers.count("") for answers in per_second] == [limits.ADVERTS_BURST, 1, 1, 1, 1]
+    assert {why for answers in per_second for why in answers} == {"", "rate"}
+    assert refusal(gate, 0, NOW_MS + 5000, OTHER) == "", "others are heard beside it"
+
+
+def test_a_worker_that_says_all_it_may_is_always_heard() -> None:
+    """One advert a second for as long as it likes, each up to half a second late."""
+    gate = AdvertGate()
+    late_ms = (0, 480, 130, 500, 20, 350)
+    assert not any(refusal(gate, n, NOW_MS + 1000 * n + late_ms[n % len(late_ms)]) for n in range(60))
+
+
+def test_a_clock_that_is_set_back_shuts_nobody_out() -> None:
+    gate = AdvertGate()
+    assert [refusal(gate, n, NOW_MS) for n in range(4)] == ["", "", "", "rate"]
+    gate._room, gate._at_ms = 0.0, NOW_MS
+    assert refusal(gate, 0, NOW_MS, OTHER) == "crowd"
+    assert refusal(gate, 5, NOW_MS - SKEW_MS) == ""
+    assert refusal(gate, 0, NOW_MS - SKEW_MS, OTHER) == ""
+
+
+def test_new_authors_are_rationed_and_known_ones_heard_meanwhile() -> None:
+    gate = AdvertGate()
+    assert refusal(gate, 0, NOW_MS) == ""
+    gate._room = 2.0
+    invented = [Identity(bytes([50 + number]) * 32) for number in range(10)]
+    assert [refusal(gate, 0, NOW_MS, each) for each in invented] == ["", ""] + ["crowd"] * 8
+    assert refusal(gate, 1, NOW_MS) == ""
+    second = [refusal(gate, 0, NOW_MS + 100 * number, each) for number, each in enumerate(invented[2:])]
+    assert second.count("") == 3, "five a second"
+
+
+def test_a_newcomer_hears_a_swarm_of_a_thousand_in_its_first_minute() -> None:
+    assert limits.ADVERT_AUTHORS_BURST >= 1000
+    gate = AdvertGate()
+    workers = [Identity(number.to_bytes(32, "big")) for number in range(1000)]
+    heard = [refusal(gate, 0, NOW_MS + 60 * number, each) for number, each in enumerate(workers)]
+    assert heard == [""] * 1000
+
+
+@pytest.mark.parametrize(
+    ("clock_s", "lives_s"),
+    [(0, 6), (-6, 6), (-29, 6), (29, 6), (-33, 3)],  # at -33 its life was over 27 s ago
+)
+def test_an_advert_lives_by_the_receivers_clock_whatever_its_authors_says(clock_s: int, lives_s: int) -> None:
+    issued_ms = NOW_MS + 1000 * clock_s
+    told = replace(ADVERT, issued_ms=issued_ms, expires_ms=issued_ms + 6000)
+    assert admit(AdvertGate(), told) == told
+    assert believed_until_ms(told, NOW_MS) == NOW_MS + 1000 * lives_s
+
+
+@pytest.mark.parametrize("peers", [0, 1, 10, 11, 300, 500, 6001, limits.PEERS_MAX])
+def test_the_interval_keeps_every_node_below_five_a_second_until_its_ceiling(peers: int) -> None:
     interval_s = advert_interval_s(peers)
-    assert peers / interval_s <= limits.ADVERTS_RECEIVED_PER_S
+    assert peers / interval_s <= limits.ADVERTS_RECEIVED_PER_S or interval_s == limits.ADVERT_INTERVAL_MAX_S
+    assert (interval_s == limits.ADVERT_INTERVAL_MAX_S) == (peers >= 300)
     assert interval_s >= limits.ADVERT_INTERVAL_MIN_S
     life_ms = int(limits.ADVERT_LIFE_INTERVALS * interval_s * 1000)
     assert replace(ADVERT, expires_ms=NOW_MS + life_ms).expires_ms == NOW_MS + life_ms  # its life is a legal one

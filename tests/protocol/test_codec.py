@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import tracemalloc
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import msgpack
 import pytest
@@ -15,7 +19,7 @@ from protocol.codec import decode, decode_message, encode, encode_message
 from protocol.errors import RemoteProtocolError
 from protocol.manifest import Manifest
 from protocol.messages import MESSAGES, Message, Refusal, RefusalReason
-from protocol.schema import Record, to_plain
+from protocol.schema import Record, Size, to_plain
 from tests.helpers.protocol_samples import MANIFEST, RECORDS, SAMPLES, records
 
 SLOW_TO_DRAW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -120,6 +124,52 @@ def test_nested_announcements_take_no_memory(announced: int) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 8 * limits.MIB
+
+
+def empty_arrays() -> bytes:
+    """A header within its bound: a message whose fields are arrays of 256 arrays of 256 empty arrays."""
+    fields = [[[[]] * limits.ARRAY_ITEMS_MAX] * limits.ARRAY_ITEMS_MAX] * 15
+    data: bytes = msgpack.packb([12, *fields])
+    assert limits.HEADER_BYTES_MAX * 0.9 < len(data) <= limits.HEADER_BYTES_MAX
+    return data
+
+
+@pytest.mark.parametrize(
+    ("read", "peak_bytes"), [(decode_message, limits.MIB), (partial(decode, Manifest), 16 * limits.MIB)]
+)
+def test_a_million_empty_arrays_are_not_built(read: Callable[[bytes], Record], peak_bytes: int) -> None:
+    """In one call, which would hold up the event loop: each array is within its bound."""
+    data = empty_arrays()
+    tracemalloc.start()
+    try:
+        with pytest.raises(RemoteProtocolError, match="arrays"):
+            read(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < peak_bytes
+
+
+def arrays_in(hint: object) -> int:
+    """Of the largest value that a field of this type can have."""
+    bound = None
+    if get_origin(hint) is Annotated:
+        hint, bound, *_ = get_args(hint)
+    if get_origin(hint) is tuple:
+        assert isinstance(bound, Size)
+        return 1 + bound.high * arrays_in(get_args(hint)[0])
+    if isinstance(hint, type) and issubclass(hint, Record):
+        hints = get_type_hints(hint, include_extras=True)
+        return 1 + sum(arrays_in(hints[field.name]) for field in dataclasses.fields(hint))  # type: ignore[arg-type]
+    return 0
+
+
+@pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
+def test_every_record_may_have_all_its_arrays(kind: type[Record]) -> None:
+    largest = arrays_in(kind)
+    assert largest <= kind.ARRAYS_MAX
+    if kind is not Manifest:
+        assert (kind.ARRAYS_MAX, largest < 40) == (limits.HEADER_ARRAYS_MAX, True)
 
 
 def test_a_header_above_the_bound_is_refused_unread() -> None:

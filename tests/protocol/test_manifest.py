@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from protocol import limits
-from protocol.codec import encode, encode_message
+from protocol.codec import decode, encode, encode_message
 from protocol.errors import RemoteProtocolError
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry, open_manifest, sign_manifest
 from protocol.messages import LeaseSpan
@@ -54,6 +54,17 @@ def test_another_record_is_refused() -> None:
 def test_a_block_that_contradicts_itself_cannot_exist(change: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         replace(BLOCK, **change)
+
+
+def test_the_largest_manifest_is_read() -> None:
+    """As many arrays as there can be: 256 blocks of 64 tensors and 64 pairs."""
+    tensors = tuple(
+        TensorEntry(f"t{number:02}", TensorHeader("float32", (1,))) for number in range(limits.TENSORS_PER_BLOCK_MAX)
+    )
+    config = tuple(ConfigPair(f"c{number:02}", number) for number in range(limits.CONFIG_PAIRS_MAX))
+    block = BlockEntry(DIGEST, 1 << 20, config, tensors)
+    manifest = replace(MANIFEST, blocks=(block,) * limits.BLOCKS_MAX)
+    assert decode(Manifest, encode(manifest)) == manifest
 
 
 @pytest.mark.parametrize("change", [{"tier": "secret"}, {"dtype": "float64"}, {"blocks": ()}, {"deployment": b""}])

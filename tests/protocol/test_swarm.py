@@ -22,7 +22,7 @@ EVENTS = st.lists(
 def fold(events: list[tuple[PeerId, int, PeerId]]) -> SwarmView:
     view = SwarmView()
     for peer, life_ms, received_from in events:
-        view = view.with_advert(peer, replace(ADVERT, expires_ms=NOW_MS + life_ms), received_from)
+        view = view.with_advert(peer, replace(ADVERT, expires_ms=NOW_MS + life_ms), received_from, NOW_MS)
     return view
 
 
@@ -46,9 +46,16 @@ def test_peers_do_not_touch_each_other(events: list[tuple[PeerId, int, PeerId]])
     assert fold(events).ranked() == fold(by_peer).ranked()
 
 
+def test_a_worker_with_a_slow_clock_stays_for_its_adverts_life() -> None:
+    late = replace(ADVERT, issued_ms=NOW_MS - 10_000, expires_ms=NOW_MS - 4_000)
+    view = SwarmView().with_advert(WORKER.peer, late, WORKER.peer, NOW_MS)
+    assert view.at(NOW_MS + 5999) is view
+    assert not view.at(NOW_MS + 6000).members
+
+
 def test_a_view_does_not_change() -> None:
     empty = SwarmView()
-    one = empty.with_advert(WORKER.peer, ADVERT, WORKER.peer)
+    one = empty.with_advert(WORKER.peer, ADVERT, WORKER.peer, NOW_MS)
     assert (len(empty.members), len(one.members)) == (0, 1)
     with pytest.raises(TypeError):
         one.members[NEXT.peer] = one.members[WORKER.peer]  # type: ignore[index]
@@ -59,7 +66,7 @@ def test_holders_are_ranked_and_of_one_deployment() -> None:
     spans = (HeldSpan(DEPLOYMENT, 0, 2, 1), HeldSpan(other, 0, 9, 1), HeldSpan(DEPLOYMENT, 4, 6, 1))
     view = SwarmView()
     for peer in PEERS:
-        view = view.with_advert(peer, replace(ADVERT, spans=spans), peer)
+        view = view.with_advert(peer, replace(ADVERT, spans=spans), peer, NOW_MS)
     holders = view.holders(DEPLOYMENT)
     assert [member.peer for member, _ in holders] == sorted([*PEERS, *PEERS])
     assert {(span.start, span.end) for _, span in holders} == {(0, 2), (4, 6)}

@@ -62,6 +62,6 @@ def test_what_others_say_only_makes_it_stricter(
 
 
 def test_what_the_hop_says_of_itself_goes_before_what_a_ticket_says() -> None:
-    view = SwarmView().with_advert(peer(1), replace(advert(), addrs=(PUBLIC, LOOPBACK)), peer(1))
+    view = SwarmView().with_advert(peer(1), replace(advert(), addrs=(PUBLIC, LOOPBACK)), peer(1), 0)
     assert dialable(view, peer(1), ("/ip4/9.9.9.9/tcp/1",), (PUBLIC,)) == (PUBLIC,)
     assert dialable(view, peer(2), ("/ip4/9.9.9.9/tcp/1",), (PUBLIC,)) == ("/ip4/9.9.9.9/tcp/1",)

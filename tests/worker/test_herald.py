@@ -109,7 +109,7 @@ def test_bad_adverts_are_neither_believed_nor_forwarded() -> None:
         bad = [
             b"rubbish",
             sign_advert(good, identity("mallory")),
-            sign_advert(replace(good, issued_ms=now_ms - 2 * minute, expires_ms=now_ms - 1), own),
+            sign_advert(replace(good, issued_ms=now_ms - 2 * minute, expires_ms=now_ms - minute), own),
             sign_advert(replace(good, issued_ms=now_ms + minute, expires_ms=now_ms + 2 * minute), own),
             sign_advert(good, own)[:-1] + b"\0",
         ]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from libp2p.kad_dht.pb.kademlia_pb2 import Message
 
 import node.p2p.dht as dht
-from node.p2p.delimited import Delimited
+from node.p2p.delimited import Delimited, _varint
 from node.p2p.dht import KAD, Kademlia, _contacts
 from node.p2p.kad_table import Contact
 from node.p2p.mesh import MeshConfig, open_mesh
@@ -24,6 +24,7 @@ from protocol.errors import LocalProtocolError, TransportError
 from protocol.ids import ShardDigest
 from protocol.limits import ADDRS_MAX
 from tests.conformance.adapters import full_addr, seed_of, until
+from tests.fuzz.scripts import Script
 from tests.helpers.adverts import peer as person
 
 KEY = shard_key(ShardDigest(b"d" * 32))
@@ -108,7 +109,7 @@ def test_a_peer_that_is_gone_costs_one_question():
 class Silent:
     """A node whose neighbour, a stranger, says nothing; nor does anybody else."""
 
-    peer, addrs = person(0), ()
+    peer, addrs, own_addrs = person(0), (), ()
 
     def connected(self):
         return (person(1),)
@@ -133,6 +134,39 @@ def test_a_lookup_ends_in_time_among_those_who_say_nothing():
 
 
 # --- hostile peers
+
+INSIDE = ("/ip4/127.0.0.1/tcp/22", "/ip4/192.168.1.1/tcp/80", "/ip4/169.254.169.254/tcp/80", "/dns4/router/tcp/80")
+INTERNET = "/ip4/9.9.9.9/tcp/4001"
+
+
+class Misled:
+    """A node on the internet whose neighbour names strangers, inside its owner's network and outside."""
+
+    peer, own_addrs = person(0), ("/ip4/8.8.8.8/tcp/4001",)
+    addrs = own_addrs
+
+    def __init__(self):
+        self.dialled = {}
+
+    def connected(self):
+        return (person(1),)
+
+    def known_addrs(self, peer):
+        return INSIDE
+
+    async def open(self, peer, addrs, protocol):
+        self.dialled[peer] = tuple(addrs)
+        if peer != person(1):
+            raise TransportError("nobody there")
+        strangers = [dht._peer_of(Contact(person(number), (*INSIDE[:3], INTERNET))) for number in range(2, 12)]
+        body = Message(type=Message.GET_PROVIDERS, closerPeers=strangers).SerializeToString()
+        return Script(_varint(len(body)) + body, peer)
+
+
+def test_a_lookup_knocks_at_no_door_of_the_owners_network():
+    node = Misled()
+    assert trio.run(Kademlia(node).providers, KEY) == ()
+    assert node.dialled == {person(1): (), **{person(number): (INTERNET,) for number in range(2, 12)}}
 
 
 def hostile_requests():

@@ -71,6 +71,30 @@ def test_one_address_is_announced_that_others_say_and_only_by_a_majority():
     assert reach_after(*lies[:2], *[(LAN, True)] * 3).addrs((LAN,), 4) == (LAN,)
 
 
+def test_a_node_that_can_announce_no_address_at_which_it_was_dialled_needs_a_relay():
+    other = "/ip4/11.0.0.2/tcp/4517"
+    reach = reach_after((OUTSIDE, True), (other, True))
+    reach.own = lambda: (LAN,)
+    assert (reach.confirmed, reach.state) == (None, ReachState.UNREACHABLE)
+    reach.relay_through((CIRCUIT,))
+    assert reach.state is ReachState.RELAYED
+    assert reach.addrs((LAN,), 4) == (LAN, CIRCUIT)
+    reach.heard(PEERS[2], OUTSIDE, True, 2.0)
+    assert reach.state is ReachState.PUBLIC
+    assert reach.addrs((LAN,), 4) == (OUTSIDE, LAN)
+
+
+def test_half_of_the_peers_suffice_for_an_address_that_is_announced_anyway():
+    reach = reach_after((OUTSIDE, True), ("/ip4/11.0.0.2/tcp/4517", True))
+    reach.own = lambda: (LAN, OUTSIDE)
+    assert reach.state is ReachState.PUBLIC
+    reach.own = lambda: (LAN,)
+    reach.map_to(OUTSIDE)
+    reach.heard(PEERS[0], OUTSIDE, True, 1.0)
+    reach.heard(PEERS[1], LAN, True, 1.0)
+    assert reach.state is ReachState.MAPPED
+
+
 def test_what_others_say_leaves_room_for_what_the_node_knows():
     direct = tuple(f"/ip4/10.0.0.{index}/tcp/1" for index in range(4))
     reach = reach_after((OUTSIDE, True))

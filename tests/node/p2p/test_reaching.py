@@ -276,6 +276,18 @@ def test_liars_change_neither_what_a_node_announces_nor_whom_it_dials():
     run(body)
 
 
+def test_a_node_that_is_dialled_where_it_cannot_say_is_hidden():
+    async def body(first):
+        one, other = "/ip4/11.0.0.1/tcp/4517", "/ip4/11.0.0.2/tcp/4517"
+        first.reach.heard("a", first.listening[0], True, 0.0)
+        first.reach.heard("b", other, True, 0.0)
+        assert not first.reaching.hidden, "the first address is announced"
+        first.reach.heard("a", one, True, 0.0)
+        assert first.reaching.hidden
+
+    run(body)
+
+
 def test_a_node_that_does_not_listen_is_where_its_neighbours_are():
     async def body(first):
         async with open_mesh(MeshConfig(seed_of("second"), ())) as second:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import trio
 from libp2p.peer.id import ID
 from libp2p.relay.circuit_v2.pb import circuit_pb2 as pb
+from multiaddr import Multiaddr
 
 import node.p2p.relay as relay_module
 import node.p2p.yamux
-from node.p2p.delimited import Delimited
+from node.p2p.circuit import Circuits
+from node.p2p.delimited import Delimited, _varint
 from node.p2p.mesh import MeshConfig, open_mesh
 from node.p2p.relay import HOP, STOP, Relay
 from protocol.errors import TransportError
 from tests.conformance.adapters import absent_peer, echo, full_addr, receive_exactly, seed_of, serving, until
+from tests.fuzz.scripts import Script
 
 ECHO, RAW = "/test/echo/1", "/test/raw/1"
 GUARD_S = 20.0
@@ -396,6 +400,53 @@ def test_who_is_no_relay_of_ours_offers_no_circuit():
         assert (await messages.receive(pb.StopMessage)).status == pb.PERMISSION_DENIED
 
     run(body)
+
+
+class Relaying:
+    """A node whose relay answers this to a request for a reservation."""
+
+    def __init__(self, *addrs, expire=4600):
+        told = [Multiaddr(f"{addr}/p2p/{absent_peer()}").to_bytes() for addr in addrs]
+        answer = pb.HopMessage(type=pb.HopMessage.STATUS, status=pb.OK)
+        answer.reservation.CopyFrom(pb.Reservation(expire=expire, addrs=told))
+        body = answer.SerializeToString()
+        self._said = _varint(len(body)) + body
+
+    async def open(self, peer, addrs, protocol):
+        return Script(self._said, peer)
+
+    async def reserve(self, *known):
+        circuits = Circuits(self, None, lambda: 1000.0)
+        with suppress(TransportError):
+            return (await circuits.reserve(absent_peer(), known)).circuits, circuits._reserved
+        return (), circuits._reserved
+
+
+OLD, LAN, PUBLIC, V6 = (
+    f"/ip{4 + 2 * (':' in ip)}/{ip}/tcp/4001" for ip in ("11.0.0.1", "10.0.0.5", "11.0.0.9", "2a01::1")
+)
+
+
+@pytest.mark.parametrize(
+    ("known", "told", "announced"),
+    [
+        ((LAN,), (PUBLIC, LAN), (PUBLIC, LAN)),  # it knew no better when it connected
+        ((OLD, LAN), (LAN, PUBLIC), (PUBLIC, OLD, LAN)),
+        ((OLD,), (LAN,), (OLD, LAN)),
+        ((), (LAN, V6), (V6, LAN)),
+        ((LAN,), (), (LAN,)),
+    ],
+)
+def test_the_best_address_that_the_relay_states_now_is_announced(known, told, announced):
+    circuits, _ = trio.run(partial(Relaying(*told).reserve, *known))
+    assert circuits == tuple(f"{addr}/p2p/{absent_peer()}/p2p-circuit" for addr in announced)
+
+
+@pytest.mark.parametrize("expire", [0, 999, 1000, 1010])
+def test_a_reservation_that_ends_before_it_can_be_renewed_is_none(expire):
+    """The relay's clock is an hour behind: its circuits would be refused here, so none is announced."""
+    assert trio.run(Relaying(PUBLIC, expire=expire).reserve) == ((), {})
+    assert trio.run(Relaying(PUBLIC, expire=1060).reserve)[0]
 
 
 @pytest.mark.parametrize("data", [b"\xff\xff\xff\xff\x7f", b"\x03\xff\xff\xff", b"\x05", b"", b"\x02\x08\x07"])
