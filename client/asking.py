@@ -35,7 +35,7 @@ async def channel_to(ports: ClientPorts, hop: Hop, protocol: str) -> AsyncIterat
     try:
         yield channel
     except (TransportError, RemoteProtocolError) as error:
-        raise blame(hop.peer, error, "was lost while the model was brought to it") from error
+        raise blame(hop.peer, error, "was lost before it had done what was asked of it") from error
     finally:
         with trio.CancelScope(deadline=trio.current_time() + 1.0, shield=True):
             await channel.aclose()

@@ -6,7 +6,7 @@ Characters that may still become one are held back until that is settled. No net
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
@@ -74,19 +74,28 @@ class StopStrings:
 
 
 class TextStream:
-    """A generation as text. Iterate `pieces` once; then `result` has everything."""
+    """A generation as text. Iterate `pieces` once; then `result` has everything. `stop_ids` end the generation and are
+    no text, whether the tokenizer's file calls them special or not."""
 
-    def __init__(self, generation: TokenSource, detokenizer: Detokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        generation: TokenSource,
+        detokenizer: Detokenizer,
+        stops: Sequence[str] = (),
+        stop_ids: Collection[int] = (),
+    ) -> None:
         self._generation = generation
         self._detokenizer = detokenizer
         self._stops = StopStrings(stops)
+        self._stop_ids = stop_ids
         self._text: list[str] = []
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """The answer's text in the pieces in which it becomes certain, none of them empty."""
         async with aclosing(self._generation.tokens()) as tokens:
             async for token in tokens:
-                piece = self._keep(self._stops.push(self._detokenizer.push(token)))
+                text = "" if token in self._stop_ids else self._detokenizer.push(token)
+                piece = self._keep(self._stops.push(text))
                 if self._stops.stopped:
                     self._generation.stop()
                 if piece:

@@ -77,7 +77,8 @@ class BlockSecrets:
 
 @dataclass(frozen=True, slots=True, repr=False, eq=False)
 class DeploymentSecrets:
-    """The keyed stream of a deployment and the rotation [d, d] of its residual stream."""
+    """The keyed stream of a deployment and the rotation [d, d] of its residual stream. Whoever has the root key derives
+    those of every deployment under it: ids are no secret."""
 
     stream: KeyStream
     rotation: Tensor

@@ -7,8 +7,8 @@
 
 The encoding is injective (all fixed width, the name last), so two matrices never share a stream, and a name determines
 its numbers whatever spans, workers or order of work surround it. Bytes, integers, permutations and signs are the same
-bits on every machine. Numbers that pass through log, cos or a QR may differ in the last place: see architecture.md,
-"shards are blocks". No generator of torch or numpy is ever asked for a secret.
+bits on every machine. Numbers that pass through log, cos or a QR may differ in the last place, so the manifest says
+what a shard is (README.md, "Secrets"). No generator of torch or numpy is ever asked for a secret.
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ from models.errors import CheckpointError, ModelError
 CONFIG_FILE, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 FILE_BYTES_MAX = 8 << 20  # some tokenizer_config.json list a vocabulary's worth of added tokens
 TEXT_CHARS_MAX = 16 << 20  # of a rendered chat: more than any context holds
+# Jinja makes Python of a template: what is nested too deep, or too long a number, fails there or at Python's compiler.
+_NOT_COMPILED = (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError, ValueError)
+_FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError, RecursionError)
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 TRANSCRIPT = """\
@@ -71,8 +74,9 @@ class ChatTemplate:
         tokens = {name: token for name in SPECIAL_TOKENS if (token := _token(config.get(name)))}
         try:
             template = _environment(now).from_string(TRANSCRIPT if source is None else source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"{checkpoint}: its chat template is not valid ({error!s:.200})") from error
+        except _NOT_COMPILED as error:
+            reason = f"{type(error).__name__}: {error!s:.200}"
+            raise CheckpointError(f"{checkpoint}: its chat template is not valid ({reason})") from error
         return cls(source is not None, tokens, template)
 
     @property
@@ -89,7 +93,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateError as error:
             raise ModelError(f"the model's chat template refuses this chat: {error!s:.200}") from error
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        except _FAILURES as error:
             raise ModelError(f"the model's chat template fails: {type(error).__name__}: {error!s:.200}") from error
         if len(text) > TEXT_CHARS_MAX:
             raise ModelError(f"the model's chat template makes {len(text)} characters of this chat: do not trust it")

@@ -29,6 +29,7 @@ _CHAT = ("tokenizer_config.json", "chat_template.jinja")
 _HUB_FILES = (_CONFIG, _GENERATION, _TOKENIZER, *_CHAT, _SINGLE, _INDEX, "model-*.safetensors")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names
+_ROWS = 1024  # of a vocabulary, compared at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,12 +70,14 @@ class Checkpoint:
         return {name: loaded[hf_name(index, name)] for name in names}
 
     def ends(self) -> Ends:
-        """Embedding, final norm and head, in the dtype that they are stored in; tied heads share the embedding."""
-        if self.config.tie_word_embeddings:
-            loaded = self._load([EMBEDDING, FINAL_NORM])
-            return Ends(loaded[EMBEDDING], loaded[FINAL_NORM], loaded[EMBEDDING])
-        loaded = self._load([EMBEDDING, FINAL_NORM, HEAD])
-        return Ends(loaded[EMBEDDING], loaded[FINAL_NORM], loaded[HEAD])
+        """Embedding, final norm and head, in the dtype that they are stored in. A tied head is the embedding itself,
+        unless the files hold another: then config.json is wrong, and transformers does not tie them either."""
+        loaded = self._load([name for name in (EMBEDDING, FINAL_NORM, HEAD) if name in self.files])
+        embedding = loaded[EMBEDDING]
+        head = loaded.get(HEAD, embedding)
+        if self.config.tie_word_embeddings and _are_equal(head, embedding):
+            head = embedding
+        return Ends(embedding, loaded[FINAL_NORM], head)
 
     @property
     def tokenizer_file(self) -> Path:
@@ -170,7 +173,7 @@ def _check_tensors(path: Path, config: ModelConfig, files: Mapping[str, Path]) -
     """Exactly the tensors that config.json describes: none missing, of other shape, or left over."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     shapes[FINAL_NORM] = (config.hidden_size,)
-    if not config.tie_word_embeddings:
+    if not config.tie_word_embeddings or HEAD in files:
         shapes[HEAD] = shapes[EMBEDDING]
     for index, block in enumerate(config.blocks):
         shapes |= {hf_name(index, name): shape for name, shape in block.tensor_shapes().items()}
@@ -179,7 +182,7 @@ def _check_tensors(path: Path, config: ModelConfig, files: Mapping[str, Path]) -
         advice = "; config.json says tie_word_embeddings is false" if missing == [HEAD] else ""
         raise CheckpointError(f"{path}: no file holds {missing[0]} ({len(missing)} missing){advice}; download it again")
     # a tensor that nothing would use means that this is another model than config.json says
-    left = [name for name in files if name not in shapes and name != HEAD and not name.endswith(IGNORED_SUFFIXES)]
+    left = [name for name in files if name not in shapes and not name.endswith(IGNORED_SUFFIXES)]
     if left:
         raise CheckpointError(f"{path}: config.json does not account for tensor {left[0]} ({len(left)} such)")
     for file in sorted(set(files.values())):
@@ -193,6 +196,12 @@ def _check_tensor(where: str, stored: Any, shape: tuple[int, ...]) -> None:
         raise CheckpointError(f"{where} has shape {stored.get_shape()}, config.json means {list(shape)}")
     if stored.get_dtype() not in _FLOATS:
         raise CheckpointError(f"{where} is {stored.get_dtype()}; quantised checkpoints are not supported")
+
+
+def _are_equal(left: Tensor, right: Tensor) -> bool:
+    """[V, d] each, by value; a few rows at a time, so that no third table is in memory."""
+    starts = range(0, len(left), _ROWS)
+    return left is right or all(bool((left[i : i + _ROWS] == right[i : i + _ROWS]).all()) for i in starts)
 
 
 def _names(file: Path) -> list[str]:

@@ -95,9 +95,16 @@ class RopeConfig:
             ordered = 0.0 < self.low_freq_factor < self.high_freq_factor <= 1e6
             _require(ordered, "rope needs 0 < low_freq_factor < high_freq_factor")
         if self.kind == "yarn":
-            _require(0.0 < self.beta_slow <= self.beta_fast <= 1e6, "rope needs 0 < beta_slow <= beta_fast")
+            # what original_max_position is divided by: tiny ones give no finite number
+            ordered = 1e-6 <= self.beta_slow <= self.beta_fast <= 1e6
+            _require(ordered, "rope needs 1e-6 <= beta_slow <= beta_fast <= 1e6")
             scales = (self.attention_factor, self.mscale, self.mscale_all_dim)
             _require(all(0.0 <= scale <= 1e6 for scale in scales), "rope scales must lie in [0, 1e6]")
+
+    @property
+    def stretched_tokens(self) -> int:
+        """The context that the variant stretches to by its own figures; 0 where it has none."""
+        return min(int(self.factor * self.original_max_position), POSITION_MAX) if self.kind == "yarn" else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +226,11 @@ class ModelConfig:
         """
         read = read_config(config, generation or {})
         rope = RopeConfig(**read.rope)
-        blocks = tuple(BlockConfig(rope=rope, sliding_window=window, **read.block) for window in read.windows)
-        return cls(blocks=blocks, **read.model)
+        # who switches YaRN on, as the cards of Qwen say, leaves max_position_embeddings at what it was before
+        max_position = max(read.max_position, rope.stretched_tokens)
+        block = read.block | {"rope": rope, "max_position": max_position}
+        blocks = tuple(BlockConfig(sliding_window=window, **block) for window in read.windows)
+        return cls(blocks=blocks, max_position=max_position, **read.model)
 
 
 def _unique(pairs: Iterable[tuple[str, Scalar]]) -> dict[str, Any]:

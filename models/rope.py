@@ -56,7 +56,7 @@ def _yarn(rope: RopeConfig, head_dim: int) -> Tensor:
     low, high = correction_dim(rope.beta_fast), correction_dim(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = float(max(low, 0)), float(min(high, head_dim - 1))  # as whole numbers they can be too large for torch
     if low == high:
         high += 0.001
     keep = 1 - torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low), 0, 1)

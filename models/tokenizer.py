@@ -6,7 +6,8 @@ decoding everything at once gives. Chat templates are not applied here (chat_tem
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -29,17 +30,19 @@ class Tokenizer:
 
     @classmethod
     def open(cls, file: Path) -> Tokenizer:
-        """Read `file`. Raises CheckpointError when it cannot be read."""
+        """Read `file`. Raises CheckpointError when it cannot be read.
+
+        What it says of truncation and padding is for training: a prompt is whole, and begins with its own tokens.
+        """
         try:
             text = file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file}: cannot be read ({error})") from error
-        try:
-            return cls(tokenizers.Tokenizer.from_str(text))
-        except Exception as error:
-            if type(error) is not Exception:  # the library raises the bare class, and nothing narrower can be named
-                raise
-            raise CheckpointError(f"{file}: not a tokenizer.json ({error}); download it again") from error
+        with _blaming(f"{file}: not a tokenizer.json"):
+            inner = tokenizers.Tokenizer.from_str(text)
+            inner.no_truncation()
+            inner.no_padding()
+            return cls(inner)
 
     def vocabulary(self) -> dict[str, int]:
         """Every token, added ones included, and its id."""
@@ -48,18 +51,33 @@ class Tokenizer:
     def encode(self, text: str, special: bool = True) -> list[int]:
         """The ids of `text`; if `special`, with what the file's post-processor adds (a beginning-of-text token, often).
 
-        Raises as `require_text`.
+        Raises as `require_text`, and CheckpointError when the file is at odds with itself.
         """
         require_text(text)
-        return list(self._inner.encode(text, add_special_tokens=special).ids)
+        with _blaming("the model's tokenizer.json makes no tokens of this text"):
+            return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens and ids that the file does not know give nothing."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        """The text of `ids`; special tokens and ids that the file does not know give nothing. Raises CheckpointError
+        when the file is at odds with itself."""
+        with _blaming("the model's tokenizer.json makes no text of these tokens"):
+            return str(self._inner.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> Detokenizer:
         """A fresh incremental decoder."""
         return Detokenizer(self)
+
+
+@contextmanager
+def _blaming(what: str) -> Iterator[None]:
+    """Raises CheckpointError, `what` and why, when the library fails: with the bare Exception, or with a panic, which
+    is not even that. Who is interrupted, or cancelled, stays so."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise CheckpointError(f"{what} ({error!s:.200}); download it again") from error
 
 
 def require_text(text: str) -> None:

@@ -154,7 +154,8 @@ class Chat:
             await self._kept.aclose()
         self._terms, self._used = terms, strategy
         request = KeptRequest(self._kept, KeptAsk(prompt.ids, params, model.ends), host)
-        stream = TextStream(request, model.tokenizer.stream(), (*ask.stop, *self._template.stops))
+        stops = (*ask.stop, *self._template.stops)
+        stream = TextStream(request, model.tokenizer.stream(), stops, params.stop_ids)
         return request, stream, host.speculation
 
     def _end_ids(self) -> frozenset[int]:

@@ -158,7 +158,7 @@ class DeployedModel:
         way = _Way(self, kv_tokens, strategy, trace, ask.recover)
         kept = KeptSession(way.opened, KeptTerms(LOSSES_MAX if ask.recover else 0, refusals=False))
         request = KeptRequest(kept, KeptAsk(ids, params, self.ends), host)
-        stream = TextStream(request, self.tokenizer.stream(), ask.stop)
+        stream = TextStream(request, self.tokenizer.stream(), ask.stop, params.stop_ids)
         report = partial(_report, trace, request, kept, way) if trace else None
         with self.recorder.request(decided.plan) as entry:
             entry.progress = partial(progress, request, kept, host.speculation, Before())

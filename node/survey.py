@@ -23,7 +23,7 @@ Helps = Literal["fits", "faster", "even", "slower"]
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """This machine. `block_s`, `client_s`: predicted seconds per token for all blocks, and for the model's ends."""
+    """This machine. `blocks_s`, `client_s`: predicted seconds per token for all blocks, and for the model's ends."""
 
     memory_free_bytes: int
     needs_bytes: int

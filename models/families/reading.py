@@ -19,12 +19,14 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ConfigRead:
-    """Keyword arguments: of RopeConfig, of every BlockConfig, of ModelConfig; and one sliding window per block."""
+    """Keyword arguments: of RopeConfig, of every BlockConfig, of ModelConfig; one sliding window per block; and the
+    context in tokens, as far as max_position_embeddings says."""
 
     rope: dict[str, Any]
     block: dict[str, Any]
     windows: tuple[int, ...]
     model: dict[str, Any]
+    max_position: int
 
 
 def read_config(config: Json, generation: Json) -> ConfigRead:
@@ -44,10 +46,9 @@ def read_config(config: Json, generation: Json) -> ConfigRead:
         "tie_word_embeddings": _flag(config, "tie_word_embeddings"),
         "rms_norm_eps": eps,
         "eos_ids": _token_ids("eos_token_id", eos),
-        "max_position": max_position,
     }
-    block = _block(config, name) | {"rms_norm_eps": eps, "max_position": max_position}
-    return ConfigRead(_rope(config, max_position), block, _windows(config, family, num_blocks), model)
+    block, windows = _block(config, name) | {"rms_norm_eps": eps}, _windows(config, family, num_blocks)
+    return ConfigRead(_rope(config, max_position), block, windows, model, max_position)
 
 
 def _family_name(config: Json) -> str:

@@ -80,7 +80,7 @@ class Memory:
 
 @asynccontextmanager
 async def raw_tcp() -> AsyncIterator[TcpPipe]:
-    """A bare socket to a second process that answers what `echo_seconds` sends. Raises InputError."""
+    """A bare socket to a second process that answers what `echo_us` sends. Raises InputError."""
     command = [sys.executable, "-m", "simnet.bench.far_end"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None

@@ -34,6 +34,7 @@ WorkerDir = Annotated[
         "--data-dir", help="The worker's folder: identity, shards, swarm key. Default: $XDG_DATA_HOME/sotto/worker."
     ),
 ]
+KEY_OPENS_ALL = "it opens every deployment under it, so share one that has a key of its own (--key NAME)"
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
 Model = Annotated[
     str | None,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from sotto.commands.common import (
+    KEY_OPENS_ALL,
     Bootstrap,
     DataDir,
     Dtype,
@@ -47,8 +48,8 @@ def grant(
 ) -> None:
     """Print a token that lets another user use a model that you deployed.
 
-    For a sealed model they also need its root key ('sotto key export'): sharing a key is sharing all that is said
-    through it.
+    For a sealed model they also need its root key ('sotto key export'). Sharing a key is sharing all that is said
+    through any deployment under it: deploy what you share under a key of its own (--key NAME).
     """
     with errors(as_json):
         from node.grants import Grants, grant_to
@@ -72,6 +73,8 @@ def grant(
         else:
             print(token.text)
             typer.echo(f"[serial {token.serial}; take it back with 'sotto revoke {token.serial}']", err=True)
+            if root is not None:
+                typer.echo(f"[a guest needs root key {root.fingerprint()} too: {KEY_OPENS_ALL}]", err=True)
 
 
 def revoke(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sotto.commands.common import DataDir, Json, errors, print_json
+from sotto.commands.common import KEY_OPENS_ALL, DataDir, Json, errors, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Make, show, export and import root keys.")
 Name = Annotated[str, typer.Argument(help="Name of the key.")]
@@ -49,7 +49,10 @@ def export(
     data_dir: DataDir = None,
     as_json: Json = False,
 ) -> None:
-    """Write a key, sealed under a passphrase (Argon2id), for another machine of yours."""
+    """Write a key, sealed under a passphrase (Argon2id), for another machine of yours, or for a guest.
+
+    It opens every deployment under it: for a guest, make a key of its own ('sotto key new NAME') and deploy under that.
+    """
     with errors(as_json):
         from equivariant.keys import export_key
         from node.files import write_private
@@ -60,6 +63,8 @@ def export(
         secret = passphrase or typer.prompt("passphrase", hide_input=True, confirmation_prompt=True, err=True)
         write_private(file, export_key(key, secret, os.urandom))
         _show(name, key.fingerprint(), file, as_json)
+        if not as_json:
+            typer.echo(f"[keep it safe: {KEY_OPENS_ALL}]", err=True)
 
 
 @app.command("import", epilog="Example: sotto key import work.sotto-key work")

@@ -75,6 +75,22 @@ def test_a_worker_that_lies_or_leaves_keeps_no_other_from_being_told() -> None:
     run(main, seed=1)
 
 
+def test_a_worker_that_leaves_before_it_answers_is_said_to_be_lost_and_no_more() -> None:
+    async def main() -> None:
+        async with fake_swarm(1) as swarm:
+            (hop,) = swarm.hops
+
+            async def leaves(stream: Stream) -> None:
+                await Channel(stream, CONTROL).receive()
+                swarm.network.crash(hop.identity.peer)
+
+            hop.endpoint.handle(CONTROL, leaves)
+            _, missed = await revoke_everywhere(swarm.ports, holding(swarm), DEPLOYMENT, SERIAL)
+            assert "was lost before it had done what was asked of it" in missed[hop.identity.peer]
+
+    run(main, seed=1)
+
+
 def test_a_few_are_told_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(revoking, "AT_ONCE", 2)
     under_way, most = 0, 0

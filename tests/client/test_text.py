@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from itertools import pairwise
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.text import StopStrings
+from client.generate import GenerationResult
+from client.text import StopStrings, TextStream
 from protocol.errors import InputError
 
 texts = st.text("ab.", max_size=24)
@@ -68,3 +71,43 @@ def test_only_what_may_become_a_stop_string_is_held_back() -> None:
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(InputError):
         StopStrings([""])
+
+
+class Ids:
+    """A generation of these tokens; 9 ends it."""
+
+    def __init__(self, *ids: int) -> None:
+        self.ids = ids
+
+    async def tokens(self) -> AsyncGenerator[int, None]:
+        for token in self.ids:
+            yield token
+
+    def stop(self) -> None:
+        raise AssertionError("it ends by itself")
+
+    def result(self, text: str = "") -> GenerationResult:
+        return GenerationResult(self.ids, text, "stop", 1, tuple(map(float, self.ids)))
+
+
+class Digits:
+    """Every token has text, as one that the tokenizer's file does not call special; each is held back for one more."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def push(self, token: int) -> str:
+        out, self.held = self.held, str(token)
+        return out
+
+    def finish(self) -> str:
+        return self.held
+
+
+def test_the_token_that_ends_an_answer_is_no_text_of_it() -> None:
+    async def main() -> None:
+        stream = TextStream(Ids(1, 2, 9), Digits(), stop_ids=frozenset({9}))
+        assert "".join([piece async for piece in stream.pieces()]) == "12" == stream.result().text
+        assert stream.result().ids == (1, 2, 9)
+
+    trio.run(main)

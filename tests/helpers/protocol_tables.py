@@ -25,13 +25,16 @@ from protocol.tensors import DTYPE_BYTES, FACTOR_BYTES, INT8_BLOCKS, WIRE_BLOCK,
 from protocol.tickets import Ticket
 
 TO_WORKER, TO_CLIENT, ON = "client → worker", "worker → client", "hop → next hop"
+EITHER_TO_WORKER, BACK = "client or worker → worker", "worker → client or worker"  # workers ping each other
 TO_FETCHER, TO_GIVER = "giver → fetcher", "fetcher → giver"
 WAYS: dict[type[Message], tuple[tuple[str, str], ...]] = {
-    **dict.fromkeys((messages.Ping, messages.LeaseSpan, messages.RenewLease), ((CONTROL, TO_WORKER),)),
+    messages.Ping: ((CONTROL, EITHER_TO_WORKER),),
+    messages.Pong: ((CONTROL, BACK),),
+    **dict.fromkeys((messages.LeaseSpan, messages.RenewLease), ((CONTROL, TO_WORKER),)),
     messages.Refusal: ((CONTROL, TO_CLIENT), (SHARD, "either way")),
     **dict.fromkeys((messages.LoadSpan, messages.ReleaseSpan), ((CONTROL, TO_WORKER),)),
     messages.RevokeCapability: ((CONTROL, TO_WORKER),),
-    **dict.fromkeys((messages.Pong, messages.SpanLeased, messages.LeaseRenewed), ((CONTROL, TO_CLIENT),)),
+    **dict.fromkeys((messages.SpanLeased, messages.LeaseRenewed), ((CONTROL, TO_CLIENT),)),
     **dict.fromkeys((messages.SpanLoaded, messages.SpanReleased), ((CONTROL, TO_CLIENT),)),
     messages.CapabilityRevoked: ((CONTROL, TO_CLIENT),),
     **dict.fromkeys((messages.ShardOffer, messages.ShardPiece), ((SHARD, TO_FETCHER),)),

@@ -139,6 +139,7 @@ def test_a_template_reaches_nothing_of_ours(source: str, tmp_path: Path) -> None
         ("{{ 1 // 0 }}", "ZeroDivisionError"),
         ("{{ range(999999999) | list }}", "OverflowError|Range"),
         ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ messages[0].content * 1000000000000000 }}", "MemoryError"),
         ("{% for i in range(9999) %}{{ 'x' * 9999 }}{% endfor %}", "do not trust it"),
     ],
 )
@@ -146,6 +147,22 @@ def test_what_a_template_objects_to_is_said(source: str, says: str, tmp_path: Pa
     template = opened(folder_with(tmp_path, chat_template=source))
     with pytest.raises(ModelError, match=says):
         template.render(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("{{" + "(" * 150 + "1" + ")" * 150 + "}}", "RecursionError"),
+        ("{% for x in [1] %}" * 30 + "{% endfor %}" * 30, "SyntaxError: too many statically nested blocks"),
+        ("{% if 1 %}" * 150 + "{% endif %}" * 150, "IndentationError: too many levels"),
+        ("{{ " + "9" * 5000 + " }}", "ValueError"),
+        ("{% break %}", "SyntaxError"),
+    ],
+    ids=["parentheses", "loops", "conditions", "number", "break"],
+)
+def test_what_python_cannot_compile_is_no_valid_template(source: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"its chat template is not valid \({says}"):
+        opened(folder_with(tmp_path, chat_template=source))
 
 
 def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:

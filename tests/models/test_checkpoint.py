@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError, ModelError, UnsupportedModel
+from models.local import LocalModel
 from tests.helpers.tiny_models import make_checkpoint, make_model
 
 INDEX = "model.safetensors.index.json"
@@ -87,11 +89,44 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
     assert ends.head is ends.embedding
 
 
-def test_a_tied_model_may_store_its_head_too(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, "qwen2", tie_word_embeddings=True)
-    edit_tensors(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": torch.zeros(320, 32)}))
-    ends = Checkpoint.open(folder).ends()
+def with_head(folder: Path, head: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A tied checkpoint whose files hold a head all the same: what `head` makes of the embedding."""
+    make_checkpoint(folder, "qwen2", tie_word_embeddings=True)
+    edit_tensors(
+        folder / "model.safetensors",
+        lambda t: t.update({"lm_head.weight": head(t["model.embed_tokens.weight"].clone())}),
+    )
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_tied_model_may_store_its_head_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    ends = Checkpoint.open(with_head(tmp_path, lambda embedding: embedding.to(dtype))).ends()
     assert ends.head is ends.embedding
+
+
+def test_another_head_in_the_files_of_a_tied_model_is_the_head_as_in_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.checkpoint._ROWS", 100)  # the last of its rows alone is another
+
+    def another(embedding: torch.Tensor) -> torch.Tensor:
+        return torch.cat((embedding[:-1], embedding[-1:] + 1))
+
+    folder = with_head(tmp_path, another)
+    ends = Checkpoint.open(folder).ends()
+    assert torch.equal(ends.head, another(ends.embedding))
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(ends.head, theirs.get_output_embeddings().weight)
+    assert torch.equal(ends.embedding, theirs.get_input_embeddings().weight)
+    ids = [5, 319, 7]
+    with torch.no_grad():
+        expected = theirs(torch.tensor([ids])).logits[0]
+    torch.testing.assert_close(LocalModel(Checkpoint.open(folder)).logits(ids), expected, rtol=0, atol=1e-5)
+
+
+def test_a_head_of_another_shape_is_refused_in_a_tied_model_too(tmp_path: Path) -> None:
+    refuses(with_head(tmp_path, lambda embedding: embedding[:-1].clone()), "lm_head.weight", "[319, 32]", "[320, 32]")
 
 
 def test_rotary_frequencies_of_old_files_are_ignored(broken: Path) -> None:

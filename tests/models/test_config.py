@@ -153,6 +153,7 @@ def test_an_unknown_variant_is_named_with_the_supported_ones(name: str, value: s
         },
         {"kind": "yarn", "factor": 8.0},
         {"kind": "yarn", "factor": 8.0, "original_max_position": 32, "beta_slow": 40.0},
+        {"kind": "yarn", "factor": 8.0, "original_max_position": 32, "beta_slow": 5e-324},
         {"kind": "yarn", "factor": 8.0, "original_max_position": 32, "mscale": -1.0},
     ],
 )

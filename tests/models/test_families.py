@@ -42,6 +42,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    # the cards of Qwen switch YaRN on and leave this at what it was: all but 20 tokens lie beyond
+    "qwen2-yarn-of-the-cards": (
+        "qwen2",
+        {"max_position_embeddings": 20, "rope_parameters": YARN | {"original_max_position_embeddings": 20}},
+    ),
     "qwen3": ("qwen3", {}),
     "qwen3-biases-mqa": ("qwen3", {"attention_bias": True, "num_key_value_heads": 1, "head_dim": 16}),
     "qwen3-layer-types": (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
 from transformers import AutoConfig
 
-from models.config import ModelConfig, RopeConfig
+from models.config import POSITION_MAX, ModelConfig, RopeConfig
 from models.errors import ModelError, UnsupportedModel
 
 SIZES = {
@@ -97,6 +98,24 @@ def test_both_spellings_of_rope_give_the_same(scaling: dict[str, Any] | None, ex
         assert ModelConfig.from_hf(config).blocks[0].rope == RopeConfig(theta=500000.0, **expected)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        ({"type": "yarn", "factor": 2.5, "original_max_position_embeddings": 4095}, 10237),
+        ({"type": "yarn", "factor": 4.0}, 16384),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 1024}, 4096),
+        ({"type": "yarn", "factor": 1e6, "original_max_position_embeddings": 4096}, POSITION_MAX),
+        ({"type": "linear", "factor": 4.0}, 4096),
+        ({"type": "dynamic", "factor": 4.0}, 4096),
+        ({"type": "llama3", **LLAMA3}, 4096),
+    ],
+)
+def test_yarn_stretches_a_context_that_config_json_leaves_as_it_was(scaling: dict[str, Any], context: int) -> None:
+    model = ModelConfig.from_hf(hf(rope_scaling=scaling))
+    assert {model.max_position, *(block.max_position for block in model.blocks)} == {context}
+
+
 def test_windows_differ_by_block() -> None:
     def windows(**values: Any) -> list[int]:
         return [block.sliding_window for block in ModelConfig.from_hf(hf(num_key_value_heads=8, **values)).blocks]
@@ -180,6 +199,9 @@ def test_layer_types_that_are_not_supported_are_refused_by_name() -> None:
         {"rope_theta": 0},
         {"rope_scaling": {"type": "linear"}},
         {"rope_scaling": {"type": "yarn", "factor": 2.0, "attention_factor": 0.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_slow": 5e-324}},
+        {"rope_scaling": {"type": "yarn", "factor": math.inf}},
+        {"rope_scaling": {"type": "yarn", "factor": math.nan}},
         {"rope_scaling": {"type": ["linear"], "factor": 2.0}},
         {"architectures": "LlamaForCausalLM"},
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from models.config import BlockConfig, ModelConfig
+from models.config import POSITION_MAX, BlockConfig, ModelConfig, RopeConfig
 from models.rope import Rotary, inverse_frequencies, rotate
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -52,6 +53,19 @@ def test_frequencies_are_those_of_transformers(rope: dict[str, Any], head_dim: i
     frequencies, attention_factor = inverse_frequencies(ours.rope, ours.head_dim)
     torch.testing.assert_close(frequencies, embedding.inv_freq, rtol=0, atol=0)
     assert attention_factor == embedding.attention_scaling
+
+
+@pytest.mark.parametrize("head_dim", [2, 128, 1024])
+@pytest.mark.parametrize("theta", [math.nextafter(1.0, 2.0), 1e12])
+@pytest.mark.parametrize(("beta_slow", "beta_fast"), [(1e-6, 1e-6), (1e-6, 1e6), (1e6, 1e6)])
+@pytest.mark.parametrize("original", [1, POSITION_MAX])
+def test_every_yarn_that_is_allowed_has_frequencies(
+    head_dim: int, theta: float, beta_slow: float, beta_fast: float, original: int
+) -> None:
+    betas = {"beta_slow": beta_slow, "beta_fast": beta_fast}
+    rope = RopeConfig(theta=theta, kind="yarn", factor=4.0, original_max_position=original, **betas)
+    frequencies, _ = inverse_frequencies(rope, head_dim)
+    assert frequencies.isfinite().all()
 
 
 @pytest.mark.parametrize("position", [0, 1, 300, 16384 - 5])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from models.errors import CheckpointError, TextError
 from models.tokenizer import Tokenizer
@@ -144,3 +147,64 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: bytes) ->
         Tokenizer.open(file)
     with pytest.raises(CheckpointError, match=r"nothing\.json"):
         Tokenizer.open(tmp_path / "nothing.json")
+
+
+def test_a_prompt_is_neither_cut_nor_padded_whatever_the_file_says(tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer.from_str(tokenizer_json())
+    inner.enable_truncation(max_length=3)
+    inner.enable_padding(direction="left", length=9, pad_id=1, pad_token="</s>")
+    file = tmp_path / "tokenizer.json"
+    inner.save(str(file))
+    expected = PreTrainedTokenizerFast(tokenizer_file=str(file))("the quiet brook")["input_ids"]
+    assert len(expected) > 3
+    assert 1 not in expected
+    assert Tokenizer.open(file).encode("the quiet brook") == expected
+    assert Tokenizer.open(file).encode("") == [0]
+
+
+def damaged(file: Path, **parts: Any) -> Path:
+    """A tokenizer.json of the one word "a", but for `parts`."""
+    empty = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    file.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model} | empty | parts))
+    return file
+
+
+UNKNOWN_PIECE = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": {"type": "Unigram", "unk_id": None, "vocab": [], "byte_fallback": False}},
+        {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<unk>"}},
+        {"post_processor": UNKNOWN_PIECE | {"pair": [], "special_tokens": {}}},  # the library panics
+    ],
+    ids=["empty vocabulary", "no unknown token", "unknown piece"],
+)
+def test_a_file_that_is_at_odds_with_itself_is_said_when_it_makes_tokens(tmp_path: Path, parts: dict[str, Any]) -> None:
+    tokenizer = Tokenizer.open(damaged(tmp_path / "tokenizer.json", **parts))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json makes no tokens of this text .*download it again"):
+        tokenizer.encode("z")
+
+
+def test_panics_of_the_library_are_errors_of_the_file(tmp_path: Path) -> None:
+    file = damaged(tmp_path / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer\.json .*download it again"):
+        Tokenizer.open(file)
+    decoder = {"type": "Strip", "content": "a", "start": 5, "stop": 5}
+    tokenizer = Tokenizer.open(damaged(tmp_path / "tokenizer.json", decoder=decoder))
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json makes no text of these tokens"):
+        tokenizer.decode([0])
+
+
+def test_an_interrupt_stays_one() -> None:
+    class Interrupted:
+        def get_added_tokens_decoder(self) -> dict[int, object]:
+            return {}
+
+        def encode(self, text: str, add_special_tokens: bool) -> object:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer(cast("tokenizers.Tokenizer", Interrupted())).encode("a")

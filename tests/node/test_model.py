@@ -130,6 +130,32 @@ def test_a_token_that_the_model_has_no_embedding_for_is_refused(token: int) -> N
         DeployedModel.decide(model(), [1, token], Ask())
 
 
+def streamed(_request: object, _detokenizer: object, _stops: object, stop_ids: object) -> None:
+    raise Asked(stop_ids)
+
+
+def test_what_ends_an_answer_is_kept_out_of_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what ends it by the tokenizer's word alone, and whether its file calls that special or not."""
+    fake = model(
+        config=SimpleNamespace(max_position=99, eos_ids=(5,), vocab_size=9),
+        tokenizer=SimpleNamespace(vocabulary=lambda: {"<|im_end|>": 7}, stream=lambda: None),
+    )
+
+    async def main() -> None:
+        with pytest.raises(Asked) as made:
+            async with fake._answer([1], Ask()):
+                pass
+        assert made.value.args[0] == {5}
+        template = cast("ChatTemplate", SimpleNamespace(tokens={"eos_token": "<|im_end|>"}, stops=()))
+        with pytest.raises(Asked) as made:
+            await Chat(fake, template, ChatOptions())._request(ChatPrompt((1,), 9, 0), Ask(), Strategy(), 0.0)
+        assert made.value.args[0] == {5, 7}
+
+    monkeypatch.setattr("node.model.TextStream", streamed)
+    monkeypatch.setattr("node.chat.TextStream", streamed)
+    run(main, seed=0)
+
+
 def test_loading_a_draft_model_is_part_of_what_a_user_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         started = trio.current_time()

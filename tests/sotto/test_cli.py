@@ -257,6 +257,20 @@ def test_keys(tmp_path: Path) -> None:
     assert secret not in Path(file).read_bytes()
     for result in (shown, exported):
         assert secret.hex() not in result.output
+    assert "opens every deployment under it" in exported.stderr
+
+
+@pytest.mark.parametrize("tier", ["ee", "plain"])
+def test_who_grants_a_sealed_model_is_told_what_its_key_opens(model: Path, tier: str) -> None:
+    made = one_object(sotto("key", "new", "work", "--json"))
+    guest = sotto("id").stdout.strip()
+    words = ("-m", str(model), "--key", "work", "--privacy", tier)
+    assert sotto("seal", str(model), *words[2:]).exit_code == 0
+    granted = sotto("grant", guest, *words)
+    assert granted.exit_code == 0, granted.output
+    told = f"root key {made['fingerprint']} too: it opens every deployment under it"
+    assert (told in granted.stderr) == (tier == "ee")
+    assert one_object(sotto("grant", guest, *words, "--json"))["serial"]
 
 
 @pytest.mark.parametrize(

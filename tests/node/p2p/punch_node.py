@@ -1,6 +1,6 @@
 """A bare node for tests behind NAT: serves an echo, or dials one, and says as JSON lines what came of it.
 
-python -m tests.helpers.punch_node NAME RELAY [PEER CIRCUIT]
+python -m tests.node.p2p.punch_node NAME RELAY [PEER CIRCUIT]
 """
 
 from __future__ import annotations
