@@ -41,6 +41,9 @@ class ShardSource(Protocol):
     async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
         """The `nbytes` from `offset` on. Raises InputError when the shard is missing or ends too soon."""
 
+    async def discard(self, digest: ShardDigest) -> None:
+        """What is here is not the shard of that digest: have it sealed again, when the model is sealed next."""
+
 
 Holders = Callable[[int], Awaitable[tuple[Source, ...]]]
 """`await holders(block)`: workers that hold the block of the deployment that is brought out."""
@@ -95,7 +98,7 @@ class ShardUpload:
     async def _pieces(self, index: int, block: BlockEntry) -> PieceList:
         pieces = await self._supply.source.pieces(block.digest)
         if pieces is None or pieces.shard_bytes != block.shard_bytes:
-            raise _changed(index)
+            raise await _changed(index, block.digest, self._supply.source)
         return pieces
 
     async def _others(self, index: int) -> tuple[tuple[Source, ...], bytes]:
@@ -174,11 +177,15 @@ class _Offer:
             offset, size = self._pieces.place(index)
             piece = await self._source.read(self._pieces.digest, offset, size)
             if not self._pieces.holds(index, piece):
-                raise _changed(block)
+                raise await _changed(block, self._pieces.digest, self._source)
             with within(self._peer, PIECE_S):
                 await self._channel.send(ShardPiece(self._pieces.digest, index), piece)
             self._ports.observer.uploaded(self._peer, len(piece))
 
 
-def _changed(index: int) -> InputError:
-    return InputError(f"the sealed shard of block {index} was changed since it was sealed; seal the model again")
+async def _changed(index: int, digest: ShardDigest, source: ShardSource) -> InputError:
+    await source.discard(digest)
+    return InputError(
+        f"the sealed shard of block {index} was changed since it was sealed, and is discarded: run this again, or "
+        "'sotto seal', and that block is sealed anew"
+    )

@@ -218,18 +218,19 @@ class Client:
         """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts.
 
         Workers that decline or are lost meanwhile are left out, as are those of `without`. Raises what the last one
-        said when no others are left.
+        said when no others are left. However it fails, leases are those of before.
         """
         data, manifest = model.folder.manifest(self._owner)
         needs = ModelNeeds.of_manifest(manifest, options.kv_room)
         hops: tuple[DeployedHop, ...] = ()
-        route, view, failure = await self._leased_route(model, data, options, without)
-        where = _past(options.where(without), failure)
-        if route is None:
-            route, view, hops = await self._brought(model, needs, where, options, failure)
-        sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
-        again = partial(self._again, route, partial(self.deploy, model, options))
-        return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
+        async with self.leases.transaction(manifest.deployment):
+            route, view, failure = await self._leased_route(model, data, options, without)
+            where = _past(options.where(without), failure)
+            if route is None:
+                route, view, hops = await self._brought(model, needs, where, options, failure)
+            sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
+            again = partial(self._again, route, partial(self.deploy, model, options))
+            return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
 
     async def _brought(
         self,
@@ -257,12 +258,12 @@ class Client:
                 options.on_upload(progress)
 
             try:
-                hops = await deploy(self.ports, route, data, supply, leasing, noted)
-                self._note_rate("bring_bytes_s", sum(lacking.values()), started)
-                await self._remind_of_revoked(route)
+                async with self.leases.transaction(manifest.deployment):
+                    hops = await deploy(self.ports, route, data, supply, leasing, noted)
+                    self._note_rate("bring_bytes_s", sum(lacking.values()), started)
+                    await self._remind_of_revoked(route)
                 return route, view, hops
             except (HopRefused, HopLost, HopViolation) as failure:
-                await self.leases.release(manifest.deployment)
                 if _rivalled(failure) and trio.current_time() < patience:
                     await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
                     held, view, again = await self._leased_route(model, data, options, where.exclude)
@@ -297,17 +298,12 @@ class Client:
     ) -> DeployedModel:
         """The model over a route that is found now, past the workers `without` where there are others. What was leased
         for the route that is left and the new one has no use for is given up; where there is no new one, it is not."""
-        held = self.leases.held(left.deployment)
         try:
-            try:
-                ready = await deployed(without)
-            except (RouteUnavailable, Refused):
-                if not without:
-                    raise
-                ready = await deployed(frozenset())
-        except BaseException:
-            self.leases.resume(held)
-            raise
+            ready = await deployed(without)
+        except (RouteUnavailable, Refused):
+            if not without:
+                raise
+            ready = await deployed(frozenset())
         self.leases.part(left.deployment, [hop.peer for hop in ready.route.hops])
         return ready
 
@@ -402,17 +398,15 @@ class Client:
         if route is None or len(route.hops) < options.hops_min:
             return None, view, None
         leasing = Leasing(self.leases, options.concurrency * options.kv_room)
+        supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
+        brought = False
         try:
-            supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
-            await deploy(self.ports, route, manifest, supply, leasing)
-        except (HopRefused, HopLost, HopViolation):  # others may have room
-            await self.leases.release(deployment)
-            return None, self.watch.view, None
-        try:
-            await self._remind_of_revoked(route)
+            async with self.leases.transaction(deployment):
+                await deploy(self.ports, route, manifest, supply, leasing)
+                brought = True
+                await self._remind_of_revoked(route)
         except (HopRefused, HopLost, HopViolation) as failure:
-            await self.leases.release(deployment)
-            return None, self.watch.view, failure
+            return None, self.watch.view, failure if brought else None  # others may have room
         return route, view, None
 
     async def _remind_of_revoked(self, route: Route) -> None:

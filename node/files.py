@@ -49,11 +49,29 @@ def write_private(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(name, path)  # whole or not at all: another process may be waiting for it
+        _link(name, path, data)
     except FileExistsError:
         raise InputError(f"{path} exists already: give another name, or move it away first") from None
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _link(name: str, path: Path, data: bytes) -> None:
+    """Give the file `name` that holds `data` the name `path` too. Raises FileExistsError."""
+    try:
+        os.link(name, path)  # whole or not at all: another process may be waiting for it
+    except FileExistsError:
+        raise
+    except OSError:  # FAT and exFAT know no links: there it is whole a moment after it appears
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def read_private(path: Path) -> bytes:

@@ -132,6 +132,11 @@ class SealedFolder:
     def shard(self, digest: ShardDigest) -> Path:
         return self.path / "shards" / f"{digest.hex()}.safetensors"
 
+    def discard(self, digest: ShardDigest) -> None:
+        """The shard is not what was sealed, though its size may be: its block has to be sealed again."""
+        self.shard(digest).unlink(missing_ok=True)
+        list_file(self.shard(digest)).unlink(missing_ok=True)
+
     def manifest(self, identity: Identity) -> tuple[bytes, Manifest]:
         """The manifest as it travels, signed by its owner's `identity`. Raises InputError when the seal is not
         finished, or is another's."""
@@ -235,6 +240,9 @@ class FolderSource:
         if len(data) < nbytes:
             raise InputError(f"a shard in {self.folder.path} is missing or cut short: seal the model again")
         return data
+
+    async def discard(self, digest: ShardDigest) -> None:
+        await trio.to_thread.run_sync(self.folder.discard, digest)
 
 
 def source_of(checkpoint: Checkpoint) -> str:

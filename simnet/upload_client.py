@@ -42,6 +42,9 @@ class LoggedSource:
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         return await self.source.pieces(digest)
 
+    async def discard(self, digest: ShardDigest) -> None:
+        await self.source.discard(digest)
+
     async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
         piece = await self.source.read(digest, offset, nbytes)
         await trio.sleep(PIECE_S)

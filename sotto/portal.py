@@ -1,7 +1,8 @@
 """A trio loop on a thread of its own, for callers that have none.
 
 The loop's main task holds one resource open (a client) for the portal's life, so what was opened in a task is closed in
-the same one. Every call runs in a task of its own.
+the same one. Every call runs in a task of its own, and a thread of its own waits for that: an interrupt reaches the
+caller alone, who then ends the task.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import queue
 import threading
 from collections.abc import Awaitable, Callable, Generator
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 import trio
 import trio.from_thread
@@ -51,13 +53,13 @@ class Portal(Generic[R]):
 
     def _abandon(self) -> None:
         self._begun.wait()
-        self._tell(self._scope.cancel)
+        self.tell(self._scope.cancel)
         self._thread.join()
 
     def close(self) -> None:
         """Close the resource and end the loop. Idempotent."""
         if self._thread.is_alive() and self._stop is not None:
-            self._tell(self._stop.set)
+            self.tell(self._stop.set)
             self._thread.join()
 
     @property
@@ -66,10 +68,20 @@ class Portal(Generic[R]):
         return not self._thread.is_alive()
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
-        """Run `function` on the loop and wait for it; its error is raised here. Raises InputError when the loop has
-        ended, or ends meanwhile."""
+        """Run `function` on the loop and wait for it; its error is raised here. An interrupt cancels it and is raised
+        when it has ended. Raises InputError when the loop has ended, or ends meanwhile."""
+        work = _Work(self, partial(function, *args))
         try:
-            return trio.from_thread.run(function, *args, trio_token=self._token)
+            work.start()
+            return cast("T", work.outcome())
+        except BaseException:
+            work.cancel()
+            raise
+
+    def from_thread(self, function: Callable[[], Awaitable[T]]) -> T:
+        """As `call`, for a thread that no interrupt reaches."""
+        try:
+            return trio.from_thread.run(function, trio_token=self._token)
         except (trio.RunFinishedError, trio.Cancelled, BaseExceptionGroup) as error:
             if isinstance(error, BaseExceptionGroup) and error.split(trio.Cancelled)[1] is not None:
                 raise
@@ -78,7 +90,7 @@ class Portal(Generic[R]):
                 raise self._failure from None
             raise InputError("the swarm is closed: use the model inside its 'with' block") from error
 
-    def _tell(self, function: Callable[[], None]) -> None:
+    def tell(self, function: Callable[[], None]) -> None:
         """Have `function` run on the loop, if there still is one."""
         if self._token is not None:
             with contextlib.suppress(trio.RunFinishedError):
@@ -87,26 +99,14 @@ class Portal(Generic[R]):
     def stream(self, produce: Callable[[Callable[[T], None]], Awaitable[Any]]) -> Generator[T, None, None]:
         """What `produce(emit)` emits on the loop, as it comes. Closing the iterator cancels it."""
         items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        scope = trio.CancelScope()
-
-        async def run() -> None:
-            with scope:
-                await produce(items.put)
-
-        def work() -> None:
-            try:
-                self.call(run)
-            finally:  # here, for there may be no loop that does it
-                items.put(_END)
-
-        producer = _Producer(work)
-        producer.start()
+        work = _Work(self, partial(produce, items.put), partial(items.put, _END))
         try:
+            work.start()
             while (item := items.get()) is not _END:
                 yield item
         finally:
-            self._tell(scope.cancel)
-            producer.finish()
+            work.cancel()
+            work.outcome()
 
     def _run(self) -> None:
         try:
@@ -127,21 +127,44 @@ class Portal(Generic[R]):
                 await self._stop.wait()
 
 
-class _Producer(threading.Thread):
-    """Waits for a call on the loop while the caller consumes what it emits."""
+class _Work(threading.Thread, Generic[T]):
+    """A call on the loop, and the thread that waits for it."""
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        super().__init__(name="sotto-stream", daemon=True)
-        self._work = work
+    def __init__(
+        self, portal: Portal[Any], function: Callable[[], Awaitable[T]], then: Callable[[], None] = lambda: None
+    ) -> None:
+        super().__init__(name="sotto-call", daemon=True)
+        self._portal = portal
+        self._function = function
+        self._then = then
+        self._scope = trio.CancelScope()
+        self._ended = threading.Event()  # an interrupted join takes its thread for one that ended
+        self._result: T | None = None
         self._error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self._work()
+            self._portal.from_thread(self._scoped)
         except BaseException as error:  # the thread's boundary: raised again in the caller's
             self._error = error
+        finally:  # here, for there may be no loop that does it
+            self._ended.set()
+            self._then()
 
-    def finish(self) -> None:
-        self.join()
+    async def _scoped(self) -> None:
+        with self._scope:
+            self._result = await self._function()
+
+    def cancel(self) -> None:
+        """Have it end early, if it has not ended, and wait until it has."""
+        if self.is_alive():
+            self._portal.tell(self._scope.cancel)
+            self._ended.wait()
+
+    def outcome(self) -> T | None:
+        """Waits for it; None when it was cancelled, or never begun. Raises what it raised."""
+        if self.is_alive():
+            self._ended.wait()
         if self._error is not None:
             raise self._error
+        return self._result

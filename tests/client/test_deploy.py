@@ -65,6 +65,7 @@ class Shards:
         default_factory=lambda: {entry.digest: shard for entry, shard in zip(MANIFEST.blocks, SHARDS, strict=True)}
     )
     reads: list[tuple[ShardDigest, int]] = field(default_factory=list)
+    discarded: list[ShardDigest] = field(default_factory=list)
 
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         """As they were when the model was sealed."""
@@ -74,6 +75,9 @@ class Shards:
     async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
         self.reads.append((digest, offset))
         return self.shards[digest][offset : offset + nbytes]
+
+    async def discard(self, digest: ShardDigest) -> None:
+        self.discarded.append(digest)
 
 
 @dataclass
@@ -184,8 +188,9 @@ def test_a_shard_that_was_changed_here_is_our_users_problem(content: bytes) -> N
     async def body(case: Case) -> None:
         digest = MANIFEST.blocks[2].digest
         case.source.shards[digest] = content and content + case.source.shards[digest][1:]
-        with pytest.raises(InputError, match="block 2 was changed"):
+        with pytest.raises(InputError, match=r"block 2 was changed.*run this again"):
             await case.deploy()
+        assert case.source.discarded == [digest], "else 'sotto seal' finds a shard of the right size there"
 
     with_depots(body)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 import trio
 
 from client.asking import channel_to
+from client.errors import HopRefused
 from client.leases import RELEASE_S, RESUME_S, LeaseKeeper, Leasing
 from client.routing import Hop
+from protocol.errors import InputError, RouteUnavailable
 from protocol.leases import open_lease, sign_lease
 from protocol.manifest import sign_manifest
 from protocol.messages import (
@@ -40,11 +43,25 @@ class Case:
         self.keeper = LeaseKeeper(swarm.ports)
 
     async def lease(self) -> None:
-        signed = sign_manifest(MANIFEST, self.swarm.ports.identity)
-        for index, depot in enumerate(self.depots):
-            hop = Hop(depot.endpoint.peer, depot.endpoint.addrs, 2 * index, 2 * index + 2)
-            async with channel_to(self.swarm.ports, hop, CONTROL) as channel:
-                await Leasing(self.keeper, 64, LEASE_S).lease(channel, hop, signed, DEPLOYMENT)
+        for index in range(len(self.depots)):
+            await self.lease_at(index, 2 * index, 2 * index + 2)
+
+    async def lease_at(self, index: int, start: int, end: int) -> None:
+        signed, endpoint = sign_manifest(MANIFEST, self.swarm.ports.identity), self.depots[index].endpoint
+        hop = Hop(endpoint.peer, endpoint.addrs, start, end)
+        async with channel_to(self.swarm.ports, hop, CONTROL) as channel:
+            await Leasing(self.keeper, 64, LEASE_S).lease(channel, hop, signed, DEPLOYMENT)
+
+    async def lease_in_vain(self, *spans: tuple[int, int, int]) -> None:
+        async with self.keeper.transaction(DEPLOYMENT):
+            for each in spans:
+                await self.lease_at(*each)
+            raise RouteUnavailable("nobody has the rest")
+
+    @property
+    def spans(self) -> list[tuple[int, int] | None]:
+        """What the workers think is leased of them."""
+        return [None if (lease := depot.lease) is None else (lease.start, lease.end) for depot in self.depots]
 
     def asked(self, kind: type[Message], depot: int = 0) -> int:
         return sum(isinstance(request, kind) for request in self.depots[depot].requests)
@@ -85,18 +102,94 @@ def test_what_a_route_that_was_left_leased_is_given_up_at_once() -> None:
     with_keeper(body)
 
 
-def test_what_a_move_gave_up_and_found_nothing_for_is_leased_again_where_that_can_be() -> None:
+@pytest.mark.parametrize("error", [InputError("a shard was changed"), None], ids=["fails", "is cancelled"])
+def test_what_was_leased_in_vain_is_given_up_at_once(error: Exception | None) -> None:
+    async def body(case: Case) -> None:
+        with trio.move_on_after(5), pytest.raises(InputError) if error else nullcontext():
+            async with case.keeper.transaction(DEPLOYMENT):
+                await case.lease()
+                if error is not None:
+                    raise error
+                await trio.sleep_forever()
+        assert case.spans == [None, None]
+        assert not case.keeper.kept
+        await trio.sleep(10 * LEASE_S)
+        assert [case.asked(LeaseSpan, depot) for depot in (0, 1)] == [1, 1], "nobody asks for them again"
+
+    with_keeper(body)
+
+
+def test_a_try_that_fails_leaves_the_leases_of_before_as_they_were() -> None:
     async def body(case: Case) -> None:
         await case.lease()
-        held = case.keeper.held(DEPLOYMENT)
-        await case.keeper.release(DEPLOYMENT)
-        case.depots[1].replace = lambda _: None
-        case.keeper.resume(held)
+        with pytest.raises(RouteUnavailable):
+            await case.lease_in_vain((0, 0, 3), (1, 2, 4))  # at the first worker in the place of blocks 0 and 1
+        await trio.sleep(1)
+        assert case.spans == [(0, 2), (2, 4)]
+        assert [case.asked(ReleaseSpan, depot) for depot in (0, 1)] == [0, 0], "sessions there are never without"
+        await trio.sleep(2 * LEASE_S)
+        assert [case.asked(RenewLease, depot) > 2 for depot in (0, 1)] == [True, True]
+        assert case.spans == [(0, 2), (2, 4)]
+
+    with_keeper(body)
+
+
+def test_a_try_that_ends_well_adds_to_what_is_kept() -> None:
+    async def body(case: Case) -> None:
+        await case.lease_at(0, 0, 2)
+        async with case.keeper.transaction(DEPLOYMENT):
+            await case.lease_at(1, 2, 4)
+        assert len(case.keeper.kept) == 2
+        assert [case.asked(ReleaseSpan, depot) for depot in (0, 1)] == [0, 0]
+
+    with_keeper(body)
+
+
+def test_what_was_replaced_in_vain_is_leased_again_where_that_can_be() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        case.depots[1].replace = lambda answer: answer if case.asked(LeaseSpan, 1) == 2 else None  # silent from then on
+        with pytest.raises(RouteUnavailable):
+            await case.lease_in_vain((0, 0, 3), (1, 0, 3))
         await trio.sleep(2 * RESUME_S)
         assert {peer for _, peer in case.keeper.kept} == {case.depots[0].endpoint.peer}, "the other is gone"
-        assert case.depots[0].lease is not None
+        assert case.spans[0] == (0, 2)
         await trio.sleep(2 * LEASE_S)
         assert case.asked(RenewLease) > 2, "it is renewed from then on"
+
+    with_keeper(body)
+
+
+@pytest.mark.parametrize("before", [None, (0, 2)], ids=["nothing", "another span"])
+def test_a_lease_that_was_asked_for_and_is_not_answered_may_be_granted_all_the_same(
+    before: tuple[int, int] | None,
+) -> None:
+    async def body(case: Case) -> None:
+        if before is not None:
+            await case.lease_at(0, *before)
+        case.depots[0].replace = answering(SpanLeased, None)
+        with trio.move_on_after(5):
+            async with case.keeper.transaction(DEPLOYMENT):
+                await case.lease_at(0, 0, 3)
+        case.depots[0].replace = lambda answer: answer
+        assert case.asked(ReleaseSpan) == (before is None)
+        await trio.sleep(1)
+        assert case.spans[0] == before
+        assert len(case.keeper.kept) == (before is not None)
+
+    with_keeper(body)
+
+
+def test_a_worker_that_refuses_other_terms_is_held_to_those_of_before() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        before = dict(case.keeper.kept)
+        case.depots[0].replace = answering(SpanLeased, Refusal(RefusalReason.SESSIONS, "the other span is in use"))
+        with pytest.raises(HopRefused):
+            async with case.keeper.transaction(DEPLOYMENT):
+                await case.lease_at(0, 0, 3)
+        assert case.keeper.kept == before
+        assert case.asked(ReleaseSpan) == 0
 
     with_keeper(body)
 

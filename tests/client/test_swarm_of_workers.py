@@ -106,6 +106,9 @@ class Sealed:
     async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
         return self.shards[digest][offset : offset + nbytes]
 
+    async def discard(self, digest: ShardDigest) -> None:
+        del self.shards[digest]
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:

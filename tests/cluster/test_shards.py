@@ -71,6 +71,9 @@ class SlowSource:
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         return await self.source.pieces(digest)
 
+    async def discard(self, digest: ShardDigest) -> None:
+        await self.source.discard(digest)
+
     async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
         await trio.sleep(0.25)
         self.reads[digest] += 1

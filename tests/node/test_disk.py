@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -38,6 +39,35 @@ def test_private_files(tmp_path: Path) -> None:
     file.chmod(0o640)
     with pytest.raises(InputError, match="chmod 600"):
         read_private(file)
+
+
+@pytest.mark.parametrize("reason", [errno.EPERM, errno.EOPNOTSUPP])
+def test_private_files_can_be_written_where_there_are_no_links(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a stick with FAT or exFAT, where a key is exported to."""
+
+    def link(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(os, "link", link)
+    file = tmp_path / "secret"
+    write_private(file, b"mine")
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert read_private(file) == b"mine"
+    with pytest.raises(InputError, match="exists already"):
+        write_private(file, b"other")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+    steps = iter((None, OSError("disk full")))  # the file that is linked is whole, the one beside it is not
+
+    def fsync(_: int) -> None:
+        if (error := next(steps)) is not None:
+            raise error
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="disk full"):
+        write_private(tmp_path / "another", b"mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["secret"]
 
 
 def test_identities_and_keys(tmp_path: Path) -> None:

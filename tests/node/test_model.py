@@ -215,8 +215,9 @@ def test_a_request_that_cannot_move_was_lost_and_not_declined(error: SottoError)
 
     async def main() -> None:
         way = _Way(model(moved=moved), 9, Strategy(), None, recover=True)
-        with pytest.raises(RouteUnavailable, match="no others could take their place"):
+        with pytest.raises(RouteUnavailable, match="no others could take their place") as caught:
             await way.opened(Opening([1], anew=True, without=frozenset({PEER})))
+        assert str(error) in str(caught.value), "it says what to do"
 
     run(main, seed=0)
 

@@ -201,6 +201,23 @@ def test_a_shard_that_ends_too_soon_is_said_to(checkpoint: Checkpoint, tmp_path:
         trio.run(read, 9, entry.shard_bytes - 8)
 
 
+def test_a_shard_that_was_changed_in_place_is_sealed_again_once_that_was_noticed(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    entry = folder.entry(2)
+    assert entry is not None
+    shard = bytearray(folder.shard(entry.digest).read_bytes())
+    shard[-1] ^= 1
+    folder.shard(entry.digest).write_bytes(shard)
+    trio.run(FolderSource(folder).discard, entry.digest)
+    assert folder.entry(2) is None
+    again = seal(tmp_path / "s", checkpoint)
+    for block in again.manifest(OWNER)[1].blocks:
+        assert piece_list_of(again.shard(block.digest)).digest == block.digest
+    assert len(list((tmp_path / "s" / "shards").iterdir())) == 8, "four shards and their piece lists"
+
+
 def test_a_folder_with_other_things_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     with pytest.raises(InputError, match="not empty"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -111,6 +112,33 @@ def test_a_loop_that_a_fault_of_ours_ended_says_which() -> None:
     for _ in range(2):
         with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="a bug")):
             portal.call(use)
+
+
+def test_an_interrupted_call_has_ended_when_the_interrupt_is_raised() -> None:
+    """Else a chat would be used by two turns at once: the one that goes on unseen, and the next."""
+    before, ended = signal.signal(signal.SIGINT, signal.default_int_handler), list[str]()
+    portal = Portal(resource)
+    portal.open()
+
+    async def turn() -> None:
+        try:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0)
+            ended.append("turn")
+
+    async def another() -> list[str]:
+        return [*ended, "another"]
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            portal.call(turn)
+        assert portal.call(another) == ["turn", "another"]
+    finally:
+        signal.signal(signal.SIGINT, before)
+        portal.close()
 
 
 def test_an_interrupt_before_the_loop_runs_undoes_what_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:

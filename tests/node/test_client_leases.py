@@ -1,0 +1,178 @@
+"""What a client has leased after a deployment, or a move, that came to nothing: what it had before."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import trio
+
+from client.errors import HopRefused
+from client.leases import LEASE_S, LeaseKeeper
+from client.placement import Placement, PlaceOptions
+from client.placement.plan import PlannedHop
+from client.routing import Route
+from node.client import Client, DeployOptions, SealedModel
+from protocol.errors import InputError, RouteUnavailable
+from protocol.ids import PeerId
+from protocol.manifest import sign_manifest
+from protocol.messages import LeaseSpan, Message, Refusal, RefusalReason, ReleaseSpan, RenewLease, SpanLoaded
+from protocol.swarm import SwarmView
+from simnet.runtime import run
+from tests.client.test_deploy import MANIFEST, Shards
+from tests.helpers.adverts import advert
+from tests.helpers.fake_depot import FakeDepot
+from tests.helpers.fake_hop import CLIENT, DEPLOYMENT, FakeSwarm, fake_swarm
+
+Spans = tuple[tuple[int, int, int], ...]  # depot, start, end
+FIRST: Spans = ((0, 0, 2), (1, 2, 4))
+
+
+class Deploying(Client):
+    """Deploys on fake depots, each time on the next of `placements` that the workers left out have no part in."""
+
+    def __init__(self, swarm: FakeSwarm, *placements: Spans) -> None:
+        self.depots = [FakeDepot(hop.endpoint, hop.identity) for hop in swarm.hops]
+        for depot in self.depots:
+            depot.serve()
+        self.placements = list(placements)
+        self.ports = swarm.ports
+        self.leases = LeaseKeeper(self.ports)
+        self.grants = cast("Any", SimpleNamespace(revoked=lambda *_: ()))
+        self._owner = CLIENT
+        view = SwarmView()
+        for depot in self.depots:
+            peer = depot.endpoint.peer
+            view = view.with_advert(peer, replace(advert(), addrs=depot.endpoint.addrs), peer)
+        self.watch = cast("Any", SimpleNamespace(view=view))
+
+    def peer(self, depot: int) -> PeerId:
+        return self.depots[depot].endpoint.peer
+
+    async def discover(self, *_: object) -> SwarmView:
+        return self.watch.view
+
+    async def rtts_ms(self, _: object) -> dict[PeerId, float]:
+        return {}
+
+    async def _planned(self, _: SwarmView, __: object, options: PlaceOptions) -> Placement:
+        while self.placements:
+            spans = self.placements.pop(0)
+            if options.exclude.isdisjoint(self.peer(depot) for depot, _, _ in spans):
+                hops = (PlannedHop(self.peer(depot), start, end, 1, 1, 1, 1, 1, 1) for depot, start, end in spans)
+                return Placement(tuple(hops), 0)
+        raise RouteUnavailable("none left")
+
+    async def _ready(self, route: Route, *_: object) -> Any:
+        return SimpleNamespace(route=route)
+
+    def _note_rate(self, *_: object) -> None:
+        pass
+
+    def asked(self, kind: type[Message], depot: int) -> int:
+        return sum(isinstance(request, kind) for request in self.depots[depot].requests)
+
+    @property
+    def leased(self) -> list[tuple[int, int] | None]:
+        """What the workers think is leased of them."""
+        return [None if (lease := depot.lease) is None else (lease.start, lease.end) for depot in self.depots]
+
+
+class Model:
+    """A sealed model whose shards are in memory."""
+
+    def __init__(self) -> None:
+        self.shards = Shards()
+        self.wrong_key = False
+        self.deployment = DEPLOYMENT
+        self.info = SimpleNamespace(num_blocks=len(MANIFEST.blocks))
+        self.sealed = cast("SealedModel", SimpleNamespace(folder=self, checkpoint=None, key=None))
+
+    def manifest(self, _: object) -> tuple[bytes, Any]:
+        return sign_manifest(MANIFEST, CLIENT), MANIFEST
+
+    def sealer(self, *_: object) -> None:
+        if self.wrong_key:
+            raise InputError("wrong key")
+
+
+@pytest.fixture(autouse=True)
+def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In virtual time they take for ever."""
+
+    async def inline(function: Callable[..., Any], *args: object) -> Any:
+        return function(*args)
+
+    monkeypatch.setattr("node.client.trio.to_thread.run_sync", inline)
+    monkeypatch.setattr("node.client.FolderSource", lambda folder: folder.shards)
+    monkeypatch.setattr("node.client.ModelNeeds.of_manifest", lambda *_: None)
+
+
+def deploying(body: Callable[[Deploying, Model], Awaitable[None]], *placements: Spans) -> None:
+    async def main() -> bool:
+        async with fake_swarm(3) as swarm, trio.open_nursery() as nursery:
+            client = Deploying(swarm, *placements)
+            nursery.start_soon(client.leases.run)
+            await body(client, Model())
+            nursery.cancel_scope.cancel()
+            return True
+        return False
+
+    assert run(main, seed=1), "the body was cancelled"
+
+
+@pytest.mark.parametrize("ended_by", ["a cancellation", "a shard that was changed", "a wrong key"])
+def test_a_deployment_that_came_to_nothing_leaves_no_lease(ended_by: str) -> None:
+    async def body(client: Deploying, model: Model) -> None:
+        cancelled = ended_by == "a cancellation"
+        if cancelled:
+            client.depots[1].replace = lambda answer: None if isinstance(answer, SpanLoaded) else answer
+        elif ended_by == "a wrong key":
+            model.wrong_key = True
+        else:
+            model.shards.shards[MANIFEST.blocks[2].digest] = b""
+        with trio.move_on_after(60), nullcontext() if cancelled else pytest.raises(InputError):
+            await client.deploy(model.sealed, DeployOptions())
+        assert client.leased == [None, None, None]
+        await trio.sleep(10 * LEASE_S)
+        assert [client.asked(LeaseSpan, depot) for depot in (0, 1, 2)] == [1, 1, 0]
+        assert not client.leases.kept
+
+    deploying(body, FIRST)
+
+
+@pytest.mark.parametrize("second", [((0, 0, 3), (2, 3, 4)), ((0, 0, 2), (2, 2, 4))], ids=["another", "the same"])
+def test_a_second_deployment_that_is_refused_leaves_the_first_its_leases(second: Spans) -> None:
+    async def body(client: Deploying, model: Model) -> None:
+        await client.deploy(model.sealed, DeployOptions())
+        refusal = Refusal(RefusalReason.PAUSED, "no work now")
+        client.depots[2].replace = lambda answer: refusal if isinstance(answer, SpanLoaded) else answer
+        with pytest.raises(HopRefused):
+            await client.deploy(model.sealed, DeployOptions())
+        await trio.sleep(1)
+        assert client.leased == [(0, 2), (2, 4), None]
+        assert [client.asked(ReleaseSpan, depot) for depot in (0, 1, 2)] == [0, 0, 1], "its requests go on"
+        await trio.sleep(2 * LEASE_S)
+        assert client.leased == [(0, 2), (2, 4), None]
+        assert [client.asked(RenewLease, depot) > 2 for depot in (0, 1, 2)] == [True, True, False]
+
+    deploying(body, FIRST, second)
+
+
+def test_a_move_that_is_cancelled_leaves_what_was_leased_for_the_route_that_is_left() -> None:
+    async def body(client: Deploying, model: Model) -> None:
+        left = (await client.deploy(model.sealed, DeployOptions())).route
+        client.depots[2].replace = lambda answer: None if isinstance(answer, SpanLoaded) else answer
+        with trio.move_on_after(60):
+            await client._again(left, partial(client.deploy, model.sealed, DeployOptions()), frozenset())
+        assert client.leased == [(0, 2), (2, 4), None]
+        assert {kept.hop for kept in client.leases.kept.values()} == set(left.hops)
+        await trio.sleep(10 * LEASE_S)
+        assert client.asked(LeaseSpan, 2) == 1
+
+    deploying(body, FIRST, ((0, 0, 2), (2, 2, 4)))
