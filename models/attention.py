@@ -1,6 +1,7 @@
 """Keys, values and attention: what a sequence leaves behind in a block, and how its next tokens look at it.
 
-Invariant: `attend` never copies keys or values per query head. No weights.
+Invariant: `attend` never copies keys or values per query head. What is copied of one sequence's KV, to have it in one
+piece or in float32, is bounded, however long the sequence is. No weights.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ FUSED_KEYS_MAX = 512  # in bfloat16: up to here the fused kernel beats two produ
 # Of scores, of keys and of values, that `attend_tile` has at a time, but for one head's scores: 16 MiB, which the
 # allocator hands out again without new pages.
 TILE_NUMBERS = 1 << 22
+COPIED_BYTES_MAX = 64 << 20  # of keys and values at a time, but in tiles: 16,384 tokens of 8 heads 128 wide in 16 bits
 
 
 class KvCache:
@@ -93,13 +95,60 @@ def _attend_read(queries: Tensor, kv: Kv, read: Read, window: int) -> Tensor:
     num_keys, _, width = kv.keys.shape
     if read.count == 1 and queries.device.type == "cpu":
         return _attend_one(queries.select(1, read.row).view(num_keys, -1, width), runs, read.length)
-    mixed = attend(queries.narrow(1, read.row, read.count), *_joined(runs), window)
+    mixed = _attend_runs(queries.narrow(1, read.row, read.count), runs, read.length, window)
     return mixed.transpose(0, 1).reshape(read.count * num_keys, -1, width)
 
 
-def _joined(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _attend_runs(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]], length: int, window: int) -> Tensor:
+    """`attend`, of `length` keys and values that lie in `runs`: so few heads at a time that copies are bounded."""
     if len(runs) == 1:
-        return runs[0]
+        return attend(queries, *runs[0], window)
+    num_keys, _, width = runs[0][0].shape
+    at_once = COPIED_BYTES_MAX // (2 * length * width * queries.element_size())
+    if not at_once:
+        return _attend_pieces(queries, runs, length, window)
+    group, parts = len(queries) // num_keys, []
+    for first in range(0, num_keys, at_once):
+        heads = slice(first, first + at_once)
+        some = _joined([(keys[heads], values[heads]) for keys, values in runs])
+        parts.append(attend(queries[first * group : (first + at_once) * group], *some, window))
+    return _whole(parts, dim=0)
+
+
+def _attend_pieces(queries: Tensor, runs: Sequence[tuple[Tensor, Tensor]], length: int, window: int) -> Tensor:
+    """`_attend_runs`, a piece of the keys at a time, in at least float32: what came before a piece is scaled to the
+    largest score so far. Where one head's keys and values are more than may be copied; slower on a GPU."""
+    num_queries, count, width = queries.shape
+    num_keys, wide = len(runs[0][0]), torch.promote_types(queries.dtype, torch.float32)
+    rows = queries.reshape(num_keys, -1, width).to(wide) * width**-0.5
+    hidden, least = ~_mask(count, length, window, queries.device), torch.finfo(wide).min
+    highest, total = rows.new_full((*rows.shape[:2], 1), least), rows.new_zeros(*rows.shape[:2], 1)
+    mixed, start = torch.zeros_like(rows), 0
+    most = max(1, COPIED_BYTES_MAX // (2 * wide.itemsize * max(num_keys * width, num_queries * count)))
+    for keys, values in _cut(runs, most):
+        scores = torch.bmm(rows, keys.to(wide).transpose(1, 2))
+        # finite: of a piece that a row sees nothing of, all weights are 1, and fall to 0 with the first that it sees
+        scores.view(num_queries, count, -1).masked_fill_(hidden[:, start : start + keys.shape[1]], least)
+        higher = torch.maximum(highest, scores.amax(dim=2, keepdim=True))
+        weights, fade = scores.sub_(higher).exp_(), (highest - higher).exp_()
+        total = total.mul_(fade).add_(weights.sum(dim=2, keepdim=True))
+        mixed = mixed.mul_(fade).baddbmm_(weights, values.to(wide))
+        highest, start = higher, start + keys.shape[1]
+    return mixed.div_(total).to(queries.dtype).view(num_queries, count, width)
+
+
+def _cut(runs: Sequence[tuple[Tensor, Tensor]], most: int) -> list[tuple[Tensor, Tensor]]:
+    """`runs` in pieces of `most` tokens or less."""
+    if all(keys.shape[1] <= most for keys, _ in runs):
+        return list(runs)
+    return [
+        (keys[:, start : start + most], values[:, start : start + most])
+        for keys, values in runs
+        for start in range(0, keys.shape[1], most)
+    ]
+
+
+def _joined(runs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([keys for keys, _ in runs], dim=1), torch.cat([values for _, values in runs], dim=1)
 
 
@@ -118,6 +167,8 @@ def _attend_one(rows: Tensor, runs: Sequence[tuple[Tensor, Tensor]], length: int
         keys, values = runs[0]
         scores = torch.baddbmm(rows.new_empty(1), rows, keys.transpose(1, 2), beta=0, alpha=scale)
         return torch.bmm(torch.softmax(scores, dim=2), values)
+    if wide is not dtype:  # keys are copied
+        runs = _cut(runs, max(1, COPIED_BYTES_MAX // (wide.itemsize * len(rows) * rows.shape[2])))
     rows = rows.to(wide) * scale
     parts = [torch.bmm(rows, keys.to(wide).transpose(1, 2)) for keys, _ in runs]
     weights = torch.softmax(torch.cat(parts, dim=2), dim=2).to(dtype)

@@ -5,7 +5,8 @@ neighbouring tokens, most often one, so that attention can read views (layout.py
 
 Invariant: a sequence reads only tokens that it wrote, or that it was handed as written (its `length` at its start). On
 Linux a slab takes memory for what was written and not given back by `forget`, however large it is; elsewhere, and on a
-GPU, for its whole capacity.
+GPU, for its whole capacity. Tokens lie so far apart that 64 of them, from a multiple of 64 on, share no page (of 4 KiB)
+of the system's memory with others.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from models.config import BlockConfig
+from models.precision import kv_head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +64,15 @@ class KvSlab:
     __slots__ = ("_maps", "keys", "lazy", "values")
 
     def __init__(self, config: BlockConfig, capacity_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.num_kv_heads, capacity_tokens, config.head_dim)
+        shape = (config.num_kv_heads, capacity_tokens, kv_head_bytes(config, dtype.itemsize) // dtype.itemsize)
         self.lazy = can_be_lazy(device)
         self._maps: list[mmap.mmap] = []
-        self.keys, self.values = self._allocate(shape, dtype, device), self._allocate(shape, dtype, device)
+        self.keys = self._allocate(shape, dtype, device)[:, :, : config.head_dim]
+        self.values = self._allocate(shape, dtype, device)[:, :, : config.head_dim]
 
     @property
     def token_bytes(self) -> int:
-        return 2 * self.keys.shape[0] * self.keys.shape[2] * self.keys.element_size()
+        return 2 * self.keys.shape[0] * self.keys.stride(1) * self.keys.element_size()
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy `count` tokens from `source` on to `target`."""
@@ -77,12 +80,11 @@ class KvSlab:
             tensor[:, target : target + count] = tensor[:, source : source + count]
 
     def forget(self, start: int, count: int) -> None:
-        """Give the memory of tokens [start, start + count) back to the system, where that can be done."""
+        """Give the memory of tokens [start, start + count) back to the system, where that can be done: of each head,
+        all pages of the system's that they fill."""
         for tensor, area in zip((self.keys, self.values), self._maps, strict=False):
-            heads, capacity, width = tensor.shape
-            token_bytes = width * tensor.element_size()
-            if count * token_bytes < mmap.PAGESIZE:
-                continue  # of no head a whole page
+            heads, capacity, _ = tensor.shape
+            token_bytes = tensor.stride(1) * tensor.element_size()
             for head in range(heads):
                 first = (head * capacity + start) * token_bytes
                 low = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -16,9 +16,10 @@ FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 INT8 = "int8"
 PRECISIONS = (*FLOAT_BYTES, INT8)
 SCALE_BYTES = 4
-# Of a token in a block, as it is counted. The books of a page of 64 tokens take some 150 bytes, and a moment: little
-# beside 2 KiB. Models that people run have 512 bytes or more.
-KV_TOKEN_BYTES_MIN = 32
+# What one head's keys, or values, of a token take is a multiple of this. So 64 tokens, a page of a worker's, are whole
+# pages of the system's memory (4 KiB), and can be given back whoever has the tokens beside them. It adds nothing to
+# heads of 32, 64, 96 or 128 numbers, in any precision.
+KV_HEAD_BYTES = 64
 
 
 def compute_dtype(precision: str) -> str:
@@ -55,10 +56,15 @@ def weight_bytes(config: BlockConfig, precision: str) -> int:
 
 
 def kv_token_bytes(config: BlockConfig, precision: str) -> int:
-    """What one token in the block's KV cache counts as, at workers and at clients."""
+    """What one token in the block's KV takes, at workers, and counts as, there and at clients."""
     return counted_kv_bytes(config, FLOAT_BYTES[compute_dtype(precision)])
 
 
 def counted_kv_bytes(config: BlockConfig, itemsize: int) -> int:
     """`kv_token_bytes`, of numbers of `itemsize` bytes."""
-    return max(KV_TOKEN_BYTES_MIN, itemsize * config.kv_values_per_token)
+    return 2 * config.num_kv_heads * kv_head_bytes(config, itemsize)
+
+
+def kv_head_bytes(config: BlockConfig, itemsize: int) -> int:
+    """What one head's keys, or values, of a token take, in numbers of `itemsize` bytes."""
+    return -(-itemsize * config.head_dim // KV_HEAD_BYTES) * KV_HEAD_BYTES

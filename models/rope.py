@@ -15,7 +15,10 @@ from torch import Tensor
 from models.config import BlockConfig, RopeConfig
 from models.errors import UnsupportedModel
 
+# Of one table, cosines and sines: 32,768 positions of heads 128 wide, 16 MiB in float32. No config makes it larger.
+TABLE_NUMBERS = 1 << 22
 _FIRST_ROWS = 256
+_SLICE_ROWS = 1024  # of a growing table, that are made at a time: on the way each is there several times
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
@@ -76,39 +79,56 @@ def _yarn_attention_factor(rope: RopeConfig) -> float:
 
 
 class Rotary:
-    """Rows of cosines and sines, one per position, grown on demand up to the context length.
+    """Rows of cosines and sines, one per position. Those of the first positions are in a table of `table_numbers` at
+    most, which grows on demand; those beyond are made for each step, and are the same bits.
 
     Blocks of equal `rope`, `head_dim`, dtype and device may share one, in several threads: a table is replaced whole,
     and who reads one keeps it.
     """
 
-    __slots__ = ("_attention_factor", "_frequencies", "_table", "device", "dtype", "max_position")
+    __slots__ = ("_attention_factor", "_frequencies", "_rows_max", "_table", "device", "dtype")
 
-    def __init__(self, config: BlockConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: BlockConfig, dtype: torch.dtype, device: torch.device, table_numbers: int = TABLE_NUMBERS
+    ) -> None:
         frequencies, self._attention_factor = inverse_frequencies(config.rope, config.head_dim)
         self._frequencies = frequencies.to(device)
-        self.dtype, self.device, self.max_position = dtype, device, config.max_position
-        self._table = self._rows(0)
+        self.dtype, self.device = dtype, device
+        self._rows_max = min(config.max_position, table_numbers // config.head_dim)
+        self._table = self._rows(torch.arange(0, device=device))
 
     def at(self, position: int, count: int) -> tuple[Tensor, Tensor]:
         """What `rotate` takes, [count, hd] each, for positions [position, position + count), all below max_position."""
-        cos, sin = self._reaching(position + count)
-        return _turns(cos[position : position + count], sin[position : position + count])
+        end = position + count
+        if end > self._rows_max:
+            return _turns(*self._rows(torch.arange(position, end, device=self.device)))
+        cos, sin = self._reaching(end)
+        return _turns(cos[position:end], sin[position:end])
 
     def at_each(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """`at`, for positions [R] that all lie below `end`."""
+        if end > self._rows_max:
+            return _turns(*self._rows(positions))
         cos, sin = self._reaching(end)
         return _turns(cos.index_select(0, positions), sin.index_select(0, positions))
 
     def _reaching(self, end: int) -> tuple[Tensor, Tensor]:
-        """The table, or a longer one in its place, with rows up to `end` or the context's length."""
+        """The table, or a longer one in its place, with rows up to `end`."""
         table = self._table
         if end > len(table[0]):
-            table = self._table = self._rows(min(self.max_position, max(end, 2 * len(table[0]), _FIRST_ROWS)))
+            count = min(self._rows_max, max(end, 2 * len(table[0]), _FIRST_ROWS))
+            table = self._table = self._longer(table, count)
         return table
 
-    def _rows(self, count: int) -> tuple[Tensor, Tensor]:
-        angles = torch.arange(count, dtype=torch.float32, device=self.device)[:, None] * self._frequencies
+    def _longer(self, table: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """`table` and what follows it, `count` rows in all."""
+        slices = [table]
+        for start in range(len(table[0]), count, _SLICE_ROWS):
+            slices.append(self._rows(torch.arange(start, min(start + _SLICE_ROWS, count), device=self.device)))
+        return torch.cat([cos for cos, _ in slices]), torch.cat([sin for _, sin in slices])
+
+    def _rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angles = positions.to(torch.float32)[:, None] * self._frequencies
         cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
         return cos.to(self.dtype), sin.to(self.dtype)
 

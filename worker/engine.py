@@ -100,10 +100,11 @@ class _Step:
             return tile_rows_left(self.work.position + self.rows_done)
         return blocks.rows_at_once(self.work.position + len(self.x))
 
-    @property
-    def token_bytes(self) -> int:
-        """KV that each row takes."""
-        return self.session.span.kv.token_bytes if self.session.span.kv is not None else 0
+    def begun_bytes(self, count: int) -> int:
+        """Of KV, that the next `count` rows take for the first time."""
+        if self.session.kv is None or self.work.operation == Operation.LINEAR:
+            return 0
+        return self.session.kv.begun_bytes(self.work.position + self.rows_done, count)
 
     def take(self, count: int) -> Tensor:
         return self.x[self.rows_done : self.rows_done + count]
@@ -203,8 +204,8 @@ class Engine:
     def advance(self) -> None:
         """Run one forward, if there is anything to do; give some of the free KV back."""
         taken = self._scheduler.take()
-        # At least as much as is written now, so that memory never exceeds the budget by more than one forward's KV.
-        self._give_back(max(GIVEN_BACK_BYTES, sum(count * step.token_bytes for step, count in taken)))
+        # At least as much as is taken now, so that memory never exceeds the budget by more than one forward's pages.
+        self._give_back(max(GIVEN_BACK_BYTES, sum(step.begun_bytes(count) for step, count in taken)))
         passes = [(step, count) for step, count in taken if step.work.operation == Operation.SPAN]
         for step, count in taken:
             if step.work.operation == Operation.LINEAR:
@@ -246,10 +247,10 @@ class Engine:
     def _kvs(self) -> list[SpanKv]:
         return [*self._leaving, *(span.kv for span in self._spans.values() if span.kv is not None)]
 
-    def _give_back(self, bytes_max: int) -> None:
-        stale = next((kv for kv in self._kvs() if kv.book.stale), None)
-        if stale is not None:
-            stale.give_back(bytes_max)
+    def _give_back(self, wanted_bytes: int) -> None:
+        for kv in self._kvs():
+            if wanted_bytes > 0 and kv.book.stale:
+                wanted_bytes -= kv.give_back(wanted_bytes)
         self._leaving = [kv for kv in self._leaving if kv.book.stale]
 
     def _compute(self, taken: list[tuple[_Step, int]]) -> None:

@@ -20,7 +20,7 @@ from models.blocks import TILE_ROWS, Block, Turns
 from models.config import BlockConfig
 from models.layout import Layout, Segment
 from models.precision import MATRICES
-from models.rope import Rotary
+from models.rope import TABLE_NUMBERS, Rotary
 from worker.span_kv import SessionKv
 
 WORKSPACE_BYTES = 1 << 30
@@ -144,14 +144,16 @@ def build_float_blocks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> FloatBlocks:
-    """Blocks from what `read(index)` gives, one at a time. Equal rotary tables are shared."""
+    """Blocks from what `read(index)` gives, one at a time. Equal rotary tables are shared, and all of them together are
+    no larger than one may be."""
     rotaries: dict[tuple[object, ...], Rotary] = {}
+    kinds = [(config.rope, config.head_dim, config.max_position) for config in configs]
+    table_numbers = TABLE_NUMBERS // len(set(kinds))
     blocks = []
-    for index, config in enumerate(configs):
-        key = (config.rope, config.head_dim, config.max_position)
-        if key not in rotaries:
-            rotaries[key] = Rotary(config, dtype, device)
-        blocks.append(Block(config, read(index), dtype=dtype, device=device, rotary=rotaries[key]))
+    for index, (config, kind) in enumerate(zip(configs, kinds, strict=True)):
+        if kind not in rotaries:
+            rotaries[kind] = Rotary(config, dtype, device, table_numbers)
+        blocks.append(Block(config, read(index), dtype=dtype, device=device, rotary=rotaries[kind]))
     return FloatBlocks(blocks)
 
 

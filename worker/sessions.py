@@ -47,7 +47,9 @@ from worker.preemption import Contest, Preemptor
 from worker.session import Again, Pass, Place, Seat, Session
 from worker.waiting import KV_WAIT_S, Arrival, WaitingRoom, needed_bytes
 
-ATTACH_LIFE_S = 30.0  # from Attach to OpenSession; the client opens as soon as all hops are attached
+# From Attach to OpenSession. A client attaches to all hops first, and each passes the opening on once it has room:
+# eight before this one may wait for that, KV_WAIT_S and a sweep each. Tickets of clients live no longer.
+ATTACH_LIFE_S = 120.0
 
 
 @dataclass(slots=True)
@@ -238,7 +240,7 @@ class SessionTable:
         for session in list(self.live.values()):
             if drained:
                 self.fail(session, RefusalReason.PAUSED, self.house.duty.refusal().detail)
-            elif session.seat is None and now - session.attached_at >= ATTACH_LIFE_S:
+            elif session.seat is None and session not in self._waiting and now - session.attached_at >= ATTACH_LIFE_S:
                 self.fail(session, RefusalReason.UNKNOWN_SESSION, "attached, but not opened in time")
             elif session.seat is not None and session.seat.has_expired(now_ms):
                 self.fail(session, RefusalReason.FORBIDDEN, "the capability that it was opened with has expired")

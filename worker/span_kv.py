@@ -15,7 +15,7 @@ from models.pages import Extent, KvSlab, can_be_lazy, runs_of
 from models.precision import counted_kv_bytes
 from protocol import limits
 from protocol.ids import PeerId
-from worker.kv_pages import KvBudget, PageBook, PageTable
+from worker.kv_pages import KvBudget, PageBook, PageTable, pages_for
 
 # Slabs are so much longer than the budget, where length costs nothing: then nearly every session finds one free run.
 SLACK = 4
@@ -45,11 +45,13 @@ class SpanKv:
         """The span goes; no session is open. Its memory is there until `give_back` has nothing left to do."""
         self.book.retire()
 
-    def give_back(self, bytes_max: int) -> None:
-        """Give memory of free pages back to the system: so much, or one page."""
-        for run in runs_of(self.book.take_stale(max(1, bytes_max // self.book.page_bytes)), limits.PAGE_TOKENS):
+    def give_back(self, wanted_bytes: int) -> int:
+        """Give free pages' memory back to the system, in whole pages: so much, or all that there is. Says how much."""
+        pages = self.book.take_stale(-(-wanted_bytes // self.book.page_bytes))
+        for run in runs_of(pages, limits.PAGE_TOKENS):
             for slab in self._slabs:
                 slab.forget(run.at, run.count)
+        return len(pages) * self.book.page_bytes
 
 
 class SessionKv:
@@ -69,6 +71,12 @@ class SessionKv:
     @property
     def length(self) -> int:
         return self.extent.length
+
+    def begun_bytes(self, position: int, count: int) -> int:
+        """Memory of the pages that a step of `count` tokens at `position` is the first to write to, or has copied."""
+        first = position // limits.PAGE_TOKENS
+        before = first if first < self._shut else pages_for(position)
+        return (pages_for(position + count) - before) * self._book.page_bytes
 
     def begin(self, position: int) -> None:
         """A step is about to write from `position` <= `length` on. Raises Refused(KV_MEMORY) for a session that wrote

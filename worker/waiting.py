@@ -52,6 +52,9 @@ class WaitingRoom:
         """In the order of arrival."""
         return iter(self._arrivals.values())
 
+    def __contains__(self, session: Session) -> bool:
+        return session.id in self._arrivals
+
     def add(self, arrival: Arrival) -> None:
         self._arrivals[arrival.session.id] = arrival
 

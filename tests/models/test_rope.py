@@ -13,8 +13,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from models.config import POSITION_MAX, BlockConfig, ModelConfig, RopeConfig
-from models.rope import Rotary, inverse_frequencies, rotate
+from models.rope import TABLE_NUMBERS, Rotary, inverse_frequencies, rotate
 
+CPU = torch.device("cpu")
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 KINDS: dict[str, dict[str, Any]] = {
@@ -87,14 +88,53 @@ def test_rows_do_not_depend_on_how_the_table_grew() -> None:
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rope", KINDS.values(), ids=KINDS)
+def test_rows_beyond_the_table_are_the_same_bits(rope: dict[str, Any], dtype: torch.dtype) -> None:
+    _, config = both(rope, 12)
+    whole, short = Rotary(config, dtype, CPU), Rotary(config, dtype, CPU, 100 * 12)
+    for position, count in ((95, 5), (95, 6), (99, 1), (100, 1), (3000, 77), (16384 - 9, 9), (0, 2500), (0, 3)):
+        for ours, expected in zip(short.at(position, count), whole.at(position, count), strict=True):
+            assert torch.equal(ours, expected)
+    for positions in ([4, 99, 0], [4, 16383, 100, 99, 700]):
+        rows = torch.tensor(positions)
+        for ours, expected in zip(short.at_each(rows, max(positions) + 1), whole.at_each(rows, 16384), strict=True):
+            assert torch.equal(ours, expected)
+    assert len(short._table[0]) == 100
+
+
+class Counted(Rotary):
+    """`made`: how many rows at a time."""
+
+    __slots__ = ("made",)
+
+    def _rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        self.made = [*getattr(self, "made", []), len(positions)]
+        return super()._rows(positions)
+
+
+def test_no_position_and_no_width_makes_a_table_longer_than_it_may_be() -> None:
+    config = BlockConfig("llama", 2, 2, 1, 1, 1024, 1e-6, POSITION_MAX, RopeConfig(1e4), sliding_window=1)
+    rotary = Counted(config, torch.bfloat16, CPU)
+    for position in (3000, 40_000, 5, 4095):
+        rotary.at(position, 1)
+        assert sum(turn.numel() for turn in rotary._table) <= TABLE_NUMBERS
+    assert max(rotary.made) <= 1024, "a few rows at a time"
+    before = len(rotary.made)
+    rotary.at(4095, 1)
+    assert len(rotary.made) == before, "what is in the table is made once"
+    cos, sin = rotary.at(POSITION_MAX - 2, 2)
+    assert cos.shape == sin.shape == (2, 1024)
+
+
 class Waiting(Rotary):
     """The first rows of a context are made, and wait."""
 
     __slots__ = ("go_on", "made")
 
-    def _rows(self, count: int) -> tuple[Tensor, Tensor]:
-        rows = super()._rows(count)
-        if count == 256:
+    def _rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        rows = super()._rows(positions)
+        if len(positions) == 256:
             self.made.set()
             self.go_on.wait()
         return rows

@@ -17,6 +17,7 @@ from models.attention import KvCache
 from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
 from models.layout import Layout
+from models.pages import KvSlab
 from models.precision import MATRICES
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, PeerId, SessionId
@@ -298,8 +299,7 @@ def test_what_loading_reports(shop: Shop) -> None:
     loaded = shop.engine.load(SpanSpec(shop.manifest, 0, 2))
     request = read_span(shop.data, 0, 2)
     assert loaded.weight_bytes == request.weight_bytes == 2 * 4 * CONFIG.num_parameters
-    cache = KvCache(CONFIG, 1, torch.float32)
-    assert request.kv_token_bytes == 2 * sum(each.nbytes for each in (cache.keys, cache.values))
+    assert request.kv_token_bytes == 2 * KvSlab(CONFIG, 1, torch.float32, torch.device("cpu")).token_bytes
     assert loaded.block_time_us > 0
 
 

@@ -14,6 +14,7 @@ from client.sealing import block_entry, manifest_of
 from models.attention import KvCache
 from models.blocks import Block
 from models.int8 import quantise_block
+from models.precision import kv_token_bytes
 from protocol.errors import Refused
 from protocol.ids import PeerId
 from protocol.manifest import BlockEntry, Manifest, sign_manifest
@@ -61,7 +62,9 @@ def test_it_computes_what_its_blocks_compute_and_costs_a_quarter(tmp_path: Path)
     request = read_span(sign_manifest(manifest, OWNER), 0, 2)
     loaded = shop.engine.load(SpanSpec(manifest, 0, 2))
     assert loaded.weight_bytes == request.weight_bytes == sum(entry.weight_bytes for entry in shop.entries)
-    assert request.kv_token_bytes == 2 * 4 * CONFIG.kv_values_per_token, "keys and values are float32"
+    assert request.kv_token_bytes == 2 * kv_token_bytes(CONFIG, "float32")
+    wide = dataclasses.replace(CONFIG, head_dim=32)
+    assert kv_token_bytes(wide, "int8") == 4 * wide.kv_values_per_token, "keys and values are float32"
     shop.engine.open(SESSION, SessionSpec(manifest.deployment, PeerId("client"), PeerId("tenant"), 600))
     got = to_tensor(shop.engine.step(work(x, 0)).forward)
     expected, floats = x, x

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from models.attention import KvCache
 from models.blocks import Block
+from models.config import RopeConfig
 from models.errors import ContextExceeded
 from protocol.ids import PeerId
 from protocol.limits import PAGE_TOKENS
 from tests.worker.test_engine import CONFIG, inputs, random_tensors
+from worker import runner
 from worker.kv_pages import KvBudget
 from worker.runner import FloatBlocks, Part, build_float_blocks
 from worker.span_kv import SessionKv, SpanKv
@@ -75,3 +79,21 @@ def test_a_failed_forward_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> No
             span.blocks.forward(x, parts)
     assert (span.first.length, span.second.length) == (70, 20), "no token is valid that some block lacks"
     assert torch.equal(span.blocks.forward(x, parts), expected)
+
+
+def test_the_rotary_tables_of_a_span_are_together_as_large_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of a model have one; a stranger's may have as many as there are blocks."""
+    monkeypatch.setattr(runner, "TABLE_NUMBERS", 400 * CONFIG.head_dim)
+    configs = [replace(CONFIG, rope=RopeConfig(theta)) for theta in (1e4, 2e4, 1e4, 3e4, 4e4)]
+    blocks = build_float_blocks(configs, random_tensors, torch.float32, CPU)
+    session = SpanKv(configs, torch.float32, CPU, KvBudget(1 << 24)).open(PeerId("ann"), 600)
+    x = expected = inputs(350)
+    for index, config in enumerate(configs):
+        alone = Block(config, random_tensors(index))
+        expected = alone.forward(expected, KvCache(config, 600), 0)
+    torch.testing.assert_close(blocks.forward(x, [Part(session, 0, 350)]), expected, rtol=1e-5, atol=1e-5)
+    blocks.forward(x[:1], [Part(session, 60, 1)])
+    tables = {block.rotary_id: block._rotary._table for block in blocks.blocks}
+    assert len(tables) == 4
+    numbers = [sum(turn.numel() for turn in table) for table in tables.values()]
+    assert 0 < sum(numbers) <= 400 * CONFIG.head_dim

@@ -25,6 +25,7 @@ from tests.helpers.workers import (
 )
 from worker.admission import UPLOAD_SILENCE_S, SpanState
 from worker.service import SWEEP_S
+from worker.sessions import ATTACH_LIFE_S
 
 KV_BYTES = 64 * KV_TOKEN_BYTES  # a session over one block
 ROOM: Any = {"memory_bytes": 5 * BLOCK_BYTES + KV_BYTES, "kv_memory_bytes": KV_BYTES}
@@ -154,6 +155,7 @@ def test_the_sweep_waits_for_no_engine() -> None:
         route = HandRoute(swarm.client, [worker], SessionId(b"s" * 16))
         await route.dial()
         await route.attach()
+        await trio.sleep(ATTACH_LIFE_S)
         message, _ = await route.next()
         assert isinstance(message, SessionFailed)
         assert message.reason == RefusalReason.UNKNOWN_SESSION, "attached, and not opened in time"

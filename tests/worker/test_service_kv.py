@@ -19,6 +19,7 @@ from protocol.messages import CloseSession, OpenSession, RefusalReason, SessionF
 from simnet.compute import CostModel, ToyCompute, toy_answer
 from tests.helpers.workers import KV_TOKEN_BYTES, HandClient, HandRoute, Swarm, in_swarm, some_rows
 from tests.worker.test_service_leases import capability
+from worker.sessions import ATTACH_LIFE_S
 from worker.waiting import KV_WAIT_S
 
 TOKENS = 4 * PAGE_TOKENS
@@ -131,7 +132,7 @@ def test_a_step_beyond_what_a_hop_holds_ends_the_session() -> None:
         assert isinstance(message, SessionFailed)
         assert message.reason == RefusalReason.BAD_STEP
 
-    in_swarm(1, test, compute=toy)
+    in_swarm(1, test, compute=toy, kv_memory_bytes=3 * SESSION_BYTES)
 
 
 def test_a_step_before_the_hop_has_said_what_it_holds_is_no_bug_of_the_worker(caplog: pytest.LogCaptureFixture) -> None:
@@ -252,6 +253,45 @@ def test_nobody_waits_for_ever_or_for_room_that_cannot_come() -> None:
     in_swarm(1, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
 
 
+def test_a_hop_may_wait_for_room_however_long_those_before_it_waited() -> None:
+    """Four hops, each full for 9 s after the one before it has passed the opening on."""
+
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        others = []
+        for index, worker in enumerate(swarm.workers):
+            other = HandRoute(swarm.client, [worker], SessionId(bytes([index]) * 16))
+            await other.dial()
+            await other.attach()
+            await begun(other, start=2 * index, end=2 * index + 2)
+            others.append(other)
+        route = await attached(swarm, "route")
+        await route.send(OpenSession(route.session, route.boxes(route.tickets(kv_tokens=TOKENS))))
+        for other, worker in zip(others, swarm.workers, strict=True):
+            await trio.sleep(9)
+            assert worker.service.sessions.sessions_waiting == 1
+            await other.send(CloseSession(other.session))
+            assert isinstance((await route.next(worker))[0], SessionOpened)
+
+    in_swarm(4, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
+
+
+def test_what_waits_for_room_is_no_attachment_that_nobody_opened() -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy_route(swarm.workers)
+        first, second = await attached(swarm, "first"), await attached(swarm, "second")
+        await begun(first)
+        await trio.sleep(ATTACH_LIFE_S - 7)
+        started = trio.current_time()
+        await second.send(OpenSession(second.session, second.boxes(second.tickets(kv_tokens=TOKENS))))
+        message, _ = await second.next()
+        assert isinstance(message, SessionFailed)
+        assert message.reason == RefusalReason.KV_MEMORY
+        assert trio.current_time() - started >= KV_WAIT_S
+
+    in_swarm(1, test, compute=toy, kv_memory_bytes=SESSION_BYTES)
+
+
 @pytest.mark.parametrize("how", ["closed", "client gone"])
 def test_a_session_that_waits_may_give_up(how: str) -> None:
     async def test(swarm: Swarm) -> None:
@@ -332,7 +372,7 @@ def test_a_new_route_keeps_nothing_under_the_keys_of_the_old_one() -> None:
         await trio.sleep(1)
         assert await begun(await attached(swarm, "two")) == [64], "what the first route computed alone"
 
-    in_swarm(1, test, compute=toy)
+    in_swarm(1, test, compute=toy, kv_memory_bytes=2 * SESSION_BYTES)
 
 
 def test_a_session_keeps_its_first_terms_when_it_is_rerouted() -> None:
