@@ -98,10 +98,19 @@ class Block:
 
         Raises KeyError on any other name.
         """
+        whole, start, end = self._map(name)
+        return whole.rows(x, start, end)
+
+    def linear_width(self, name: str) -> int:
+        """Numbers of a row that `linear` has at a time: also those of the maps that the named one is fused with."""
+        return self._map(name)[0].out_features
+
+    def _map(self, name: str) -> tuple[Linear | Int8Linear, int, int]:
+        """The product that the named weight is part of, and which rows of the weight it is."""
         query = self.config.num_heads * self.config.head_dim
         key = query + self.config.num_kv_heads * self.config.head_dim
         gate, hidden = self.config.intermediate_size, self.config.hidden_size
-        whole, start, end = {
+        return {
             "q": (self._qkv, 0, query),
             "k": (self._qkv, query, key),
             "v": (self._qkv, key, self._qkv.out_features),
@@ -110,7 +119,6 @@ class Block:
             "up": (self._gate_up, gate, 2 * gate),
             "down": (self._down, 0, hidden),
         }[name]
-        return whole.rows(x, start, end)
 
     @torch.inference_mode()
     def forward(self, x: Tensor, cache: KvCache, position: int) -> Tensor:

@@ -24,11 +24,14 @@ def to_blocks(x: Tensor, block: int) -> bytes:
     return _bytes(factor) + _bytes(levels.view(rows, -1)[:, :width])
 
 
-def from_blocks(data: bytes, shape: tuple[int, ...], block: int) -> Tensor:
-    """float32 of `shape`, [T, d], from exactly the bytes that `to_blocks` makes of it."""
-    rows, width = shape
-    count = -(-width // block)
-    flat = bytearray(data)  # torch takes no read-only memory
+def from_blocks(data: bytes, shape: tuple[int, ...], block: int, start: int = 0, end: int | None = None) -> Tensor:
+    """Rows [start, end), or all, in float32 of `shape`, [T, d], from exactly the bytes that `to_blocks` makes of it."""
+    height, width = shape
+    end = height if end is None else end
+    rows, count, view = end - start, -(-width // block), memoryview(data)
+    numbers = view[2 * height * count :]
+    # torch takes no read-only memory
+    flat = bytearray().join((view[2 * count * start : 2 * count * end], numbers[width * start : width * end]))
     factor = torch.frombuffer(flat, dtype=torch.bfloat16, count=rows * count).view(rows, count, 1)
     levels = torch.frombuffer(flat, dtype=torch.int8, offset=2 * rows * count).view(rows, width)
     blocks = F.pad(levels.float(), (0, -width % block)).view(rows, count, block)

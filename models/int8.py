@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.errors import ModelError
-from models.linear import HAS_ONEDNN, PACKED_ROWS
+from models.linear import HAS_ONEDNN, PACKED_ROWS, own_columns
 from models.precision import MATRICES, scale_name
 
 log = logging.getLogger("sotto.models")
@@ -87,7 +87,7 @@ class Int8Linear:
 
     def rows(self, x: Tensor, start: int, end: int) -> Tensor:
         """x [T, in] through rows [start, end) of the weight alone, without bias: [T, end - start]."""
-        return self._product(x)[:, start:end]
+        return own_columns(self._product(x), start, end)
 
     def _product(self, x: Tensor) -> Tensor:
         levels, factor = _quantise_input(x)

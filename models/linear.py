@@ -52,7 +52,12 @@ class Linear:
         """x [T, in] through rows [start, end) of the weight alone, without bias: [T, end - start]."""
         if self._packed is None:
             return F.linear(x, self._weight[start:end])  # type: ignore[index]
-        return _multiply(x, self._packed, None)[:, start:end]
+        return own_columns(_multiply(x, self._packed, None), start, end)
+
+
+def own_columns(product: Tensor, start: int, end: int) -> Tensor:
+    """Columns [start, end) of [T, out] in memory of their own: who keeps them does not keep the others."""
+    return product if end - start == product.shape[1] else product[:, start:end].clone()
 
 
 @torch.inference_mode()

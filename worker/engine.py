@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,8 @@ from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 from worker.kv_pages import KvBudget
-from worker.payloads import DTYPES, answer_dtype, to_payload, to_tensor
+from worker.payloads import DTYPES, answer_dtype, tensor_dtype, to_payload, to_rows
+from worker.row_times import RowTimes
 from worker.runner import FloatBlocks, IntegerBlocks, Part, build_float_blocks, tile_rows_left
 from worker.scheduler import Scheduler
 from worker.shards import read_shard
@@ -38,7 +39,7 @@ from worker.spans import INTEGER_DTYPE, block_config, check_block, loaded_bytes
 log = logging.getLogger("sotto.worker")
 ANSWER_BYTES_MAX = limits.STEP_BYTES_MAX
 KV_BYTES_DEFAULT = 1 << 30
-ALL = 1 << 30  # more than any number of sessions
+ALL = 1 << 30  # more than any number of sessions, or of rows
 GIVEN_BACK_BYTES = 16 << 20  # of free KV between two forwards: 1 or 2 ms, where all at once takes 0.2 s a GiB
 
 
@@ -47,6 +48,7 @@ class _Span:
     spec: SpanSpec
     blocks: FloatBlocks | IntegerBlocks
     kv: SpanKv | None  # integer spans keep none
+    times: RowTimes = field(default_factory=RowTimes)
 
 
 @dataclass(slots=True)
@@ -63,11 +65,14 @@ _Party = tuple[DeploymentId, PeerId, int]  # sessions that are divided into micr
 
 @dataclass(slots=True, eq=False)
 class _Step:
-    """A step under way: what the scheduler asks of a job, and what has been computed of it."""
+    """A step under way: what the scheduler asks of a job, and what has been computed of it.
+
+    What has not been computed is there as it travelled: that is what the worker has counted of a step that waits.
+    """
 
     work: StepWork
     session: _Session
-    x: Tensor
+    rows_asked: int
     done: Done
     beside_max: int = ALL
     rows: list[Tensor] = field(default_factory=list)
@@ -89,16 +94,34 @@ class _Step:
 
     @property
     def rows_left(self) -> int:
-        return len(self.x) - self.rows_done
+        return self.rows_asked - self.rows_done
 
     @property
     def rows_at_once(self) -> int:
-        blocks = self.session.span.blocks
-        if isinstance(blocks, IntegerBlocks) or self.work.operation == Operation.LINEAR:
-            return self.rows_left
+        blocks, work = self.session.span.blocks, self.work
+        if work.operation == Operation.LINEAR:
+            return blocks.linear_rows_at_once(work.block - self.session.span.spec.start, work.matrix)
+        assert isinstance(blocks, FloatBlocks)
         if self.session.spec.deterministic:
-            return tile_rows_left(self.work.position + self.rows_done)
-        return blocks.rows_at_once(self.work.position + len(self.x))
+            return tile_rows_left(work.position + self.rows_done)
+        return blocks.rows_at_once(work.position + self.rows_asked)
+
+    @property
+    def rows_in_time(self) -> int:
+        return ALL if self.is_fixed else self.session.span.times.rows(self.kind)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether others' work must not show in how its rows are cut, as that may show in their bits."""
+        return self.alone and self.session.span.blocks.dtype.is_floating_point
+
+    @property
+    def kind(self) -> Hashable:
+        """Rows of one kind take about the same time."""
+        work = self.work
+        if work.operation == Operation.LINEAR:
+            return work.block, work.matrix
+        return (work.position + self.rows_asked).bit_length()  # the tokens to attend to, to within a factor of two
 
     def begun_bytes(self, count: int) -> int:
         """Of KV, that the next `count` rows take for the first time."""
@@ -107,7 +130,9 @@ class _Step:
         return self.session.kv.begun_bytes(self.work.position + self.rows_done, count)
 
     def take(self, count: int) -> Tensor:
-        return self.x[self.rows_done : self.rows_done + count]
+        """The next `count` rows, as the blocks compute them: [count, d]."""
+        blocks = self.session.span.blocks
+        return to_rows(self.work.payload, self.rows_done, self.rows_done + count).to(blocks.device, blocks.dtype)
 
 
 class Engine:
@@ -162,6 +187,7 @@ class Engine:
         if any(session.span is span for session in self._sessions.values()):
             raise LocalProtocolError("a span with open sessions cannot be unloaded")
         self._spans.pop(deployment, None)
+        self._scheduler.forget(deployment)
         if span is not None and span.kv is not None:
             span.kv.close()
             self._leaving.append(span.kv)
@@ -187,13 +213,16 @@ class Engine:
         session = self._sessions.get(work.session)
         if session is None or session.step is not None:
             raise LocalProtocolError("a step of a session that is not open, or has one under way")
-        with _Refusals(RefusalReason.BAD_STEP):
-            x = self._linear_input(session, work) if work.operation == Operation.LINEAR else self._input(session, work)
+        if work.operation == Operation.LINEAR:
+            self._check_linear(session, work)
+        else:
+            self._check_pass(session, work)
         if session.kv is not None and not work.keeps:
             session.kv.forget_keys()
         now = time.perf_counter()
         waited_s = 0.0 if asked_s is None else max(0.0, self._ended_s - asked_s)
-        session.step = _Step(work, session, x, done, self._beside_max(session), waits_since=now - waited_s)
+        rows, beside_max = work.payload.header.shape[0], self._beside_max(session)
+        session.step = _Step(work, session, rows, done, beside_max, waits_since=now - waited_s)
         self._scheduler.add(session.step)
 
     @property
@@ -206,12 +235,16 @@ class Engine:
         taken = self._scheduler.take()
         # At least as much as is taken now, so that memory never exceeds the budget by more than one forward's pages.
         self._give_back(max(GIVEN_BACK_BYTES, sum(step.begun_bytes(count) for step, count in taken)))
+        if not taken:
+            return
+        started = time.perf_counter()
         passes = [(step, count) for step, count in taken if step.work.operation == Operation.SPAN]
         for step, count in taken:
             if step.work.operation == Operation.LINEAR:
                 self._compute([(step, count)])
         if passes:
             self._compute(passes)
+        self._scheduler.charge(taken[0][0].deployment, time.perf_counter() - started)
 
     def step(self, work: StepWork) -> StepResult:
         """Compute one step, and whatever is under way beside it. Raises what `submit` raises, and Refused(MEMORY)."""
@@ -271,9 +304,12 @@ class Engine:
             return
         self._ended_s, start = time.perf_counter(), 0
         took_s = self._ended_s - started
+        _learn(taken, took_s)
         company = sum(count == step.rows_left for step, count in taken) > 1
         for step, count in taken:
-            step.rows.append(rows[start : start + count])
+            part = rows[start : start + count]
+            # What waits for the rest of its step does not keep others' rows.
+            step.rows.append(part if count == step.rows_left or count == len(rows) else part.clone())
             step.rows_done += count
             step.compute_s += took_s
             start += count
@@ -313,37 +349,27 @@ class Engine:
         self._scheduler.remove(step)
         step.done(error)
 
-    def _input(self, session: _Session, work: StepWork) -> Tensor:
-        """The rows of a pass, checked: [T, d] in the span's dtype."""
+    def _check_pass(self, session: _Session, work: StepWork) -> None:
         blocks, kv = session.span.blocks, session.kv
         if not isinstance(blocks, FloatBlocks) or kv is None:
             raise Refused(RefusalReason.UNSUPPORTED, "integer blocks take linear steps only")
-        x = self._tensor(work, blocks.width)
-        if work.position > kv.length or work.position + len(x) > kv.kv_tokens:
+        rows = _checked_rows(work, blocks.width)
+        if work.position > kv.length or work.position + rows > kv.kv_tokens:
             raise LocalProtocolError(f"a step at {work.position} with {kv.length} of {kv.kv_tokens} tokens held")
-        _check_answer(len(x), blocks.width, _widest(blocks.dtype, work.returns))
-        if not x.is_floating_point():
-            raise Refused(RefusalReason.UNSUPPORTED, f"a pass in {work.payload.header.dtype}")
-        return x.to(blocks.dtype)
+        _check_answer(rows, blocks.width, _widest(blocks.dtype, work.returns))
+        wire = work.payload.header.dtype
+        if not tensor_dtype(wire).is_floating_point:
+            raise Refused(RefusalReason.UNSUPPORTED, f"a pass in {wire}")
 
-    def _linear_input(self, session: _Session, work: StepWork) -> Tensor:
-        """The rows for one map, checked: [T, in]."""
+    def _check_linear(self, session: _Session, work: StepWork) -> None:
         spec, blocks = session.span.spec, session.span.blocks
         if not spec.start <= work.block < spec.end or work.matrix not in MATRICES:
             raise Refused(RefusalReason.BAD_STEP, f"no matrix {work.matrix!r} of block {work.block} here")
-        block = work.block - spec.start
-        out_features, in_features = blocks.shape(block, work.matrix)
-        x = self._tensor(work, in_features)
-        _check_answer(len(x), out_features, blocks.dtype.itemsize)
-        if not ((x.is_floating_point() and blocks.dtype.is_floating_point) or x.dtype == blocks.dtype):
-            raise Refused(RefusalReason.UNSUPPORTED, f"a linear step of {x.dtype} with weights of {blocks.dtype}")
-        return x
-
-    def _tensor(self, work: StepWork, width: int) -> Tensor:
-        shape = work.payload.header.shape
-        if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
-            raise Refused(RefusalReason.BAD_STEP, f"a step of {list(shape)} where the width is {width}")
-        return to_tensor(work.payload).to(self._device)
+        out_features, in_features = blocks.shape(work.block - spec.start, work.matrix)
+        _check_answer(_checked_rows(work, in_features), out_features, blocks.dtype.itemsize)
+        dtype = tensor_dtype(work.payload.header.dtype)
+        if not ((dtype.is_floating_point and blocks.dtype.is_floating_point) or dtype == blocks.dtype):
+            raise Refused(RefusalReason.UNSUPPORTED, f"a linear step of {dtype} with weights of {blocks.dtype}")
 
 
 class _Refusals:
@@ -364,6 +390,25 @@ class _Refusals:
         missing = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
         if missing or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise Refused(RefusalReason.MEMORY, "the machine has less memory free than its owner gave") from None
+
+
+def _learn(taken: list[tuple[_Step, int]], took_s: float) -> None:
+    """How long their rows took, together."""
+    first = taken[0][0]
+    if first.is_fixed:
+        return  # a tile takes as long with one row as with all
+    rows: dict[Hashable, int] = {}
+    for step, count in taken:
+        rows[step.kind] = rows.get(step.kind, 0) + count
+    first.session.span.times.ran(rows, took_s)
+
+
+def _checked_rows(work: StepWork, width: int) -> int:
+    """How many there are."""
+    shape = work.payload.header.shape
+    if len(shape) != 2 or shape[0] < 1 or shape[1] != width:
+        raise Refused(RefusalReason.BAD_STEP, f"a step of {list(shape)} where the width is {width}")
+    return shape[0]
 
 
 def _check_answer(rows: int, width: int, itemsize: int) -> None:

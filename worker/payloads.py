@@ -22,6 +22,11 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def tensor_dtype(wire: str) -> torch.dtype:
+    """What `to_tensor` makes of a payload in `wire`."""
+    return torch.float32 if wire == INT8_BLOCKS else DTYPES[wire]
+
+
 def to_tensor(payload: Payload) -> Tensor:
     """The payload on the CPU. One copy: torch takes no read-only memory, and a step's bytes are few next to weights.
     8-bit blocks are [T, d]."""
@@ -29,6 +34,19 @@ def to_tensor(payload: Payload) -> Tensor:
     if header.dtype == INT8_BLOCKS:
         return from_blocks(payload.data, header.shape, WIRE_BLOCK)
     return torch.frombuffer(bytearray(payload.data), dtype=DTYPES[header.dtype]).view(header.shape)
+
+
+def to_rows(payload: Payload, start: int, end: int) -> Tensor:
+    """Rows [start, end) of a payload [T, d]: what `to_tensor` makes of them, and of no others."""
+    header = payload.header
+    height, width = header.shape
+    if end - start == height:
+        return to_tensor(payload)
+    if header.dtype == INT8_BLOCKS:
+        return from_blocks(payload.data, header.shape, WIRE_BLOCK, start, end)
+    row_bytes = len(payload.data) // height
+    data = bytearray(memoryview(payload.data)[row_bytes * start : row_bytes * end])
+    return torch.frombuffer(data, dtype=DTYPES[header.dtype]).view(-1, width)
 
 
 def to_payload(tensor: Tensor, wire: str | None = None) -> Payload:

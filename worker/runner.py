@@ -1,8 +1,9 @@
 """The blocks of one loaded span.
 
-Invariant: a batch takes bounded memory: its caller keeps to `rows_at_once`, below which intermediate results stay
-within WORKSPACE_BYTES, or to a tile, of whose scores a few heads' are there at a time. A chunk of a step sees exactly
-what it would see in one pass. It knows no messages.
+Invariant: a batch takes bounded memory: intermediate results stay within WORKSPACE_BYTES, of which a row takes one part
+in `rows_at_once`, or in `linear_rows_at_once`, and its caller sees to it that the parts of all rows come to no more
+than the whole; or they are those of a tile, of whose scores a few heads' are there at a time. A chunk of a step sees
+exactly what it would see in one pass. It knows no messages.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class FloatBlocks:
     def forward(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
         """x [R, d], the rows of all `parts` one after another, through all blocks: [R, d].
 
-        Rows of one part must not exceed `rows_at_once` for the length that they end at.
+        Each part's rows divided by `rows_at_once` for the length that they end at must not come to more than 1 in all,
+        unless there is one row only.
         """
         slabs = parts[0].kv.slabs
         assert all(part.kv.slabs is slabs for part in parts), "sessions of one span"
@@ -92,8 +94,14 @@ class FloatBlocks:
         return tile[rows]
 
     def rows_at_once(self, length: int) -> int:
-        """How many rows may be computed together when `length` tokens are attended to."""
+        """How many rows may be computed together when `length` tokens are attended to; at least 1."""
         return min(_rows_at_once(config, length, self.dtype) for config in self._configs)
+
+    def linear_rows_at_once(self, block: int, name: str) -> int:
+        """How many rows `linear` may take together; at least 1."""
+        # what comes in, and comes out, may be there twice: in another dtype, and in parts
+        numbers = self.shape(block, name)[1] + self.blocks[block].linear_width(name)
+        return max(1, WORKSPACE_BYTES // (2 * numbers * self.dtype.itemsize))
 
     def shape(self, block: int, name: str) -> tuple[int, ...]:
         """[out, in] of the named weight of the span's `block`."""
@@ -127,6 +135,12 @@ class IntegerBlocks:
     def shape(self, block: int, name: str) -> tuple[int, ...]:
         """[out, in] of the named weight of the span's `block`."""
         return tuple(self._tensors[block][name].shape)
+
+    def linear_rows_at_once(self, block: int, name: str) -> int:
+        """How many rows `linear` may take together; at least 1."""
+        out_features, in_features = self.shape(block, name)
+        # of int32 and int64 what comes in, and what comes out twice in the former, in parts and in one
+        return max(1, WORKSPACE_BYTES // (12 * in_features + 16 * out_features))
 
     def linear(self, block: int, name: str, x: Tensor) -> Tensor:
         """x [T, in] through the named weight of the span's `block`, modulo 2^32: [T, out]."""

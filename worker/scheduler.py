@@ -1,13 +1,15 @@
 """Which rows run in the next forward: continuous batching with chunked prefill, as plain bookkeeping.
 
-One forward serves one deployment, or one job that runs alone; deployments, and clients with such jobs, take turns.
+One forward serves one deployment, or one job that runs alone. Deployments take turns by the time that they were
+charged (time_shares.py); within one, the jobs that run together and each client whose jobs run alone take turns.
 Steps of a few rows (decoding, speculation) always go first, all that fit; what room is left goes to long steps
 (prefill), a chunk each, and clients take turns at having the first of it. So a long prompt slows nobody down by more
 than one chunk, and one client's prompts do not keep another's waiting. Short steps of a client that wants micro-batches
 go a part at a time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by
 themselves.
 
-Invariant: every job that was added is taken in the end, its rows in order and each once. No torch, no clock.
+Invariant: every job that was added is taken in the end, its rows in order and each once. The parts of a forward that
+its jobs fill come to no more than one forward. No torch, no clock.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from protocol import limits
+from worker.time_shares import TimeShares
 
 ROWS_PER_FORWARD = 256  # a prefill chunk on a CPU: long enough for the kernels' full speed, short enough to wait for
 SHORT_ROWS = 1 + limits.DRAFTS_MAX  # a step of at most so many rows is a decode or a speculation, not a prefill
-PROMPT_SHARE = 4  # one row in so many is for long steps, however many decodes there are
+PROMPT_SHARE = 4  # one part in so many of a forward is for long steps, however many decodes there are
 TURNS_REMEMBERED = 4096
 
 
@@ -39,7 +42,11 @@ class Job(Protocol):
     def rows_left(self) -> int: ...
     @property
     def rows_at_once(self) -> int:
-        """The most rows of it that one forward may take; at least 1."""
+        """So many rows of it fill a forward, and one row an even part of it; at least 1."""
+
+    @property
+    def rows_in_time(self) -> int:
+        """The same while another deployment waits, which should not wait for long; at least 1."""
 
     @property
     def beside_max(self) -> int:
@@ -51,15 +58,38 @@ Queue = tuple[bytes, str]  # a deployment, and the client whose jobs run alone; 
 
 
 @dataclass(slots=True)
+class _Room:
+    """What is left of a forward."""
+
+    rows: int
+    space: float = 1.0  # of memory and time, as a part of what one forward may take
+
+    def fitting(self, rows: int, full: int) -> int:
+        """How many of the `rows` rows of a job fit, of which `full` fill a forward."""
+        return min(rows, self.rows, int(self.space * full))
+
+    def use(self, rows: int, full: int) -> None:
+        self.rows -= rows
+        self.space -= rows / full
+
+
+@dataclass(slots=True)
 class Scheduler(Generic[J]):
     rows_per_forward: int = ROWS_PER_FORWARD
     _queues: dict[Queue, deque[J]] = field(default_factory=dict)  # in the order in which they take turns
+    _shares: TimeShares = field(default_factory=TimeShares)
     # By deployment and client: when its long steps were last the first of a forward, the later the higher.
     _turns: dict[tuple[bytes, str], int] = field(default_factory=dict)
     _turn: int = 0
+    _passed_over: set[bytes] = field(default_factory=set)  # deployments whose long steps found no room by short ones
 
     def add(self, job: J) -> None:
-        self._queues.setdefault(_queue_of(job), deque()).append(job)
+        name = _queue_of(job)
+        queue = self._queues.get(name)
+        if queue is None:
+            queue = self._queues[name] = deque()
+            self._shares.enter(name[0])
+        queue.append(job)
 
     def remove(self, job: J) -> None:
         """Forget a job that will not be finished. Idempotent."""
@@ -68,6 +98,15 @@ class Scheduler(Generic[J]):
             queue.remove(job)
             if not queue:
                 del self._queues[_queue_of(job)]
+
+    def charge(self, deployment: bytes, took_s: float) -> None:
+        """What was taken of it last has been computed, in so many seconds."""
+        self._shares.charge(deployment, took_s)
+
+    def forget(self, deployment: bytes) -> None:
+        """It has no jobs, and will have none. Idempotent."""
+        self._shares.forget(deployment)
+        self._passed_over.discard(deployment)
 
     @property
     def idle(self) -> bool:
@@ -80,71 +119,97 @@ class Scheduler(Generic[J]):
         """
         if not self._queues:
             return []
-        name, queue = next(iter(self._queues.items()))
-        del self._queues[name]
+        name = self._next()
+        queue = self._queues.pop(name)
+        self._shares.serve(name[0])
         if len(queue) == 1 and not queue[0].alone and 1 == queue[0].rows_left <= queue[0].rows_at_once:
             return [(queue[0], 1)]  # a lone decode: there is nothing to choose
+        hurried = self._is_hurried(name[0])
         if queue[0].alone:
             queue.rotate(-1)  # a client's jobs that run alone take turns too
-            taken = [(queue[-1], min(self.rows_per_forward, queue[-1].rows_left, queue[-1].rows_at_once))]
+            job = queue[-1]
+            taken = [(job, min(self.rows_per_forward, job.rows_left, _full(job, hurried)))]
         else:
-            taken = self._together(queue)
-        finished = [job for job, rows in taken if rows == job.rows_left]
-        left = deque(job for job in queue if not any(job is done for done in finished))
+            taken = self._together(queue, hurried)
+        finished = {id(job) for job, rows in taken if rows == job.rows_left}
+        left = deque(job for job in queue if id(job) not in finished)
         if left:
             self._queues[name] = left  # behind the others
         return taken
 
-    def _together(self, queue: deque[J]) -> list[tuple[J, int]]:
-        taken, held_back = self._short(queue)
-        seen = [*(job for job, _ in taken), *held_back]
-        rest = [job for job in queue if not any(job is other for other in seen)]
-        return taken + self._long(rest, self._left(taken))
+    def _next(self) -> Queue:
+        """Of the deployment that was charged least, the queue that has waited for longest."""
+        if len(self._queues) == 1:
+            return next(iter(self._queues))
+        return min(self._queues, key=lambda name: self._shares.charged_s(name[0]))
 
-    def _left(self, taken: list[tuple[J, int]]) -> int:
-        return self.rows_per_forward - sum(rows for _, rows in taken)
+    def _is_hurried(self, deployment: bytes) -> bool:
+        """Whether another deployment waits, or is likely to before a long forward has ended."""
+        return any(other != deployment for other, _ in self._queues) or self._shares.used_beside(deployment)
 
-    def _short(self, queue: deque[J]) -> tuple[list[tuple[J, int]], list[J]]:
-        """What is taken, and what waits for a later forward though there is room."""
-        taken: list[tuple[J, int]] = []
-        held_back: list[J] = []
-        counts: Counter[str] = Counter()
-        short = [job for job in queue if _is_short(job)]
+    def _together(self, queue: deque[J], hurried: bool) -> list[tuple[J, int]]:
+        deployment, room = queue[0].deployment, _Room(self.rows_per_forward)
+        short, long = list[tuple[J, int]](), list[tuple[J, int]]()
+        for job in queue:
+            full = _full(job, hurried)
+            (short if job.rows_left <= min(SHORT_ROWS, full) else long).append((job, full))
+        long.sort(key=self._turn_of)  # stable, so first come, first served
+        if long and deployment in self._passed_over:
+            self._passed_over.discard(deployment)
+            return self._long(long, room)
+        taken, crowded = self._short(short, room, bool(long))
+        # Short steps that found no room come last: the share is for prompts.
+        others = self._long([*long, *sorted(crowded, key=self._turn_of)], room)
+        if long and not others:
+            self._passed_over.add(deployment)
+        return taken + others
+
+    def _short(
+        self, jobs: list[tuple[J, int]], room: _Room, beside_long: bool
+    ) -> tuple[list[tuple[J, int]], list[tuple[J, int]]]:
+        """What is taken, and which jobs found no room. The others wait for a later forward though there is room."""
+        taken, crowded, counts = list[tuple[J, int]](), list[tuple[J, int]](), Counter[str]()
         # Decodes alone could fill every forward: some rows of each are for prompts, where there are any.
-        room = self.rows_per_forward - (self.rows_per_forward // PROMPT_SHARE if len(short) < len(queue) else 0)
-        for job in short:
+        kept = _Room(self.rows_per_forward // PROMPT_SHARE, 1 / PROMPT_SHARE) if beside_long else _Room(0, 0.0)
+        for job, full in jobs:
+            rows = job.rows_left
             if counts[job.client] >= job.beside_max:
-                held_back.append(job)
-            elif job.rows_left <= room:
-                taken.append((job, job.rows_left))
-                room -= job.rows_left
+                continue
+            # The first one may take more than its part of memory and time: else it might wait for ever.
+            if rows <= room.rows - kept.rows and (not taken or rows <= (room.space - kept.space) * full):
+                taken.append((job, rows))
+                room.use(rows, full)
                 counts[job.client] += 1
-        return taken, held_back
+            else:
+                crowded.append((job, full))
+        return taken, crowded
 
-    def _long(self, jobs: list[J], room: int) -> list[tuple[J, int]]:
+    def _long(self, jobs: list[tuple[J, int]], room: _Room) -> list[tuple[J, int]]:
         taken: list[tuple[J, int]] = []
-        # Stable, so first come, first served. Short steps that found no room come last: the share is for prompts.
-        for job in sorted(jobs, key=lambda job: (_is_short(job), self._turns.get(_turn_of(job), 0))):
-            rows = min(room, job.rows_left, job.rows_at_once)
+        for job, full in jobs:
+            rows = room.fitting(job.rows_left, full)
             if rows < 1:
                 break
             taken.append((job, rows))
-            room -= rows
+            room.use(rows, full)
         if taken:  # who comes after the first, and gets what that leaves, has had no turn
             self._turn += 1
-            self._turns[_turn_of(taken[0][0])] = self._turn
+            self._turns[_client_of(taken[0][0])] = self._turn
         if len(self._turns) > TURNS_REMEMBERED:
             self._turns.clear()  # a fresh start for all is fair too
         return taken
+
+    def _turn_of(self, each: tuple[J, int]) -> int:
+        return self._turns.get(_client_of(each[0]), 0)
 
 
 def _queue_of(job: Job) -> Queue:
     return job.deployment, job.client if job.alone else ""
 
 
-def _turn_of(job: Job) -> tuple[bytes, str]:
+def _client_of(job: Job) -> tuple[bytes, str]:
     return job.deployment, job.client
 
 
-def _is_short(job: Job) -> bool:
-    return job.rows_left <= min(SHORT_ROWS, job.rows_at_once)
+def _full(job: Job, hurried: bool) -> int:
+    return min(job.rows_at_once, job.rows_in_time) if hurried else job.rows_at_once

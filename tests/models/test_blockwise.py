@@ -37,6 +37,15 @@ def test_a_row_is_its_own() -> None:
     assert torch.equal(got[:3], from_blocks(to_blocks(x, WIRE_BLOCK), (3, 130), WIRE_BLOCK))
 
 
+@pytest.mark.parametrize("width", [1, 64, 130])
+@pytest.mark.parametrize("wire", [INT8_BLOCKS, "bfloat16", "float32"])
+def test_some_rows_are_what_they_are_among_all(width: int, wire: str) -> None:
+    payload = payloads.to_payload(torch.randn(7, width, generator=torch.Generator().manual_seed(1)), wire)
+    whole = payloads.to_tensor(payload)
+    for start, end in ((0, 7), (0, 1), (2, 5), (6, 7)):
+        assert torch.equal(payloads.to_rows(payload, start, end), whole[start:end])
+
+
 @pytest.mark.parametrize("value", [0.0, 1e-45, 3e38])
 def test_extreme_numbers(value: float) -> None:
     payload = tensors.to_payload(torch.full((2, 70), value), torch.int8)

@@ -30,7 +30,9 @@ def test_it_is_the_product(dtype: torch.dtype, rows: int, with_bias: bool) -> No
         assert layer(x).dtype == dtype
         start, end = out_features // 3, out_features - 1
         plain = F.linear(x.double(), weight.double())[:, start:end]
-        assert (layer.rows(x, start, end).double() - plain).abs().max() < bound
+        part = layer.rows(x, start, end)
+        assert (part.double() - plain).abs().max() < bound
+        assert part.untyped_storage().nbytes() == part.numel() * part.itemsize, "who keeps it keeps nothing else"
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")

@@ -17,6 +17,7 @@ class FakeJob:
     client: str
     rows_left: int
     rows_at_once: int = 1 << 30
+    rows_in_time: int = 1 << 30
     alone: bool = False
     beside_max: int = 1 << 30
 
@@ -35,6 +36,7 @@ JOBS = st.lists(
         client=st.sampled_from(["x", "y", "z"]),
         rows_left=st.integers(1, 700),
         rows_at_once=st.integers(1, 300),
+        rows_in_time=st.integers(1, 300),
         beside_max=st.integers(1, 4),
     ),
     max_size=30,
@@ -52,6 +54,7 @@ def test_every_row_is_taken_once_and_nobody_waits_for_ever(jobs: list[FakeJob], 
         assert sum(count for _, count in taken) <= room
         assert len({job.deployment for job, _ in taken}) <= 1
         assert len({id(job) for job, _ in taken}) == len(taken)
+        assert sum(count / job.rows_at_once for job, count in taken) <= 1 + 1e-9
         for job, count in taken:
             assert 1 <= count <= job.rows_at_once
             rows[id(job)] -= count
@@ -151,10 +154,38 @@ def test_a_removed_job_is_not_taken() -> None:
 
 def test_each_client_who_runs_alone_costs_the_others_one_forward_in_a_round() -> None:
     scheduler: Scheduler[FakeJob] = Scheduler()
-    shared = [FakeJob(b"a", f"shared {number}", 600, rows_at_once=1) for number in range(8)]
+    shared = [FakeJob(b"a", f"shared {number}", 1) for number in range(8)]
     alone = [FakeJob(b"a", client, 600, rows_at_once=1, alone=True) for client in ("x", "x", "x", "y")]
     for job in [*shared, *alone]:
         scheduler.add(job)
-    served = [[job.client for job, _ in run(scheduler)] for _ in range(12)]
+    served = list[list[str]]()
+    for _ in range(12):
+        taken = run(scheduler)
+        served.append([job.client for job, _ in taken])
+        for job, _ in taken:
+            if not job.alone:  # the next token
+                scheduler.add(FakeJob(b"a", job.client, 1))
     assert [len(clients) for clients in served] == [8, 1, 1] * 4
     assert [clients[0] for clients in served if len(clients) == 1] == ["x", "y"] * 4, "however many sessions one has"
+
+
+def test_the_parts_of_a_forward_that_jobs_fill_come_to_one() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    for number in range(6):
+        scheduler.add(FakeJob(b"a", f"client {number}", 50, rows_at_once=50))
+    assert [[rows for _, rows in run(scheduler)] for _ in range(7)] == [[50]] * 6 + [[]]
+    for full in (16, 64, 32):
+        scheduler.add(FakeJob(b"a", "y", 8, rows_at_once=full))
+    scheduler.add(FakeJob(b"a", "x", 500, rows_at_once=256))
+    assert [rows for _, rows in run(scheduler)] == [8, 8, 96], "a quarter is for prompts"
+    assert [rows for _, rows in run(scheduler)] == [8, 192]
+
+
+def test_decodes_that_leave_no_memory_alternate_with_a_prompt() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    prompt = FakeJob(b"a", "x", 100, rows_at_once=1)
+    scheduler.add(prompt)
+    for _ in range(20):
+        scheduler.add(FakeJob(b"a", "y", 1, rows_at_once=100))
+        run(scheduler)
+    assert prompt.rows_left == 90

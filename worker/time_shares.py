@@ -1,0 +1,58 @@
+"""Which deployment's turn it is: all that have work get the same time of the engine. Pure: times are told, in seconds.
+
+Start-time fair queueing: each deployment is charged what its forwards took, and who was charged least goes next. One
+that comes, or comes back, starts no lower than the one that was served last. So nobody saves time up while they have
+no work, and nobody is rid of a debt by having none for a moment, as a client has between an answer and its next step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import inf
+
+COMPANY_S = 10.0  # of the engine's time: longer than clients take between two steps while others have their forwards
+
+
+@dataclass(slots=True)
+class _Account:
+    charged_s: float
+    ended_s: float = -inf  # when its last forward ended, by the sum of all forwards
+
+
+@dataclass(slots=True)
+class TimeShares:
+    _accounts: dict[bytes, _Account] = field(default_factory=dict)
+    _level_s: float = 0.0  # what the one that was served last had been charged before
+    _busy_s: float = 0.0  # the sum of all forwards
+
+    def enter(self, deployment: bytes) -> None:
+        """It has work, perhaps after a time without."""
+        account = self._accounts.get(deployment)
+        if account is None:
+            self._accounts[deployment] = _Account(self._level_s)
+        elif account.charged_s < self._level_s:
+            account.charged_s = self._level_s
+
+    def charged_s(self, deployment: bytes) -> float:
+        """Of one that has entered."""
+        return self._accounts[deployment].charged_s
+
+    def serve(self, deployment: bytes) -> None:
+        """Its turn has come; no other that has work was charged less."""
+        self._level_s = self._accounts[deployment].charged_s
+
+    def charge(self, deployment: bytes, took_s: float) -> None:
+        """A forward of it has ended."""
+        account = self._accounts[deployment]
+        self._busy_s += took_s
+        account.charged_s += took_s
+        account.ended_s = self._busy_s
+
+    def used_beside(self, deployment: bytes) -> bool:
+        """Whether another had a forward not long ago, so that its next step may come at any moment."""
+        since = self._busy_s - COMPANY_S
+        return any(other != deployment and account.ended_s >= since for other, account in self._accounts.items())
+
+    def forget(self, deployment: bytes) -> None:
+        """It has no work, and will have none. Idempotent."""
+        self._accounts.pop(deployment, None)
