@@ -378,7 +378,7 @@ def test_too_little_memory_in_the_swarm_is_said_before_anything_is_sent(checkpoi
         ):
             await client.deployed()
 
-    with_client(seal(checkpoint, "plain"), tmp_path, body, memory_bytes=(1 << 16) + 40_000)
+    with_client(seal(checkpoint, "plain"), tmp_path, body, memory_bytes=(1 << 18) + 40_000)
 
 
 def test_a_session_that_finds_no_room_for_its_kv_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_session_that_finds_no_room_for_its_kv_is_refused(checkpoint: Checkpoi
             pass
         await assert_idle(client)
 
-    with_client(seal(checkpoint, "plain"), tmp_path, body)
+    with_client(seal(checkpoint, "plain"), tmp_path, body, kv_memory_bytes=1 << 17)
 
 
 def test_a_tampered_shard_never_gets_loaded(checkpoint: Checkpoint, tmp_path: Path) -> None:

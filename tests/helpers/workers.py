@@ -218,7 +218,7 @@ async def open_swarm(
     *,
     compute: Callable[[MemoryStore], Compute] | None = None,
     memory_bytes: int = 1 << 20,
-    kv_memory_bytes: int = 1 << 16,
+    kv_memory_bytes: int = 1 << 18,
     queue_memory_bytes: int = QUEUE_BYTES,
     quotas: Quotas = QUOTAS_DEFAULT,
     **ports: Any,

@@ -54,7 +54,7 @@ def test_adverts_reach_all_at_the_swarms_interval_and_rise() -> None:
             assert all(each.received_from == swarm.workers[0].peer for each in own)
             advert = own[-1].advert
             assert advert.memory_bytes == (1 << 20) + QUEUE_BYTES
-            assert (advert.memory_free_bytes, advert.kv_free_bytes) == ((1 << 20) - (1 << 16), 1 << 16)
+            assert (advert.memory_free_bytes, advert.kv_free_bytes) == ((1 << 20) - (1 << 18), 1 << 18)
             assert advert.disk_free_bytes > 0
             assert advert.expires_ms - advert.issued_ms == 6000
             assert advert.addrs == worker.endpoint.addrs
@@ -85,10 +85,10 @@ def test_a_new_span_is_told_at_once_but_never_in_a_flood() -> None:
         told = next(each for each in heard if each.advert.spans)
         assert told.at - loaded_at < GAP_S + 0.5
         assert told.advert.spans == (HeldSpan(DEPLOYMENT, 0, 2, 100),)
-        assert told.advert.memory_free_bytes == (1 << 20) - (1 << 16) - 2 * BLOCK_BYTES, "it is leased"
+        assert told.advert.memory_free_bytes == (1 << 20) - (1 << 18) - 2 * BLOCK_BYTES, "it is leased"
         gaps = [after.at - before.at for before, after in pairwise(heard)]
         assert min(gaps) > GAP_S - 0.1
-        assert swarm.workers[0].service.house.spans.free_bytes == (1 << 20) - (1 << 16) - 2 * BLOCK_BYTES
+        assert swarm.workers[0].service.house.spans.free_bytes == (1 << 20) - (1 << 18) - 2 * BLOCK_BYTES
 
     in_swarm(1, test)
 

@@ -132,7 +132,7 @@ def test_a_step_beyond_what_a_hop_holds_ends_the_session() -> None:
         assert isinstance(message, SessionFailed)
         assert message.reason == RefusalReason.BAD_STEP
 
-    in_swarm(1, test, compute=toy, kv_memory_bytes=3 * SESSION_BYTES)
+    in_swarm(1, test, compute=toy)
 
 
 def test_a_step_before_the_hop_has_said_what_it_holds_is_no_bug_of_the_worker(caplog: pytest.LogCaptureFixture) -> None:
@@ -372,7 +372,7 @@ def test_a_new_route_keeps_nothing_under_the_keys_of_the_old_one() -> None:
         await trio.sleep(1)
         assert await begun(await attached(swarm, "two")) == [64], "what the first route computed alone"
 
-    in_swarm(1, test, compute=toy, kv_memory_bytes=2 * SESSION_BYTES)
+    in_swarm(1, test, compute=toy)
 
 
 def test_a_session_keeps_its_first_terms_when_it_is_rerouted() -> None:
