@@ -82,7 +82,7 @@ class Record:
     uid: Annotated[str, About("", "16 random bytes in hex: the same record is not imported twice")]
     at_ms: Annotated[int, About("ms", "Unix time of the start")]
     origin: Annotated[str, About("", "request of a user, or cell of a bench")]
-    simulated: Annotated[bool, About("", "made up, not measured on real processes; links that a proxy slows are real enough")]
+    simulated: Annotated[bool, About("", "made up, not measured on real processes (those behind a slowed link are)")]
     version: Annotated[str, About("", "version of sotto")]
     torch: Annotated[str, About("", "version of torch at the client")]
     hardware: Annotated[str, About("", "the client's processor and how many of its cores it may use")]
