@@ -48,7 +48,8 @@ class Deploying(Client):
         view = SwarmView()
         for depot in self.depots:
             peer = depot.endpoint.peer
-            view = view.with_advert(peer, replace(advert(), addrs=depot.endpoint.addrs), peer)
+            told = replace(advert(), addrs=depot.endpoint.addrs)
+            view = view.with_advert(peer, told, peer, told.issued_ms)
         self.watch = cast("Any", SimpleNamespace(view=view))
 
     def peer(self, depot: int) -> PeerId:

@@ -178,7 +178,7 @@ async def _serves(swarm: Swarm, worker: Worker) -> None:
 
 def test_disorder_went_deep() -> None:
     """Sessions that opened, steps that were computed, refusals and violations: else the runs above test little."""
-    seen = sum((disorder(seed) for seed in range(100, 105)), Counter())
+    seen = sum((disorder(seed) for seed in range(100, 108)), Counter())
     for what in (
         "Attached",
         "SessionOpened",

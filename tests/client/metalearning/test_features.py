@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from client.metalearning.features import (
-    PAGE_TOKENS,
+    PIECE_TOKENS,
     PrefixMemory,
     RouteFeatures,
     model_features,
@@ -43,19 +43,19 @@ def test_repetition(ids: list[int], share: float) -> None:
 
 def test_a_shared_prefix_is_found_page_by_page() -> None:
     memory = PrefixMemory()
-    first = list(range(3 * PAGE_TOKENS))
+    first = list(range(3 * PIECE_TOKENS))
     assert memory.share(first) == 0.0
     assert memory.share(first) == 1.0
-    assert memory.share(first[: 2 * PAGE_TOKENS] + [9] * 2 * PAGE_TOKENS) == 0.5
+    assert memory.share(first[: 2 * PIECE_TOKENS] + [9] * 2 * PIECE_TOKENS) == 0.5
     assert memory.share([7, *first]) == 0.0  # the same text, but not at the beginning
-    assert memory.share([*first[:PAGE_TOKENS], 8]) == pytest.approx(PAGE_TOKENS / (PAGE_TOKENS + 1), abs=1e-4)
+    assert memory.share([*first[:PIECE_TOKENS], 8]) == pytest.approx(PIECE_TOKENS / (PIECE_TOKENS + 1), abs=1e-4)
     assert memory.share([]) == 0.0
-    assert memory.share([1] * (PAGE_TOKENS - 1)) == 0.0
+    assert memory.share([1] * (PIECE_TOKENS - 1)) == 0.0
 
 
 def test_what_a_middle_page_was_counts_only_after_the_same_beginning() -> None:
     memory = PrefixMemory()
-    a, b, c = ([number] * PAGE_TOKENS for number in (1, 2, 3))
+    a, b, c = ([number] * PIECE_TOKENS for number in (1, 2, 3))
     memory.share(a + c)
     memory.share(c + b)
     assert memory.share(a + b) == 0.5  # b was seen, but never after a
@@ -64,10 +64,10 @@ def test_what_a_middle_page_was_counts_only_after_the_same_beginning() -> None:
 
 def test_the_memory_is_bounded_and_the_oldest_are_forgotten() -> None:
     memory = PrefixMemory(pages_max=4)
-    old = list(range(2 * PAGE_TOKENS))
+    old = list(range(2 * PIECE_TOKENS))
     memory.share(old)
     for start in range(100, 105):
-        memory.share([start] * PAGE_TOKENS)
+        memory.share([start] * PIECE_TOKENS)
     assert memory.share(old) == 0.0
 
 
