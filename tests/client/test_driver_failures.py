@@ -305,22 +305,24 @@ def test_all_who_wait_for_a_silent_worker_hear_of_it_together_and_who_comes_late
 
 def test_a_dial_that_was_cancelled_says_nothing_to_those_who_wait() -> None:
     async def body(swarm: FakeSwarm, driver: Driver) -> None:
-        silent = swarm.hops[0].identity.peer
+        silent, answered = swarm.hops[0].identity.peer, list[str]()
         swarm.network.freeze(silent)
 
-        async def use() -> None:
+        async def use(who: str) -> None:
             async with driver.session(swarm.route, TERMS) as session:
                 await session.step(activations(1), position=0)
+            answered.append(who)
 
         async def use_later() -> None:
             await trio.sleep(0.5)
-            await use()
+            await use("who waited")
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(use_later)
             with trio.move_on_after(1):
-                await use()
+                await use("who gave up")
             swarm.network.thaw(silent)
+        assert answered == ["who waited"]
 
     with_swarm(1, body)
 
