@@ -73,13 +73,19 @@ def test_memory_of_free_pages_is_given_back_a_little_at_a_time(shop: Shop, monke
     assert not shop.engine._leaving
 
 
-def test_a_forward_gives_back_as_much_as_it_writes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def nine_free_pages(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """What a session wrote that is gone, and whose memory is there yet; it goes back page by page."""
     loaded(shop)
     x = inputs(9 * PAGE_TOKENS)
     monkeypatch.setattr(engine, "GIVEN_BACK_BYTES", 1)
     begin(shop, 1, len(x))
     run(shop, 1, x, 0, [len(x)])
     shop.engine.close(named(1))
+    return x
+
+
+def test_a_forward_gives_back_as_much_as_it_writes(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = nine_free_pages(shop, monkeypatch)
     begin(shop, 2, PAGE_TOKENS)
     (book,) = shop.engine.kv_budget.books
     assert len(book.stale) == 8
@@ -90,12 +96,7 @@ def test_a_forward_gives_back_as_much_as_it_writes(shop: Shop, monkeypatch: pyte
 
 def test_a_forward_gives_back_as_many_pages_as_it_begins(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     """One token takes memory in as many of the system's pages as 64 may, where heads are narrow."""
-    loaded(shop)
-    x = inputs(9 * PAGE_TOKENS)
-    monkeypatch.setattr(engine, "GIVEN_BACK_BYTES", 1)
-    begin(shop, 1, len(x))
-    run(shop, 1, x, 0, [len(x)])
-    shop.engine.close(named(1))
+    x = nine_free_pages(shop, monkeypatch)
     (book,) = shop.engine.kv_budget.books
     for number in (2, 3, 4):
         begin(shop, number, PAGE_TOKENS)
