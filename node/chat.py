@@ -109,6 +109,7 @@ class Chat:
         try:
             with self._model.recorder.request(decided.plan) as entry:
                 entry.progress = partial(progress, request, self._kept, guesses, Before.of(self._kept))
+                entry.kv_tokens = self._context_tokens
                 async with (
                     self._model.seat(decided.plan.strategy),
                     aclosing(_noting(stream.pieces(), said)) as pieces,

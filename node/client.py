@@ -39,6 +39,7 @@ from node.choosing import Choosing, shipped_ranking
 from node.defaults import KV_TOKENS
 from node.draft import Draft
 from node.grants import Grants, Token
+from node.links import Inflow, note_links, read_links
 from node.measuring import time_ends
 from node.model import DeployedModel, turns_over
 from node.paths import history_file, reports_file
@@ -193,7 +194,7 @@ class Client:
         folder, _ = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; a seal resumes
         if fresh:
             weights = ModelNeeds.of_configs(model.config.blocks, dtype, 1).block_bytes
-            self._note_rate("seal_bytes_s", sum(weights), started)
+            self._note_sealed(sum(weights), started)
         return SealedModel(model, folder, key)
 
     async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
@@ -250,17 +251,16 @@ class Client:
             options.on_placement(placement, view)
             route = route_of(placement, view, manifest.deployment)
             supply = Supply(FolderSource(model.folder), holders_in(view, manifest.deployment))
-            lacking = dict[PeerId, int]()
-            started = self.ports.clock.monotonic()
+            started, inflow = self.ports.clock.monotonic(), Inflow(self.ports.clock.monotonic)
 
-            def noted(progress: DeployProgress, lacking: dict[PeerId, int] = lacking) -> None:
-                lacking[progress.peer] = progress.total_bytes
+            def noted(progress: DeployProgress, inflow: Inflow = inflow) -> None:
+                inflow.heard(progress)
                 options.on_upload(progress)
 
             try:
                 async with self.leases.transaction(manifest.deployment):
                     hops = await deploy(self.ports, route, data, supply, leasing, noted)
-                    self._note_rate("bring_bytes_s", sum(lacking.values()), started)
+                    self._note_brought(inflow, started)
                     await self._remind_of_revoked(route)
                 return route, view, hops
             except (HopRefused, HopLost, HopViolation) as failure:
@@ -289,9 +289,15 @@ class Client:
         except RouteUnavailable:
             raise failure from None
 
-    def _note_rate(self, name: str, moved_bytes: int, started: float) -> None:
+    def _note_sealed(self, nbytes: int, started: float) -> None:
         with suppress(OSError):  # a disk that is full fails what matters, not this
-            note_rate(self.options.data_dir, name, moved_bytes, self.ports.clock.monotonic() - started)
+            note_rate(self.options.data_dir, "seal_bytes_s", nbytes, self.ports.clock.monotonic() - started)
+
+    def _note_brought(self, inflow: Inflow, started: float) -> None:
+        data_dir, took_s = self.options.data_dir, self.ports.clock.monotonic() - started
+        with suppress(OSError):
+            note_rate(data_dir, "bring_bytes_s", inflow.total_bytes, took_s)
+            note_links(data_dir, inflow.mbit_s)
 
     async def _again(
         self, left: Route, deployed: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]], without: frozenset[PeerId]
@@ -358,6 +364,7 @@ class Client:
             placement=predicted,
             view=priced_as.view,
             client_rtts_ms=dict(self._rtts_ms),
+            mbit_s=read_links(self.options.data_dir),
         )
         return DeployedModel(
             ports=self.ports,

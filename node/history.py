@@ -69,6 +69,7 @@ MIGRATIONS = (
     """,
     "ALTER TABLE records ADD COLUMN measured_losses INTEGER;",
     "CREATE INDEX by_time ON records (at_ms, id);",
+    "ALTER TABLE records ADD COLUMN measured_kv_bytes INTEGER;",
 )
 
 

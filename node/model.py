@@ -162,6 +162,7 @@ class DeployedModel:
         report = partial(_report, trace, request, kept, way) if trace else None
         with self.recorder.request(decided.plan) as entry:
             entry.progress = partial(progress, request, kept, host.speculation, Before())
+            entry.kv_tokens = kv_tokens
             async with self.seat(strategy):
                 try:
                     await kept.ready(ids)

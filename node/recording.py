@@ -32,6 +32,7 @@ from client.metalearning.features import (
 from client.metalearning.price import Money
 from client.metalearning.record import TEXT_CHARS_MAX, Outcome, Prediction, Record, from_row, to_row
 from client.placement import ModelNeeds, Placement
+from client.placement.needs import whole_pages
 from models.config import ModelConfig
 from node.cores import cores
 from node.history import History, HistoryBusy
@@ -144,6 +145,7 @@ class Subject:
     placement: Placement
     view: SwarmView
     client_rtts_ms: Mapping[PeerId, float]
+    mbit_s: Mapping[PeerId, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +179,11 @@ class Progress:
 
 @dataclass(slots=True)
 class Entry:
-    """One request under way. Whoever serves it sets `progress`; it is asked once, at the end."""
+    """One request under way. Whoever serves it sets `progress`, which is asked once, at the end, and the `kv_tokens`
+    that its session has room for at each hop."""
 
     progress: Callable[[], Progress] = Progress
+    kv_tokens: int = 0
     error: str = ""
 
 
@@ -225,7 +229,8 @@ class Recorder:
             entry.error = type(error).__name__ if isinstance(error, SottoError) else "cancelled"
             raise
         finally:
-            outcome = _outcome(entry, self.clock.monotonic() - started)
+            kv_bytes = whole_pages(entry.kv_tokens) * sum(self.subject.needs.kv_bytes_per_token)
+            outcome = replace(_outcome(entry, self.clock.monotonic() - started), kv_bytes=kv_bytes)
             journal.add(lambda: self._record(plan, outcome, (view, at_ms)))
 
     def route(self, view: SwarmView | None = None) -> RouteFeatures:
@@ -233,7 +238,7 @@ class Recorder:
         subject, view = self.subject, view or self.view()
         known = all(hop.peer in view.members for hop in subject.placement.hops)
         where = view if known else subject.view
-        return route_features(where, subject.placement, subject.needs, subject.client_rtts_ms)
+        return route_features(where, subject.placement, subject.needs, subject.client_rtts_ms, subject.mbit_s)
 
     def _record(self, plan: Plan, outcome: Outcome, when: tuple[SwarmView, int]) -> Record:
         subject, (view, at_ms) = self.subject, when

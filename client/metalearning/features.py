@@ -62,7 +62,8 @@ class RouteFeatures:
     rtt_ms: Annotated[float, About("ms", "sum of the legs' round trips, halved: the wire's part of one step")]
     rtt_ms_max: Annotated[float, About("ms", "the longest leg's round trip")]
     bandwidth_mbit_s: Annotated[
-        float | None, About("Mbit/s", "of the narrowest leg; always empty: nobody measures it yet")
+        float | None,
+        About("Mbit/s", "at which shards last came to the slowest of the hops that this client brought some to"),
     ]
     read_gb_s_min: Annotated[
         float, About("GB/s", "the slowest hop's memory, by its own measurement; 0 when it states none")
@@ -106,15 +107,20 @@ def model_features(config: ModelConfig, dtype: str | None) -> ModelFeatures:
 
 
 def route_features(
-    view: SwarmView, placement: Placement, needs: ModelNeeds, client_rtts_ms: Mapping[PeerId, float]
+    view: SwarmView,
+    placement: Placement,
+    needs: ModelNeeds,
+    client_rtts_ms: Mapping[PeerId, float],
+    mbit_s: Mapping[PeerId, float],
 ) -> RouteFeatures:
-    """Of the route over the hops of `placement`, all in `view`."""
+    """Of the route over the hops of `placement`, all in `view`. `mbit_s`: of workers of which it was measured."""
     members = [view.members[hop.peer] for hop in placement.hops]
     rtts = rtt_matrix_ms(members, client_rtts_ms)
     ends = [-1, *range(len(members)), -1]
     legs = tuple(round(float(rtts[start, end]), 3) for start, end in pairwise(ends))
     spans = tuple(min(float(hop.compute_us), STATED_MAX) for hop in placement.hops)
     adverts = [member.advert for member in members]
+    measured = [min(mbit_s[hop.peer], STATED_MAX) for hop in placement.hops if hop.peer in mbit_s]
     room = [
         advert.kv_free_bytes // max(1, sum(needs.kv_bytes_per_token[hop.start : hop.end]))
         for advert, hop in zip(adverts, placement.hops, strict=True)
@@ -127,7 +133,7 @@ def route_features(
         compute_us_max=max(spans),
         rtt_ms=round(sum(legs) / 2, 3),
         rtt_ms_max=max(legs),
-        bandwidth_mbit_s=None,
+        bandwidth_mbit_s=min(measured, default=None),
         read_gb_s_min=min(_speed(member)[0] for member in members),
         gflop_s_min=min(_speed(member)[1] for member in members),
         gpus=sum(advert.device != "cpu" for advert in adverts),

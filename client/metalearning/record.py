@@ -63,6 +63,9 @@ class Outcome:
     losses: Annotated[
         int | None, About("", "times that a worker was lost, and it went on over others; nothing where nobody counted")
     ] = None
+    kv_bytes: Annotated[
+        int | None, About("bytes", "room for keys and values that its session took, at all hops together")
+    ] = None
 
     @property
     def is_whole(self) -> bool:

@@ -96,6 +96,7 @@ RECORD = Record(
         error="",
         preemptions=0,
         losses=0,
+        kv_bytes=98_304,
     ),
 )
 

@@ -57,7 +57,7 @@ class Owner(Client):
     async def _ready(self, route: Route, *_: object) -> Any:
         return route
 
-    def _note_rate(self, *_: object) -> None:
+    def _note_brought(self, *_: object) -> None:
         pass
 
 

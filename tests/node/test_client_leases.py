@@ -72,7 +72,7 @@ class Deploying(Client):
     async def _ready(self, route: Route, *_: object) -> Any:
         return SimpleNamespace(route=route)
 
-    def _note_rate(self, *_: object) -> None:
+    def _note_brought(self, *_: object) -> None:
         pass
 
     def asked(self, kind: type[Message], depot: int) -> int:

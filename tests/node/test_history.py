@@ -216,7 +216,7 @@ def test_a_second_user_in_one_process_keeps_the_locks_of_the_first(path: Path) -
 def test_a_file_of_the_first_schema_keeps_its_rows(path: Path) -> None:
     """What it had no column for is nothing."""
     later = {"why", "price_per_hour", "budget", "predicted_answer_token_s", "predicted_spread"}
-    later |= {"measured_preemptions", "measured_losses"}
+    later |= {"measured_preemptions", "measured_losses", "measured_kv_bytes"}
     row = {name: value for name, value in to_row(numbered(1)).items() if name not in later}
     path.parent.mkdir()
     with sqlite3.connect(path) as db:
@@ -226,7 +226,7 @@ def test_a_file_of_the_first_schema_keeps_its_rows(path: Path) -> None:
         db.execute("PRAGMA user_version = 1")
     db.close()
     with History(path) as history:
-        uncounted = replace(RECORD.measured, preemptions=None, losses=None)
+        uncounted = replace(RECORD.measured, preemptions=None, losses=None, kv_bytes=None)
         assert history.records() == [replace(numbered(1), measured=uncounted)]
         assert history.add([numbered(2, why="trial", price_per_hour=0.5)]) == 1
         assert not NO_LONGER & set(history.rows()[0])

@@ -23,10 +23,11 @@ from node.recording import SWITCH, Entry, Journal, Plan, Progress, Recorder, Sub
 from protocol.adverts import HeldSpan
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import ID_BYTES, DeploymentId
+from protocol.limits import PAGE_TOKENS
 from protocol.strategy import Strategy
 from protocol.swarm import SwarmView
 from tests.helpers.adverts import advert, peer, view
-from tests.helpers.records import CONFIG, numbered
+from tests.helpers.records import BLOCK, CONFIG, numbered
 
 IDS = [5, 6, 7] * 20
 DEPLOYMENT = DeploymentId(bytes(ID_BYTES))
@@ -84,12 +85,14 @@ def test_a_request_that_ends_well(tmp_path: Path) -> None:
     async def body(recorder: Recorder) -> None:
         with recorder.request(plan(recorder)) as entry:
             serve(entry, (0.5, 0.75, 1.0), "length")
+            entry.kv_tokens = PAGE_TOKENS + 1
 
     (record,) = recorded(tmp_path / "history.db", body)
     measured, task = record.measured, record.task
     assert (measured.tokens, measured.ttft_s, measured.token_s, measured.tokens_per_s) == (3, 0.5, 0.25, 4.0)
     assert (measured.bytes_out, measured.bytes_in, measured.drafted, measured.accepted) == (100, 200, 5, 3)
     assert (measured.finish, measured.error, measured.prefix_tokens) == ("length", "", 16)
+    assert measured.kv_bytes == 2 * PAGE_TOKENS * 4 * 4 * BLOCK.kv_values_per_token  # two pages, four blocks, float32
     assert (task.prompt_tokens, task.concurrency, task.max_new_tokens) == (60, 1, 8)
     assert task.repetition > 0.9
     assert (record.strategy, record.chosen_by, record.model, record.origin) == (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from client.metalearning.features import (
     PIECE_TOKENS,
+    STATED_MAX,
     PrefixMemory,
     RouteFeatures,
     model_features,
@@ -71,13 +74,16 @@ def test_the_memory_is_bounded_and_the_oldest_are_forgotten() -> None:
     assert memory.share(old) == 0.0
 
 
-def route(*adverts: Advert) -> RouteFeatures:
-    """Of a route over workers with these adverts, the blocks shared evenly; the first is 4 ms away, the last 8 ms."""
+def route(*adverts: Advert, mbit_s: Sequence[float] = ()) -> RouteFeatures:
+    """Of a route over workers with these adverts, the blocks shared evenly; the first is 4 ms away, the last 8 ms, and
+    of the first ones it was measured how fast they take shards."""
     swarm, count = view(*adverts), len(adverts)
     needs = ModelNeeds.of_configs(CONFIG.blocks, "float32", 100)
     spans = [(peer(number), number * 4 // count, (number + 1) * 4 // count) for number in range(count)]
     rtts_ms = {peer(0): 4.0, peer(count - 1): 8.0}
-    return route_features(swarm, priced(swarm, needs, spans, PlaceOptions(client_rtts_ms=rtts_ms)), needs, rtts_ms)
+    placement = priced(swarm, needs, spans, PlaceOptions(client_rtts_ms=rtts_ms))
+    inflow = {peer(number): value for number, value in enumerate(mbit_s)}
+    return route_features(swarm, placement, needs, rtts_ms, inflow)
 
 
 def test_a_route() -> None:
@@ -95,6 +101,13 @@ def test_a_route() -> None:
 
 def test_a_route_of_one_hop_has_two_legs() -> None:
     assert len(route(advert()).leg_rtt_ms) == 2
+
+
+def test_the_bandwidth_is_that_of_the_slowest_hop_of_which_it_is_known() -> None:
+    assert route(advert(), advert()).bandwidth_mbit_s is None
+    assert route(advert(), advert(), mbit_s=[80.0]).bandwidth_mbit_s == 80.0
+    assert route(advert(), advert(), mbit_s=[80.0, 20.0, 5.0]).bandwidth_mbit_s == 20.0  # the third is not on it
+    assert route(advert(), mbit_s=[1e300]).bandwidth_mbit_s == STATED_MAX  # a worker tells how much it has by now
 
 
 def test_a_worker_that_states_no_speed_counts_as_unknown() -> None:
