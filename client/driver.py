@@ -200,7 +200,8 @@ class Driver:
         await run_all(*(partial(dial, hop) for hop in route.hops))
         ordered = [links[hop.peer] for hop in route.hops]
         identifier = SessionId(self._ports.entropy(ID_BYTES))
-        session = RouteSession(identifier, route, terms, ordered, SessionHost(self._ports.observer, self._detach))
+        host = SessionHost(self._ports.observer, self._detach, self._close)
+        session = RouteSession(identifier, route, terms, ordered, host)
         for link in ordered:
             link.sessions[identifier] = session  # a link that is lost already says so when it is sent to
         try:
@@ -215,6 +216,10 @@ class Driver:
             link = self._links.get(hop.peer)
             if link is not None:
                 link.sessions.pop(session.id, None)
+
+    def _close(self, session: RouteSession) -> None:
+        if self._nursery is not None:  # else all streams end, and every session with them
+            self._nursery.start_soon(session.aclose)
 
     async def _link(self, hop: Hop) -> _Link:
         """The stream to `hop`, opened if there is none. Who comes while another dials shares what comes of that; who

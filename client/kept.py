@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from typing import Protocol
 
@@ -70,6 +71,7 @@ class OpenedSession(Steps, Protocol):
     @property
     def held_tokens(self) -> int: ...
     def abandon(self) -> None: ...
+    def rest(self, page_keys: Callable[[], bytes]) -> None: ...
     async def aclose(self) -> None: ...
 
 
@@ -240,6 +242,7 @@ class KeptSession:
             self._opened.session.abandon()
             self._computed = len(ids) if answered else min(self._computed, common(self.held, ids))
             self.held = ids
+            self._opened.session.rest(partial(self._opened.page_keys, ids[: self._computed]))
 
     def progressed(self) -> None:
         """A token came: whatever fails next is another failure."""

@@ -121,6 +121,10 @@ class LeaseKeeper:
             await self._give_up([kept for kept in added if kept.hop.peer not in terms])
             raise
 
+    def granted(self, deployment: DeploymentId) -> list[KeptLease]:
+        """What workers lease to us of `deployment`."""
+        return [kept for kept in self._of(deployment) if kept.granted]
+
     def part(self, deployment: DeploymentId, staying: Collection[PeerId]) -> None:
         """Give up the leases of `deployment`, but for those at `staying`, without waiting until workers know."""
         gone = [kept for kept in self._of(deployment) if kept.hop.peer not in staying]
@@ -128,6 +132,10 @@ class LeaseKeeper:
             self._forget(kept)
         self._parting += gone
         self._changed.set()
+
+    def leave(self, deployment: DeploymentId, peer: PeerId) -> None:
+        """`part` with the lease at `peer` alone."""
+        self.part(deployment, [kept.hop.peer for kept in self._of(deployment) if kept.hop.peer != peer])
 
     async def aclose(self) -> None:
         """Give up all leases, cancelled or not."""

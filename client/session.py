@@ -57,10 +57,12 @@ class HopLink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SessionHost:
-    """What a session needs of its driver. `detach`: no message of the session is wanted any more."""
+    """What a session needs of its driver. `detach`: no message of the session is wanted any more. `close`: have
+    `aclose` run, by a task of the driver's."""
 
     observer: ClientObserver
     detach: Callable[[RouteSession], None]
+    close: Callable[[RouteSession], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ class RouteSession:
         self.terms = terms
         self._links = links
         self._observer = host.observer
+        self._close = host.close
         self._detach = host.detach
         self._machines = [SessionMachine(Role.CLIENT) for _ in route.hops]
         self._hop_of = {hop.peer: index for index, hop in enumerate(route.hops)}
@@ -120,6 +123,7 @@ class RouteSession:
         self._failure: SottoError | None = None
         self._sending: trio.CancelScope | None = None
         self._closed = False
+        self._resting: Callable[[], bytes] | None = None
         self.bytes_out = self.bytes_in = 0  # of activations
         self.computed: dict[PeerId, tuple[int, int]] = {}  # steps and microseconds, as hops that answered say
 
@@ -167,12 +171,18 @@ class RouteSession:
                 with trio.move_on_after(CLOSE_S / len(told)), suppress(SottoError):  # a lost hop's session went with it
                     await link.send(CloseSession(self.id, self.keep_pages))
 
+    def rest(self, page_keys: Callable[[], bytes]) -> None:
+        """Nobody uses the session until the next step. If it fails before, it is closed at once, so that no hop holds
+        it for an owner who does not look; they keep what `page_keys` then names, unless one broke the protocol."""
+        self._resting = page_keys
+
     async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
         """Send a step: `payload` [T, d] holds the tokens at [position, position + T). Its id, for `result`.
 
         `tail` is how many trailing positions the answer has. Waits while too much is in flight. When this raises or is
         cancelled, the step was not sent.
         """
+        self._resting = None
         rows, width = self._check(payload, position, tail)
         late = _Patience(self.terms.step_timeout_s, self._silent)
         await self._until(lambda: self._steps.has_room(len(payload.data)), late)
@@ -255,6 +265,10 @@ class RouteSession:
         if self._sending is not None:
             self._sending.cancel()
         self._wake()
+        resting, self._resting = self._resting, None
+        if resting is not None and not self._closed:
+            self.keep_pages = b"" if isinstance(error, RemoteProtocolError) else resting()
+            self._close(self)
 
     @property
     def lost_words(self) -> str:

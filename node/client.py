@@ -19,11 +19,11 @@ from client.deploy import DeployedHop, DeployProgress, deploy
 from client.deploy import Progress as UploadProgress
 from client.driver import Driver
 from client.errors import HopLost, HopRefused, HopViolation
-from client.leases import LeaseKeeper, Leasing
+from client.leases import KeptLease, LeaseKeeper, Leasing
 from client.metalearning.candidates import RANKING
 from client.metalearning.chooser import Chooser
 from client.page_keys import plain_secret
-from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, plan, priced
+from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, mended, plan, priced
 from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts
 from client.revoking import remind, revoke_everywhere
@@ -60,7 +60,9 @@ from protocol.swarm import Member, SwarmView
 log = logging.getLogger("sotto.client")
 
 LEFT_OUT_MAX = 8  # workers that one deployment does without: more that decline, and the reason lies on this side
-RIVALS_S = 20.0  # how long to give way to another client of the same user, who brings the same model to workers
+# How long to give way to another client of the same user, who has the same model on the same workers: longer than they
+# keep the lease of one that was killed.
+RIVALS_S = 50.0
 RIVALS_PAUSE_S = 1.0  # and to twice that, by chance: an upload of a small model and an advert take as long
 SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
 
@@ -199,12 +201,35 @@ class Client:
 
     async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
         """Who would hold what. Raises RouteUnavailable saying what is missing."""
-        view = await self.discover(lambda view: could_fit(view, needs, options))
+        view = await self.discover(lambda view: could_fit(view, needs, self._owning(view, needs, options)))
         return await self._planned(view, needs, options), view
 
     async def _planned(self, view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> Placement:
-        options = replace(options, client_rtts_ms=await self.rtts_ms(view.ranked()))
-        return await trio.to_thread.run_sync(plan, view, needs, options)
+        options = replace(self._owning(view, needs, options), client_rtts_ms=await self.rtts_ms(view.ranked()))
+        hops = [kept.hop for kept in self._leased(view, needs) if kept.hop.peer not in options.exclude]
+        standing = [(hop.peer, hop.start, hop.end) for hop in hops if view.members[hop.peer].advert.accepting]
+
+        def placed() -> Placement:
+            return mended(view, needs, standing, options) or plan(view, needs, options)
+
+        return await trio.to_thread.run_sync(placed)
+
+    def _owning(self, view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> PlaceOptions:
+        """`options` with what this client leases of the model, in the view's adverts not free."""
+        own = {}
+        for kept in self._leased(view, needs):
+            span = slice(kept.hop.start, kept.hop.end)
+            kv_bytes = kept.request.kv_tokens * sum(needs.kv_bytes_per_token[span])
+            own[kept.hop.peer] = sum(needs.block_bytes[span]), kv_bytes
+        return replace(options, own=own)
+
+    def _leased(self, view: SwarmView, needs: ModelNeeds) -> list[KeptLease]:
+        """Of the spans of the model, those that workers hold for this client, and say so."""
+        if needs.deployment is None:
+            return []
+        said = {(member.peer, span.start, span.end) for member, span in view.holders(needs.deployment)}
+        granted = self.leases.granted(needs.deployment)
+        return [kept for kept in granted if (kept.hop.peer, kept.hop.start, kept.hop.end) in said]
 
     async def rtts_ms(self, members: Iterable[Member]) -> dict[PeerId, float]:
         """Round trips from here, measured now for those of `members` that were never asked; for many, for some."""
@@ -265,6 +290,8 @@ class Client:
                 return route, view, hops
             except (HopRefused, HopLost, HopViolation) as failure:
                 if _rivalled(failure) and trio.current_time() < patience:
+                    # It may wait for us as we wait for it, each by its lease of a route that is broken.
+                    self.leases.leave(manifest.deployment, failure.peer)
                     await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
                     held, view, again = await self._leased_route(model, data, options, where.exclude)
                     if held is not None:

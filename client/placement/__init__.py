@@ -5,6 +5,7 @@ deployed replicas (client/routing.py), and measuring round-trip times (client/rt
 """
 
 from client.placement.costs import HOP_SOFTWARE_S, EngineFigures
+from client.placement.mending import mended
 from client.placement.needs import ModelNeeds, PlaceOptions
 from client.placement.plan import Placement, PlannedHop, alone, could_fit, lower_bound_ms, plan, priced
 
@@ -18,6 +19,7 @@ __all__ = [
     "alone",
     "could_fit",
     "lower_bound_ms",
+    "mended",
     "plan",
     "priced",
 ]

@@ -9,14 +9,14 @@ lies is found out when it is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from math import inf
 
 import numpy as np
 
 from client.placement.arrays import Floats, Ints
-from client.placement.needs import ModelNeeds
+from client.placement.needs import ModelNeeds, Own
 from protocol.adverts import Speed
 from protocol.ids import PeerId
 from protocol.swarm import Member
@@ -141,10 +141,12 @@ Spans = tuple[tuple[int, int, int], ...]  # (worker, start, end), in order
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a placement may use of each worker: KV for `concurrency` streams, at most `blocks_max` blocks."""
+    """What a placement may use of each worker: KV for `concurrency` streams, at most `blocks_max` blocks; `own`: see
+    PlaceOptions."""
 
     concurrency: int
     blocks_max: int
+    own: Own = field(default_factory=dict)
 
 
 def instance_of(
@@ -178,18 +180,19 @@ def firsts(members: Sequence[Member], needs: ModelNeeds, room: Room) -> Ints:
     ends = np.arange(len(weights))
     rows = []
     for member in members:
-        free, kv_free = offer(member)
+        free, kv_free = offer(member, room.own)
         by_weights = np.searchsorted(weights, weights - free, side="left")
         by_kv = np.searchsorted(kv, kv - kv_free, side="left")
         rows.append(np.maximum(np.maximum(by_weights, by_kv), ends - room.blocks_max))
     return np.array(rows, dtype=np.int64)
 
 
-def offer(member: Member) -> tuple[int, int]:
-    """Free bytes for weights and for KV. What idle deployments hold is free: they make room. Weights must fit on the
-    disk too: shards are a few KiB longer, and a worker that lacks just these declines."""
-    advert = member.advert
-    return min(advert.memory_free_bytes, advert.disk_free_bytes), advert.kv_free_bytes
+def offer(member: Member, own: Own) -> tuple[int, int]:
+    """Free bytes for weights and for KV. What idle deployments hold is free: they make room; and so does what this
+    client has there itself. Weights must fit on the disk too: shards are a few KiB longer, and a worker that lacks just
+    these declines."""
+    advert, (weights, kv) = member.advert, own.get(member.peer, (0, 0))
+    return min(advert.memory_free_bytes, advert.disk_free_bytes) + weights, advert.kv_free_bytes + kv
 
 
 def legs_s(members: Sequence[Member], rtt_ms: Floats, measured: Sequence[bool] = ()) -> Floats:

@@ -14,6 +14,8 @@ from protocol.manifest import Manifest
 
 Objective = Literal["latency", "throughput"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "throughput")
+Own = Mapping[PeerId, tuple[int, int]]
+"""Bytes of weights and of KV by worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class PlaceOptions:
 
     `hops_min`: spread over at least so many workers, none with more than an even share where memory allows it.
     `client_rtts_ms`: round trips that the client itself measured. `client_s`: what embedding, head and sampling take
-    there, per token: the same for every placement, but part of what a user waits for.
+    there, per token: the same for every placement, but part of what a user waits for. `own`: what the client leases of
+    the model already, and adverts do not say is free; a span may take the place of another.
     """
 
     objective: Objective = "latency"
@@ -68,6 +71,7 @@ class PlaceOptions:
     exclude: frozenset[PeerId] = frozenset()
     client_rtts_ms: Mapping[PeerId, float] = field(default_factory=dict)
     client_s: float = 0.0
+    own: Own = field(default_factory=dict)
 
 
 def whole_pages(tokens: int) -> int:

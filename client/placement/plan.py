@@ -220,7 +220,7 @@ def _usable(view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> list[M
         needed = max(1, sum(needs.block_bytes)), max(1, sum(needs.kv_bytes(options.concurrency)))
         # Of the model there is room for: much of one kind of memory is no room.
         shares = {
-            member.peer: min(has / whole for has, whole in zip(offer(member), needed, strict=True))
+            member.peer: min(has / whole for has, whole in zip(offer(member, options.own), needed, strict=True))
             for member in members
         }
         members.sort(key=lambda each: (each.peer not in options.client_rtts_ms, -shares[each.peer], each.peer))
@@ -233,14 +233,14 @@ def _instance(
 ) -> Instance:
     rtt_ms, blocks_max = given
     measured = [member.peer in options.client_rtts_ms for member in members]
-    instance = instance_of(members, needs, Room(options.concurrency, blocks_max), rtt_ms, measured)
+    instance = instance_of(members, needs, Room(options.concurrency, blocks_max, options.own), rtt_ms, measured)
     instance.leg_s[:-1, -1] += options.client_s
     return replace(instance, client_s=options.client_s)
 
 
 def _room(members: Sequence[Member], needs: ModelNeeds, options: PlaceOptions) -> Ints:
     """[N]: most blocks that each can hold in one span."""
-    return widest(firsts(members, needs, Room(options.concurrency, len(needs.block_bytes))))
+    return widest(firsts(members, needs, Room(options.concurrency, len(needs.block_bytes), options.own)))
 
 
 def _most_held(room: Ints) -> int:
@@ -281,7 +281,7 @@ def _placement(instance: Instance, spans: Spans, needs: ModelNeeds, options: Pla
 
 
 def _shortage(members: list[Member], needs: ModelNeeds, options: PlaceOptions) -> str:
-    offers = [offer(member) for member in members]
+    offers = [offer(member, options.own) for member in members]
     on_disk = any(member.advert.disk_free_bytes < member.advert.memory_free_bytes for member in members)
     weights = "--memory and --disk" if on_disk else "--memory"
     kinds = (("weights", needs.block_bytes, weights), ("KV cache", needs.kv_bytes(options.concurrency), "--kv-memory"))

@@ -13,6 +13,7 @@ from client.errors import HopLost, HopRefused, HopViolation
 from client.session import RouteSession, SessionHost, SessionTerms
 from protocol.errors import LocalProtocolError, RouteUnavailable
 from protocol.ids import PeerId, SessionId
+from protocol.limits import PAGE_KEY_BYTES
 from protocol.messages import (
     Attach,
     Attached,
@@ -27,6 +28,8 @@ from protocol.messages import (
 from protocol.tensors import Payload, TensorHeader
 from tests.helpers.driving import TERMS, fill_the_way, with_swarm
 from tests.helpers.fake_hop import FakeSwarm, Reply, activations, output
+
+KEY = bytes(range(PAGE_KEY_BYTES))
 
 
 def nan(shape: tuple[int, ...] = (1, 4)) -> Payload:
@@ -122,7 +125,7 @@ def test_a_hop_that_answers_what_it_does_not_read_is_named(heard: tuple[type[Mes
 
     async def body(swarm: FakeSwarm, _: Driver) -> None:
         route, name = swarm.route, SessionId(b"s" * 16)
-        links, host = [Deaf() for _ in route.hops], SessionHost(swarm.ports.observer, lambda _: None)
+        links, host = [Deaf() for _ in route.hops], SessionHost(swarm.ports.observer, lambda _: None, lambda _: None)
         session, (hop,) = RouteSession(name, route, TERMS, links, host), route.hops
 
         async def say() -> None:
@@ -176,6 +179,47 @@ def test_a_worker_killed_in_mid_generation_is_noticed_and_named(index: int) -> N
         assert [hop.open_sessions for hop in alive] == [0, 0]
 
     with_swarm(3, body)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_session_that_nobody_uses_is_closed_everywhere_when_a_worker_is_lost(index: int) -> None:
+    """Its owner may look days later."""
+
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        session, used = [await driver.open_session(swarm.route, TERMS) for _ in range(2)]
+        for each in (session, used):
+            await each.step(activations(1), position=0)
+            each.rest(lambda: KEY)
+        await used.step(activations(1), position=1)
+        swarm.network.crash(swarm.hops[index].identity.peer)
+        await trio.sleep(5)
+        alive = [hop for number, hop in enumerate(swarm.hops) if number != index]
+        assert [hop.open_sessions for hop in alive] == [1, 1], "who uses it closes it, when it knows what to keep"
+        for hop in alive:
+            said = [message for message in hop.received if isinstance(message, CloseSession)]
+            assert CloseSession(session.id, KEY) in said
+        for each in (session, used):
+            with pytest.raises(HopLost):
+                await each.step(activations(1), position=1)
+            await each.aclose()
+        await trio.sleep(1)
+        assert [hop.open_sessions for hop in alive] == [0, 0]
+
+    with_swarm(3, body)
+
+
+def test_pages_of_a_session_that_nobody_uses_are_not_kept_after_a_violation() -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        resting, used = [await driver.open_session(swarm.route, TERMS) for _ in range(2)]
+        await resting.step(activations(1), position=0)
+        resting.rest(lambda: KEY)
+        swarm.hops[0].conduct.outputs = lambda step, _payload, _replies: [(Attach(step.session), b"")]
+        with pytest.raises(HopViolation):
+            await used.step(activations(1), position=0)
+        await trio.sleep(1)
+        assert CloseSession(resting.id, b"") in swarm.hops[1].received
+
+    with_swarm(2, body)
 
 
 def test_the_word_of_the_hop_before_names_the_lost_one() -> None:

@@ -49,7 +49,7 @@ class Session(Machine):
         self.abandoned = self.closed = False
         self.held_tokens = self.bytes_out = self.bytes_in = 0  # held by kept pages
         self.keep_pages = b""
-        self.keep_pages = b""
+        self.resting: Callable[[], bytes] | None = None
 
     async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
         assert not self.closed
@@ -59,6 +59,9 @@ class Session(Machine):
 
     def abandon(self) -> None:
         self.abandoned = True
+
+    def rest(self, page_keys: Callable[[], bytes]) -> None:
+        self.resting = page_keys
 
     async def aclose(self) -> None:
         self.closed = True
@@ -483,3 +486,10 @@ def test_common_beginnings() -> None:
     assert [common(a, b) for a, b in (("", "x"), ("ab", "ab"), ("abc", "ab"), ("ab", "xb"), ("abc", "abd"))] == [
         0, 2, 2, 0, 2,
     ]  # fmt: skip
+
+
+def test_between_requests_a_session_knows_what_hops_shall_keep_of_it() -> None:
+    session = Session()
+    answer = virtual(lambda: ids(request(Opener([session]).kept(), PROMPT)))
+    assert session.resting is not None
+    assert list(session.resting()) == [1, *PROMPT, *answer[:-1]]

@@ -21,7 +21,16 @@ from node.client import Client, DeployOptions, SealedModel
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import PeerId
 from protocol.manifest import sign_manifest
-from protocol.messages import LeaseSpan, Message, Refusal, RefusalReason, ReleaseSpan, RenewLease, SpanLoaded
+from protocol.messages import (
+    LeaseSpan,
+    Message,
+    Refusal,
+    RefusalReason,
+    ReleaseSpan,
+    RenewLease,
+    SpanLeased,
+    SpanLoaded,
+)
 from protocol.swarm import SwarmView
 from simnet.runtime import run
 from tests.client.test_deploy import MANIFEST, Shards
@@ -177,3 +186,27 @@ def test_a_move_that_is_cancelled_leaves_what_was_leased_for_the_route_that_is_l
         assert client.asked(LeaseSpan, 2) == 1
 
     deploying(body, FIRST, ((0, 0, 2), (2, 2, 4)))
+
+
+def test_who_waits_for_another_client_gives_up_the_lease_that_the_other_waits_for() -> None:
+    """Each holds the worker that both want another span of: neither would get through."""
+    other: Spans = ((0, 0, 3), (2, 3, 4))
+
+    async def body(client: Deploying, model: Model) -> None:
+        left = (await client.deploy(model.sealed, DeployOptions())).route
+        contested = client.depots[0]
+        busy = Refusal(RefusalReason.SESSIONS, "the deployment's other span here is in use")
+        contested.replace = lambda answer: (
+            busy if isinstance(answer, SpanLeased) and not client.asked(ReleaseSpan, 0) else answer
+        )
+        began = trio.current_time()
+        again = partial(client.deploy, model.sealed, DeployOptions())
+        route = (await client._again(left, again, frozenset([client.peer(1)]))).route
+        assert [(hop.peer, hop.start, hop.end) for hop in route.hops] == [
+            (client.peer(depot), start, end) for depot, start, end in other
+        ]
+        assert trio.current_time() - began < 10
+        await trio.sleep(1)
+        assert client.leased == [(0, 3), None, (3, 4)]
+
+    deploying(body, FIRST, other, other, other)
