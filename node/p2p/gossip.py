@@ -164,11 +164,10 @@ class GuardedPubsub(Pubsub):
     async def _handle_new_peer_with_retry(self, peer_id: ID, timeout: float | None = None) -> None:
         """The library gives up for good when a stream was not negotiated in time: a neighbour that was busy then would
         stay deaf and mute for as long as it is connected. The tries are few, for it may not speak gossipsub."""
-        await super()._handle_new_peer_with_retry(peer_id, timeout)
-        for pause_s in GREET_AGAIN_S:
+        for pause_s in (0.0, *GREET_AGAIN_S):
+            await trio.sleep(pause_s)
             if peer_id in self.peers or not self._peer_is_connected(peer_id):
                 return
-            await trio.sleep(pause_s)
             await super()._handle_new_peer_with_retry(peer_id, timeout)
 
     async def _handle_new_peer(self, peer_id: ID) -> None:

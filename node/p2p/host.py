@@ -5,9 +5,10 @@ What this room relies on in py-libp2p 0.8.1 beyond its documented interface is t
 alone, and tests/node/p2p/test_pins.py fails when it changes: TransportUpgrader.muxer_multistream is replaced (the
 library builds its own yamux by name), Swarm.auto_connector is replaced (it dials whoever it has heard of),
 Swarm.common_stream_handler is wrapped (what escapes from it ends the node), Swarm.upgrade_inbound_raw_conn is followed
-(a connection whose upgrade is done no longer waits at the door), Swarm.connections is read and closed at
-once (the library closes one by one, 0.1 s each), Swarm.add_conn is followed (it registers connections that have ended),
-BasicHost._identify_peer is replaced (it believes a megabyte).
+(a connection whose upgrade is done no longer waits at the door), Swarm.dial_peer is replaced (a stream to a peer that
+has left would dial what it stated), Swarm.connections is read and closed at once (the library closes one by one, 0.1 s
+each), Swarm.add_conn is followed (it registers connections that have ended), BasicHost._identify_peer is replaced (it
+believes a megabyte).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 from collections.abc import Callable
 
 import trio
-from libp2p.abc import IMuxedConn, INetStream, IRawConnection, ISecureConn
+from libp2p.abc import IMuxedConn, INetConn, INetStream, IRawConnection, ISecureConn
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_new_x25519_key_pair
 from libp2p.custom_types import StreamHandlerFn, TMuxerOptions, TProtocol
@@ -27,6 +28,7 @@ from libp2p.network.auto_connector import AutoConnector
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
@@ -196,6 +198,12 @@ class _Muxers(MuxerMultistream):
 
 
 class _Swarm(Swarm):
+    async def dial_peer(self, peer_id: ID) -> list[INetConn]:
+        """Whom to dial, and where, is the caller's decision (`Host.dial`). For a stream to a peer that has left, the
+        library would dial whatever address that peer stated, also one in the owner's network."""
+        await trio.lowlevel.checkpoint()
+        raise SwarmException(f"no connection to {peer_id}")
+
     async def upgrade_inbound_raw_conn(self, raw_conn: IRawConnection, maddr: Multiaddr) -> IMuxedConn:
         """Also tells the doorway that the peer has proven who it is."""
         conn = await super().upgrade_inbound_raw_conn(raw_conn, maddr)

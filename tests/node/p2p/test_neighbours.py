@@ -9,10 +9,12 @@ import trio
 import trio.testing
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.host.exceptions import StreamFailure
+from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamReset
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from libp2p.transport.exceptions import MuxerUpgradeFailure
+from multiaddr import Multiaddr
 
 import node.p2p.gossip as gossip
 import node.p2p.host as host
@@ -24,8 +26,10 @@ from node.p2p.shunned import Shunned
 from node.p2p.yamux import Yamux
 from node.p2p.yamux_limits import Memory
 from protocol.errors import TransportError
+from protocol.ids import PeerId
 from simnet import runtime
 from tests.conformance.adapters import full_addr, seed_of, until
+from tests.node.p2p.stock import dial, stock_host
 from tests.node.p2p.test_hardening import run, still_works
 
 
@@ -123,6 +127,49 @@ def test_a_neighbour_that_speaks_no_gossipsub_is_asked_a_few_times(monkeypatch):
         await until(lambda: len(asked) >= 3 and not a._pubsub._greeting)
         await a._pubsub._handle_new_peer_with_retry(b._host.get_id())
         assert len(asked) == 6
+
+    run(body)
+
+
+def test_a_neighbour_that_has_left_is_not_asked_again(monkeypatch):
+    monkeypatch.setattr(gossip, "GREET_AGAIN_S", (0.3,))
+
+    async def body(a, b):
+        asked = []
+
+        async def refused(peer):
+            asked.append(peer)
+            await trio.lowlevel.checkpoint()
+            raise StreamFailure("not spoken here")
+
+        gossip_streams(monkeypatch, a, refused)
+        await a.connect(full_addr(b))
+        await until(lambda: bool(asked) and not a._pubsub._greeting)
+        a._host.drop(b._host.get_id())
+        await until(lambda: a.connected() == ())
+        await trio.sleep(0.5)
+        assert len(asked) == 1
+
+    run(body)
+
+
+def test_a_peer_that_has_left_is_not_dialled_where_it_said():
+    async def body(a, b):
+        (trap,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        addr = f"/ip4/127.0.0.1/tcp/{trap.socket.getsockname()[1]}"
+        async with trap, stock_host() as stranger:
+            stranger.get_addrs = lambda: [Multiaddr(addr)]
+            await dial(stranger, a)
+            peer = stranger.get_id()
+            await until(lambda: a.known_addrs(PeerId(peer.to_base58())) == (addr,))
+            a._host.drop(peer)
+            await until(lambda: peer not in a._host.swarm.connections)
+            with trio.move_on_after(1.0), pytest.raises(SwarmException):
+                await a._host.new_stream(peer, [GOSSIPSUB])
+            with trio.move_on_after(0.2):
+                await trap.accept()
+                pytest.fail("it was dialled")
+        await still_works(a, b)
 
     run(body)
 
