@@ -182,6 +182,8 @@ class GuardedPubsub(Pubsub):
 
     def _handle_dead_peer(self, peer_id: ID) -> None:
         super()._handle_dead_peer(peer_id)
+        if not self._peer_is_connected(peer_id):
+            self.router.remove_peer(peer_id)  # the library keeps what it has of those that took no stream from here
         for peers in self.router.back_off.values():  # the library keeps them for ever
             peers.pop(peer_id, None)
 

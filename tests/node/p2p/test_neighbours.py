@@ -12,8 +12,10 @@ from libp2p.host.exceptions import StreamFailure
 from libp2p.network.exceptions import SwarmException
 from libp2p.network.stream.exceptions import StreamReset
 from libp2p.peer.id import ID
+from libp2p.pubsub.pb import rpc_pb2
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from libp2p.transport.exceptions import MuxerUpgradeFailure
+from libp2p.utils.varint import encode_varint_prefixed
 from multiaddr import Multiaddr
 
 import node.p2p.gossip as gossip
@@ -29,8 +31,8 @@ from protocol.errors import TransportError
 from protocol.ids import PeerId
 from simnet import runtime
 from tests.conformance.adapters import full_addr, seed_of, until
-from tests.node.p2p.stock import dial, stock_host
-from tests.node.p2p.test_hardening import run, still_works
+from tests.node.p2p.stock import dial, stock_host, stream_to
+from tests.node.p2p.test_hardening import TOPIC, run, still_works
 
 
 class EndedAtBirth(Yamux):
@@ -169,6 +171,35 @@ def test_a_peer_that_has_left_is_not_dialled_where_it_said():
             with trio.move_on_after(0.2):
                 await trap.accept()
                 pytest.fail("it was dialled")
+        await still_works(a, b)
+
+    run(body)
+
+
+def names(thing, peer):
+    """Is `peer` somewhere in `thing`?"""
+    if isinstance(thing, dict):
+        return any(names(each, peer) for item in thing.items() for each in item)
+    return any(names(each, peer) for each in thing) if isinstance(thing, list | set | tuple) else thing == peer
+
+
+def test_nothing_is_kept_of_a_neighbour_that_took_no_stream_from_here():
+    async def body(a, b):
+        await a.subscribe(TOPIC, lambda message: True)
+        router = a._pubsub.router
+        async with stock_host() as stranger:  # it speaks no gossipsub, and does
+            await dial(stranger, a)
+            peer = stranger.get_id()
+            rpc = rpc_pb2.RPC(subscriptions=[rpc_pb2.RPC.SubOpts(subscribe=True, topicid=TOPIC)])
+            rpc.control.graft.add(topicID=TOPIC)
+            stream = await stream_to(stranger, a, GOSSIPSUB)
+            await stream.write(encode_varint_prefixed(rpc.SerializeToString()))
+            await until(lambda: peer in router.mesh[TOPIC])
+            await a.publish(TOPIC, b"kept for it")
+            assert peer in router._pending_messages
+            assert peer in router.scorer.time_in_mesh
+        await until(lambda: TOPIC not in a._pubsub.peer_topics)
+        assert not [name for name, kept in (vars(router) | vars(router.scorer)).items() if names(kept, peer)]
         await still_works(a, b)
 
     run(body)
