@@ -160,6 +160,7 @@ class GuardedPubsub(Pubsub):
             await super().push_msg(msg_forwarder, msg)
         except Exception as error:  # runs in a task of the service: what escapes here ends the node
             log.warning("a gossip message from %s failed: %r", msg_forwarder, error)
+        self.router.recent_message_deliveries.clear()  # times of all messages, which only adaptive gossip forgets
 
     async def _handle_new_peer_with_retry(self, peer_id: ID, timeout: float | None = None) -> None:
         """The library gives up for good when a stream was not negotiated in time: a neighbour that was busy then would

@@ -393,6 +393,16 @@ def test_a_message_of_several_topics_is_dropped():
     run(body)
 
 
+def test_gossip_keeps_no_record_of_each_message():
+    async def body(a, b):
+        await still_works(a, b)
+        for number in range(5):
+            await b.publish(TOPIC, bytes([number]))
+        assert not b._pubsub.router.recent_message_deliveries
+
+    run(body)
+
+
 def test_a_stream_reads_what_the_kernel_has_at_once():
     """One system call fetches several records."""
 
