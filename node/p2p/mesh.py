@@ -123,6 +123,11 @@ class Mesh:
         return self.reach.state is ReachState.RELAYED
 
     @property
+    def hidden(self) -> bool:
+        """Peers cannot dial this node, or not at an address that it could announce."""
+        return self.reach.state in (ReachState.RELAYED, ReachState.UNREACHABLE)
+
+    @property
     def _announced(self) -> tuple[str, ...]:
         """What this node says of itself, whatever others say."""
         return self._config.announce or self.listening

@@ -1,8 +1,9 @@
 """Staying reachable: the tasks that feed `reach.Reach` and act on it.
 
 Connected peers are asked to dial back; when they cannot, the router is asked for a port; when that does not help,
-connected peers are asked to be relays, and two reservations are kept alive. The order is the order of what a hop then
-costs. Everything is retried at its own pace for as long as the node runs, since routers and peers come and go.
+connected peers are asked to be relays, and two reservations are kept alive, at relays on the internet where there are
+any. The order is the order of what a hop then costs. Everything is retried at its own pace for as long as the node
+runs, since routers and peers come and go.
 
 A node that others can dial serves in turn: it dials back for others, and relays for them if its owner lets it.
 """
@@ -21,10 +22,10 @@ from node.p2p.addresses import tcp_endpoint
 from node.p2p.autonat import AutoNat
 from node.p2p.circuit import Reservation
 from node.p2p.mesh import Mesh
-from node.p2p.reach import ReachState
 from node.p2p.relay import Relay
 from protocol.errors import TransportError
 from protocol.ids import PeerId
+from protocol.scopes import scope_of
 
 log = logging.getLogger("sotto.node")
 
@@ -72,11 +73,6 @@ class Reaching:
         finally:
             await self._unmap()
 
-    @property
-    def hidden(self) -> bool:
-        """Peers cannot dial this node, or not at an address that it could announce."""
-        return self.mesh.reach.state in (ReachState.RELAYED, ReachState.UNREACHABLE)
-
     async def _probe(self) -> None:
         """Have neighbours dial back, for ever."""
         if not self.mesh.listening:
@@ -112,15 +108,14 @@ class Reaching:
             self._asked[peer] = now + PROBE_S
             self._pauses_s.pop(peer, None)
         before = self.mesh.reach.state
-        ip = self.mesh.host.observed_ip(ID.from_base58(peer))
-        self.mesh.reach.heard(peer, addr, ip is not None and ipaddress.ip_address(ip).is_global, now)
+        self.mesh.reach.heard(peer, addr, self._is_outside(peer), now)
         if self.mesh.reach.state is not before:
             log.info("reachability", extra={"state": self.mesh.reach.state.value, "addrs": self.mesh.addrs})
 
     async def _map_ports(self) -> None:
         """Have the router forward the port while it is needed, for ever."""
         while True:
-            if (self.hidden or self.mapping is not None) and self.mesh.listening:
+            if (self.mesh.hidden or self.mapping is not None) and self.mesh.listening:
                 _, port = tcp_endpoint(self.mesh.host.get_transport_addrs()[0])
                 self.mapping = await upnp.map_port(port)
                 if self.mapping is not None:
@@ -145,21 +140,37 @@ class Reaching:
 
     async def reserve_once(self) -> None:
         now, connected = trio.current_time(), self.mesh.connected()
-        kept = {peer: held for peer, held in self._reserved.items() if peer in connected and self.hidden}
+        kept = {peer: held for peer, held in self._reserved.items() if peer in connected and self.mesh.hidden}
         self._reserved = kept
         self._no_relay = {peer: again for peer, again in self._no_relay.items() if again > now}
         for peer, (_, renew_at) in list(kept.items()):
             if renew_at <= now:
                 await self._reserve(peer)
-        for peer in connected if self.hidden else ():
-            if len(self._reserved) >= RELAYS_WANTED:
+        for peer in connected if self.mesh.hidden else ():
+            if sum(_is_global(held) for held, _ in self._reserved.values()) >= RELAYS_WANTED:
                 break
-            if peer not in self._reserved and peer not in self._no_relay:
+            if peer in self._reserved or peer in self._no_relay:
+                continue
+            if len(self._reserved) < RELAYS_WANTED or self._is_outside(peer):
                 await self._reserve(peer)
+        self._keep_best()
         circuits = tuple(held.circuits[0] for held, _ in self._reserved.values())
         if circuits != self.mesh.reach.circuits:
             self.mesh.reach.relay_through(circuits)
             log.info("relays", extra={"state": self.mesh.reach.state.value, "circuits": circuits})
+
+    def _keep_best(self) -> None:
+        """Relays on the internet come first; those that only neighbours in the same house find do while there are no
+        others."""
+        best = sorted(self._reserved, key=lambda peer: not _is_global(self._reserved[peer][0]))
+        for peer in best[RELAYS_WANTED:]:
+            self._no_relay[peer] = trio.current_time() + RELAY_AGAIN_S
+        self._reserved = {peer: self._reserved[peer] for peer in best[:RELAYS_WANTED]}
+
+    def _is_outside(self, peer: PeerId) -> bool:
+        """Its connection comes from the internet."""
+        ip = self.mesh.host.observed_ip(ID.from_base58(peer))
+        return ip is not None and ipaddress.ip_address(ip).is_global
 
     async def _reserve(self, peer: PeerId) -> None:
         try:
@@ -169,3 +180,7 @@ class Reaching:
             log.debug("no relay", extra={"peer": peer, "reason": str(error)})
             self._reserved.pop(peer, None)
             self._no_relay[peer] = trio.current_time() + RELAY_AGAIN_S
+
+
+def _is_global(reservation: Reservation) -> bool:
+    return scope_of(reservation.circuits[0]) == "global"

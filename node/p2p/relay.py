@@ -3,10 +3,11 @@
 Speaks RESERVE and CONNECT of /libp2p/circuit/relay/0.2.0/hop. It replaces py-libp2p's, which gives a reservation in the
 name of whomever the message names, resets a circuit whose reader pauses, and writes status messages into the data.
 
-Invariants: a reservation is the connected peer's own; a circuit leads to a peer that reserved and is connected now;
-all circuits together pass BYTES_PER_S; a reader that stops stalls its own circuit; at a target that is full nobody
-keeps two circuits while another peer has none. The relay sees peer ids, sizes and
-times; what passes is encrypted between the ends. Circuits have no limit of bytes or time, and say so by stating none.
+Invariants: a node that cannot be dialled itself is no relay; a reservation is the connected peer's own; a circuit leads
+to a peer that reserved and is connected now; all circuits together pass BYTES_PER_S; a reader that stops stalls its own
+circuit; at a target that is full nobody keeps two circuits while another peer has none. The relay sees peer ids, sizes
+and times; what passes is encrypted between the ends. Circuits have no limit of bytes or time, and say so by stating
+none.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Node(Protocol):
     @property
     def own_addrs(self) -> tuple[str, ...]: ...
     @property
-    def relayed(self) -> bool: ...
+    def hidden(self) -> bool: ...
     def handle(self, protocol: str, handler: StreamHandler) -> None: ...
     async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream: ...
     def connected(self) -> tuple[PeerId, ...]: ...
@@ -103,7 +104,7 @@ class Relay:
         self.reservations = {
             holder: until for holder, until in self.reservations.items() if until > now and holder in connected
         }
-        if self._node.relayed or (peer not in self.reservations and len(self.reservations) >= RESERVATIONS_MAX):
+        if self._node.hidden or (peer not in self.reservations and len(self.reservations) >= RESERVATIONS_MAX):
             return _status(pb.RESERVATION_REFUSED)
         self.reservations[peer] = now + RESERVATION_S
         suffix = f"/p2p/{self._node.peer}"

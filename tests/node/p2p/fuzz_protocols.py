@@ -47,7 +47,7 @@ class Node:
 
     peer = WORKER.peer
     addrs = own_addrs = ("/ip4/192.0.2.1/tcp/4001",)
-    relayed = False
+    hidden = False
 
     def __init__(self, data: bytes, away: PeerId | None = None) -> None:
         self.dialled: list[Multiaddr] = []

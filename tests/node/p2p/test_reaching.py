@@ -9,16 +9,20 @@ import trio
 from libp2p.host.autonat.pb.autonat_pb2 import Message
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
+from nacl.signing import SigningKey
 
 import node.p2p.autonat as autonat
 import node.p2p.reaching as reaching_module
 from node.p2p import upnp
 from node.p2p.autonat import AUTONAT, AutoNat, _seen_at
+from node.p2p.circuit import Reservation
 from node.p2p.delimited import Delimited
 from node.p2p.mesh import MeshConfig, open_mesh
-from node.p2p.reach import ReachState
+from node.p2p.reach import Reach, ReachState
 from node.p2p.reaching import Reaching, ReachOptions
 from protocol.errors import TransportError
+from protocol.ids import peer_id_of
+from simnet import runtime
 from tests.conformance.adapters import echo, full_addr, receive_exactly, seed_of, until
 
 ECHO = "/test/echo/1"
@@ -125,6 +129,66 @@ def test_a_relay_whose_owner_declines_is_none():
             assert hidden.addrs == ()
 
     run(body)
+
+
+class Among:
+    """A hidden node among `relays`: who they are, where their connections come from, and where they can be dialled
+    (None: they decline). It notes whom it `asked`."""
+
+    hidden = True
+
+    def __init__(self):
+        self.relays, self.asked = {}, []
+        self.host = self.circuits = self
+        self.reach = Reach()
+        self.reach.shut()
+
+    def connected(self):
+        return tuple(sorted(self.relays))
+
+    def known_addrs(self, peer):
+        return ()
+
+    def observed_ip(self, peer):
+        return self.relays[peer.to_base58()][0]
+
+    async def reserve(self, peer, addrs):
+        await trio.lowlevel.checkpoint()
+        self.asked.append(peer)
+        ip = self.relays[peer][1]
+        if ip is None:
+            raise TransportError("declines")
+        return Reservation(peer, 1800.0, (f"/ip4/{ip}/tcp/1",))
+
+
+LAN, HOUSE, ABROAD = "192.168.1.7", "192.168.1.8", "11.0.0.9"
+
+
+@pytest.mark.parametrize(
+    ("others", "asked", "kept"),
+    [
+        ([(LAN, LAN)], 0, [LAN, HOUSE]),
+        ([(ABROAD, ABROAD)], 1, [ABROAD, LAN]),
+        ([(ABROAD, ABROAD), (ABROAD, "11.0.0.10"), (ABROAD, "11.0.0.11")], 2, [ABROAD, "11.0.0.10"]),
+        ([(ABROAD, None), (ABROAD, "10.0.0.5")], 2, [LAN, HOUSE]),  # one declines, one does not know where it is
+    ],
+    ids=["in the house", "one outside", "enough outside", "none of use"],
+)
+def test_relays_on_the_internet_take_the_place_of_those_in_the_house(others, asked, kept):
+    async def main():
+        there = Among()
+        a, b, *more = sorted(peer_id_of(SigningKey(seed_of(name)).verify_key.encode()) for name in "abcde")
+        there.relays = {a: (LAN, LAN), b: (HOUSE, HOUSE)}
+        reaching = Reaching(there, ReachOptions())
+        await reaching.reserve_once()
+        assert there.asked == [a, b]
+        there.relays |= zip(more, others, strict=False)
+        for _ in range(3):
+            await reaching.reserve_once()
+        assert there.asked[2:] == more[:asked]
+        assert there.reach.circuits == tuple(f"/ip4/{ip}/tcp/1" for ip in kept)
+
+    runtime.run(main, seed=1)
 
 
 def test_a_port_that_the_router_maps_is_announced_once_it_was_dialled(monkeypatch):
@@ -281,9 +345,9 @@ def test_a_node_that_is_dialled_where_it_cannot_say_is_hidden():
         one, other = "/ip4/11.0.0.1/tcp/4517", "/ip4/11.0.0.2/tcp/4517"
         first.reach.heard("a", first.listening[0], True, 0.0)
         first.reach.heard("b", other, True, 0.0)
-        assert not first.reaching.hidden, "the first address is announced"
+        assert not first.hidden, "the first address is announced"
         first.reach.heard("a", one, True, 0.0)
-        assert first.reaching.hidden
+        assert first.hidden
 
     run(body)
 

@@ -329,6 +329,7 @@ def test_a_hidden_node_is_no_relay():
     async def body(there):
         there.middle.reach.shut()
         assert not there.middle.relayed
+        assert await answer_to(there.near, there.middle, hop(pb.HopMessage.RESERVE)) == pb.RESERVATION_REFUSED
         there.middle.reach.relay_through(("/ip4/1.2.3.4/tcp/5",))
         assert there.middle.relayed
         assert await answer_to(there.near, there.middle, hop(pb.HopMessage.RESERVE)) == pb.RESERVATION_REFUSED
