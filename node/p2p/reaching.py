@@ -63,7 +63,7 @@ class Reaching:
         self.autonat.serve()
         self.mesh.circuits.serve()
         if self.options.relay:
-            Relay(self.mesh).serve()
+            Relay(self.mesh, self.mesh.host).serve()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._probe)

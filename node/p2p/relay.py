@@ -5,9 +5,9 @@ name of whomever the message names, resets a circuit whose reader pauses, and wr
 
 Invariants: a node that cannot be dialled itself is no relay; a reservation is the connected peer's own; a circuit leads
 to a peer that reserved and is connected now; all circuits together pass BYTES_PER_S; a reader that stops stalls its own
-circuit; at a target that is full nobody keeps two circuits while another peer has none. The relay sees peer ids, sizes
-and times; what passes is encrypted between the ends. Circuits have no limit of bytes or time, and say so by stating
-none.
+circuit; at a target that is full nobody keeps two circuits while another peer has none, and at a relay that is full no
+address keeps two reservations while another has none. The relay sees peer ids, sizes and times; what passes is
+encrypted between the ends. Circuits have no limit of bytes or time, and say so by stating none.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from multiaddr import Multiaddr
 
 from node.p2p.addresses import is_circuit, peer_of_bytes
 from node.p2p.delimited import Delimited
+from node.p2p.doorway import source_of
 from protocol.errors import RemoteProtocolError, TransportError
 from protocol.ids import PeerId
 from protocol.ports import Stream, StreamHandler
@@ -38,6 +39,7 @@ MESSAGE_BYTES_MAX = 4096
 TALK_S = 5.0  # a request and its answer
 RESERVATION_S = 3600.0
 RESERVATIONS_MAX = 64
+RESERVATIONS_PER_ADDRESS_MAX = 16  # of peers at one address; those that come through relays count as one
 CIRCUITS_PER_PEER_MAX = 16  # to one reserved peer, and from one peer
 CIRCUITS_PER_PAIR_MAX = 2  # an honest peer needs one, and comes again before its dead one is noticed
 CIRCUITS_MAX = 128
@@ -70,13 +72,20 @@ class Circuit:
     end: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
+class Host(Protocol):
+    """The node's host as it is used here."""
+
+    def observed_ip(self, peer: ID) -> str | None: ...
+
+
 class Relay:
     """`serve` offers it. `wall` gives Unix seconds: what a reservation's end is stated in."""
 
-    def __init__(self, node: Node, wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, node: Node, host: Host, wall: Callable[[], float] = time.time) -> None:
         self.reservations: dict[PeerId, float] = {}  # until when, trio's clock
         self.circuits: list[Circuit] = []  # the oldest first
         self._node = node
+        self._host = host
         self._wall = wall
         self._free_at = 0.0  # when the bytes let through so far are paid for
 
@@ -104,7 +113,7 @@ class Relay:
         self.reservations = {
             holder: until for holder, until in self.reservations.items() if until > now and holder in connected
         }
-        if self._node.hidden or (peer not in self.reservations and len(self.reservations) >= RESERVATIONS_MAX):
+        if self._node.hidden or not (peer in self.reservations or self._make_room(peer)):
             return _status(pb.RESERVATION_REFUSED)
         self.reservations[peer] = now + RESERVATION_S
         suffix = f"/p2p/{self._node.peer}"
@@ -112,6 +121,25 @@ class Relay:
         answer = _status(pb.OK)
         answer.reservation.CopyFrom(pb.Reservation(expire=int(self._wall() + RESERVATION_S), addrs=addrs))
         return answer
+
+    def _make_room(self, peer: PeerId) -> bool:
+        """A place for one more reservation, False when there is none. When all are taken, the address that has most
+        makes room for one that would still have fewer: its newest reservation ends, which its holder hears when it
+        renews it, while circuits that are open stay."""
+        held = [(holder, self._source(holder)) for holder in self.reservations]
+        counts, source = Counter(where for _, where in held), self._source(peer)
+        if counts[source] >= RESERVATIONS_PER_ADDRESS_MAX:
+            return False
+        if len(held) >= RESERVATIONS_MAX:
+            ((greediest, most),) = counts.most_common(1)
+            if most < counts[source] + 2:
+                return False
+            newest = next(holder for holder, where in reversed(held) if where == greediest)
+            del self.reservations[newest]
+        return True
+
+    def _source(self, peer: PeerId) -> str:
+        return source_of(self._host.observed_ip(ID.from_base58(peer)) or "")
 
     async def _connect(self, stream: Stream, messages: Delimited, target: PeerId | None) -> None:
         source = stream.remote

@@ -174,7 +174,7 @@ def relay_request(data: bytes) -> None:
 
     async def main() -> None:
         accepting = Node(_said(_stop(pb.StopMessage.STATUS)) + b"noise")
-        relay = Relay(accepting)
+        relay = Relay(accepting, accepting.host)
         relay.reservations[OTHER.peer] = math.inf
         try:
             await relay._serve(Script(data, NEXT.peer))
@@ -197,7 +197,7 @@ def relayed_answer(data: bytes) -> None:
     """It costs the circuit, never the relay's stream to who asked for it."""
 
     async def main() -> None:
-        relay = Relay(Node(data))
+        relay = Relay(node := Node(data), node.host)
         relay.reservations[OTHER.peer] = math.inf
         await relay._serve(Script(_said(_HOPS[1]) + b"noise", NEXT.peer))
         assert not relay.circuits

@@ -222,7 +222,7 @@ def test_only_the_protocols_that_were_named_go_direct():
 def test_what_was_not_named_is_not_served(protocol):
     async def body(a, b):
         a.directory.serve()
-        Relay(a).serve()
+        Relay(a, a.host).serve()
         a.handle("/test/of/libp2p", echo)
         with pytest.raises(Refused):
             await rogue(a, protocol)

@@ -49,7 +49,7 @@ async def world():
         hidden, near = [
             await stack.enter_async_context(open_mesh(MeshConfig(seed_of(name), ()))) for name in ("hidden", "near")
         ]
-        relay = Relay(middle)
+        relay = Relay(middle, middle.host)
         relay.serve()
         hidden.circuits.serve()
         hidden.handle(ECHO, echo)
