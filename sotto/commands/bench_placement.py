@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
+from sotto.commands.common import Json, end, errors, keeping, one_of, print_json, progress_bar
 
 
 def placement(
@@ -34,13 +34,10 @@ def placement(
     ended: dict[str, Any] = {}
     with errors(as_json):
         from client.placement.needs import OBJECTIVES
-        from protocol.errors import InputError
         from simnet.bench.placement import BenchOptions, Report, run
 
-        known = {name: name for name in OBJECTIVES}
-        if objective not in known:
-            raise InputError(f"unknown --objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
-        options = BenchOptions(swarms, reference_s, data, known[objective], (11, peers_max), first_seed, unproven_only)
+        wanted = one_of(objective, OBJECTIVES, "--objective")
+        options = BenchOptions(swarms, reference_s, data, wanted, (11, peers_max), first_seed, unproven_only)
 
         def show(line: str) -> None:
             if verbose:

@@ -47,8 +47,8 @@ def scheduler(
     One thread; minutes for a few thousand runs. See docs/SCHEDULER.md for what the figures mean.
     """
     with errors(as_json):
-        _check(live, plots, (minutes, keep))
-        report = _live(records, only, (minutes, keep), as_json) if live else _judged(records, only, plots, as_json)
+        _check(live, plots, minutes, keep)
+        report = _live(records, only, minutes, keep, as_json) if live else _judged(records, only, plots, as_json)
     if as_json:
         print_json(report)
     elif live:
@@ -58,12 +58,11 @@ def scheduler(
     end(report)
 
 
-def _check(live: bool, plots: Path | None, of_live: tuple[float | None, Path | None]) -> None:
+def _check(live: bool, plots: Path | None, minutes: float | None, keep: Path | None) -> None:
     from protocol.errors import InputError
 
     if live and plots is not None:
         raise InputError("--plots draws what was judged on records: leave it out with --live")
-    minutes, keep = of_live
     if minutes is not None and not live:
         raise InputError("--minutes is how long --live takes: give both, or neither")
     if keep is not None and not live:
@@ -99,14 +98,15 @@ def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda text: line.update(text)
 
 
-def _live(records: Path | None, only: str | None, how: tuple[float | None, Path | None], quiet: bool) -> dict[str, Any]:
+def _live(
+    records: Path | None, only: str | None, minutes: float | None, keep: Path | None, quiet: bool
+) -> dict[str, Any]:
     from client.metalearning.advice import Advisor, product
     from simnet.bench.scheduler import live as bench
     from simnet.bench.scheduler import records as tables
     from sotto.demo import demo_checkpoint
 
     report: dict[str, Any] = {}
-    minutes, keep = how
     advisor = Advisor(product(), tables.load(records or _shipped()).known)
     with workplace(keep) as folder:
         names = tuple(bench.WORKLOADS) if only is None else tuple(words(only))

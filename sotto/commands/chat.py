@@ -7,46 +7,17 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from node.defaults import KV_TOKENS
-from sotto.commands.asked import ask_of, for_what, paid, strategy_of, where_of
-from sotto.commands.common import (
-    Bootstrap,
-    Capability,
-    DataDir,
-    Key,
-    Model,
-    Privacy,
-    ShareRecords,
-    complaint,
-    errors,
-    print_json,
-)
-from sotto.commands.generation import (
-    Budget,
-    ChosenDtype,
-    Deterministic,
-    Draft,
-    Exact,
-    ExpectTokens,
-    Metrics,
-    Objective,
-    Price,
-    Seed,
-    Stop,
-    StrategyText,
-    Temperature,
-    TopK,
-    TopP,
-    Workers,
-    deployed,
-    result_json,
-)
+from sotto.commands.common import complaint, errors, print_json
+from sotto.commands.generation import deployed, result_json
+from sotto.commands.request_options import RequestOptions
+from sotto.commands.signatures import with_options
 
 if TYPE_CHECKING:
     from node.chat import Turn
@@ -54,39 +25,25 @@ if TYPE_CHECKING:
     from sotto.chat import Chat
 
 HELP = "/reset begins anew, /exit or Ctrl-D ends the chat, Ctrl-C stops an answer."
-Context = Annotated[
-    int, typer.Option(min=2, help="Tokens that the chat may hold; the oldest turns leave it when full.")
-]
 JsonLines = Annotated[bool, typer.Option("--json", help="Print one JSON object for each turn, and nothing else.")]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnOptions(RequestOptions):
+    """As for one request, but each turn is one, and all are in one session."""
+
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of each answer.")] = 512
+    kv_tokens: Annotated[
+        int,
+        typer.Option("--context", min=2, help="Tokens that the chat may hold; the oldest turns leave it when full."),
+    ] = KV_TOKENS
+
+
+@with_options
 def chat(
+    *,
     system: Annotated[str | None, typer.Option(help="What the model is told before the first turn.")] = None,
-    model: Model = None,
-    bootstrap: Bootstrap = None,
-    privacy: Privacy = "ee",
-    dtype: ChosenDtype = None,
-    key: Key = None,
-    workers: Workers = 1,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Of each answer.")] = 512,
-    context: Context = KV_TOKENS,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    strategy: StrategyText = None,
-    exact: Exact = False,
-    deterministic: Deterministic = False,
-    objective: Objective = "latency",
-    price_per_hour: Price = None,
-    budget: Budget = None,
-    expect_tokens: ExpectTokens = None,
-    draft: Draft = None,
-    capability: Capability = None,
-    share_records: ShareRecords = False,
-    data_dir: DataDir = None,
-    metrics: Metrics = "off",
+    asked: TurnOptions,
     as_json: JsonLines = False,
 ) -> None:
     """Talk with a model in its own chat template; each turn sends only what is new.
@@ -102,17 +59,11 @@ def chat(
         from sotto.portal import Portal
 
         require_text(system or "")
-        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
-        sealed = (privacy, weights, key)
-        where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
-        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)
-        ask = paid(ask, objective, price_per_hour, budget)
-        where = for_what(where, ask, expect_tokens)
-        where = replace(where, kv_tokens=context, one_session=True, share_records=share_records)
-        portal = Portal(partial(deployed, where))
+        ask, where = asked.understood(quiet=as_json)
+        portal = Portal(partial(deployed, replace(where, one_session=True)))
         ready = portal.open()
         try:
-            options = ChatOptions(system, context, lambda text: typer.echo(f"[{text}]", err=True))
+            options = ChatOptions(system, asked.kv_tokens, lambda text: typer.echo(f"[{text}]", err=True))
             with Chat(portal, AsyncChat(portal.call(open_chat, ready, options))) as talk:
                 for text in _lines():
                     if text == "/reset":

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 T = TypeVar("T")
+Word = TypeVar("Word", bound=str)
 
 Bootstrap = Annotated[
     list[str] | None,
@@ -202,6 +203,16 @@ def only_behind(context: typer.Context) -> None:
             f"{', '.join(lost)} counts behind the word: write 'sotto {context.info_name} "
             f"{context.invoked_subcommand} ... {lost[0]} ...'"
         )
+
+
+def one_of(value: str, known: Sequence[Word], flag: str) -> Word:
+    """`value` of option `flag`, which takes the words that are `known`. Raises InputError."""
+    from protocol.errors import InputError
+
+    found = next((word for word in known if word == value), None)
+    if found is None:
+        raise InputError(f"unknown {flag} {value!r}: use one of {', '.join(known)}")
+    return found
 
 
 def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:

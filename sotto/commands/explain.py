@@ -11,6 +11,8 @@ import typer
 from sotto.commands.common import DataDir, Json, ShareRecords, errors, print_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from client.metalearning.advice import Advisor
     from client.metalearning.chooser import Asked, Choice
     from client.metalearning.deployment import Rates
@@ -33,7 +35,7 @@ def explain(
     move each, if it is heeded.
     """
     with errors(as_json):
-        report = _report(uid, (lossy, share_records), data_dir)
+        report = _report(uid, lossy, share_records, data_dir)
     if as_json:
         print_json(report)
         return
@@ -58,8 +60,7 @@ def explain(
         print("no records came with sotto: what is known is this user's own requests")
 
 
-def _report(uid: str | None, allowed: tuple[bool, bool], given: Any) -> dict[str, Any]:
-
+def _report(uid: str | None, lossy: bool, shared: bool, given: Path | None) -> dict[str, Any]:
     from client.metalearning.candidates import possible
     from client.metalearning.chooser import SWAYED_MAX, Chooser
     from client.metalearning.described import FEATURES
@@ -77,7 +78,6 @@ def _report(uid: str | None, allowed: tuple[bool, bool], given: Any) -> dict[str
             raise InputError("there is no such request: see 'sotto history'")
         records = history.records(last=COMPARED_MAX)
     (record,) = found
-    lossy, shared = allowed
     facts = Facts(hops=record.route.hops, exact=record.task.exact, deployed=record.strategy.weights)
     able = possible(facts, record.strategy.weights, lossless=facts.exact or not lossy)
     advisor = fitted_prior()

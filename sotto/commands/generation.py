@@ -5,29 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from node.defaults import KV_TOKENS
-from sotto.commands.asked import Where, ask_of, for_what, paid, strategy_of, where_of
-from sotto.commands.common import (
-    Bootstrap,
-    Capability,
-    DataDir,
-    Json,
-    Key,
-    Model,
-    Privacy,
-    ShareRecords,
-    errors,
-    keeping,
-    print_json,
-    progress_bar,
-    run_async,
-)
+from sotto.commands.common import Json, errors, keeping, print_json, progress_bar, run_async
+from sotto.commands.request_options import Objective, RequestOptions, Where
+from sotto.commands.signatures import with_options
 from sotto.commands.tracing import show_trace
 
 if TYPE_CHECKING:
@@ -41,95 +27,20 @@ if TYPE_CHECKING:
     from node.model import DeployedModel
     from protocol.swarm import SwarmView
 
-MaxTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Length of the answer, at most.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
-TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens that make up this share.")]
-TopK = Annotated[int, typer.Option(min=0, help="Keep this many tokens; 0 keeps all.")]
-Seed = Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")]
-Stop = Annotated[list[str] | None, typer.Option(help="A string that ends the answer; may be repeated.")]
-Workers = Annotated[int, typer.Option(min=1, help="Spread the model over at least so many workers.")]
-StrategyText = Annotated[
-    str | None,
-    typer.Option(
-        "--strategy",
-        show_default="auto; with --draft: speculation=draft; with --deterministic: default",
-        help="Accelerations: 'auto' has them chosen (',lossy': also such as lose precision; ',no-explore': no trials); "
-        "'default'; or name=value with commas, such as speculation=lookup,wire=bfloat16.",
-    ),
-]
-Exact = Annotated[
-    bool, typer.Option("--exact", help="Never a strategy that loses precision: one that does is refused, none chosen.")
-]
-Deterministic = Annotated[
-    bool,
-    typer.Option(
-        "--deterministic",
-        help="The same answer bit for bit, whatever else is computed beside it: short for deterministic=true in "
-        "--strategy.",
-    ),
-]
-Draft = Annotated[
-    str | None,
-    typer.Option(
-        help="Let a smaller model with the same tokenizer guess at tokens, instead of choosing; the answer is the same."
-    ),
-]
-ChosenDtype = Annotated[
-    str | None,
-    typer.Option(
-        "--dtype",
-        help="Precision of the sealed blocks: float32 (answers identical to the unsealed model's), bfloat16, or int8 "
-        "(a quarter of the bytes, faster). Default: float32; with --strategy auto,lossy the one that pays.",
-    ),
-]
-Objective = Annotated[
-    str, typer.Option(help="What to choose for: latency of an answer, throughput of all together, or cost in money.")
-]
-Price = Annotated[
-    float | None, typer.Option(help="What one worker costs an hour, in any currency; every worker of a route counts.")
-]
-Budget = Annotated[
-    float | None, typer.Option(help="The most that 1,000 tokens of an answer may cost; needs --price-per-hour.")
-]
-ExpectTokens = Annotated[
-    int | None,
-    typer.Option(min=0, help="Tokens of answers to come, for the choice of weights. Default: as many as lately."),
-]
-Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")]
 
-KvTokens = Annotated[
-    int, typer.Option(min=1, max=1 << 22, help="KV room to lease at each worker: tokens of all requests together.")
-]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions(RequestOptions):
+    """As for one request, but for all of them together."""
+
+    objective: Objective = "throughput"
 
 
+@with_options
 def run(
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
-    model: Model = None,
-    bootstrap: Bootstrap = None,
-    privacy: Privacy = "ee",
-    dtype: ChosenDtype = None,
-    key: Key = None,
-    workers: Workers = 1,
-    max_new_tokens: MaxTokens = 64,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    strategy: StrategyText = None,
-    exact: Exact = False,
-    deterministic: Deterministic = False,
-    objective: Objective = "latency",
-    price_per_hour: Price = None,
-    budget: Budget = None,
-    expect_tokens: ExpectTokens = None,
-    draft: Draft = None,
-    kv_tokens: KvTokens = KV_TOKENS,
+    *,
+    asked: RequestOptions,
     trace: Annotated[bool, typer.Option("--trace", help="Show where the time went, per hop.")] = False,
-    capability: Capability = None,
-    share_records: ShareRecords = False,
-    data_dir: DataDir = None,
-    metrics: Metrics = "off",
     as_json: Json = False,
 ) -> None:
     """Answer one prompt through the swarm, streamed as it comes.
@@ -140,15 +51,11 @@ def run(
         from models.tokenizer import require_text
 
         require_text(prompt)
-        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
-        sealed = (privacy, weights, key)
-        where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
-        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact, trace=trace)
-        ask = paid(ask, objective, price_per_hour, budget)
-        where = for_what(where, ask, expect_tokens)
+        ask, where = asked.understood(quiet=as_json)
+        ask = replace(ask, trace=trace)
 
         async def work() -> tuple[GenerationResult, float, TraceReport | None, Decided]:
-            async with deployed(replace(where, share_records=share_records, kv_tokens=kv_tokens)) as ready:
+            async with deployed(where) as ready:
                 async with ready.ask(prompt, ask) as answer:
                     if not as_json:
                         tell_over_budget(answer.decided)
@@ -174,35 +81,13 @@ def run(
             show_trace(traced)
 
 
+@with_options
 def submit(
     prompts: Annotated[Path, typer.Argument(help='JSON lines, each {"prompt": "..."}; other fields are kept.')],
     output: Annotated[Path, typer.Option("--output", "-o", help="JSON lines, one out for each line in.")],
-    model: Model = None,
-    bootstrap: Bootstrap = None,
-    privacy: Privacy = "ee",
-    dtype: ChosenDtype = None,
-    key: Key = None,
-    workers: Workers = 1,
-    max_new_tokens: MaxTokens = 64,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    strategy: StrategyText = None,
-    exact: Exact = False,
-    deterministic: Deterministic = False,
-    objective: Objective = "throughput",
-    price_per_hour: Price = None,
-    budget: Budget = None,
-    expect_tokens: ExpectTokens = None,
-    draft: Draft = None,
-    kv_tokens: KvTokens = KV_TOKENS,
+    *,
+    asked: JobOptions,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
-    capability: Capability = None,
-    share_records: ShareRecords = False,
-    data_dir: DataDir = None,
-    metrics: Metrics = "off",
     as_json: Json = False,
 ) -> None:
     """Answer a file of prompts; the lines come out in the order in which they went in.
@@ -214,15 +99,9 @@ def submit(
     with errors(as_json):
         from sotto.commands.job import Answers, Hear, check_output, read_prompts, run_job
 
-        chosen, weights = strategy_of(strategy, dtype, draft, capability, exact, deterministic)
+        ask, where = asked.understood(quiet=as_json)
         lines = read_prompts(prompts)
         answers = Answers(check_output(output, prompts), lines)
-        sealed = (privacy, weights, key)
-        where = where_of(model, bootstrap, sealed, workers, (data_dir, metrics, as_json, capability, draft))
-        ask = replace(ask_of(max_new_tokens, (temperature, top_p, top_k, seed), stop, chosen), exact=exact)
-        ask = paid(ask, objective, price_per_hour, budget)
-        where = for_what(where, ask, expect_tokens)
-
         dear = 0  # lines that no strategy was expected to answer within the budget: the first says so
 
         def heard(decided: Decided) -> None:
@@ -232,7 +111,7 @@ def submit(
         ended: dict[str, Any] = {}
 
         async def work() -> None:
-            async with deployed(replace(where, share_records=share_records, kv_tokens=kv_tokens)) as ready:
+            async with deployed(where) as ready:
                 with progress_bar("prompts", bytes_=False, quiet=as_json) as update, keeping(ended), answers:
                     await run_job(ready, lines, ask, concurrency, Hear(update, heard, answers.put))
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from sotto.commands.common import Json, WorkerDir, errors, print_json
+from sotto.commands.signatures import declare
 from sotto.commands.worker import worker
 
 
@@ -56,7 +57,7 @@ def join(token: str, **options: Any) -> None:
 
 def _with_options_of_worker() -> None:
     """`join` takes a token where `worker` takes --bootstrap, and every other option as `worker` declares it."""
-    signature = inspect.signature(worker, eval_str=True)
+    own = inspect.signature(worker, eval_str=True).parameters
     token = inspect.Parameter(
         "token",
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -65,9 +66,7 @@ def _with_options_of_worker() -> None:
             typer.Argument(help="What 'sotto invite' printed; '-' reads it from standard input.", show_default=False),
         ],
     )
-    options = [parameter for name, parameter in signature.parameters.items() if name != "bootstrap"]
-    join.__signature__ = signature.replace(parameters=[token, *options])  # type: ignore[attr-defined]
-    join.__annotations__ = {parameter.name: parameter.annotation for parameter in (token, *options)}
+    declare(join, [token, *(parameter for name, parameter in own.items() if name != "bootstrap")])
 
 
 _with_options_of_worker()

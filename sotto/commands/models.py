@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sotto.commands.common import one_of
+
 if TYPE_CHECKING:
     from client.deploy import DeployProgress
     from client.placement import Placement
@@ -25,12 +27,9 @@ def open_model(model: str | None) -> Checkpoint:
 def root_key(privacy: str, name: str | None, data_dir: Path) -> RootKey | None:
     """The key of tier `privacy`: None for plain. Raises InputError."""
     from node.keys import default_key, load_key
-    from protocol.errors import InputError
     from protocol.manifest import TIERS
 
-    if privacy not in TIERS:
-        raise InputError(f"unknown --privacy {privacy!r}: use one of {', '.join(TIERS)}")
-    if privacy == "plain":
+    if one_of(privacy, TIERS, "--privacy") == "plain":
         return None
     return load_key(data_dir, name) if name else default_key(data_dir)
 
@@ -38,11 +37,8 @@ def root_key(privacy: str, name: str | None, data_dir: Path) -> RootKey | None:
 def check_dtype(dtype: str) -> str:
     """Raises InputError for a precision that is not deployed."""
     from client.metalearning.deployment import PRECISIONS
-    from protocol.errors import InputError
 
-    if dtype not in PRECISIONS:
-        raise InputError(f"unknown --dtype {dtype!r}: use one of {', '.join(PRECISIONS)}")
-    return dtype
+    return one_of(dtype, PRECISIONS, "--dtype")
 
 
 def describe_placement(placement: Placement, view: SwarmView) -> list[str]:

@@ -15,6 +15,7 @@ from sotto.commands.common import (
     Json,
     bootstrap_addrs,
     errors,
+    one_of,
     print_json,
     progress_bar,
     run_async,
@@ -79,18 +80,15 @@ def place(
         from node.client import ClientOptions
         from node.paths import data_dir as folder
         from node.survey import this_machine
-        from protocol.errors import InputError
         from sotto.commands.models import check_dtype, open_model
 
-        known = {name: name for name in OBJECTIVES}
-        if objective not in known:
-            raise InputError(f"unknown --objective {objective!r}: use one of {', '.join(OBJECTIVES)}")
+        wanted = one_of(objective, OBJECTIVES, "--objective")
         checkpoint = open_model(model)
         needs = ModelNeeds.of_configs(checkpoint.config.blocks, check_dtype(dtype), kv_tokens)
-        streams = concurrency or (STREAMS if objective == "throughput" else 1)
+        streams = concurrency or (STREAMS if wanted == "throughput" else 1)
         client = ClientOptions(folder(data_dir), bootstrap_addrs(bootstrap), chooses=False)
         machine = this_machine(checkpoint.config, needs, streams)
-        options = PlaceOptions(known[objective], streams, workers, client_s=machine.client_s)
+        options = PlaceOptions(wanted, streams, workers, client_s=machine.client_s)
         asked = _Asked(checkpoint, needs, machine, options, client, as_json)
         found = run_async(lambda: _deploy(asked) if measure else _look(asked))
         if as_json:

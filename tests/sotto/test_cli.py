@@ -139,6 +139,20 @@ def test_kv_room_can_be_leased_where_the_documents_say_so(name: str) -> None:
     assert any("--kv-tokens" in parameter.opts for parameter in command.params)
 
 
+def test_commands_share_the_options_of_requests_and_have_defaults_of_their_own() -> None:
+    def defaults(name: str) -> dict[str, object]:
+        params = get_command(app).commands[name].params  # type: ignore[attr-defined]
+        return {max(parameter.opts, key=len): parameter.default for parameter in params}
+
+    run, submit, chat = defaults("run"), defaults("submit"), defaults("chat")
+    assert run.keys() - submit.keys() == {"prompt", "--trace"}
+    assert submit.keys() - run.keys() == {"prompts", "--output", "--concurrency"}
+    assert run.keys() - chat.keys() == {"prompt", "--trace", "--kv-tokens"}
+    assert chat.keys() - run.keys() == {"--system", "--context"}
+    assert {name for name in run.keys() & submit.keys() if run[name] != submit[name]} == {"--objective"}
+    assert {name for name in run.keys() & chat.keys() if run[name] != chat[name]} == {"--max-new-tokens"}
+
+
 def test_help_loads_no_torch_and_import_loads_no_key_code() -> None:
     code = "import sys, sotto, sotto.__main__; print([m for m in sys.modules if m in ('torch', 'trio', 'equivariant')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

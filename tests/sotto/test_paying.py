@@ -11,27 +11,26 @@ from typer.testing import CliRunner
 from client.metalearning.price import Money
 from node.chat import OVER_BUDGET
 from node.history import History
-from node.model import Ask
 from node.paths import history_file
 from protocol.errors import InputError
 from protocol.strategy import DEFAULT, Auto, parse
 from simnet.cluster import Cluster
 from sotto.__main__ import app
-from sotto.commands.asked import paid, strategy_of
+from sotto.commands.request_options import RequestOptions
 from tests.helpers.tiny_models import make_checkpoint
 
 
 def test_a_price_and_an_objective_are_the_requests() -> None:
-    ask = paid(Ask(), "cost", 0.4, 0.02)
+    ask = RequestOptions(objective="cost", price_per_hour=0.4, budget=0.02).ask(Auto())
     assert (ask.objective, ask.money) == ("cost", Money(0.4, 0.02))
-    assert paid(Ask(), "latency", None, None).money is None
-    assert paid(Ask(strategy=DEFAULT), "latency", 0.4, None).money == Money(0.4)
+    assert RequestOptions().ask(Auto()).money is None
+    assert RequestOptions(price_per_hour=0.4).ask(DEFAULT).money == Money(0.4)
     with pytest.raises(InputError, match="--strategy auto"):
-        paid(Ask(strategy=DEFAULT), "latency", 0.4, 0.02)
+        RequestOptions(price_per_hour=0.4, budget=0.02).ask(DEFAULT)
     with pytest.raises(InputError, match="--objective 'speed'"):
-        paid(Ask(), "speed", None, None)
+        RequestOptions(objective="speed").ask(Auto())
     with pytest.raises(InputError, match="--price-per-hour"):
-        paid(Ask(), "latency", None, 1.0)
+        RequestOptions(budget=1.0).ask(Auto())
 
 
 @pytest.mark.parametrize(
@@ -49,29 +48,30 @@ def test_a_price_and_an_objective_are_the_requests() -> None:
 def test_weights_are_chosen_only_where_loss_is_allowed_and_none_are_named(
     text: str, dtype: str | None, weights: str | None
 ) -> None:
-    chosen, found = strategy_of(text, dtype, None, None, exact=False)
+    chosen, found = RequestOptions(strategy=text, dtype=dtype).strategy_and_weights()
     assert found == weights
     assert isinstance(chosen, Auto) == text.startswith("auto")
 
 
 def test_who_wants_it_exact_has_no_weights_chosen_that_lose() -> None:
-    assert strategy_of("auto,lossy", None, None, None, exact=True)[1] == "float32"
+    assert RequestOptions(strategy="auto,lossy", exact=True).strategy_and_weights()[1] == "float32"
     with pytest.raises(InputError, match="--exact"):
-        strategy_of("weights=int8", None, None, None, exact=True)
+        RequestOptions(strategy="weights=int8", exact=True).strategy_and_weights()
 
 
 def test_a_draft_model_and_precisions_that_contradict_each_other() -> None:
-    chosen, weights = strategy_of(None, None, "draft", None, exact=False)
-    assert (weights, chosen) == ("float32", strategy_of("speculation=draft", None, "draft", None, exact=False)[0])
-    assert strategy_of(None, None, None, None, exact=False) == (Auto(), "float32")
+    chosen, weights = RequestOptions(draft="draft").strategy_and_weights()
+    named = RequestOptions(strategy="speculation=draft", draft="draft")
+    assert (chosen, weights) == named.strategy_and_weights() == (chosen, "float32")
+    assert RequestOptions().strategy_and_weights() == (Auto(), "float32")
     for text in ("auto", "auto,lossy"):
         with pytest.raises(InputError, match=f"what {text} chooses from"):
-            strategy_of(text, None, "draft", None, exact=False)
+            RequestOptions(strategy=text, draft="draft").strategy_and_weights()
     with pytest.raises(InputError, match="without --draft"):
-        paid(Ask(strategy=chosen), "latency", 1.0, 0.5)
+        RequestOptions(price_per_hour=1.0, budget=0.5).ask(chosen)
     for dtype in ("bfloat16", "float32"):
         with pytest.raises(InputError, match=f"--dtype {dtype} and weights=int8 contradict"):
-            strategy_of("weights=int8", dtype, None, None, exact=False)
+            RequestOptions(strategy="weights=int8", dtype=dtype).strategy_and_weights()
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,14 @@ def test_a_draft_model_and_precisions_that_contradict_each_other() -> None:
     ],
 )
 def test_deterministic_is_short_for_a_part_of_a_strategy(text: str | None, draft: str | None, same: str) -> None:
-    assert strategy_of(text, None, draft, None, False, deterministic=True)[0] == parse(same)
+    options = RequestOptions(strategy=text, draft=draft, deterministic=True)
+    assert options.strategy_and_weights()[0] == parse(same)
 
 
 @pytest.mark.parametrize("text", ["auto", "auto,lossy", "deterministic=false", "micro_batches=2"])
 def test_what_contradicts_deterministic_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="deterministic"):
-        strategy_of(text, None, None, None, False, deterministic=True)
+        RequestOptions(strategy=text, deterministic=True).strategy_and_weights()
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_what_contradicts_deterministic_is_refused(text: str) -> None:
 )
 def test_what_no_route_can_help_is_refused_at_once(text: str, exact: bool, reason: str) -> None:
     with pytest.raises(InputError, match=reason):
-        strategy_of(text, None, None, None, exact=exact)
+        RequestOptions(strategy=text, exact=exact).strategy_and_weights()
 
 
 def test_weights_are_chosen_before_the_deployment_and_a_budget_is_kept_in_mind(swarm: Cluster, tmp_path: Path) -> None:
