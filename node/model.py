@@ -69,7 +69,8 @@ class Ask:
     this request, the rate of all that run beside it, or the price. `money`: what workers cost, and the answer may.
     `concurrency`: requests that the caller keeps under way, this one included. `recover`: when workers are lost, go on
     over others, which may take as long as a deployment; else that is an error, at once. `trace`: keep account of where
-    the time goes. `choose`: how a token is chosen; benchmarks dictate answers."""
+    the time goes. `choose`: how a token is chosen; benchmarks dictate answers. `notice` is told, in a sentence, why the
+    request waits or begins anew; in a chat the chat's is."""
 
     max_new_tokens: int = 64
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -83,6 +84,7 @@ class Ask:
     money: Money | None = None
     concurrency: int = 1
     choose: Choose = sample
+    notice: Callable[[str], None] = lambda _: None
 
 
 class Answer:
@@ -156,7 +158,7 @@ class DeployedModel:
         host = replace(host, started_at=started_at)
         trace = StepTrace() if ask.trace else None
         way = _Way(self, kv_tokens, strategy, trace, ask.recover)
-        kept = KeptSession(way.opened, KeptTerms(LOSSES_MAX if ask.recover else 0, refusals=False))
+        kept = KeptSession(way.opened, KeptTerms(LOSSES_MAX if ask.recover else 0, ask.notice, refusals=False))
         request = KeptRequest(kept, KeptAsk(ids, params, self.ends), host)
         stream = TextStream(request, self.tokenizer.stream(), ask.stop, params.stop_ids)
         report = partial(_report, trace, request, kept, way) if trace else None

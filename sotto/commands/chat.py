@@ -15,7 +15,7 @@ import typer
 
 from node.defaults import KV_TOKENS
 from sotto.commands.common import complaint, errors, print_json
-from sotto.commands.generation import deployed, result_json
+from sotto.commands.generation import deployed, result_json, tell
 from sotto.commands.request_options import RequestOptions
 from sotto.commands.signatures import with_options
 
@@ -63,7 +63,7 @@ def chat(
         portal = Portal(partial(deployed, replace(where, one_session=True)))
         ready = portal.open()
         try:
-            options = ChatOptions(system, asked.kv_tokens, lambda text: typer.echo(f"[{text}]", err=True))
+            options = ChatOptions(system, asked.kv_tokens, tell)
             with Chat(portal, AsyncChat(portal.call(open_chat, ready, options))) as talk:
                 for text in _lines():
                     if text == "/reset":

@@ -53,6 +53,8 @@ def run(
         require_text(prompt)
         ask, where = asked.understood(quiet=as_json)
         ask = replace(ask, trace=trace)
+        if not as_json:
+            ask = replace(ask, notice=tell)
 
         async def work() -> tuple[GenerationResult, float, TraceReport | None, Decided]:
             async with deployed(where) as ready:
@@ -108,6 +110,16 @@ def submit(
             nonlocal dear
             dear += is_over_budget(decided) if dear or as_json else tell_over_budget(decided)
 
+        told = set[str]()
+
+        def once(text: str) -> None:
+            """Lines that wait for the same worker say the same."""
+            if text not in told:
+                told.add(text)
+                tell(text)
+
+        if not as_json:
+            ask = replace(ask, notice=once)
         ended: dict[str, Any] = {}
 
         async def work() -> None:
@@ -195,13 +207,18 @@ async def _weights(client: Client, checkpoint: Checkpoint, key: RootKey | None, 
     return verdict.weights
 
 
+def tell(notice: str) -> None:
+    """A line for people about what is under way."""
+    typer.echo(f"[{notice}]", err=True)
+
+
 def tell_over_budget(decided: Decided) -> bool:
     """A line for people when no strategy is expected to stay within the budget; whether that is so."""
     from node.chat import OVER_BUDGET
 
     over = is_over_budget(decided)
     if over:
-        typer.echo(f"[{OVER_BUDGET}]", err=True)
+        tell(OVER_BUDGET)
     return over
 
 

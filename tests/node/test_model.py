@@ -12,7 +12,7 @@ import trio
 
 from client.chat import ChatPrompt
 from client.generate import GenerationHost
-from client.kept import Opened, OpenedSession, Opening
+from client.kept import KeptTerms, Opened, OpenedSession, Opening
 from client.session import SessionTerms
 from models.chat_template import ChatTemplate
 from models.checkpoint import Checkpoint
@@ -174,6 +174,24 @@ def test_loading_a_draft_model_is_part_of_what_a_user_waits_for(monkeypatch: pyt
     monkeypatch.setattr("node.model.KeptRequest", asked)
     monkeypatch.setattr("node.chat.KeptRequest", asked)
     run(main, seed=0)
+
+
+def kept(_opener: object, terms: KeptTerms) -> None:
+    raise Asked(terms.notice)
+
+
+def test_who_asks_is_told_why_a_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = list[str]()
+
+    async def main() -> None:
+        with pytest.raises(Asked) as made:
+            async with model()._answer([1], Ask(notice=heard.append)):
+                pass
+        made.value.args[0]("a worker is busy")
+
+    monkeypatch.setattr("node.model.KeptSession", kept)
+    run(main, seed=0)
+    assert heard == ["a worker is busy"]
 
 
 def test_a_session_over_a_route_that_was_found_anew_serves_the_next_turn() -> None:

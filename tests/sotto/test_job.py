@@ -36,7 +36,8 @@ class Echo:
     """A model that answers a prompt with itself, and a client that has nothing to deploy."""
 
     @asynccontextmanager
-    async def ask(self, prompt: str, _: Ask) -> AsyncGenerator[Any, None]:
+    async def ask(self, prompt: str, ask: Ask) -> AsyncGenerator[Any, None]:
+        ask.notice("a worker is busy")
         if not prompt:
             raise InputError("an empty prompt")
         if prompt == "lost":
@@ -173,6 +174,12 @@ def test_a_job_that_ends_early_keeps_what_was_answered(how: str, says: str, subm
     rest = [line for line in answers if "error" in line][2:]
     assert submit(rest, tmp_path / "rest").exit_code == 0
     assert [(line["text"], "error" in line) for line in read(tmp_path / "rest")] == [("b", False)]
+
+
+def test_that_a_worker_is_busy_is_said_once(submit: Any, tmp_path: Path) -> None:
+    lines, out = [{"prompt": "a"}, {"prompt": "b"}], tmp_path / "out"
+    assert submit(lines, out).stderr.count("[a worker is busy]") == 1
+    assert "busy" not in submit(lines, out, "--json").stderr
 
 
 def test_where_answers_cannot_be_written_is_known_before_anything_starts(submit: Any, tmp_path: Path) -> None:
