@@ -176,6 +176,33 @@ async def serving(endpoint: Endpoint, protocol: str) -> AsyncIterator[trio.Memor
         done.set()
 
 
+class CancelAtStep(trio.abc.Instrument):
+    """Cancels `scope` at the n-th step of any task: also those that work for the one that waits."""
+
+    def __init__(self, scope: trio.CancelScope, n: int) -> None:
+        self.scope, self.left = scope, n
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self.scope.cancel()
+
+
+async def at_every_step(stride: int, operation: Callable[[], Awaitable[None]]) -> int:
+    """Run `operation()` again and again, cancelled `stride` steps later each time, until it ends by itself."""
+    for cancelled, n in enumerate(range(1, 100_000, stride)):
+        with trio.CancelScope() as scope:
+            instrument = CancelAtStep(scope, n)
+            trio.lowlevel.add_instrument(instrument)
+            try:
+                await operation()
+            finally:
+                trio.lowlevel.remove_instrument(instrument)
+        if not scope.cancelled_caught:
+            return cancelled
+    raise AssertionError("the operation never ends")
+
+
 async def receive_exactly(stream: Any, size: int) -> bytes:
     parts = bytearray()
     while len(parts) < size:

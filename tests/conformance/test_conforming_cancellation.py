@@ -5,34 +5,7 @@ from __future__ import annotations
 import trio
 import trio.testing
 
-from tests.conformance.adapters import ECHO, RAW, echo, receive_exactly, run_with, serving, until
-
-
-class CancelAtStep(trio.abc.Instrument):
-    """Cancels `scope` at the n-th step of any task: also those that work for the one that waits."""
-
-    def __init__(self, scope, n):
-        self.scope, self.left = scope, n
-
-    def before_task_step(self, task):
-        self.left -= 1
-        if self.left == 0:
-            self.scope.cancel()
-
-
-async def at_every_step(stride, operation):
-    """Run `operation()` again and again, cancelled `stride` steps later each time, until it ends by itself."""
-    for cancelled, n in enumerate(range(1, 100_000, stride)):
-        with trio.CancelScope() as scope:
-            instrument = CancelAtStep(scope, n)
-            trio.lowlevel.add_instrument(instrument)
-            try:
-                await operation()
-            finally:
-                trio.lowlevel.remove_instrument(instrument)
-        if not scope.cancelled_caught:
-            return cancelled
-    raise AssertionError("the operation never ends")
+from tests.conformance.adapters import ECHO, RAW, at_every_step, echo, receive_exactly, run_with, serving, until
 
 
 def open_streams(endpoint):

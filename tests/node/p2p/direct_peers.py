@@ -11,30 +11,21 @@ from libp2p.security.noise.patterns import PatternXX
 import node.p2p.direct as direct
 from node.p2p.direct_stream import DirectStream
 from node.p2p.doorway import Doorway
-from node.p2p.mesh import MeshConfig, open_mesh
+from node.p2p.mesh import MeshConfig
 from node.p2p.records import MAGIC
 from node.p2p.shunned import Shunned
 from node.p2p.tcp import TcpStream
 from protocol.errors import TransportError
-from tests.conformance.adapters import echo, receive_exactly, seed_of
-
-ECHO, RAW = "/test/echo/1", "/test/raw/1"
-GUARD_S = 20.0
+from tests.conformance.adapters import ECHO, RAW, receive_exactly, seed_of
+from tests.node.p2p.meshes import echoing, guarded
 
 
 def config(name):
     return MeshConfig(seed_of(name), direct=(ECHO, RAW))
 
 
-def run(body, *names):
-    async def guarded():
-        with trio.fail_after(GUARD_S):
-            async with open_mesh(config("a")) as a, open_mesh(config("b")) as b:
-                a.handle(ECHO, echo)
-                b.handle(ECHO, echo)
-                await body(a, b)
-
-    trio.run(guarded)
+def run(body):
+    guarded(body, echoing(config("a")), echoing(config("b")))
 
 
 async def works(a, b, kind=DirectStream):

@@ -14,9 +14,8 @@ from libp2p.peer.id import ID
 from node.p2p.mesh import MeshConfig, open_mesh
 from node.p2p.reaching import Reaching, ReachOptions
 from protocol.ids import PeerId
-from tests.conformance.adapters import echo, receive_exactly, seed_of, until
+from tests.conformance.adapters import ECHO, echo, receive_exactly, seed_of, until
 
-ECHO = "/test/echo/1"
 WAIT_S = 20.0
 
 

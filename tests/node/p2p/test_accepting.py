@@ -18,6 +18,7 @@ from node.p2p.accepting import MULTISTREAM, Acceptor
 from node.p2p.doorway import Doorway
 from node.p2p.records import MAGIC
 from tests.conformance.adapters import until
+from tests.node.p2p.meshes import guarded
 
 GUARD_S = 10.0
 
@@ -52,12 +53,7 @@ async def door():
 
 
 def run(body):
-    async def guarded():
-        with trio.fail_after(GUARD_S):
-            async with door() as at:
-                await body(at)
-
-    trio.run(guarded)
+    guarded(body, door(), guard_s=GUARD_S)
 
 
 def test_the_silent_have_no_tasks_and_go_with_the_node():

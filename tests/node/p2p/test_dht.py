@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from contextlib import AsyncExitStack, suppress
+from contextlib import asynccontextmanager, suppress
 from itertools import pairwise
 
 import pytest
@@ -26,21 +26,21 @@ from protocol.limits import ADDRS_MAX
 from tests.conformance.adapters import full_addr, seed_of, until
 from tests.fuzz.scripts import Script
 from tests.helpers.adverts import peer as person
+from tests.node.p2p.meshes import guarded
 
 KEY = shard_key(ShardDigest(b"d" * 32))
 GUARD_S = 30.0
 
 
-def run(body, *names):
-    async def guarded():
-        async with AsyncExitStack() as stack:
-            nodes = [await stack.enter_async_context(open_mesh(MeshConfig(seed_of(name)))) for name in names]
-            for each in nodes:
-                each.directory.serve()
-            with trio.fail_after(GUARD_S):
-                await body(*nodes)
+@asynccontextmanager
+async def serving_node(name):
+    async with open_mesh(MeshConfig(seed_of(name))) as mesh:
+        mesh.directory.serve()
+        yield mesh
 
-    trio.run(guarded)
+
+def run(body, *names):
+    guarded(body, *map(serving_node, names), guard_s=GUARD_S)
 
 
 def found(providers):

@@ -25,9 +25,18 @@ from node.p2p.relay import HOP, Relay
 from node.p2p.streams import MeshStream
 from protocol.errors import LocalProtocolError, Refused, TransportError
 from protocol.ids import PeerId
-from tests.conformance.adapters import absent_peer, echo, receive_exactly, seed_of, serving, until
-from tests.conformance.test_conforming_cancellation import at_every_step
-from tests.node.p2p.direct_peers import ECHO, RAW, config, connect, receive_until_error, rogue, run, works
+from tests.conformance.adapters import (
+    ECHO,
+    RAW,
+    absent_peer,
+    at_every_step,
+    echo,
+    receive_exactly,
+    seed_of,
+    serving,
+    until,
+)
+from tests.node.p2p.direct_peers import config, connect, receive_until_error, rogue, run, works
 from tests.node.p2p.stock import stock_host
 
 # Before the handshake

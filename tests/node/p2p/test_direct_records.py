@@ -16,8 +16,8 @@ from node.p2p.direct_stream import DirectStream
 from node.p2p.records import RECEIVE_BYTES_MAX, RECORD_BYTES, RECORDS_PER_TURN, UNREAD_BYTES_MAX, Inbox, Kind, seal
 from protocol.errors import TransportError
 from protocol.ids import PeerId
-from tests.conformance.adapters import receive_exactly, serving, until
-from tests.node.p2p.direct_peers import ECHO, RAW, receive_until_error, rogue, run, send_raw, works
+from tests.conformance.adapters import ECHO, RAW, receive_exactly, serving, until
+from tests.node.p2p.direct_peers import receive_until_error, rogue, run, send_raw, works
 
 # Records
 

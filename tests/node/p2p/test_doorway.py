@@ -11,12 +11,7 @@ from node.p2p.doorway import Doorway, source_of
 from node.p2p.racing import race
 from protocol.errors import TransportError
 from simnet import runtime
-
-
-def comer(door, address, gone):
-    visit = door.enter(address)
-    visit.evict = lambda: gone.append(visit)
-    return visit
+from tests.node.p2p.visits import comer
 
 
 def test_the_one_that_waited_longest_at_its_address_goes(monkeypatch):

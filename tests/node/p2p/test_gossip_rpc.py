@@ -15,7 +15,7 @@ from node.p2p.gossip_rpc import ENTRIES_MAX, IDS_MAX, IDS_PER_UNIT, TOPIC_CHARS_
 from protocol.errors import TransportError
 from protocol.limits import GOSSIP_BYTES_MAX
 from tests.conformance.adapters import full_addr, until
-from tests.node.p2p.test_hardening import TOPIC, run, still_works
+from tests.node.p2p.meshes import TOPIC, still_works, two_meshes
 
 AUTHOR = b"\x00\x24\x08\x01\x12\x20" + bytes(32)
 KEY = AUTHOR[2:]
@@ -150,7 +150,7 @@ def test_a_flood_of_entries_costs_the_stream_and_leaves_nothing():
         assert set(a._pubsub.router.graft_flood_tracking[b._host.get_id()]) <= {TOPIC}
         assert a._pubsub.router.ihave_message_limits.keys() <= {b._host.get_id()}
 
-    run(body)
+    two_meshes(body)
 
 
 def test_who_asks_for_too_much_is_read_slowly(monkeypatch):
@@ -165,7 +165,7 @@ def test_who_asks_for_too_much_is_read_slowly(monkeypatch):
         assert limit.cancelled_caught
         assert a._pubsub._asking[b._host.get_id()].left < 1
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_neighbour_has_few_streams():
@@ -178,4 +178,4 @@ def test_a_neighbour_has_few_streams():
         assert len(streams) <= STREAMS_PER_NEIGHBOUR + 1
         assert a._pubsub._reading[b._host.get_id()] <= STREAMS_PER_NEIGHBOUR
 
-    run(body)
+    two_meshes(body)

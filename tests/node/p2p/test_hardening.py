@@ -26,36 +26,9 @@ from node.p2p.mesh import MeshConfig, open_mesh
 from node.p2p.tcp import TcpStream
 from protocol.errors import InputError, TransportError
 from protocol.ids import PeerId
-from tests.conformance.adapters import echo, full_addr, gossip_line, receive_exactly, seed_of, serving, until
+from tests.conformance.adapters import ECHO, RAW, full_addr, gossip_line, receive_exactly, seed_of, serving, until
+from tests.node.p2p.meshes import TOPIC, still_works, two_meshes
 from tests.node.p2p.stock import dial, stock_host, stream_to
-
-ECHO, RAW, TOPIC = "/test/echo/1", "/test/raw/1", "/test/topic/1"
-GUARD_S = 20.0
-
-
-def run(body):
-    async def guarded():
-        with trio.fail_after(GUARD_S):
-            async with open_mesh(MeshConfig(seed_of("a"))) as a, open_mesh(MeshConfig(seed_of("b"))) as b:
-                a.handle(ECHO, echo)
-                b.handle(ECHO, echo)
-                await body(a, b)
-
-    trio.run(guarded)
-
-
-async def still_works(a, b):
-    """Streams and gossip between two honest nodes."""
-    stream = await b.open(a.peer, a.addrs, ECHO)
-    await stream.send(b"alive")
-    assert await receive_exactly(stream, 5) == b"alive"
-    await stream.aclose()
-    if TOPIC not in a._topics:
-        a_messages = await a.subscribe(TOPIC, lambda message: True)
-        await b.subscribe(TOPIC, lambda message: True)
-        await gossip_line(TOPIC, b, a)
-        await b.publish(TOPIC, b"alive")
-        assert (await a_messages.receive()).data == b"alive"
 
 
 def rpc_with(message):
@@ -104,7 +77,7 @@ def test_malformed_gossip_does_not_end_the_node():
         while (await messages.receive()).data != b"and later":
             pass
 
-    run(body)
+    two_meshes(body)
 
 
 @pytest.mark.parametrize(("pushed_out", "served"), [(1, True), (2, False)])
@@ -127,7 +100,7 @@ def test_a_newcomer_that_a_crowd_pushed_out_comes_once_more(monkeypatch, pushed_
                 await b.open(a.peer, a.addrs, ECHO)
         assert opens.count(ECHO) == 2
 
-    run(body)
+    two_meshes(body)
 
 
 def test_an_exception_in_a_handler_of_the_library_costs_its_stream():
@@ -140,7 +113,7 @@ def test_an_exception_in_a_handler_of_the_library_costs_its_stream():
             await (await b.open(a.peer, a.addrs, RAW)).receive(1)
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_peer_that_ignores_the_window_loses_its_connection():
@@ -162,7 +135,7 @@ def test_a_peer_that_ignores_the_window_loses_its_connection():
                 await victim.receive(1 << 20)
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_stock_libp2p_interoperates():
@@ -191,7 +164,7 @@ def test_stock_libp2p_interoperates():
             assert await receive_exactly(back, 7) == b"2097152"
             assert await back.receive(1) == b""
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_peer_that_is_no_ed25519_key_is_not_let_in():
@@ -204,7 +177,7 @@ def test_a_peer_that_is_no_ed25519_key_is_not_let_in():
             await until(lambda: a.connected() == ())
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_port_in_use_is_an_input_error_that_names_it():
@@ -219,7 +192,7 @@ def test_a_port_in_use_is_an_input_error_that_names_it():
                 async with open_mesh(MeshConfig(seed_of("c"), (f"/ip4/127.0.0.1/tcp/{port}",))):
                     pass
 
-    run(body)
+    two_meshes(body)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +275,7 @@ def test_a_connection_that_ended_gives_its_slot_back():
                 await c.connect(full_addr(a))
         await until(lambda: a._host.swarm._inbound_limiter.borrowed_tokens == 0)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_noise_on_the_port_disturbs_nobody(monkeypatch):
@@ -321,7 +294,7 @@ def test_noise_on_the_port_disturbs_nobody(monkeypatch):
             with pytest.raises(trio.BrokenResourceError):
                 await stream.receive_some(4096)
 
-    run(body)
+    two_meshes(body)
 
 
 CHILD = """
@@ -358,7 +331,7 @@ def test_a_dead_or_frozen_process_ends_its_streams(how, monkeypatch):
             await still_works(a, b)
 
         try:
-            run(body)
+            two_meshes(body)
         finally:
             child.kill()
 
@@ -376,7 +349,7 @@ def test_one_neighbour_cannot_flood(monkeypatch):
             await trio.sleep_forever()
         assert 3 <= len(messages._messages) <= 3 + 20 * 0.6 + 1
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_message_of_several_topics_is_dropped():
@@ -390,7 +363,7 @@ def test_a_message_of_several_topics_is_dropped():
         await b.publish(TOPIC, b"once")
         assert (await messages.receive()).data == b"once"
 
-    run(body)
+    two_meshes(body)
 
 
 def test_gossip_keeps_no_record_of_each_message():
@@ -400,7 +373,7 @@ def test_gossip_keeps_no_record_of_each_message():
             await b.publish(TOPIC, bytes([number]))
         assert not b._pubsub.router.recent_message_deliveries
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_stream_reads_what_the_kernel_has_at_once():

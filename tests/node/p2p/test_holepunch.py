@@ -17,10 +17,10 @@ from node.p2p.delimited import Delimited
 from node.p2p.holepunch import DCUTR, PUNCHES_MAX, HolePunching
 from node.p2p.mesh import MeshConfig, open_mesh
 from protocol.errors import TransportError
-from tests.conformance.adapters import echo, full_addr, receive_exactly, seed_of, until
+from tests.conformance.adapters import ECHO, echo, full_addr, receive_exactly, seed_of, until
 from tests.helpers.adverts import peer
 from tests.helpers.home_networks import CORE_IP, homes, inside, permitted, router_ip
-from tests.node.p2p.test_relay import ECHO, run
+from tests.node.p2p.relayed import run
 
 NODE = (sys.executable, "-m", "tests.node.p2p.punch_node")
 

@@ -31,8 +31,8 @@ from protocol.errors import TransportError
 from protocol.ids import PeerId
 from simnet import runtime
 from tests.conformance.adapters import full_addr, seed_of, until
+from tests.node.p2p.meshes import TOPIC, still_works, two_meshes
 from tests.node.p2p.stock import dial, stock_host, stream_to
-from tests.node.p2p.test_hardening import TOPIC, run, still_works
 
 
 class EndedAtBirth(Yamux):
@@ -55,7 +55,7 @@ def test_a_connection_that_ended_at_its_birth_is_not_kept():
         assert a._host.swarm.connections == {}
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 def gossip_streams(monkeypatch, mesh, before):
@@ -91,7 +91,7 @@ def test_a_neighbour_with_two_connections_gets_one_gossip_stream(monkeypatch):
         await until(lambda: not a._pubsub._greeting)
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_neighbour_that_was_slow_to_negotiate_is_asked_again(monkeypatch):
@@ -110,7 +110,7 @@ def test_a_neighbour_that_was_slow_to_negotiate_is_asked_again(monkeypatch):
         await until(lambda: b._host.get_id() in a._pubsub.peers)
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_neighbour_that_speaks_no_gossipsub_is_asked_a_few_times(monkeypatch):
@@ -130,7 +130,7 @@ def test_a_neighbour_that_speaks_no_gossipsub_is_asked_a_few_times(monkeypatch):
         await a._pubsub._handle_new_peer_with_retry(b._host.get_id())
         assert len(asked) == 6
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_neighbour_that_has_left_is_not_asked_again(monkeypatch):
@@ -152,7 +152,7 @@ def test_a_neighbour_that_has_left_is_not_asked_again(monkeypatch):
         await trio.sleep(0.5)
         assert len(asked) == 1
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_peer_that_has_left_is_not_dialled_where_it_said():
@@ -173,7 +173,7 @@ def test_a_peer_that_has_left_is_not_dialled_where_it_said():
                 pytest.fail("it was dialled")
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 def names(thing, peer):
@@ -202,7 +202,7 @@ def test_nothing_is_kept_of_a_neighbour_that_took_no_stream_from_here():
         assert not [name for name, kept in (vars(router) | vars(router.scorer)).items() if names(kept, peer)]
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 class Comer:
@@ -303,4 +303,4 @@ def test_a_newcomer_without_a_place_is_refused_and_can_be_dialled(monkeypatch):
             await a.connect(full_addr(c))
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)

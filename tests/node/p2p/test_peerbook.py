@@ -13,7 +13,7 @@ from multiaddr import Multiaddr
 from node.p2p.peerbook import ADDRS_MAX, IDENTIFY_BYTES_MAX, PEERS_FORGOTTEN, PROTOCOLS_MAX, PeerBook
 from protocol.errors import TransportError
 from tests.conformance.adapters import full_addr, until
-from tests.node.p2p.test_hardening import run, still_works
+from tests.node.p2p.meshes import still_works, two_meshes
 
 PUSH = "/ipfs/id/push/1.0.0"
 
@@ -62,7 +62,7 @@ def test_gossip_outlives_a_crowd():
             a._host.get_peerstore().add_addrs(ids(9)[i], addresses(1), 7200)
         await still_works(b, a)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_what_a_peer_pushes_about_itself_is_cut_to_size():
@@ -82,7 +82,7 @@ def test_what_a_peer_pushes_about_itself_is_cut_to_size():
         assert len(known[b._host.get_id()].addrs) == ADDRS_MAX
         assert known[b._host.get_id()].protocols == [f"/p/{i}" for i in range(PROTOCOLS_MAX)]
 
-    run(body)
+    two_meshes(body)
 
 
 def test_bytes_that_are_no_address_are_not_noted():
@@ -98,7 +98,7 @@ def test_bytes_that_are_no_address_are_not_noted():
         await until(lambda: "/p/new" in known[b._host.get_id()].protocols)
         assert a.known_addrs(b.peer) == ("/ip4/192.0.2.1/tcp/1",)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_a_push_that_is_too_long_costs_its_stream():
@@ -110,7 +110,7 @@ def test_a_push_that_is_too_long_costs_its_stream():
             await stream.receive(1)
         await still_works(a, b)
 
-    run(body)
+    two_meshes(body)
 
 
 def test_publishing_is_best_effort(monkeypatch):
@@ -122,4 +122,4 @@ def test_publishing_is_best_effort(monkeypatch):
         await a.publish("/test/topic/1", b"lost")
         await trio.lowlevel.checkpoint()
 
-    run(body)
+    two_meshes(body)

@@ -23,10 +23,8 @@ from node.p2p.reaching import Reaching, ReachOptions
 from protocol.errors import TransportError
 from protocol.ids import peer_id_of
 from simnet import runtime
-from tests.conformance.adapters import echo, full_addr, receive_exactly, seed_of, until
-
-ECHO = "/test/echo/1"
-GUARD_S = 20.0
+from tests.conformance.adapters import ECHO, echo, full_addr, receive_exactly, seed_of, until
+from tests.node.p2p.meshes import guarded
 
 
 @asynccontextmanager
@@ -41,13 +39,8 @@ async def node_of(name, listen=True, options=None):
         nursery.cancel_scope.cancel()
 
 
-def run(body, *names):
-    async def guarded():
-        with trio.fail_after(GUARD_S):
-            async with node_of("first") as first:
-                await body(first)
-
-    trio.run(guarded)
+def run(body):
+    guarded(body, node_of("first"))
 
 
 def hides(mesh):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, suppress
 from functools import partial
-from typing import Any
 
 import pytest
 import trio
@@ -18,53 +16,11 @@ import node.p2p.yamux
 from node.p2p.circuit import Circuits
 from node.p2p.delimited import Delimited, _varint
 from node.p2p.mesh import MeshConfig, open_mesh
-from node.p2p.relay import HOP, STOP, Relay
+from node.p2p.relay import HOP, STOP
 from protocol.errors import TransportError
-from tests.conformance.adapters import absent_peer, echo, full_addr, receive_exactly, seed_of, serving, until
+from tests.conformance.adapters import ECHO, RAW, absent_peer, echo, full_addr, receive_exactly, seed_of, serving, until
 from tests.fuzz.scripts import Script
-
-ECHO, RAW = "/test/echo/1", "/test/raw/1"
-GUARD_S = 20.0
-
-
-@dataclass
-class World:
-    """`hidden` listens nowhere and reserved at `middle`; `near` knows only the circuit."""
-
-    middle: Any
-    relay: Relay
-    hidden: Any
-    near: Any
-    circuits: tuple[str, ...]
-    stack: AsyncExitStack
-
-    async def stranger(self, name):
-        return await self.stack.enter_async_context(open_mesh(MeshConfig(seed_of(name), ())))
-
-
-@asynccontextmanager
-async def world():
-    async with AsyncExitStack() as stack:
-        middle = await stack.enter_async_context(open_mesh(MeshConfig(seed_of("middle"))))
-        hidden, near = [
-            await stack.enter_async_context(open_mesh(MeshConfig(seed_of(name), ()))) for name in ("hidden", "near")
-        ]
-        relay = Relay(middle, middle.host)
-        relay.serve()
-        hidden.circuits.serve()
-        hidden.handle(ECHO, echo)
-        await hidden.connect(full_addr(middle))
-        reservation = await hidden.circuits.reserve(middle.peer, ())
-        yield World(middle, relay, hidden, near, reservation.circuits, stack)
-
-
-def run(body):
-    async def guarded():
-        with trio.fail_after(GUARD_S):
-            async with world() as there:
-                await body(there)
-
-    trio.run(guarded)
+from tests.node.p2p.relayed import run
 
 
 def hop(kind, target=None):

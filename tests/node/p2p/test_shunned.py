@@ -13,7 +13,7 @@ from node.p2p.shunned import Shunned
 from protocol.errors import TransportError
 from protocol.ids import PeerId
 from simnet import runtime
-from tests.node.p2p.test_doorway import comer
+from tests.node.p2p.visits import comer
 
 A, B = PeerId("a"), PeerId("b")
 BAD, GOOD = "192.0.2.1", "192.0.2.2"
