@@ -16,8 +16,8 @@ from client.session import SessionTerms
 from protocol.errors import RemoteProtocolError
 from simnet.compute import CostModel, ToyCompute
 from simnet.runtime import SeededEntropy, VirtualClock
-from tests.client.test_kept import OTHER, PEER, PROMPT, Opener, Session, alone, ids, preempted, request, virtual
 from tests.helpers.fake_hop import activations
+from tests.helpers.kept import OTHER, PEER, PROMPT, Opener, Session, alone, ids, preempted, request, virtual
 from tests.helpers.workers import DEPLOYMENT, WIDTH, Swarm, in_swarm
 from worker.config import Quotas
 

@@ -11,7 +11,7 @@ from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms
 from client.observer import NullObserver
 from protocol.errors import SottoError
 from simnet.runtime import VirtualClock
-from tests.client.test_kept import ENDS, PROMPT, Opener, Session, ids, params, virtual
+from tests.helpers.kept import ENDS, PROMPT, Opener, Session, ids, params, virtual
 
 
 class Notes(NullObserver):

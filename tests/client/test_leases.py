@@ -30,7 +30,7 @@ from protocol.messages import (
     SpanReleased,
 )
 from simnet.runtime import run
-from tests.client.test_deploy import MANIFEST
+from tests.helpers.client_shards import MANIFEST
 from tests.helpers.fake_depot import FakeDepot
 from tests.helpers.fake_hop import DEPLOYMENT, FakeSwarm, fake_swarm
 

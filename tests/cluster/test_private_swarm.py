@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from node.app_client import observe
 from node.client import ClientOptions
@@ -27,10 +27,10 @@ from protocol.messages import CONTROL, LINK, SESSION, SHARD, Ping
 from protocol.ports import GossipMessage
 from protocol.signed import Identity, Signed
 from simnet.checks.daemons import Daemon
-from sotto.__main__ import app
+from tests.helpers.commands import sotto
 from tests.helpers.daemons import HEARD, LISTEN, daemon
+from tests.helpers.multicast import needs_multicast
 from tests.helpers.tiny_models import make_checkpoint
-from tests.node.test_lan import needs_multicast
 
 STRANGER = Identity(b"\x21" * 32)
 
@@ -41,12 +41,6 @@ class Net:
     first: Daemon
     second: Daemon
     invite: str
-
-
-def sotto(folder: Path, *words: str, **env: str) -> Result:
-    """A command in this process: it loads torch once."""
-    folders = {"XDG_DATA_HOME": str(folder / "data"), "XDG_STATE_HOME": str(folder / "state")}
-    return CliRunner().invoke(app, list(words), env={**folders, **env})
 
 
 def peers_seen(done: Result) -> set[str]:

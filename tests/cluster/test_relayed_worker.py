@@ -27,7 +27,7 @@ from protocol.messages import SHARD
 from protocol.swarm import SwarmView
 from simnet.checks.daemons import Daemon
 from simnet.cluster import Cluster, WorkerSpec, running
-from tests.cluster.test_private_swarm import sotto
+from tests.helpers.commands import sotto
 from tests.helpers.daemons import HIDDEN, daemon
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint

@@ -7,21 +7,11 @@ from dataclasses import replace
 
 import trio
 
-from protocol.capabilities import Capability, Right, issue_capability, rights_of
 from protocol.channel import Channel
 from protocol.ids import PeerId
 from protocol.limits import PIECE_BYTES
-from protocol.messages import (
-    LoadSpan,
-    Message,
-    Refusal,
-    ShardProgress,
-    Source,
-    SpanLeased,
-    SpanLoaded,
-)
+from protocol.messages import LoadSpan, Message, ShardProgress, Source, SpanLeased, SpanLoaded
 from simnet.links import LinkOptions
-from simnet.runtime import VirtualClock
 from tests.helpers.workers import CONFIG, DEPLOYMENT, SALT, HandClient, Swarm, Worker, in_swarm, lease_of, make_manifest
 
 BIG = replace(CONFIG, hidden_size=512, intermediate_size=1400)  # shards of nine pieces
@@ -32,11 +22,6 @@ LAN = LinkOptions(delay_s=0.001, bytes_per_s=50 * PIECE_BYTES)
 
 def in_big_swarm(count: int, test: Callable[[Swarm], Awaitable[None]]) -> None:
     in_swarm(count, test, **MEMORY)
-
-
-def reason(message: Message) -> str:
-    assert isinstance(message, Refusal), message
-    return message.reason
 
 
 async def leased(client: HandClient, worker: Worker, blocks: int = 1, salt: bytes = SALT) -> list[bytes]:
@@ -50,13 +35,6 @@ async def deployed(client: HandClient, worker: Worker, blocks: int = 1) -> list[
     await client.upload(worker, shards)
     assert isinstance(await client.ask(worker, LoadSpan(DEPLOYMENT)), SpanLoaded)
     return shards
-
-
-def capability(client: HandClient, holder: Worker, *rights: Right) -> bytes:
-    expires_ms = int((VirtualClock().time() + 3600) * 1000)
-    return issue_capability(
-        Capability(bytes(16), DEPLOYMENT, holder.peer, rights_of(rights or [Right.FETCH]), expires_ms), client.identity
-    )
 
 
 def source(worker: Worker) -> Source:

@@ -11,30 +11,10 @@ from torch import Tensor
 
 from models.attention import KvCache, attend
 from models.blocks import Block, check_tensors
-from models.config import BlockConfig, RopeConfig
+from models.config import BlockConfig
 from models.errors import ContextExceeded, ModelError
 from models.rope import Rotary
-
-CONFIG = BlockConfig(
-    family="qwen3",
-    hidden_size=24,
-    intermediate_size=40,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-6,
-    max_position=64,
-    rope=RopeConfig(theta=1e4),
-    qk_norm=True,
-)
-
-
-def random_tensors(config: BlockConfig, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-        for name, shape in config.tensor_shapes().items()
-    }
+from tests.helpers.blocks import CONFIG, random_tensors
 
 
 def inputs(count: int, seed: int = 1) -> Tensor:

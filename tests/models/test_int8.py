@@ -13,7 +13,7 @@ from models.blocks import Block
 from models.errors import ModelError
 from models.int8 import Int8Linear, quantise_block, quantise_rows
 from models.precision import INT8, MATRICES, tensor_shapes, weight_bytes
-from tests.models.test_blocks import CONFIG, random_tensors
+from tests.helpers.blocks import CONFIG, random_tensors
 
 SHAPES = [(7, 5), (64, 48), (96, 200)]
 

@@ -18,7 +18,7 @@ from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
 from models.layout import Layout, Plan, Segment
 from models.pages import Extent, KvSlab, Run
-from tests.models.test_blocks import CONFIG, random_tensors
+from tests.helpers.blocks import CONFIG, random_tensors
 
 CPU = torch.device("cpu")
 WIDE = dataclasses.replace(CONFIG, max_position=1024)

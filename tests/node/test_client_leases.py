@@ -33,8 +33,8 @@ from protocol.messages import (
 )
 from protocol.swarm import SwarmView
 from simnet.runtime import run
-from tests.client.test_deploy import MANIFEST, Shards
 from tests.helpers.adverts import advert
+from tests.helpers.client_shards import MANIFEST, Shards
 from tests.helpers.fake_depot import FakeDepot
 from tests.helpers.fake_hop import CLIENT, DEPLOYMENT, FakeSwarm, fake_swarm
 

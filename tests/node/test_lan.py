@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from zeroconf import NonUniqueNameException, ServiceStateChange, Zeroconf
 from node.lan import ASKED_MAX, HOSTS_MAX, SERVICE, Presence, _Seeker, allowed, on_lan, sighting_of
 from protocol.membership import SwarmKey
 from tests.helpers.adverts import peer
+from tests.helpers.multicast import needs_multicast
 
 SWARM = SwarmKey(b"\7" * 32).swarm
 NEAR = ("192.0.2.7",)
@@ -171,28 +171,6 @@ def test_the_switch(monkeypatch):
         assert allowed() is on
     monkeypatch.delenv("SOTTO_LAN")
     assert allowed()
-
-
-def _multicast_on_loopback() -> bool:
-    """Does a datagram sent to a group on loopback come back?"""
-    group, port = "224.0.0.251", 0
-    with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as near,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as far,
-    ):
-        try:
-            far.bind(("", port))
-            lo = socket.inet_aton("127.0.0.1")
-            far.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, socket.inet_aton(group) + lo)
-            near.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, lo)
-            near.sendto(b"?", (group, far.getsockname()[1]))
-            far.settimeout(1)
-            return far.recv(1) == b"?"
-        except OSError:
-            return False
-
-
-needs_multicast = pytest.mark.skipif(not _multicast_on_loopback(), reason="no multicast on loopback here")
 
 
 @needs_multicast

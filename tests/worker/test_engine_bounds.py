@@ -18,8 +18,8 @@ from protocol.pieces import PieceList
 from protocol.ports import SessionSpec, SpanSpec, StepResult
 from protocol.signed import Identity
 from protocol.tensors import INT8_BLOCKS
+from tests.helpers.engines import CONFIG, SESSION, Shop, inputs, random_tensors, work
 from tests.helpers.workers import make_manifest
-from tests.worker.test_engine import CONFIG, SESSION, Shop, inputs, random_tensors, work
 from worker import payloads, runner
 from worker.payloads import to_payload, to_tensor
 from worker.runner import FloatBlocks, IntegerBlocks

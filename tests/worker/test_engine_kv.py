@@ -16,8 +16,8 @@ from protocol.errors import Refused
 from protocol.ids import PeerId, SessionId
 from protocol.limits import PAGE_TOKENS
 from protocol.ports import SessionSpec, SpanSpec, StepResult
+from tests.helpers.engines import CONFIG, OWNER, SESSION, Shop, direct, inputs, random_tensors, work
 from tests.helpers.workers import make_manifest
-from tests.worker.test_engine import CONFIG, OWNER, SESSION, Shop, direct, inputs, random_tensors, work
 from worker import engine, span_kv
 from worker.engine import Engine
 from worker.kv_pages import KvBudget
@@ -27,11 +27,6 @@ from worker.spans import read_span
 
 KEYS = tuple(bytes([number]) * 16 for number in range(8))
 TOKEN_BYTES = 3 * 2 * 2 * 64  # of the shop's three blocks: heads 8 wide in float32 take as much as if they had 16
-
-
-@pytest.fixture
-def shop(tmp_path: Path) -> Shop:
-    return Shop(tmp_path, [random_tensors(seed) for seed in range(3)])
 
 
 def named(number: int) -> SessionId:

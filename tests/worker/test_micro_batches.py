@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from protocol.ids import SessionId
-from tests.worker.test_engine import Shop, inputs, random_tensors, work
-from tests.worker.test_scheduler import FakeJob, run
+from tests.helpers.engines import Shop, inputs, random_tensors, work
+from tests.helpers.jobs import FakeJob, run
 from worker.scheduler import Scheduler
 
 

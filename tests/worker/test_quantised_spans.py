@@ -22,7 +22,7 @@ from protocol.messages import RefusalReason
 from protocol.pieces import PieceList
 from protocol.ports import SessionSpec, SpanSpec
 from protocol.tensors import INT8_BLOCKS, TensorHeader
-from tests.worker.test_engine import CONFIG, OWNER, SESSION, Shop, inputs, random_tensors, work
+from tests.helpers.engines import CONFIG, OWNER, SESSION, Shop, inputs, random_tensors, work
 from worker.engine import Engine
 from worker.payloads import to_payload, to_tensor
 from worker.spans import read_span

@@ -15,7 +15,7 @@ from models.config import RopeConfig
 from models.errors import ContextExceeded
 from protocol.ids import PeerId
 from protocol.limits import PAGE_TOKENS
-from tests.worker.test_engine import CONFIG, inputs, random_tensors
+from tests.helpers.engines import CONFIG, inputs, random_tensors
 from worker import runner
 from worker.kv_pages import KvBudget
 from worker.runner import FloatBlocks, Part, build_float_blocks

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import limits
+from tests.helpers.jobs import FakeJob, run
 from worker.scheduler import SHORT_ROWS, Scheduler
-
-
-@dataclass(eq=False)
-class FakeJob:
-    deployment: bytes
-    client: str
-    rows_left: int
-    rows_at_once: int = 1 << 30
-    rows_in_time: int = 1 << 30
-    alone: bool = False
-    beside_max: int = 1 << 30
-
-
-def run(scheduler: Scheduler[FakeJob]) -> list[tuple[FakeJob, int]]:
-    taken = scheduler.take()
-    for job, rows in taken:
-        job.rows_left -= rows
-    return taken
-
 
 JOBS = st.lists(
     st.builds(

@@ -27,6 +27,7 @@ from protocol.messages import (
 )
 from protocol.ports import LoadedSpan, SpanSpec
 from simnet.compute import CostModel, ToyCompute
+from tests.helpers.rights import reason
 from tests.helpers.workers import (
     BLOCK_BYTES,
     DEPLOYMENT,
@@ -42,11 +43,6 @@ from worker import control
 from worker.config import Quotas
 
 T = TypeVar("T")
-
-
-def reason(message: Message) -> str:
-    assert isinstance(message, Refusal), message
-    return message.reason
 
 
 async def missing(client: HandClient, worker: Worker, request: LeaseSpan) -> tuple[ShardDigest, ...]:

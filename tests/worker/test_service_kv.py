@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import replace
-from hashlib import sha256
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,41 +12,13 @@ import trio
 from protocol.capabilities import Capability, CapabilityGate, Claim, Right
 from protocol.errors import TransportError
 from protocol.ids import SessionId
-from protocol.limits import PAGE_TOKENS
 from protocol.messages import CloseSession, OpenSession, RefusalReason, SessionFailed, SessionOpened
 from simnet.compute import CostModel, ToyCompute, toy_answer
-from tests.helpers.workers import KV_TOKEN_BYTES, HandClient, HandRoute, Swarm, in_swarm, some_rows
-from tests.worker.test_service_leases import capability
+from tests.helpers.kv_sessions import KEYS, ROWS, SESSION_BYTES, TOKENS, attached, begun, toy
+from tests.helpers.rights import capability
+from tests.helpers.workers import HandRoute, Swarm, in_swarm
 from worker.sessions import ATTACH_LIFE_S
 from worker.waiting import KV_WAIT_S
-
-TOKENS = 4 * PAGE_TOKENS
-ROWS = some_rows(TOKENS)
-KEYS = b"".join(bytes([number]) * 16 for number in range(1, 5))
-SESSION_BYTES = TOKENS * 2 * KV_TOKEN_BYTES
-
-
-def toy(_: object) -> ToyCompute:
-    return ToyCompute(CostModel(step_s=0.0, block_position_s=0.0))
-
-
-async def attached(swarm: Swarm, name: str, client: HandClient | None = None) -> HandRoute:
-    route = HandRoute(client or swarm.client, swarm.workers, SessionId(sha256(name.encode()).digest()[:16]))
-    await route.dial()
-    await route.attach()
-    return route
-
-
-async def begun(route: HandRoute, keys: bytes = KEYS, **terms: Any) -> list[int]:
-    """Opens the session; what each hop holds already."""
-    boxes = route.boxes(route.tickets(kv_tokens=TOKENS, **terms))
-    await route.send(OpenSession(route.session, boxes, keys))
-    held = []
-    for worker in route.workers:
-        message, _ = await route.next(worker)
-        assert isinstance(message, SessionOpened), message
-        held.append(message.held_tokens)
-    return held
 
 
 def test_the_next_turn_of_a_chat_begins_where_the_last_one_ended() -> None:
@@ -101,7 +71,7 @@ def test_another_tenant_with_the_same_keys_gets_no_hit() -> None:
         await route.do(0, 0, ROWS[:200])
         guest = await swarm.another("guest")
         other = await attached(swarm, "two", guest)
-        assert await begun(other, capability=capability(swarm, guest.peer, Right.USE)) == [0, 0]
+        assert await begun(other, capability=capability(swarm.client, guest.peer, Right.USE)) == [0, 0]
         third = await attached(swarm, "three")
         assert await begun(third) == [192, 192]
 
@@ -116,7 +86,7 @@ def test_processes_of_the_owner_share_what_they_left() -> None:
         await route.do(0, 0, ROWS[:200])
         process = await swarm.another("process")
         other = await attached(swarm, "two", process)
-        shown = capability(swarm, process.peer, Right.OWN, Right.USE)
+        shown = capability(swarm.client, process.peer, Right.OWN, Right.USE)
         assert await begun(other, capability=shown) == [192, 192]
 
     in_swarm(2, test, compute=toy)
@@ -173,7 +143,7 @@ def test_rights_of_sessions_that_wait_are_not_checked_again_before_there_is_room
         await begun(large)
         await begun(small, keys=b"")
         guest = await swarm.another("guest")
-        shown = capability(swarm, guest.peer, Right.USE)
+        shown = capability(swarm.client, guest.peer, Right.USE)
         waiting = [await attached(swarm, f"waiting {number}", guest) for number in range(4)]
         for route in waiting:
             boxes = route.boxes(route.tickets(kv_tokens=2 * TOKENS, capability=shown))
@@ -211,7 +181,7 @@ def test_sessions_wait_for_room_and_the_tenant_with_least_goes_first() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(waits, "owner", routes[3])
             await trio.sleep(1)
-            nursery.start_soon(waits, "guest", late, capability(swarm, guest.peer, Right.USE))
+            nursery.start_soon(waits, "guest", late, capability(swarm.client, guest.peer, Right.USE))
             await trio.sleep(1)
             assert not order
             assert worker.service.house.pool.used_bytes == 3 * SESSION_BYTES

@@ -9,16 +9,14 @@ from typing import Any
 import pytest
 import trio
 
-from protocol.capabilities import Capability, Right, issue_capability, rights_of
-from protocol.ids import DeploymentId, PeerId
+from protocol.capabilities import Right
+from protocol.ids import DeploymentId
 from protocol.leases import Lease, open_lease
 from protocol.messages import (
     CONTROL,
     CapabilityRevoked,
     LeaseRenewed,
     LoadSpan,
-    Message,
-    Refusal,
     RefusalReason,
     ReleaseSpan,
     RenewLease,
@@ -29,6 +27,7 @@ from protocol.messages import (
     SpanReleased,
 )
 from simnet.runtime import VirtualClock
+from tests.helpers.rights import SERIAL, capability, reason
 from tests.helpers.workers import (
     BLOCK_BYTES,
     DEPLOYMENT,
@@ -53,26 +52,12 @@ KV_TOKENS = 128
 KV_BYTES = KV_TOKENS * 2 * KV_TOKEN_BYTES
 
 
-def reason(message: Message) -> str:
-    assert isinstance(message, Refusal | SessionFailed), message
-    return message.reason
-
-
-def now_ms() -> int:
-    return int(VirtualClock().time() * 1000)
-
-
 async def lease(client: HandClient, worker: Worker, owner: HandClient | None = None, **terms: Any) -> Lease:
     """Lease two blocks; the answer must be a lease."""
     data, _, _ = make_manifest((owner or client).identity, 2)
     answer = await client.ask(worker, lease_of(data, 0, 2, **terms))
     assert isinstance(answer, SpanLeased), answer
     return open_lease(answer.lease, worker.peer)
-
-
-def capability(swarm: Swarm, holder: PeerId, *rights: Right, life_s: float = 3600, serial: bytes = b"c" * 16) -> bytes:
-    record = Capability(serial, DEPLOYMENT, holder, rights_of(rights), now_ms() + round(life_s * 1000))
-    return issue_capability(record, swarm.client.identity)
 
 
 async def opened(client: HandClient, worker: Worker, name: str = "session", **terms: Any) -> HandRoute:
@@ -83,6 +68,12 @@ async def refused_session(client: HandClient, worker: Worker, name: str = "refus
     with pytest.raises(AssertionError) as failed:
         await client.route([worker], name, **terms)
     return str(failed.value)
+
+
+async def failure_of(route: HandRoute) -> SessionFailed:
+    message, _ = await route.next()
+    assert isinstance(message, SessionFailed), message
+    return message
 
 
 def leases(worker: Worker) -> int:
@@ -202,13 +193,13 @@ def test_each_right_allows_what_it_names_and_no_more(right: Right) -> None:
         (worker,) = swarm.workers
         await swarm.client.deploy(worker, 2, 0, 2)
         bob = await swarm.another("bob")
-        shown = capability(swarm, bob.peer, right)
+        shown = capability(swarm.client, bob.peer, right)
         data, _, _ = make_manifest(swarm.client.identity, 2)
         for request in (
             lease_of(data, 0, 2, capability=shown),
             RenewLease(DEPLOYMENT, 60, shown),
             ReleaseSpan(DEPLOYMENT, True, shown),
-            RevokeCapability(DEPLOYMENT, b"c" * 16, shown),
+            RevokeCapability(DEPLOYMENT, SERIAL, shown),
         ):
             assert reason(await bob.ask(worker, request)) == RefusalReason.FORBIDDEN
         assert "no capability" in await refused_session(bob, worker)
@@ -227,7 +218,7 @@ def test_a_manager_leases_for_itself_and_no_longer_than_its_capability() -> None
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
         bob = await swarm.another("bob")
-        shown = capability(swarm, bob.peer, Right.MANAGE, Right.USE, life_s=100)
+        shown = capability(swarm.client, bob.peer, Right.MANAGE, Right.USE, life_s=100)
         granted = await lease(bob, worker, swarm.client, kv_tokens=KV_TOKENS, capability=shown)
         assert (granted.holder, granted.owner) == (bob.peer, swarm.client.peer)
         assert 99_000 <= granted.expires_ms - granted.granted_ms <= 100_000
@@ -239,9 +230,9 @@ def test_a_manager_leases_for_itself_and_no_longer_than_its_capability() -> None
         route = await opened(bob, worker, capability=shown)
         await trio.sleep(101 + SWEEP_S)
         assert leases(worker) == 1
-        message, _ = await route.next()
-        assert reason(message) == RefusalReason.FORBIDDEN
-        assert "has expired" in message.detail
+        failure = await failure_of(route)
+        assert failure.reason == RefusalReason.FORBIDDEN
+        assert "has expired" in failure.detail
         worker.assert_idle()
 
     in_swarm(1, test)
@@ -255,14 +246,13 @@ def test_a_revocation_takes_effect_at_once() -> None:
         await swarm.client.deploy(worker, 2, 0, 2)
         bob = await swarm.another("bob")
         rights = (Right.MANAGE, Right.USE)
-        shown = capability(swarm, bob.peer, *rights)
-        other = capability(swarm, bob.peer, *rights, serial=b"d" * 16)
+        shown = capability(swarm.client, bob.peer, *rights)
+        other = capability(swarm.client, bob.peer, *rights, serial=b"d" * 16)
         await lease(bob, worker, swarm.client, kv_tokens=KV_TOKENS, capability=shown)
         ends, stays = await opened(bob, worker, "a", capability=shown), await opened(bob, worker, "b", capability=other)
-        revoke = RevokeCapability(DEPLOYMENT, b"c" * 16, b"")
+        revoke = RevokeCapability(DEPLOYMENT, SERIAL, b"")
         assert await swarm.client.ask(worker, revoke) == CapabilityRevoked()
-        message, _ = await ends.next()
-        assert reason(message) == RefusalReason.FORBIDDEN
+        assert (await failure_of(ends)).reason == RefusalReason.FORBIDDEN
         assert leases(worker) == 1
         await stays.do(0, 0, some_rows(1))
         assert "revoked" in await refused_session(bob, worker, capability=shown)
@@ -279,9 +269,9 @@ def test_nobody_revokes_for_another() -> None:
         (worker,) = swarm.workers
         await swarm.client.deploy(worker, 2, 0, 2)
         mallory = await swarm.another("mallory")
-        revoke = RevokeCapability(DEPLOYMENT, b"c" * 16, b"")
+        revoke = RevokeCapability(DEPLOYMENT, SERIAL, b"")
         assert reason(await mallory.ask(worker, revoke)) == RefusalReason.FORBIDDEN
-        elsewhere = RevokeCapability(DeploymentId(bytes(16)), b"c" * 16, b"")
+        elsewhere = RevokeCapability(DeploymentId(bytes(16)), SERIAL, b"")
         assert reason(await mallory.ask(worker, elsewhere)) == RefusalReason.UNKNOWN_DEPLOYMENT
         assert not worker.service.house.rights.gate.revoked
 
@@ -317,11 +307,11 @@ def test_a_restart_forgets_no_revocation(damage: bytes) -> None:
     async def test(swarm: Swarm) -> None:
         notes = Notes()
         before = Rights(VirtualClock(), notes)
-        before.revoke(swarm.client.peer, b"c" * 16)
+        before.revoke(swarm.client.peer, SERIAL)
         await before.save()
         after = Rights(VirtualClock(), notes)
         await after.recall()
-        assert list(after.gate.revoked) == [(swarm.client.peer, b"c" * 16)]
+        assert list(after.gate.revoked) == [(swarm.client.peer, SERIAL)]
         notes.data = damage
         damaged = Rights(VirtualClock(), notes)
         await damaged.recall()
@@ -345,22 +335,21 @@ def test_a_revocation_of_which_the_disk_takes_no_note_ends_what_it_must() -> Non
         (worker,) = swarm.workers
         await swarm.client.deploy(worker, 2, 0, 2)
         bob = await swarm.another("bob")
-        shown = capability(swarm, bob.peer, Right.MANAGE, Right.USE)
+        shown = capability(swarm.client, bob.peer, Right.MANAGE, Right.USE)
         await lease(bob, worker, swarm.client, kv_tokens=KV_TOKENS, capability=shown)
         route = await opened(bob, worker, capability=shown)
         stream = await swarm.client.dial(worker, CONTROL)
-        revoke = RevokeCapability(DEPLOYMENT, b"c" * 16, b"")
+        revoke = RevokeCapability(DEPLOYMENT, SERIAL, b"")
         for _ in range(2):
             answer = await stream.call(revoke)
             assert reason(answer) == RefusalReason.DISK
             assert "until this worker restarts" in answer.detail
-        message, _ = await route.next()
-        assert reason(message) == RefusalReason.FORBIDDEN
+        assert (await failure_of(route)).reason == RefusalReason.FORBIDDEN
         assert leases(worker) == 1
         assert "revoked" in await refused_session(bob, worker, capability=shown)
         notes.full = False
         assert await stream.call(revoke) == CapabilityRevoked()
-        assert (b"c" * 16).hex() in notes.data.decode()
+        assert SERIAL.hex() in notes.data.decode()
 
     in_swarm(1, test, revoked=notes)
 

@@ -13,9 +13,9 @@ from protocol.limits import PAGE_TOKENS
 from protocol.messages import CloseSession, OpenSession, RefusalReason, SessionFailed, SessionOpened
 from protocol.ports import Compute
 from simnet.compute import CostModel, ToyCompute
+from tests.helpers.kv_sessions import KEYS, ROWS, SESSION_BYTES, TOKENS, attached, begun, toy
+from tests.helpers.rights import capability
 from tests.helpers.workers import DEPLOYMENT, HandRoute, Swarm, in_swarm
-from tests.worker.test_service_kv import KEYS, ROWS, SESSION_BYTES, TOKENS, attached, begun, toy
-from tests.worker.test_service_leases import capability
 from worker.kv_pages import pages_for
 from worker.preemption import DOUBLINGS_MAX, RUN_S, Contest, Preemptor
 from worker.service import SWEEP_S
@@ -59,7 +59,7 @@ def test_the_youngest_session_of_who_holds_most_makes_room_and_comes_back() -> N
         await trio.sleep(RUN_S)
         guest = await swarm.another("guest")
         late, started = await attached(swarm, "late", guest), trio.current_time()
-        await asks(late, capability(swarm, guest.peer, Right.USE))
+        await asks(late, capability(swarm.client, guest.peer, Right.USE))
         assert await opened(late) == [0, 0], "another's pages are not its own"
         assert trio.current_time() - started < 1
         await preempted_at(routes[2])
@@ -92,7 +92,7 @@ def test_who_was_seated_a_moment_ago_stays_and_an_arrival_gets_in_before_it_give
         await begun(second)
         guest = await swarm.another("guest")
         late, started = await attached(swarm, "late", guest), trio.current_time()
-        await asks(late, capability(swarm, guest.peer, Right.USE))
+        await asks(late, capability(swarm.client, guest.peer, Right.USE))
         assert await opened(late) == [0]
         assert RUN_S - 1 < trio.current_time() - started < KV_WAIT_S + 5
         await preempted_at(second)
@@ -104,7 +104,7 @@ def test_a_request_that_was_preempted_is_safe_for_longer() -> None:
     async def test(swarm: Swarm) -> None:
         await swarm.client.deploy_route(swarm.workers)
         guest = await swarm.another("guest")
-        shown = capability(swarm, guest.peer, Right.USE)
+        shown = capability(swarm.client, guest.peer, Right.USE)
         keeps, victim = await attached(swarm, "keeps"), await attached(swarm, "victim 0")
         for _ in range(DOUBLINGS_MAX):
             swarm.workers[0].service.sessions.preemptor.preempted(swarm.client.peer, KEPT)
@@ -149,7 +149,7 @@ def test_nobody_is_preempted(how: str) -> None:
         await trio.sleep(2 * RUN_S)
         guest = await swarm.another("guest")
         late = await attached(swarm, "late", None if how == "the same client" else guest)
-        shown = b"" if how == "the same client" else capability(swarm, guest.peer, Right.USE)
+        shown = b"" if how == "the same client" else capability(swarm.client, guest.peer, Right.USE)
         await asks(late, shown, tokens=2 * TOKENS if how == "more than its share" else TOKENS)
         message, _ = await late.next()
         assert isinstance(message, SessionFailed)
@@ -184,7 +184,7 @@ def test_room_that_was_made_is_kept_until_all_of_it_is_there() -> None:
         await trio.sleep(1)
         guest = await swarm.another("guest")
         late, again = await attached(swarm, "late", guest), await attached(swarm, "again")
-        await asks(late, capability(swarm, guest.peer, Right.USE), tokens=2 * TOKENS)
+        await asks(late, capability(swarm.client, guest.peer, Right.USE), tokens=2 * TOKENS)
         await preempted_at(routes[2])
         await preempted_at(routes[3])
         await asks(again)
@@ -204,7 +204,7 @@ def test_nobody_is_preempted_for_room_that_is_about_to_be_free() -> None:
         await second.send(CloseSession(second.session))
         guest = await swarm.another("guest")
         late, started = await attached(swarm, "late", guest), trio.current_time()
-        await asks(late, capability(swarm, guest.peer, Right.USE))
+        await asks(late, capability(swarm.client, guest.peer, Right.USE))
         assert await opened(late) == [0]
         assert 2 < trio.current_time() - started < 4
         assert not swarm.workers[0].counts.failed
@@ -222,7 +222,7 @@ def test_what_was_preempted_while_it_computes_leaves_when_its_step_has_committed
         await trio.sleep(1)
         guest = await swarm.another("guest")
         late, started = await attached(swarm, "late", guest), trio.current_time()
-        await asks(late, capability(swarm, guest.peer, Right.USE))
+        await asks(late, capability(swarm.client, guest.peer, Right.USE))
         await preempted_at(second)
         again = await attached(swarm, "again")
         await asks(again)
@@ -246,7 +246,7 @@ def test_a_round_of_preemptions_counts_once_for_a_request_and_makes_one_session_
             await opened(hog)
         await trio.sleep(RUN_S)
         guest = await swarm.another("guest")
-        shown = capability(swarm, guest.peer, Right.USE)
+        shown = capability(swarm.client, guest.peer, Right.USE)
         late = await attached(swarm, "late", guest)
         await asks(late, shown, tokens=6 * PAGE_TOKENS)
         await opened(late)
@@ -285,7 +285,7 @@ def test_room_that_was_kept_goes_to_who_waits_when_it_is_not_wanted_any_more(how
         routes = await opened_and_aged(swarm, 4)
         guest = await swarm.another("guest")
         late, again = await attached(swarm, "late", guest), await attached(swarm, "again")
-        await asks(late, capability(swarm, guest.peer, Right.USE), tokens=2 * TOKENS)
+        await asks(late, capability(swarm.client, guest.peer, Right.USE), tokens=2 * TOKENS)
         await preempted_at(routes[2])
         await preempted_at(routes[3])
         await asks(again)
@@ -315,7 +315,7 @@ def test_room_is_made_for_a_small_arrival_behind_one_beyond_its_share() -> None:
             await asks(hog, tokens=PAGE_TOKENS)
             await opened(hog)
         guest = await swarm.another("guest")
-        shown = capability(swarm, guest.peer, Right.USE)
+        shown = capability(swarm.client, guest.peer, Right.USE)
         large, small = await attached(swarm, "large", guest), await attached(swarm, "small", guest)
         await asks(large, shown, tokens=5 * PAGE_TOKENS)
         await asks(small, shown, tokens=PAGE_TOKENS)
@@ -341,7 +341,7 @@ def test_a_sweep_counts_all_sessions_once_however_many_wait(monkeypatch: pytest.
         await opened(hog)
         for number in range(6):
             guest = await swarm.another(f"guest {number}")
-            await asks(await attached(swarm, f"late {number}", guest), capability(swarm, guest.peer, Right.USE))
+            await asks(await attached(swarm, f"late {number}", guest), capability(swarm.client, guest.peer, Right.USE))
         await trio.sleep(0.1)
         counted.clear()
         await trio.sleep(SWEEP_S)

@@ -9,7 +9,6 @@ import trio
 
 from protocol.channel import Channel
 from protocol.directory import shard_key
-from protocol.ids import ID_BYTES
 from protocol.limits import PIECE_BYTES
 from protocol.messages import (
     SHARD,
@@ -29,19 +28,18 @@ from protocol.messages import (
 )
 from protocol.pieces import PieceList
 from simnet.store import MemoryStore
+from tests.helpers.rights import SERIAL, capability, reason
 from tests.helpers.shards import (
     BIG,
     LAN,
     MEMORY,
     SLOW,
     assert_no_fetch,
-    capability,
     deployed,
     in_big_swarm,
     leased,
     lines,
     next_of,
-    reason,
     source,
 )
 from tests.helpers.workers import DEPLOYMENT, Swarm, in_swarm, lease_of, make_manifest
@@ -103,10 +101,10 @@ def test_a_revoked_right_to_fetch_reads_nothing_more() -> None:
     async def test(swarm: Swarm) -> None:
         holder, worker = swarm.workers
         (shard,) = await deployed(swarm.client, holder)
-        right, digest = capability(swarm.client, worker), PieceList.of_bytes(shard).digest
+        right, digest = capability(swarm.client, worker.peer), PieceList.of_bytes(shard).digest
         asking = await replace(swarm.client, endpoint=worker.endpoint).dial(holder, SHARD)
         assert isinstance(await asked(asking, ShardAsk(digest, right)), ShardOffer)
-        revoke = RevokeCapability(DEPLOYMENT, bytes(ID_BYTES), b"")
+        revoke = RevokeCapability(DEPLOYMENT, SERIAL, b"")
         assert await swarm.client.ask(holder, revoke) == CapabilityRevoked()
         assert reason(await asked(asking, ShardAsk(digest, right))) == RefusalReason.FORBIDDEN
         assert not holder.counts.violations, "it may not have known"
@@ -123,7 +121,7 @@ def test_a_worker_finds_in_the_directory_who_else_has_a_shard(right: bool) -> No
         lines(swarm, LAN, holder.peer, worker.peer)
         await leased(swarm.client, worker)
         await trio.sleep(2 * PERIOD_S)
-        shown = capability(swarm.client, worker) if right else b""
+        shown = capability(swarm.client, worker.peer) if right else b""
         given = await swarm.client.upload(worker, [shard], capability=shown)
         assert list(worker.store.whole.values()) == [shard]
         assert len(given) <= WINDOW_START + 1 if right else len(given) == 9
@@ -166,7 +164,7 @@ def test_a_directory_that_lies_or_never_answers_costs_an_upload_nothing(monkeypa
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
         shards = await leased(swarm.client, worker, 2)
-        right, asked = capability(swarm.client, worker), []
+        right, asked = capability(swarm.client, worker.peer), []
 
         async def silent(_: object, key: bytes) -> tuple[()]:
             asked.append(key)
@@ -207,7 +205,9 @@ def test_a_worker_dials_no_address_that_it_would_not_dial_for_a_ticket(monkeypat
             for addr in ("/ip4/127.0.0.1/tcp/22", "/ip4/169.254.169.254/tcp/80", "/dns4/router.lan/tcp/443")
         )
         for named in inside:
-            await swarm.client.upload(worker, [shard], sources=(named,), capability=capability(swarm.client, worker))
+            await swarm.client.upload(
+                worker, [shard], sources=(named,), capability=capability(swarm.client, worker.peer)
+            )
             del worker.store.whole[PieceList.of_bytes(shard).digest]
             await trio.sleep(120)
         assert dialled == []
@@ -224,7 +224,7 @@ def test_pieces_from_other_workers_count_towards_the_bandwidth() -> None:
         await leased(swarm.client, worker, 2)
         await trio.sleep(60)
         started = trio.current_time()
-        right = capability(swarm.client, worker)
+        right = capability(swarm.client, worker.peer)
         await swarm.client.upload(worker, shards, sources=(source(holder),), capability=right)
         took_s, burst = trio.current_time() - started, 4 * PIECE_BYTES
         assert took_s >= (sum(map(len, shards)) - burst) / PIECE_BYTES - 1

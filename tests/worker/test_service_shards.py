@@ -30,16 +30,8 @@ from protocol.pieces import PieceList
 from protocol.ports import Keep
 from simnet.links import LinkOptions
 from simnet.store import MemoryStore
-from tests.helpers.shards import (
-    BIG,
-    assert_no_fetch,
-    deployed,
-    in_big_swarm,
-    leased,
-    lines,
-    next_of,
-    reason,
-)
+from tests.helpers.rights import reason
+from tests.helpers.shards import BIG, assert_no_fetch, deployed, in_big_swarm, leased, lines, next_of
 from tests.helpers.workers import DEPLOYMENT, HandClient, Swarm, Worker, in_swarm, lease_of, make_manifest
 from worker.admission import UPLOAD_SILENCE_S
 from worker.fetch import DRAIN_S

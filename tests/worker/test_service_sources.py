@@ -26,19 +26,8 @@ from protocol.messages import (
 from protocol.pieces import PieceList
 from protocol.ports import Stream
 from simnet.links import LinkOptions
-from tests.helpers.shards import (
-    LAN,
-    SLOW,
-    assert_no_fetch,
-    capability,
-    deployed,
-    in_big_swarm,
-    leased,
-    lines,
-    next_of,
-    reason,
-    source,
-)
+from tests.helpers.rights import capability, reason
+from tests.helpers.shards import LAN, SLOW, assert_no_fetch, deployed, in_big_swarm, leased, lines, next_of, source
 from tests.helpers.workers import DEPLOYMENT, Swarm, Worker
 from worker.fetch import SILENT_S
 from worker.piece_plan import LATE_S, WINDOW_START
@@ -54,7 +43,7 @@ def test_several_sources_share_the_work() -> None:
         await leased(swarm.client, third, 2)
         started = trio.current_time()
         given = await swarm.client.upload(
-            third, shards, sources=(source(first), source(second)), capability=capability(swarm.client, third)
+            third, shards, sources=(source(first), source(second)), capability=capability(swarm.client, third.peer)
         )
         assert list(third.store.whole.values()) == shards
         assert 0 < len(given) < 14
@@ -78,7 +67,7 @@ def test_a_source_that_fails_costs_little_time(fault: str) -> None:
         (shard,) = await deployed(swarm.client, holder)
         lines(swarm, LinkOptions(bytes_per_s=2 * PIECE_BYTES), worker.peer, holder.peer, swarm.client.peer)
         await leased(swarm.client, worker)
-        right = capability(swarm.client, worker, Right.USE if fault == "no right" else Right.FETCH)
+        right = capability(swarm.client, worker.peer, Right.USE if fault == "no right" else Right.FETCH)
         if fault == "never there":
             swarm.network.refuse_dials(holder.peer)
         if fault == "refuses":
@@ -113,7 +102,7 @@ def test_a_slow_client_gives_little_when_another_worker_is_quick() -> None:
         await leased(swarm.client, worker, 4)
         started = trio.current_time()
         given = await swarm.client.upload(
-            worker, shards, sources=(source(holder),), capability=capability(swarm.client, worker)
+            worker, shards, sources=(source(holder),), capability=capability(swarm.client, worker.peer)
         )
         assert list(worker.store.whole.values()) == shards
         assert len(given) <= WINDOW_START + 1, "of thirty-six"
@@ -143,7 +132,9 @@ def test_a_source_that_lies_is_named_and_not_asked_again() -> None:
         liar.endpoint.handle(SHARD, lie)
         lines(swarm, LinkOptions(bytes_per_s=2 * PIECE_BYTES), worker.peer, swarm.client.peer)
         liars = (Source(liar.peer, liar.endpoint.addrs),)
-        given = await swarm.client.upload(worker, shards, sources=liars, capability=capability(swarm.client, worker))
+        given = await swarm.client.upload(
+            worker, shards, sources=liars, capability=capability(swarm.client, worker.peer)
+        )
         assert sorted(given) == sorted([*range(9), *range(9)])
         assert list(worker.store.whole.values()) == shards
         assert worker.counts.violations == [(liar.peer, SHARD)]
@@ -174,7 +165,7 @@ def test_a_source_that_owes_pieces_and_brings_none_is_let_go() -> None:
         (shard,) = await leased(swarm.client, worker)
         sources = (await silent_source(swarm, [shard]),)
         channel = await swarm.client.dial(worker, SHARD)
-        await swarm.client.offer(channel, shard, sources, capability(swarm.client, worker))
+        await swarm.client.offer(channel, shard, sources, capability(swarm.client, worker.peer))
         await trio.sleep(SILENT_S - 5)
         assert _shard_streams(swarm, worker) == [sources[0].peer]
         await trio.sleep(10)
@@ -190,7 +181,7 @@ def test_what_waits_for_a_source_is_bounded() -> None:
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
         stays, goes = await leased(swarm.client, worker, 2)
-        sources, right = (await silent_source(swarm, [stays, goes]),), capability(swarm.client, worker)
+        sources, right = (await silent_source(swarm, [stays, goes]),), capability(swarm.client, worker.peer)
 
         async def offered(shard: bytes) -> Channel:
             channel = await swarm.client.dial(worker, SHARD)
@@ -238,7 +229,7 @@ def test_a_worker_gives_only_to_those_whom_the_owner_sent() -> None:
         (shard,) = await deployed(swarm.client, holder)
         pieces = PieceList.of_bytes(shard)
         mallory = await swarm.another("mallory")
-        for right in (b"", capability(swarm.client, other), capability(mallory, other)):
+        for right in (b"", capability(swarm.client, other.peer), capability(mallory, other.peer)):
             channel = await mallory.dial(holder, SHARD)
             assert reason(await channel.call(ShardAsk(pieces.digest, right))) == RefusalReason.FORBIDDEN
         own = await swarm.client.dial(holder, SHARD)
@@ -293,7 +284,7 @@ def test_whenever_it_ends_nothing_is_left(end: str) -> None:
             (shard,) = await deployed(swarm.client, holder)
             lines(swarm, LinkOptions(bytes_per_s=4 * PIECE_BYTES), worker.peer, holder.peer, swarm.client.peer)
             await leased(swarm.client, worker)
-            right = capability(swarm.client, worker)
+            right = capability(swarm.client, worker.peer)
 
             async def bring() -> None:
                 with suppress(TransportError, RemoteProtocolError, AssertionError):

@@ -13,7 +13,7 @@ import torch
 from models.pages import KvSlab
 from protocol.ids import PeerId
 from protocol.limits import PAGE_TOKENS
-from tests.worker.test_engine import CONFIG
+from tests.helpers.engines import CONFIG
 from worker.kv_pages import KvBudget
 from worker.span_kv import SessionKv, SpanKv
 

@@ -17,7 +17,7 @@ from models.blocks import TILE_ROWS
 from models.layout import Layout, Segment
 from models.pages import Extent, KvSlab, Run
 from protocol.ids import PeerId
-from tests.worker.test_engine import CONFIG, inputs, random_tensors
+from tests.helpers.engines import CONFIG, inputs, random_tensors
 from worker.kv_pages import KvBudget
 from worker.runner import FloatBlocks, Part, build_float_blocks, tile_rows_left
 from worker.span_kv import SessionKv, SpanKv

@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping
 
 import pytest
 
-from tests.worker.test_scheduler import FakeJob, run
+from tests.helpers.jobs import FakeJob, run
 from worker.row_times import FORWARD_S, RowTimes
 from worker.scheduler import Scheduler
 from worker.time_shares import COMPANY_S

@@ -15,6 +15,7 @@ from client.metalearning.table import Task
 from protocol.ids import PeerId
 from protocol.reports import Comparison, Report, strategy_tag
 from protocol.strategy import Facts, parse
+from tests.helpers.choosers import Known
 
 ALL = frozenset(CANDIDATES)
 AT = Situation(64, 32, 1)
@@ -22,24 +23,6 @@ AT = Situation(64, 32, 1)
 
 def asked(possible: frozenset[str] = ALL, draw: float = 1.0, place: str = "here") -> Asked:
     return Asked(place, Task(cells=()), possible, draw)
-
-
-@dataclass
-class Known:
-    """Records that say this of every task."""
-
-    fractions: dict[str, float]
-    spread: float = 0.02
-
-    @property
-    def ranking(self) -> tuple[str, ...]:
-        return tuple(sorted(self.fractions, key=lambda name: -self.fractions[name]))
-
-    def expect(self, tasks: Sequence[Task]) -> list[dict[str, tuple[float, float]]]:
-        return [{name: (fraction, self.spread) for name, fraction in self.fractions.items()} for _ in tasks]
-
-    def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
-        return self.expect((task,))[0], next((name for name in self.ranking if name in allowed), None)
 
 
 def test_without_records_it_is_the_default() -> None:

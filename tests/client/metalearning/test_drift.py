@@ -18,7 +18,7 @@ from client.metalearning.candidates import CANDIDATES, NONE
 from client.metalearning.chooser import Asked, Chooser
 from client.metalearning.online import LOOKING, Situation
 from client.metalearning.table import Task
-from tests.client.metalearning.test_chooser import Known
+from tests.helpers.choosers import Known
 
 LOSSLESS = frozenset(name for name in CANDIDATES if "int8" not in name)
 SETTLED = LOOKING
