@@ -113,6 +113,17 @@ def libp2p_imports(tree: ast.AST) -> Problems:
                 yield node.lineno, "imports libp2p"
 
 
+def imports_of_tests(tree: ast.AST) -> Problems:
+    """What several tests share is a module of another name."""
+    for node in ast.walk(tree):
+        names = _imported(node)
+        if isinstance(node, ast.ImportFrom):  # relative ones too
+            names = [f"{node.module or ''}.{alias.name}" for alias in node.names]
+        for name in names:
+            if any(part.startswith("test_") for part in name.split(".")):
+                yield node.lineno, f"imports {name}"
+
+
 def no_docstring(tree: ast.AST) -> Problems:
     assert isinstance(tree, ast.Module)
     if tree.body and ast.get_docstring(tree) is None:
@@ -166,6 +177,10 @@ def test_libp2p_stays_in_its_room() -> None:
     assert found(libp2p_imports, outside) == []
 
 
+def test_no_test_imports_another() -> None:
+    assert found(imports_of_tests, sources(*FOLDERS)) == []
+
+
 def test_every_module_says_what_it_is() -> None:
     assert found(no_docstring, sources(*PACKAGES)) == []
 
@@ -190,6 +205,7 @@ def test_no_file_holds(pattern: re.Pattern[str]) -> None:
 BAD = """
 import pickle
 from libp2p.host import x
+from tests.a.test_b import c
 def f(a, b, c, d, e, g, h):
     try:
         eval("1")
@@ -209,15 +225,17 @@ def f(a, b, c, d, e, g, h):
 
 def test_the_checks_notice() -> None:
     tree = ast.parse(BAD)
-    assert [line for line, _ in catch_alls(tree)] == [7, 10, 12]
+    assert [line for line, _ in catch_alls(tree)] == [8, 11, 13]
     assert {what for _, what in dangerous(tree)} == {
         "imports pickle",
         "calls eval",
         "uses torch.load",
         "has global state",
     }
-    for check in (long_functions, many_parameters, libp2p_imports, no_docstring):
+    for check in (long_functions, many_parameters, libp2p_imports, imports_of_tests, no_docstring):
         assert len(list(check(tree))) == 1, check.__name__
+    for way in ("import tests.a.test_b", "from tests.a import test_b", "from .test_b import c", "from . import test_b"):
+        assert len(list(imports_of_tests(ast.parse(way)))) == 1, way
     for path in ("/wo" + "rk/x", '"/tm' + 'p"', "cd /ho" + "me/me"):
         assert MACHINE_PATH.search(path), path
     for fine in ("a/work/b", "node/tmp/x", "/p2p/x", "~/work/", "/workers"):
