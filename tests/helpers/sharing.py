@@ -1,14 +1,13 @@
 """A made-up world in which users of like machines choose strategies: what is true, what is predicted, what peers tell.
 
 The prior is wrong about machines of this class in the same way for everybody, which is what peers can tell a newcomer.
-`python -m tests.helpers.sharing` prints the figures of docs/SCHEDULER.md.
+`python -m tools.sharing` prints the figures of docs/SCHEDULER.md.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -187,27 +186,3 @@ def price_of_lies(seed: int, requests: int = 100) -> float:
     """What a flood costs where the prior is right, so that a newcomer alone goes wrong least."""
     alone, flooded = World(seed, prior_error=0.0), World(seed, prior_error=0.0)
     return live(flooded, told(flooded, 0, 248), requests).regret - live(alone, None, requests).regret
-
-
-if __name__ == "__main__":
-    WORLDS = int(sys.argv[1]) if len(sys.argv) > 1 else 40
-    CASES: dict[str, Callable[[World], Hearsay | None]] = {
-        "nobody": lambda world: None,
-        "8 honest": lambda world: told(world, 8, 0),
-        "1 liar": lambda world: told(world, 0, 1),
-        "248 liars": lambda world: told(world, 0, 248),
-        "8 honest, 8 liars": lambda world: told(world, 8, 8),
-        "8 honest, 248 liars": lambda world: told(world, 8, 248),
-    }
-    for requests in (30, 100):
-        for name, case in CASES.items():
-            life = over_worlds(case, WORLDS, requests)
-            sys.stdout.write(f"{requests:4} requests, {name:20} regret {life.regret:6.2%}  swayed {life.swayed:.1%}\n")
-    prices = [price_of_lies(seed) for seed in range(WORLDS)]
-    sys.stdout.write(f"248 liars, the prior is right: {sum(prices) / WORLDS:+.2%}, {max(prices):+.2%} at worst\n")
-    for name in ("1 liar", "248 liars", "8 honest"):
-        for prior in (True, False):
-            grids = [moved(world, CASES[name](world) or Hearsay(), prior) for world in map(World, range(5))]
-            share, loss = sum(grid.share for grid in grids) / len(grids), max(grid.loss for grid in grids)
-            known = "with a prior" if prior else "without one"
-            sys.stdout.write(f"grid {known}, {name:9} moved {share:.1%}, expected to lose at most {loss:.1%}\n")

@@ -1,4 +1,4 @@
-"""The tables of docs/PROTOCOL.md, made from the code. `python -m tests.helpers.protocol_tables docs/PROTOCOL.md` puts
+"""The tables of docs/PROTOCOL.md, made from the code. `python -m tools.protocol_tables docs/PROTOCOL.md` puts
 them between the document's markers; tests/test_docs.py fails when they are not the ones that stand there."""
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def _range(bound: Any) -> str:
 
 def fields(kind: type[Record]) -> str:
     hints = get_type_hints(kind, include_extras=True)
-    return "; ".join(f"`{field.name}` {shape(hints[field.name])}" for field in dataclasses.fields(kind)) or "none"
+    names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]  # all records are
+    return "; ".join(f"`{name}` {shape(hints[name])}" for name in names) or "none"
 
 
 def message_table() -> list[str]:
@@ -157,10 +158,11 @@ def filled(document: str) -> str:
     """The document with each table as the code has it."""
     for name, table in TABLES_OF_DOCUMENT.items():
         marks = re.compile(rf"(<!-- {name}: .*-->\n)(?:.*\n)*?(<!-- end of {name} -->)")
-        if len(marks.findall(document)) != 1:
+        places = list(marks.finditer(document))
+        if len(places) != 1:
             raise ValueError(f"the document has no place for {name}")
         lines = "\n".join(table())
-        document = marks.sub(lambda found, lines=lines: f"{found[1]}{lines}\n{found[2]}", document)
+        document = f"{document[: places[0].end(1)]}{lines}\n{document[places[0].start(2) :]}"
     return document
 
 
