@@ -11,14 +11,14 @@ from protocol import adverts, capabilities, leases, limits, manifest, reports, t
 from protocol.messages import FRAME_BYTES_MAX, LINK, MESSAGES, SESSION, Operation, body_fits
 from protocol.session import TABLES, Role
 from tests.helpers.protocol_samples import SAMPLES
-from tools.protocol_tables import BODIES, ON, TABLES_OF_DOCUMENT, TO_CLIENT, TO_WORKER, WAYS, filled
+from tests.tools.protocol_tables import BODIES, ON, TABLES_OF_DOCUMENT, TO_CLIENT, TO_WORKER, WAYS, filled
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "PROTOCOL.md").read_text(encoding="utf-8")
 
 
 def test_the_tables_are_those_of_the_code() -> None:
-    assert filled(DOCUMENT) == DOCUMENT, "run: python -m tools.protocol_tables docs/PROTOCOL.md"
+    assert filled(DOCUMENT) == DOCUMENT, "run: python -m tests.tools.protocol_tables docs/PROTOCOL.md"
 
 
 @pytest.mark.parametrize("name", TABLES_OF_DOCUMENT)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("protocol", "models", "equivariant", "worker", "client", "node", "simnet", "sotto")
-FOLDERS = (*PACKAGES, "tests", "tools")
+FOLDERS = (*PACKAGES, "tests")
 TEXTS = ("*.md", "Makefile", "pyproject.toml", ".ci/run", "docs/*.md", "equivariant/*.md", "sotto/demo/*.md")
 FILE_LINES_MAX, FUNCTION_LINES_MAX, PARAMETERS_MAX = 500, 70, 6
 

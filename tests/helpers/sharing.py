@@ -1,7 +1,7 @@
 """A made-up world in which users of like machines choose strategies: what is true, what is predicted, what peers tell.
 
 The prior is wrong about machines of this class in the same way for everybody, which is what peers can tell a newcomer.
-`python -m tools.sharing` prints the figures of docs/SCHEDULER.md.
+`python -m tests.tools.sharing` prints the figures of docs/SCHEDULER.md.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from protocol.sealedbox import unseal
 from protocol.signed import Identity
 from protocol.tickets import TicketGate
 from tests.helpers.protocol_samples import ADVERT, CLIENT, MANIFEST, REPORT, SAMPLES, TICKET, WORKER, body_of
-from tools import protocol_vectors
+from tests.tools import protocol_vectors
 
 FOLDER = Path(__file__).parents[1] / "vectors"
 # (public key, peer id): the key of the peer id specification and one of ours, with the ids that py-libp2p 0.8.1 gives.

@@ -32,7 +32,7 @@ from protocol.messages import (
 from simnet.compute import toy_answer
 from tests.helpers.protocol_samples import SAMPLES, body_of
 from tests.helpers.workers import DEPLOYMENT, HandClient, HandRoute, Swarm, Worker, in_swarm, make_manifest, some_rows
-from tools.protocol_tables import ON, TO_WORKER, WAYS
+from tests.tools.protocol_tables import ON, TO_WORKER, WAYS
 
 SESSIONS = [SessionId(bytes([number]) * 16) for number in range(4)]
 SEEDS, MOVES = range(8), 300

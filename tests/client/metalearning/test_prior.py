@@ -24,7 +24,9 @@ def calibration() -> str:
 
 
 def test_the_shipped_calibration_is_that_of_the_shipped_records(calibration: str) -> None:
-    assert json.loads(shipped(CALIBRATION)) == json.loads(calibration), "write it anew: python -m tools.calibration"
+    assert json.loads(shipped(CALIBRATION)) == json.loads(calibration), (
+        "write it anew: python -m tests.tools.calibration"
+    )
 
 
 def test_a_fit_with_what_is_known_calibrates_nothing(calibration: str, monkeypatch: pytest.MonkeyPatch) -> None:

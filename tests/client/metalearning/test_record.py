@@ -17,7 +17,7 @@ from protocol.errors import InputError
 from protocol.limits import HOPS_MAX
 from protocol.strategy import Strategy
 from tests.helpers.records import RECORD, numbered
-from tools.history_table import filled
+from tests.tools.history_table import filled
 
 
 def test_a_record_comes_back_from_its_row() -> None:
@@ -49,7 +49,7 @@ def test_every_column_says_what_it_is() -> None:
 
 def test_the_document_has_the_columns_as_they_are() -> None:
     document = (Path(__file__).parents[3] / "docs" / "HISTORY.md").read_text(encoding="utf-8")
-    assert filled(document) == document, "run: python -m tools.history_table docs/HISTORY.md"
+    assert filled(document) == document, "run: python -m tests.tools.history_table docs/HISTORY.md"
     assert "| `route_span_us` | series | us |" in document
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/PROTOCOL.md, made from the code. `python -m tools.protocol_tables docs/PROTOCOL.md` puts
+"""The tables of docs/PROTOCOL.md, made from the code. `python -m tests.tools.protocol_tables docs/PROTOCOL.md` puts
 them between the document's markers; tests/test_docs.py fails when they are not the ones that stand there."""
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """What honest peers and liars do to a newcomer's choices in a made-up world, as docs/SCHEDULER.md has it:
-`python -m tools.sharing [WORLDS]`."""
+`python -m tests.tools.sharing [WORLDS]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of docs/HISTORY.md, made from the columns of a record: `python -m tools.history_table FILE`."""
+"""The table of docs/HISTORY.md, made from the columns of a record: `python -m tests.tools.history_table FILE`."""
 
 from __future__ import annotations
 

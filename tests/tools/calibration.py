@@ -1,4 +1,4 @@
-"""Writes the calibration of the records that come with sotto anew: `python -m tools.calibration`."""
+"""Writes the calibration of the records that come with sotto anew: `python -m tests.tools.calibration`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Builds the golden vectors of the protocol from fixed seeds. `python -m tools.protocol_vectors FOLDER` writes
+"""Builds the golden vectors of the protocol from fixed seeds. `python -m tests.tools.protocol_vectors FOLDER` writes
 them anew: do that only with a new protocol version, for the vectors are what other implementations are held to."""
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What parts of a batch are worth: one context of the collected grid with several strategies, on real workers.
 
-    python -m tools.parts FOLDER CONTEXT ROUNDS STRATEGY...
+    python -m tests.tools.parts FOLDER CONTEXT ROUNDS STRATEGY...
 
 The strategies take turns, ROUNDS times, and a line for each run says what it came to. FOLDER keeps the model.
 """
