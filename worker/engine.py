@@ -123,6 +123,17 @@ class _Step:
             return work.block, work.matrix
         return (work.position + self.rows_asked).bit_length()  # the tokens to attend to, to within a factor of two
 
+    @property
+    def answer_bytes(self) -> int:
+        """As it is computed, before it is made what travels."""
+        blocks, work = self.session.span.blocks, self.work
+        if work.operation == Operation.LINEAR:
+            width = blocks.shape(work.block - self.session.span.spec.start, work.matrix)[0]
+        else:
+            assert isinstance(blocks, FloatBlocks)
+            width = blocks.width
+        return self.rows_asked * width * blocks.dtype.itemsize
+
     def begun_bytes(self, count: int) -> int:
         """Of KV, that the next `count` rows take for the first time."""
         if self.session.kv is None or self.work.operation == Operation.LINEAR:

@@ -6,10 +6,11 @@ Steps of a few rows (decoding, speculation) always go first, all that fit; what 
 (prefill), a chunk each, and clients take turns at having the first of it. So a long prompt slows nobody down by more
 than one chunk, and one client's prompts do not keep another's waiting. Short steps of a client that wants micro-batches
 go a part at a time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by
-themselves.
+themselves. What a job of several forwards has computed is kept until its last rows are: so few of them are under way,
+and the others wait until they end.
 
 Invariant: every job that was added is taken in the end, its rows in order and each once. The parts of a forward that
-its jobs fill come to no more than one forward. No torch, no clock.
+its jobs fill come to no more than one forward. What is kept is bounded for each deployment. No torch, no clock.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ ROWS_PER_FORWARD = 256  # a prefill chunk on a CPU: long enough for the kernels'
 SHORT_ROWS = 1 + limits.DRAFTS_MAX  # a step of at most so many rows is a decode or a speculation, not a prefill
 PROMPT_SHARE = 4  # one part in so many of a forward is for long steps, however many decodes there are
 TURNS_REMEMBERED = 4096
+KEPT_BYTES_MAX = 128 << 20  # of each deployment: four of the largest answers, each in several forwards
 
 
 class Job(Protocol):
@@ -52,6 +54,10 @@ class Job(Protocol):
     def beside_max(self) -> int:
         """As a short step, it is one of at most so many of its client in a forward; at least 1."""
 
+    @property
+    def answer_bytes(self) -> int:
+        """What has been computed of it takes no more, until its last rows are."""
+
 
 J = TypeVar("J", bound=Job)
 Queue = tuple[bytes, str]  # a deployment, and the client whose jobs run alone; "" for those that run together
@@ -74,14 +80,51 @@ class _Room:
 
 
 @dataclass(slots=True)
+class _Begun(Generic[J]):
+    """Jobs of one deployment whose first rows were taken, and not the last. Their answers take at most `bytes_max`, or
+    there is one. They may always go on, so who waits for them does not wait for ever."""
+
+    bytes_max: int
+    _jobs: dict[J, int] = field(default_factory=dict)  # and what their answers take
+    _bytes: int = 0
+    _next: J | None = None  # found no room, and begins before all others: small ones would come before it without end
+
+    def first_of(self, queue: deque[J]) -> J | None:
+        return next((job for job in queue if job in self._jobs), None) if self._jobs else None
+
+    def admit(self, job: J) -> bool:
+        """Whether rows of it may be taken that are not its last."""
+        if job in self._jobs:
+            return True
+        if self._next is not None and self._next is not job:
+            return False
+        size = job.answer_bytes
+        if self._jobs and self._bytes + size > self.bytes_max:
+            self._next = job
+            return False
+        self._next = None
+        self._jobs[job] = size
+        self._bytes += size
+        return True
+
+    def ended(self, job: J) -> None:
+        """Its last rows were taken, or none will be. Idempotent."""
+        self._bytes -= self._jobs.pop(job, 0)
+        if self._next is job:
+            self._next = None
+
+
+@dataclass(slots=True)
 class Scheduler(Generic[J]):
     rows_per_forward: int = ROWS_PER_FORWARD
+    kept_bytes_max: int = KEPT_BYTES_MAX
     _queues: dict[Queue, deque[J]] = field(default_factory=dict)  # in the order in which they take turns
     _shares: TimeShares = field(default_factory=TimeShares)
     # By deployment and client: when its long steps were last the first of a forward, the later the higher.
     _turns: dict[tuple[bytes, str], int] = field(default_factory=dict)
     _turn: int = 0
     _passed_over: set[bytes] = field(default_factory=set)  # deployments whose long steps found no room by short ones
+    _begun: dict[bytes, _Begun[J]] = field(default_factory=dict)  # by deployment
 
     def add(self, job: J) -> None:
         name = _queue_of(job)
@@ -89,6 +132,8 @@ class Scheduler(Generic[J]):
         if queue is None:
             queue = self._queues[name] = deque()
             self._shares.enter(name[0])
+            if name[0] not in self._begun:
+                self._begun[name[0]] = _Begun(self.kept_bytes_max)
         queue.append(job)
 
     def remove(self, job: J) -> None:
@@ -96,6 +141,7 @@ class Scheduler(Generic[J]):
         queue = self._queues.get(_queue_of(job))
         if queue is not None and job in queue:
             queue.remove(job)
+            self._begun[job.deployment].ended(job)
             if not queue:
                 del self._queues[_queue_of(job)]
 
@@ -107,6 +153,7 @@ class Scheduler(Generic[J]):
         """It has no jobs, and will have none. Idempotent."""
         self._shares.forget(deployment)
         self._passed_over.discard(deployment)
+        self._begun.pop(deployment, None)
 
     @property
     def idle(self) -> bool:
@@ -120,19 +167,18 @@ class Scheduler(Generic[J]):
         if not self._queues:
             return []
         name = self._next()
-        queue = self._queues.pop(name)
+        queue, begun = self._queues[name], self._begun[name[0]]
         self._shares.serve(name[0])
         if len(queue) == 1 and not queue[0].alone and 1 == queue[0].rows_left <= queue[0].rows_at_once:
+            del self._queues[name]
+            begun.ended(queue[0])
             return [(queue[0], 1)]  # a lone decode: there is nothing to choose
-        hurried = self._is_hurried(name[0])
-        if queue[0].alone:
-            queue.rotate(-1)  # a client's jobs that run alone take turns too
-            job = queue[-1]
-            taken = [(job, min(self.rows_per_forward, job.rows_left, _full(job, hurried)))]
-        else:
-            taken = self._together(queue, hurried)
+        name, taken = self._taken(name[0], begun)
         finished = {id(job) for job, rows in taken if rows == job.rows_left}
-        left = deque(job for job in queue if id(job) not in finished)
+        for job, _ in taken:
+            if id(job) in finished:
+                begun.ended(job)
+        left = deque(job for job in self._queues.pop(name) if id(job) not in finished)
         if left:
             self._queues[name] = left  # behind the others
         return taken
@@ -143,11 +189,34 @@ class Scheduler(Generic[J]):
             return next(iter(self._queues))
         return min(self._queues, key=lambda name: self._shares.charged_s(name[0]))
 
+    def _taken(self, deployment: bytes, begun: _Begun[J]) -> tuple[Queue, list[tuple[J, int]]]:
+        """Jobs of the first queue of the deployment of which some may be taken. One has those that have begun; where
+        none has, the first one may."""
+        hurried = self._is_hurried(deployment)
+        for name, queue in self._queues.items():
+            if name[0] == deployment:
+                choose = self._alone if queue[0].alone else self._together
+                if taken := choose(queue, hurried, begun):
+                    return name, taken
+        raise AssertionError("a job that has begun may go on")
+
     def _is_hurried(self, deployment: bytes) -> bool:
         """Whether another deployment waits, or is likely to before a long forward has ended."""
         return any(other != deployment for other, _ in self._queues) or self._shares.used_beside(deployment)
 
-    def _together(self, queue: deque[J], hurried: bool) -> list[tuple[J, int]]:
+    def _alone(self, queue: deque[J], hurried: bool, begun: _Begun[J]) -> list[tuple[J, int]]:
+        """A client's jobs that run alone take turns too, but of those of several forwards one ends before another
+        begins."""
+        first = begun.first_of(queue)
+        for job in queue:
+            rows = min(self.rows_per_forward, job.rows_left, _full(job, hurried))
+            if rows == job.rows_left or (first in (None, job) and begun.admit(job)):
+                queue.remove(job)
+                queue.append(job)
+                return [(job, rows)]
+        return []
+
+    def _together(self, queue: deque[J], hurried: bool, begun: _Begun[J]) -> list[tuple[J, int]]:
         deployment, room = queue[0].deployment, _Room(self.rows_per_forward)
         short, long = list[tuple[J, int]](), list[tuple[J, int]]()
         for job in queue:
@@ -156,10 +225,11 @@ class Scheduler(Generic[J]):
         long.sort(key=self._turn_of)  # stable, so first come, first served
         if long and deployment in self._passed_over:
             self._passed_over.discard(deployment)
-            return self._long(long, room)
+            if first := self._long(long, room, begun):
+                return first
         taken, crowded = self._short(short, room, bool(long))
         # Short steps that found no room come last: the share is for prompts.
-        others = self._long([*long, *sorted(crowded, key=self._turn_of)], room)
+        others = self._long([*long, *sorted(crowded, key=self._turn_of)], room, begun)
         if long and not others:
             self._passed_over.add(deployment)
         return taken + others
@@ -184,12 +254,14 @@ class Scheduler(Generic[J]):
                 crowded.append((job, full))
         return taken, crowded
 
-    def _long(self, jobs: list[tuple[J, int]], room: _Room) -> list[tuple[J, int]]:
+    def _long(self, jobs: list[tuple[J, int]], room: _Room, begun: _Begun[J]) -> list[tuple[J, int]]:
         taken: list[tuple[J, int]] = []
         for job, full in jobs:
             rows = room.fitting(job.rows_left, full)
             if rows < 1:
                 break
+            if rows < job.rows_left and not begun.admit(job):
+                continue
             taken.append((job, rows))
             room.use(rows, full)
         if taken:  # who comes after the first, and gets what that leaves, has had no turn

@@ -16,6 +16,7 @@ class FakeJob:
     rows_in_time: int = 1 << 30
     alone: bool = False
     beside_max: int = 1 << 30
+    answer_bytes: int = 1
 
 
 def run(scheduler: Scheduler[FakeJob]) -> list[tuple[FakeJob, int]]:

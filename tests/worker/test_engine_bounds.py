@@ -85,6 +85,29 @@ def test_what_is_kept_of_a_step_is_its_own_rows(shop: Shop) -> None:
     finished(shop, ended)
 
 
+@pytest.mark.parametrize("terms", [{}, {"alone": True}, {"deterministic": True}], ids=str)
+@pytest.mark.parametrize("operation", [LINEAR, {}], ids=["linear", "pass"])
+def test_what_is_kept_of_all_steps_is_bounded(shop: Shop, terms: dict[str, Any], operation: dict[str, Any]) -> None:
+    """However many sessions one client, or several, have: each forward could begin one more."""
+    shop.load()
+    shop.engine._scheduler.kept_bytes_max = most = 4 * 257 * 16 * 4
+    sessions = [SessionId(bytes([number]) * 16) for number in range(20)]
+    for number, session in enumerate(sessions):
+        shop.engine.open(session, shop.spec(257, f"client {number % 5}", **terms))
+    kept, ended = 0, list[StepResult | Exception]()
+    for session in sessions:
+        shop.engine.submit(work(inputs(257), 0, session=session, **operation), ended.append)
+    for _ in range(20):
+        shop.engine.advance()
+        steps = [each.step for each in shop.engine._sessions.values() if each.step is not None]
+        kept = max(kept, sum(rows.nbytes for step in steps for rows in step.rows))
+    assert 256 * 16 * 4 <= kept <= most
+    first, *others = finished(shop, ended)
+    assert len(others) == 19
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-5, atol=1e-5)
+
+
 def test_steps_of_several_sessions_take_no_more_memory_than_one(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     shop.load()
     sessions = [SessionId(bytes([number]) * 16) for number in range(6)]

@@ -18,6 +18,8 @@ JOBS = st.lists(
         rows_at_once=st.integers(1, 300),
         rows_in_time=st.integers(1, 300),
         beside_max=st.integers(1, 4),
+        alone=st.booleans(),
+        answer_bytes=st.integers(1, 60),
     ),
     max_size=30,
 )
@@ -25,8 +27,9 @@ JOBS = st.lists(
 
 @given(JOBS, st.integers(1, 300), st.data())
 def test_every_row_is_taken_once_and_nobody_waits_for_ever(jobs: list[FakeJob], room: int, data: st.DataObject) -> None:
-    scheduler: Scheduler[FakeJob] = Scheduler(room)
+    scheduler: Scheduler[FakeJob] = Scheduler(room, kept_bytes_max=100)
     rows, waiting = {id(job): job.rows_left for job in jobs}, list(jobs)
+    asked = dict(rows)
     for _ in range(sum(rows.values()) + len(jobs) + 1):
         for _ in range(min(len(waiting), data.draw(st.integers(0, 3)) if not scheduler.idle else 1)):
             scheduler.add(waiting.pop())
@@ -38,6 +41,9 @@ def test_every_row_is_taken_once_and_nobody_waits_for_ever(jobs: list[FakeJob], 
         for job, count in taken:
             assert 1 <= count <= job.rows_at_once
             rows[id(job)] -= count
+        for deployment in (b"a", b"b"):
+            begun = [job for job in jobs if job.deployment == deployment and 0 < rows[id(job)] < asked[id(job)]]
+            assert len(begun) <= 1 or sum(job.answer_bytes for job in begun) <= 100
         if scheduler.idle and not waiting:
             break
     assert scheduler.idle
@@ -169,3 +175,58 @@ def test_decodes_that_leave_no_memory_alternate_with_a_prompt() -> None:
         scheduler.add(FakeJob(b"a", "y", 1, rows_at_once=100))
         run(scheduler)
     assert prompt.rows_left == 90
+
+
+def test_of_a_clients_long_jobs_that_run_alone_one_is_under_way() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100)
+    first, second = (FakeJob(b"a", "x", 250, alone=True) for _ in range(2))
+    for job in (first, second, *(FakeJob(b"a", "x", 1, alone=True) for _ in range(3))):
+        scheduler.add(job)
+    assert [rows for ((_, rows),) in (run(scheduler) for _ in range(6))] == [100, 1, 1, 1, 100, 50]
+    scheduler.add(FakeJob(b"a", "x", 1, alone=True))
+    assert run(scheduler) == [(second, 100)], "it has waited for longer"
+
+
+def test_few_long_jobs_of_a_deployment_are_under_way() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100, kept_bytes_max=100)
+    jobs = [FakeJob(b"a", f"client {n}", 150, alone=n % 2 == 0, answer_bytes=40, rows_in_time=1) for n in range(7)]
+    decode = FakeJob(b"a", "decode", 1)
+    for job in (*jobs, FakeJob(b"b", "z", 30)):
+        scheduler.add(job)
+    for forward in range(20):
+        scheduler.charge(run(scheduler)[0][0].deployment, 1.0)
+        assert sum(0 < job.rows_left < 150 for job in jobs) <= 2
+        if forward == 10:
+            scheduler.add(decode)
+    assert not decode.rows_left, "others go on"
+    while not scheduler.idle:
+        scheduler.charge(run(scheduler)[0][0].deployment, 1.0)
+        assert sum(0 < job.rows_left < 150 for job in jobs) <= 2
+
+
+def test_who_found_no_room_begins_before_others() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100, kept_bytes_max=100)
+    small = [FakeJob(b"a", f"client {number}", 150, alone=True, answer_bytes=30) for number in range(6)]
+    large = FakeJob(b"a", "large", 150, answer_bytes=90)
+    for job in (*small, large):
+        scheduler.add(job)
+    for forward in range(40):
+        for job, _ in run(scheduler):
+            if job.alone and not job.rows_left:
+                scheduler.add(FakeJob(b"a", job.client, 150, alone=True, answer_bytes=30))
+        scheduler.add(FakeJob(b"a", f"decode {forward}", 1))
+    assert not large.rows_left
+
+
+def test_who_waits_for_room_and_is_removed_keeps_nobody_waiting() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(100, kept_bytes_max=100)
+    begun, large, small = (FakeJob(b"a", f"client {size}", 350, alone=True, answer_bytes=size) for size in (50, 90, 30))
+    for job in (begun, large, small):
+        scheduler.add(job)
+    assert [run(scheduler)[0][0] for _ in range(2)] == [begun, begun]
+    scheduler.remove(large)
+    assert run(scheduler) == [(small, 100)]
+    scheduler.remove(begun)
+    scheduler.add(other := FakeJob(b"a", "other", 350, answer_bytes=70))
+    assert run(scheduler) == [(small, 100)]
+    assert run(scheduler) == [(other, 100)], "there is room again"
