@@ -85,6 +85,11 @@ class StepLedger(Generic[A]):
             admitted.answer, admitted.answer_bytes = answer, answer_bytes
             self._answer_bytes += answer_bytes
 
+    def keeps(self, step: int) -> bool:
+        """Whether its answer is recorded, and counted in `answer_bytes`."""
+        admitted = self._admitted.get(step)
+        return admitted is not None and admitted.answer is not None
+
     def answer(self, step: int) -> A:
         """The recorded answer of a step whose verdict was REPEAT."""
         answer = self._admitted[step].answer

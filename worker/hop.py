@@ -120,7 +120,9 @@ class Hop:
         begun, self._begun = self._begun, None
         assert begun is not None
         result, computed_at = await begun, self.table.clock.monotonic()
-        seat.ledger.record(step.step, result, answer_bytes(result))
+        size = answer_bytes(result)
+        seat.ledger.record(step.step, result, size)
+        self.session.in_hand = step.step, size
         self.table.inboxes.weigh_answers(self.session)
         waited_us = max(0, round(1e6 * (self._free_at - work.arrived_at)))  # for the step before it
         if waited_us:
@@ -131,6 +133,9 @@ class Hop:
             self._note_computed(
                 step, result, computed_at
             )  # the next hop does not wait for what only the owner is shown
+        self.session.in_hand = None
+        if not seat.ledger.keeps(step.step):
+            self.table.inboxes.weigh_answers(self.session)
         self._free_at = self.table.clock.monotonic()
 
     def _begin(self, work: Pass) -> None:

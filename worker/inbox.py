@@ -55,9 +55,16 @@ class Inboxes:
         session.queued_bytes -= body_bytes(work)
 
     def weigh_answers(self, session: Session) -> None:
-        """Count what the session's recorded answers take by now. Raises Refused when there is no memory for it."""
+        """Count what the session's answers take by now. Raises Refused when there is no memory for it.
+
+        One that is on its way out counts although it was acknowledged, and forgotten, meanwhile or even before it was
+        computed: there is no telling when its reader takes it.
+        """
         assert session.seat is not None
-        size = session.seat.ledger.answer_bytes
+        ledger = session.seat.ledger
+        size = ledger.answer_bytes
+        if session.in_hand is not None and not ledger.keeps(session.in_hand[0]):
+            size += session.in_hand[1]
         grown = size - session.answer_bytes
         if grown > 0:
             self.queues.take(session.client, grown)

@@ -84,7 +84,8 @@ class Session:
     receive_work: trio.MemoryReceiveChannel[Work]
     waiting_bytes: int = 0
     waiting_steps: int = 0
-    answer_bytes: int = 0
+    answer_bytes: int = 0  # counted of its answers: those that are recorded, and the one in hand
+    in_hand: tuple[int, int] | None = None  # the step whose answer is on its way out, and what that takes
     queued_bytes: int = 0  # all that is counted of it in the worker's QueueBook
     begin: Callable[[Pass], None] | None = None  # while its task has nothing to do: the engine can have a pass now
     seat: Seat | None = None
