@@ -5,7 +5,7 @@ they were made, all that wait between two forwards; steps are only submitted the
 meet in one forward. Calls that take longer than CALLS_S together let a forward go first: who opens and closes the
 largest sessions without end must not keep others' steps from being computed. torch releases the interpreter during
 products, so the event loop stays awake. A running forward is never interrupted: cancelling the waiter abandons the
-result.
+result. What a forward raises, which is not one step's failure, ends the block that the thread was started for.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable, Generator
+from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import trio
@@ -44,23 +45,33 @@ class SyncEngine(Protocol):
 
 class EngineThread:
     """Implements protocol.ports.Compute. Use as a context manager, on the loop that calls it: leaving it waits for the
-    running forward."""
+    running forward. If the thread dies the block is cancelled, for nobody would be answered any more, and raises what
+    the thread died of."""
 
     def __init__(self, engine: SyncEngine, on_start: Callable[[], None]) -> None:
         self._engine = engine
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._settled: list[_Pending[Any]] = []  # the loop has not heard of them yet
         self._token: trio.lowlevel.TrioToken | None = None
-        self._thread = threading.Thread(target=self._serve, args=(on_start,), name="engine", daemon=True)
+        self._life: _Pending[None] = _Pending(self._settled)  # settled only with what the thread dies of
+        self._scope = trio.CancelScope()  # of the block
+        self._thread = threading.Thread(target=self._live, args=(on_start,), name="engine", daemon=True)
 
     def __enter__(self) -> EngineThread:
         self._token = trio.lowlevel.current_trio_token()
+        self._scope.__enter__()
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
         self._calls.put(None)
         self._thread.join()
+        swallowed = self._scope.__exit__(kind, error, trace)
+        if self._life.error is not None:
+            raise self._life.error
+        return swallowed
 
     async def load(self, span: SpanSpec) -> LoadedSpan:
         return await self._run(lambda: self._engine.load(span))
@@ -86,6 +97,11 @@ class EngineThread:
         self._calls.put((pending, lambda: pending.settle(work())))
         return await pending
 
+    def _live(self, on_start: Callable[[], None]) -> None:
+        _attempt(self._life, lambda: self._serve(on_start))
+        if self._life.error is not None:
+            self._on_loop(self._scope.cancel)
+
     def _serve(self, on_start: Callable[[], None]) -> None:
         on_start()
         due = math.inf  # when a forward goes before calls
@@ -106,9 +122,12 @@ class EngineThread:
         """Wake the loop once for all that a forward has settled: their answers leave together."""
         settled = self._settled[:]
         self._settled.clear()
+        self._on_loop(_wake, settled)
+
+    def _on_loop(self, act: Callable[..., object], *args: object) -> None:
         assert self._token is not None
         with contextlib.suppress(trio.RunFinishedError):  # the waiters are gone with their loop
-            self._token.run_sync_soon(_wake, settled)
+            self._token.run_sync_soon(act, *args)
 
 
 class _Pending(Generic[T]):
@@ -124,6 +143,10 @@ class _Pending(Generic[T]):
     def settle(self, result: T | Exception) -> None:
         self._result = result
         self._settled.append(self)
+
+    @property
+    def error(self) -> Exception | None:
+        return self._result if isinstance(self._result, Exception) else None
 
     def __await__(self) -> Generator[Any, None, T]:
         yield from self.ready.wait().__await__()

@@ -319,17 +319,17 @@ class Engine:
         company = sum(count == step.rows_left for step, count in taken) > 1
         for step, count in taken:
             part = rows[start : start + count]
-            # What waits for the rest of its step does not keep others' rows.
-            step.rows.append(part if count == step.rows_left or count == len(rows) else part.clone())
             step.rows_done += count
             step.compute_s += took_s
             start += count
-            if not step.rows_left:
-                try:
-                    with _Refusals(RefusalReason.BAD_STEP):
+            try:
+                with _Refusals(RefusalReason.BAD_STEP):
+                    # What waits for the rest of its step does not keep others' rows.
+                    step.rows.append(part.clone() if step.rows_left and count < len(rows) else part)
+                    if not step.rows_left:
                         self._finish(step, company)
-                except Exception as error:  # an answer takes memory too
-                    self._fail(step, error)
+            except Exception as error:  # an answer takes memory too, and a part of one
+                self._fail(step, error)
 
     def _forward(self, taken: list[tuple[_Step, int]]) -> Tensor:
         first = taken[0][0]

@@ -219,6 +219,28 @@ def test_a_cancelled_call_is_abandoned_and_the_next_one_runs_after_it() -> None:
     assert engine.calls == ["open 1", "close"]
 
 
+def test_what_a_forward_raises_ends_the_block_and_nobody_waits_for_ever() -> None:
+    """It is no step's failure: whatever the engine knew of its steps is in doubt."""
+
+    class Broken(Recorder):
+        idle = True
+
+        def submit(self, *_: object) -> None:
+            self.idle = False
+
+        def advance(self) -> None:
+            raise ZeroDivisionError("a bug")
+
+    async def main() -> None:
+        with trio.fail_after(10), EngineThread(Broken(), lambda: None) as compute:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+                await compute.step(_work(torch.zeros(1, 8)))
+
+    with pytest.raises(ZeroDivisionError):
+        trio.run(main)
+
+
 def test_the_event_loop_stays_awake_under_a_long_prefill(tmp_path: Path) -> None:
     """One block of 15 M weights and 1,536 positions. The best of three runs, since this machine may be busy with other
     things; the control runs the same step on the loop itself, and blocks it."""

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save
 
 from models.blocks import Block
+from protocol.errors import Refused
 from protocol.ids import PeerId, SessionId
-from protocol.messages import Operation
+from protocol.messages import Operation, RefusalReason
 from protocol.pieces import PieceList
 from protocol.ports import SessionSpec, SpanSpec, StepResult
 from protocol.signed import Identity
@@ -106,6 +107,30 @@ def test_what_is_kept_of_all_steps_is_bounded(shop: Shop, terms: dict[str, Any],
     assert len(others) == 19
     for other in others:
         torch.testing.assert_close(other, first, rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_of_an_answer_that_finds_no_memory_fails_its_step_alone(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop.load()
+    shop.engine._scheduler.rows_per_forward = 8
+    shop.engine.open(OTHER, shop.spec(10))
+    long, decode = list[StepResult | Exception](), list[StepResult | Exception]()
+    shop.engine.submit(work(inputs(20), 0), long.append)
+    shop.engine.submit(work(inputs(1), 0, session=OTHER), decode.append)
+
+    def short_of_memory(*_: object) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "clone", short_of_memory)
+        shop.engine.advance()
+    assert isinstance(decode[0], StepResult)
+    assert isinstance(long[0], Refused)
+    assert long[0].reason == RefusalReason.MEMORY
+    assert shop.engine.idle
+    shop.engine.submit(work(inputs(20), 0), decode.append)
+    assert len(finished(shop, decode)) == 2
 
 
 def test_steps_of_several_sessions_take_no_more_memory_than_one(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
