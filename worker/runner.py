@@ -46,8 +46,8 @@ class FloatBlocks:
         self.dtype, self.device = self.blocks[0].dtype, self.blocks[0].device
         self.width = self.blocks[0].config.hidden_size
         configs = [block.config for block in self.blocks]
-        self._configs = frozenset(configs)
-        self._first_of_kind = frozenset(configs.index(config) for config in self._configs)
+        self._first_of_kind = frozenset(configs.index(config) for config in set(configs))
+        self._row_costs = _row_costs(configs, self.dtype)
 
     @torch.inference_mode()
     def forward(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -95,7 +95,7 @@ class FloatBlocks:
 
     def rows_at_once(self, length: int) -> int:
         """How many rows may be computed together when `length` tokens are attended to; at least 1."""
-        return min(_rows_at_once(config, length, self.dtype) for config in self._configs)
+        return max(1, WORKSPACE_BYTES // max(alone + seen * length for alone, seen in self._row_costs))
 
     def linear_rows_at_once(self, block: int, name: str) -> int:
         """How many rows `linear` may take together; at least 1."""
@@ -193,11 +193,15 @@ def time_us(run: Callable[[], object], device: torch.device) -> int:
     return max(1, round(1e6 * statistics.median(times[1:])))
 
 
-def _rows_at_once(config: BlockConfig, length: int, dtype: torch.dtype) -> int:
-    """How many rows of a step may be computed together when `length` tokens are attended to."""
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    # Scores are counted although fused attention does not keep them: which kernel runs is torch's choice.
-    row_bytes = dtype.itemsize * (
-        4 * config.hidden_size + 3 * heads + 4 * config.intermediate_size + config.num_heads * length
-    )
-    return max(1, WORKSPACE_BYTES // (row_bytes + length))
+def _row_costs(configs: Sequence[BlockConfig], dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
+    """Of the blocks whose rows may take most: bytes that a row of a step takes, and more for each token that it attends
+    to. Asked of each step that waits, so once for as many heads: blocks may differ in much that does not matter here.
+    """
+    costs: dict[int, int] = {}
+    for config in configs:
+        heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        alone = dtype.itemsize * (4 * config.hidden_size + 3 * heads + 4 * config.intermediate_size)
+        # Scores are counted although fused attention does not keep them: which kernel runs is torch's choice.
+        seen = dtype.itemsize * config.num_heads + 1
+        costs[seen] = max(alone, costs.get(seen, 0))
+    return tuple((alone, seen) for seen, alone in costs.items())

@@ -243,6 +243,31 @@ def test_a_deployment_that_is_slow_keeps_nobody_waiting(
     finished(slow, busy.ended)
 
 
+def test_choosing_what_runs_is_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client may have many steps wait, of a model that is made so that each is looked at for long."""
+    busy = Busy(Shop(tmp_path, [INTEGERS], dtype="int32"), monkeypatch, row_s=1.0)
+    engine, deployment = busy.shop.engine, busy.other.deployment
+    rows_at_once = FloatBlocks.rows_at_once
+
+    def slow(blocks: FloatBlocks, length: int) -> int:
+        busy.now += 4.0
+        return rows_at_once(blocks, length)
+
+    monkeypatch.setattr(FloatBlocks, "rows_at_once", slow)
+    busy.open()
+    began = busy.now
+    for _ in range(100):
+        if engine._sessions[OTHER].step is None:
+            busy.decode(busy.seen.count(("quick", 1)))
+        if engine._sessions[SESSION].step is None:
+            busy.ask_much(1)
+        engine.advance()
+    assert (busy.seen.count(("quick", 1)), busy.seen.count(("slow", 1))) == (20, 80), "four seconds, and one"
+    charged = [engine._scheduler._shares.charged_s(each) for each in (deployment, busy.shop.manifest.deployment)]
+    assert charged == [80.0, 80.0]
+    assert busy.now - began == 160.0
+
+
 def test_a_map_that_was_never_computed_is_tried_with_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each of many maps would keep others waiting once."""
     busy = Busy(Shop(tmp_path, [INTEGERS], dtype="int32"), monkeypatch, row_s=1 / 64)

@@ -81,6 +81,21 @@ def test_a_failed_forward_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(span.blocks.forward(x, parts), expected)
 
 
+def test_how_many_rows_fit_is_asked_of_no_more_blocks_than_differ_in_it() -> None:
+    """It is asked of each step that waits, before each forward."""
+    wide = replace(CONFIG, num_heads=8, head_dim=4)
+    configs = [replace(config, rope=RopeConfig(1e4 + n)) for n in range(5) for config in (CONFIG, wide)]
+    blocks, plain = (
+        build_float_blocks(each, lambda n, each=each: random_tensors(n, each[n]), torch.float32, CPU)  # type: ignore[misc]
+        for each in (configs, [CONFIG, wide])
+    )
+    assert len(blocks._row_costs) == len(plain._row_costs) == 2
+    for length in (1, 77, 600, 1 << 20):
+        # By the block that takes more: at few tokens the one, at many the other.
+        heads = 4 * (4 * 16 + 3 * 64 + 4 * 24) + 17 * length, 4 * (4 * 16 + 3 * 48 + 4 * 24) + 33 * length
+        assert blocks.rows_at_once(length) == plain.rows_at_once(length) == max(1, (1 << 30) // max(heads))
+
+
 def test_the_rotary_tables_of_a_span_are_together_as_large_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a model have one; a stranger's may have as many as there are blocks."""
     monkeypatch.setattr(runner, "TABLE_NUMBERS", 400 * CONFIG.head_dim)
