@@ -27,6 +27,8 @@ from models.rope import Rotary, rotate
 Turns = tuple[Tensor, Tensor]
 # Rows of a tile: as many as one product of packed weights takes at little more than the price of one row.
 TILE_ROWS = 16
+# Tensors that a block keeps as they are; the others are copied when they are put together.
+_KEPT = ("attn_norm", "mlp_norm", *(name + part for name in ("o", "down") for part in ("", "_bias", "_scale")))
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,7 +38,7 @@ class Block:
     Construct with canonical tensors (names and shapes: `config.tensor_shapes()`; ModelError otherwise). They are cast
     to `dtype`, or keep theirs when it is None. int8 matrices come with their scales (models/precision.py) and run in
     float32. q, k, v and gate, up are fused, so for a moment both copies exist; the others are not copied unless they
-    are cast. Blocks of one model may share a `rotary` table.
+    are cast, or `copy` says that nothing of `tensors` may be kept. Blocks of one model may share a `rotary` table.
     """
 
     __slots__ = (
@@ -60,6 +62,7 @@ class Block:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         rotary: Rotary | None = None,
+        copy: bool = False,
     ) -> None:
         if scale_name("q") in tensors:
             check_quantised(config, tensors)
@@ -71,6 +74,8 @@ class Block:
             if dtype is None and len({tensor.dtype for tensor in tensors.values()}) > 1:
                 raise ModelError("block tensors differ in dtype; say which one the block shall run in")
             own = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors.items()}
+        if copy:
+            own |= {name: own[name].clone() for name in _KEPT if name in own and own[name] is tensors[name]}
         self.config = config
         self._qkv = _fused(own, ("q", "k", "v"))
         self._gate_up = _fused(own, ("gate", "up"))

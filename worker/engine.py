@@ -182,7 +182,7 @@ class Engine:
             if span.manifest.dtype == INTEGER_DTYPE:
                 if self._device.type != "cpu":
                     raise Refused(RefusalReason.UNSUPPORTED, "integer maps need a worker on a CPU")
-                blocks = IntegerBlocks([read(index) for index in range(len(configs))])
+                blocks = IntegerBlocks([_copied(read(index)) for index in range(len(configs))])
             else:
                 dtype = DTYPES[compute_dtype(span.manifest.dtype)]
                 blocks = build_float_blocks(configs, read, dtype, self._device)
@@ -404,6 +404,10 @@ class _Refusals:
         missing = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
         if missing or isinstance(error, MemoryError | torch.OutOfMemoryError):
             raise Refused(RefusalReason.MEMORY, "the machine has less memory free than its owner gave") from None
+
+
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def _learn(taken: list[tuple[_Step, int]], took_s: float) -> None:

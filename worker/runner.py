@@ -158,8 +158,8 @@ def build_float_blocks(
     dtype: torch.dtype,
     device: torch.device,
 ) -> FloatBlocks:
-    """Blocks from what `read(index)` gives, one at a time. Equal rotary tables are shared, and all of them together are
-    no larger than one may be."""
+    """Blocks from what `read(index)` gives, one at a time, keeping none of it. Equal rotary tables are shared, and all
+    of them together are no larger than one may be."""
     rotaries: dict[tuple[object, ...], Rotary] = {}
     kinds = [(config.rope, config.head_dim, config.max_position) for config in configs]
     table_numbers = TABLE_NUMBERS // len(set(kinds))
@@ -167,7 +167,8 @@ def build_float_blocks(
     for index, (config, kind) in enumerate(zip(configs, kinds, strict=True)):
         if kind not in rotaries:
             rotaries[kind] = Rotary(config, dtype, device, table_numbers)
-        blocks.append(Block(config, read(index), dtype=dtype, device=device, rotary=rotaries[kind]))
+        rotary = rotaries[kind]
+        blocks.append(Block(config, read(index), dtype=dtype, device=device, rotary=rotary, copy=True))
     return FloatBlocks(blocks)
 
 

@@ -21,7 +21,10 @@ assert _DTYPE_NAMES.keys() == DTYPES.keys()
 
 
 def read_shard(path: Path, entry: BlockEntry) -> dict[str, Tensor]:
-    """The tensors of one block, on the CPU. Raises Refused(BAD_SHARD) unless they are exactly the manifest's."""
+    """The tensors of one block, on the CPU. Raises Refused(BAD_SHARD) unless they are exactly the manifest's.
+
+    They lie in the mapped file, which takes its disk as long as one of them is there, deleted or not: keep copies.
+    """
     try:
         if path.stat().st_size != entry.shard_bytes:
             raise _bad("the file's size is not the manifest's")
