@@ -67,6 +67,7 @@ class Control:
     _locks: dict[DeploymentId | PeerId, trio.Lock] = field(default_factory=dict)
     _reads: trio.Lock = field(default_factory=trio.Lock)
     _loads: trio.Lock = field(default_factory=trio.Lock)
+    _saved: dict[DeploymentId, bytes] = field(default_factory=dict)  # spans of an earlier run that are not loaded again
     _rest_until: float = -inf  # of the engine from loading, monotonic seconds
 
     async def answer(self, request: Message, peer: PeerId) -> Message:
@@ -161,6 +162,7 @@ class Control:
         if loaded is None:
             loaded = await self._load_span(span)
             try:
+                self._saved.pop(deployment, None)
                 await self.ports.store.save_span(deployment, encode(SavedSpan.of(span.request)))
             except Refused as refused:  # it serves all the same, but not after a restart
                 log.warning("a span cannot be remembered", extra={"error": str(refused)})
@@ -203,14 +205,16 @@ class Control:
 
         What is restored is leased by nobody: a cache, which the next client with the right finds in the advert.
         """
-        for deployment, saved in await self.ports.store.saved_spans():
-            try:
-                request = await self.ports.run_sync(partial(read_saved, deployment, saved))
-                async with self._alone(deployment):
-                    await self._restore(request)
-            except (Refused, RemoteProtocolError) as error:
-                log.warning("a span of an earlier run is forgotten", extra={"error": str(error)})
-                await self.ports.store.forget_span(deployment)
+        self._saved.update(await self.ports.store.saved_spans())
+        for deployment in list(self._saved):
+            async with self._alone(deployment):
+                if deployment not in self._saved:
+                    continue  # released or replaced, while another was loaded
+                try:
+                    await self._restore(await self._read_saved(deployment))
+                except (Refused, RemoteProtocolError) as error:
+                    log.warning("a span of an earlier run is forgotten", extra={"error": str(error)})
+                    await self._forget_saved(deployment)
 
     async def _restore(self, request: SpanRequest) -> None:
         if request.deployment in self.house.spans.leases or not self.house.spans.fits(request):
@@ -227,10 +231,30 @@ class Control:
         except Refused:
             self.house.spans.remove(span)
             raise
+        self._saved.pop(request.deployment, None)
+
+    async def _read_saved(self, deployment: DeploymentId) -> SpanRequest:
+        return await self.ports.run_sync(partial(read_saved, deployment, self._saved[deployment]))
+
+    async def _forget_saved(self, deployment: DeploymentId) -> None:
+        self._saved.pop(deployment, None)
+        await self.ports.store.forget_span(deployment)
+
+    async def _release_saved(self, message: ReleaseSpan, peer: PeerId) -> None:
+        """Forget a span of an earlier run before it is loaded again, if it is the peer's to forget. Raises Refused."""
+        deployment = message.deployment
+        try:
+            request = await self._read_saved(deployment)
+        except (Refused, RemoteProtocolError):
+            return  # nor does `restore` load it
+        self.house.rights.require(Claim(peer, Right.MANAGE, deployment, request.owner), message.capability)
+        await self._forget_saved(deployment)
 
     async def _release(self, message: ReleaseSpan, peer: PeerId) -> None:
         span = self.house.spans.leases.get(message.deployment)
         if span is None:
+            if message.forget and message.deployment in self._saved:
+                await self._release_saved(message, peer)
             return  # released or evicted before: what the peer wants is so
         if message.forget:
             self._may_manage(message.deployment, peer, message.capability)
@@ -282,7 +306,7 @@ class Control:
 
     async def _unload(self, deployment: DeploymentId) -> None:
         await self.ports.compute.unload(deployment)
-        await self.ports.store.forget_span(deployment)
+        await self._forget_saved(deployment)
 
     @asynccontextmanager
     async def _alone(self, name: DeploymentId | PeerId) -> AsyncIterator[None]:

@@ -6,7 +6,8 @@ import pytest
 import trio
 
 from protocol.errors import Refused
-from protocol.messages import LoadSpan, RefusalReason, ReleaseSpan, SpanLeased, SpanLoaded
+from protocol.messages import LoadSpan, Refusal, RefusalReason, ReleaseSpan, SpanLeased, SpanLoaded, SpanReleased
+from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, in_swarm, lease_of, make_manifest
 from worker.admission import SpanLease, SpanLedger
 from worker.spans import SpanRequest
@@ -79,6 +80,54 @@ def test_a_span_for_which_its_owner_has_no_share_left_now_is_not_forgotten(monke
         assert set(worker.store.spans) == {kept, late}
 
     in_swarm(1, test)
+
+
+@pytest.mark.parametrize("who", ["owner", "stranger"])
+def test_what_is_released_before_it_is_loaded_again_does_not_come_back(who: str) -> None:
+    async def test(swarm: Swarm) -> None:
+        late = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        first = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
+        worker = await swarm.restart(0)
+        await trio.sleep(5)  # the newest is loading
+        assert not worker.service.herald._held()
+        peer = swarm.client if who == "owner" else await swarm.another("stranger")
+        answer = await peer.ask(worker, ReleaseSpan(late, True, b""))
+        if who == "owner":
+            assert answer == SpanReleased()
+        else:
+            assert isinstance(answer, Refusal)
+            assert answer.reason == RefusalReason.FORBIDDEN
+        await trio.sleep(60)
+        expected = {first} if who == "owner" else {first, late}
+        assert {held.deployment for held in worker.service.herald._held()} == expected
+        assert set(worker.store.spans) == expected
+
+    in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=10.0)))
+
+
+def test_what_finds_no_room_again_is_its_owners_to_forget() -> None:
+    async def test(swarm: Swarm) -> None:
+        deployments = []
+        for letter in b"AB":
+            deployments.append(await swarm.client.deploy(swarm.workers[0], 2, 0, 2, bytes([letter]) * 16))
+        store = swarm.workers[0].store
+        await swarm.client.ask(swarm.workers[0], ReleaseSpan(deployments[1], False, b""))
+        before = dict(store.spans)
+        evicting = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"C" * 16)
+        assert set(store.spans) == {deployments[0], evicting}
+        store.spans = {deployments[1]: before[deployments[1]], **store.spans}  # as if its disk had failed to forget it
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        assert set(store.spans) == {*deployments, evicting}
+        assert {held.deployment for held in worker.service.herald._held()} == {deployments[0], evicting}
+        stranger = await swarm.another("stranger")
+        assert isinstance(await stranger.ask(worker, ReleaseSpan(deployments[1], True, b"")), Refusal)
+        assert deployments[1] in store.spans
+        for _ in range(2):
+            assert await swarm.client.ask(worker, ReleaseSpan(deployments[1], True, b"")) == SpanReleased()
+            assert set(store.spans) == {deployments[0], evicting}
+
+    in_swarm(1, test, memory_bytes=4 * BLOCK_BYTES + 1, kv_memory_bytes=1)
 
 
 @pytest.mark.parametrize("damage", ["record", "wrong name", "shard garbled", "shard gone", "engine refuses"])
