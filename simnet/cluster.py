@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import trio
+
 from node.files import write_atomic
 from node.paths import state_dir
 from protocol.errors import InputError
@@ -26,6 +28,7 @@ from simnet.processes import Process, identify, interrupts_held, spawn, stop, st
 from simnet.proxy import dialling_host
 from simnet.shape import Shape, Wiring, load_wiring
 
+SETTLE_S = 0.3  # until the proxy has read what the links are now
 _RECORD = "cluster.json"
 _ANY_PORT = "/ip4/127.0.0.1/tcp/0"
 
@@ -214,6 +217,13 @@ def restart(cluster: Cluster, name: str) -> Cluster:
         stop_children(launch.children)
         raise
     return launch.cluster
+
+
+async def reshaped(cluster: Cluster, every: Shape) -> None:
+    """All links are as `every` when it returns; those of a cluster without a proxy stay as they are."""
+    if cluster.proxy is not None:
+        cluster.reshape_all(every)
+        await trio.sleep(SETTLE_S)
 
 
 def _now(cluster: Cluster) -> Cluster:

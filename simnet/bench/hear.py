@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def _nobody(*_: Any) -> None: ...
+def nobody(*_: Any) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,6 +15,6 @@ class Hear:
     """`found` gets each result as soon as it is measured; `update(done, total)` how much is done, in what the benchmark
     counts (parts, points, requests), the one under way in proportion; `say` what is measured now."""
 
-    found: Callable[[dict[str, Any]], None] = _nobody
-    update: Callable[[float, int], None] = _nobody
-    say: Callable[[str], None] = _nobody
+    found: Callable[[dict[str, Any]], None] = nobody
+    update: Callable[[float, int], None] = nobody
+    say: Callable[[str], None] = nobody

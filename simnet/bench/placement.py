@@ -11,7 +11,7 @@ is spared there, and each swarm says which of the two judged it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from client.placement.needs import Objective
 from client.placement.pace import fast, lower_bound_period_s, period_s
 from client.placement.search import fast as fast_latency
 from protocol.errors import InputError, RouteUnavailable
+from simnet.bench.hear import Hear
 from simnet.bench.placement_reference import Reference
 from simnet.bench.placement_swarms import Drawn, Matrices, client_rtts_ms, heard
 
@@ -105,22 +106,22 @@ class Report:
         }
 
 
-def run(report: Report, update: Callable[[int, int], None], show: Callable[[str], None]) -> None:
-    """Draw, plan, search, compare, into `report`; what is cut short leaves what there is. `update(done, total)` and one
-    line per swarm by `show`. Raises InputError (too little reference), RouteUnavailable."""
+def run(report: Report, hear: Hear) -> None:
+    """Draw, plan, search, compare, into `report`; what is cut short leaves what there is. A line is said of each swarm.
+    Raises InputError (too little reference), RouteUnavailable."""
     options, matrices = report.options, Matrices(report.options.data)
     generated = "" if matrices.measured else " (generated: no measured data given)"
     report.source = ", ".join(sorted(matrices.named)) + generated
     for number in range(options.swarms):
-        update(number, options.swarms)
+        hear.update(number, options.swarms)
         seed = options.first_seed + number
         report.rows.append(row := _row(options, matrices.draw(seed, options.peers), seed))
         searched = "none needed" if row.reference_ms is None else f"{row.reference_ms:.1f} ms (ratio {row.ratio:.3f})"
-        show(
+        hear.say(
             f"{seed}: {row.label}, {row.hops} hops: {row.found_ms:.1f} ms, reference {searched}, "
             f"bound {row.bound_ms:.1f} ms, by adverts alone {row.from_adverts_ms:.1f} ms"
         )
-    update(options.swarms, options.swarms)
+    hear.update(options.swarms, options.swarms)
     report.large_s = [_large_s(matrices, options, seed) for seed in range(LARGE_RUNS)]
 
 

@@ -114,20 +114,28 @@ def _percentiles(report: Mapping[str, Any], folder: Path) -> Path:
 
 def blank(title: str, x: str, y: str) -> tuple[Any, Any]:
     """A figure without anything in it, and its axes. Raises InputError without matplotlib."""
-    _matplotlib()
-    from matplotlib.figure import Figure  # not pyplot, which keeps every figure alive
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = panels(1, 1, (7, 4.5))
     axes.set_title(title)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def panels(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, list[Any]]:
+    """A figure of so many panels without anything in them, and the axes of each; those above each other share their x.
+    Raises InputError without matplotlib."""
+    _matplotlib()
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure alive
+
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = list(figure.subplots(rows, columns, sharex="col", squeeze=False).flat)
+    for each in axes:
+        each.grid(alpha=0.3)
     return figure, axes
 
 
 def saved(figure: Any, path: Path) -> Path:
-    """Write it; folders are made."""
+    """Write it as PNG; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, format="png", dpi=DPI)
     return path

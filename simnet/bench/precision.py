@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from models.blocks import Block
 from models.checkpoint import Checkpoint
 from models.precision import MATRICES, compute_dtype
 from protocol.ids import ID_BYTES, DeploymentId
+from simnet.bench.hear import Hear
 
 WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 WIRES = ("float32", "bfloat16", "int8")
@@ -38,7 +39,6 @@ CHUNK_TOKENS = 512
 HOPS = 3
 DEPLOYMENT = DeploymentId(bytes(ID_BYTES))
 KEYS = tuple(RootKey.from_bytes(bytes([number]) * 32) for number in range(1, 4))
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Loss:
     divergence_nats: float
 
 
-def run(checkpoint: Checkpoint, texts: Sequence[Text], say: Say) -> dict[str, Any]:
+def run(checkpoint: Checkpoint, texts: Sequence[Text], hear: Hear) -> dict[str, Any]:
     """All variants, one after another; two models in memory."""
     measure = _Measure(checkpoint, texts)
     result: dict[str, Any] = {
@@ -68,13 +68,17 @@ def run(checkpoint: Checkpoint, texts: Sequence[Text], say: Say) -> dict[str, An
         "weights": {},
         "wire": {},
     }
-    for weights in WEIGHTS:
-        say(f"weights in {weights}")
+    count = len(WEIGHTS) + len(WIRES)
+    for done, weights in enumerate(WEIGHTS):
+        hear.update(done, count)
+        hear.say(f"weights in {weights}")
         result["weights"][weights] = measure.row(weights, "float32")
-    for wire in WIRES:
-        say(f"activations in {wire}, {HOPS} hops")
+    for done, wire in enumerate(WIRES, start=len(WEIGHTS)):
+        hear.update(done, count)
+        hear.say(f"activations in {wire}, {HOPS} hops")
         sample = to_payload(torch.zeros(1, checkpoint.config.hidden_size), DTYPES[wire])
         result["wire"][wire] = measure.row("float32", wire) | {"bytes_per_token_and_hop": len(sample.data)}
+    hear.update(count, count)
     return result
 
 

@@ -57,7 +57,6 @@ THEIRS = "transformers"
 ENOUGH = 0.03
 WORKLOADS = ("editing", "writing")
 HOPS = 3
-SETTLE_S = 0.3  # until the proxy has read what the links are now
 WARM_UP_TOKENS = 4
 PLAIN_S = 5.0  # a plain request at least so long, and WARM_UP_TOKENS times 4
 TEMPERATURE = 0.8
@@ -168,7 +167,7 @@ async def _measure(options: SpeculationBench, net: cluster.Cluster, report: dict
             hear.update(done * requests + min(answered, requests), cells * requests)
 
         for rtt_ms in options.rtts_ms:
-            await _reshape(net, rtt_ms)
+            await cluster.reshaped(net, Shape(rtt_ms=rtt_ms))
             warm_up = await _answer(model, WAYS[0], texts.text("writing", 0), WARM_UP_TOKENS)
             plain_tokens = min(options.tokens, max(4 * WARM_UP_TOKENS, int(PLAIN_S * warm_up.tokens_per_second)))
             for workload in options.workloads:
@@ -235,11 +234,6 @@ async def _has_draft(model: DeployedModel) -> bool:
             raise
         return False
     return True
-
-
-async def _reshape(net: cluster.Cluster, rtt_ms: float) -> None:
-    net.reshape_all(Shape(rtt_ms=rtt_ms))
-    await trio.sleep(SETTLE_S)
 
 
 async def _answer(model: DeployedModel, way: str, text: Text, tokens: int) -> GenerationResult:
@@ -310,15 +304,11 @@ def prose(text: str) -> str:
 
 
 def plot(report: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Tokens per second against round-trip time, a panel for each workload. Raises InputError as `plots.require`."""
-    plots.require(folder)
-    from matplotlib.figure import Figure  # not pyplot, which keeps every figure
-
+    """Tokens per second against round-trip time, a panel for each workload. Raises InputError without matplotlib."""
     workloads = sorted({point["workload"] for point in report.get("points", [])})
     if not workloads:
         return []
-    figure = Figure(figsize=(4.5 * len(workloads), 4), layout="constrained")
-    panels: Sequence[Any] = figure.subplots(1, len(workloads), squeeze=False)[0]
+    figure, panels = plots.panels(1, len(workloads), (4.5 * len(workloads), 4))
     for axes, workload in zip(panels, workloads, strict=True):
         points = [point for point in report["points"] if point["workload"] == workload]
         for way in (*WAYS, THEIRS):
@@ -329,6 +319,5 @@ def plot(report: Mapping[str, Any], folder: Path) -> list[Path]:
         axes.set_xlabel("round trip of every link, ms")
         axes.set_ylabel("tokens per second")
         axes.set_yscale("log")
-        axes.grid(alpha=0.3)
         axes.legend(title="guesses")
     return [plots.saved(figure, folder / "speculation.png")]

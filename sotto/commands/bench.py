@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sotto.commands.bench_common import listening
 from sotto.commands.common import Json, Model, errors, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Measure parts of sotto on this machine.")
@@ -51,7 +52,8 @@ def precision(
         for document in build_corpus().held_out:
             if sum(len(text.ids) for text in texts) < tokens:
                 texts.append(bench.Text(tokenizer.encode(document.text), len(document.text.encode())))
-        result = bench.run(checkpoint, texts, lambda text: typer.echo(text, err=True))
+        with listening("variants", quiet=as_json) as hear:
+            result = bench.run(checkpoint, texts, hear)
         if as_json:
             print_json(result)
         else:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sotto.commands.bench_common import listening
 from sotto.commands.common import Json, errors, print_json
 
 
@@ -54,7 +53,7 @@ def collect(
         from node.paths import data_dir
         from simnet.bench.collect import table
         from simnet.bench.collect.design import frozen
-        from simnet.bench.collect.run import Hear, Options, run
+        from simnet.bench.collect.run import Options, run
         from simnet.bench.collect.store import Origin
         from sotto.demo import demo_checkpoint
 
@@ -66,9 +65,9 @@ def collect(
             report = table.export(place, frozen(), export, lossy=lossy)
         else:
             options = Options(place, demo_checkpoint(), frozen(), hours, limit, only_route, contexts, blocks, calm)
-            with _bar(as_json) as (update, say):
+            with listening("runs", quiet=as_json) as hear:
                 try:
-                    run(options, report, Hear(update, say))
+                    run(options, report, hear)
                 except* KeyboardInterrupt:
                     report["interrupted"] = True
     if as_json:
@@ -76,27 +75,6 @@ def collect(
         return
     for name, value in report.items():
         print(f"{name.replace('_', ' ')}: {_text(value)}")
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[tuple[Callable[[int, int, float | None], None], Callable[[str], None]]]:
-    """A bar with the time that is left by our own estimate: runs of one route are alike, those of two are not."""
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("runs"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TextColumn("{task.fields[left]}  {task.fields[now]}", markup=False),
-    )
-    with progress.Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
-        task = bar.add_task("runs", total=None, left="", now="")
-
-        def update(done: int, total: int, hours: float | None) -> None:
-            bar.update(task, completed=done, total=total, left="" if hours is None else f"{hours:.1f} h left")
-
-        yield update, lambda text: bar.update(task, now=text)
 
 
 def _text(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from simnet.bench.hear import Hear, nobody
+from sotto.commands.common import drawn_bar
+
+PACE_S = 3600.0  # a part of a benchmark takes minutes
+Found = Callable[[dict[str, Any]], None]
 
 Data = Annotated[
     Path | None,
@@ -65,18 +72,27 @@ def data_beside() -> Path | None:
     return DATA_BESIDE if DATA_BESIDE.is_dir() else None
 
 
-def say_line(text: str) -> None:
-    """A line on standard error that says what is measured now."""
+@contextmanager
+def listening(label: str, *, quiet: bool, found: Found = nobody) -> Iterator[Hear]:
+    """Who hears a benchmark: on standard error a bar of `label` (what it counts) with what is measured now beside it;
+    where there is no terminal, or it shall be `quiet`, lines alone. `found` gets the results."""
+    from rich import progress
     from rich.console import Console
 
-    Console(stderr=True).print(text, markup=False, highlight=False)
+    if quiet or not Console(stderr=True).is_terminal:
+        yield Hear(found=found, say=lambda text: print(text, file=sys.stderr))
+        return
+    units = (progress.MofNCompleteColumn(), progress.TimeElapsedColumn())
+    with drawn_bar(label, units, pace_s=PACE_S) as (update, say):
+        say("")  # it is seen before there is anything to count
+        yield Hear(found=found, update=update, say=say)
 
 
 @contextmanager
-def lines(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+def lines(out: Path | None) -> Iterator[Found]:
     """Results go to the file line by line, each at once."""
     if out is None:
-        yield lambda _: None
+        yield nobody
         return
     with out.open("a", encoding="utf-8") as file:
 

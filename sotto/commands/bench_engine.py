@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -11,12 +9,13 @@ import typer
 from sotto.commands.bench_common import (
     BenchModel,
     Data,
+    Found,
     Keep,
     Out,
     Plots,
     data_beside,
     lines,
-    say_line,
+    listening,
     words,
     workplace,
 )
@@ -51,12 +50,11 @@ def engine(
     Real workers on loopback, one thread each. Random weights: they measure speed, and say nothing of answers.
     """
     report: dict[str, Any] = {}
-    with errors(as_json), workplace(keep) as folder, lines(out) as found:
+    with errors(as_json), workplace(keep) as folder, lines(out) as write:
         from simnet.bench import plots as pictures
         from simnet.bench.checkpoints import PRECISIONS
         from simnet.bench.engine import run as bench
         from simnet.bench.engine.rig import Sizes
-        from simnet.bench.hear import Hear
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
@@ -71,8 +69,9 @@ def engine(
             data=data or data_beside(),
             sizes=Sizes(batch=batch, trace_requests=requests),
         )
-        with _bar(as_json) as (update, say), keeping(report):
-            bench.run(options, report, Hear(found=found if as_json else _shown(found), update=update, say=say))
+        found = write if as_json else _shown(write)
+        with listening("parts", quiet=as_json, found=found) as hear, keeping(report):
+            bench.run(options, report, hear)
         if plots is not None:
             drawn = (*pictures.breakdown(report, plots), *pictures.growth(report.get("growth", {}), plots))
             report["plots"] = [str(path) for path in drawn]
@@ -81,35 +80,9 @@ def engine(
     end(report)
 
 
-@contextmanager
-def _bar(quiet: bool) -> Iterator[tuple[Callable[[float, int], None], Callable[[str], None]]]:
-    """A bar of parts with the time that is left and what is measured now; lines where there is no terminal."""
-    from rich import progress
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda done, total: None, say_line
-        return
-    columns = (
-        progress.TextColumn("parts"),
-        progress.BarColumn(),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TimeRemainingColumn(compact=True),
-        progress.TextColumn("{task.fields[now]}", markup=False),
-    )
-    with progress.Progress(*columns, console=console, speed_estimate_period=3600) as bar:
-        task = bar.add_task("parts", total=None, now="starting")
-        yield (
-            lambda done, total: bar.update(task, completed=done, total=total),
-            lambda text: bar.update(task, now=text),
-        )
-
-
-def _shown(found: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+def _shown(write: Found) -> Found:
     def show(result: dict[str, Any]) -> None:
-        found(result)
+        write(result)
         print(f"{result['section']}, {result['dtype']}")
         for name, value in result.items():
             if name not in ("section", "dtype"):

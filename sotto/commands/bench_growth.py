@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +17,11 @@ from sotto.commands.bench_common import (
     Plots,
     data_beside,
     lines,
-    say_line,
+    listening,
     words,
     workplace,
 )
-from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
+from sotto.commands.common import Json, end, errors, keeping, print_json
 
 OneDtype = Annotated[str, typer.Option(help="Precision: float32, bfloat16 or int8.")]
 
@@ -46,7 +47,6 @@ def growth(
     with errors(as_json), workplace(keep) as folder:
         from simnet.bench import growth as bench
         from simnet.bench import plots as pictures
-        from simnet.bench.hear import Hear
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
@@ -61,9 +61,8 @@ def growth(
             minutes=minutes,
             known=known_points(out, run),
         )
-        with lines(out) as write, progress_bar("points", bytes_=False, quiet=as_json) as update, keeping(report):
-            hear = Hear(found=lambda point: write({"run": run, **point}), update=update, say=say_line)
-            bench.run(options, report, hear)
+        with lines(out) as write, listening("points", quiet=as_json) as hear, keeping(report):
+            bench.run(options, report, replace(hear, found=lambda point: write({"run": run, **point})))
         if plots is not None:
             report["plots"] = [str(path) for path in pictures.growth(report, plots)]
     if as_json:
@@ -102,7 +101,6 @@ def serve(
     with errors(as_json), workplace(keep) as folder:
         from simnet.bench import plots as pictures
         from simnet.bench import serve as bench
-        from simnet.bench.hear import Hear
         from sotto.demo import demo_checkpoint
 
         if plots is not None:
@@ -121,8 +119,8 @@ def serve(
             data=data or data_beside(),
             library=library,
         )
-        with lines(out) as write, progress_bar("requests", bytes_=False, quiet=as_json) as update, keeping(report):
-            bench.run(options, report, Hear(found=write, update=update, say=say_line))
+        with lines(out) as write, listening("requests", quiet=as_json, found=write) as hear, keeping(report):
+            bench.run(options, report, hear)
         if plots is not None:
             report["plots"] = [str(path) for path in pictures.serving(report, plots)]
     if as_json:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, end, errors, keeping, one_of, print_json, progress_bar
+from simnet.bench.hear import Hear
+from sotto.commands.bench_common import listening
+from sotto.commands.common import Json, end, errors, keeping, one_of, print_json
 
 
 def placement(
@@ -39,13 +40,9 @@ def placement(
         wanted = one_of(objective, OBJECTIVES, "--objective")
         options = BenchOptions(swarms, reference_s, data, wanted, (11, peers_max), first_seed, unproven_only)
 
-        def show(line: str) -> None:
-            if verbose:
-                print(line, file=sys.stderr)
-
         report = Report(options)
-        with progress_bar("swarms", bytes_=False, quiet=as_json or verbose) as update, keeping(ended):
-            run(report, update, show)
+        with listening("swarms", quiet=as_json or verbose) as hear, keeping(ended):
+            run(report, hear if verbose else Hear(update=hear.update))
     summary = report.summary()
     if as_json:
         print_json(summary | ended)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_common import Keep, say_line, words, workplace
-from sotto.commands.common import Json, end, errors, keeping, print_json, progress_bar
+from sotto.commands.bench_common import Keep, listening, words, workplace
+from sotto.commands.common import Json, end, errors, keeping, print_json
 
 SHOWN = ("tolerant_accuracy", "strict_accuracy", "macro_f1", "mean_fraction_of_oracle", "worst_decile")
 
@@ -78,24 +76,11 @@ def _judged(records: Path | None, only: str | None, plots: Path | None, quiet: b
     if plots is not None:
         pictures.require(plots)
     judge = Judge(tables.load(records or _shipped()), time.process_time)
-    with progress_bar("folds", bytes_=False, quiet=quiet) as update:
-        report, found = bench.run(judge, bench.SECTIONS if only is None else _sections(only), update)
+    with listening("folds", quiet=quiet) as hear:
+        report, found = bench.run(judge, bench.SECTIONS if only is None else _sections(only), hear.update)
     if plots is not None:
         report["plots"] = [str(path) for path in bench.plot(report, found, plots)]
     return report
-
-
-@contextmanager
-def _status(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on standard error that says what is measured now."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield say_line
-        return
-    with console.status("starting") as line:
-        yield lambda text: line.update(text)
 
 
 def _live(
@@ -111,8 +96,8 @@ def _live(
     with workplace(keep) as folder:
         names = tuple(bench.WORKLOADS) if only is None else tuple(words(only))
         options = bench.Live(folder, demo_checkpoint(), bench.MINUTES if minutes is None else minutes, names, advisor)
-        with _status(quiet) as say, keeping(report):
-            bench.run(options, report, say)
+        with listening("workloads", quiet=quiet) as hear, keeping(report):
+            bench.run(options, report, hear)
     return report
 
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_common import Data, Keep, Out, Plots, data_beside, lines, say_line, workplace
-from sotto.commands.common import Json, Model, end, errors, keeping, print_json, progress_bar
+from sotto.commands.bench_common import Data, Keep, Out, Plots, data_beside, lines, listening, workplace
+from sotto.commands.common import Json, Model, end, errors, keeping, print_json
 
 WIDTH = 46
 
@@ -41,7 +41,6 @@ def speculation(
     with errors(as_json), workplace(keep) as folder, lines(out) as write:
         from simnet.bench import plots as pictures
         from simnet.bench import speculation as bench
-        from simnet.bench.hear import Hear
         from sotto.commands.models import open_model
 
         if plots is not None:
@@ -57,8 +56,8 @@ def speculation(
             workloads=tuple(workload or bench.WORKLOADS),
             data=data or data_beside(),
         )
-        with progress_bar("requests", bytes_=False, quiet=as_json) as update, keeping(report):
-            bench.run(options, report, Hear(found=write, update=update, say=say_line))
+        with listening("requests", quiet=as_json, found=write) as hear, keeping(report):
+            bench.run(options, report, hear)
         if plots is not None:
             report["plots"] = [str(path) for path in bench.plot(report, plots)]
     if as_json:

@@ -9,12 +9,17 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
 T = TypeVar("T")
 Word = TypeVar("Word", bound=str)
+Update = Callable[[float, int], None]
+Say = Callable[[str], None]
 
 Bootstrap = Annotated[
     list[str] | None,
@@ -234,24 +239,41 @@ def bootstrap_addrs(given: list[str] | None) -> tuple[str, ...]:
 
 
 @contextmanager
-def progress_bar(label: str, *, bytes_: bool, quiet: bool) -> Iterator[Callable[[float, int], None]]:
+def progress_bar(label: str, *, bytes_: bool, quiet: bool) -> Iterator[Update]:
     """A bar on standard error that `update(done, total)` moves; none is drawn as long as there is nothing to do."""
     from rich import progress
-    from rich.console import Console
 
     units: list[progress.ProgressColumn] = (
         [progress.DownloadColumn(binary_units=True), progress.TransferSpeedColumn()]
         if bytes_
         else [progress.MofNCompleteColumn()]
     )
+    with drawn_bar(label, units, quiet=quiet) as (update, _):
+        yield update
+
+
+@contextmanager
+def drawn_bar(
+    label: str, units: Sequence[ProgressColumn], *, quiet: bool = False, pace_s: float = 30.0
+) -> Iterator[tuple[Update, Say]]:
+    """`progress_bar` in any units, and what shows a text beside it. The time that is left is told by the pace of the
+    last `pace_s`."""
+    from rich import progress
+    from rich.console import Console
+
     bar = progress.Progress(
         progress.TextColumn(f"{label:<10}"),
         progress.BarColumn(),
         *units,
         progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.fields[now]}", markup=False),
         console=Console(stderr=True),
+        speed_estimate_period=pace_s,
         disable=quiet,
     )
     with bar:
-        task = bar.add_task(label, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=total > 0)
+        task = bar.add_task(label, total=None, visible=False, now="")
+        yield (
+            lambda done, total: bar.update(task, completed=done, total=total, visible=total > 0),
+            lambda text: bar.update(task, now=text, visible=True),
+        )

@@ -99,7 +99,7 @@ def submit(
     "error", and may be given to another job.
     """
     with errors(as_json):
-        from sotto.commands.job import Answers, Hear, check_output, read_prompts, run_job
+        from sotto.commands.job import Answers, Listener, check_output, read_prompts, run_job
 
         ask, where = asked.understood(quiet=as_json)
         lines = read_prompts(prompts)
@@ -125,7 +125,7 @@ def submit(
         async def work() -> None:
             async with deployed(where) as ready:
                 with progress_bar("prompts", bytes_=False, quiet=as_json) as update, keeping(ended), answers:
-                    await run_job(ready, lines, ask, concurrency, Hear(update, heard, answers.put))
+                    await run_job(ready, lines, ask, concurrency, Listener(update, heard, answers.put))
 
         run_async(work)
         why = "interrupted" if "interrupted" in ended else ended.get("error")

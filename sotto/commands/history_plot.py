@@ -9,6 +9,7 @@ from pathlib import Path
 from client.metalearning.record import Record
 from protocol.errors import InputError
 from protocol.strategy import describe
+from simnet.bench.plots import panels, saved
 
 PANELS = (("tokens_per_s", "tokens/s"), ("ttft_s", "time to first token, s"))
 
@@ -17,14 +18,7 @@ def draw(records: Sequence[Record], file: Path) -> None:
     """Write a PNG. Raises InputError when there is nothing to draw, or matplotlib is missing."""
     if not records:
         raise InputError("there are no such requests to draw: give other conditions")
-    try:
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise InputError("plots need matplotlib: pip install -e '.[plots]' where sotto was cloned") from None
-    figure, axes = pyplot.subplots(len(PANELS), 1, figsize=(9, 7), sharex=True, layout="constrained")
+    figure, axes = panels(len(PANELS), 1, (9, 7))
     for axis, (name, label) in zip(axes, PANELS, strict=True):
         for strategy in sorted({describe(record.strategy) for record in records}):
             points = [
@@ -35,7 +29,5 @@ def draw(records: Sequence[Record], file: Path) -> None:
             axis.plot(*zip(*points, strict=True), "o", markersize=4, label=strategy) if points else None
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
-    figure.savefig(file, format="png", dpi=150)
-    pyplot.close(figure)
+    saved(figure, file)

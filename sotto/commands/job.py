@@ -127,7 +127,7 @@ def answer_of(line: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Hear:
+class Listener:
     """`progress` gets how many of how many lines are done; `decided` what was decided for each, before it runs;
     `answered` each answer as it comes, and the index of its line."""
 
@@ -136,7 +136,9 @@ class Hear:
     answered: Callable[[int, dict[str, Any]], None]
 
 
-async def run_job(model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, concurrency: int, hear: Hear) -> None:
+async def run_job(
+    model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, concurrency: int, listener: Listener
+) -> None:
     """Answer each line. A prompt that cannot be answered gets an "error". When workers are lost the job goes on over
     others, and ends where there are none."""
     import trio
@@ -150,7 +152,7 @@ async def run_job(model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, c
 
     async def answered(prompt: str) -> GenerationResult:
         async with model.ask(prompt, ask) as answer:
-            hear.decided(answer.decided)
+            listener.decided(answer.decided)
             async for _ in answer.pieces:
                 pass
         return answer.result
@@ -165,11 +167,11 @@ async def run_job(model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, c
             else:
                 found = {"text": result.text, "ids": list(result.ids), "finish_reason": result.finish_reason}
                 answer = answer_of(lines[index], **found)
-            hear.answered(index, answer)
+            listener.answered(index, answer)
             done += 1
-            hear.progress(done, len(lines))
+            listener.progress(done, len(lines))
 
-    hear.progress(0, len(lines))
+    listener.progress(0, len(lines))
     async with trio.open_nursery() as nursery:
         for _ in range(streams):
             nursery.start_soon(serve)

@@ -16,8 +16,9 @@ from node.paths import history_file
 from protocol.strategy import describe
 from simnet import cluster
 from simnet.bench.collect import store, table
-from simnet.bench.collect.run import Hear, Options, run
+from simnet.bench.collect.run import Options, run
 from simnet.bench.collect.table import FEATURES
+from simnet.bench.hear import Hear
 from sotto.demo import demo_checkpoint
 from tests.helpers.collecting import design
 

@@ -14,7 +14,7 @@ from models.tokenizer import Tokenizer
 from node.client import Client, DeployOptions
 from node.model import Ask
 from simnet import cluster
-from sotto.commands.job import Hear, run_job
+from sotto.commands.job import Listener, run_job
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
 
@@ -46,8 +46,8 @@ def test_a_killed_worker_does_not_end_a_job(tmp_path: Path) -> None:
                     os.kill(pids[victim], signal.SIGKILL)
 
             lines = [{"prompt": prompt} for prompt in PROMPTS]
-            hear = Hear(lambda *_: None, lambda _: None, answered)
-            await run_job(ready, lines, Ask(TOKENS, ignore_eos=True), 3, hear)
+            listener = Listener(lambda *_: None, lambda _: None, answered)
+            await run_job(ready, lines, Ask(TOKENS, ignore_eos=True), 3, listener)
             assert ready.standing.newest is not None
             stayed, came = ready.standing.newest.route.hops
             assert stayed == ready.route.hops[0]

@@ -11,6 +11,7 @@ import pytest
 from client.metalearning.candidates import CANDIDATES
 from simnet import cluster
 from simnet.bench.collect.grid import RoutePoint, TaskPoint
+from simnet.bench.hear import Hear
 from simnet.bench.scheduler import live
 from simnet.random_model import RandomModel
 from sotto.demo import demo_checkpoint
@@ -27,7 +28,8 @@ def test_auto_races_every_fixed_strategy(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(live, "ROUNDS_MIN", 2)
     report: dict[str, Any] = {}
     heard: list[str] = []
-    live.run(live.Live(tmp_path, demo_checkpoint(), minutes=0, only=("tiny",), worker=WORKER), report, heard.append)
+    options = live.Live(tmp_path, demo_checkpoint(), minutes=0, only=("tiny",), worker=WORKER)
+    live.run(options, report, Hear(say=heard.append))
     found = report["workloads"]["tiny"]
     assert found["rounds"] == 4, "two of each half, and then the time was over"
     assert set(found["ratios"]) == set(CANDIDATES)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from client.placement import exact, plan
 from client.placement.bound import lower_bound_s
+from simnet.bench.hear import Hear
 from simnet.bench.placement import BenchOptions, Report, Row, run
 from simnet.bench.placement_reference import Reference
 from simnet.bench.placement_swarms import CLOUD, PLANETLAB, Matrices, client_rtts_ms, heard
@@ -60,7 +61,7 @@ def test_figures_add_up(objective: str) -> None:
     lines: list[str] = []
     options = BenchOptions(3, REFERENCE_S, None, objective, peers=(11, 40))  # type: ignore[arg-type]
     report = Report(options)
-    run(report, lambda *_: None, lines.append)
+    run(report, Hear(say=lines.append))
     assert len(lines) == len(report.rows) == 3
     for row in report.rows:
         assert row.reference_ms is not None
@@ -117,7 +118,7 @@ def test_a_reference_without_time_says_which_option() -> None:
 def test_a_plan_that_the_lower_bound_proves_needs_no_reference() -> None:
     options = BenchOptions(4, 0.2, None, peers=(11, 30), unproven_only=True)
     report = Report(options)
-    run(report, lambda done, total: None, lambda line: None)
+    run(report, Hear())
     for row in report.rows:
         assert (row.reference_ms is None) == row.proven
     summary = report.summary()

@@ -18,6 +18,7 @@ from simnet.bench.hear import Hear
 from simnet.bench.scheduler import live
 from simnet.bench.scheduler import run as scheduler
 from sotto.__main__ import app
+from sotto.commands.bench_common import listening
 from sotto.commands.bench_growth import known_points
 from sotto.demo.corpus import Corpus, Document
 
@@ -73,6 +74,31 @@ def test_precision(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
 def _few_words() -> Corpus:
     text = "If the file is closed, the method raises an error; the object can be read when it was opened anew. " * 4
     return Corpus((), (Document("few", text),), "")
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_is_measured_now_is_a_line_where_nothing_is_drawn(capsys: pytest.CaptureFixture[str], quiet: bool) -> None:
+    with listening("parts", quiet=quiet) as hear:
+        hear.update(1, 2)
+        hear.say("float32, [decode]" + 30 * " and so on")
+    assert capsys.readouterr() == ("", "float32, [decode]" + 30 * " and so on" + "\n")
+
+
+def test_what_is_measured_now_is_beside_the_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[dict[str, Any]] = []
+    monkeypatch.setattr("rich.console.Console.is_terminal", True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with listening("parts", quiet=False, found=found.append) as hear:
+        hear.update(1, 2)
+        hear.say("[decode]")
+        hear.found({"section": "decode"})
+    out, shown = capsys.readouterr()
+    assert out == ""
+    assert all(word in shown for word in ("parts", "1/2", "[decode]"))
+    assert found == [{"section": "decode"}]
 
 
 def test_growth_goes_on_where_its_file_ends(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from node.model import Ask, DeployedModel
 from protocol.errors import InputError
 from protocol.ids import PeerId
 from sotto.__main__ import app
-from sotto.commands.job import NOT_REACHED, Answers, Hear, check_output, run_job
+from sotto.commands.job import NOT_REACHED, Answers, Listener, check_output, run_job
 from tests.helpers.tiny_models import make_checkpoint, tokenizer_json
 
 TOKENIZER = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json()))
@@ -96,8 +96,8 @@ def test_a_prompt_that_cannot_be_answered_costs_no_other_its_answer() -> None:
     answers: dict[int, dict[str, Any]] = {}
 
     async def main() -> None:
-        hear = Hear(lambda done, total: heard.append((done, total)), lambda _: None, answers.__setitem__)
-        await run_job(cast("DeployedModel", Echo()), lines, Ask(), 1, hear)
+        listener = Listener(lambda done, total: heard.append((done, total)), lambda _: None, answers.__setitem__)
+        await run_job(cast("DeployedModel", Echo()), lines, Ask(), 1, listener)
 
     trio.run(main)
     first, broken, empty, last = (answers[index] for index in range(4))
@@ -112,8 +112,8 @@ def test_what_no_prompt_can_be_answered_without_ends_the_job() -> None:
     answers: dict[int, dict[str, Any]] = {}
 
     async def main() -> None:
-        hear = Hear(lambda *_: None, lambda _: None, answers.__setitem__)
-        await run_job(cast("DeployedModel", Echo()), [{"prompt": "no draft"}, {"prompt": "a"}], Ask(), 1, hear)
+        listener = Listener(lambda *_: None, lambda _: None, answers.__setitem__)
+        await run_job(cast("DeployedModel", Echo()), [{"prompt": "no draft"}, {"prompt": "a"}], Ask(), 1, listener)
 
     with pytest.RaisesGroup(CheckpointError):
         trio.run(main)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -38,9 +38,9 @@ from simnet.bench.collect.estimate import hours_left, per_minute
 from simnet.bench.collect.grid import Cell
 from simnet.bench.collect.store import Origin, Store
 from simnet.bench.collect.tasks import Room, draw
+from simnet.bench.hear import Hear
 from simnet.shape import Shape, Wiring
 
-SETTLE_S = 0.3  # until the proxy has read what the links are now
 KV_SPARE = 1.25  # room beside what the busiest task needs: for prefixes that are kept
 TRIES_MAX = 2  # at starting a cluster, or at deploying a model, without a single row
 CALM_S = 60.0
@@ -74,14 +74,6 @@ class Options:
         return cell.context.number < number and cell.block < block and self.route in (None, cell.context.route)
 
 
-@dataclass(frozen=True, slots=True)
-class Hear:
-    """`update` gets how many runs of all are made and the hours that the others will take; `say` what is under way."""
-
-    update: Callable[[int, int, float | None], None] = lambda *_: None
-    say: Callable[[str], None] = lambda _: None
-
-
 def run(options: Options, report: dict[str, Any], hear: Hear | None = None) -> None:
     """Make runs until there are none left, or as `options` say; `report` is complete also when it was cut short.
 
@@ -107,7 +99,7 @@ class _Collection:
     _mark: float = field(default_factory=time.monotonic)  # the end of the last run
 
     def run(self) -> None:
-        self.hear.update(len(self.rows.done), len(self.options.design.cells), self._hours_left())
+        self.hear.update(len(self.rows.done), len(self.options.design.cells))
         starts = 0
         while (here := self._next_cluster()) and not self._over():
             before = self.made
@@ -175,7 +167,9 @@ class _Collection:
         if self.options.calm is not None:
             with trio.move_on_after(CALM_S):
                 await cells.calm(self.options.calm)
-        self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}")
+        hours = self._hours_left()  # by rows of its own route: a bar takes all runs to be alike
+        left = "" if hours is None else f"; {hours:.1f} h left"
+        self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}{left}")
         pids = tuple(process.pid for process in net.processes)
         found = await cells.run(model, each, draw(each, room(model.config, self.options.design)), pids)
         ended = time.monotonic()
@@ -184,7 +178,7 @@ class _Collection:
         context = {"model": each.context.model, "route": each.context.route}
         self.rows.add({"block": block, "context": number, "strategy": strategy, **context, **times, **found})
         self.made, self._mark = self.made + 1, ended
-        self.hear.update(len(self.rows.done), len(self.options.design.cells), self._hours_left())
+        self.hear.update(len(self.rows.done), len(self.options.design.cells))
         return "error" not in found
 
     def _hours_left(self) -> float | None:
@@ -197,7 +191,7 @@ async def deployed(options: Options, net: cluster.Cluster, here: list[Cell]) -> 
     name, route = here[0].context.model, here[0].context.route
     point, folder = options.design.routes[route], options.folder / "client"
     path = checkpoint(options.folder / "models", name, options.design.models[name], options.tokenizer_from)
-    await _reshape(net, shape(point, limited=False))
+    await cluster.reshaped(net, shape(point, limited=False))
     with ungrouped():
         async with open_client(ClientOptions(folder, (net.bootstrap,), origin="bench")) as client:
             sealed = await client.seal(Checkpoint.open(path), "float32", default_key(folder), lambda *_: None)
@@ -205,7 +199,7 @@ async def deployed(options: Options, net: cluster.Cluster, here: list[Cell]) -> 
             model = await client.deploy(sealed, wanted)
             if len(model.route.hops) != point.hops:
                 raise RouteUnavailable(f"the route has {len(model.route.hops)} hops instead of {point.hops}")
-            await _reshape(net, shape(point))
+            await cluster.reshaped(net, shape(point))
             yield model
 
 
@@ -221,12 +215,6 @@ def workers(options: Options, route: str) -> AbstractContextManager[cluster.Clus
     names = tuple(f"worker-{index}" for index in range(point.hops))
     wiring = None if plain else Wiring(names, shape(point, limited=False), {})
     return cluster.running(options.folder / "cluster", specs, wiring=wiring)
-
-
-async def _reshape(net: cluster.Cluster, every: Shape) -> None:
-    if net.proxy is not None:
-        net.reshape_all(every)
-        await trio.sleep(SETTLE_S)
 
 
 def room(config: ModelConfig, design: Design) -> Room:

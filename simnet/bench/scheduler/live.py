@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from simnet.bench.collect.grid import NEW_TOKENS, Cell, Context, RoutePoint, Tas
 from simnet.bench.collect.run import WORKER, Options, deployed, room, workers
 from simnet.bench.collect.table import allowed, cost
 from simnet.bench.collect.tasks import draw
+from simnet.bench.hear import Hear
 from simnet.bench.paired import Ratio, Rounds, student_95
 from simnet.random_model import RandomModel
 
@@ -130,25 +132,30 @@ class Races:
         }
 
 
-def run(live: Live, report: dict[str, Any], say: Callable[[str], None]) -> None:
+def run(live: Live, report: dict[str, Any], hear: Hear) -> None:
     """Fills `report`, workload by workload; what was measured stays in it when it is cut short. Raises
     SottoError: workers that do not start, a request that failed, requests that took too long."""
     torch.set_num_threads(1)
     found: dict[str, Races] = {}
     report |= {"prior": live.advisor is not None, "workloads": {}}
-    for each in live.design.cells:
-        name = list(WORKLOADS)[each.context.number]
-        if name not in live.only:
-            continue
+    asked = [(name, cell) for name, cell in zip(WORKLOADS, live.design.cells, strict=True) if name in live.only]
+    for done, (name, each) in enumerate(asked):
+        hear.update(done, len(asked))
+        say = partial(_say, hear, name)
         options = Options(live.folder, live.tokenizer_from, live.design, worker=live.worker)
         found[name] = Races(Rounds({strategy: [] for strategy in strategies(each.context.task)}))
         try:
-            say(f"{name}: starting workers")
+            say("starting workers")
             with workers(options, each.context.route) as net, ungrouped():
-                trio.run(_race, live, net, each, found[name], lambda text, name=name: say(f"{name}: {text}"))
+                trio.run(_race, live, net, each, found[name], say)
         finally:
             report["workloads"][name] = found[name].report()
             report |= summary(found)
+    hear.update(len(asked), len(asked))
+
+
+def _say(hear: Hear, workload: str, text: str) -> None:
+    hear.say(f"{workload}: {text}")
 
 
 def strategies(task: TaskPoint) -> list[str]:
