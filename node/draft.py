@@ -1,4 +1,4 @@
-"""The draft model that goes with a checkpoint: found, checked, and opened when it is first needed.
+"""The draft model that goes with a checkpoint: found, checked, opened when it is first needed, and put to work.
 
 It is the one that the user names, or the folder `draft` inside the checkpoint's folder or beside it. It runs in this
 process and is never sealed or sent. A model with another tokenizer is refused: its guesses would mean other words.
@@ -12,12 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import trio
 
 from client.draft import DraftModel
+from client.speculation import Pace, PromptLookup, Speculation
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
+from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from protocol.errors import InputError
+from protocol.ports import Clock
+from protocol.strategy import Strategy
 
 FOLDER = "draft"
 _MEASURED_STEPS = 3
@@ -83,6 +88,34 @@ class Draft:
                 f"{draft.name} cannot draft for {self.checkpoint.name}: {different} entries of their tokenizers "
                 "differ; name a model with the same tokenizer"
             )
+
+
+@dataclass(slots=True)
+class Guessing:
+    """What guesses at a request's tokens, put together as the user wants it; how many pay is client/speculation.py's.
+    For one request, or for the turns of one chat: what was measured, and what the draft model read, is kept."""
+
+    draft: Draft
+    vocab_size: int
+    clock: Clock
+    _pace: Pace = field(default_factory=Pace)
+    _drafter: DraftModel | None = None
+
+    async def of(self, strategy: Strategy, sampling: SamplingParams) -> Speculation | None:
+        """The next request's. "draft" is a draft model beside lookup. Raises InputError, ModelError."""
+        if strategy.speculation == "off":
+            return None
+        self._pace.drafts_max = strategy.drafts_max
+        drafter = await self._draft_model() if strategy.speculation == "draft" else None
+        if drafter is not None:
+            drafter.sampling = sampling
+        return Speculation(PromptLookup(), drafter, self._pace, self.clock.monotonic)
+
+    async def _draft_model(self) -> DraftModel:
+        if self._drafter is None:
+            opened = await trio.to_thread.run_sync(self.draft.open)
+            self._drafter = DraftModel(opened.model, self.vocab_size, opened.guess_s, opened.usual_threads)
+        return self._drafter
 
 
 def _guess_s(model: LocalModel, usual_threads: int) -> float:

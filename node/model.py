@@ -43,8 +43,7 @@ from models.precision import compute_dtype
 from models.sampling import SamplingParams, sample
 from models.tokenizer import Tokenizer
 from node.choosing import Choosing, Decided, Wanted
-from node.draft import Draft
-from node.guessing import Guessing
+from node.draft import Draft, Guessing
 from node.recording import Plan, Progress, Recorder
 from node.standing import Standing
 from protocol import limits

@@ -27,12 +27,12 @@ from node.model import Ask, DeployedModel, in_thread
 from protocol.tensors import DTYPE_BYTES
 from simnet import cluster
 from simnet.bench.checkpoints import MODELS, PRECISIONS, checkpoint_of, describe, require
-from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, together
 from simnet.bench.fits import growth
 from simnet.bench.hear import Hear
 from simnet.bench.library import Library
 from simnet.bench.machine import facts, resident_bytes
 from simnet.bench.paired import Budget
+from simnet.bench.rig import Bench, Rig, Sizes, Work, together
 from simnet.random_model import RandomModel
 
 GROWING = {

@@ -26,10 +26,10 @@ from protocol.strategy import Strategy, parse
 from simnet import cluster
 from simnet.bench import workloads
 from simnet.bench.checkpoints import PRECISIONS, checkpoint_of, describe, require
-from simnet.bench.engine.rig import Bench, Rig, Sizes, Work, answer
 from simnet.bench.hear import Hear
 from simnet.bench.machine import facts
 from simnet.bench.paired import Budget
+from simnet.bench.rig import Bench, Rig, Sizes, Work, answer
 from simnet.bench.serving import serve, serve_library
 from simnet.bench.workloads import ChatShape, Request, Source, Workload
 from simnet.topology import profile

@@ -45,11 +45,11 @@ from protocol.messages import (
     SpanReleased,
 )
 from protocol.strategy import Strategy
-from simnet import hostile
+from simnet.checks import hostile
 from simnet.checks.core import Check, CheckFailed, Figures, Scene, require
 from simnet.checks.daemons import Daemon, command, daemon, with_client, with_observer
+from simnet.checks.upload_trials import run_trial
 from simnet.random_model import RandomModel
-from simnet.upload_trials import run_trial
 
 PROMPT = "The interpreter"
 SEEN_S = 20.0

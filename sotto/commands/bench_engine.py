@@ -54,7 +54,7 @@ def engine(
         from simnet.bench import plots as pictures
         from simnet.bench.checkpoints import PRECISIONS
         from simnet.bench.engine import run as bench
-        from simnet.bench.engine.rig import Sizes
+        from simnet.bench.rig import Sizes
         from sotto.demo import demo_checkpoint
 
         if plots is not None:

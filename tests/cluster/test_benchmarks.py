@@ -16,9 +16,9 @@ from node.cores import cores
 from protocol.errors import InputError
 from simnet.bench import growth, serve
 from simnet.bench.engine import run as engine
-from simnet.bench.engine.rig import Sizes
 from simnet.bench.hear import Hear
 from simnet.bench.paired import Budget
+from simnet.bench.rig import Sizes
 from simnet.bench.workloads import Source
 from simnet.cluster import Cluster
 from simnet.random_model import RandomModel

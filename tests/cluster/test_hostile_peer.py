@@ -17,7 +17,7 @@ from protocol.errors import RemoteProtocolError, TransportError
 from protocol.framing import FrameDecoder
 from protocol.messages import FRAME_BYTES_MAX
 from simnet import cluster
-from simnet.hostile import Plan, malformed, measure
+from simnet.checks.hostile import Plan, malformed, measure
 from sotto.demo import demo_checkpoint
 from tests.helpers.protocol_samples import WORKER
 from tests.helpers.swarm import deploy, with_client

@@ -25,8 +25,8 @@ from node.sealing import FolderSource
 from protocol.ids import ShardDigest
 from protocol.pieces import PieceList
 from simnet import cluster
+from simnet.checks.upload_trials import run_trial
 from simnet.cluster import Cluster, WorkerProcess, WorkerSpec
-from simnet.upload_trials import run_trial
 from tests.helpers.swarm import with_client
 from tests.helpers.tiny_models import make_checkpoint
 

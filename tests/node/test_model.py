@@ -18,8 +18,7 @@ from models.chat_template import ChatTemplate
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from node.chat import Chat, ChatOptions
-from node.draft import Draft
-from node.guessing import Guessing
+from node.draft import Draft, Guessing
 from node.model import Ask, DeployedModel, _Way, turns_over, wire_of
 from node.standing import Standing
 from protocol.errors import InputError, Refused, RouteUnavailable, SottoError

@@ -16,9 +16,9 @@ from protocol.errors import InputError
 from protocol.ids import ID_BYTES, DeploymentId
 from simnet.bench.engine.agreement import agreement
 from simnet.bench.engine.decode import message_bytes
-from simnet.bench.engine.rig import Bench, Rig, Sizes, Work
 from simnet.bench.library import Library
 from simnet.bench.paired import Budget
+from simnet.bench.rig import Bench, Rig, Sizes, Work
 from tests.helpers.tiny_models import make_checkpoint
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from models.sampling import SamplingParams, sample
 from node.model import Ask, DeployedModel
 from protocol.strategy import Strategy, parse
-from simnet.bench.engine.rig import Rig
 from simnet.bench.library import Library
+from simnet.bench.rig import Rig
 
 PROMPTS = 2
 PRIVATE = "prefix_cache=off"  # what one precision computed of a prompt must not serve the next

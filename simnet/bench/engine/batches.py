@@ -6,8 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 from protocol.strategy import Strategy
-from simnet.bench.engine.rig import Rig, Work, cpu_figures, in_thread, prefilling, together
 from simnet.bench.paired import Contestant, Pair
+from simnet.bench.rig import Rig, Work, cpu_figures, in_thread, prefilling, together
 
 
 async def throughput_section(rig: Rig) -> dict[str, object]:

@@ -13,9 +13,9 @@ from node.measuring import measure, time_ends
 from node.model import MISSING, Ask, DeployedModel
 from protocol.strategy import CHOICES, parse
 from simnet.bench.engine.agreement import with_float32, with_float32_wire
-from simnet.bench.engine.rig import Rig, Work, cpu_figures, decoding, in_thread, prefilling
 from simnet.bench.machine import echo_us, raw_tcp
 from simnet.bench.paired import Contestant, Pair, Rounds
+from simnet.bench.rig import Rig, Work, cpu_figures, decoding, in_thread, prefilling
 
 TOKEN_PARTS = ("token", "compute", "client", "software")
 STEP_FRAME_BYTES = 160  # a step's header and framing, beside its activations

@@ -26,11 +26,11 @@ from simnet.bench.checkpoints import PRECISIONS, checkpoint_of, describe, requir
 from simnet.bench.engine.batches import prefill_section, throughput_section
 from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
 from simnet.bench.engine.headlines import headlines
-from simnet.bench.engine.rig import Bench, Rig, Section, Sizes
 from simnet.bench.engine.traffic import batching_section, prefix_section
 from simnet.bench.hear import Hear
 from simnet.bench.machine import facts
 from simnet.bench.paired import Budget
+from simnet.bench.rig import Bench, Rig, Section, Sizes
 
 SECTIONS: dict[str, Section] = {
     "decode": decode_section,

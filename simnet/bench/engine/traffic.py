@@ -8,9 +8,9 @@ from functools import partial
 
 from node.model import Ask
 from protocol.strategy import parse
-from simnet.bench.engine.rig import PREFIX_NEW_TOKENS, Rig, Work, answer, in_thread
 from simnet.bench.library import Library
 from simnet.bench.paired import Contestant, Rounds
+from simnet.bench.rig import PREFIX_NEW_TOKENS, Rig, Work, answer, in_thread
 from simnet.bench.serving import Answer, Served, serve, serve_library
 from simnet.bench.workloads import ChatShape, Request, Workload, agents, chat
 

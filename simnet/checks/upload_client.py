@@ -1,6 +1,6 @@
 """A client process that brings a model to one worker and writes down every piece that it gives, to be killed at will.
 
-  python -m simnet.upload_client DATA_DIR BOOTSTRAP MODEL LOG
+  python -m simnet.checks.upload_client DATA_DIR BOOTSTRAP MODEL LOG
 
 LOG gets one line for each piece before it is sent: the shard's digest and the piece's index. Pieces are read no faster
 than one in PIECE_S, so that there is time to kill somebody.

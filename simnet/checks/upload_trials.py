@@ -141,7 +141,7 @@ class _Trial:
         arguments = [str(self.folder / "data"), self.worker.bootstrap, str(self.model), str(log)]
         with (self.folder / "client.log").open("wb") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "simnet.upload_client", *arguments],
+                [sys.executable, "-m", "simnet.checks.upload_client", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

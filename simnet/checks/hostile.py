@@ -96,7 +96,7 @@ async def measure(addr: str, plan: Plan, whole: Request) -> dict[str, Any]:
     Raises TransportError when the worker does not answer before."""
     spare_imports()  # else collections here are counted as the worker's time
     before = await probe(addr, plan.seconds, whole)
-    command = [sys.executable, "-m", "simnet.hostile", addr, json.dumps(asdict(plan))]
+    command = [sys.executable, "-m", "simnet.checks.hostile", addr, json.dumps(asdict(plan))]
     process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
@@ -272,7 +272,7 @@ def _step_aside() -> None:
 
 
 def main() -> None:
-    """`python -m simnet.hostile ADDR PLAN`: the attacker's process. One byte when it begins, then its counts."""
+    """`python -m simnet.checks.hostile ADDR PLAN`: the attacker's process. One byte when it begins, then its counts."""
     _step_aside()
 
     def begun() -> None:

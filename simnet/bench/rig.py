@@ -1,5 +1,5 @@
-"""What the sections of `sotto bench engine` measure with: one checkpoint in one precision, deployed as they ask, and
-the opponents beside it.
+"""What `sotto bench engine`, `growth` and `serve` measure with: one checkpoint in one precision, deployed as they ask,
+and the opponents beside it.
 
 Everything is opened when it is first asked for and closed with the rig. A deployment has a data folder of its own: one
 client would take the route that it already holds, however many hops it was asked for.
