@@ -54,7 +54,6 @@ from worker.duty import Cause, Duty
 from worker.fetches import Fetches
 from worker.giving import Giving
 from worker.herald import Herald
-from worker.hop import Hop
 from worker.house import House
 from worker.kv_pool import KvPool
 from worker.leases import LeaseBook
@@ -67,6 +66,7 @@ from worker.providing import Held, Providing
 from worker.quotas import QueueBook, Rates, RequestGate, Room
 from worker.rights import Rights
 from worker.session import Session
+from worker.session_task import SessionTask
 from worker.sessions import SessionTable
 from worker.suppliers import Suppliers, Way
 from worker.throttle import throttled
@@ -343,11 +343,11 @@ class WorkerService:
         return self._nursery
 
     async def _run_session(self, session: Session) -> None:
-        hop = Hop(session, self.sessions, self._ports.compute, self.links, self._ports.observer)
+        task = SessionTask(session, self.sessions, self._ports.compute, self.links, self._ports.observer)
         try:
-            await self._supervised(hop.run, partial(self.sessions.fail, session, RefusalReason.INTERNAL, "a bug here"))
+            await self._supervised(task.run, partial(self.sessions.fail, session, RefusalReason.INTERNAL, "a bug here"))
         finally:
-            await self._supervised(hop.free)
+            await self._supervised(task.free)
 
     async def _run_link(self, link: Link) -> None:
         error = ""

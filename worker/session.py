@@ -1,7 +1,7 @@
 """One session at this hop: what it is, what it holds, and what waits to be done for it. Data only.
 
-sessions.py decides what becomes work, hop.py does it. Invariant: `seat` is None until the session opens, and from then
-on to its end names everything that must be given back.
+sessions.py decides what becomes work, session_task.py does it. Invariant: `seat` is None until the session opens, and
+from then on to its end names everything that must be given back.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """All sessions of a worker: who may do what, decided the moment a message is read.
 
 Everything here is synchronous: a reader is never held up by a session, whatever state that session is in. What is
-admitted becomes work in the session's own bounded inbox (hop.py does it, in order); what overflows the inbox fails that
-session alone.
+admitted becomes work in the session's own bounded inbox (session_task.py does it, in order); what overflows the inbox
+fails that session alone.
 
 Who may touch a session: its client, over the stream that attached it, and the predecessor that its current ticket
 names. Whatever another peer sends about it is counted against that peer and changes nothing. What a client does wrong

@@ -29,7 +29,7 @@ from worker.sessions import SessionTable
 
 
 @dataclass(slots=True)
-class Hop:
+class SessionTask:
     """`session` at this hop, with the place in the route that the work done so far gave it."""
 
     session: Session
