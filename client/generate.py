@@ -7,8 +7,8 @@ token chosen after P tokens is sampled for position P and computed at position P
 speculated, is the same run. A session that holds a beginning of the prompt already, from the turn before of a chat or
 because the hops kept it, is sent the rest.
 
-Head, sampling and the next embedding are one turn (turns.py), shared with the other requests of the model; a prompt's
-embedding goes through `run_sync`. The composition root points both at a thread for a large model.
+Head, sampling and the next embedding are one call (head_batches.py), shared with the other requests of the model; a
+prompt's embedding goes through `run_sync`. The composition root points both at a thread for a large model.
 No text here (client/text.py), no retrying, and the session stays open: it is the caller's.
 """
 
@@ -24,10 +24,10 @@ import torch
 import trio
 from torch import Tensor
 
+from client.head_batches import Ends, HeadBatches, RunSync, inline
 from client.observer import ClientObserver, NullObserver
 from client.speculation import Speculation
 from client.tensors import DTYPES, to_payload, to_tensor
-from client.turns import Ends, RunSync, Turns, inline
 from models.sampling import SamplingParams, sample
 from protocol import limits
 from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError
@@ -75,17 +75,18 @@ class GenerationParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerationHost:
-    """What a generation needs of the world. `speculation`, when there is one, is for this generation alone; `turns` are
-    those of all requests of the model, None for a request that shares its products with none. `observer` hears of a
-    request as its user sees it, however often it was begun again (client/kept.py). `started_at`: when the
-    request began, by `clock`, since opening its session is part of what a user waits for; None: with its tokens."""
+    """What a generation needs of the world. `speculation`, when there is one, is for this generation alone;
+    `head_batches` are those of all requests of the model, None for a request that shares its products with none.
+    `observer` hears of a request as its user sees it, however often it was begun again (client/kept.py). `started_at`:
+    when the request began, by `clock`, since opening its session is part of what a user waits for; None: with its
+    tokens."""
 
     clock: Clock
     run_sync: RunSync = inline
     observer: ClientObserver = field(default_factory=NullObserver)
     speculation: Speculation | None = None
     choose: Choose = sample
-    turns: Turns | None = None
+    head_batches: HeadBatches | None = None
     started_at: float | None = None
 
 
@@ -134,8 +135,8 @@ def kv_tokens_for(prompt_tokens: int, max_new_tokens: int, context_tokens: int) 
 
 
 @dataclass(frozen=True, slots=True)
-class _Turn:
-    """What an answer gave: tokens, the guesses at what follows them, and the step that both make (None: the end)."""
+class _Outcome:
+    """What came of an answer: tokens, the guesses at what follows them, and the step that both make (None: the end)."""
 
     chosen: list[int]
     drafts: tuple[int, ...]
@@ -166,7 +167,7 @@ class Generation:
         self._prompt = list(prompt_ids)
         self._params = params
         self._host = host
-        self._turns = host.turns or Turns(ends, host.run_sync)
+        self._head_batches = host.head_batches or HeadBatches(ends, host.run_sync)
         self._started_at = host.clock.monotonic()
         self._stopped = False
         self._sent_at = 0.0
@@ -204,32 +205,32 @@ class Generation:
         """The new token ids, each as soon as it is known. Raises what ends the session (client/session.py)."""
         begun = self._host.started_at
         self._started_at = self._host.clock.monotonic() if begun is None else begun
-        self._turns.begin()
+        self._head_batches.begin()
         try:
             if self._host.speculation is not None:
                 self._host.speculation.begin(self._prompt)
             answer, drafts = await self._prefill(), tuple[int, ...]()
             while True:
                 position = len(self._prompt) + len(self.ids)
-                turn = await self._turn(answer, drafts, position)
+                outcome = await self._outcome(answer, drafts, position)
                 step, known_s = None, self._elapsed_s()
-                if turn.following is not None:
-                    step = await self._submit(turn.following, position + len(turn.chosen) - 1)
-                for token in turn.chosen:
+                if outcome.following is not None:
+                    step = await self._submit(outcome.following, position + len(outcome.chosen) - 1)
+                for token in outcome.chosen:
                     self._note(token, known_s)
                     yield token
                     if self._stopped:
                         break
                 if step is None or self._stopped:
                     break
-                drafts = turn.drafts
+                drafts = outcome.drafts
                 answer = await self._answer(step, 1 + len(drafts))
             stopped = self._stopped or token in self._params.stop_ids
             self.finish_reason = "stop" if stopped else "length"
         finally:
-            self._turns.end()
+            self._head_batches.end()
 
-    async def _turn(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Turn:
+    async def _outcome(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Outcome:
         chosen, following = list[int](), tuple[int, ...]()
 
         def choose(logits: Iterable[Tensor]) -> tuple[int, ...]:
@@ -239,10 +240,10 @@ class Generation:
             return following
 
         hidden = to_tensor(answer)[-1 - len(drafts) :]
-        embedded = await self._turns.take(hidden, choose)
+        embedded = await self._head_batches.join(hidden, choose)
         if embedded is None:
-            return _Turn(chosen, (), None)
-        return _Turn(chosen, following[1:], self._payload(embedded))
+            return _Outcome(chosen, (), None)
+        return _Outcome(chosen, following[1:], self._payload(embedded))
 
     def _following(self, chosen: list[int]) -> tuple[int, ...]:
         """The next step after the tokens that were chosen now: the last one and guesses; () at the end."""
@@ -320,7 +321,7 @@ class Generation:
         return answer
 
     def _embedded(self, ids: Sequence[int]) -> Payload:
-        return self._payload(self._turns.embed(ids))
+        return self._payload(self._head_batches.embed(ids))
 
     def _payload(self, embedded: Tensor) -> Payload:
         return to_payload(embedded, DTYPES[self._params.wire_dtype])

@@ -28,7 +28,7 @@ import trio
 
 from client.errors import short
 from client.generate import FinishReason, Generation, GenerationHost, GenerationParams, GenerationResult, Steps
-from client.turns import Ends
+from client.head_batches import Ends
 from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable, SottoError, TransportError
 from protocol.ids import PeerId
 from protocol.messages import RefusalReason

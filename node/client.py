@@ -41,7 +41,7 @@ from node.draft import Draft
 from node.grants import Grants, Token
 from node.links import Inflow, note_links, read_links
 from node.measuring import time_ends
-from node.model import DeployedModel, turns_over
+from node.model import DeployedModel, head_batches_of
 from node.paths import history_file, reports_file
 from node.rates import note_rate
 from node.recording import Journal, Origin, Recorder, Subject, wanted
@@ -415,7 +415,7 @@ class Client:
                 entropy=self.ports.entropy,
                 origin=self.options.origin,
             ),
-            turns=turns_over(ends),
+            head_batches=head_batches_of(ends),
             batches=Batches(),
             choosing=self.choosing,
             standing=Standing(),

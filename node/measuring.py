@@ -67,7 +67,7 @@ async def _generate(model: DeployedModel, tokens: int, trace: StepTrace | None) 
     ids = model.tokenizer.encode(PROMPT)[:4]
     terms = SessionTerms(len(ids) + tokens, trace=trace)
     async with model.driver.session(model.route, terms) as session:
-        host = GenerationHost(model.ports.clock, in_thread, turns=model.turns)
+        host = GenerationHost(model.ports.clock, in_thread, head_batches=model.head_batches)
         generation = Generation(session, model.ends, ids, GenerationParams(max_new_tokens=tokens), host)
         async for _ in generation.tokens():
             if len(generation.ids) == 1:  # what was computed up to here is the prompt

@@ -25,6 +25,7 @@ from client.generate import (
     GenerationResult,
     kv_tokens_for,
 )
+from client.head_batches import HeadBatches
 from client.kept import LOSSES_MAX, KeptAsk, KeptRequest, KeptSession, KeptTerms, Opened, Opening
 from client.metalearning.price import Goal, Money
 from client.page_keys import PageKeys, page_context
@@ -35,7 +36,6 @@ from client.session import RouteSession, SessionTerms
 from client.speculation import Speculation
 from client.text import TextStream
 from client.tracing import StepTrace, TraceReport, report
-from client.turns import Turns
 from equivariant.ends import ClientEnds
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
@@ -130,7 +130,7 @@ class DeployedModel:
     checkpoint: Checkpoint
     draft: Draft
     deploy_again: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]]  # on workers of now, past those if possible
-    turns: Turns  # of all requests here
+    head_batches: HeadBatches  # of all requests here
     batches: Batches  # of those with batching=static
     choosing: Choosing
     standing: Standing[DeployedModel]
@@ -191,7 +191,7 @@ class DeployedModel:
             has_moved=True,
             standing=self.standing,
             ends=self.ends,
-            turns=self.turns,
+            head_batches=self.head_batches,
             batches=self.batches,
             draft=self.draft,
             tokenizer=self.tokenizer,
@@ -292,10 +292,10 @@ class DeployedModel:
         """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""
         speculation = await guessing.of(strategy, ask.sampling)
         # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
-        turns = None if strategy.speculation == "draft" else self.turns
+        batches = None if strategy.speculation == "draft" else self.head_batches
         if strategy.deterministic:
-            turns = Turns(self.ends, in_thread, tile_rows=self.ends.tile_rows)
-        return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, turns)
+            batches = HeadBatches(self.ends, in_thread, tile_rows=self.ends.tile_rows)
+        return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, batches)
 
     def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:
         """What a session of a request with `strategy` is opened with."""
@@ -364,9 +364,9 @@ def wire_of(strategy: Strategy, dtype: str) -> str:
     return compute_dtype(dtype) if strategy.wire == "float32" else strategy.wire
 
 
-def turns_over(ends: ClientEnds) -> Turns:
+def head_batches_of(ends: ClientEnds) -> HeadBatches:
     """Few rows are computed where they are, many in a thread."""
-    return Turns(ends, in_thread, INLINE_BYTES_MAX // ends.head.weight_bytes)
+    return HeadBatches(ends, in_thread, INLINE_BYTES_MAX // ends.head.weight_bytes)
 
 
 class Before(NamedTuple):

@@ -12,9 +12,9 @@ import trio
 from torch import Tensor
 
 from client.generate import Generation, GenerationHost, GenerationParams
+from client.head_batches import HeadBatches
 from client.speculation import PromptLookup, Speculation
 from client.tensors import to_payload, to_tensor
-from client.turns import Turns
 from equivariant.ends import ClientEnds
 from models import linear
 from models.blocks import TILE_ROWS
@@ -77,8 +77,8 @@ def recorded(
     async def main() -> Recorder:
         session, params = Recorder(), GenerationParams(40, prefill_chunk=chunk, wire_dtype=dtype)
         speculation = Speculation(PromptLookup()) if guesses else None
-        turns = Turns(model, tile_rows=model.tile_rows if apart else 0)
-        host = GenerationHost(VirtualClock(), speculation=speculation, choose=session.choose, turns=turns)
+        batches = HeadBatches(model, tile_rows=model.tile_rows if apart else 0)
+        host = GenerationHost(VirtualClock(), speculation=speculation, choose=session.choose, head_batches=batches)
         async for _ in Generation(session, model, PROMPT, params, host, held).tokens():
             pass
         return session

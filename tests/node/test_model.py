@@ -19,7 +19,7 @@ from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from node.chat import Chat, ChatOptions
 from node.draft import Draft, Guessing
-from node.model import Ask, DeployedModel, _Way, turns_over, wire_of
+from node.model import Ask, DeployedModel, _Way, head_batches_of, wire_of
 from node.standing import Standing
 from protocol.errors import InputError, Refused, RouteUnavailable, SottoError
 from protocol.ids import PeerId
@@ -57,8 +57,8 @@ def test_a_lone_request_computes_a_head_of_a_few_ms_on_the_loop(
     async def main() -> None:
         head = SimpleNamespace(weight_bytes=itemsize * 2560 * 48_000)
         ends = SimpleNamespace(head=head, logits=lambda x: x, embed=lambda ids: torch.zeros(len(ids), 4))
-        turn = await turns_over(ends).take(torch.ones(1, 4), lambda _: (1,))  # type: ignore[arg-type]
-        assert turn is not None
+        embedded = await head_batches_of(ends).join(torch.ones(1, 4), lambda _: (1,))  # type: ignore[arg-type]
+        assert embedded is not None
 
     monkeypatch.setattr("node.model.in_thread", in_thread)
     trio.run(main)
@@ -108,7 +108,7 @@ def model(**attributes: object) -> DeployedModel:
         config=SimpleNamespace(max_position=99, eos_ids=(), vocab_size=9),
         decide=lambda *_: SimpleNamespace(plan=SimpleNamespace(strategy=Strategy()), choice=None),
         dtype="float32",
-        turns=None,
+        head_batches=None,
         ends=None,
         guessing=lambda: guessing,
         recorder=None,

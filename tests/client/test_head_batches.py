@@ -12,7 +12,7 @@ import trio
 import trio.testing
 from torch import Tensor
 
-from client.turns import ROWS_MAX, Turns
+from client.head_batches import ROWS_MAX, HeadBatches
 from protocol.errors import RemoteProtocolError
 from simnet.runtime import run
 
@@ -63,33 +63,33 @@ def virtual(main: Callable[[], object]) -> None:
     run(main, seed=0)  # type: ignore[arg-type]
 
 
-async def together(turns: Turns, count: int) -> list[Tensor | None]:
-    """`count` requests take a turn each, at once."""
+async def together(batches: HeadBatches, count: int) -> list[Tensor | None]:
+    """`count` requests, each in a batch, at once."""
     got: list[Tensor | None] = [None] * count
 
-    async def take(index: int) -> None:
-        got[index] = await turns.take(row(index), best)
-        turns.end()
+    async def request(index: int) -> None:
+        got[index] = await batches.join(row(index), best)
+        batches.end()
 
     for _ in range(count):
-        turns.begin()
+        batches.begin()
     async with trio.open_nursery() as nursery:
         for index in range(count):
-            nursery.start_soon(take, index)
+            nursery.start_soon(request, index)
     return got
 
 
-async def alone(turns: Turns, index: int) -> Tensor | None:
-    return await turns.take(row(index), best)
+async def alone(batches: HeadBatches, index: int) -> Tensor | None:
+    return await batches.join(row(index), best)
 
 
 def test_those_that_come_together_share_one_product_and_get_their_own_rows() -> None:
     async def main() -> None:
         ends = Ends()
-        got = await together(Turns(ends), 6)
+        got = await together(HeadBatches(ends), 6)
         assert ends.products == [6]
         for index, embedded in enumerate(got):
-            expected = await alone(Turns(Ends()), index)
+            expected = await alone(HeadBatches(Ends()), index)
             assert embedded is not None
             assert expected is not None
             torch.testing.assert_close(embedded, expected)
@@ -100,20 +100,20 @@ def test_those_that_come_together_share_one_product_and_get_their_own_rows() -> 
 @pytest.mark.parametrize("seed", range(8))
 def test_those_that_shared_a_product_go_on_in_one_turn_of_the_loop(seed: int) -> None:
     async def main() -> None:
-        turns = Turns(Ends(), Thread())
+        batches = HeadBatches(Ends(), Thread())
         done, heard = trio.open_memory_channel[int](0)
-        batches: list[int] = []
+        written: list[int] = []
 
         async def write() -> None:  # as the driver's writer does
             async for _ in heard:
-                batches.append(1)
+                written.append(1)
                 with suppress(trio.WouldBlock):
                     while True:
                         heard.receive_nowait()
-                        batches[-1] += 1
+                        written[-1] += 1
 
         async def request(index: int) -> None:
-            await turns.take(row(index), best)
+            await batches.join(row(index), best)
             await done.send(index)
 
         async with trio.open_nursery() as nursery:
@@ -121,10 +121,10 @@ def test_those_that_shared_a_product_go_on_in_one_turn_of_the_loop(seed: int) ->
             await trio.testing.wait_all_tasks_blocked()
             async with trio.open_nursery() as requests:
                 for index in range(6):
-                    turns.begin()
+                    batches.begin()
                     requests.start_soon(request, index)
             nursery.cancel_scope.cancel()
-        assert batches == [6]
+        assert written == [6]
 
     run(main, seed)
 
@@ -132,12 +132,12 @@ def test_those_that_shared_a_product_go_on_in_one_turn_of_the_loop(seed: int) ->
 def test_those_that_come_during_a_product_share_the_next() -> None:
     async def main() -> None:
         ends = Ends()
-        turns = Turns(ends, Thread())
+        batches = HeadBatches(ends, Thread())
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(alone, turns, 0)
+            nursery.start_soon(alone, batches, 0)
             await trio.testing.wait_all_tasks_blocked()
             for index in range(1, 5):
-                nursery.start_soon(alone, turns, index)
+                nursery.start_soon(alone, batches, index)
         assert ends.products == [1, 4]
         assert trio.current_time() == pytest.approx(2.0, abs=0.01)
 
@@ -146,11 +146,11 @@ def test_those_that_come_during_a_product_share_the_next() -> None:
 
 def test_few_rows_are_computed_on_the_loop_and_many_in_a_thread() -> None:
     async def main() -> None:
-        turns, started = Turns(Ends(), Thread(), rows_inline=2), trio.current_time()
-        await alone(turns, 0)
-        await together(turns, 2)
+        batches, started = HeadBatches(Ends(), Thread(), rows_inline=2), trio.current_time()
+        await alone(batches, 0)
+        await together(batches, 2)
         assert trio.current_time() == started
-        await together(turns, 3)
+        await together(batches, 3)
         assert trio.current_time() == started + 1
 
     virtual(main)
@@ -159,10 +159,10 @@ def test_few_rows_are_computed_on_the_loop_and_many_in_a_thread() -> None:
 def test_a_batch_is_bounded() -> None:
     async def main() -> None:
         ends = Ends()
-        turns = Turns(ends, Thread())
+        batches = HeadBatches(ends, Thread())
         async with trio.open_nursery() as nursery:
             for _ in range(4):
-                nursery.start_soon(turns.take, torch.zeros(ROWS_MAX // 2, WIDTH), lambda _: ())
+                nursery.start_soon(batches.join, torch.zeros(ROWS_MAX // 2, WIDTH), lambda _: ())
         assert max(ends.products) <= ROWS_MAX
         assert sum(ends.products) == 2 * ROWS_MAX
 
@@ -172,22 +172,22 @@ def test_a_batch_is_bounded() -> None:
 def test_what_one_request_raises_is_its_own() -> None:
     async def main() -> None:
         ends = Ends()
-        turns, outcomes = Turns(ends), list[str]()
+        batches, outcomes = HeadBatches(ends), list[str]()
 
         def lies(_: Tensor) -> list[int]:
             raise RemoteProtocolError("a worker lies")
 
-        async def take(choose: Callable[[Tensor], list[int]]) -> None:
+        async def request(choose: Callable[[Tensor], list[int]]) -> None:
             try:
-                outcomes.append(f"{await turns.take(row(1), choose) is None}")
+                outcomes.append(f"{await batches.join(row(1), choose) is None}")
             except RemoteProtocolError as error:
                 outcomes.append(str(error))
 
         for _ in range(4):
-            turns.begin()
+            batches.begin()
         async with trio.open_nursery() as nursery:
             for choose in (best, lies, best, lambda _: list[int]()):
-                nursery.start_soon(take, choose)
+                nursery.start_soon(request, choose)
         assert ends.products == [4]
         assert sorted(outcomes) == ["False", "False", "True", "a worker lies"]
 
@@ -198,19 +198,19 @@ def test_a_product_that_fails_costs_one_request_and_the_others_try_again() -> No
     async def main() -> None:
         ends = Ends()
         ends.fails = 1
-        turns, failed = Turns(ends), list[int]()
+        batches, failed = HeadBatches(ends), list[int]()
 
-        async def take(index: int) -> None:
+        async def request(index: int) -> None:
             try:
-                assert await turns.take(row(index), best) is not None
+                assert await batches.join(row(index), best) is not None
             except MemoryError:
                 failed.append(index)
 
         for _ in range(3):
-            turns.begin()
+            batches.begin()
         async with trio.open_nursery() as nursery:
             for index in range(3):
-                nursery.start_soon(take, index)
+                nursery.start_soon(request, index)
         assert len(failed) == 1
         assert ends.products == [3, 2]
 
@@ -218,32 +218,32 @@ def test_a_product_that_fails_costs_one_request_and_the_others_try_again() -> No
 
 
 @pytest.mark.parametrize("who", [0, 1, 2])
-def test_whoever_is_cancelled_leaves_the_others_their_turn(who: int) -> None:
+def test_whoever_is_cancelled_leaves_the_others_theirs(who: int) -> None:
     """0 computes, 1 and 2 wait for the next product; each is chosen once."""
 
     async def main() -> None:
         ends = Ends()
-        turns, scopes, chosen = Turns(ends, Thread()), [trio.CancelScope() for _ in range(3)], list[int]()
+        batches, scopes, chosen = HeadBatches(ends, Thread()), [trio.CancelScope() for _ in range(3)], list[int]()
 
-        async def take(index: int) -> None:
+        async def request(index: int) -> None:
             def choose(logits: Tensor) -> list[int]:
                 chosen.append(index)
                 return best(logits)
 
-            turns.begin()
+            batches.begin()
             with scopes[index]:
-                await turns.take(row(index), choose)
+                await batches.join(row(index), choose)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(take, 0)
+            nursery.start_soon(request, 0)
             await trio.sleep(0.1)
             for index in (1, 2):
-                nursery.start_soon(take, index)
+                nursery.start_soon(request, index)
             await trio.sleep(0.1)
             scopes[who].cancel()
         assert {0, 1, 2} - {who} <= set(chosen)
         assert len(chosen) == len(set(chosen))
-        assert not turns._waiting
+        assert not batches._waiting
 
     virtual(main)
 
@@ -256,7 +256,7 @@ def test_apart_a_row_is_embedded_in_products_of_one_shape(tile: int) -> None:
         def embed(self, ids: Sequence[int]) -> Tensor:
             return torch.tensor([[float(token), len(ids)] for token in ids])
 
-    turns = Turns(Shaped(), tile_rows=tile)
-    rows = torch.cat([turns.embed(range(40)), turns.embed([3]), turns.embed(range(5, 22))])
+    batches = HeadBatches(Shaped(), tile_rows=tile)
+    rows = torch.cat([batches.embed(range(40)), batches.embed([3]), batches.embed(range(5, 22))])
     assert rows[:, 0].tolist() == [*range(40), 3, *range(5, 22)]
     assert set(rows[:, 1].tolist()) == {float(tile)}

@@ -4,10 +4,10 @@ Reading the head's weights is most of what a token costs at the client, and sixt
 So requests that wait for logits share a product; whoever finds nobody computing does it, for itself and for all who
 wait. What one request's `choose` raises is raised to that request alone.
 
-A product's last bits depend on how many rows it has. Where that must not be seen, requests take their turns apart, and
+A product's last bits depend on how many rows it has. Where that must not be seen, requests are computed apart, and
 products always have as many.
 
-Invariant: each turn is chosen once, whoever is cancelled. It starts no task, and knows neither sessions nor text.
+Invariant: each entry is chosen once, whoever is cancelled. It starts no task, and knows neither sessions nor text.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Choose = Callable[[Iterable[Tensor]], Sequence[int]]
 
 
 @dataclass(slots=True, eq=False)
-class _Turn:
+class _Entry:
     """`ids` and `embedded` once it was computed."""
 
     hidden: Tensor
@@ -57,7 +57,7 @@ class _Turn:
     embedded: Tensor | None = None
 
 
-class Turns:
+class HeadBatches:
     """One for all requests of a model. Batches of up to `rows_inline` rows are computed on the event loop.
 
     `tile_rows`, of products in which a row's place does not show, where a row's bits shall depend on nothing but the
@@ -69,7 +69,7 @@ class Turns:
         self._run_sync = run_sync
         self._rows_inline = rows_inline
         self._requests = 0
-        self._waiting: list[_Turn] = []
+        self._waiting: list[_Entry] = []
         self._computing = False
         self._computed = trio.lowlevel.ParkingLot()
 
@@ -81,25 +81,25 @@ class Turns:
         self._requests -= 1
 
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """[T, d], of a prompt, which takes no turn. It may take long."""
+        """[T, d], of a prompt, which waits for nobody. It may take long."""
         return self._products.embed(ids)
 
-    async def take(self, hidden: Tensor, choose: Choose) -> Tensor | None:
-        """Logits for `hidden` [n, d] go to `choose`; gives the embedding [k, d] of the ids that it chose, None when
-        there are none. Raises what `choose` raises."""
-        turn = _Turn(hidden, choose)
-        self._waiting.append(turn)
+    async def join(self, hidden: Tensor, choose: Choose) -> Tensor | None:
+        """Logits for `hidden` [n, d], of the next batch, go to `choose`; gives the embedding [k, d] of the ids that it
+        chose, None when there are none. Raises what `choose` raises."""
+        entry = _Entry(hidden, choose)
+        self._waiting.append(entry)
         try:
-            while turn.ids is None:
+            while entry.ids is None:
                 await (self._computed.park() if self._computing else self._compute())
         finally:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
-        turn.ids.unwrap()
-        return turn.embedded
+            if entry in self._waiting:
+                self._waiting.remove(entry)
+        entry.ids.unwrap()
+        return entry.embedded
 
     async def _compute(self) -> None:
-        self._computing, batch = True, list[_Turn]()
+        self._computing, batch = True, list[_Entry]()
         try:
             # Answers that came together wake their requests one after another: a moment later all of them are here.
             await (trio.lowlevel.checkpoint() if self._requests > 1 else trio.lowlevel.checkpoint_if_cancelled())
@@ -113,7 +113,7 @@ class Turns:
                 await self._run_sync(lambda: _compute(self._products, batch))
         finally:
             # When the product failed that is this request's error, and the others try again without it.
-            self._waiting[:0] = [turn for turn in batch if turn.ids is None]
+            self._waiting[:0] = [entry for entry in batch if entry.ids is None]
             self._computing = False
             self._computed.unpark_all()
         if len(batch) > 1:  # then all of them go on in one turn of the loop, and what they send leaves together
@@ -154,15 +154,15 @@ class _Apart:
         return self._ends.embed((*ids, *[ids[0]] * (self._rows - len(ids))))[: len(ids)]
 
 
-def _compute(products: _Together | _Apart, batch: list[_Turn]) -> None:
+def _compute(products: _Together | _Apart, batch: list[_Entry]) -> None:
     """The logits of all, what is chosen by them, and the embeddings of that."""
-    parts = products.logits([turn.hidden for turn in batch])
-    chosen = [outcome.capture(turn.choose, rows) for turn, rows in zip(batch, parts, strict=True)]
+    parts = products.logits([entry.hidden for entry in batch])
+    chosen = [outcome.capture(entry.choose, rows) for entry, rows in zip(batch, parts, strict=True)]
     ids = [each.value if isinstance(each, outcome.Value) else () for each in chosen]
     following = products.embed([token for own in ids for token in own]) if any(ids) else None
     start = 0
-    for turn, each, own in zip(batch, chosen, ids, strict=True):
+    for entry, each, own in zip(batch, chosen, ids, strict=True):
         if following is not None and own:
-            turn.embedded = following[start : start + len(own)]
+            entry.embedded = following[start : start + len(own)]
             start += len(own)
-        turn.ids = each
+        entry.ids = each
