@@ -24,7 +24,7 @@ from models.pages import Kv
 from models.precision import INT8, scale_name, tensor_dtypes, tensor_shapes
 from models.rope import Rotary, rotate
 
-Turns = tuple[Tensor, Tensor]
+Rotations = tuple[Tensor, Tensor]
 # Rows of a tile: as many as one product of packed weights takes at little more than the price of one row.
 TILE_ROWS = 16
 # Tensors that a block keeps as they are; the others are copied when they are put together.
@@ -94,7 +94,7 @@ class Block:
 
     @property
     def rotary_id(self) -> int:
-        """Equal for blocks that share a rotary table, and with it `turns_of`."""
+        """Equal for blocks that share a rotary table, and with it `rotations_of`."""
         return id(self._rotary)
 
     @torch.inference_mode()
@@ -135,7 +135,7 @@ class Block:
         self.check(x, cache, segments)
         cache.truncate(position)
         layout = Layout(segments, self.device)
-        x = self.run(x, cache, layout, self.turns_of(layout))
+        x = self.run(x, cache, layout, self.rotations_of(layout))
         cache.extent.length = position + len(x)
         return x
 
@@ -147,18 +147,18 @@ class Block:
         for segment in segments:
             self._check_segment(segment)
 
-    def run(self, x: Tensor, kv: Kv, layout: Layout, turns: Turns) -> Tensor:
+    def run(self, x: Tensor, kv: Kv, layout: Layout, rotations: Rotations) -> Tensor:
         """x [R, d], the rows of `layout`, through the block: [R, d]. Writes their keys and values to `kv`.
 
         Of what `check` has passed, in inference mode. At one row it is calls that cost, not sums.
         """
         eps = self.config.rms_norm_eps
-        queries, keys, values = self._heads(rms_norm(x, self._attn_norm, eps), turns)
+        queries, keys, values = self._heads(rms_norm(x, self._attn_norm, eps), rotations)
         layout.write(kv, keys, values)
         x = self._o(attend_batch(queries, kv, layout, self.config.sliding_window)).add_(x)
         return self._mlp(rms_norm(x, self._mlp_norm, eps)).add_(x)
 
-    def tile(self, x: Tensor, kv: Kv, layout: Layout, turns: Turns) -> Tensor:
+    def tile(self, x: Tensor, kv: Kv, layout: Layout, rotations: Rotations) -> Tensor:
         """x [TILE_ROWS, d] through the block: [TILE_ROWS, d]. The one segment of `layout` is the tile's last rows:
         tokens, and padding up to the tile's end, which is written and masked. Rows before it mean nothing.
 
@@ -166,21 +166,21 @@ class Block:
         tokens come at once: so a token's bits depend on the tokens before it alone.
         """
         eps, start = self.config.rms_norm_eps, TILE_ROWS - layout.rows
-        queries, keys, values = self._heads(rms_norm(x, self._attn_norm, eps), turns)
+        queries, keys, values = self._heads(rms_norm(x, self._attn_norm, eps), rotations)
         layout.write(kv, keys[:, start:], values[:, start:])
         x = x + self._o(attend_tile(queries, kv, layout, self.config.sliding_window))
         return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
 
-    def turns_of(self, layout: Layout) -> Turns:
+    def rotations_of(self, layout: Layout) -> Rotations:
         """What `rotate` takes for the rows of `layout`, [R, hd] each: equal for blocks that share a rotary table."""
         if len(layout.segments) == 1:
             return self._rotary.at(layout.segments[0].position, layout.rows)
         return self._rotary.at_each(layout.positions(), max(each.position + each.count for each in layout.segments))
 
-    def tile_turns(self, position: int) -> Turns:
-        """`turns_of` the tile at `position`, also where the context ends in it."""
+    def tile_rotations(self, position: int) -> Rotations:
+        """`rotations_of` the tile at `position`, also where the context ends in it."""
         room = min(TILE_ROWS, self.config.max_position - position)
-        cos, sin = (F.pad(turn, (0, 0, 0, TILE_ROWS - room)) for turn in self._rotary.at(position, room))
+        cos, sin = (F.pad(each, (0, 0, 0, TILE_ROWS - room)) for each in self._rotary.at(position, room))
         return cos, sin
 
     def _check_rows(self, x: Tensor, segments: Sequence[Segment]) -> None:
@@ -207,12 +207,12 @@ class Block:
         if end > extent.capacity:
             raise ValueError(f"{end} tokens do not fit into a cache of {extent.capacity}")
 
-    def _heads(self, x: Tensor, turns: Turns) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x: Tensor, rotations: Rotations) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [nq, R, hd], keys and values [nk, R, hd] of the rows x [R, d]."""
         nq, nk = self.config.num_heads, self.config.num_kv_heads
         heads = self._qkv(x).view(len(x), -1, self.config.head_dim).transpose(0, 1)
         turning, values = heads.split_with_sizes((nq + nk, nk))
-        queries, keys = rotate(self._normed(turning), *turns).split_with_sizes((nq, nk))
+        queries, keys = rotate(self._normed(turning), *rotations).split_with_sizes((nq, nk))
         return queries, keys, values
 
     def _normed(self, heads: Tensor) -> Tensor:

@@ -101,16 +101,16 @@ class Rotary:
         """What `rotate` takes, [count, hd] each, for positions [position, position + count), all below max_position."""
         end = position + count
         if end > self._rows_max:
-            return _turns(*self._rows(torch.arange(position, end, device=self.device)))
+            return _rotations(*self._rows(torch.arange(position, end, device=self.device)))
         cos, sin = self._reaching(end)
-        return _turns(cos[position:end], sin[position:end])
+        return _rotations(cos[position:end], sin[position:end])
 
     def at_each(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """`at`, for positions [R] that all lie below `end`."""
         if end > self._rows_max:
-            return _turns(*self._rows(positions))
+            return _rotations(*self._rows(positions))
         cos, sin = self._reaching(end)
-        return _turns(cos.index_select(0, positions), sin.index_select(0, positions))
+        return _rotations(cos.index_select(0, positions), sin.index_select(0, positions))
 
     def _reaching(self, end: int) -> tuple[Tensor, Tensor]:
         """The table, or a longer one in its place, with rows up to `end`."""
@@ -133,7 +133,7 @@ class Rotary:
         return cos.to(self.dtype), sin.to(self.dtype)
 
 
-def _turns(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+def _rotations(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

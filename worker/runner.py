@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from models.attention import KvCache
-from models.blocks import TILE_ROWS, Block, Turns
+from models.blocks import TILE_ROWS, Block, Rotations
 from models.config import BlockConfig
 from models.layout import Layout, Segment
 from models.precision import MATRICES
@@ -63,11 +63,11 @@ class FloatBlocks:
             self.blocks[index].check(x, slabs[index], segments)
         for part in parts:
             part.kv.begin(part.position)
-        layout, turns = Layout(segments, self.device), dict[int, Turns]()
+        layout, rotations = Layout(segments, self.device), dict[int, Rotations]()
         for block, slab in zip(self.blocks, slabs, strict=True):
-            if block.rotary_id not in turns:
-                turns[block.rotary_id] = block.turns_of(layout)
-            x = block.run(x, slab, layout, turns[block.rotary_id])
+            if block.rotary_id not in rotations:
+                rotations[block.rotary_id] = block.rotations_of(layout)
+            x = block.run(x, slab, layout, rotations[block.rotary_id])
         for part in parts:
             part.kv.commit(part.position + part.count)
         return x
@@ -83,13 +83,13 @@ class FloatBlocks:
         kv.begin(part.position)
         # to the tile's end: the pages of a session are whole tiles
         layout = Layout([Segment(kv.extent, part.position, TILE_ROWS - rows.start)], self.device)
-        turns: dict[int, Turns] = {}
+        rotations: dict[int, Rotations] = {}
         tile = x.new_zeros(TILE_ROWS, self.width)
         tile[rows] = x
         for block, slab in zip(self.blocks, kv.slabs, strict=True):
-            if block.rotary_id not in turns:
-                turns[block.rotary_id] = block.tile_turns(start)
-            tile = block.tile(tile, slab, layout, turns[block.rotary_id])
+            if block.rotary_id not in rotations:
+                rotations[block.rotary_id] = block.tile_rotations(start)
+            tile = block.tile(tile, slab, layout, rotations[block.rotary_id])
         kv.commit(part.position + part.count)
         return tile[rows]
 

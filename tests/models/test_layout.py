@@ -53,7 +53,7 @@ def step(block: Block, slab: KvSlab, parts: Sequence[tuple[Extent, int, Tensor]]
     x = torch.cat([x for _, _, x in parts])
     block.check(x, slab, segments)
     layout = Layout(segments, CPU)
-    rows = block.run(x, slab, layout, block.turns_of(layout))
+    rows = block.run(x, slab, layout, block.rotations_of(layout))
     for extent, position, x in parts:
         extent.length = position + len(x)
     return list(rows.split([len(x) for _, _, x in parts]))
