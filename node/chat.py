@@ -181,7 +181,7 @@ async def open_chat(model: DeployedModel, options: ChatOptions | None = None) ->
     options = options or ChatOptions()
     if options.context_tokens < 2:
         raise InputError(f"a chat needs a context of 2 tokens or more, not {options.context_tokens}")
-    model = model.standing.newest or model
+    model = model.moves.newest or model
     template = await trio.to_thread.run_sync(ChatTemplate.open, model.checkpoint.path, datetime.now())
     return Chat(model, template, options)
 

@@ -42,12 +42,12 @@ from node.grants import Grants, Token
 from node.links import Inflow, note_links, read_links
 from node.measuring import time_ends
 from node.model import DeployedModel, head_batches_of
+from node.moves import Moves
 from node.paths import history_file, reports_file
 from node.rates import note_rate
 from node.recording import Journal, Origin, Recorder, Subject, wanted
 from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
 from node.sharing import COMPARED_MAX, Sharing, Sources
-from node.standing import Standing
 from protocol import limits
 from protocol.capabilities import Right
 from protocol.errors import InputError, Refused, RouteUnavailable
@@ -418,7 +418,7 @@ class Client:
             head_batches=head_batches_of(ends),
             batches=Batches(),
             choosing=self.choosing,
-            standing=Standing(),
+            moves=Moves(),
         )
 
     async def _leased_route(

@@ -44,8 +44,8 @@ from models.sampling import SamplingParams, sample
 from models.tokenizer import Tokenizer
 from node.choosing import Choosing, Decided, Wanted
 from node.draft import Draft, Guessing
+from node.moves import Moves
 from node.recording import Plan, Progress, Recorder
-from node.standing import Standing
 from protocol import limits
 from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import ID_BYTES, PeerId
@@ -133,7 +133,7 @@ class DeployedModel:
     head_batches: HeadBatches  # of all requests here
     batches: Batches  # of those with batching=static
     choosing: Choosing
-    standing: Standing[DeployedModel]
+    moves: Moves[DeployedModel]
     has_moved: bool = False  # to this route from another
 
     @asynccontextmanager
@@ -142,7 +142,7 @@ class DeployedModel:
         cannot fit, or is no text."""
         ask = ask or Ask()
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        model = self.standing.newest or self
+        model = self.moves.newest or self
         async with self.recorder.journal.under_way(), model._answer(ids, ask) as answer:
             yield answer
 
@@ -181,7 +181,7 @@ class DeployedModel:
         async def found(left: DeployedModel) -> DeployedModel:
             return left.succeeded_by(await left.deploy_again(without))
 
-        return await self.standing.moved(self, without, found)
+        return await self.moves.instead_of(self, without, found)
 
     def succeeded_by(self, found: DeployedModel) -> DeployedModel:
         """`found` with what the client holds of the model here: it is in memory once, and static requests have one
@@ -189,7 +189,7 @@ class DeployedModel:
         return replace(
             found,
             has_moved=True,
-            standing=self.standing,
+            moves=self.moves,
             ends=self.ends,
             head_batches=self.head_batches,
             batches=self.batches,

@@ -48,8 +48,8 @@ def test_a_killed_worker_does_not_end_a_job(tmp_path: Path) -> None:
             lines = [{"prompt": prompt} for prompt in PROMPTS]
             listener = Listener(lambda *_: None, lambda _: None, answered)
             await run_job(ready, lines, Ask(TOKENS, ignore_eos=True), 3, listener)
-            assert ready.standing.newest is not None
-            stayed, came = ready.standing.newest.route.hops
+            assert ready.moves.newest is not None
+            stayed, came = ready.moves.newest.route.hops
             assert stayed == ready.route.hops[0]
             assert came.peer not in {hop.peer for hop in ready.route.hops}
 

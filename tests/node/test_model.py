@@ -20,7 +20,7 @@ from models.sampling import SamplingParams
 from node.chat import Chat, ChatOptions
 from node.draft import Draft, Guessing
 from node.model import Ask, DeployedModel, _Way, head_batches_of, wire_of
-from node.standing import Standing
+from node.moves import Moves
 from protocol.errors import InputError, Refused, RouteUnavailable, SottoError
 from protocol.ids import PeerId
 from protocol.strategy import Strategy, parse
@@ -113,7 +113,7 @@ def model(**attributes: object) -> DeployedModel:
         guessing=lambda: guessing,
         recorder=None,
         predicted=predicted(1),
-        standing=Standing[DeployedModel](),
+        moves=Moves[DeployedModel](),
         tokenizer=SimpleNamespace(vocabulary=dict, stream=lambda: None),
     )
     fake = SimpleNamespace(**known | attributes)

@@ -29,7 +29,7 @@ Find = Callable[[M], Awaitable[M]]
 """The model over a route that is found now, instead of one that it is on."""
 
 
-class Standing(Generic[M]):
+class Moves(Generic[M]):
     """`newest`: what requests begin with; None before the first move."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Standing(Generic[M]):
         self._tries = 0  # at moving, that have ended
         self._failure: SottoError | None = None  # of the newest
 
-    async def moved(self, left: M, without: frozenset[PeerId], find: Find[M]) -> M:
+    async def instead_of(self, left: M, without: frozenset[PeerId], find: Find[M]) -> M:
         """What to go on with instead of `left`, past the workers `without`. Who comes while others move waits for
         them, and shares what came of it; who comes later goes where they went, unless that is among `without`. Raises
         what `find` raises."""

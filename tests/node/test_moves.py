@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from client.routing import Hop, Route
-from node.standing import Standing
+from node.moves import Moves
 from protocol.errors import RouteUnavailable
 from protocol.ids import PeerId
 from simnet.runtime import run
@@ -42,27 +42,27 @@ class Finder:
 
 def test_requests_that_lose_a_worker_together_move_once() -> None:
     async def main() -> None:
-        standing, find, left, went = Standing[OnPeer](), Finder(), OnPeer(A), list[OnPeer]()
+        moves, find, left, went = Moves[OnPeer](), Finder(), OnPeer(A), list[OnPeer]()
 
         async def move() -> None:
-            went.append(await standing.moved(left, frozenset({A}), find))
+            went.append(await moves.instead_of(left, frozenset({A}), find))
 
         async with trio.open_nursery() as nursery:
             for _ in range(5):
                 nursery.start_soon(move)
         assert [each.peer for each in went] == [C] * 5
         assert find.calls == [left]
-        assert standing.newest is went[0]
+        assert moves.newest is went[0]
 
     run(main, seed=0)
 
 
 def test_who_has_lost_the_new_route_too_moves_again() -> None:
     async def main() -> None:
-        standing, find = Standing[OnPeer](), Finder()
-        first = await standing.moved(OnPeer(A), frozenset({A}), find)
-        assert (await standing.moved(first, frozenset(), find)).peer == B, "that it failed is enough"
-        third = await standing.moved(OnPeer(A), frozenset({A, B}), find)
+        moves, find = Moves[OnPeer](), Finder()
+        first = await moves.instead_of(OnPeer(A), frozenset({A}), find)
+        assert (await moves.instead_of(first, frozenset(), find)).peer == B, "that it failed is enough"
+        third = await moves.instead_of(OnPeer(A), frozenset({A, B}), find)
         assert third.peer == C, "one that others moved to, and that this one knows to be lost"
 
     run(main, seed=0)
@@ -70,18 +70,18 @@ def test_who_has_lost_the_new_route_too_moves_again() -> None:
 
 def test_requests_that_lose_a_worker_together_hear_together_that_there_is_no_other() -> None:
     async def main() -> None:
-        standing, find, left = Standing[OnPeer](), Finder(failures=1), OnPeer(A)
+        moves, find, left = Moves[OnPeer](), Finder(failures=1), OnPeer(A)
 
         async def move() -> None:
             with pytest.raises(RouteUnavailable, match="nobody has room"):
-                await standing.moved(left, frozenset({A}), find)
+                await moves.instead_of(left, frozenset({A}), find)
 
         async with trio.open_nursery() as nursery:
             for _ in range(5):
                 nursery.start_soon(move)
         assert (trio.current_time(), len(find.calls)) == (1, 1), "one search for all"
-        assert standing.newest is None
-        assert (await standing.moved(left, frozenset({A}), find)).peer == C, "who tries again searches again"
+        assert moves.newest is None
+        assert (await moves.instead_of(left, frozenset({A}), find)).peer == C, "who tries again searches again"
 
     run(main, seed=0)
 
@@ -92,10 +92,10 @@ def test_who_waited_goes_where_the_others_went_though_the_lost_worker_is_there_a
         return OnPeer(left.peer)
 
     async def main() -> None:
-        standing, left = Standing[OnPeer](), OnPeer(A)
+        moves, left = Moves[OnPeer](), OnPeer(A)
 
         async def move() -> None:
-            assert (await standing.moved(left, frozenset({A}), back)) is standing.newest
+            assert (await moves.instead_of(left, frozenset({A}), back)) is moves.newest
 
         async with trio.open_nursery() as nursery:
             for _ in range(5):
@@ -107,9 +107,9 @@ def test_who_waited_goes_where_the_others_went_though_the_lost_worker_is_there_a
 
 def test_who_is_cancelled_while_it_moves_leaves_that_to_the_next() -> None:
     async def main() -> None:
-        standing, find, left = Standing[OnPeer](), Finder(), OnPeer(A)
+        moves, find, left = Moves[OnPeer](), Finder(), OnPeer(A)
         with trio.move_on_after(0.5):
-            await standing.moved(left, frozenset({A}), find)
-        assert (await standing.moved(left, frozenset({A}), find)) is standing.newest
+            await moves.instead_of(left, frozenset({A}), find)
+        assert (await moves.instead_of(left, frozenset({A}), find)) is moves.newest
 
     run(main, seed=0)
