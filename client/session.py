@@ -45,6 +45,7 @@ from protocol.session import Role, SessionMachine, State
 from protocol.tensors import Payload
 from protocol.tickets import TIMES
 
+OPEN_S = 20.0  # the longest silence of a route that is asked to open
 CLOSE_S = 1.0  # for telling the hops that a session is over; the end of our streams tells them as well
 
 
@@ -69,8 +70,8 @@ class SessionHost:
 class SessionTerms:
     """What a session is opened with. `returns`: the dtype of what hops before the last return, or "none"; it goes to
     `sink`. `trace` is told where the time of each step went. `page_keys`, `deterministic`, `alone`, `micro_batches`,
-    `micro_batch_min`, `request`: see OpenSession. The two timeouts are the longest silence of a route that has
-    something to answer."""
+    `micro_batch_min`, `request`: see OpenSession. `step_timeout_s` is the longest silence of a route that has steps to
+    answer."""
 
     kv_tokens: int
     returns: str = "none"
@@ -82,7 +83,6 @@ class SessionTerms:
     micro_batches: int = 1
     micro_batch_min: int = 1
     request: bytes = b""
-    open_timeout_s: float = 20.0
     step_timeout_s: float = 60.0
 
     @property
@@ -387,9 +387,9 @@ class RouteSession:
             hops = zip(self.route.hops, self._machines, strict=True)
             asked = (hop for hop, machine in hops if machine.state not in (state, State.IDLE))
             late = next(asked, self.route.hops[told])
-            return HopLost(late.peer, f"did not open the session within {self.terms.open_timeout_s:g} s")
+            return HopLost(late.peer, f"did not open the session within {OPEN_S:g} s")
 
-        return _Patience(self.terms.open_timeout_s, error)
+        return _Patience(OPEN_S, error)
 
     def _silent(self) -> SottoError:
         who = ", ".join(short(hop.peer) for hop in self.route.hops)

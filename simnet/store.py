@@ -14,8 +14,8 @@ from protocol.ports import Keep
 class MemoryStore:
     """What node.store.DiskStore is to a daemon, without a disk; it evicts nothing. It outlives a worker's restart."""
 
-    def __init__(self, bytes_max: int = 1 << 50) -> None:
-        self.bytes_max = bytes_max
+    def __init__(self) -> None:
+        self.bytes_max = 1 << 50
         self.whole: dict[ShardDigest, bytes] = {}
         self.parts: dict[ShardDigest, dict[int, bytes]] = {}
         self.spans: dict[DeploymentId, bytes] = {}  # in the order of saving

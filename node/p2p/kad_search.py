@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from node.p2p.kad_table import BUCKET_PEERS_MAX, Contact, nearest
+from node.p2p.kad_table import Contact, nearest
 from protocol.ids import PeerId
 
 CONTACTS_MAX = 256  # beyond it, what peers name is not looked at
@@ -38,7 +38,7 @@ class Search:
         await trio.lowlevel.checkpoint()
         while True:
             hopeful = [contact for contact in self.heard.values() if self.asked.get(contact.peer, True)]
-            for contact in nearest(hopeful, self.target, BUCKET_PEERS_MAX):
+            for contact in nearest(hopeful, self.target):
                 if contact.peer not in self.asked:
                     self.asked[contact.peer] = True
                     self.waiting += 1
@@ -55,4 +55,4 @@ class Search:
     def found(self) -> list[Contact]:
         """The nearest that answered."""
         answered = [contact for contact in self.heard.values() if self.asked.get(contact.peer, False)]
-        return nearest(answered, self.target, BUCKET_PEERS_MAX)
+        return nearest(answered, self.target)

@@ -39,9 +39,9 @@ def peer_place(peer: PeerId) -> int:
     return place_of(ID.from_base58(peer).to_bytes())
 
 
-def nearest(contacts: Iterable[Contact], target: int, count: int) -> list[Contact]:
-    """The `count` contacts nearest to `target`, the nearest first."""
-    return sorted(contacts, key=lambda contact: peer_place(contact.peer) ^ target)[:count]
+def nearest(contacts: Iterable[Contact], target: int) -> list[Contact]:
+    """As many contacts as a bucket holds, those nearest to `target`, the nearest first."""
+    return sorted(contacts, key=lambda contact: peer_place(contact.peer) ^ target)[:BUCKET_PEERS_MAX]
 
 
 class RoutingTable:
@@ -70,8 +70,8 @@ class RoutingTable:
     def remove(self, peer: PeerId) -> None:
         self._buckets.get((self._place ^ peer_place(peer)).bit_length(), {}).pop(peer, None)
 
-    def closest(self, target: int, count: int = BUCKET_PEERS_MAX) -> list[Contact]:
-        return nearest((contact for bucket in self._buckets.values() for contact in bucket.values()), target, count)
+    def closest(self, target: int) -> list[Contact]:
+        return nearest((contact for bucket in self._buckets.values() for contact in bucket.values()), target)
 
 
 @dataclass(slots=True)

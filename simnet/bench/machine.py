@@ -30,6 +30,7 @@ from simnet.bench.pipes import TcpPipe, echo, echo_message
 ARRAY_BYTES = 256 << 20
 COLUMNS = 4096
 CLOSE_S = 20.0
+ECHOES = 50
 
 
 def facts() -> dict[str, Any]:
@@ -98,14 +99,14 @@ async def raw_tcp() -> AsyncIterator[TcpPipe]:
                 await trio.to_thread.run_sync(_ended, child)
 
 
-async def echo_us(pipe: TcpPipe, message_bytes: int, times: int = 50) -> float:
+async def echo_us(pipe: TcpPipe, message_bytes: int) -> float:
     """Microseconds of one way: half the median time of `message_bytes` there and back."""
     message, taken = echo_message(message_bytes), list[float]()
-    for _ in range(times):
+    for _ in range(ECHOES):
         start = time.perf_counter()
         await echo(pipe, message)
         taken.append(time.perf_counter() - start)
-    return 1e6 * sorted(taken)[times // 2] / 2
+    return 1e6 * sorted(taken)[ECHOES // 2] / 2
 
 
 def _ended(child: subprocess.Popen[str]) -> None:

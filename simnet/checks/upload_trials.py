@@ -66,9 +66,7 @@ class TrialReport:
         return self.whole and not self.sent_again and not self.sent_after_restart
 
 
-def run_trial(
-    folder: Path, model: Path, seed: int, kills: int, notify: Callable[[Attempt], None] = lambda _: None
-) -> TrialReport:
+def run_trial(folder: Path, model: Path, seed: int, kills: int) -> TrialReport:
     """Bring `model`, in the plain tier, to a worker through `kills` kills. `folder` stays for whoever wants to look.
 
     Raises InputError when a worker does not start, RuntimeError when a client fails for another reason than a kill.
@@ -80,7 +78,6 @@ def run_trial(
             missing = trial.pieces - len(trial.on_disk())
             share = 2 * missing // (kills_left + 1)  # on average half of it is sent, so the last kill finds some left
             attempts.append(trial.attempt(chance.choice(("worker", "client")), chance.randint(1, max(1, share))))
-            notify(attempts[-1])
         attempts.append(trial.attempt())
         whole = len(trial.on_disk()) == trial.pieces
         trial.kill_worker()

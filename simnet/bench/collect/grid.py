@@ -127,18 +127,18 @@ def contexts(count: int = CONTEXTS, seed: int = SEED) -> list[Context]:
     return made
 
 
-def cells(made: list[Context], runs: int = RUNS, noise_runs: int = NOISE_RUNS, seed: int = SEED) -> Iterator[Cell]:
+def cells(made: list[Context]) -> Iterator[Cell]:
     """Every run of the grid, block after block."""
     noisy = {context.number for context in made[:NOISE_CONTEXTS]}
-    for block in range(max(runs, noise_runs)):
-        rng = random.Random(f"{seed} {block}")
+    for block in range(max(RUNS, NOISE_RUNS)):
+        rng = random.Random(f"{SEED} {block}")
         routes, models = list(ROUTES), list(MODELS)
         rng.shuffle(routes)
         for route in routes:
             rng.shuffle(models)
             for model in models:
                 here = [context for context in made if (context.model, context.route) == (model, route)]
-                here = [context for context in here if block < runs or context.number in noisy]
+                here = [context for context in here if block < RUNS or context.number in noisy]
                 both = list(product(here, STRATEGIES))
                 rng.shuffle(both)
                 yield from (Cell(block, context, strategy) for context, strategy in both)
