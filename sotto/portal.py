@@ -2,7 +2,7 @@
 
 The loop's main task holds one resource open (a client) for the portal's life, so what was opened in a task is closed in
 the same one. Every call runs in a task of its own, and a thread of its own waits for that: an interrupt reaches the
-caller alone, who then ends the task.
+caller alone, who then ends the task. Calls are ended before the resource is closed, so none uses it afterwards.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Portal(Generic[R]):
         self._token: trio.lowlevel.TrioToken | None = None
         self._begun = threading.Event()  # the loop runs, and can be told to stop; or it never will
         self._stop: trio.Event | None = None
+        self._calls: dict[trio.CancelScope, trio.Event] = {}  # under way; the event says that it has ended
+        self._closing = False
         self._failure: BaseException | None = None  # what ended the loop unasked
         self._scope = trio.CancelScope()
         self._thread = threading.Thread(target=self._run, name="sotto", daemon=True)
@@ -64,8 +66,8 @@ class Portal(Generic[R]):
 
     @property
     def closed(self) -> bool:
-        """The loop has ended, or has not begun."""
-        return not self._thread.is_alive()
+        """The loop has ended, or is about to, or has not begun."""
+        return self._closing or not self._thread.is_alive()
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any) -> T:
         """Run `function` on the loop and wait for it; its error is raised here. An interrupt cancels it and is raised
@@ -81,10 +83,9 @@ class Portal(Generic[R]):
     def from_thread(self, function: Callable[[], Awaitable[T]]) -> T:
         """As `call`, for a thread that no interrupt reaches."""
         try:
-            return trio.from_thread.run(function, trio_token=self._token)
-        except (trio.RunFinishedError, trio.Cancelled, BaseExceptionGroup) as error:
-            if isinstance(error, BaseExceptionGroup) and error.split(trio.Cancelled)[1] is not None:
-                raise
+            result: T = trio.from_thread.run(self._until_closed, function, trio_token=self._token)
+            return result
+        except (_Closing, trio.RunFinishedError) as error:
             self._thread.join()
             if self._failure is not None:
                 raise self._failure from None
@@ -124,7 +125,37 @@ class Portal(Generic[R]):
             async with self._resource() as resource:
                 self._stop = trio.Event()
                 self._opened.put(resource)
-                await self._stop.wait()
+                try:
+                    await self._stop.wait()
+                finally:
+                    await self._end_calls()
+
+    async def _until_closed(self, function: Callable[[], Awaitable[T]]) -> T:
+        """What `function` gives. Raises _Closing when it is cancelled for the resource's sake."""
+        if self._closing:
+            raise _Closing
+        scope, ended = trio.CancelScope(), trio.Event()
+        self._calls[scope] = ended
+        try:
+            with scope:
+                return await function()
+        finally:
+            del self._calls[scope]
+            ended.set()
+        raise _Closing
+
+    async def _end_calls(self) -> None:
+        self._closing = True
+        calls = dict(self._calls)
+        for scope in calls:
+            scope.cancel()
+        with trio.CancelScope(shield=True):
+            for ended in calls.values():
+                await ended.wait()
+
+
+class _Closing(Exception):
+    """The resource is closed, or about to be."""
 
 
 class _Work(threading.Thread, Generic[T]):

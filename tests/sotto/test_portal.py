@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 import trio
 
-from protocol.errors import InputError
+from protocol.errors import InputError, LocalProtocolError, SottoError
 from sotto.api import AsyncModel, AsyncSwarm, Model
 from sotto.chat import AsyncChat, Chat
 from sotto.portal import Portal
@@ -45,7 +45,7 @@ def in_time(work: Callable[[], Any]) -> BaseException | None:
     def run() -> None:
         try:
             work()
-        except (InputError, trio.RunFinishedError, trio.Cancelled) as error:
+        except (SottoError, trio.RunFinishedError, trio.Cancelled) as error:
             raised.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -87,6 +87,47 @@ def test_a_stream_ends_when_its_swarm_is_closed_meanwhile() -> None:
     assert next(pieces) == "one"
     portal.close()
     assert isinstance(in_time(lambda: list(pieces)), InputError)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["call", "stream"])
+def test_what_uses_a_swarm_that_another_thread_closes_ends_before_the_swarm_does(streams: bool) -> None:
+    began, ended, late = threading.Event(), list[str](), list[BaseException | None]()
+    beside = threading.Thread(target=lambda: late.append(in_time(lambda: portal.call(trio.sleep, 0))))
+
+    @asynccontextmanager
+    async def driver() -> AsyncIterator[trio.Event]:
+        stopped = trio.Event()
+        yield stopped
+        assert portal.closed
+        ended.append("driver")
+        stopped.set()
+        beside.start()
+        await trio.sleep(0.1)
+
+    portal = Portal(driver)
+    stopped = portal.open()
+
+    async def use(*_: object) -> None:
+        began.set()
+        try:
+            await stopped.wait()
+            raise LocalProtocolError("the driver has stopped")
+        finally:
+            ended.append("use")
+
+    def close() -> None:
+        began.wait()
+        portal.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    error = in_time(lambda: list(portal.stream(use)) if streams else portal.call(use))
+    closing.join()
+    beside.join()
+    for each in (error, *late):
+        assert isinstance(each, InputError)
+        assert "the swarm is closed" in str(each)
+    assert ended == ["use", "driver"]
 
 
 def test_a_loop_that_a_fault_of_ours_ended_says_which() -> None:
