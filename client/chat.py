@@ -40,15 +40,27 @@ class Transcript:
         room = min(max_new_tokens, max(1, self.context_tokens // ROOM_SHARE))
         ids, dropped = self._rendered(text, 0), 0
         if len(ids) + room > self.context_tokens:
-            while dropped < len(self.turns) and len(ids) > self.context_tokens // KEPT_SHARE:
-                dropped += 1
-                ids = self._rendered(text, dropped)
+            ids, dropped = self._shortened(text)
             if len(ids) >= self.context_tokens:
                 raise InputError(
                     f"the message makes a prompt of {len(ids)} tokens, and the context holds {self.context_tokens}, "
                     "the answer included; shorten it, or give the chat a larger context"
                 )
         return ChatPrompt(tuple(ids), min(max_new_tokens, self.context_tokens - len(ids)), dropped)
+
+    def _shortened(self, text: str) -> tuple[list[int], int]:
+        """The prompt without its oldest turns, as few of them as leave half of the context free, or all; and how many.
+        Found by halving: every try renders thousands of tokens, and a chat may have hundreds of turns."""
+        few, enough = 0, len(self.turns)
+        ids = self._rendered(text, enough)
+        while len(ids) <= self.context_tokens // KEPT_SHARE and enough - few > 1:
+            middle = (few + enough) // 2
+            tried = self._rendered(text, middle)
+            if len(tried) <= self.context_tokens // KEPT_SHARE:
+                ids, enough = tried, middle
+            else:
+                few = middle
+        return ids, enough
 
     def said(self, text: str, answer: str, dropped: int) -> None:
         """The turn is over; the oldest `dropped` turns are forgotten."""

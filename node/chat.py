@@ -89,7 +89,8 @@ class Chat:
         Raises InputError before anything is sent when the message cannot fit, and what a generation raises.
         """
         ask = ask or Ask()
-        prompt = self.transcript.prompt(text, ask.max_new_tokens)
+        # In a thread: a long chat takes a while to become tokens, several times when its context is full.
+        prompt = await trio.to_thread.run_sync(self.transcript.prompt, text, ask.max_new_tokens)
         if prompt.dropped:
             self._options.notice(f"the context is full: the oldest {_turns(prompt.dropped)} left it")
         ask = replace(ask, max_new_tokens=prompt.room)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client.chat import Transcript
+from client.chat import KEPT_SHARE, ROOM_SHARE, Transcript
 from models.chat_template import ChatMessage
 from protocol.errors import InputError
 
@@ -70,3 +70,42 @@ def test_whatever_is_said_prompt_and_answer_fit(
         assert 1 <= prompt.room <= max_new
         assert len(prompt.ids) + prompt.room <= context
         chat.said("u" * asked, "a" * min(answered, prompt.room), prompt.dropped)
+
+
+def long_chat(render: Callable[[Sequence[ChatMessage]], list[int]], context: int, lengths: Sequence[int]) -> Transcript:
+    turns = [(ChatMessage("user", "u" * length), ChatMessage("assistant", "a")) for length in lengths]
+    return Transcript(render, context, "S", turns)
+
+
+def test_a_chat_of_many_turns_is_rendered_a_few_times_when_its_context_is_full() -> None:
+    rendered: list[int] = []
+
+    def counted(messages: Sequence[ChatMessage]) -> list[int]:
+        rendered.append(len(messages))
+        return render(messages)
+
+    prompt = long_chat(counted, 3000, [3] * 500).prompt("y", 8)  # a turn takes six tokens, and what stays five
+    assert prompt.dropped == 500 - (1500 - 5) // 6
+    assert len(rendered) <= 12
+    with pytest.raises(InputError, match="shorten it"):
+        long_chat(counted, 3000, [3] * 500).prompt("y" * 3000, 8)
+    assert rendered[-2:] == [1002, 2], "what does not fit alone is not searched for"
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(20, 400))
+def test_as_few_turns_are_left_out_as_leave_half_of_the_context_free(lengths: list[int], context: int) -> None:
+    chat, room = long_chat(render, context, lengths), context // ROOM_SHARE
+    sizes = [len(long_chat(render, context, lengths[n:])._rendered("y", 0)) for n in range(len(lengths) + 1)]
+    fitting = [n for n, size in enumerate(sizes) if size <= context // KEPT_SHARE]
+    wanted = 0 if sizes[0] + room <= context else fitting[0] if fitting else len(lengths)
+    assert chat.prompt("y", context).dropped == wanted
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=40), st.integers(60, 400))
+def test_a_template_that_makes_more_of_less_is_given_what_fits(lengths: list[int], context: int) -> None:
+    def odd(messages: Sequence[ChatMessage]) -> list[int]:
+        return [*([9] * 20 if len(messages) % 4 else []), *render(messages)]
+
+    prompt = long_chat(odd, context, lengths).prompt("y", context)
+    assert len(prompt.ids) + prompt.room <= context
+    assert not prompt.dropped or len(prompt.ids) <= context // KEPT_SHARE or prompt.dropped == len(lengths)
