@@ -139,7 +139,7 @@ class DeployedModel:
     @asynccontextmanager
     async def ask(self, prompt: str | list[int], ask: Ask | None = None) -> AsyncGenerator[Answer, None]:
         """A request over a session of its own. Raises InputError, ModelError before anything is sent when it
-        cannot fit, or is no text."""
+        cannot fit, or is no text. The session is opened, and may fail, when `pieces` are asked for."""
         ask = ask or Ask()
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         model = self.moves.newest or self
@@ -166,7 +166,6 @@ class DeployedModel:
             entry.kv_tokens = kv_tokens
             async with self.seat(strategy):
                 try:
-                    await kept.ready(ids)
                     async with aclosing(stream.pieces()) as pieces:
                         yield Answer(stream, pieces, report, decided)
                 finally:

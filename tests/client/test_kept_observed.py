@@ -8,30 +8,10 @@ import trio
 
 from client.generate import GenerationHost
 from client.kept import KeptAsk, KeptRequest, KeptSession, KeptTerms
-from client.observer import NullObserver
 from protocol.errors import SottoError
 from simnet.runtime import VirtualClock
 from tests.helpers.kept import ENDS, PROMPT, Opener, Session, ids, params, virtual
-
-
-class Notes(NullObserver):
-    def __init__(self) -> None:
-        self.notes: list[tuple[str, object]] = []
-
-    def request_started(self, prompt_tokens: int) -> None:
-        self.notes.append(("started", prompt_tokens))
-
-    def first_token(self, seconds: float) -> None:
-        self.notes.append(("first", round(seconds, 6)))
-
-    def next_token(self, seconds: float) -> None:
-        self.notes.append(("next", round(seconds, 6)))
-
-    def request_finished(self, finish_reason: str, generated_tokens: int, seconds: float) -> None:
-        self.notes.append(("finished", (finish_reason, generated_tokens, round(seconds, 6))))
-
-    def request_failed(self, kind: str, generated_tokens: int) -> None:
-        self.notes.append(("failed", (kind, generated_tokens)))
+from tests.helpers.notes import Notes
 
 
 def observed(opener: Opener, tokens: int = 3, until_s: float = 99.0) -> list[tuple[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import count
 from types import MethodType, SimpleNamespace
 from typing import cast
@@ -11,6 +12,7 @@ import torch
 import trio
 
 from client.chat import ChatPrompt
+from client.errors import HopLost
 from client.generate import GenerationHost
 from client.kept import KeptTerms, Opened, OpenedSession, Opening
 from client.session import SessionTerms
@@ -25,6 +27,7 @@ from protocol.errors import InputError, Refused, RouteUnavailable, SottoError
 from protocol.ids import PeerId
 from protocol.strategy import Strategy, parse
 from simnet.runtime import run
+from tests.helpers.notes import Notes
 from tests.helpers.records import RECORD
 
 PEER = PeerId("12D3KooW" + "x" * 44)
@@ -191,6 +194,29 @@ def test_who_asks_is_told_why_a_request_waits(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("node.model.KeptSession", kept)
     run(main, seed=0)
     assert heard == ["a worker is busy"]
+
+
+@pytest.mark.parametrize(("waits", "failed"), [(False, "HopLost"), (True, "cancelled")], ids=["lost", "given up"])
+def test_a_request_is_under_way_while_its_session_is_opened(waits: bool, failed: str) -> None:
+    """Most requests that fail do so there."""
+    notes = Notes()
+
+    async def opened(*_: object) -> Opened:
+        if waits:
+            await trio.sleep_forever()
+        raise HopLost(PEER, "cannot be reached")
+
+    async def main() -> None:
+        ports = SimpleNamespace(clock=SimpleNamespace(monotonic=trio.current_time), observer=notes, entropy=bytes)
+        recorder = SimpleNamespace(request=lambda _: nullcontext(SimpleNamespace()))
+        fake = model(opened=opened, ports=ports, recorder=recorder, seat=lambda _: nullcontext())
+        with trio.move_on_after(9), nullcontext() if waits else pytest.raises(HopLost):
+            async with fake._answer([1, 2], Ask()) as answer:
+                async for _ in answer.pieces:
+                    raise AssertionError("there is no session")
+
+    run(main, seed=0)
+    assert notes.notes == [("started", 2), ("failed", (failed, 0))]
 
 
 def test_a_session_over_a_route_that_was_found_anew_serves_the_next_turn() -> None:
