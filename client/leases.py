@@ -161,6 +161,8 @@ class LeaseKeeper:
 
     async def _tell(self, kept: KeptLease) -> None:
         async with channel_to(self.ports, kept.hop, CONTROL) as channel:
+            if (kept.deployment, kept.hop.peer) in self.kept:
+                return  # leased again meanwhile: a release would end that lease
             request = ReleaseSpan(kept.deployment, forget=False, capability=b"")
             await ask(kept.hop.peer, channel, request, SpanReleased, RELEASE_S)
 

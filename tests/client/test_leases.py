@@ -208,6 +208,21 @@ def test_a_worker_that_does_not_answer_keeps_nobody_waiting_for_its_release() ->
     with_keeper(body)
 
 
+def test_a_release_that_was_held_up_does_not_end_a_lease_that_was_taken_again() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        case.depots[1].replace = answering(LeaseRenewed, None)
+        await trio.sleep(LEASE_S / 2 + 1)
+        assert case.asked(RenewLease, 1) == 1, "it is waited for"
+        case.keeper.part(DEPLOYMENT, [])
+        await case.lease_at(0, 0, 2)
+        await trio.sleep(LEASE_S)
+        assert [case.asked(ReleaseSpan, depot) for depot in (0, 1)] == [0, 1]
+        assert case.spans == [(0, 2), None]
+
+    with_keeper(body)
+
+
 def test_a_lease_is_renewed_at_half_time_for_as_long_as_it_is_kept() -> None:
     async def body(case: Case) -> None:
         await case.lease()
