@@ -122,7 +122,7 @@ class Journal:
             try:
                 await trio.to_thread.run_sync(self._write, self._path, builds)
             except HistoryBusy:
-                self._waiting.extendleft(reversed(builds))  # with the next ones
+                self._waiting = deque((*builds, *self._waiting), WAITING_MAX)  # with the next ones
             except InputError as error:
                 log.warning("requests are not recorded", extra={"error": str(error)})
                 self._path = None

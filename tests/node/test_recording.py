@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from client.metalearning.features import STATED_MAX
 from client.metalearning.record import Record, from_row, to_row
 from client.placement import ModelNeeds, PlaceOptions, priced
 from node.clock import SystemClock
-from node.history import History
-from node.recording import SWITCH, Entry, Journal, Plan, Progress, Recorder, Subject, hardware, wanted
+from node.history import History, HistoryBusy
+from node.recording import LAST_WORDS_S, SWITCH, Entry, Journal, Plan, Progress, Recorder, Subject, hardware, wanted
 from protocol.adverts import HeldSpan
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import ID_BYTES, DeploymentId
@@ -222,6 +223,61 @@ def test_a_history_that_another_writes_for_long_is_written_later(
 
     assert len(recorded(tmp_path / "history.db", body)) == 4
     assert not caplog.records
+
+
+def test_of_what_waits_the_oldest_is_left_out_and_the_rest_keeps_its_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.recording.WAITING_MAX", 3)
+    builds = [partial(numbered, number) for number in range(5)]
+
+    async def main() -> None:
+        journal = Journal(tmp_path / "history.db")
+
+        def busy(_: Path, taken: Sequence[Callable[[], Record]]) -> None:
+            assert list(taken) == builds[1:4]
+            trio.from_thread.run_sync(journal.add, builds[4])  # meanwhile
+            raise HistoryBusy("try again")
+
+        monkeypatch.setattr(journal, "_write", busy)
+        for build in builds[:4]:
+            journal.add(build)
+        await journal.flush()
+        assert list(journal._waiting) == builds[2:]
+
+    trio.run(main)
+
+
+def test_a_client_that_is_cancelled_writes_its_last_words_and_closes_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "history.db"
+
+    async def main() -> None:
+        journal = Journal(file)
+        journal.add(partial(numbered, 1))
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await journal.aclose()
+        assert [each.name for each in tmp_path.glob("history.db*")] == [file.name], (
+            "and not what belongs to an open one"
+        )
+
+    trio.run(main)
+    with History(file) as history:
+        assert history.records() == [numbered(1)]
+
+
+def test_last_words_are_not_waited_for_for_ever(tmp_path: Path) -> None:
+    async def main() -> None:
+        journal = Journal(tmp_path / "history.db")
+        journal.add(partial(numbered, 1))
+        async with journal._turn:  # another write hangs
+            began = trio.current_time()
+            with trio.fail_after(60):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(journal.aclose)
+            assert trio.current_time() - began == pytest.approx(LAST_WORDS_S)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_no_history_no_file(tmp_path: Path) -> None:
