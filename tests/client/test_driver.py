@@ -14,7 +14,8 @@ from protocol.channel import Channel
 from protocol.errors import LocalProtocolError
 from protocol.framing import FrameDecoder
 from protocol.ids import PeerId
-from protocol.messages import CloseSession, Message, Step
+from protocol.messages import SESSION, CloseSession, Message, Step
+from protocol.ports import Stream
 from protocol.tensors import Payload, TensorHeader
 from simnet.runtime import run
 from tests.helpers.driving import TERMS, driving, fill_the_way, numbers, with_swarm
@@ -305,3 +306,20 @@ def test_when_the_driver_stops_sessions_end() -> None:
                 await driver.open_session(swarm.route, TERMS)
 
     run(main, seed=1)
+
+
+def test_a_stream_that_is_opened_after_the_driver_has_stopped_is_closed() -> None:
+    ended = list[bool]()
+
+    async def serve(stream: Stream) -> None:
+        ended.append(await Channel(stream, SESSION).receive() is None)
+
+    async def main() -> None:
+        async with fake_swarm(1) as swarm:
+            swarm.hops[0].endpoint.handle(SESSION, serve)
+            with pytest.raises(LocalProtocolError, match="not running"):
+                await Driver(swarm.ports).open_session(swarm.route, TERMS)
+            await trio.sleep(1)
+
+    run(main, seed=1)
+    assert ended == [True]

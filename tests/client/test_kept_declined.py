@@ -50,23 +50,24 @@ def test_a_refusal_is_no_blame() -> None:
 @pytest.mark.parametrize("reason", ["sessions", "rate"])
 def test_a_busy_worker_is_asked_again_until_it_has_a_place(reason: str) -> None:
     opener = Opener([*[HopRefused(PEER, reason)] * 5, Session(6), HopRefused(PEER, reason), Session()])
-    kept = KeptSession(opener, KeptTerms(refusals=False))
+    kept = KeptSession(opener, KeptTerms(refusals=False, notice=opener.notices.append))
     assert virtual(lambda: ids(request(kept, PROMPT))) == alone(PROMPT)
     assert [later - earlier for earlier, later in pairwise(opener.opened_at[:6])] == pytest.approx([PAUSE_S] * 5)
     assert (kept.losses, any(opener.anew)) == (1, False), "only the session that was lost is"
+    assert ["busy" in notice for notice in opener.notices] == [True, False, True], "once for each opening"
 
 
 @pytest.mark.parametrize(("terms", "more"), [(REQUEST, 0), (KeptTerms(), LOSSES_MAX)], ids=["request", "chat"])
 def test_a_worker_that_stays_busy_is_a_refusal(terms: KeptTerms, more: int) -> None:
     openings = round(BUSY_S / PAUSE_S) + 1 + more
-    opener = Opener([*[HopRefused(PEER, "sessions")] * openings, Session()])
+    opener = Opener([*[HopRefused(PEER, "sessions")] * (openings + 2), Session()])
 
     async def main() -> list[int]:
         kept = KeptSession(opener, terms)
         with pytest.raises(HopRefused, match="sessions"):
             await ids(request(kept, PROMPT))
         assert len(opener.openings) == openings
-        return await ids(request(kept, PROMPT))
+        return await ids(request(kept, PROMPT))  # which waits anew
 
     assert virtual(main) == alone(PROMPT)
 

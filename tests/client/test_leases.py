@@ -11,11 +11,12 @@ import pytest
 import trio
 
 from client.asking import channel_to
+from client.driver import run_all
 from client.errors import HopRefused
 from client.leases import RELEASE_S, RESUME_S, LeaseKeeper, Leasing
 from client.routing import Hop
 from protocol.errors import InputError, RouteUnavailable
-from protocol.leases import open_lease, sign_lease
+from protocol.leases import Lease, open_lease, sign_lease
 from protocol.manifest import sign_manifest
 from protocol.messages import (
     CONTROL,
@@ -98,6 +99,17 @@ def test_what_a_route_that_was_left_leased_is_given_up_at_once() -> None:
         assert case.asked(RenewLease, 0) == 0
         assert case.asked(RenewLease, 1) > 1
         assert {peer for _, peer in case.keeper.kept} == {staying}
+
+    with_keeper(body)
+
+
+def test_what_is_left_in_two_steps_is_given_up_all_the_same() -> None:
+    async def body(case: Case) -> None:
+        await case.lease()
+        for staying in ([case.depots[1].endpoint.peer], []):
+            case.keeper.part(DEPLOYMENT, staying)
+        await trio.sleep(1)
+        assert [case.asked(ReleaseSpan, depot) for depot in (0, 1)] == [1, 1]
 
     with_keeper(body)
 
@@ -304,6 +316,38 @@ def test_a_lease_that_is_given_up_while_it_is_renewed_does_not_come_back(when: t
         assert first.lease is None
         assert case.asked(RenewLease) == 1
         assert case.asked(LeaseSpan) == (2 if when is SpanLeased else 1)
+        assert case.asked(ReleaseSpan) == (2 if when is SpanLeased else 1)
+
+    with_keeper(body)
+
+
+def test_a_lease_that_is_granted_after_it_was_given_up_is_given_up_again() -> None:
+    async def body(case: Case) -> None:
+        first, failed, granted = case.depots[0], trio.Event(), list[Lease | None]()
+
+        async def lease_in_vain() -> None:
+            async with case.keeper.transaction(DEPLOYMENT):
+                await case.lease_at(0, 0, 2)
+                await failed.wait()
+                raise RouteUnavailable("nobody has the rest")
+
+        def late(answer: Message) -> Message:
+            if isinstance(answer, SpanLeased):
+                granted.append(first.lease)
+                failed.set()
+            elif isinstance(answer, SpanReleased) and granted:
+                first.lease = granted.pop()  # it comes to the release first
+            return answer
+
+        async def forget() -> None:
+            await trio.sleep(1)
+            first.lease, first.replace = None, late  # it is asked for again at half-time
+
+        with pytest.raises(RouteUnavailable):
+            await run_all(lease_in_vain, forget)
+        assert not case.keeper.kept
+        await trio.sleep(5)
+        assert first.lease is None
 
     with_keeper(body)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from client.metalearning.record import COLUMNS, Record, to_row
-from node.history import MIGRATIONS, Condition, History, HistoryBusy, parse_condition
+from node.history import MIGRATIONS, Condition, History, HistoryBusy, _translated, parse_condition
 from protocol.errors import InputError
 from tests.helpers.records import RECORD, numbered
 
@@ -109,6 +109,29 @@ def test_while_another_writes_a_reader_reads_and_a_writer_is_told_so(
             with pytest.raises(HistoryBusy, match="try again"):
                 other.add([numbered(2)])
         assert other.add([numbered(2)]) == 1
+
+
+def test_another_that_repairs_the_file_is_waited_for_like_one_that_writes(path: Path) -> None:
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorcode = sqlite3.SQLITE_BUSY_RECOVERY
+    with pytest.raises(HistoryBusy, match="try again"), _translated(path):
+        raise error
+
+
+def test_what_fails_in_the_middle_is_undone_and_nobody_waits_for_it(path: Path) -> None:
+    def halfway(history: History) -> None:
+        with history._writing():
+            history._db.execute("DELETE FROM records")
+            raise KeyboardInterrupt
+
+    with History(path) as history:
+        history.add([RECORD])
+        with pytest.raises(KeyboardInterrupt):
+            halfway(history)
+        with History(path) as other:
+            assert other.records() == [RECORD]
+            assert other.add([numbered(1)]) == 1
+        assert history.add([numbered(2)]) == 1
 
 
 def test_a_row_cannot_be_changed(path: Path) -> None:

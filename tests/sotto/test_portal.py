@@ -89,6 +89,27 @@ def test_a_stream_ends_when_its_swarm_is_closed_meanwhile() -> None:
     assert isinstance(in_time(lambda: list(pieces)), InputError)
 
 
+def test_a_stream_that_is_left_early_is_cancelled() -> None:
+    portal, ended = Portal(resource), list[str]()
+    portal.open()
+
+    async def produce(emit: Callable[[str], None]) -> None:
+        try:
+            emit("one")
+            await trio.sleep_forever()
+        finally:
+            ended.append("produce")
+
+    def leave() -> None:
+        pieces = portal.stream(produce)
+        assert next(pieces) == "one"
+        pieces.close()
+
+    assert in_time(leave) is None
+    assert ended == ["produce"]
+    portal.close()
+
+
 @pytest.mark.parametrize("streams", [False, True], ids=["call", "stream"])
 def test_what_uses_a_swarm_that_another_thread_closes_ends_before_the_swarm_does(streams: bool) -> None:
     began, ended, late = threading.Event(), list[str](), list[BaseException | None]()
@@ -131,7 +152,7 @@ def test_what_uses_a_swarm_that_another_thread_closes_ends_before_the_swarm_does
 
 
 def test_a_loop_that_a_fault_of_ours_ended_says_which() -> None:
-    crash = trio.Event()
+    crash, ended = trio.Event(), list[str]()
 
     async def crashing() -> None:
         await crash.wait()
@@ -141,18 +162,29 @@ def test_a_loop_that_a_fault_of_ours_ended_says_which() -> None:
     async def faulty() -> AsyncIterator[str]:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(crashing)
-            yield "open"
+            try:
+                yield "open"
+            finally:
+                ended.append("faulty")
+                with trio.CancelScope(shield=True):
+                    await trio.sleep(0.1)
 
     async def use() -> None:
         crash.set()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.sleep_forever)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(trio.sleep_forever)
+        finally:
+            with trio.CancelScope(shield=True):
+                await trio.sleep(0.1)
+            ended.append("use")
 
     portal = Portal(faulty)
     portal.open()
     for _ in range(2):
         with pytest.RaisesGroup(pytest.RaisesExc(ValueError, match="a bug")):
             portal.call(use)
+    assert ended == ["use", "faulty"]
 
 
 def test_an_interrupted_call_has_ended_when_the_interrupt_is_raised() -> None:
