@@ -225,7 +225,11 @@ class FolderSource:
     folder: SealedFolder
 
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
-        return await trio.to_thread.run_sync(read_piece_list, self.folder.shard(digest), digest)
+        shard = self.folder.shard(digest)
+        try:
+            return await trio.to_thread.run_sync(read_piece_list, shard, digest)
+        except OSError as error:  # a disk or a limit of now: nothing to discard a shard for
+            raise InputError(f"cannot read {shard}: {error.strerror}") from error
 
     async def read(self, digest: ShardDigest, offset: int, nbytes: int) -> bytes:
         def work() -> bytes:

@@ -127,7 +127,12 @@ class DiskStore:
         return await _thread(work, None if digest in self._checked else self._reading)
 
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
-        return await _thread(lambda: read_piece_list(self.path(digest), digest))
+        def work() -> PieceList | None:
+            with suppress(OSError):
+                return read_piece_list(self.path(digest), digest)
+            return None
+
+        return await _thread(work)
 
     async def read(self, pieces: PieceList, index: int) -> bytes:
         def work() -> bytes:
@@ -227,7 +232,7 @@ def piece_list_of(path: Path) -> PieceList:
             while piece := file.read(limits.PIECE_BYTES):
                 yield piece
 
-    if not 1 <= path.stat().st_size <= limits.SHARD_BYTES_MAX:
+    if not _fits(path.stat().st_size):
         raise OSError(errno.EINVAL, "no shard has this size", str(path))
     return PieceList.of(pieces())
 
@@ -235,19 +240,25 @@ def piece_list_of(path: Path) -> PieceList:
 def read_piece_list(path: Path, digest: ShardDigest) -> PieceList | None:
     """The list of the shard at `path`: as it was kept beside it, or made anew from the bytes and kept.
 
-    None when there is no such file, or it is not the shard of that digest.
+    None when there is no such file, or it is not the shard of that digest. Raises OSError when that cannot be read now.
     """
     with suppress(OSError, RemoteProtocolError), list_file(path).open("rb") as file:
         return PieceList.open(digest, path.stat().st_size, file.read(_LIST_BYTES_MAX + 1))
     try:
+        if not _fits(path.stat().st_size):
+            return None
         made = piece_list_of(path)
-    except OSError:
+    except FileNotFoundError:
         return None
     if made.digest != digest:
         return None
     with suppress(OSError):
         write_atomic(list_file(path), made.hashes)
     return made
+
+
+def _fits(nbytes: int) -> bool:
+    return 1 <= nbytes <= limits.SHARD_BYTES_MAX
 
 
 def list_file(whole: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
@@ -10,22 +11,25 @@ import sys
 import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import trio
 
 from client.sealing import Sealer, require_sealable
+from client.upload import ShardUpload, Supply
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
-from node import sealing
+from node import sealing, store
 from node.keys import new_key
 from node.sealing import FolderSource, SealedFolder, seal_into, sealed_place
-from node.store import piece_list_of
+from node.store import list_file, piece_list_of
 from protocol import limits
 from protocol.errors import InputError
 from protocol.manifest import open_manifest
+from protocol.pieces import PieceList
 from protocol.signed import Identity
 from tests.helpers.tiny_models import make_checkpoint
 from tests.helpers.waiting import until
@@ -216,6 +220,31 @@ def test_a_shard_that_was_changed_in_place_is_sealed_again_once_that_was_noticed
     for block in again.manifest(OWNER)[1].blocks:
         assert piece_list_of(again.shard(block.digest)).digest == block.digest
     assert len(list((tmp_path / "s" / "shards").iterdir())) == 8, "four shards and their piece lists"
+
+
+@pytest.mark.parametrize("error", [errno.EMFILE, errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_shard_that_cannot_be_read_now_is_no_changed_one(
+    error: int, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    entry = folder.entry(0)
+    assert entry is not None
+    nobody: Any = None  # is asked
+    upload = ShardUpload(nobody, nobody, folder.deployment, Supply(FolderSource(folder)))
+
+    def fails(path: Path) -> PieceList:
+        raise OSError(error, os.strerror(error), str(path))
+
+    list_file(folder.shard(entry.digest)).unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "piece_list_of", fails)
+        with pytest.raises(InputError, match=f"cannot read .*{os.strerror(error)}"):
+            trio.run(upload._pieces, 0, entry)
+    assert trio.run(upload._pieces, 0, entry).digest == entry.digest
+    folder.shard(entry.digest).write_bytes(b"")
+    list_file(folder.shard(entry.digest)).unlink()
+    with pytest.raises(InputError, match="is discarded"):
+        trio.run(upload._pieces, 0, entry)
 
 
 def test_a_folder_with_other_things_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
