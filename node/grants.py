@@ -110,8 +110,10 @@ class Grants:
                 return read_token(file.read_text())
         raise InputError(f"no capability of serial {text} was issued from {self.folder.parent}: give the whole token")
 
-    def revoke(self, token: Token) -> None:
-        """Remember that it is revoked."""
+    def revoke(self, token: Token, owner: PeerId) -> None:
+        """Remember that it is revoked by `owner`. Raises InputError when it is not `owner`'s to revoke."""
+        if token.owner != owner:
+            raise InputError("the capability was issued by another identity: only its owner can revoke it")
         write_atomic(self.folder / f"{token.serial}.revoked", token.text.encode(), 0o600)
         (self.folder / f"{token.serial}.token").unlink(missing_ok=True)
 

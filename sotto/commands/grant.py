@@ -85,24 +85,34 @@ def revoke(
 ) -> None:
     """Have every worker that holds the deployment refuse a token from now on; sessions opened with it end at once.
 
-    Workers that get the deployment later are told then.
+    Workers that get the deployment later, or cannot be reached now, are told when you next run the model.
     """
     with errors(as_json):
         from node.app_client import open_client
         from node.client import ClientOptions
         from node.grants import Grants
+        from node.identity import load_identity
         from node.paths import data_dir as folder
+        from protocol.errors import InputError, RouteUnavailable, TransportError
         from protocol.ids import PeerId
 
         base = folder(data_dir)
-        token = Grants(base / "client" / "grants").find(capability)
+        grants = Grants(base / "client" / "grants")
+        token = grants.find(capability)
+        grants.revoke(token, load_identity(base / "client").peer)  # also when no worker can be told now
 
         async def work() -> tuple[list[PeerId], dict[PeerId, str]]:
             options = ClientOptions(base, bootstrap_addrs(bootstrap), chooses=False)
             async with open_client(options) as client:
                 return await client.revoke(token)
 
-        told, missed = run_async(work)
+        try:
+            told, missed = run_async(work)
+        except (InputError, RouteUnavailable, TransportError) as error:
+            raise InputError(
+                f"{error}; that {token.serial} is revoked is remembered: revoke it again when workers can be reached, "
+                "or they are told when you next run the model"
+            ) from error
         if as_json:
             print_json({"serial": token.serial, "told": told, "missed": missed})
         else:

@@ -226,8 +226,10 @@ def test_a_grant_is_handed_on_found_again_and_revoked(tmp_path: Path) -> None:
     grants = Grants(tmp_path / "grants")
     grants.keep(token)
     assert grants.find(token.serial) == grants.find(token.text) == token
+    with pytest.raises(InputError, match="another identity"):
+        grants.revoke(token, HOLDER.peer)
     assert grants.revoked(token.capability.deployment, 0) == ()
-    grants.revoke(token)
+    grants.revoke(token, owner.peer)
     assert grants.find(token.serial) == token
     assert grants.revoked(token.capability.deployment, 0) == (token.capability.serial,)
     assert grants.revoked(deployment_id(HOLDER.peer, SALT), 0) == ()

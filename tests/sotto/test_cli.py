@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
+from node.grants import Grants, read_token
 from simnet.cluster import Cluster, WorkerProcess, default_folder
 from sotto.__main__ import app
 from sotto.commands.common import bootstrap_addrs
@@ -285,6 +286,16 @@ def test_who_grants_a_sealed_model_is_told_what_its_key_opens(model: Path, tier:
     told = f"root key {made['fingerprint']} too: it opens every deployment under it"
     assert (told in granted.stderr) == (tier == "ee")
     assert one_object(sotto("grant", guest, *words, "--json"))["serial"]
+
+
+def test_what_is_revoked_while_nobody_answers_is_remembered(model: Path, tmp_path: Path) -> None:
+    guest = sotto("id").stdout.strip()
+    assert sotto("seal", str(model)).exit_code == 0
+    token = read_token(str(one_object(sotto("grant", guest, "-m", str(model), "--json"))["token"]))
+    nobody = f"/ip4/127.0.0.1/tcp/9/p2p/{guest}"
+    assert f"{token.serial} is revoked is remembered" in complaint(sotto("revoke", token.serial, "-b", nobody))
+    grants = Grants(tmp_path / "data" / "sotto" / "client" / "grants")
+    assert grants.revoked(token.capability.deployment, 0) == (token.capability.serial,)
 
 
 @pytest.mark.parametrize(
