@@ -36,6 +36,7 @@ from node.metrics import WorkerMetrics, serve_metrics
 from node.notebook import FileNotebook
 from node.open_files import allow_many
 from node.owner import Owner
+from node.p2p.dht import Kademlia
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.p2p.reaching import Reaching, ReachOptions
 from node.passing import pass_on_reports
@@ -150,6 +151,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
         serve_metrics(options.metrics, metrics.registry) as metrics_url,
     ):
         transport, gossip = _in_swarm(mesh, key, metrics)
+        directory = mesh.directory if key is None else Kademlia(transport, mesh.known_addrs)
         ports = WorkerPorts(
             transport=transport,
             gossip=gossip,
@@ -159,7 +161,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             entropy=os.urandom,
             observer=metrics,
             run_sync=trio.to_thread.run_sync,
-            directory=mesh.directory if key is None else PrivateDirectory(mesh.directory, key),
+            directory=directory if key is None else PrivateDirectory(directory, key),
             revoked=FileNotebook(options.data_dir / "revoked.json"),
         )
         async with trio.open_nursery() as nursery:
@@ -170,8 +172,8 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             if options.lan or (options.lan is None and allowed() and not options.bootstrap):
                 nursery.start_soon(_meet_neighbours, mesh, key, leads)
             nursery.start_soon(Reaching(mesh, options.reach).run)
-            mesh.directory.serve()
-            nursery.start_soon(mesh.directory.run)
+            directory.serve()
+            nursery.start_soon(directory.run)
             await _start_owner(nursery, service, options)
             # What is loaded by now lives as long as the process. A full collection would look at 250,000 objects, which
             # takes 0.1 s and holds up the loop and the engine.

@@ -54,7 +54,7 @@ _STRANGERS_MAX = 4096
 
 
 class Node(Protocol):
-    """The mesh as it is used here: a Transport that also knows what peers said of their own addresses."""
+    """A Transport, as far as it is used here."""
 
     @property
     def peer(self) -> PeerId: ...
@@ -65,16 +65,17 @@ class Node(Protocol):
     def handle(self, protocol: str, handler: StreamHandler) -> None: ...
     async def open(self, peer: PeerId, addrs: Sequence[str], protocol: str) -> Stream: ...
     def connected(self) -> tuple[PeerId, ...]: ...
-    def known_addrs(self, peer: PeerId) -> tuple[str, ...]: ...
 
 
 class Kademlia:
-    """`serve` and `run` make it a part of the directory; `provide` and `providers` work without."""
+    """`serve` and `run` make it a part of the directory; `provide` and `providers` work without. `known_addrs` gives
+    where a peer said that it can be dialled."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, known_addrs: Callable[[PeerId], tuple[str, ...]]) -> None:
         self.table = RoutingTable(node.peer)
         self.records = ProviderRecords()
         self._node = node
+        self._known_addrs = known_addrs
         self._own_key = ID.from_base58(node.peer).to_bytes()
         self._strangers: OrderedDict[PeerId, float] = OrderedDict()  # peers that do not speak this, and when asked
         self._open: Counter[PeerId] = Counter()
@@ -187,7 +188,7 @@ class Kademlia:
         request = Message(type=Message.FIND_NODE, key=self._own_key)
 
         async def meet(peer: PeerId) -> None:
-            contact = Contact(peer, self._node.known_addrs(peer))
+            contact = Contact(peer, self._known_addrs(peer))
             try:
                 await self._ask(contact, request)
                 self.table.add(contact)

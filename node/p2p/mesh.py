@@ -87,7 +87,7 @@ class Mesh:
         self._peer = PeerId(host.get_id().to_base58())
         self._circuits = Circuits(self, host)
         self.reach = Reach(own=lambda: self._announced)
-        self.directory = Kademlia(self)
+        self.directory = Kademlia(self, self.known_addrs)  # a public swarm's: members of a private one make theirs
         self._dials: dict[PeerId, trio.Lock] = {}
         self._topics: dict[str, TopicSubscription] = {}
 

@@ -16,11 +16,14 @@ from node.app_client import observe
 from node.client import ClientOptions
 from node.groups import ungrouped
 from node.p2p import upnp
+from node.p2p.dht import KAD, Kademlia
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
+from node.private import PrivateTransport
 from protocol.adverts import TOPIC
 from protocol.channel import Channel
 from protocol.codec import decode
 from protocol.errors import RemoteProtocolError, TransportError
+from protocol.ids import PeerId
 from protocol.invites import parse_invite
 from protocol.membership import Side, SwarmKey
 from protocol.messages import CONTROL, LINK, SESSION, SHARD, Ping
@@ -124,7 +127,7 @@ def test_a_stranger_who_learns_the_topic_hears_sealed_words_only(net: Net) -> No
     assert decode(Signed, key.unseal(message.data, TOPIC, message.author)).signer == message.author
 
 
-@pytest.mark.parametrize("protocol", [CONTROL, SHARD, SESSION, LINK])
+@pytest.mark.parametrize("protocol", [CONTROL, SHARD, SESSION, LINK, KAD])
 @pytest.mark.parametrize("shown", ["a frame", "another's proof", "its own proof, sent back"])
 def test_a_stranger_is_refused_on_every_protocol(protocol: str, shown: str, net: Net) -> None:
     key, worker = SwarmKey(parse_invite(net.invite).secret), net.first
@@ -147,6 +150,26 @@ def test_a_stranger_is_refused_on_every_protocol(protocol: str, shown: str, net:
 
     trio.run(main)
     assert _refused(worker, protocol) == before + 1
+
+
+def test_the_directory_leads_members_to_other_workers_and_a_stranger_to_none(net: Net) -> None:
+    key = SwarmKey(parse_invite(net.invite).secret)
+
+    async def led(swarm: SwarmKey | None) -> set[PeerId]:
+        """Whom a node that knows one worker is connected to after a lookup."""
+        async with open_mesh(MeshConfig(STRANGER.seed, ())) as mesh:
+            await mesh.connect(net.first.address)
+            transport = mesh if swarm is None else PrivateTransport(mesh, swarm)
+            await Kademlia(transport, mesh.known_addrs).providers(bytes(32))
+            return set(mesh.connected())
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            while await led(key) != {net.first.peer, net.second.peer}:
+                await trio.sleep(0.2)
+            assert await led(None) == {net.first.peer}
+
+    trio.run(main)
 
 
 def test_a_client_without_the_key_cannot_ping(net: Net, tmp_path: Path) -> None:

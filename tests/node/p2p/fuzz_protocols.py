@@ -124,7 +124,8 @@ def _answers(kad: Kademlia) -> None:
 @target("directory's request", [_said(*_REQUESTS), *map(_said, _REQUESTS)], TransportError)
 def kad_request(data: bytes) -> None:
     async def main() -> None:
-        kad = Kademlia(Node(data))
+        node = Node(data)
+        kad = Kademlia(node, node.known_addrs)
         try:
             await kad._serve(Script(data, NEXT.peer))
         finally:
@@ -141,7 +142,8 @@ def kad_request(data: bytes) -> None:
 )
 def kad_answer(data: bytes) -> None:
     async def main() -> None:
-        kad = Kademlia(Node(data))
+        node = Node(data)
+        kad = Kademlia(node, node.known_addrs)
         found = await kad.providers(bytes(32))
         assert len(found) <= PROVIDERS_MAX
         assert all(len(provider.addrs) <= ADDRS_MAX for provider in found)

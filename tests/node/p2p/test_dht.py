@@ -19,10 +19,12 @@ from node.p2p.delimited import Delimited, _varint
 from node.p2p.dht import KAD, Kademlia, _contacts
 from node.p2p.kad_table import Contact
 from node.p2p.mesh import MeshConfig, open_mesh
+from node.private import PrivateTransport
 from protocol.directory import KEY_BYTES, shard_key
 from protocol.errors import LocalProtocolError, TransportError
 from protocol.ids import ShardDigest
 from protocol.limits import ADDRS_MAX
+from protocol.membership import SwarmKey
 from tests.conformance.adapters import full_addr, seed_of, until
 from tests.fuzz.scripts import Script
 from tests.helpers.adverts import peer as person
@@ -114,16 +116,13 @@ class Silent:
     def connected(self):
         return (person(1),)
 
-    def known_addrs(self, peer):
-        return ()
-
     async def open(self, peer, addrs, protocol):
         await trio.sleep_forever()
 
 
 def test_a_lookup_ends_in_time_among_those_who_say_nothing():
     async def main():
-        directory = Kademlia(Silent())
+        directory = Kademlia(Silent(), lambda _: ())
         for number in range(2, 40):
             directory.table.add(Contact(person(number), ("/ip4/192.0.2.1/tcp/1",)))
         started = trio.current_time()
@@ -131,6 +130,29 @@ def test_a_lookup_ends_in_time_among_those_who_say_nothing():
         assert dht.ASK_S < trio.current_time() - started <= dht.LOOKUP_S
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+SWARM = SwarmKey(b"\1" * 32)
+
+
+def test_in_a_private_swarm_members_find_each_other_and_a_stranger_nobody():
+    async def body(a, b, c, stranger):
+        members = [Kademlia(PrivateTransport(each, SWARM), each.known_addrs) for each in (a, b, c)]
+        for each in members:
+            each.serve()
+        for near, far in pairwise((a, b, c)):
+            await near.connect(full_addr(far))
+        await until(lambda: all(b.known_addrs(peer) for peer in (a.peer, c.peer)))
+        for each in members:
+            await each._meet()
+        await members[0].provide(KEY)
+        assert found(await members[2].providers(KEY)) == [(a.peer, a.addrs)]
+        messages = Delimited(await stranger.open(b.peer, b.addrs, KAD), dht.ANSWER_BYTES_MAX)
+        await messages.send(Message(type=Message.FIND_NODE, key=b"anybody" * 5))
+        with pytest.raises(TransportError):
+            await messages.receive(Message)
+
+    run(body, "a", "b", "c", "stranger")
 
 
 # --- hostile peers
@@ -151,9 +173,6 @@ class Misled:
     def connected(self):
         return (person(1),)
 
-    def known_addrs(self, peer):
-        return INSIDE
-
     async def open(self, peer, addrs, protocol):
         self.dialled[peer] = tuple(addrs)
         if peer != person(1):
@@ -165,7 +184,7 @@ class Misled:
 
 def test_a_lookup_knocks_at_no_door_of_the_owners_network():
     node = Misled()
-    assert trio.run(Kademlia(node).providers, KEY) == ()
+    assert trio.run(Kademlia(node, lambda _: INSIDE).providers, KEY) == ()
     assert node.dialled == {person(1): (), **{person(number): (INTERNET,) for number in range(2, 12)}}
 
 
@@ -284,7 +303,7 @@ def test_what_peers_name_is_well_formed_or_left_out(named):
 def test_lookups_need_no_task_of_their_own():
     async def body(a, b):
         await a.connect(full_addr(b))
-        fresh = Kademlia(a)
+        fresh = Kademlia(a, a.known_addrs)
         await fresh.provide(KEY)
         assert found(await b.directory.providers(KEY)) == [(a.peer, a.addrs)]
 
