@@ -56,6 +56,7 @@ from worker.service import WorkerService
 
 log = logging.getLogger("sotto.worker")
 _QUEUE_BYTES_MAX = 2 << 30
+MOVE_SEEN_S = 1.0  # how soon the local network hears of another address of this machine
 _DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -193,8 +194,12 @@ def _in_swarm(mesh: Mesh, key: SwarmKey | None, metrics: WorkerMetrics) -> tuple
 
 
 async def _meet_neighbours(mesh: Mesh, key: SwarmKey | None, leads: Leads) -> None:
-    async with on_lan(swarm_of(key), Presence(mesh.peer, mesh.listening), leads.sighted):
-        await trio.sleep_forever()
+    """On the local network, and anew when this machine gets its first address, or another."""
+    while True:
+        listening = mesh.listening
+        async with on_lan(swarm_of(key), Presence(mesh.peer, listening), leads.sighted):
+            while mesh.listening == listening:
+                await trio.sleep(MOVE_SEEN_S)
 
 
 def _reach_changed(service: WorkerService, announce: Callable[[], None]) -> None:

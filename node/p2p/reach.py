@@ -88,6 +88,11 @@ class Reach:
             fresh = [item for item in self._verdicts.items() if now - item[1].at < VERDICT_LIFE_S]
             self._verdicts = dict(fresh[-VERDICTS_MAX:])
 
+    def moved(self) -> None:
+        """This node listens at other addresses now. Verdicts on those of before are void."""
+        self._verdicts.clear()
+        self.on_change()
+
     def map_to(self, addr: str | None) -> None:
         """The router forwards `addr` to this node, or no longer does. Verdicts on the time before are void."""
         with self._watched():

@@ -53,6 +53,7 @@ class Reaching:
         self.options = options
         self.autonat = AutoNat(mesh)
         self.mapping: upnp.Mapping | None = None
+        self._moved = trio.Event()
         self._asked: dict[PeerId, float] = {}  # when to ask again
         self._pauses_s: dict[PeerId, float] = {}  # of those who say no, or nothing: clients never do
         self._no_relay: dict[PeerId, float] = {}  # when to ask again
@@ -75,12 +76,24 @@ class Reaching:
 
     async def _probe(self) -> None:
         """Have neighbours dial back, for ever."""
-        if not self.mesh.listening:
+        listening = self.mesh.listening
+        if not listening:
             self.mesh.reach.shut()
             return
         while True:
+            before, listening = listening, self.mesh.listening
+            if listening != before:
+                log.info("listening elsewhere", extra={"addrs": listening})
+                self._begin_anew()
             await self.probe_once()
             await trio.sleep(ROUND_S)
+
+    def _begin_anew(self) -> None:
+        """The machine got its first address, or another: what was heard, and mapped, is about the one of before."""
+        self._asked.clear()
+        self._moved.set()
+        self._moved = trio.Event()
+        self.mesh.reach.moved()
 
     async def probe_once(self) -> None:
         now = trio.current_time()
@@ -116,6 +129,7 @@ class Reaching:
         """Have the router forward the port while it is needed, for ever."""
         while True:
             if (self.mesh.hidden or self.mapping is not None) and self.mesh.listening:
+                moved = self._moved
                 _, port = tcp_endpoint(self.mesh.host.get_transport_addrs()[0])
                 self.mapping = await upnp.map_port(port)
                 if self.mapping is not None:
@@ -123,7 +137,8 @@ class Reaching:
                 if (addr := self.mapping.addr if self.mapping else None) != self.mesh.reach.mapped:
                     self.mesh.reach.map_to(addr)
                     self._asked.clear()
-                await trio.sleep(upnp.RENEW_S)
+                with trio.move_on_after(upnp.RENEW_S):
+                    await moved.wait()  # it forwards to the address of before
             await trio.sleep(ROUND_S)
 
     async def _unmap(self) -> None:

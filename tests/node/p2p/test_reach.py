@@ -131,6 +131,14 @@ def test_a_peer_has_one_verdict_and_it_is_forgotten():
     assert reach.verdicts == VERDICTS_MAX
 
 
+def test_what_was_said_of_addresses_of_before_is_void():
+    told = []
+    reach = reach_after((LAN, False), (LAN, False))
+    reach.on_change = lambda: told.append((reach.state, reach.verdicts))
+    reach.moved()
+    assert told == [(ReachState.UNKNOWN, 0)]
+
+
 def test_every_change_is_told_and_nothing_else():
     told = []
     reach = Reach(on_change=lambda: told.append(reach.state))

@@ -98,6 +98,52 @@ def test_a_node_whose_port_is_closed_is_relayed_until_it_is_opened(monkeypatch):
     run(body)
 
 
+def moves(mesh):
+    """The machine gets another address, and its sockets listen there; gives what the node then says of itself."""
+    elsewhere = mesh.listening[0].replace("127.0.0.1", "127.0.0.2")
+    mesh.host.get_transport_addrs = lambda: [Multiaddr(elsewhere)]
+    return (elsewhere,)
+
+
+def test_a_machine_that_gets_another_address_is_looked_at_anew(monkeypatch):
+    async def body(first):
+        async with node_of("second") as second:
+            await second.connect(full_addr(first))
+            await until(lambda: second.reach.state is ReachState.PUBLIC)
+            told = []
+            second.reach.on_change = lambda: told.append((second.addrs, second.reach.state))
+            elsewhere = moves(second)
+            await until(lambda: bool(told))
+            assert told[0] == (elsewhere, ReachState.UNKNOWN)
+            await until(lambda: second.reach.state is ReachState.PUBLIC)
+
+    monkeypatch.setattr(autonat, "PAUSE_S", 0.0)
+    run(body)
+
+
+def test_the_router_is_told_at_once_that_the_machine_has_another_address(monkeypatch):
+    async def body(first):
+        asked = []
+
+        async def map_port(port):
+            asked.append(port)
+            return upnp.Mapping("127.0.0.1", port, port)
+
+        async def unmap_port(mapping):
+            pass
+
+        monkeypatch.setattr(upnp, "map_port", map_port)
+        monkeypatch.setattr(upnp, "unmap_port", unmap_port)
+        hides(first)
+        async with node_of("second", options=ReachOptions(upnp=True)) as second:
+            await second.connect(full_addr(first))
+            await until(lambda: len(asked) == 1)
+            moves(second)
+            await until(lambda: len(asked) == 2)
+
+    run(body)
+
+
 def test_another_relay_takes_over():
     async def body(first):
         async with node_of("hidden", listen=False) as hidden:
