@@ -1,4 +1,5 @@
-"""Provider records over libp2p's Kademlia: protocol.ports.Directory on the mesh.
+"""Provider records over libp2p's Kademlia: protocol.ports.Directory on the mesh. A node with few neighbours finds more
+by it.
 
 Speaks FIND_NODE, ADD_PROVIDER, GET_PROVIDERS and PING of libp2p's kad-dht under a protocol id of its own. It replaces
 py-libp2p's KadDHT, which offers the id /ipfs/kad/1.0.0 whatever prefix it is given, can be held up by twelve silent
@@ -13,6 +14,8 @@ no signed peer records.
 from __future__ import annotations
 
 import logging
+import math
+import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -44,6 +47,8 @@ LOOKUP_S = 12.0  # a whole lookup
 SERVE_S = 10.0  # a peer's stream: its requests and our answers
 MEET_S = 2.0  # who connected is asked within this time whether it speaks this...
 STRANGER_S = 120.0  # ...and who did not answer, again after this time
+NEIGHBOURS_ENOUGH = 6  # gossip's degree; who has fewer looks for more...
+WIDEN_FIRST_S, WIDEN_S = 5.0, 60.0  # ...after the first (many start at once), then ever later up to the second
 REQUEST_BYTES_MAX = 16 * 1024  # a provider with four addresses and a signed record of a foreign library
 ANSWER_BYTES_MAX = 64 * 1024  # forty peers with their addresses
 STREAMS_PER_PEER_MAX, STREAMS_MAX = 4, 64
@@ -121,11 +126,29 @@ class Kademlia:
         return tuple(Provider(contact.peer, contact.addrs) for contact in found.values())[: limits.PROVIDERS_MAX]
 
     async def run(self) -> None:
-        """Get to know those who connect, for ever."""
+        """Get to know those who connect, and others through them while they are few, for ever."""
+        due, pause_s = -math.inf, WIDEN_FIRST_S
         while True:
             await self._meet()
-            self.records.expire(trio.current_time())
+            now = trio.current_time()
+            self.records.expire(now)
+            if len(self.table) and now >= due:
+                due, pause_s = now + pause_s, min(2 * pause_s, WIDEN_S)
+                await self._widen()
             await trio.sleep(MEET_S)
+
+    async def _widen(self) -> None:
+        """Have neighbours enough that the loss of one cuts nobody off. Each time at a random place: who looked only
+        around its own would find those who look there too, and together they would be an island."""
+        for peer in self._node.connected():
+            if peer in self.table:  # what it says of its addresses changes, and may come later than its first answer
+                self.table.add(Contact(peer, self._known_addrs(peer)))
+        if not self._wide():
+            request = Message(type=Message.FIND_NODE, key=_wire_key(os.urandom(KEY_BYTES)))
+            await self._look_up(request, lambda _: self._wide())
+
+    def _wide(self) -> bool:
+        return sum(peer in self.table for peer in self._node.connected()) >= NEIGHBOURS_ENOUGH
 
     def serve(self) -> None:
         """Answer others from now on."""
@@ -188,10 +211,9 @@ class Kademlia:
         request = Message(type=Message.FIND_NODE, key=self._own_key)
 
         async def meet(peer: PeerId) -> None:
-            contact = Contact(peer, self._known_addrs(peer))
             try:
-                await self._ask(contact, request)
-                self.table.add(contact)
+                await self._ask(Contact(peer, self._known_addrs(peer)), request)
+                self.table.add(Contact(peer, self._known_addrs(peer)))
             except (TransportError, RemoteProtocolError):
                 pass
 

@@ -25,12 +25,13 @@ from protocol.errors import LocalProtocolError, TransportError
 from protocol.ids import ShardDigest
 from protocol.limits import ADDRS_MAX
 from protocol.membership import SwarmKey
-from tests.conformance.adapters import full_addr, seed_of, until
+from tests.conformance.adapters import forwards, full_addr, seed_of, until
 from tests.fuzz.scripts import Script
 from tests.helpers.adverts import peer as person
 from tests.node.p2p.meshes import guarded
 
 KEY = shard_key(ShardDigest(b"d" * 32))
+TOPIC = "/test/topic/1"
 GUARD_S = 30.0
 
 
@@ -130,6 +131,64 @@ def test_a_lookup_ends_in_time_among_those_who_say_nothing():
         assert dht.ASK_S < trio.current_time() - started <= dht.LOOKUP_S
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+def test_who_joined_by_a_node_that_goes_for_good_stay_together():
+    """There are no shards yet, for whose sake they would have met."""
+
+    async def body(a, b):
+        async with open_mesh(MeshConfig(seed_of("hub"))) as hub, trio.open_nursery() as nursery:
+            hub.directory.serve()
+            for each in (hub, a, b):
+                nursery.start_soon(each.directory.run)
+            await a.connect(full_addr(hub))
+            await until(lambda: a.peer in hub.directory.table)
+            await b.connect(full_addr(hub))
+            await until(lambda: b.peer in a.connected())
+            nursery.cancel_scope.cancel()
+        await until(lambda: (a.connected(), b.connected()) == ((b.peer,), (a.peer,)))
+        heard = {each: await each.subscribe(TOPIC, lambda _: True) for each in (a, b)}
+        await until(lambda: forwards(a, TOPIC, b) and forwards(b, TOPIC, a))
+        for each, other in ((a, b), (b, a)):
+            await each.publish(TOPIC, b"an advert")
+            assert (await heard[other].receive()).author == each.peer
+
+    run(body, "a", "b")
+
+
+class Crowd:
+    """A node with neighbours that know nobody else."""
+
+    peer, addrs, own_addrs = person(0), (), ()
+
+    def __init__(self, neighbours):
+        self.neighbours, self.asked = tuple(person(number) for number in range(1, 1 + neighbours)), []
+
+    def connected(self):
+        return self.neighbours
+
+    async def open(self, peer, addrs, protocol):
+        self.asked.append(trio.current_time())
+        body = Message(type=Message.FIND_NODE, key=b"k").SerializeToString()
+        return Script(_varint(len(body)) + body, peer)
+
+
+@pytest.mark.parametrize(("neighbours", "more"), [(dht.NEIGHBOURS_ENOUGH - 1, True), (dht.NEIGHBOURS_ENOUGH, False)])
+def test_who_has_few_neighbours_looks_for_more_every_minute(neighbours, more):
+    async def main():
+        node = Crowd(neighbours)
+        with trio.move_on_after(600):
+            await Kademlia(node, lambda _: ()).run()
+        return node.asked
+
+    asked = trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    rounds = sorted(set(asked))
+    assert len(asked) == neighbours * (len(rounds) + more), "greeted, and asked for others at once and in each round"
+    if more:
+        assert len(rounds) >= 10
+        assert all(later - sooner <= dht.WIDEN_S + dht.MEET_S for sooner, later in pairwise(rounds))
+    else:
+        assert len(rounds) == 1
 
 
 SWARM = SwarmKey(b"\1" * 32)
