@@ -5,7 +5,6 @@ Starts no task: app_client.py does. Sealing runs in a thread; the event loop sta
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,26 +14,25 @@ from pathlib import Path
 import trio
 
 from client.batches import Batches
-from client.deploy import DeployedHop, DeployProgress, deploy
+from client.deploy import DeployedHop
 from client.deploy import Progress as UploadProgress
 from client.driver import Driver
-from client.errors import HopLost, HopRefused, HopViolation
-from client.leases import KeptLease, LeaseKeeper, Leasing
+from client.leases import KeptLease, LeaseKeeper
 from client.metalearning.candidates import RANKING
 from client.metalearning.chooser import Chooser
 from client.page_keys import plain_secret
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, mended, plan, priced
 from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts
-from client.revoking import remind, revoke_everywhere
-from client.routing import Route, choose_route, held_route, route_of, spans_meet
+from client.revoking import revoke_everywhere
+from client.routing import Route, choose_route, spans_meet
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
-from client.upload import Supply, holders_in
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
+from node.bringing import Bringing
 from node.choosing import Choosing, shipped_ranking
 from node.defaults import KV_TOKENS
 from node.draft import Draft
@@ -46,24 +44,17 @@ from node.moves import Moves
 from node.paths import history_file, reports_file
 from node.rates import note_rate
 from node.recording import Journal, Origin, Recorder, Subject, wanted
-from node.sealing import FolderSource, Progress, SealedFolder, seal_into, sealed_place
+from node.sealing import Progress, SealedFolder, seal_into, sealed_place
 from node.sharing import COMPARED_MAX, Sharing, Sources
 from protocol import limits
 from protocol.capabilities import Right
 from protocol.errors import InputError, Refused, RouteUnavailable
 from protocol.ids import PeerId
-from protocol.messages import RefusalReason
 from protocol.reports import pen_of
 from protocol.signed import Identity
+from protocol.strategy import DEFAULT
 from protocol.swarm import Member, SwarmView
 
-log = logging.getLogger("sotto.client")
-
-LEFT_OUT_MAX = 8  # workers that one deployment does without: more that decline, and the reason lies on this side
-# How long to give way to another client of the same user, who has the same model on the same workers: longer than they
-# keep the lease of one that was killed.
-RIVALS_S = 50.0
-RIVALS_PAUSE_S = 1.0  # and to twice that, by chance: an upload of a small model and an advert take as long
 SETTLE_S = 1.2 * limits.ADVERT_INTERVAL_MIN_S  # every worker of a small swarm has been heard once by then
 
 
@@ -123,6 +114,9 @@ class DeployOptions:
     def where(self, without: frozenset[PeerId]) -> PlaceOptions:
         """How it is placed when the workers `without` are left out."""
         return PlaceOptions(self.objective, self.concurrency, self.hops_min, without, client_s=self.client_s)
+
+
+DEPLOY_DEFAULT = DeployOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +182,29 @@ class Client:
             "through it; start one with 'sotto worker --bootstrap ADDRESS', or get an invite if the swarm is private"
         )
 
-    async def seal(self, model: Checkpoint, dtype: str, key: RootKey | None, progress: Progress) -> SealedModel:
+    async def bring(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str | None,
+        key: RootKey | None,
+        options: DeployOptions = DEPLOY_DEFAULT,
+        progress: Progress = lambda *_: None,
+    ) -> DeployedModel:
+        """The model, ready for prompts: sealed and deployed; or as its owner deployed it, where there is a capability.
+        `dtype` None: float32, or the owner's. Raises what `seal`, `deploy` and `attach` raise, and InputError for what
+        the owner chose otherwise."""
+        token = self.options.capability
+        if token is None:
+            return await self.deploy(await self.seal(checkpoint, dtype or DEFAULT.weights, key, progress), options)
+        if dtype not in (None, token.dtype):
+            raise InputError(f"the owner of a deployment chooses its weights, here {token.dtype}: leave the dtype out")
+        if options.hops_min > 1:
+            raise InputError("the owner of a deployment chooses how many workers hold it: leave workers out")
+        return await self.attach(checkpoint, key)
+
+    async def seal(
+        self, model: Checkpoint, dtype: str, key: RootKey | None, progress: Progress = lambda *_: None
+    ) -> SealedModel:
         """Seal `model` into the data folder, or find it there from an earlier run."""
         place = sealed_place(self.options.data_dir / "sealed", model, dtype, key)
         fresh, started = not place.exists(), self.ports.clock.monotonic()
@@ -202,9 +218,10 @@ class Client:
     async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]:
         """Who would hold what. Raises RouteUnavailable saying what is missing."""
         view = await self.discover(lambda view: could_fit(view, needs, self._owning(view, needs, options)))
-        return await self._planned(view, needs, options), view
+        return await self.planned(view, needs, options), view
 
-    async def _planned(self, view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> Placement:
+    async def planned(self, view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> Placement:
+        """As `place`, over the workers of `view`."""
         options = replace(self._owning(view, needs, options), client_rtts_ms=await self.rtts_ms(view.ranked()))
         hops = [kept.hop for kept in self._leased(view, needs) if kept.hop.peer not in options.exclude]
         standing = [(hop.peer, hop.start, hop.end) for hop in hops if view.members[hop.peer].advert.accepting]
@@ -247,80 +264,20 @@ class Client:
         said when no others are left. However it fails, leases are those of before.
         """
         data, manifest = model.folder.manifest(self._owner)
-        needs = ModelNeeds.of_manifest(manifest, options.kv_room)
-        hops: tuple[DeployedHop, ...] = ()
+        needs, where = ModelNeeds.of_manifest(manifest, options.kv_room), options.where(without)
+        bringing = Bringing(self, model.folder, data, needs, options)
         async with self.leases.transaction(manifest.deployment):
-            route, view, failure = await self._leased_route(model, data, options, without)
-            where = _past(options.where(without), failure)
-            if route is None:
-                route, view, hops = await self._brought(model, needs, where, options, failure)
+            route, view, hops = await bringing.run(where)
             sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
             again = partial(self._again, route, partial(self.deploy, model, options))
             return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
-
-    async def _brought(
-        self,
-        model: SealedModel,
-        needs: ModelNeeds,
-        where: PlaceOptions,
-        options: DeployOptions,
-        before: _Failure | None = None,
-    ) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
-        """Place the model and bring it there, again without whoever declines, as long as there are others. `before`:
-        why it was not used where it is."""
-        data, manifest = model.folder.manifest(self._owner)
-        leasing = Leasing(self.leases, options.concurrency * options.kv_room)
-        placement, view = await self._placed(needs, where, before)
-        patience = trio.current_time() + RIVALS_S
-        while True:
-            options.on_placement(placement, view)
-            route = route_of(placement, view, manifest.deployment)
-            supply = Supply(FolderSource(model.folder), holders_in(view, manifest.deployment))
-            started, inflow = self.ports.clock.monotonic(), Inflow(self.ports.clock.monotonic)
-
-            def noted(progress: DeployProgress, inflow: Inflow = inflow) -> None:
-                inflow.heard(progress)
-                options.on_upload(progress)
-
-            try:
-                async with self.leases.transaction(manifest.deployment):
-                    hops = await deploy(self.ports, route, data, supply, leasing, noted)
-                    self._note_brought(inflow, started)
-                    await self._remind_of_revoked(route)
-                return route, view, hops
-            except (HopRefused, HopLost, HopViolation) as failure:
-                if _rivalled(failure) and trio.current_time() < patience:
-                    # It may wait for us as we wait for it, each by its lease of a route that is broken.
-                    self.leases.leave(manifest.deployment, failure.peer)
-                    await trio.sleep(RIVALS_PAUSE_S * (1 + self.ports.entropy(1)[0] / 255))
-                    held, view, again = await self._leased_route(model, data, options, where.exclude)
-                    if held is not None:
-                        return held, view, ()
-                    where = _past(where, again)
-                    placement, view = await self._placed(needs, where, again or failure)
-                    continue
-                where = _past(where, failure)
-                if len(where.exclude) > LEFT_OUT_MAX:
-                    raise
-                placement, view = await self._placed(needs, where, failure)
-
-    async def _placed(
-        self, needs: ModelNeeds, where: PlaceOptions, failure: _Failure | None
-    ) -> tuple[Placement, SwarmView]:
-        """As `place`; after a `failure` over the workers that are known, and where these are too few it is raised."""
-        if failure is None:
-            return await self.place(needs, where)
-        view = self.watch.view
-        try:
-            return await self._planned(view, needs, where), view
-        except RouteUnavailable:
-            raise failure from None
 
     def _note_sealed(self, nbytes: int, started: float) -> None:
         with suppress(OSError):  # a disk that is full fails what matters, not this
             note_rate(self.options.data_dir, "seal_bytes_s", nbytes, self.ports.clock.monotonic() - started)
 
-    def _note_brought(self, inflow: Inflow, started: float) -> None:
+    def note_brought(self, inflow: Inflow, started: float) -> None:
+        """How fast workers took shards in since `started`, for later predictions."""
         data_dir, took_s = self.options.data_dir, self.ports.clock.monotonic() - started
         with suppress(OSError):
             note_rate(data_dir, "bring_bytes_s", inflow.total_bytes, took_s)
@@ -418,50 +375,3 @@ class Client:
             choosing=self.choosing,
             moves=Moves(),
         )
-
-    async def _leased_route(
-        self, model: SealedModel, manifest: bytes, options: DeployOptions, without: frozenset[PeerId]
-    ) -> tuple[Route | None, SwarmView, _Failure | None]:
-        """A route over workers that hold the model and lease it to us, None when there is none; the view; and who would
-        not hear of what was revoked, and is to be left out."""
-        view, deployment = await self.discover(), model.folder.deployment
-        rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = held_route(view, deployment, model.folder.info.num_blocks, without, rtts_ms)
-        if route is None or len(route.hops) < options.hops_min:
-            return None, view, None
-        leasing = Leasing(self.leases, options.concurrency * options.kv_room)
-        supply = Supply(FolderSource(model.folder), holders_in(view, deployment))
-        brought = False
-        try:
-            async with self.leases.transaction(deployment):
-                await deploy(self.ports, route, manifest, supply, leasing)
-                brought = True
-                await self._remind_of_revoked(route)
-        except (HopRefused, HopLost, HopViolation) as failure:
-            return None, self.watch.view, failure if brought else None  # others may have room
-        return route, view, None
-
-    async def _remind_of_revoked(self, route: Route) -> None:
-        """A worker that did not hold the deployment when a capability was revoked has not heard of it. Raises
-        HopRefused, HopLost, HopViolation."""
-        now_ms = int(self.ports.clock.time() * 1000)
-        serials = self.grants.revoked(route.deployment, now_ms)
-        if serials:
-            await remind(self.ports, route, serials)
-
-
-_Failure = HopRefused | HopLost | HopViolation
-
-
-def _past(where: PlaceOptions, failure: _Failure | None) -> PlaceOptions:
-    """Without the worker that failed."""
-    if failure is None:
-        return where
-    log.info("left out", extra={"peer": failure.peer, "why": str(failure)})
-    return replace(where, exclude=where.exclude | {failure.peer})
-
-
-def _rivalled(failure: _Failure) -> bool:
-    """Another client of this user brings the same deployment to the same workers, in other spans: one of the two must
-    wait until the other is done, and use what it brought."""
-    return isinstance(failure, HopRefused) and failure.reason == RefusalReason.SESSIONS

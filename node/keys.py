@@ -10,6 +10,7 @@ from pathlib import Path
 from equivariant.keys import RootKey
 from node.files import read_private, write_private
 from protocol.errors import InputError
+from protocol.manifest import TIERS
 
 DEFAULT = "default"
 
@@ -47,3 +48,12 @@ def default_key(folder: Path) -> RootKey:
         with contextlib.suppress(InputError):  # another process of the same user was faster: use its key
             return new_key(folder, DEFAULT)
     return load_key(folder, DEFAULT)
+
+
+def key_of(tier: str, name: str | None, folder: Path) -> RootKey | None:
+    """The key of `tier`: None for plain, else the one of that name, or the default one. Raises InputError."""
+    if tier not in TIERS:
+        raise InputError(f"unknown privacy {tier!r}: use one of {', '.join(TIERS)}")
+    if tier == "plain":
+        return None
+    return load_key(folder, name) if name else default_key(folder)

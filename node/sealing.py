@@ -181,7 +181,12 @@ class SealedFolder:
 
 
 def seal_into(
-    path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, owner: PeerId, progress: Progress
+    path: Path,
+    checkpoint: Checkpoint,
+    dtype: str,
+    key: RootKey | None,
+    owner: PeerId,
+    progress: Progress = lambda *_: None,
 ) -> tuple[SealedFolder, Sealer]:
     """Seal `checkpoint` into `path` as a deployment of `owner`, going on where an earlier run stopped. Another process
     that is about the same is waited for. Raises InputError, ModelError."""

@@ -27,11 +27,10 @@ from node.chat import ChatOptions, open_chat
 from node.client import Client, ClientOptions, DeployOptions
 from node.defaults import KV_TOKENS
 from node.grants import read_token
-from node.keys import default_key, load_key
+from node.keys import key_of
 from node.model import Ask, DeployedModel
 from node.paths import data_dir as default_data_dir
 from protocol.errors import InputError
-from protocol.manifest import TIERS
 from protocol.strategy import Auto, Strategy, parse_choice
 from sotto.chat import AsyncChat, Chat
 from sotto.portal import Portal
@@ -128,32 +127,22 @@ class AsyncSwarm:
         model: str | Path,
         *,
         privacy: str = "ee",
-        dtype: str = "float32",
+        dtype: str | None = None,
         key: str | None = None,
         workers: int = 1,
     ) -> AsyncModel:
         """Seal `model` (a folder in Hugging Face layout, or a hub id), place and upload it, unless it is there already.
 
-        `privacy`: "ee" or "plain"; `dtype` of the sealed blocks; `key`: the name of a root key (default: "default",
-        made on first use); `workers`: spread over at least so many. Raises InputError, ModelError, RouteUnavailable,
-        Refused, TransportError.
+        `privacy`: "ee" or "plain"; `dtype` of the sealed blocks (default: "float32"); `key`: the name of a root key
+        (default: "default", made on first use); `workers`: spread over at least so many. With a capability the model is
+        used as its owner deployed it: another `dtype`, or `workers`, is refused. Raises InputError, ModelError,
+        RouteUnavailable, Refused, TransportError.
         """
-        return AsyncModel(await self._deploy(model, privacy, dtype, key, workers))
-
-    async def _deploy(
-        self, model: str | Path, privacy: str, dtype: str, key: str | None, workers: int
-    ) -> DeployedModel:
         if self._client is None:
             raise InputError("the swarm is not open: use it as 'async with AsyncSwarm(...) as swarm'")
-        if privacy not in TIERS:
-            raise InputError(f"unknown privacy {privacy!r}: use one of {', '.join(TIERS)}")
-        folder = self._options.data_dir
-        root = None if privacy == "plain" else load_key(folder, key) if key else default_key(folder)
+        root = key_of(privacy, key, self._options.data_dir)
         checkpoint = await trio.to_thread.run_sync(Checkpoint.open, model)
-        if self._options.capability is not None:
-            return await self._client.attach(checkpoint, root)
-        sealed = await self._client.seal(checkpoint, dtype, root, lambda *_: None)
-        return await self._client.deploy(sealed, DeployOptions(hops_min=workers))
+        return AsyncModel(await self._client.bring(checkpoint, dtype, root, DeployOptions(hops_min=workers)))
 
 
 class Model:
@@ -254,7 +243,7 @@ class Swarm:
         model: str | Path,
         *,
         privacy: str = "ee",
-        dtype: str = "float32",
+        dtype: str | None = None,
         key: str | None = None,
         workers: int = 1,
     ) -> Model:

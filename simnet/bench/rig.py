@@ -23,7 +23,7 @@ from models.checkpoint import Checkpoint
 from node.app_client import open_client
 from node.client import ClientOptions, DeployOptions
 from node.cores import cores
-from node.keys import default_key
+from node.keys import key_of
 from node.model import Ask, DeployedModel
 from protocol.errors import InputError
 from protocol.strategy import Strategy
@@ -141,10 +141,9 @@ class Rig:
             client = await self._stack.enter_async_context(
                 open_client(ClientOptions(folder, (self.bench.way_in,), origin="bench"))
             )
-            key = default_key(folder) if privacy == "ee" else None
-            sealed = await client.seal(self.checkpoint, self.dtype, key, lambda *_: None)
+            key = key_of(privacy, None, folder)
             room = DeployOptions(hops_min=hops, concurrency=self.sizes.batch, kv_tokens=self.sizes.kv_tokens)
-            self._deployed[privacy, hops] = await client.deploy(sealed, room)
+            self._deployed[privacy, hops] = await client.bring(self.checkpoint, self.dtype, key, room)
         return self._deployed[privacy, hops]
 
     async def library(self, same_kernel: bool = False) -> Library:

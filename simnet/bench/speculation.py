@@ -221,8 +221,8 @@ def headlines(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 async def _deployed(options: SpeculationBench, way_in: str) -> AsyncIterator[DeployedModel]:
     folder = options.folder / "client"
     async with open_client(ClientOptions(folder, (way_in,), draft=options.draft, chooses=False)) as client:
-        sealed = await client.seal(Checkpoint.open(options.model), "float32", default_key(folder), lambda *_: None)
-        yield await client.deploy(sealed, DeployOptions(hops_min=HOPS, kv_tokens=1024))
+        wanted = DeployOptions(hops_min=HOPS, kv_tokens=1024)
+        yield await client.bring(Checkpoint.open(options.model), "float32", default_key(folder), wanted)
 
 
 async def _has_draft(model: DeployedModel) -> bool:

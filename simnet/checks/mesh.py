@@ -241,9 +241,8 @@ async def _both_seen(client: Client, *workers: Daemon) -> None:
 
 
 async def _deployed(client: Client, model: Path, workers: int = 1, on_upload: Any = lambda _: None) -> DeployedModel:
-    checkpoint = Checkpoint.open(model)
-    sealed = await client.seal(checkpoint, "float32", default_key(client.options.data_dir), lambda *_: None)
-    return await client.deploy(sealed, DeployOptions(hops_min=workers, on_upload=on_upload))
+    options = DeployOptions(hops_min=workers, on_upload=on_upload)
+    return await client.bring(Checkpoint.open(model), "float32", default_key(client.options.data_dir), options)
 
 
 async def _as_stranger(worker: Daemon, key: SwarmKey) -> tuple[dict[str, bool], dict[str, int]]:
@@ -311,7 +310,7 @@ async def _sessions_refused(worker: Daemon) -> int:
 def _shard_bytes(scene: Scene) -> int:
     """What the shards of the model take on a disk."""
     checkpoint, key, owner = Checkpoint.open(scene.model), default_key(scene.folder / "sized"), peer_id_of(bytes(32))
-    folder, _ = seal_into(scene.folder / "sized" / "model", checkpoint, "float32", key, owner, lambda *_: None)
+    folder, _ = seal_into(scene.folder / "sized" / "model", checkpoint, "float32", key, owner)
     entries = map(folder.entry, range(folder.info.num_blocks))
     return sum(entry.shard_bytes for entry in entries if entry is not None)
 

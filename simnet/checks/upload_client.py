@@ -63,7 +63,7 @@ async def bring(client: Client, sealed: SealedModel, log: int) -> None:
 
 async def main(data_dir: str, bootstrap: str, model: str, log: str) -> None:
     async with open_client(ClientOptions(Path(data_dir), (bootstrap,), chooses=False)) as client:
-        sealed = await client.seal(Checkpoint.open(model), "float32", None, lambda *_: None)
+        sealed = await client.seal(Checkpoint.open(model), "float32", None)
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         await bring(client, sealed, handle)
 

@@ -153,17 +153,15 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     from node.app_client import open_client
     from node.client import ClientOptions, DeployOptions
     from node.grants import read_token
-    from sotto.commands.models import UploadTotal, describe_placement, open_model, root_key
+    from node.keys import key_of
+    from sotto.commands.models import brought, describe_placement, open_model
 
     checkpoint = open_model(where.model)
     if where.one_session:
         where = replace(where, kv_tokens=min(where.kv_tokens, checkpoint.config.max_position))
-    key = root_key(where.privacy, where.key, where.data_dir)
-
-    total = UploadTotal()
+    key = key_of(where.privacy, where.key, where.data_dir)
 
     def show(placement: Placement, view: SwarmView) -> None:
-        total.restart()
         if not where.quiet:
             typer.echo(f"placing {checkpoint.name} on {len(placement.hops)} of {len(view.members)} workers", err=True)
             typer.echo("\n".join(describe_placement(placement, view)), err=True)
@@ -179,21 +177,11 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
         chooses=where.chooses,
     )
     async with open_client(client_options) as client:
-        if token is not None:
-            yield await client.attach(checkpoint, key)
-            return
-        weights = where.dtype or await _weights(client, checkpoint, key, where)
-        with progress_bar("sealing", bytes_=False, quiet=where.quiet) as update:
-            sealed = await client.seal(checkpoint, weights, key, update)
-        with progress_bar("uploading", bytes_=True, quiet=where.quiet) as upload:
-            options = DeployOptions(
-                hops_min=where.workers,
-                kv_tokens=where.kv_tokens,
-                on_placement=show,
-                on_upload=lambda progress: upload(*total.add(progress)),
-            )
-            ready = await client.deploy(sealed, options)
-        yield ready
+        weights = where.dtype
+        if weights is None and token is None:
+            weights = await _weights(client, checkpoint, key, where)
+        options = DeployOptions(hops_min=where.workers, kv_tokens=where.kv_tokens, on_placement=show)
+        yield await brought(client, checkpoint, weights, key, options, where.quiet)
 
 
 async def _weights(client: Client, checkpoint: Checkpoint, key: RootKey | None, where: Where) -> str:

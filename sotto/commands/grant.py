@@ -53,13 +53,14 @@ def grant(
     """
     with errors(as_json):
         from node.grants import Grants, grant_to
+        from node.keys import key_of
         from node.paths import data_dir as folder
         from node.sealing import SealedFolder, sealed_place
         from protocol.errors import InputError
-        from sotto.commands.models import check_dtype, open_model, root_key
+        from sotto.commands.models import check_dtype, open_model
 
         base = folder(data_dir)
-        checkpoint, root = open_model(model), root_key(privacy, key, base)
+        checkpoint, root = open_model(model), key_of(privacy, key, base)
         place = sealed_place(base / "sealed", checkpoint, check_dtype(dtype), root)
         if not place.exists():
             raise InputError(

@@ -1,17 +1,21 @@
-"""How commands find a model, a key and a client: the words of a command line made into objects."""
+"""How commands find a model, and bring it to workers: the words of a command line made into objects."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from sotto.commands.common import one_of
+from sotto.commands.common import one_of, progress_bar
 
 if TYPE_CHECKING:
     from client.deploy import DeployProgress
     from client.placement import Placement
     from equivariant.keys import RootKey
     from models.checkpoint import Checkpoint
+    from node.client import Client, DeployOptions
+    from node.model import DeployedModel
     from protocol.ids import PeerId
     from protocol.swarm import SwarmView
 
@@ -24,21 +28,36 @@ def open_model(model: str | None) -> Checkpoint:
     return Checkpoint.open(model if model is not None else demo_checkpoint())
 
 
-def root_key(privacy: str, name: str | None, data_dir: Path) -> RootKey | None:
-    """The key of tier `privacy`: None for plain. Raises InputError."""
-    from node.keys import default_key, load_key
-    from protocol.manifest import TIERS
-
-    if one_of(privacy, TIERS, "--privacy") == "plain":
-        return None
-    return load_key(data_dir, name) if name else default_key(data_dir)
-
-
 def check_dtype(dtype: str) -> str:
     """Raises InputError for a precision that is not deployed."""
     from client.metalearning.deployment import PRECISIONS
 
     return one_of(dtype, PRECISIONS, "--dtype")
+
+
+async def brought(
+    client: Client, checkpoint: Checkpoint, dtype: str | None, key: RootKey | None, options: DeployOptions, quiet: bool
+) -> DeployedModel:
+    """As `client.bring`, with a bar for what is sealed, and then one for what is sent."""
+    total = UploadTotal()
+    upload: Callable[[float, int], None] | None = None
+    with ExitStack() as bars:
+        sealing = bars.enter_context(progress_bar("sealing", bytes_=False, quiet=quiet))
+
+        def placed(placement: Placement, view: SwarmView) -> None:
+            nonlocal upload
+            total.restart()
+            if upload is None:  # two bars at once would write over each other
+                bars.close()
+                upload = bars.enter_context(progress_bar("uploading", bytes_=True, quiet=quiet))
+            options.on_placement(placement, view)
+
+        def sent(progress: DeployProgress) -> None:
+            if upload is not None:
+                upload(*total.add(progress))
+
+        shown = replace(options, on_placement=placed, on_upload=sent)
+        return await client.bring(checkpoint, dtype, key, shown, sealing)
 
 
 def describe_placement(placement: Placement, view: SwarmView) -> list[str]:

@@ -17,7 +17,6 @@ from sotto.commands.common import (
     errors,
     one_of,
     print_json,
-    progress_bar,
     run_async,
 )
 
@@ -123,25 +122,19 @@ async def _deploy(asked: _Asked) -> Found:
     from node.client import DeployOptions
     from node.keys import default_key
     from node.measuring import measure
-    from sotto.commands.models import UploadTotal
+    from sotto.commands.models import brought
 
     async with open_client(asked.client) as client:
         found = await _survey(client, asked)
-        with progress_bar("sealing", bytes_=False, quiet=asked.quiet) as update:
-            key = default_key(asked.client.data_dir)
-            sealed = await client.seal(asked.checkpoint, asked.needs.dtype, key, update)
-        total = UploadTotal()
-        with progress_bar("uploading", bytes_=True, quiet=asked.quiet) as upload:
-            wanted = DeployOptions(
-                hops_min=asked.options.hops_min,
-                objective=asked.options.objective,
-                concurrency=asked.options.concurrency,
-                kv_tokens=asked.needs.kv_tokens,
-                client_s=asked.options.client_s,
-                on_placement=lambda *_: total.restart(),
-                on_upload=lambda progress: upload(*total.add(progress)),
-            )
-            ready = await client.deploy(sealed, wanted)
+        wanted = DeployOptions(
+            hops_min=asked.options.hops_min,
+            objective=asked.options.objective,
+            concurrency=asked.options.concurrency,
+            kv_tokens=asked.needs.kv_tokens,
+            client_s=asked.options.client_s,
+        )
+        key = default_key(asked.client.data_dir)
+        ready = await brought(client, asked.checkpoint, asked.needs.dtype, key, wanted, asked.quiet)
         return Found(found.view, found.survey, ready.predicted, await measure(ready))
 
 

@@ -29,12 +29,13 @@ def seal(
         import time
 
         from node.identity import load_identity
+        from node.keys import key_of
         from node.paths import data_dir as folder
         from node.sealing import seal_into, sealed_place
-        from sotto.commands.models import check_dtype, open_model, root_key
+        from sotto.commands.models import check_dtype, open_model
 
         checkpoint = open_model(model)
-        root = root_key(privacy, key, folder(data_dir))
+        root = key_of(privacy, key, folder(data_dir))
         owner = load_identity(folder(data_dir) / "client")
         output = output or sealed_place(folder(data_dir) / "sealed", checkpoint, check_dtype(dtype), root)
         started = time.monotonic()

@@ -119,7 +119,7 @@ async def _through(
     await client.discover(lambda view: len(view.members) >= WORKERS)
     show.stage("sealing the model, block by block, under a fresh root key")
     key, started = default_key(client.options.data_dir), time.monotonic()
-    sealed = await client.seal(checkpoint, DTYPE, key, lambda *_: None)
+    sealed = await client.seal(checkpoint, DTYPE, key)
     seal_seconds = time.monotonic() - started
     show.stage("placing, uploading and loading the sealed blocks")
     views: list[SwarmView] = []

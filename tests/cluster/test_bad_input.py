@@ -87,7 +87,7 @@ def test_a_tampered_shard_is_refused_and_named(swarm: Cluster, tmp_path: Path) -
     data = tmp_path / "data"
 
     async def work(client: Client) -> None:
-        sealed = await client.seal(checkpoint, "float32", None, lambda *_: None)
+        sealed = await client.seal(checkpoint, "float32", None)
         victim = sealed.folder.entry(1)
         assert victim is not None
         file = sealed.folder.shard(victim.digest)
@@ -104,7 +104,7 @@ def test_a_tampered_manifest_is_refused(swarm: Cluster, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", seed=12))
 
     async def work(client: Client) -> Refusal:
-        sealed = await client.seal(checkpoint, "float32", None, lambda *_: None)
+        sealed = await client.seal(checkpoint, "float32", None)
         manifest = bytearray(sealed.folder.manifest(load_identity(tmp_path / "data" / "client"))[0])
         manifest[len(manifest) // 2] ^= 1
         stream = await _open(client, swarm, CONTROL)

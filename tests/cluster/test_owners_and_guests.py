@@ -16,9 +16,11 @@ import trio
 from typer.testing import CliRunner
 
 from client.errors import HopRefused
+from client.placement import PlaceOptions
 from models.checkpoint import Checkpoint
 from models.int8 import Int8Linear
 from node.app_client import open_client
+from node.bringing import Bringing
 from node.client import Client, ClientOptions
 from node.grants import read_token
 from node.groups import ungrouped
@@ -111,18 +113,18 @@ def test_a_client_gives_way_to_another_that_brings_the_model_in_other_spans(
     swarm: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "m", seed=47))
-    looks, look = list[str](), Client._leased_route
+    looks, look = list[str](), Bringing.leased
 
     async def work(first: Client) -> None:
         held = await deploy(first, checkpoint, workers=3)
         async with open_client(ClientOptions(first.options.data_dir, (swarm.bootstrap,))) as second:
 
-            async def late(client: Client, *asked: Any) -> Any:
+            async def late(bringing: Bringing, where: PlaceOptions) -> Any:
                 """As if the first client had begun only after the second had looked for holders."""
                 looks.append("looked")
-                return (None, client.watch.view, None) if len(looks) == 1 else await look(client, *asked)
+                return (None, second.watch.view, None) if len(looks) == 1 else await look(bringing, where)
 
-            monkeypatch.setattr(Client, "_leased_route", late)
+            monkeypatch.setattr(Bringing, "leased", late)
             await second.discover(lambda view: len(view.members) == 3)
             ready = await deploy(second, checkpoint, workers=1)
             assert [(hop.peer, hop.start, hop.end) for hop in ready.route.hops] == [

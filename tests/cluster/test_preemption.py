@@ -52,8 +52,8 @@ class Reader:
 
 
 async def deployed(client: Client, checkpoint: Checkpoint) -> DeployedModel:
-    sealed = await client.seal(checkpoint, "float32", default_key(client.options.data_dir), lambda *_: None)
-    return await client.deploy(sealed, DeployOptions(hops_min=2, kv_tokens=PAGE_TOKENS))
+    options = DeployOptions(hops_min=2, kv_tokens=PAGE_TOKENS)
+    return await client.bring(checkpoint, "float32", default_key(client.options.data_dir), options)
 
 
 def test_two_clients_share_little_memory_and_answers_are_the_same(tmp_path: Path) -> None:

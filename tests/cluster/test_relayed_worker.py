@@ -109,7 +109,7 @@ def _shard_bytes(metrics: str) -> float:
 
 async def _holders(client: Client, checkpoint: Checkpoint, block: int) -> set[PeerId]:
     """Who the directory says holds a block's shard; workers tell it within seconds."""
-    sealed = await client.seal(checkpoint, "float32", default_key(client.options.data_dir), lambda *_: None)
+    sealed = await client.seal(checkpoint, "float32", default_key(client.options.data_dir))
     _, manifest = sealed.folder.manifest(load_identity(client.options.data_dir / "client"))
     assert isinstance(client.ports.transport, Mesh)
     key = shard_key(manifest.blocks[block].digest)

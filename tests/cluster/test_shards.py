@@ -81,7 +81,7 @@ class SlowSource:
 
 
 async def sealed(client: Client, model: Path) -> SealedModel:
-    return await client.seal(Checkpoint.open(model), "float32", None, lambda *_: None)
+    return await client.seal(Checkpoint.open(model), "float32", None)
 
 
 async def bring(client: Client, model: SealedModel, worker: WorkerProcess, source: SlowSource | FolderSource) -> int:

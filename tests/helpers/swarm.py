@@ -13,7 +13,7 @@ from models.checkpoint import Checkpoint
 from node.app_client import open_client
 from node.client import SETTLE_S, Client, ClientOptions, DeployOptions
 from node.groups import ungrouped
-from node.keys import default_key
+from node.keys import key_of
 from node.model import DeployedModel
 from protocol.swarm import SwarmView
 from simnet.cluster import Cluster
@@ -49,8 +49,7 @@ async def deploy(
     """Seal and deploy over at least `workers` workers."""
     known = (client.options.data_dir / "sealed").exists()
     model = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.open(checkpoint)
-    key = default_key(client.options.data_dir) if privacy == "ee" else None
-    sealed = await client.seal(model, dtype, key, lambda *_: None)
     if workers > 1 and not known:  # nobody holds it, and placing waits for so many workers
         client._started -= SETTLE_S
-    return await client.deploy(sealed, DeployOptions(hops_min=workers, on_placement=on_placement))
+    key = key_of(privacy, None, client.options.data_dir)
+    return await client.bring(model, dtype, key, DeployOptions(hops_min=workers, on_placement=on_placement))

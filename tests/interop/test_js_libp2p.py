@@ -77,7 +77,7 @@ def test_it_pings_a_real_worker_reads_its_advert_and_finds_its_shards(swarm: Clu
     async def deployed(client: Client) -> tuple[bytes, set[PeerId]]:
         checkpoint = Checkpoint.open(make_checkpoint(tmp_path / "model", seed=77))
         model = await deploy(client, checkpoint, workers=2)
-        sealed = await client.seal(checkpoint, "float32", default_key(client.options.data_dir), lambda *_: None)
+        sealed = await client.seal(checkpoint, "float32", default_key(client.options.data_dir))
         _, manifest = sealed.folder.manifest(load_identity(client.options.data_dir / "client"))
         hop = model.route.hops[-1]
         key = shard_key(manifest.blocks[hop.start].digest)

@@ -39,9 +39,9 @@ class Owner(Client):
         self.workers = workers
 
     async def place(self, _: object, options: PlaceOptions) -> tuple[Placement, SwarmView]:
-        return await self._planned(SWARM, _, options), SWARM
+        return await self.planned(SWARM, _, options), SWARM
 
-    async def _planned(self, _: SwarmView, __: object, options: PlaceOptions) -> Placement:
+    async def planned(self, _: SwarmView, __: object, options: PlaceOptions) -> Placement:
         left = [each for each in self.workers if each not in options.exclude]
         if not left:
             raise RouteUnavailable("none left")
@@ -57,7 +57,7 @@ class Owner(Client):
     async def _ready(self, route: Route, *_: object) -> Any:
         return route
 
-    def _note_brought(self, *_: object) -> None:
+    def note_brought(self, *_: object) -> None:
         pass
 
 
@@ -75,11 +75,11 @@ def deploying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         if route.hops[0].peer == LIAR:
             raise HopViolation(LIAR, "Pong came where CapabilityRevoked was due")
 
-    monkeypatch.setattr("node.client.deploy", deploy)
-    monkeypatch.setattr("node.client.remind", remind)
+    monkeypatch.setattr("node.bringing.deploy", deploy)
+    monkeypatch.setattr("node.bringing.remind", remind)
     monkeypatch.setattr("node.client.ModelNeeds.of_manifest", lambda *_: None)
     held = Route(DEPLOYMENT, (Hop(LIAR, (), 0, 4),)) if request.param else None
-    monkeypatch.setattr("node.client.held_route", lambda *_: held)
+    monkeypatch.setattr("node.bringing.held_route", lambda *_: held)
     manifest = SimpleNamespace(deployment=DEPLOYMENT, dtype="float32")
     info = SimpleNamespace(num_blocks=4)
     folder = SimpleNamespace(

@@ -70,7 +70,7 @@ class Deploying(Client):
     async def rtts_ms(self, _: object) -> dict[PeerId, float]:
         return {}
 
-    async def _planned(self, _: SwarmView, __: object, options: PlaceOptions) -> Placement:
+    async def planned(self, _: SwarmView, __: object, options: PlaceOptions) -> Placement:
         while self.placements:
             spans = self.placements.pop(0)
             if options.exclude.isdisjoint(self.peer(depot) for depot, _, _ in spans):
@@ -81,7 +81,7 @@ class Deploying(Client):
     async def _ready(self, route: Route, *_: object) -> Any:
         return SimpleNamespace(route=route)
 
-    def _note_brought(self, *_: object) -> None:
+    def note_brought(self, *_: object) -> None:
         pass
 
     def asked(self, kind: type[Message], depot: int) -> int:
@@ -119,7 +119,7 @@ def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
         return function(*args)
 
     monkeypatch.setattr("node.client.trio.to_thread.run_sync", inline)
-    monkeypatch.setattr("node.client.FolderSource", lambda folder: folder.shards)
+    monkeypatch.setattr("node.bringing.FolderSource", lambda folder: folder.shards)
     monkeypatch.setattr("node.client.ModelNeeds.of_manifest", lambda *_: None)
 
 

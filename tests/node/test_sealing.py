@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def seal(path: Path, checkpoint: Checkpoint, key: RootKey | None = KEY) -> SealedFolder:
-    return seal_into(path, checkpoint, "float32", key, OWNER.peer, lambda *_: None)[0]
+    return seal_into(path, checkpoint, "float32", key, OWNER.peer)[0]
 
 
 def test_a_sealed_folder_is_what_its_manifest_says(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_another_model_or_precision_is_refused(checkpoint: Checkpoint, tmp_path:
     with pytest.raises(InputError, match="another model"):
         seal(tmp_path / "s", other)
     with pytest.raises(InputError, match="--dtype float32"):
-        seal_into(tmp_path / "s", checkpoint, "bfloat16", KEY, OWNER.peer, lambda *_: None)
+        seal_into(tmp_path / "s", checkpoint, "bfloat16", KEY, OWNER.peer)
     places = {
         sealed_place(tmp_path, model, dtype, key)
         for model in (checkpoint, other)

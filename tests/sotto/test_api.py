@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import runpy
 import urllib.request
@@ -14,15 +15,18 @@ from typing import Any, cast
 
 import pytest
 import trio
+from typer.testing import CliRunner
 
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
+from node.identity import load_identity
 from node.model import Ask, DeployedModel
 from protocol.errors import InputError, TransportError
 from protocol.strategy import DEFAULT
 from simnet.cluster import Cluster
 from sotto import AsyncSwarm, SamplingParams, Swarm
+from sotto.__main__ import app
 from sotto.api import AsyncModel, Model
 from sotto.demo import demo_checkpoint
 from tests.helpers.tiny_models import make_checkpoint
@@ -122,6 +126,24 @@ def test_async(swarm: Cluster, tmp_path: Path) -> None:
             return result.text, "".join([piece async for piece in model.stream(PROMPT, max_new_tokens=10)])
 
     assert trio.run(main) == (local_answer(folder, 10),) * 2
+
+
+def test_what_the_owner_of_a_deployment_chose_is_not_asked_for_otherwise(swarm: Cluster, tmp_path: Path) -> None:
+    folder, guest = make_checkpoint(tmp_path / "m", seed=43), tmp_path / "guest"
+    peer = load_identity(guest / "client").peer
+    with Swarm(swarm.bootstrap, data_dir=tmp_path / "home") as client:
+        owned = client.deploy(folder, privacy="plain", dtype="bfloat16", workers=2)
+        words = ["-m", str(folder), "--privacy", "plain", "--dtype", "bfloat16", "--data-dir", str(tmp_path / "home")]
+        granted = CliRunner().invoke(app, ["grant", peer, *words, "--json"])
+        token = json.loads(granted.stdout)["token"]
+        with Swarm(swarm.bootstrap, data_dir=guest, capability=token) as other:
+            with pytest.raises(InputError, match="here bfloat16: leave the dtype out"):
+                other.deploy(folder, privacy="plain", dtype="float32")
+            with pytest.raises(InputError, match="leave workers out"):
+                other.deploy(folder, privacy="plain", workers=2)
+            for model in other.deploy(folder, privacy="plain"), other.deploy(folder, privacy="plain", dtype="bfloat16"):
+                answer = model.generate(PROMPT, max_new_tokens=10)
+                assert answer.ids == owned.generate(PROMPT, max_new_tokens=10).ids
 
 
 def test_errors_come_as_themselves(swarm: Cluster) -> None:

@@ -31,10 +31,8 @@ def test_no_more_kv_is_leased_than_the_model_can_use(
     asked: list[int] = []
 
     class Unwilling:
-        async def seal(self, *_: object) -> None: ...
-
-        async def deploy(self, _: None, options: DeployOptions) -> None:
-            asked.append(options.kv_tokens)
+        async def bring(self, *words: object) -> None:
+            asked.extend(each.kv_tokens for each in words if isinstance(each, DeployOptions))
             raise InputError("not today")
 
     @asynccontextmanager

@@ -55,9 +55,7 @@ class Echo:
     async def pieces(self, text: str) -> AsyncGenerator[str, None]:
         yield text
 
-    async def seal(self, *_: object) -> None: ...
-
-    async def deploy(self, *_: object) -> Echo:
+    async def bring(self, *_: object) -> Echo:
         return self
 
 

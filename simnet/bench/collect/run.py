@@ -194,9 +194,9 @@ async def deployed(options: Options, net: cluster.Cluster, here: list[Cell]) -> 
     await cluster.reshaped(net, shape(point, limited=False))
     with ungrouped():
         async with open_client(ClientOptions(folder, (net.bootstrap,), origin="bench")) as client:
-            sealed = await client.seal(Checkpoint.open(path), "float32", default_key(folder), lambda *_: None)
-            wanted = _wanted(here, point.hops, room(sealed.checkpoint.config, options.design))
-            model = await client.deploy(sealed, wanted)
+            opened = Checkpoint.open(path)
+            wanted = _wanted(here, point.hops, room(opened.config, options.design))
+            model = await client.bring(opened, "float32", default_key(folder), wanted)
             if len(model.route.hops) != point.hops:
                 raise RouteUnavailable(f"the route has {len(model.route.hops)} hops instead of {point.hops}")
             await cluster.reshaped(net, shape(point))
