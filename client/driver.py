@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 import trio
 
@@ -27,19 +26,13 @@ from protocol.channel import Channel
 from protocol.errors import LocalProtocolError, RemoteProtocolError, SottoError, TransportError
 from protocol.ids import ID_BYTES, PeerId, SessionId
 from protocol.messages import SESSION, Message
-from protocol.ports import Stream
+from protocol.ports import Stream, TaskStatus
 from protocol.tickets import Ticket, issue_ticket
 
 DIAL_S = 10.0
 OUTBOX_FRAMES = 4
 UNWANTED_MAX = 1000  # outputs in a row that nobody waits for; a closed session leaves a few behind
 TICKET_LIFE_MS = 120_000  # used within seconds; clocks may differ by limits.CLOCK_SKEW_MAX_S
-
-
-class TaskStatus(Protocol):
-    """trio's own, as far as it is used here."""
-
-    def started(self) -> None: ...
 
 
 async def run_all(*calls: Callable[[], Awaitable[None]]) -> None:

@@ -24,14 +24,14 @@ import torch
 import trio
 from torch import Tensor
 
-from client.head_batches import Ends, HeadBatches, RunSync, inline
+from client.head_batches import Ends, HeadBatches, inline
 from client.observer import ClientObserver, NullObserver
 from client.speculation import Speculation
 from client.tensors import DTYPES, to_payload, to_tensor
 from models.sampling import SamplingParams, sample
 from protocol import limits
 from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError
-from protocol.ports import Clock
+from protocol.ports import Clock, RunSync
 from protocol.tensors import Payload
 
 FinishReason = Literal["stop", "length"]

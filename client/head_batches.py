@@ -12,7 +12,7 @@ Invariant: each entry is chosen once, whoever is cancelled. It starts no task, a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -20,6 +20,8 @@ import outcome
 import torch
 import trio
 from torch import Tensor
+
+from protocol.ports import RunSync
 
 T = TypeVar("T")
 ROWS_MAX = 256  # of logits at a time: 150 MB for the largest vocabularies
@@ -30,12 +32,6 @@ class Ends(Protocol):
 
     def embed(self, ids: Sequence[int]) -> Tensor: ...  # [T, d]
     def logits(self, hidden: Tensor) -> Tensor: ...  # [T, d] -> [T, V]
-
-
-class RunSync(Protocol):
-    """Runs a function that may take long, without blocking the event loop."""
-
-    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]: ...
 
 
 async def inline(function: Callable[[], T], /) -> T:

@@ -29,8 +29,6 @@ from protocol.ids import DeploymentId, PeerId, ShardDigest, deployment_id
 from protocol.manifest import BlockEntry, ConfigPair, Manifest, TensorEntry
 from protocol.tensors import TensorHeader
 
-SHARD_OVERHEAD_BYTES_MAX = 1 << 20  # beside its weights: a safetensors header of one block is about 1 KiB
-
 
 @dataclass(frozen=True, slots=True)
 class Sealer:
@@ -78,7 +76,8 @@ def require_sealable(config: ModelConfig, dtype: str, sealed: bool) -> None:
     if config.num_blocks > limits.BLOCKS_MAX:
         raise InputError(f"the model has {config.num_blocks} blocks; {limits.BLOCKS_MAX} at most can be deployed")
     blocks = {sealed_config(block) if sealed else block for block in config.blocks}
-    size = {name: max(weight_bytes(block, name) for block in blocks) + SHARD_OVERHEAD_BYTES_MAX for name in PRECISIONS}
+    weights = {name: max(weight_bytes(block, name) for block in blocks) for name in PRECISIONS}
+    size = {name: nbytes + limits.SHARD_OVERHEAD_BYTES_MAX for name, nbytes in weights.items()}
     if size[dtype] > limits.SHARD_BYTES_MAX:
         fits = " or ".join(name for name in PRECISIONS if size[name] <= limits.SHARD_BYTES_MAX)
         raise InputError(

@@ -15,6 +15,7 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 FLOAT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 INT8 = "int8"
 PRECISIONS = (*FLOAT_BYTES, INT8)
+DEPLOYED = ("float32", "bfloat16", "int8")  # what a model is deployed in; the first loses nothing
 SCALE_BYTES = 4
 # What one head's keys, or values, of a token take is a multiple of this. So 64 tokens, a page of a worker's, are whole
 # pages of the system's memory (4 KiB), and can be given back whoever has the tokens beside them. It adds nothing to

@@ -22,8 +22,10 @@ import psutil
 import torch
 import trio
 
+from models.precision import DEPLOYED
 from node.clock import SystemClock
 from node.engine_thread import EngineThread
+from node.entering import member_ports
 from node.entry import STATE_FILE, key_of_worker, read_entry
 from node.files import write_atomic
 from node.garbage import spare_imports
@@ -40,13 +42,12 @@ from node.p2p.dht import Kademlia
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh
 from node.p2p.reaching import Reaching, ReachOptions
 from node.passing import pass_on_reports
-from node.private import PrivateDirectory, PrivateGossip, PrivateTransport
+from node.private import PrivateDirectory
 from node.store import DiskStore
 from node.version import VERSION
 from node.worker_socket import Controls, serve_controls
 from protocol.errors import InputError
 from protocol.membership import SwarmKey, swarm_of
-from protocol.ports import Gossip, Transport
 from protocol.signed import Identity
 from worker.capacity import measure_speeds
 from worker.config import QUOTAS_DEFAULT, Quotas, WorkerConfig, WorkerPorts
@@ -57,7 +58,6 @@ from worker.service import WorkerService
 log = logging.getLogger("sotto.worker")
 _QUEUE_BYTES_MAX = 2 << 30
 MOVE_SEEN_S = 1.0  # how soon the local network hears of another address of this machine
-_DTYPES = ("float32", "bfloat16", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
         memory_bytes=options.memory_bytes,
         kv_memory_bytes=options.kv_memory_bytes,
         queue_memory_bytes=options.queue_memory_bytes,
-        speeds=await trio.to_thread.run_sync(measure_speeds, options.device, _DTYPES),
+        speeds=await trio.to_thread.run_sync(measure_speeds, options.device, DEPLOYED),
         device=options.device,
         version=VERSION,
         quotas=options.quotas,
@@ -151,7 +151,7 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
         EngineThread(engine, lambda: torch.set_num_threads(options.threads)) as compute,
         serve_metrics(options.metrics, metrics.registry) as metrics_url,
     ):
-        transport, gossip = _in_swarm(mesh, key, metrics)
+        transport, gossip = member_ports(mesh, key, metrics.stranger_refused)
         directory = mesh.directory if key is None else Kademlia(transport, mesh.known_addrs)
         ports = WorkerPorts(
             transport=transport,
@@ -184,13 +184,6 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
                 mesh.reach.on_change = partial(_reach_changed, service, announce)
                 log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs, "private": key is not None})
                 await trio.sleep_forever()
-
-
-def _in_swarm(mesh: Mesh, key: SwarmKey | None, metrics: WorkerMetrics) -> tuple[Transport, Gossip]:
-    """The mesh as the ports that members of the swarm see."""
-    if key is None:
-        return mesh, mesh
-    return PrivateTransport(mesh, key, metrics.stranger_refused), PrivateGossip(mesh, key, mesh.peer, os.urandom)
 
 
 async def _meet_neighbours(mesh: Mesh, key: SwarmKey | None, leads: Leads) -> None:

@@ -1,4 +1,4 @@
-"""A client's way into its swarm: the mesh as members see it, and a first peer to talk to."""
+"""The way into a swarm: the mesh as members see it; and, for a client, a first peer to talk to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from node.entry import Entry
 from node.joining import Leads, join, join_found
 from node.lan import SWITCH, allowed, on_lan
 from node.p2p.mesh import Mesh
-from node.private import PrivateGossip, PrivateTransport
+from node.private import OnStranger, PrivateGossip, PrivateTransport
 from protocol.errors import InputError, TransportError
 from protocol.membership import PUBLIC_SWARM, SwarmKey
 from protocol.ports import Gossip, Transport
@@ -20,11 +20,13 @@ from protocol.ports import Gossip, Transport
 LAN_SEARCH_S = 4.0  # an answer takes a tenth of a second, but the first question may be lost
 
 
-def member_ports(mesh: Mesh, key: SwarmKey | None) -> tuple[Transport, Gossip]:
-    """The mesh as a client of the swarm sees it: itself, or the members' part of it."""
+def member_ports(
+    mesh: Mesh, key: SwarmKey | None, on_stranger: OnStranger = lambda *_: None
+) -> tuple[Transport, Gossip]:
+    """The mesh as members of the swarm see it: itself, or their part of it."""
     if key is None:
         return mesh, mesh
-    return PrivateTransport(mesh, key), PrivateGossip(mesh, key, mesh.peer, os.urandom)
+    return PrivateTransport(mesh, key, on_stranger), PrivateGossip(mesh, key, mesh.peer, os.urandom)
 
 
 @asynccontextmanager

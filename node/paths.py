@@ -14,6 +14,11 @@ def data_dir(given: Path | None = None) -> Path:
     return Path(base) / "sotto"
 
 
+def worker_dir(given: Path | None = None) -> Path:
+    """A worker's identity, shards, swarm key. `given`, else $XDG_DATA_HOME/sotto/worker."""
+    return given or data_dir() / "worker"
+
+
 def history_file(data: Path) -> Path:
     """Records of this user's requests (node/history.py)."""
     return data / "client" / "history.db"

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import trio
 
-from client.metalearning.deployment import PRECISIONS, Option, Verdict, corrected, decide, expected_tokens
+from client.metalearning.deployment import Option, Verdict, corrected, decide, expected_tokens
 from client.metalearning.price import Goal
 from client.metalearning.record import Record
 from client.placement import ModelNeeds, PlaceOptions
 from client.routing import held_route
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
+from models.precision import DEPLOYED
 from node.client import Client
 from node.defaults import KV_TOKENS
 from node.rates import read_rates
@@ -44,7 +45,7 @@ async def choose_weights(client: Client, checkpoint: Checkpoint, key: RootKey | 
     rates = read_rates(client.options.data_dir)
     options: list[Option] = []
     stands, failure = None, None
-    for weights in PRECISIONS:
+    for weights in DEPLOYED:
         needs = ModelNeeds.of_configs(checkpoint.config.blocks, weights, wish.kv_tokens)
         sealed = sealed_id(client.options.data_dir, checkpoint, weights, key)
         try:

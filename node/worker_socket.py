@@ -20,7 +20,7 @@ from typing import Any
 import trio
 
 from protocol.errors import InputError
-from worker.config import TaskStatus
+from protocol.ports import TaskStatus
 
 log = logging.getLogger("sotto.worker")
 LINE_BYTES_MAX = 4096

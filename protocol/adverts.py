@@ -16,14 +16,12 @@ from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
 from protocol.ids import ID_BYTES, DeploymentId, PeerId
-from protocol.schema import Between, Record, Size
+from protocol.schema import Between, Count, Milliseconds, Record, Size
 from protocol.signed import Identity, Signed
 
 TOPIC = "sotto/adverts/1"
 _DOMAIN = "advert/1"
 _SKEW_MS = round(limits.CLOCK_SKEW_MAX_S * 1000)
-Count = Annotated[int, Between(0, 1 << 53)]
-Milliseconds = Annotated[int, Between(0, 1 << 53)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,11 @@ from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
 from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, check_peer_ids
-from protocol.schema import Between, Record, Size
+from protocol.schema import Milliseconds, Record, Size
 from protocol.signed import Identity, Signed
 
 _DOMAIN = "capability/1"
 Serial = Annotated[bytes, Size(ID_BYTES, ID_BYTES)]
-Milliseconds = Annotated[int, Between(0, 1 << 53)]
 
 
 class Right(StrEnum):

@@ -13,13 +13,11 @@ from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
 from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, check_peer_ids
-from protocol.schema import Between, Record, Size
+from protocol.schema import Between, Count, Milliseconds, Record, Size
 from protocol.signed import Identity, Signed
 
 _DOMAIN = "lease/1"
 Peer = Annotated[PeerId, Size(PEER_ID_CHARS, PEER_ID_CHARS)]
-Count = Annotated[int, Between(0, 1 << 53)]
-Milliseconds = Annotated[int, Between(0, 1 << 53)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ CONFIG_PAIRS_MAX = 64
 MANIFEST_ARRAYS_MAX = 2 + BLOCKS_MAX * (3 + CONFIG_PAIRS_MAX + 3 * TENSORS_PER_BLOCK_MAX)  # the largest has so many
 HOPS_MAX = 64
 SHARD_BYTES_MAX = 8 << 30  # one block of a 400 B-parameter model in float32 is about 13 GB, in bfloat16 6.5 GB
+SHARD_OVERHEAD_BYTES_MAX = MIB  # beside its weights: a safetensors header of a block is 1 KiB or so; more fills disks
 PIECES_MAX = SHARD_BYTES_MAX // PIECE_BYTES  # their list is 256 KiB, one frame
 PIECES_WANTED_MAX = 8  # in one request: several requests under way fill a long line, and none is long to finish
 SHARD_SOURCES_MAX = 8  # besides the client: more would not make a fetch faster

@@ -25,7 +25,7 @@ from protocol.ids import (
     check_peer_ids,
 )
 from protocol.pieces import list_bytes
-from protocol.schema import Between, Record, Size
+from protocol.schema import Between, Count, Record, Size
 from protocol.tensors import TensorHeader
 
 CONTROL, SHARD, SESSION, LINK = "/sotto/control/1", "/sotto/shard/1", "/sotto/session/1", "/sotto/link/1"
@@ -34,8 +34,7 @@ Deployment = Annotated[DeploymentId, Size(ID_BYTES, ID_BYTES)]
 Session = Annotated[SessionId, Size(ID_BYTES, ID_BYTES)]
 Digest = Annotated[ShardDigest, Size(DIGEST_BYTES, DIGEST_BYTES)]
 Block = Annotated[int, Between(0, limits.BLOCKS_MAX)]
-Count = Annotated[int, Between(0, 1 << 53)]
-StepId = Annotated[int, Between(0, 1 << 53)]
+StepId = Count
 Epoch = Annotated[int, Between(0, 1 << 31)]
 Position = Annotated[int, Between(0, limits.CONTEXT_TOKENS_MAX)]
 Micros = Annotated[int, Between(0, limits.STEP_US_MAX)]

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Collection, Sequence, Set
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest
 from protocol.manifest import Manifest
 from protocol.messages import Operation
 from protocol.pieces import PieceList
 from protocol.tensors import Payload
+
+T = TypeVar("T")
 
 
 class Stream(Protocol):
@@ -172,6 +174,18 @@ class Clock(Protocol):
 
 Entropy = Callable[[int], bytes]
 """`entropy(n)` gives n unpredictable bytes (os.urandom in production, seeded in the simulation)."""
+
+
+class RunSync(Protocol):
+    """Runs a function that takes long (some 100 ms) off the event loop: in a thread, or inline in the simulation."""
+
+    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]: ...
+
+
+class TaskStatus(Protocol):
+    """trio's own, as far as it is used here."""
+
+    def started(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
 from protocol.ids import PeerId
-from protocol.schema import Between, Record, Size
+from protocol.schema import Between, Milliseconds, Record, Size
 from protocol.signed import Identity, Signed
 
 TOPIC = "sotto/reports/1"
@@ -48,7 +48,7 @@ class Comparison(Record):
 class Report(Record):
     """All that one client tells; the next one replaces it."""
 
-    issued_ms: Annotated[int, Between(0, 1 << 53)]
+    issued_ms: Milliseconds
     comparisons: Annotated[tuple[Comparison, ...], Size(1, limits.REPORT_COMPARISONS_MAX)]
 
     def check(self) -> None:

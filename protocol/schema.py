@@ -30,6 +30,10 @@ class Between:
     high: int
 
 
+Count = Annotated[int, Between(0, 1 << 53)]  # no further than a double counts exactly
+Milliseconds = Count
+
+
 @dataclass(frozen=True, slots=True)
 class Size:
     """Inclusive bounds of the length of str (characters), bytes or tuple."""

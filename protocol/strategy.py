@@ -19,7 +19,7 @@ Wire = Literal["float32", "bfloat16", "int8"]
 Weights = Literal["float32", "bfloat16", "int8", "int4"]
 
 DEPLOYMENT_TIME = frozenset({"weights"})  # another value needs the model sealed and loaded anew; all others: a request
-PRECISIONS = ("weights", "wire")
+LOSSY_FIELDS = ("weights", "wire")  # by which a strategy can lose precision
 TRUE, FALSE = ("true", "on"), ("false", "off")
 
 
@@ -170,7 +170,7 @@ def infeasible(strategy: Strategy, facts: Facts) -> str | None:
 
 def lossy(strategy: Strategy) -> tuple[str, ...]:
     """The fields by which `strategy` loses precision."""
-    return tuple(name for name in PRECISIONS if getattr(strategy, name) != "float32")
+    return tuple(name for name in LOSSY_FIELDS if getattr(strategy, name) != "float32")
 
 
 def _value(name: str, text: str) -> str | int | bool:

@@ -15,7 +15,7 @@ from protocol import limits
 from protocol.codec import decode, encode
 from protocol.errors import RemoteProtocolError
 from protocol.ids import ID_BYTES, PEER_ID_CHARS, DeploymentId, PeerId, SessionId, check_peer_ids
-from protocol.schema import Between, Record, Size
+from protocol.schema import Between, Milliseconds, Record, Size
 from protocol.sealedbox import seal, unseal
 from protocol.signed import Identity, Signed
 
@@ -28,7 +28,6 @@ RETURNS = (
     "bfloat16",
 )  # what a hop before the last sends to the client, off the critical path
 Peer = Annotated[PeerId, Size(0, PEER_ID_CHARS)]
-Milliseconds = Annotated[int, Between(0, 1 << 53)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from math import inf
 from typing import Protocol, TypeVar
@@ -10,28 +10,16 @@ from typing import Protocol, TypeVar
 from protocol import limits
 from protocol.adverts import Speed
 from protocol.errors import LocalProtocolError
-from protocol.ports import Clock, Compute, Directory, Entropy, Gossip, ShardStore, Transport
+from protocol.ports import Clock, Compute, Directory, Entropy, Gossip, RunSync, ShardStore, Transport
 from protocol.signed import Identity
 from worker.observer import NullObserver, WorkerObserver
 
 T = TypeVar("T")
 
 
-class RunSync(Protocol):
-    """Runs a function of some 100 ms off the event loop; a thread in production, inline in the simulation."""
-
-    def __call__(self, function: Callable[[], T], /) -> Awaitable[T]: ...
-
-
 async def run_inline(function: Callable[[], T]) -> T:
     """For tests and simulations, where a thread would break determinism."""
     return function()
-
-
-class TaskStatus(Protocol):
-    """trio's own, as far as it is used here."""
-
-    def started(self) -> None: ...
 
 
 class Notebook(Protocol):

@@ -42,12 +42,12 @@ from protocol.messages import (
     Step,
 )
 from protocol.pieces import PieceList
-from protocol.ports import Stream, StreamHandler
+from protocol.ports import Stream, StreamHandler, TaskStatus
 from protocol.tickets import TicketGate
 from worker.admission import SessionQuota, SpanLedger
 from worker.arrivals import Arrivals
 from worker.cleanup import STOP_S, shielded
-from worker.config import TaskStatus, WorkerConfig, WorkerPorts
+from worker.config import WorkerConfig, WorkerPorts
 from worker.control import Control
 from worker.dialling import dialable
 from worker.duty import Cause, Duty

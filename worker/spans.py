@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from models.config import BlockConfig
 from models.errors import ModelError, UnsupportedModel
 from models.precision import PRECISIONS, kv_token_bytes, tensor_dtypes, tensor_shapes, weight_bytes
+from protocol import limits
 from protocol.errors import Refused, RemoteProtocolError
 from protocol.ids import DeploymentId, PeerId, ShardDigest
 from protocol.manifest import BlockEntry, Manifest, open_manifest
@@ -21,7 +22,6 @@ from protocol.ports import SpanSpec
 from protocol.tensors import DTYPE_BYTES
 
 INTEGER_DTYPE = "int32"  # linear maps over Z_2^32: weights and inputs both
-SHARD_OVERHEAD_BYTES_MAX = 1 << 20  # a safetensors header of one block is about 1 KiB; more would fill the disk
 # Of one row in one block, in float32: 256 MiB, of which some copies are made. 64 heads may look at a million tokens.
 ROW_SCORES_MAX = 1 << 26
 
@@ -94,7 +94,7 @@ def check_block(manifest: Manifest, entry: BlockEntry, config: BlockConfig) -> N
     for name, header in stated.items():
         if header.dtype not in ((INTEGER_DTYPE,) if integer else tensor_dtypes(name, manifest.dtype)):
             raise Refused(RefusalReason.UNSUPPORTED, f"{name} in {header.dtype} for blocks in {manifest.dtype}")
-    if entry.shard_bytes > entry.weight_bytes + SHARD_OVERHEAD_BYTES_MAX:
+    if entry.shard_bytes > entry.weight_bytes + limits.SHARD_OVERHEAD_BYTES_MAX:
         raise Refused(RefusalReason.BAD_MANIFEST, "a shard that is much larger than its tensors")
 
 

@@ -20,7 +20,6 @@ from client.metalearning.record import Record
 from client.placement.costs import BLOCK_SOFTWARE_S, HOP_SOFTWARE_S
 from client.placement.needs import whole_pages
 
-PRECISIONS = ("float32", "bfloat16", "int8")  # that can be deployed; the first loses nothing
 HORIZON_DAYS = 14.0
 HALF_LIFE_DAYS = 14.0  # of what an own request says of a precision
 TRUST = 1.0  # deviations by which a gain must exceed nothing

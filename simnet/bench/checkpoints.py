@@ -17,7 +17,6 @@ MODELS = {
     "120m": RandomModel(768, 2048, 12, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
     "500m": RandomModel(1536, 4096, 20, 12, 4, max_position_embeddings=16_384, vocab_size=32_000),
 }
-PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 def require(given: Sequence[str], known: Sequence[str], option: str) -> None:

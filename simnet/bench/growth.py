@@ -22,11 +22,12 @@ import torch
 import trio
 
 from client.generate import Generation, GenerationHost, GenerationParams
+from models.precision import DEPLOYED
 from node.groups import ungrouped
 from node.model import Ask, DeployedModel, in_thread
 from protocol.tensors import DTYPE_BYTES
 from simnet import cluster
-from simnet.bench.checkpoints import MODELS, PRECISIONS, checkpoint_of, describe, require
+from simnet.bench.checkpoints import MODELS, checkpoint_of, describe, require
 from simnet.bench.fits import growth
 from simnet.bench.hear import Hear
 from simnet.bench.library import Library
@@ -93,7 +94,7 @@ class Options:
 
     def __post_init__(self) -> None:
         require(self.axes, tuple(AXES), "--axis")
-        require((self.dtype,), PRECISIONS, "--dtype")
+        require((self.dtype,), DEPLOYED, "--dtype")
 
     def of(self, axis: str) -> tuple[int, ...]:
         return self.values.get(axis, AXES[axis].values)

@@ -18,6 +18,7 @@ import torch
 import trio
 
 from client.generate import GenerationResult
+from models.precision import DEPLOYED
 from models.tokenizer import Tokenizer
 from node.groups import ungrouped
 from node.model import DeployedModel
@@ -25,7 +26,7 @@ from protocol.errors import InputError
 from protocol.strategy import Strategy, parse
 from simnet import cluster
 from simnet.bench import workloads
-from simnet.bench.checkpoints import PRECISIONS, checkpoint_of, describe, require
+from simnet.bench.checkpoints import checkpoint_of, describe, require
 from simnet.bench.hear import Hear
 from simnet.bench.machine import facts
 from simnet.bench.paired import Budget
@@ -63,7 +64,7 @@ class Options:
         require((self.workload,), WORKLOADS, "--workload")
         if not self.concurrency or min(self.concurrency) < 1:
             raise InputError("--concurrency takes numbers of 1 and more, with commas")
-        require((self.dtype,), PRECISIONS, "--dtype")
+        require((self.dtype,), DEPLOYED, "--dtype")
 
 
 def run(options: Options, report: dict[str, Any], hear: Hear) -> None:

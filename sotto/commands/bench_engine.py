@@ -51,8 +51,8 @@ def engine(
     """
     report: dict[str, Any] = {}
     with errors(as_json), workplace(keep) as folder, lines(out) as write:
+        from models.precision import DEPLOYED
         from simnet.bench import plots as pictures
-        from simnet.bench.checkpoints import PRECISIONS
         from simnet.bench.engine import run as bench
         from simnet.bench.rig import Sizes
         from sotto.demo import demo_checkpoint
@@ -64,7 +64,7 @@ def engine(
             tokenizer_from=demo_checkpoint(),
             model=model,
             only=tuple(words(only)) if only else bench.PARTS,
-            dtypes=tuple(words(dtype)) if dtype else PRECISIONS,
+            dtypes=tuple(words(dtype)) if dtype else DEPLOYED,
             minutes=minutes,
             data=data or data_beside(),
             sizes=Sizes(batch=batch, trace_requests=requests),

@@ -6,14 +6,16 @@ from typing import Annotated
 
 import typer
 
+from node.defaults import LISTEN
 from sotto.commands.common import Bootstrap, Json, WorkerDir, bootstrap_addrs, errors, print_json, run_async
+from sotto.commands.worker import listen_addrs
 
 
 def doctor(
     bootstrap: Bootstrap = None,
     listen: Annotated[
         list[str] | None,
-        typer.Option(help="Multiaddr that a worker would listen on. Default: /ip4/0.0.0.0/tcp/4517; 'none': no port."),
+        typer.Option(help=f"Multiaddr that a worker would listen on. Default: {LISTEN}; 'none': no port."),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory that you would give. Default: half of what is free.")
@@ -31,11 +33,11 @@ def doctor(
         from node.app_worker import default_memory_bytes
         from node.doctor import Level, diagnose
         from node.files import parse_bytes
-        from node.paths import data_dir as default_data_dir
+        from node.paths import worker_dir
 
         options = DoctorOptions(
-            data_dir=data_dir or default_data_dir() / "worker",
-            listen=() if listen == ["none"] else tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
+            data_dir=worker_dir(data_dir),
+            listen=listen_addrs(listen),
             bootstrap=bootstrap_addrs(bootstrap),
             memory_bytes=parse_bytes(memory) if memory else default_memory_bytes(),
         )

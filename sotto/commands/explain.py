@@ -149,11 +149,12 @@ def _deployment(record: Record, records: list[Record], rates: Rates, now_ms: int
     """What another precision of the weights would bring for the work that is to be expected, and what it would take."""
     from client.metalearning import deployment
     from client.metalearning.features import WEIGHT_BYTES
+    from models.precision import DEPLOYED
 
     model, weights = record.model_features, record.strategy.weights
     alike = [each for each in records if each.model == record.model]
     options = []
-    for name in deployment.PRECISIONS:
+    for name in DEPLOYED:
         weight_bytes = int(model.parameters * WEIGHT_BYTES[name])
         switch_s = rates.switch_s(weight_bytes, sealed=name == weights, held=name == weights)
         options.append(deployment.Option(name, deployment.predicted_token_s(model, record.route, name), switch_s))

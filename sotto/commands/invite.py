@@ -32,12 +32,10 @@ def invite(
     """
     with errors(as_json):
         from node.entry import invite_by, invite_of_worker, read_entry
-        from node.paths import data_dir as default_data_dir
+        from node.paths import worker_dir
         from protocol.invites import print_invite
 
-        made = invite_by(read_entry(bootstrap)) if bootstrap else invite_of_worker(
-            data_dir or default_data_dir() / "worker"
-        )  # fmt: skip
+        made = invite_by(read_entry(bootstrap)) if bootstrap else invite_of_worker(worker_dir(data_dir))
         private = made.key is not None
         token = print_invite(made)
         if as_json:

@@ -30,9 +30,9 @@ def open_model(model: str | None) -> Checkpoint:
 
 def check_dtype(dtype: str) -> str:
     """Raises InputError for a precision that is not deployed."""
-    from client.metalearning.deployment import PRECISIONS
+    from models.precision import DEPLOYED
 
-    return one_of(dtype, PRECISIONS, "--dtype")
+    return one_of(dtype, DEPLOYED, "--dtype")
 
 
 async def brought(

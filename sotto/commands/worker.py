@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from node.defaults import LISTEN
 from sotto.commands.common import Json, WorkerDir, errors, only_behind, print_json
 
 app = typer.Typer(
@@ -49,7 +50,7 @@ Yields = Annotated[bool, typer.Option("--yield/--no-yield", help="Take no work w
 Listen = Annotated[
     list[str] | None,
     typer.Option(
-        help="Multiaddr to listen on; may be repeated. Default: /ip4/0.0.0.0/tcp/4517. "
+        help=f"Multiaddr to listen on; may be repeated. Default: {LISTEN}. "
         "'none': open no port, and be reached through relays only."
     ),
 ]
@@ -78,6 +79,11 @@ Relay = Annotated[bool, typer.Option(help="Pass on the encrypted connections of 
 Upnp = Annotated[bool, typer.Option(help="Ask the router to forward the port when nobody can dial this worker.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Compute threads. Default: all cores that it may use.")]
 Metrics = Annotated[str, typer.Option(help="HOST:PORT for Prometheus (port 0: any free one); 'off' for none.")]
+
+
+def listen_addrs(given: list[str] | None) -> tuple[str, ...]:
+    """Where a worker listens that is told so."""
+    return () if given == ["none"] else tuple(given or (LISTEN,))
 
 
 @app.callback(invoke_without_command=True)
@@ -121,15 +127,16 @@ def worker(
         from node.logs import configure
         from node.metrics import parse_metrics_address
         from node.p2p.reaching import ReachOptions
+        from node.paths import worker_dir
         from node.quotas import parse_quotas
         from worker.schedule import parse_schedule
 
         configure(log_level)
         memory_bytes = parse_bytes(memory) if memory else default_memory_bytes()
-        folder = _folder(data_dir)
+        folder = worker_dir(data_dir)
         options = WorkerOptions(
             data_dir=folder,
-            listen=() if listen == ["none"] else tuple(listen or ("/ip4/0.0.0.0/tcp/4517",)),
+            listen=listen_addrs(listen),
             announce=tuple(announce or ()),
             bootstrap=tuple(bootstrap or ()),
             memory_bytes=memory_bytes,
@@ -179,9 +186,10 @@ def status(data_dir: WorkerDir = None, as_json: Json = False) -> None:
 
 def _ask(request: dict[str, Any], data_dir: Path | None, as_json: bool) -> None:
     from node.files import show_bytes
+    from node.paths import worker_dir
     from node.worker_socket import ask_worker
 
-    answer = ask_worker(_folder(data_dir), request)
+    answer = ask_worker(worker_dir(data_dir), request)
     if as_json:
         print_json(answer)
         return
@@ -189,9 +197,3 @@ def _ask(request: dict[str, Any], data_dir: Path | None, as_json: bool) -> None:
     print(f"{answer['state']}{why}: {answer['sessions']} sessions, {answer['leases']} leases, {answer['spans']} spans, "
           f"{show_bytes(answer['weight_bytes'])} of weights, {show_bytes(answer['kv_bytes'])} of KV, "
           f"load {answer['load_percent']} %")  # fmt: skip
-
-
-def _folder(data_dir: Path | None) -> Path:
-    from node.paths import data_dir as default_data_dir
-
-    return data_dir or default_data_dir() / "worker"

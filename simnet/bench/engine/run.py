@@ -19,10 +19,11 @@ import torch
 import trio
 
 from models.checkpoint import Checkpoint
+from models.precision import DEPLOYED
 from node.groups import ungrouped
 from simnet import cluster
 from simnet.bench import growth, speculation
-from simnet.bench.checkpoints import PRECISIONS, checkpoint_of, describe, require
+from simnet.bench.checkpoints import checkpoint_of, describe, require
 from simnet.bench.engine.batches import prefill_section, throughput_section
 from simnet.bench.engine.decode import decode_section, long_prefill_section, software_section, wire_section
 from simnet.bench.engine.headlines import headlines
@@ -58,14 +59,14 @@ class Options:
     tokenizer_from: Path
     model: str = "120m"
     only: tuple[str, ...] = PARTS
-    dtypes: tuple[str, ...] = PRECISIONS
+    dtypes: tuple[str, ...] = DEPLOYED
     minutes: float = 20.0
     data: Path | None = None
     sizes: Sizes = field(default_factory=Sizes)
 
     def __post_init__(self) -> None:
         require(self.only, PARTS, "--only")
-        require(self.dtypes, PRECISIONS, "--dtype")
+        require(self.dtypes, DEPLOYED, "--dtype")
 
     def plan(self) -> list[tuple[str, str]]:
         """Precision and section, in the order in which they are measured."""
@@ -82,7 +83,7 @@ def run(options: Options, report: dict[str, Any], hear: Hear) -> None:
     try:
         _run(options, report, hear)
     finally:
-        sections = {dtype: dict(report.get(dtype, {})) for dtype in PRECISIONS}
+        sections = {dtype: dict(report.get(dtype, {})) for dtype in DEPLOYED}
         sections["float32"][SPECULATION] = report.get(SPECULATION, {})  # as it is always measured
         report["headlines"] = headlines(sections)
 
