@@ -25,7 +25,7 @@ import trio
 from torch import Tensor
 
 from client.head_batches import Ends, HeadBatches, inline
-from client.observer import ClientObserver, NullObserver
+from client.observer import ClientObserver
 from client.speculation import Speculation
 from client.tensors import DTYPES, to_payload, to_tensor
 from models.sampling import SamplingParams, sample
@@ -83,7 +83,7 @@ class GenerationHost:
 
     clock: Clock
     run_sync: RunSync = inline
-    observer: ClientObserver = field(default_factory=NullObserver)
+    observer: ClientObserver = field(default_factory=ClientObserver)
     speculation: Speculation | None = None
     choose: Choose = sample
     head_batches: HeadBatches | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from client.observer import ClientObserver, NullObserver
+from client.observer import ClientObserver
 from protocol.ids import DeploymentId, PeerId
 from protocol.ports import Clock, Entropy, Gossip, Transport
 from protocol.signed import Identity
@@ -35,6 +35,6 @@ class ClientPorts:
     gossip: Gossip
     clock: Clock
     entropy: Entropy
-    observer: ClientObserver = field(default_factory=NullObserver)
+    observer: ClientObserver = field(default_factory=ClientObserver)
     credentials: Credentials = none_needed
     introduce: Introduce = to_nobody

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import trio
 
-from client.observer import ClientObserver, NullObserver
+from client.observer import ClientObserver
 from protocol.adverts import TOPIC, AdvertGate, AdvertRefused
 from protocol.errors import RemoteProtocolError
 from protocol.ports import Clock, Gossip, GossipMessage
@@ -27,7 +27,7 @@ class SwarmWatch:
     def __init__(self, gossip: Gossip, clock: Clock, observer: ClientObserver | None = None) -> None:
         self._gossip = gossip
         self._clock = clock
-        self._observer = observer or NullObserver()
+        self._observer = observer or ClientObserver()
         self._gate = AdvertGate()
         self._view = SwarmView()
         self._changed = trio.Event()

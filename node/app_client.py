@@ -23,6 +23,7 @@ from client.driver import Driver
 from client.ports import ClientPorts, Credentials, Introduce, none_needed, to_nobody
 from node.choosing import REPLAYED_MAX
 from node.client import Client, ClientOptions
+from node.client_metrics import ClientMetrics
 from node.clock import SystemClock
 from node.entering import in_touch, member_ports
 from node.entry import read_entry
@@ -31,7 +32,7 @@ from node.groups import ungrouped
 from node.identity import load_identity
 from node.joining import Leads, stay_joined
 from node.lifetime import only_user_of
-from node.metrics import ClientMetrics, serve_metrics
+from node.metrics import serve_metrics
 from node.p2p.mesh import MeshConfig, open_mesh
 from protocol.errors import InputError
 from protocol.ids import DeploymentId

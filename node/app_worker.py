@@ -34,7 +34,7 @@ from node.identity import load_identity
 from node.joining import Leads, stay_joined
 from node.lan import Presence, allowed, on_lan
 from node.lifetime import only_user_of, until_told
-from node.metrics import WorkerMetrics, serve_metrics
+from node.metrics import serve_metrics
 from node.notebook import FileNotebook
 from node.open_files import allow_many
 from node.owner import Owner
@@ -45,6 +45,7 @@ from node.passing import pass_on_reports
 from node.private import PrivateDirectory
 from node.store import DiskStore
 from node.version import VERSION
+from node.worker_metrics import WorkerMetrics
 from node.worker_socket import Controls, serve_controls
 from protocol.errors import InputError
 from protocol.membership import SwarmKey, swarm_of

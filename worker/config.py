@@ -12,7 +12,7 @@ from protocol.adverts import Speed
 from protocol.errors import LocalProtocolError
 from protocol.ports import Clock, Compute, Directory, Entropy, Gossip, RunSync, ShardStore, Transport
 from protocol.signed import Identity
-from worker.observer import NullObserver, WorkerObserver
+from worker.observer import WorkerObserver
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class WorkerPorts:
     store: ShardStore
     clock: Clock
     entropy: Entropy
-    observer: WorkerObserver = field(default_factory=NullObserver)
+    observer: WorkerObserver = field(default_factory=WorkerObserver)
     run_sync: RunSync = run_inline
     directory: Directory | None = None  # without one, nobody is told which shards are here
     revoked: Notebook = field(default_factory=Blank)

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from client import revoking
-from client.observer import NullObserver
+from client.observer import ClientObserver
 from client.revoking import revoke_everywhere
 from protocol.adverts import HeldSpan
 from protocol.channel import Channel
@@ -24,7 +24,7 @@ from tests.helpers.fake_hop import DEPLOYMENT, FakeSwarm, fake_swarm
 SERIAL = bytes(16)
 
 
-class Violations(NullObserver):
+class Violations(ClientObserver):
     def __init__(self) -> None:
         self.peers: list[PeerId] = []
 

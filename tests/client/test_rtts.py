@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import trio
 
-from client.observer import NullObserver
+from client.observer import ClientObserver
 from client.ports import ClientPorts
 from client.rtts import AT_ONCE, DEADLINE_S, PEERS_MAX, measure_rtts_ms, worth_asking
 from protocol.channel import Channel
@@ -28,7 +28,7 @@ DELAY_S = 0.03
 Handler = Callable[[Stream], Awaitable[None]]
 
 
-class Violations(NullObserver):
+class Violations(ClientObserver):
     def __init__(self) -> None:
         self.peers: list[PeerId] = []
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from client.observer import NullObserver
+from client.observer import ClientObserver
 
 
-class Notes(NullObserver):
+class Notes(ClientObserver):
     """Keeps what it hears of requests, in order."""
 
     def __init__(self) -> None:

@@ -51,7 +51,7 @@ from simnet.network import VirtualNetwork, open_network
 from simnet.runtime import SeededEntropy, VirtualClock, run
 from simnet.store import MemoryStore
 from worker.config import QUOTAS_DEFAULT, Quotas
-from worker.observer import NullObserver
+from worker.observer import WorkerObserver
 from worker.service import WorkerConfig, WorkerPorts, WorkerService
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ LEASE_S = 3600
 SALT = b"hand-made deploy"
 
 
-class Counts(NullObserver):
+class Counts(WorkerObserver):
     """Counts what the tests ask about."""
 
     def __init__(self) -> None:

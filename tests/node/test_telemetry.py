@@ -14,9 +14,11 @@ import trio
 from prometheus_client import generate_latest
 
 from client.observer import ClientObserver
+from node.client_metrics import ClientMetrics
 from node.logs import EVENTS_MAX, LINES_MAX, JsonFormatter, Repeats, configure
-from node.metrics import ClientMetrics, WorkerMetrics, parse_metrics_address, serve_metrics
+from node.metrics import parse_metrics_address, serve_metrics
 from node.serving import serve
+from node.worker_metrics import WorkerMetrics
 from protocol.errors import InputError
 from protocol.ids import PeerId
 from protocol.messages import CONTROL, RefusalReason
@@ -108,6 +110,11 @@ def client_metrics() -> str:
 def test_names_and_values(text: str, samples: list[str]) -> None:
     assert set(samples) <= set(text.splitlines())
     assert STRANGER not in text  # strangers choose their ids, and each label value costs memory for ever
+
+
+@pytest.mark.parametrize(("metrics", "observer"), [(WorkerMetrics, WorkerObserver), (ClientMetrics, ClientObserver)])
+def test_all_that_is_told_is_counted(metrics: type, observer: type) -> None:
+    assert {name for name in vars(observer) if not name.startswith("_")} <= set(vars(metrics))
 
 
 def test_served_where_asked_and_gone_afterwards() -> None:
