@@ -5,6 +5,7 @@ Starts no task: app_client.py does. Sealing runs in a thread; the event loop sta
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from client.routing import Route, choose_route, spans_meet
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.swarm import SwarmWatch
+from equivariant.ends import ClientEnds
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
@@ -49,7 +51,7 @@ from node.sharing import COMPARED_MAX, Sharing, Sources
 from protocol import limits
 from protocol.capabilities import Right
 from protocol.errors import InputError, Refused, RouteUnavailable
-from protocol.ids import PeerId
+from protocol.ids import DeploymentId, PeerId
 from protocol.reports import pen_of
 from protocol.signed import Identity
 from protocol.strategy import DEFAULT
@@ -127,7 +129,22 @@ class _Priced:
     needs: ModelNeeds
     where: PlaceOptions
     dtype: str
-    again: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]]
+    again: Callable[[Loaded, frozenset[PeerId]], Awaitable[DeployedModel]]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What of a model is in the client's own memory, whatever route it goes over. `client_s`: see PlaceOptions."""
+
+    ends: ClientEnds
+    tokenizer: Tokenizer
+    client_s: float
+
+    @classmethod
+    def of(cls, sealer: Sealer) -> Loaded:
+        """Reads GBs where a model is large: call it in a thread."""
+        ends = sealer.ends()
+        return cls(ends, Tokenizer.open(sealer.checkpoint.tokenizer_file), time_ends(ends))
 
 
 class Client:
@@ -148,6 +165,7 @@ class Client:
         self._started = trio.current_time()
         self._asked: dict[PeerId, None] = {}
         self._rtts_ms: dict[PeerId, float] = {}
+        self._deploying: defaultdict[DeploymentId, trio.Lock] = defaultdict(trio.Lock)
 
     def _sharing(self) -> Sharing:
         records = partial(self.journal.newest, COMPARED_MAX)
@@ -256,21 +274,27 @@ class Client:
         return dict(self._rtts_ms)
 
     async def deploy(
-        self, model: SealedModel, options: DeployOptions, without: frozenset[PeerId] = frozenset()
+        self,
+        model: SealedModel,
+        options: DeployOptions,
+        without: frozenset[PeerId] = frozenset(),
+        loaded: Loaded | None = None,
     ) -> DeployedModel:
         """Lease the model on workers that hold it, or bring it to workers, and give it back ready for prompts.
 
         Workers that decline or are lost meanwhile are left out, as are those of `without`. Raises what the last one
-        said when no others are left. However it fails, leases are those of before.
+        said when no others are left. However it fails, leases are those of before. Who comes while the same model is
+        deployed waits, and finds it there. `loaded`, if the client has the model in its memory already.
         """
         data, manifest = model.folder.manifest(self._owner)
         needs, where = ModelNeeds.of_manifest(manifest, options.kv_room), options.where(without)
         bringing = Bringing(self, model.folder, data, needs, options)
-        async with self.leases.transaction(manifest.deployment):
+        async with self._deploying[manifest.deployment], self.leases.transaction(manifest.deployment):
             route, view, hops = await bringing.run(where)
             sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
             again = partial(self._again, route, partial(self.deploy, model, options))
-            return await self._ready(route, hops, sealer, _Priced(view, needs, where, manifest.dtype, again))
+            priced_as = _Priced(view, needs, where, manifest.dtype, again)
+            return await self._ready(route, hops, sealer, priced_as, loaded)
 
     def _note_sealed(self, nbytes: int, started: float) -> None:
         with suppress(OSError):  # a disk that is full fails what matters, not this
@@ -284,21 +308,29 @@ class Client:
             note_links(data_dir, inflow.mbit_s)
 
     async def _again(
-        self, left: Route, deployed: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]], without: frozenset[PeerId]
+        self,
+        left: Route,
+        deployed: Callable[[frozenset[PeerId], Loaded], Awaitable[DeployedModel]],
+        loaded: Loaded,
+        without: frozenset[PeerId],
     ) -> DeployedModel:
         """The model over a route that is found now, past the workers `without` where there are others. What was leased
         for the route that is left and the new one has no use for is given up; where there is no new one, it is not."""
         try:
-            ready = await deployed(without)
+            ready = await deployed(without, loaded)
         except (RouteUnavailable, Refused):
             if not without:
                 raise
-            ready = await deployed(frozenset())
+            ready = await deployed(frozenset(), loaded)
         self.leases.part(left.deployment, [hop.peer for hop in ready.route.hops])
         return ready
 
     async def attach(
-        self, checkpoint: Checkpoint, key: RootKey | None, without: frozenset[PeerId] = frozenset()
+        self,
+        checkpoint: Checkpoint,
+        key: RootKey | None,
+        without: frozenset[PeerId] = frozenset(),
+        loaded: Loaded | None = None,
     ) -> DeployedModel:
         """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,
         sent or leased. Raises InputError (wrong key, no capability), RouteUnavailable."""
@@ -319,7 +351,8 @@ class Client:
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS)
         sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
         again = partial(self._again, route, partial(self.attach, checkpoint, key))
-        return await self._ready(route, (), sealer, _Priced(view, needs, PlaceOptions(), token.dtype, again))
+        priced_as = _Priced(view, needs, PlaceOptions(), token.dtype, again)
+        return await self._ready(route, (), sealer, priced_as, loaded)
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], dict[PeerId, str]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
@@ -329,11 +362,16 @@ class Client:
         return await revoke_everywhere(self.ports, view, token.capability.deployment, token.capability.serial)
 
     async def _ready(
-        self, route: Route, hops: tuple[DeployedHop, ...], sealer: Sealer, priced_as: _Priced
+        self,
+        route: Route,
+        hops: tuple[DeployedHop, ...],
+        sealer: Sealer,
+        priced_as: _Priced,
+        loaded: Loaded | None,
     ) -> DeployedModel:
-        ends = sealer.ends()
-        client_s = await trio.to_thread.run_sync(time_ends, ends)
-        where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=client_s)
+        if loaded is None:
+            loaded = await trio.to_thread.run_sync(Loaded.of, sealer)
+        where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=loaded.client_s)
         spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
         predicted = priced(priced_as.view, priced_as.needs, spans, where)
         checkpoint = sealer.checkpoint
@@ -354,14 +392,14 @@ class Client:
             route=route,
             hops=hops,
             predicted=predicted,
-            ends=ends,
+            ends=loaded.ends,
             page_secret=sealer.page_secret() or plain_secret(self._owner),
-            tokenizer=Tokenizer.open(checkpoint.tokenizer_file),
+            tokenizer=loaded.tokenizer,
             config=checkpoint.config,
             checkpoint=checkpoint,
             dtype=priced_as.dtype,
             draft=Draft(checkpoint, self.options.draft),
-            deploy_again=priced_as.again,
+            deploy_again=partial(priced_as.again, loaded),
             recorder=Recorder(
                 journal=self.journal,
                 subject=subject,
@@ -370,7 +408,7 @@ class Client:
                 entropy=self.ports.entropy,
                 origin=self.options.origin,
             ),
-            head_batches=head_batches_of(ends),
+            head_batches=head_batches_of(loaded.ends),
             batches=Batches(),
             choosing=self.choosing,
             moves=Moves(),

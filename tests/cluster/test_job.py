@@ -7,7 +7,12 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+import trio
+
 from client.placement import ModelNeeds
+from client.sealing import Sealer
+from equivariant.ends import ClientEnds
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
@@ -29,8 +34,15 @@ def room_for_half(model: Path) -> cluster.WorkerSpec:
     return cluster.WorkerSpec(f"{(weights + kv) * 8 / 7:.0f}", f"{kv:.0f}", 1)
 
 
-def test_a_killed_worker_does_not_end_a_job(tmp_path: Path) -> None:
-    """Where there is no more room than it takes: what is left stays where it is."""
+def test_a_killed_worker_does_not_end_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no more room than it takes: what is left stays where it is, and so does the model's head here."""
+    on_the_loop, ends = list[bool](), Sealer.ends
+
+    def noted(sealer: Sealer) -> ClientEnds:
+        on_the_loop.append(trio.lowlevel.in_trio_run())
+        return ends(sealer)
+
+    monkeypatch.setattr(Sealer, "ends", noted)
     model = make_checkpoint(tmp_path / "m", num_hidden_layers=4, hidden_size=256, intermediate_size=512)
     answers = dict[int, dict[str, Any]]()
     with cluster.running(tmp_path / "cluster", [room_for_half(model)] * 3) as net:
@@ -54,6 +66,7 @@ def test_a_killed_worker_does_not_end_a_job(tmp_path: Path) -> None:
             assert came.peer not in {hop.peer for hop in ready.route.hops}
 
         with_client(net, tmp_path / "data", work)
+    assert on_the_loop == [False]
     checkpoint = Checkpoint.open(model)
     local, tokenizer = LocalModel(checkpoint), Tokenizer.open(checkpoint.tokenizer_file)
     expected = [local.generate(tokenizer.encode(prompt), TOKENS) for prompt in PROMPTS]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trio
 
 from client.errors import HopRefused, HopViolation
 from client.leases import LeaseKeeper
@@ -15,7 +17,7 @@ from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
 from client.ports import ClientPorts
 from client.routing import Hop, Route
-from node.client import Client, ClientOptions, DeployOptions, SealedModel
+from node.client import Client, ClientOptions, DeployOptions, Loaded, SealedModel
 from protocol.errors import RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.swarm import SwarmView
@@ -25,6 +27,7 @@ from tests.helpers.adverts import advert, peer, view
 DEPLOYMENT = DeploymentId(b"d" * 16)
 SWARM = view(advert(), advert())
 LIAR, HONEST = peer(0), peer(1)
+LOADED = cast("Loaded", object())
 
 
 class Owner(Client):
@@ -36,6 +39,7 @@ class Owner(Client):
         self.watch = cast("Any", SimpleNamespace(view=SWARM))
         self.grants = cast("Any", SimpleNamespace(revoked=lambda *_: (bytes(16),)))
         self._owner = cast("Any", None)
+        self._deploying = defaultdict(trio.Lock)
         self.workers = workers
 
     async def place(self, _: object, options: PlaceOptions) -> tuple[Placement, SwarmView]:
@@ -133,18 +137,19 @@ def test_a_route_is_found_anew_past_the_lost_and_else_among_all_and_leases_stay_
         owner = Owner()
         owner.leases = cast("Any", SimpleNamespace(part=lambda _, staying: parted.append(staying)))
 
-        async def deployed(without: frozenset[PeerId]) -> Any:
+        async def deployed(without: frozenset[PeerId], loaded: Loaded) -> Any:
+            assert loaded is LOADED
             asked.append(without)
             if without or not there:
                 raise refusal
             return SimpleNamespace(route=left)
 
         there = True
-        await owner._again(left, deployed, frozenset({LIAR}))
+        await owner._again(left, deployed, LOADED, frozenset({LIAR}))
         assert (asked, parted) == ([{LIAR}, set()], [[HONEST]])
         there = False
         with pytest.raises(type(refusal)):
-            await owner._again(left, deployed, frozenset({LIAR}))
+            await owner._again(left, deployed, LOADED, frozenset({LIAR}))
         assert len(parted) == 1
 
     run(main, seed=0)

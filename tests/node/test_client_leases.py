@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +18,7 @@ from client.leases import LEASE_S, LeaseKeeper
 from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
 from client.routing import Route
-from node.client import Client, DeployOptions, SealedModel
+from node.client import Client, DeployOptions, Loaded, SealedModel
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import PeerId
 from protocol.manifest import sign_manifest
@@ -39,6 +40,7 @@ from tests.helpers.fake_depot import FakeDepot
 from tests.helpers.fake_hop import CLIENT, DEPLOYMENT, FakeSwarm, fake_swarm
 
 Spans = tuple[tuple[int, int, int], ...]  # depot, start, end
+LOADED = cast("Loaded", object())
 FIRST: Spans = ((0, 0, 2), (1, 2, 4))
 
 
@@ -54,6 +56,7 @@ class Deploying(Client):
         self.leases = LeaseKeeper(self.ports)
         self.grants = cast("Any", SimpleNamespace(revoked=lambda *_: ()))
         self._owner = CLIENT
+        self._deploying = defaultdict(trio.Lock)
         view = SwarmView()
         for depot in self.depots:
             peer = depot.endpoint.peer
@@ -179,7 +182,7 @@ def test_a_move_that_is_cancelled_leaves_what_was_leased_for_the_route_that_is_l
         left = (await client.deploy(model.sealed, DeployOptions())).route
         client.depots[2].replace = lambda answer: None if isinstance(answer, SpanLoaded) else answer
         with trio.move_on_after(60):
-            await client._again(left, partial(client.deploy, model.sealed, DeployOptions()), frozenset())
+            await client._again(left, partial(client.deploy, model.sealed, DeployOptions()), LOADED, frozenset())
         assert client.leased == [(0, 2), (2, 4), None]
         assert {kept.hop for kept in client.leases.kept.values()} == set(left.hops)
         await trio.sleep(10 * LEASE_S)
@@ -201,7 +204,7 @@ def test_who_waits_for_another_client_gives_up_the_lease_that_the_other_waits_fo
         )
         began = trio.current_time()
         again = partial(client.deploy, model.sealed, DeployOptions())
-        route = (await client._again(left, again, frozenset([client.peer(1)]))).route
+        route = (await client._again(left, again, LOADED, frozenset([client.peer(1)]))).route
         assert [(hop.peer, hop.start, hop.end) for hop in route.hops] == [
             (client.peer(depot), start, end) for depot, start, end in other
         ]
@@ -210,3 +213,28 @@ def test_who_waits_for_another_client_gives_up_the_lease_that_the_other_waits_fo
         assert client.leased == [(0, 3), None, (3, 4)]
 
     deploying(body, FIRST, other, other, other)
+
+
+def test_two_deployments_at_a_time_do_not_undo_each_other() -> None:
+    """The first one is cancelled when the second could be done."""
+
+    async def body(client: Deploying, model: Model) -> None:
+        held_up = client.depots[1]
+        held_up.replace = lambda answer: None if isinstance(answer, SpanLoaded) else answer
+        second = list[Route]()
+
+        async def later() -> None:
+            await trio.sleep(5)
+            held_up.replace = lambda answer: answer
+            second.append((await client.deploy(model.sealed, DeployOptions())).route)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(later)
+            with trio.move_on_after(60):
+                await client.deploy(model.sealed, DeployOptions())
+        await trio.sleep(1)
+        assert len(second) == 1
+        assert client.leased == [(0, 2), (2, 4), None]
+        assert {kept.hop for kept in client.leases.granted(DEPLOYMENT)} == set(second[0].hops)
+
+    deploying(body, FIRST, FIRST)
