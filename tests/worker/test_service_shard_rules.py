@@ -251,7 +251,8 @@ def test_a_lease_goes_no_further_than_the_store_s_budget(monkeypatch: pytest.Mon
     made = MemoryStore.__init__
 
     def small(store: MemoryStore) -> None:
-        made(store, 10 * PIECE_BYTES)
+        made(store)
+        store.bytes_max = 10 * PIECE_BYTES
 
     monkeypatch.setattr(MemoryStore, "__init__", small)
 
