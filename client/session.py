@@ -172,9 +172,12 @@ class RouteSession:
                     await link.send(CloseSession(self.id, self.keep_pages))
 
     def rest(self, page_keys: Callable[[], bytes]) -> None:
-        """Nobody uses the session until the next step. If it fails before, it is closed at once, so that no hop holds
-        it for an owner who does not look; they keep what `page_keys` then names, unless one broke the protocol."""
+        """Nobody uses the session until the next step. If it fails before, or has failed, it is closed at once, so that
+        no hop holds it for an owner who does not look; they keep what `page_keys` names, unless one broke the protocol.
+        """
         self._resting = page_keys
+        if self._failure is not None:  # unseen by who used it: nothing came after it
+            self._close_if_resting(self._failure)
 
     async def submit(self, payload: Payload, position: int, tail: int = 1) -> int:
         """Send a step: `payload` [T, d] holds the tokens at [position, position + T). Its id, for `result`.
@@ -265,6 +268,9 @@ class RouteSession:
         if self._sending is not None:
             self._sending.cancel()
         self._wake()
+        self._close_if_resting(error)
+
+    def _close_if_resting(self, error: SottoError) -> None:
         resting, self._resting = self._resting, None
         if resting is not None and not self._closed:
             self.keep_pages = b"" if isinstance(error, RemoteProtocolError) else resting()

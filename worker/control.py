@@ -68,6 +68,7 @@ class Control:
     _reads: trio.Lock = field(default_factory=trio.Lock)
     _loads: trio.Lock = field(default_factory=trio.Lock)
     _saved: dict[DeploymentId, bytes] = field(default_factory=dict)  # spans of an earlier run that are not loaded again
+    _saved_owners: dict[DeploymentId, PeerId] = field(default_factory=dict)  # of those that have been read
     _rest_until: float = -inf  # of the engine from loading, monotonic seconds
 
     async def answer(self, request: Message, peer: PeerId) -> Message:
@@ -234,7 +235,9 @@ class Control:
         self._saved.pop(request.deployment, None)
 
     async def _read_saved(self, deployment: DeploymentId) -> SpanRequest:
-        return await self.ports.run_sync(partial(read_saved, deployment, self._saved[deployment]))
+        request = await self.ports.run_sync(partial(read_saved, deployment, self._saved[deployment]))
+        self._saved_owners[deployment] = request.owner
+        return request
 
     async def _forget_saved(self, deployment: DeploymentId) -> None:
         self._saved.pop(deployment, None)
@@ -243,11 +246,14 @@ class Control:
     async def _release_saved(self, message: ReleaseSpan, peer: PeerId) -> None:
         """Forget a span of an earlier run before it is loaded again, if it is the peer's to forget. Raises Refused."""
         deployment = message.deployment
-        try:
-            request = await self._read_saved(deployment)
-        except (Refused, RemoteProtocolError):
-            return  # nor does `restore` load it
-        self.house.rights.require(Claim(peer, Right.MANAGE, deployment, request.owner), message.capability)
+        if deployment not in self._saved_owners:  # read once, for it costs more than a stranger's request pays
+            try:
+                await self._read_saved(deployment)
+            except (Refused, RemoteProtocolError):
+                await self._forget_saved(deployment)  # as `restore` does
+                return
+        owner = self._saved_owners[deployment]
+        self.house.rights.require(Claim(peer, Right.MANAGE, deployment, owner), message.capability)
         await self._forget_saved(deployment)
 
     async def _release(self, message: ReleaseSpan, peer: PeerId) -> None:

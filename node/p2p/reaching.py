@@ -91,6 +91,7 @@ class Reaching:
     def _begin_anew(self) -> None:
         """The machine got its first address, or another: what was heard, and mapped, is about the one of before."""
         self._asked.clear()
+        self._pauses_s.clear()  # the first question may go over a connection that is as good as dead
         self._moved.set()
         self._moved = trio.Event()
         self.mesh.reach.moved()

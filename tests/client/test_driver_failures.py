@@ -208,6 +208,23 @@ def test_a_session_that_nobody_uses_is_closed_everywhere_when_a_worker_is_lost(i
     with_swarm(3, body)
 
 
+def test_a_session_that_failed_unseen_is_closed_when_it_comes_to_rest() -> None:
+    """Its owner stopped reading before it failed."""
+
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        session = await driver.open_session(swarm.route, TERMS)
+        await session.step(activations(1), position=0)
+        swarm.network.crash(swarm.hops[0].identity.peer)
+        await trio.sleep(5)
+        assert swarm.hops[1].open_sessions == 1
+        session.rest(lambda: KEY)
+        await trio.sleep(1)
+        assert swarm.hops[1].open_sessions == 0
+        assert CloseSession(session.id, KEY) in swarm.hops[1].received
+
+    with_swarm(2, body)
+
+
 def test_pages_of_a_session_that_nobody_uses_are_not_kept_after_a_violation() -> None:
     async def body(swarm: FakeSwarm, driver: Driver) -> None:
         resting, used = [await driver.open_session(swarm.route, TERMS) for _ in range(2)]

@@ -6,10 +6,12 @@ import pytest
 import trio
 
 from protocol.errors import Refused
+from protocol.ids import DeploymentId
 from protocol.messages import LoadSpan, Refusal, RefusalReason, ReleaseSpan, SpanLeased, SpanLoaded, SpanReleased
 from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, in_swarm, lease_of, make_manifest
 from worker.admission import SpanLease, SpanLedger
+from worker.saved import read_saved
 from worker.spans import SpanRequest
 
 
@@ -83,7 +85,17 @@ def test_a_span_for_which_its_owner_has_no_share_left_now_is_not_forgotten(monke
 
 
 @pytest.mark.parametrize("who", ["owner", "stranger"])
-def test_what_is_released_before_it_is_loaded_again_does_not_come_back(who: str) -> None:
+def test_what_is_released_before_it_is_loaded_again_does_not_come_back(
+    who: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = list[DeploymentId]()
+
+    def noted(deployment: DeploymentId, data: bytes) -> SpanRequest:
+        read.append(deployment)
+        return read_saved(deployment, data)
+
+    monkeypatch.setattr("worker.control.read_saved", noted)
+
     async def test(swarm: Swarm) -> None:
         late = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
         first = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
@@ -91,7 +103,10 @@ def test_what_is_released_before_it_is_loaded_again_does_not_come_back(who: str)
         await trio.sleep(5)  # the newest is loading
         assert not worker.service.herald._held()
         peer = swarm.client if who == "owner" else await swarm.another("stranger")
-        answer = await peer.ask(worker, ReleaseSpan(late, True, b""))
+        answers = [await peer.ask(worker, ReleaseSpan(late, True, b"")) for _ in range(3)]
+        assert read == [first, late], "however often it is asked for"
+        answer = answers[0]
+        assert answers == [answer] * 3
         if who == "owner":
             assert answer == SpanReleased()
         else:

@@ -121,6 +121,31 @@ def test_a_machine_that_gets_another_address_is_looked_at_anew(monkeypatch):
     run(body)
 
 
+def test_who_said_no_for_long_is_asked_again_soon_at_another_address(monkeypatch):
+    """The first question goes over a connection that the move has broken, and nobody has noticed."""
+    monkeypatch.setattr(reaching_module, "PROBE_FIRST_S", 0.2)
+
+    async def body(first):
+        async with node_of("second") as second:
+            await second.connect(full_addr(first))
+            await until(lambda: second.reach.state is ReachState.PUBLIC)
+            reaching, asked, ask = second.reaching, [], second.reaching.autonat.ask
+
+            async def lost(peer, addrs):
+                asked.append(peer)
+                if len(asked) == 1:
+                    raise TransportError("gone")
+                return await ask(peer, addrs)
+
+            reaching.autonat.ask = lost
+            reaching._pauses_s[first.peer] = reaching_module.PROBE_S
+            moves(second)
+            await until(lambda: len(asked) > 1)
+
+    monkeypatch.setattr(autonat, "PAUSE_S", 0.0)
+    run(body)
+
+
 def test_the_router_is_told_at_once_that_the_machine_has_another_address(monkeypatch):
     async def body(first):
         asked = []
