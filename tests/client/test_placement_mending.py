@@ -66,6 +66,24 @@ def test_of_spans_that_overlap_one_stays() -> None:
     ]
 
 
+def test_who_is_left_out_fills_no_gap() -> None:
+    swarm = view(advert(0, 0), advert(4, 4), advert(2, 2))
+    assert hops(mended(swarm, MODEL, [(peer(0), 0, 2)], LOST)) == [(peer(0), 0, 2), (peer(2), 2, 4)]
+
+
+def test_what_is_said_of_other_blocks_says_nothing_of_a_gap() -> None:
+    """The slow worker holds blocks that have the numbers of the gap's, when these are counted from the gap's start."""
+    quick, slow = advert(2, 2, read_gb_s=10.0), advert(2, 2, read_gb_s=0.1, spans=(HeldSpan(DEPLOYMENT, 0, 2, 1),))
+    swarm = view(advert(0, 0), slow, quick)
+    assert hops(mended(swarm, MODEL, [(peer(0), 0, 2)], PlaceOptions())) == [(peer(0), 0, 2), (peer(2), 2, 4)]
+
+
+def test_a_gap_need_not_be_spread_when_the_whole_is() -> None:
+    swarm = view(advert(0, 0), advert(1, 1))
+    found = mended(swarm, MODEL, [(peer(0), 0, 3)], PlaceOptions(hops_min=2))
+    assert hops(found) == [(peer(0), 0, 3), (peer(1), 3, 4)]
+
+
 def test_there_is_nothing_to_mend() -> None:
     assert mended(LEFT, MODEL, [], LOST) is None
     assert mended(LEFT, MODEL, [(peer(0), 0, 2), (peer(1), 2, 4)], PlaceOptions()) is None, "no gap: it failed for else"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,17 +13,20 @@ import pytest
 import trio
 
 from client.errors import HopRefused, HopViolation
-from client.leases import LeaseKeeper
+from client.leases import KeptLease, LeaseKeeper
 from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
 from client.ports import ClientPorts
 from client.routing import Hop, Route
 from node.client import Client, ClientOptions, DeployOptions, Loaded, SealedModel
+from protocol.adverts import Advert, HeldSpan
 from protocol.errors import RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
+from protocol.messages import LeaseSpan
 from protocol.swarm import SwarmView
 from simnet.runtime import VirtualClock, run
 from tests.helpers.adverts import advert, peer, view
+from tests.helpers.placing import needs
 
 DEPLOYMENT = DeploymentId(b"d" * 16)
 SWARM = view(advert(), advert())
@@ -153,3 +157,43 @@ def test_a_route_is_found_anew_past_the_lost_and_else_among_all_and_leases_stay_
         assert len(parted) == 1
 
     run(main, seed=0)
+
+
+class Moving(Client):
+    """Leases the first half of the model from the first worker, and the second half from the second, which is lost."""
+
+    def __init__(self, *, granted: bool = True) -> None:
+        self.leases = LeaseKeeper(cast("ClientPorts", None))
+        for number, (start, end) in enumerate([(0, 2), (2, 4)]):
+            request = cast("LeaseSpan", SimpleNamespace(kv_tokens=MODEL.kv_tokens))
+            kept = KeptLease(DEPLOYMENT, Hop(peer(number), (), start, end), request, granted=granted)
+            self.leases.kept[DEPLOYMENT, peer(number)] = kept
+
+    async def rtts_ms(self, _: object) -> dict[PeerId, float]:
+        return {}
+
+    def over(self, first: Advert, *others: Advert) -> list[tuple[PeerId, int, int]]:
+        options = PlaceOptions(exclude=frozenset([peer(1)]))
+        placement = trio.run(self.planned, view(first, *others), MODEL, options)
+        return [(hop.peer, hop.start, hop.end) for hop in placement.hops]
+
+
+MODEL = replace(needs(1, 1, 1, 1, kv_mib=1), deployment=DEPLOYMENT)
+STANDS = advert(0.5, 0.5, spans=(HeldSpan(DEPLOYMENT, 0, 2, 100),))
+LOST = advert(0, 0, spans=(HeldSpan(DEPLOYMENT, 2, 4, 100),))
+SPARE = advert(2, 2)
+
+
+def test_a_move_keeps_what_is_leased_and_said_to_stand() -> None:
+    assert Moving().over(STANDS, LOST, SPARE) == [(peer(0), 0, 2), (peer(2), 2, 4)]
+
+
+@pytest.mark.parametrize("first", [replace(STANDS, accepting=False), replace(STANDS, spans=())])
+def test_a_move_does_not_count_on_a_worker_that_is_paused_or_says_nothing_of_the_span(first: Advert) -> None:
+    with pytest.raises(RouteUnavailable):
+        Moving().over(first, LOST, SPARE)
+
+
+def test_a_move_does_not_count_on_a_lease_that_was_not_granted() -> None:
+    with pytest.raises(RouteUnavailable):
+        Moving(granted=False).over(STANDS, LOST, SPARE)
