@@ -1,31 +1,36 @@
 """A sealed model's way to workers: leased where it is held, else placed and sent, again without whoever declines.
 
-Of a client (client.py), which knows the swarm and what was leased. It starts no task.
+For a client (client.py), which knows the swarm and what was leased. It starts no task.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import trio
 
 from client.deploy import DeployedHop, DeployProgress, deploy
+from client.deploy import Progress as UploadProgress
 from client.errors import HopLost, HopRefused, HopViolation
-from client.leases import Leasing
+from client.leases import LeaseKeeper, Leasing
 from client.placement import ModelNeeds, Placement, PlaceOptions
+from client.placement.needs import Objective, whole_pages
+from client.ports import ClientPorts
 from client.revoking import remind
 from client.routing import Route, held_route, route_of
+from client.swarm import SwarmWatch
 from client.upload import Supply, holders_in
+from node.defaults import KV_TOKENS
+from node.grants import Grants
 from node.links import Inflow
 from node.sealing import FolderSource, SealedFolder
 from protocol.errors import RouteUnavailable
+from protocol.ids import PeerId
 from protocol.messages import RefusalReason
-from protocol.swarm import SwarmView
-
-if TYPE_CHECKING:
-    from node.client import Client, DeployOptions
+from protocol.swarm import Member, SwarmView
 
 log = logging.getLogger("sotto.client")
 
@@ -39,10 +44,52 @@ _Failure = HopRefused | HopLost | HopViolation
 
 
 @dataclass(frozen=True, slots=True)
-class Bringing:
-    """One deployment by `client`. `manifest`: that of `folder`, signed; `needs`: of it, with room as `options` say."""
+class DeployOptions:
+    """`hops_min`: spread over at least so many workers. `kv_tokens`: room of one stream, of which there are
+    `concurrency`; it is leased, so that nobody else can take it. `objective`, `client_s`: see PlaceOptions.
+    `on_placement` is called again when a worker declines, or is lost, and the model is placed without it."""
 
-    client: Client
+    hops_min: int = 1
+    objective: Objective = "latency"
+    concurrency: int = 1
+    kv_tokens: int = KV_TOKENS
+    client_s: float = 0.0
+    on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None
+    on_upload: UploadProgress = lambda _: None
+
+    @property
+    def kv_room(self) -> int:
+        """Tokens that a stream takes at a worker: whole pages."""
+        return whole_pages(self.kv_tokens)
+
+    def where(self, without: frozenset[PeerId]) -> PlaceOptions:
+        """How it is placed when the workers `without` are left out."""
+        return PlaceOptions(self.objective, self.concurrency, self.hops_min, without, client_s=self.client_s)
+
+
+class BringingHost(Protocol):
+    """What is needed of node.client.Client, which says what each does."""
+
+    @property
+    def ports(self) -> ClientPorts: ...
+    @property
+    def watch(self) -> SwarmWatch: ...
+    @property
+    def leases(self) -> LeaseKeeper: ...
+    @property
+    def grants(self) -> Grants: ...
+    async def discover(self) -> SwarmView: ...
+    async def rtts_ms(self, members: Iterable[Member]) -> dict[PeerId, float]: ...
+    async def place(self, needs: ModelNeeds, options: PlaceOptions) -> tuple[Placement, SwarmView]: ...
+    async def planned(self, view: SwarmView, needs: ModelNeeds, options: PlaceOptions) -> Placement: ...
+    def note_brought(self, inflow: Inflow, started: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bringing:
+    """One deployment for `client`. `manifest`: that of `folder`, signed; `needs`: of it, with room as `options` say."""
+
+    client: BringingHost
     folder: SealedFolder
     manifest: bytes
     needs: ModelNeeds

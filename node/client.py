@@ -16,14 +16,12 @@ import trio
 
 from client.batches import Batches
 from client.deploy import DeployedHop
-from client.deploy import Progress as UploadProgress
 from client.driver import Driver
 from client.leases import KeptLease, LeaseKeeper
 from client.metalearning.candidates import RANKING
 from client.metalearning.chooser import Chooser
 from client.page_keys import plain_secret
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, mended, plan, priced
-from client.placement.needs import Objective, whole_pages
 from client.ports import ClientPorts
 from client.revoking import revoke_everywhere
 from client.routing import Route, choose_route, spans_meet
@@ -34,7 +32,7 @@ from equivariant.ends import ClientEnds
 from equivariant.keys import RootKey, require_key
 from models.checkpoint import Checkpoint
 from models.tokenizer import Tokenizer
-from node.bringing import Bringing
+from node.bringing import Bringing, DeployOptions
 from node.choosing import Choosing, shipped_ranking
 from node.defaults import KV_TOKENS
 from node.draft import Draft
@@ -92,30 +90,6 @@ class SealedModel:
     checkpoint: Checkpoint
     folder: SealedFolder
     key: RootKey | None
-
-
-@dataclass(frozen=True, slots=True)
-class DeployOptions:
-    """`hops_min`: spread over at least so many workers. `kv_tokens`: room of one stream, of which there are
-    `concurrency`; it is leased, so that nobody else can take it. `objective`, `client_s`: see PlaceOptions.
-    `on_placement` is called again when a worker declines, or is lost, and the model is placed without it."""
-
-    hops_min: int = 1
-    objective: Objective = "latency"
-    concurrency: int = 1
-    kv_tokens: int = KV_TOKENS
-    client_s: float = 0.0
-    on_placement: Callable[[Placement, SwarmView], None] = lambda *_: None
-    on_upload: UploadProgress = lambda _: None
-
-    @property
-    def kv_room(self) -> int:
-        """Tokens that a stream takes at a worker: whole pages."""
-        return whole_pages(self.kv_tokens)
-
-    def where(self, without: frozenset[PeerId]) -> PlaceOptions:
-        """How it is placed when the workers `without` are left out."""
-        return PlaceOptions(self.objective, self.concurrency, self.hops_min, without, client_s=self.client_s)
 
 
 DEPLOY_DEFAULT = DeployOptions()

@@ -23,8 +23,9 @@ from client.generate import GenerationResult
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from node.app_client import open_client
+from node.bringing import DeployOptions
 from node.chat import ChatOptions, open_chat
-from node.client import Client, ClientOptions, DeployOptions
+from node.client import Client, ClientOptions
 from node.defaults import KV_TOKENS
 from node.grants import read_token
 from node.keys import key_of

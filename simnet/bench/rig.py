@@ -21,7 +21,8 @@ import trio
 from client.generate import GenerationResult
 from models.checkpoint import Checkpoint
 from node.app_client import open_client
-from node.client import ClientOptions, DeployOptions
+from node.bringing import DeployOptions
+from node.client import ClientOptions
 from node.cores import cores
 from node.keys import key_of
 from node.model import Ask, DeployedModel

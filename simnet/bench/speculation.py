@@ -35,7 +35,8 @@ from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from node.app_client import open_client
-from node.client import ClientOptions, DeployOptions
+from node.bringing import DeployOptions
+from node.client import ClientOptions
 from node.groups import ungrouped
 from node.keys import default_key
 from node.model import Ask, DeployedModel

@@ -18,7 +18,8 @@ import trio
 from client.asking import ANSWER_S, ask
 from client.errors import HopRefused
 from models.checkpoint import Checkpoint
-from node.client import Client, DeployOptions
+from node.bringing import DeployOptions
+from node.client import Client
 from node.keys import default_key
 from node.model import Ask, DeployedModel
 from node.p2p.mesh import Mesh, MeshConfig, open_mesh

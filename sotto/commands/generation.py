@@ -151,7 +151,8 @@ def _end_of_job(report: dict[str, Any], why: str | None, as_json: bool) -> None:
 async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     """The model of a command line, sealed and deployed, with progress for people."""
     from node.app_client import open_client
-    from node.client import ClientOptions, DeployOptions
+    from node.bringing import DeployOptions
+    from node.client import ClientOptions
     from node.grants import read_token
     from node.keys import key_of
     from sotto.commands.models import brought, describe_placement, open_model

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from client.placement import Placement
     from equivariant.keys import RootKey
     from models.checkpoint import Checkpoint
-    from node.client import Client, DeployOptions
+    from node.bringing import DeployOptions
+    from node.client import Client
     from node.model import DeployedModel
     from protocol.ids import PeerId
     from protocol.swarm import SwarmView

@@ -119,7 +119,7 @@ async def _survey(client: Client, asked: _Asked) -> Found:
 async def _deploy(asked: _Asked) -> Found:
     """The survey, then the same on real workers. What they hold already is used as it lies."""
     from node.app_client import open_client
-    from node.client import DeployOptions
+    from node.bringing import DeployOptions
     from node.keys import default_key
     from node.measuring import measure
     from sotto.commands.models import brought

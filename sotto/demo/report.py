@@ -24,7 +24,8 @@ from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
 from node.app_client import open_client
-from node.client import Client, ClientOptions, DeployOptions
+from node.bringing import DeployOptions
+from node.client import Client, ClientOptions
 from node.keys import default_key
 from node.model import Ask, DeployedModel
 from protocol.ids import PeerId

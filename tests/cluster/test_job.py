@@ -16,7 +16,8 @@ from equivariant.ends import ClientEnds
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
-from node.client import Client, DeployOptions
+from node.bringing import DeployOptions
+from node.client import Client
 from node.model import Ask
 from simnet import cluster
 from sotto.commands.job import Listener, run_job

@@ -11,7 +11,8 @@ import trio
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from node.app_client import open_client
-from node.client import Client, ClientOptions, DeployOptions
+from node.bringing import DeployOptions
+from node.client import Client, ClientOptions
 from node.keys import default_key
 from node.model import Ask, DeployedModel
 from protocol.limits import PAGE_TOKENS

@@ -18,7 +18,8 @@ from client.leases import Leasing
 from client.routing import Hop, Route
 from client.upload import Supply, holders_in
 from models.checkpoint import Checkpoint
-from node.client import Client, DeployOptions, SealedModel
+from node.bringing import DeployOptions
+from node.client import Client, SealedModel
 from node.identity import load_identity
 from node.model import Ask
 from node.sealing import FolderSource

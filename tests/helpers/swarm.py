@@ -11,7 +11,8 @@ import trio
 from client.placement import Placement
 from models.checkpoint import Checkpoint
 from node.app_client import open_client
-from node.client import SETTLE_S, Client, ClientOptions, DeployOptions
+from node.bringing import DeployOptions
+from node.client import SETTLE_S, Client, ClientOptions
 from node.groups import ungrouped
 from node.keys import key_of
 from node.model import DeployedModel

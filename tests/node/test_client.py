@@ -18,7 +18,8 @@ from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
 from client.ports import ClientPorts
 from client.routing import Hop, Route
-from node.client import Client, ClientOptions, DeployOptions, Loaded, SealedModel
+from node.bringing import DeployOptions
+from node.client import Client, ClientOptions, Loaded, SealedModel
 from protocol.adverts import Advert, HeldSpan
 from protocol.errors import RouteUnavailable
 from protocol.ids import DeploymentId, PeerId

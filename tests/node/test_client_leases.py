@@ -18,7 +18,8 @@ from client.leases import LEASE_S, LeaseKeeper
 from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
 from client.routing import Route
-from node.client import Client, DeployOptions, Loaded, SealedModel
+from node.bringing import DeployOptions
+from node.client import Client, Loaded, SealedModel
 from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import PeerId
 from protocol.manifest import sign_manifest

@@ -6,7 +6,7 @@ import pytest
 
 from client.placement import PlaceOptions, plan
 from models.checkpoint import Checkpoint
-from node.client import DeployOptions
+from node.bringing import DeployOptions
 from node.survey import Machine, survey, this_machine
 from sotto.demo import demo_checkpoint
 from tests.helpers.adverts import advert, view

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from node.client import ClientOptions, DeployOptions
+from node.bringing import DeployOptions
+from node.client import ClientOptions
 from protocol.errors import InputError
 from sotto.__main__ import app
 from sotto.commands.chat import _lines

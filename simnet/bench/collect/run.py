@@ -25,7 +25,8 @@ from client.placement.needs import whole_pages
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
 from node.app_client import open_client
-from node.client import ClientOptions, DeployOptions
+from node.bringing import DeployOptions
+from node.client import ClientOptions
 from node.groups import ungrouped
 from node.keys import default_key
 from node.model import DeployedModel
