@@ -133,8 +133,10 @@ def test_a_lookup_ends_in_time_among_those_who_say_nothing():
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
-def test_who_joined_by_a_node_that_goes_for_good_stay_together():
+def test_who_joined_by_a_node_that_goes_for_good_stay_together(monkeypatch):
     """There are no shards yet, for whose sake they would have met."""
+    monkeypatch.setattr(dht, "WIDEN_FIRST_S", 0.2)  # the first lookups may come before the hub knows addresses
+    monkeypatch.setattr(dht, "WIDEN_S", 1.0)
 
     async def body(a, b):
         async with open_mesh(MeshConfig(seed_of("hub"))) as hub, trio.open_nursery() as nursery:
