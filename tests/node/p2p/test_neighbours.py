@@ -113,18 +113,24 @@ def test_a_neighbour_that_was_slow_to_negotiate_is_asked_again(monkeypatch):
     two_meshes(body)
 
 
+def refused_streams(monkeypatch, a):
+    """Nobody speaks gossipsub with `a`; gives whom it asks."""
+    asked = []
+
+    async def refused(peer):
+        asked.append(peer)
+        await trio.lowlevel.checkpoint()
+        raise StreamFailure("not spoken here")
+
+    gossip_streams(monkeypatch, a, refused)
+    return asked
+
+
 def test_a_neighbour_that_speaks_no_gossipsub_is_asked_a_few_times(monkeypatch):
     monkeypatch.setattr(gossip, "GREET_AGAIN_S", (0.0, 0.0))
 
     async def body(a, b):
-        asked = []
-
-        async def refused(peer):
-            asked.append(peer)
-            await trio.lowlevel.checkpoint()
-            raise StreamFailure("not spoken here")
-
-        gossip_streams(monkeypatch, a, refused)
+        asked = refused_streams(monkeypatch, a)
         await a.connect(full_addr(b))
         await until(lambda: len(asked) >= 3 and not a._pubsub._greeting)
         await a._pubsub._handle_new_peer_with_retry(b._host.get_id())
@@ -137,14 +143,7 @@ def test_a_neighbour_that_has_left_is_not_asked_again(monkeypatch):
     monkeypatch.setattr(gossip, "GREET_AGAIN_S", (0.3,))
 
     async def body(a, b):
-        asked = []
-
-        async def refused(peer):
-            asked.append(peer)
-            await trio.lowlevel.checkpoint()
-            raise StreamFailure("not spoken here")
-
-        gossip_streams(monkeypatch, a, refused)
+        asked = refused_streams(monkeypatch, a)
         await a.connect(full_addr(b))
         await until(lambda: bool(asked) and not a._pubsub._greeting)
         a._host.drop(b._host.get_id())
