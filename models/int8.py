@@ -3,7 +3,8 @@
 A row of the input is rounded to 8 bits by its own largest magnitude, the product is summed in whole numbers, and both
 factors multiply the sum. Whole sums do not depend on their order: a row's result has the same bits in every batch, and
 no row is rounded by its neighbours'. oneDNN's operator is private to torch, so each packed weight is checked against
-the exact product before it is used; without it, the same numbers are multiplied in floating point.
+the exact product before it is used; without it, the same numbers are multiplied in floating point. Few rows are
+multiplied by models/few_rows.py, to the same bits.
 
 Invariant: a packed weight takes the memory of a plain one; the plain one is not kept.
 """
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.errors import ModelError
+from models.few_rows import INT8_ROWS_MAX, FewInt8Rows, few_rows_fit
 from models.linear import HAS_ONEDNN, PACKED_ROWS, own_columns
 from models.precision import MATRICES, scale_name
 
@@ -61,7 +63,7 @@ class Int8Linear:
     do not write to them. Raises ModelError when a factor is not finite and above zero."""
 
     __slots__ = (
-        "_bias", "_packed", "_scale", "_weight", "_zeros",
+        "_bias", "_few", "_packed", "_scale", "_weight", "_zeros",
         "device", "dtype", "in_features", "out_features", "weight_bytes",
     )  # fmt: skip
 
@@ -74,6 +76,7 @@ class Int8Linear:
         self._bias, self._scale = bias, scale
         self._zeros = torch.zeros(self.out_features, dtype=torch.int32, device=weight.device)
         self._packed = self._pack(weight)
+        self._few = None if self._packed is None else self._few_rows(weight, self._packed)
         self._weight = weight if self._packed is None else None
 
     @property
@@ -90,6 +93,8 @@ class Int8Linear:
         return own_columns(self._product(x), start, end)
 
     def _product(self, x: Tensor) -> Tensor:
+        if self._few is not None and 0 < len(x) <= INT8_ROWS_MAX:
+            return self._few(x)
         levels, factor = _quantise_input(x)
         if self._packed is not None:
             return _multiply(levels, self._packed, self._scale, self._zeros).mul_(factor)
@@ -111,6 +116,21 @@ class Int8Linear:
             log.warning("packed int8 weights disagree with the exact product; they are not used")
             return None
         return packed
+
+    @torch.inference_mode()
+    def _few_rows(self, weight: Tensor, packed: Tensor) -> FewInt8Rows | None:
+        """Products of few rows with `packed`, whose bits are those of oneDNN's; None where they are not."""
+        shape = self.out_features, self.in_features
+        if not few_rows_fit(packed, *shape, torch.int8):
+            return None
+        offset = weight.sum(1, dtype=torch.int32).mul_(ZERO)
+        few = FewInt8Rows(packed, shape, self._scale, offset)
+        probe = torch.linspace(-1.0, 1.0, 2 * self.in_features).view(2, -1)
+        levels, factor = _quantise_input(probe)
+        if not torch.equal(few(probe), _multiply(levels, packed, self._scale, self._zeros).mul_(factor)):
+            log.warning("int8 products of few rows disagree with oneDNN's; they are not used")
+            return None
+        return few
 
     def _agrees(self, weight: Tensor, packed: Tensor) -> bool:
         # Signs of a row of the weight make the largest sums there are: processors without the dot product of bytes add

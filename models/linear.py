@@ -1,8 +1,9 @@
 """The one seam through which every matrix product with weights goes, and the layout that makes it fast.
 
 On a CPU with oneDNN a weight is reordered once, when it is loaded, into the blocks that its kernels read: 1.1 to 3
-times the speed of F.linear in float32 and bfloat16, most at a few rows. The operators are torch's own but private, so
-each packed weight is checked against F.linear before it is used; where they are missing or disagree F.linear stays.
+times the speed of F.linear in float32 and bfloat16. Products of few rows read the same blocks faster still
+(models/few_rows.py). oneDNN's operators are torch's own but private, so each packed weight is checked against F.linear
+before it is used, in both ways; where they are missing or disagree F.linear stays.
 
 Invariant: a packed weight takes the memory of a plain one; the plain one is not kept.
 """
@@ -10,10 +11,13 @@ Invariant: a packed weight takes the memory of a plain one; the plain one is not
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.few_rows import FLOAT_ROWS_MAX, FewRows, few_rows_fit
 
 HAS_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 log = logging.getLogger("sotto.models")
@@ -28,7 +32,9 @@ PROBE_ROUNDINGS = 8
 class Linear:
     """x W^T + b for a weight W [out, in] and a bias b [out] or none. Takes the tensors over: do not write to them."""
 
-    __slots__ = ("_bias", "_packed", "_weight", "device", "dtype", "in_features", "out_features", "weight_bytes")
+    __slots__ = (
+        "_bias", "_few", "_packed", "_weight", "device", "dtype", "in_features", "out_features", "weight_bytes",
+    )  # fmt: skip
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
@@ -36,6 +42,7 @@ class Linear:
         self.weight_bytes = weight.nbytes
         self._bias = bias
         self._packed = _pack(weight)
+        self._few = None if self._packed is None else _few_rows(weight, self._packed, bias)
         self._weight = weight if self._packed is None else None
 
     @property
@@ -46,12 +53,16 @@ class Linear:
         """x [T, in] in the weight's dtype: [T, out]. No gradients."""
         if self._packed is None:
             return F.linear(x, self._weight, self._bias)  # type: ignore[arg-type]  # one of the two is there
+        if self._few is not None and 0 < len(x) <= FLOAT_ROWS_MAX:
+            return self._few(x)
         return _multiply(x, self._packed, self._bias)
 
     def rows(self, x: Tensor, start: int, end: int) -> Tensor:
         """x [T, in] through rows [start, end) of the weight alone, without bias: [T, end - start]."""
         if self._packed is None:
             return F.linear(x, self._weight[start:end])  # type: ignore[index]
+        if self._few is not None and 0 < len(x) <= FLOAT_ROWS_MAX:
+            return own_columns(self._few(x, biased=False), start, end)
         return own_columns(_multiply(x, self._packed, None), start, end)
 
 
@@ -75,7 +86,7 @@ def _pack(weight: Tensor) -> Tensor | None:
         return None
     try:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
-        agrees = _agrees(weight, packed)
+        agrees = _agrees(weight, lambda probe: _multiply(probe, packed, None))
     except (AttributeError, RuntimeError) as error:  # another torch, or a processor without the kernels
         log.debug("weights stay as they are", extra={"reason": str(error)})
         return None
@@ -85,9 +96,21 @@ def _pack(weight: Tensor) -> Tensor | None:
     return packed
 
 
-def _agrees(weight: Tensor, packed: Tensor) -> bool:
+@torch.inference_mode()
+def _few_rows(weight: Tensor, packed: Tensor, bias: Tensor | None) -> FewRows | None:
+    """Products of few rows with `packed`; None where the processor or its layout is another."""
+    if not few_rows_fit(packed, weight.shape[0], weight.shape[1], weight.dtype):
+        return None
+    few = FewRows(packed, bias)
+    if not _agrees(weight, lambda probe: few(probe, biased=False)):
+        log.warning("products of few rows disagree with torch's own; they are not used")
+        return None
+    return few
+
+
+def _agrees(weight: Tensor, product: Callable[[Tensor], Tensor]) -> bool:
     probe = torch.linspace(-1.0, 1.0, PROBE_ROWS * weight.shape[1]).reshape(PROBE_ROWS, -1).to(weight.dtype)
-    expected, got = F.linear(probe, weight).float(), _multiply(probe, packed, None).float()
+    expected, got = F.linear(probe, weight).float(), product(probe).float()
     magnitude = F.linear(probe.abs(), weight.abs()).float()
     return bool(((got - expected).abs() <= PROBE_ROUNDINGS * torch.finfo(weight.dtype).eps * magnitude).all())
 
