@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import BlockConfig
-from models.layout import Group, Layout, Read
+from models.kernels import attended
+from models.layout import Alone, Group, Layout, Read
 from models.pages import Extent, Kv, Place, Run
 
 FUSED_KEYS_MAX = 512  # in bfloat16: up to here the fused kernel beats two products, whose fixed cost is higher
@@ -69,10 +70,17 @@ def attend_batch(queries: Tensor, kv: Kv, layout: Layout, window: int) -> Tensor
     """Attention of the rows of `layout`, whose keys and values are in `kv` by now: queries [nq, R, hd] give
     [R, nq hd]. Each row sees its own sequence only; see `attend`."""
     plan = layout.plan(kv.keys, window)
-    parts = [_attend_group(queries, kv, group) for group in plan.groups]
+    parts = [] if plan.alone is None else [_attend_alone(queries, kv, plan.alone)]
+    parts += [_attend_group(queries, kv, group) for group in plan.groups]
     parts += [_attend_read(queries, kv, read, window) for read in plan.apart]
     mixed = (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(layout.rows, -1)
     return mixed if plan.order is None else mixed.index_select(0, plan.order)
+
+
+def _attend_alone(queries: Tensor, kv: Kv, alone: Alone) -> Tensor:
+    """Attention of n rows one by one: [n nk, nq / nk, hd]."""
+    mixed = attended(queries, kv.keys, kv.values, alone.reads, alone.places, alone.tokens)
+    return mixed.view(len(alone.reads) * len(kv.keys), -1, queries.shape[2])
 
 
 def _attend_group(queries: Tensor, kv: Kv, group: Group) -> Tensor:

@@ -17,6 +17,7 @@ from models.attention import KvCache, attend_batch, attend_tile
 from models.config import BlockConfig
 from models.errors import ContextExceeded, ModelError
 from models.int8 import Int8Linear
+from models.kernels import fits, gated
 from models.layout import Layout, Segment
 from models.linear import Linear
 from models.norm import rms_norm
@@ -224,6 +225,8 @@ class Block:
 
     def _mlp(self, x: Tensor) -> Tensor:
         both, width = self._gate_up(x), self.config.intermediate_size
+        if fits(both):
+            return self._down(gated(both))
         return self._down(F.silu(both[:, :width]).mul_(both[:, width:]))
 
 

@@ -1,6 +1,6 @@
 """Products of few rows, as when tokens are decoded, straight from weights that oneDNN has packed.
 
-At up to some two dozen rows a product is the reading of its weights: models/_few_rows.c reads them at the speed of the
+At up to some two dozen rows a product is the reading of its weights: csrc/products.c reads them at the speed of the
 memory, 1.1 to 2.5 times oneDNN's, on processors with AVX-512 under Linux. It relies on how oneDNN 3 lays weights out
 there, so each weight is multiplied once by torch too before it is used (models/linear.py, models/int8.py).
 
@@ -12,15 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-try:  # after torch, whose threads it finds
-    from models import _few_rows as kernels
-except ImportError:  # no compiler was there when sotto was installed
-    kernels = None  # type: ignore[assignment]
+from models.kernels import ROWS_MAX, SUPPORTED, compiled
 
-_HAS_ADDRESSES = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))  # private, as packing is
-SUPPORTED = frozenset(kernels.SUPPORTED.split()) if kernels is not None and _HAS_ADDRESSES else frozenset()
 FLOAT_ROWS_MAX = 24  # with more, oneDNN's products are as fast or faster
-INT8_ROWS_MAX = kernels.ROWS_MAX if kernels is not None else 0
+INT8_ROWS_MAX = ROWS_MAX
 OUTPUTS = 64  # of a block of the layout, as the kernels know it
 INPUTS = {torch.float32: 16, torch.bfloat16: 32, torch.int8: 64}  # what a block's inputs are padded to
 
@@ -34,7 +29,7 @@ class FewRows:
         bias = None if bias is None else bias.to(packed.dtype).contiguous()
         self._kept = packed, bias  # whose addresses follow
         self._dtype = packed.dtype
-        self._multiply = kernels.multiply_float32 if packed.dtype is torch.float32 else kernels.multiply_bfloat16
+        self._multiply = compiled.multiply_float32 if packed.dtype is torch.float32 else compiled.multiply_bfloat16
         self._weight = torch.ops.mkldnn.data_ptr(packed)
         self._out, self._in = packed.shape
         self._bias = 0 if bias is None else bias.data_ptr()
@@ -67,7 +62,7 @@ class FewInt8Rows:
         _check(x, torch.float32, self._in)
         x = x.contiguous()
         y, levels = x.new_empty((len(x), self._out)), x.new_empty((len(x), self._in + 3), dtype=torch.uint8)
-        kernels.multiply_int8(
+        compiled.multiply_int8(
             self._weight, self._scale, self._offset, x.data_ptr(), levels.data_ptr(), y.data_ptr(),
             len(x), self._in, self._out, torch.get_num_threads(),
         )  # fmt: skip

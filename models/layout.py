@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.kernels import HEAD_WIDTH_MAX, has_kernels
 from models.pages import Extent, Kv, Place
 
-# On a CPU single rows in these dtypes are attended together, if there are GROUP_ROWS_MIN: 16 rows of 80 tokens in half
-# the time. Copies of more than GROUP_BYTES_MAX of keys, in float32, cost page faults; copies of rows of more than an
-# eighth of that as much as the calls that they save. In float32 rows cost the same one by one.
+# Rows of a sequence that are attended one by one where there are kernels for that: more share what they read.
+ALONE_ROWS_MAX = 8
+# On other CPUs single rows in these dtypes are attended together, if there are GROUP_ROWS_MIN: 16 rows of 80 tokens in
+# half the time. Copies of more than GROUP_BYTES_MAX of keys, in float32, cost page faults; copies of rows of more than
+# an eighth of that as much as the calls that they save. In float32 rows cost the same one by one.
 GROUPED_DTYPES = (torch.bfloat16, torch.float16)
 GROUP_ROWS_MIN = 4
 GROUP_BYTES_MAX = 2 << 20
@@ -46,6 +49,15 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Alone:
+    """n rows that are attended one by one, in one call: what `kernels.attended` takes."""
+
+    reads: Tensor
+    places: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """n single rows that are attended together, their keys padded to the longest, L: `rows` [n], or None for all rows
     of the batch, `tokens` [n L], and `mask` [nk n, 1, L], -inf where padding is. Heads are outermost."""
@@ -57,9 +69,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Who is attended with whom: groups first, then the others one by one. Row i of a batch is row `order[i]` of what
-    that gives, one after another; None when it is in order."""
+    """Who is attended with whom: rows alone first, then groups, then the others one by one. Row i of a batch is row
+    `order[i]` of what that gives, one after another; None when it is in order."""
 
+    alone: Alone | None
     groups: Sequence[Group]
     apart: Sequence[Read]
     order: Tensor | None
@@ -109,8 +122,31 @@ class Layout:
         """For a block of this `window` (0: none) and `keys` [nk, capacity, hd] like these."""
         kind = window, keys.shape
         if kind not in self._plans:
-            self._plans[kind] = self._plan(list(self._reads(window)), keys)
+            if has_kernels(keys) and keys.shape[2] <= HEAD_WIDTH_MAX:
+                self._plans[kind] = self._plan_alone(window)
+            else:
+                self._plans[kind] = self._plan(list(self._reads(window)), keys)
         return self._plans[kind]
+
+    def _plan_alone(self, window: int) -> Plan:
+        reads: list[tuple[int, int, int]] = []
+        places: list[Place] = []
+        apart, row = [], 0
+        for segment, read in zip(self.segments, self._reads(window), strict=True):
+            if segment.count > ALONE_ROWS_MAX:
+                apart.append(read)
+            else:
+                for position in range(segment.position, segment.position + segment.count):
+                    start, first = max(0, position + 1 - window) if window else 0, len(places)
+                    places += segment.extent.places(start, position + 1)
+                    reads.append((row + position - segment.position, first, len(places)))
+            row += segment.count
+        if not reads:
+            return Plan(None, (), apart, None)
+        alone = Alone(torch.tensor(reads), torch.tensor(places), sum(count for _, count in places))
+        rows = [row for row, _, _ in reads]
+        rows += [row for read in apart for row in range(read.row, read.row + read.count)]
+        return Plan(alone, (), apart, _order(rows))
 
     def _reads(self, window: int) -> Iterator[Read]:
         row = 0
@@ -123,7 +159,7 @@ class Layout:
 
     def _plan(self, reads: list[Read], keys: Tensor) -> Plan:
         if keys.device.type != "cpu" or keys.dtype not in GROUPED_DTYPES or len(reads) < GROUP_ROWS_MIN:
-            return Plan((), reads, None)
+            return Plan(None, (), reads, None)
         num_keys, _, width = keys.shape
         tokens_max = GROUP_BYTES_MAX // (4 * num_keys * width)
         fit = [read for read in reads if read.count == len(read.places) == 1 and 8 * read.length <= tokens_max]
@@ -132,8 +168,7 @@ class Layout:
         apart = [read for read in reads if read.row not in grouped]
         rows = [read.row for part in together for read in part]
         rows += [row for read in apart for row in range(read.row, read.row + read.count)]
-        order = None if rows == sorted(rows) else torch.tensor(rows).argsort()
-        return Plan([self._group(part, num_keys) for part in together], apart, order)
+        return Plan(None, [self._group(part, num_keys) for part in together], apart, _order(rows))
 
     def _group(self, reads: Sequence[Read], num_keys: int) -> Group:
         rows = None if len(reads) == self.rows else torch.tensor([read.row for read in reads])
@@ -142,6 +177,11 @@ class Layout:
         token = torch.arange(max(read.length for read in reads))
         mask = torch.zeros(len(reads), len(token)).masked_fill_(token > last, -math.inf)
         return Group(rows, (first + token.minimum(last)).view(-1), mask.repeat(num_keys, 1)[:, None])
+
+
+def _order(rows: list[int]) -> Tensor | None:
+    """Where each row lies among `rows`; None when they are in order."""
+    return None if rows == sorted(rows) else torch.tensor(rows).argsort()
 
 
 def _divided(reads: Sequence[Read], tokens_max: int) -> list[list[Read]]:

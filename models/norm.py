@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.kernels import fits, normalised
+
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, times `gain` when there is one; in x's dtype.
@@ -13,7 +15,9 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     to a few roundings of its own, however large others of its row are; below float32 all but the very smallest are.
     """
     width = x.shape[-1]
-    if x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
+    if fits(x):
+        normed = normalised(x, eps)
+    elif x.is_cuda or x.dtype not in (torch.bfloat16, torch.float16):
         normed = torch.rms_norm(x, (width,), None, eps)
     else:
         # The mean of a row beside its negative is zero, so LayerNorm of it is RMSNorm, and a CPU has one kernel for

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.config import BlockConfig, RopeConfig
 from models.errors import UnsupportedModel
+from models.kernels import fits, turned
 
 # Of one table, cosines and sines: 32,768 positions of heads 128 wide, 16 MiB in float32. No config makes it larger.
 TABLE_NUMBERS = 1 << 22
@@ -139,4 +140,6 @@ def _rotations(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn heads [H, T, hd] by what `Rotary.at` gives, [T, hd] each: sines of first halves are negative."""
+    if fits(heads):
+        return turned(heads, cos, sin)
     return (heads * cos).add_(heads.roll(heads.shape[-1] // 2, -1).mul_(sin))

@@ -17,6 +17,8 @@ from models.config import BlockConfig, RopeConfig
 from models.layout import Layout, Segment
 from models.pages import Extent, KvSlab, Run
 
+pytestmark = pytest.mark.usefixtures("in_both_ways")
+
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, WIDTH, TOKENS, ROWS = 8, 4, 16, 700, 9
 CONFIG = BlockConfig("llama", 128, 48, HEADS, KV_HEADS, WIDTH, 1e-6, 1024, RopeConfig(1e4))

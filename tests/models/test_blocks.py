@@ -16,6 +16,8 @@ from models.errors import ContextExceeded, ModelError
 from models.rope import Rotary
 from tests.helpers.blocks import CONFIG, random_tensors
 
+pytestmark = pytest.mark.usefixtures("in_both_ways")
+
 
 def inputs(count: int, seed: int = 1) -> Tensor:
     return torch.randn(count, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

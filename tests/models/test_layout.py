@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from models import kernels
 from models import layout as layouts
 from models.attention import KvCache, attend, attend_batch
 from models.blocks import Block
@@ -19,6 +20,8 @@ from models.config import BlockConfig, RopeConfig
 from models.layout import Layout, Plan, Segment
 from models.pages import Extent, KvSlab, Run
 from tests.helpers.blocks import CONFIG, random_tensors
+
+pytestmark = pytest.mark.usefixtures("in_both_ways")
 
 CPU = torch.device("cpu")
 WIDE = dataclasses.replace(CONFIG, max_position=1024)
@@ -96,7 +99,9 @@ def plan_of(lengths: Lengths, pieces: Sequence[int], chunk: int | None = None) -
     counts = [2 if number == chunk else 1 for number in range(len(lengths))]
     segments = [Segment(e, n - c, c) for e, n, c in zip(extents, lengths, counts, strict=True)]
     keys = torch.empty(8, tokens, 128, dtype=torch.bfloat16)
-    return Layout(segments, CPU).plan(keys, 0), layouts.GROUP_BYTES_MAX // (4 * 8 * 128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "SUPPORTED", frozenset())  # no groups are needed where rows are attended alone
+        return Layout(segments, CPU).plan(keys, 0), layouts.GROUP_BYTES_MAX // (4 * 8 * 128)
 
 
 @given(st.lists(st.tuples(st.integers(3, 200), st.integers(1, 2)), min_size=1, max_size=40), st.integers(0, 80))
@@ -135,6 +140,7 @@ def test_rows_of_unlike_length_are_in_different_groups() -> None:
     assert (rows, plan.apart) == ([[0, 2, 4, 6, 8, 9, 10], [1, 3, 5, 7]], [])
 
 
+@pytest.mark.usefixtures("without_kernels")
 @pytest.mark.parametrize("kinds", [(4, 4, 16), (4, 2, 8)])
 def test_scores_of_a_group_are_in_float32(kinds: tuple[int, int, int]) -> None:
     """Beside float64 a group is as near as the fused kernel: scores in bfloat16 would be ten times as far off."""

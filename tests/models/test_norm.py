@@ -7,6 +7,8 @@ import torch
 
 from models.norm import rms_norm
 
+pytestmark = pytest.mark.usefixtures("in_both_ways")
+
 EPS = 1e-5
 
 

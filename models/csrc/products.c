@@ -11,15 +11,11 @@
  * are, so its bits depend on the row alone.
  */
 
-#define Py_LIMITED_API 0x030b0000
-#include <Python.h>
+#include "kernels.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#ifdef HAS_KERNELS
 
-#include <dlfcn.h>
-#include <immintrin.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <string.h>
 
 #define OUTPUTS 64               /* of a block */
@@ -29,14 +25,9 @@
 #define STEP_BYTES 256
 #define CHUNK_STEPS 64           /* 16 KiB of weights, which the innermost cache keeps for the next rows */
 #define AHEAD_BYTES 4096         /* of weights, that are under way from the memory */
-#define THREAD_BYTES (128 << 10) /* of weights, for each thread: less is read before another has woken */
 #define SHARES 4                 /* of a thread: one that is held up keeps the others waiting for a part of its work */
 #define ZERO 128                 /* of int8's inputs, which are unsigned */
 #define LEVELS 127.0f
-
-#define WITH(...) __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" __VA_ARGS__)))
-
-#define UNROLLED _Pragma("GCC unroll 6") /* else arrays of sums would lie in memory */
 
 typedef __m512i Sums[LANES];
 typedef struct Product Product;
@@ -107,20 +98,13 @@ DEFINE(add_floats, WITH(), ADD_FLOATS)
 DEFINE(add_bfloats, WITH(",avx512bf16"), ADD_BFLOATS)
 DEFINE(add_bytes, WITH(",avx512vnni"), ADD_BYTES)
 
-/* Outputs of `lane` of the block at `output` that exist. */
-static inline __mmask16 within(const Product *p, Py_ssize_t output, int lane)
-{
-    Py_ssize_t left = p->out - output - 16 * lane;
-    return left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
-}
-
 WITH() static void finish_floats(const Product *p, Py_ssize_t output, const Sums *sums)
 {
     const float *bias = p->bias;
     for (Py_ssize_t row = 0; row < p->rows; row++)
         for (int lane = 0; lane < LANES; lane++) {
-            __mmask16 mask = within(p, output, lane);
             Py_ssize_t at = output + 16 * lane;
+            __mmask16 mask = within(p->out, at);
             __m512 sum = _mm512_castsi512_ps(sums[row][lane]);
             if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias + at));
             _mm512_mask_storeu_ps((float *)p->y + row * p->out + at, mask, sum);
@@ -132,8 +116,8 @@ WITH(",avx512bf16") static void finish_bfloats(const Product *p, Py_ssize_t outp
     const uint16_t *bias = p->bias;
     for (Py_ssize_t row = 0; row < p->rows; row++)
         for (int lane = 0; lane < LANES; lane++) {
-            __mmask16 mask = within(p, output, lane);
             Py_ssize_t at = output + 16 * lane;
+            __mmask16 mask = within(p->out, at);
             __m512 sum = _mm512_castsi512_ps(sums[row][lane]);
             if (bias) {
                 __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, bias + at));
@@ -148,8 +132,8 @@ WITH() static void finish_bytes(const Product *p, Py_ssize_t output, const Sums 
     for (Py_ssize_t row = 0; row < p->rows; row++) {
         __m512 factor = _mm512_set1_ps(p->factor[row]);
         for (int lane = 0; lane < LANES; lane++) {
-            __mmask16 mask = within(p, output, lane);
             Py_ssize_t at = output + 16 * lane;
+            __mmask16 mask = within(p->out, at);
             __m512i whole = _mm512_sub_epi32(sums[row][lane], _mm512_maskz_loadu_epi32(mask, p->offset + at));
             __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_maskz_loadu_ps(mask, p->scale + at));
             _mm512_mask_storeu_ps((float *)p->y + row * p->out + at, mask, _mm512_mul_ps(sum, factor));
@@ -166,7 +150,7 @@ WITH() static void quantise(const float *x, Py_ssize_t rows, Py_ssize_t in, uint
     for (Py_ssize_t row = 0; row < rows; row++, x += in) {
         __m512i most = _mm512_setzero_si512();
         for (Py_ssize_t at = 0; at < in; at += 16) {
-            __mmask16 mask = in - at >= 16 ? 0xffff : (__mmask16)((1 << (in - at)) - 1);
+            __mmask16 mask = within(in, at);
             most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_maskz_loadu_epi32(mask, x + at), magnitude));
         }
         union {
@@ -176,8 +160,8 @@ WITH() static void quantise(const float *x, Py_ssize_t rows, Py_ssize_t in, uint
         factor[row] = (largest.number < least ? least : largest.number) / LEVELS;
         const __m512 each = _mm512_set1_ps(factor[row]), half = _mm512_set1_ps(ZERO + 0.5f);
         for (Py_ssize_t at = 0; at < in; at += 16) {
-            __mmask16 mask = in - at >= 16 ? 0xffff : (__mmask16)((1 << (in - at)) - 1);
-            __mmask16 padded = in - at >= 16 ? 0xffff : (__mmask16)((1 << ((in - at + 3) / 4 * 4)) - 1);
+            __mmask16 mask = within(in, at);
+            __mmask16 padded = within((in + 3) / 4 * 4, at);
             __m512 level = _mm512_add_ps(_mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + at), each), half);
             _mm512_mask_cvtepi32_storeu_epi8(levels, padded, _mm512_cvttps_epi32(level));
             levels += in - at >= 16 ? 16 : (in - at + 3) / 4 * 4;
@@ -214,45 +198,22 @@ static void work(void *data)
     }
 }
 
-/* torch's own threads, which are awake between two products. */
-static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
-
 static PyObject *run(Product *p, Py_ssize_t threads)
 {
-    Py_ssize_t blocks = (p->out + OUTPUTS - 1) / OUTPUTS, most = blocks * p->stride * STEP_BYTES / THREAD_BYTES;
+    Py_ssize_t blocks = (p->out + OUTPUTS - 1) / OUTPUTS;
     if (p->rows < 1 || p->rows > ROWS_MAX || p->steps < 1 || p->out < 1) {
         PyErr_Format(PyExc_ValueError, "a product takes 1 to %d rows", ROWS_MAX);
         return NULL;
     }
-    if (threads > most) threads = most;
-    if (threads > blocks) threads = blocks;
+    threads = threads_for(threads, blocks, blocks * p->stride * STEP_BYTES);
+    p->share = threads > 1 && blocks > SHARES * threads ? blocks / (SHARES * threads) : threads > 1 ? 1 : blocks;
     Py_BEGIN_ALLOW_THREADS;
-    if (threads > 1) {
-        p->share = blocks / (SHARES * threads) ? blocks / (SHARES * threads) : 1;
-        parallel(work, p, (unsigned)threads, 0);
-    } else {
-        p->share = blocks;
-        work(p);
-    }
+    in_threads(work, p, threads);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }
 
-/* Addresses and sizes, all as whole numbers; false with an error set. */
-static int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *numbers)
-{
-    if (given != wanted) {
-        PyErr_Format(PyExc_TypeError, "%zd arguments are wanted, not %zd", wanted, given);
-        return 0;
-    }
-    for (Py_ssize_t index = 0; index < wanted; index++) {
-        numbers[index] = PyLong_AsSsize_t(args[index]);
-        if (numbers[index] == -1 && PyErr_Occurred()) return 0;
-    }
-    return 1;
-}
-
-static PyObject *multiply_floats(PyObject *module, PyObject *const *args, Py_ssize_t given)
+PyObject *multiply_floats(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t n[8]; /* weight, x, bias, y, rows, in, out, threads */
     if (!read_numbers(args, given, 8, n)) return NULL;
@@ -261,7 +222,7 @@ static PyObject *multiply_floats(PyObject *module, PyObject *const *args, Py_ssi
     return run(&p, n[7]);
 }
 
-static PyObject *multiply_bfloats(PyObject *module, PyObject *const *args, Py_ssize_t given)
+PyObject *multiply_bfloats(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t n[8]; /* as above; `in` is even */
     if (!read_numbers(args, given, 8, n)) return NULL;
@@ -270,7 +231,7 @@ static PyObject *multiply_bfloats(PyObject *module, PyObject *const *args, Py_ss
     return run(&p, n[7]);
 }
 
-static PyObject *multiply_bytes(PyObject *module, PyObject *const *args, Py_ssize_t given)
+PyObject *multiply_bytes(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t n[10]; /* weight, scale, offset, x, levels, y, rows, in, out, threads */
     float factor[ROWS_MAX];
@@ -282,42 +243,4 @@ static PyObject *multiply_bytes(PyObject *module, PyObject *const *args, Py_ssiz
     return run(&p, n[9]);
 }
 
-static PyMethodDef methods[] = {
-    {"multiply_float32", (PyCFunction)(void (*)(void))multiply_floats, METH_FASTCALL, NULL},
-    {"multiply_bfloat16", (PyCFunction)(void (*)(void))multiply_bfloats, METH_FASTCALL, NULL},
-    {"multiply_int8", (PyCFunction)(void (*)(void))multiply_bytes, METH_FASTCALL, NULL},
-    {NULL, NULL, 0, NULL},
-};
-
-static const char *supported(void)
-{
-    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    __builtin_cpu_init();
-    if (!parallel || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-        return "";
-    int bfloats = __builtin_cpu_supports("avx512bf16"), bytes = __builtin_cpu_supports("avx512vnni");
-    return bfloats && bytes ? "float32 bfloat16 int8" : bytes ? "float32 int8" : bfloats ? "float32 bfloat16" : "float32";
-}
-
-#else /* another processor or system: nothing is supported */
-
-#define ROWS_MAX 0
-static PyMethodDef methods[] = {{NULL, NULL, 0, NULL}};
-static const char *supported(void) { return ""; }
-
 #endif
-
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_few_rows", NULL, -1, methods, NULL, NULL, NULL, NULL};
-
-/* SUPPORTED: precisions, between spaces; none where torch's threads are not to be found. ROWS_MAX: of a product. */
-PyMODINIT_FUNC PyInit__few_rows(void)
-{
-    PyObject *module = PyModule_Create(&definition);
-    if (module && (PyModule_AddStringConstant(module, "SUPPORTED", supported()) < 0 ||
-                   PyModule_AddIntConstant(module, "ROWS_MAX", ROWS_MAX) < 0)) {
-        Py_DECREF(module);
-        return NULL;
-    }
-    return module;
-}

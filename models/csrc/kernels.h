@@ -1,0 +1,68 @@
+/* What the kernels share. They exist for x86-64 with AVX-512 under Linux; elsewhere the module is empty. */
+
+#pragma once
+
+#define Py_LIMITED_API 0x030b0000
+#include <Python.h>
+
+#if defined(__x86_64__) && defined(__linux__)
+#define HAS_KERNELS 1
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define WITH(...) __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" __VA_ARGS__)))
+#define UNROLLED _Pragma("GCC unroll 6") /* else arrays of registers would lie in memory */
+#define ROWS_MAX 64                      /* of a product: their sums lie on the stack */
+
+/* Which of 16 numbers from `number` on lie before `width`. */
+static inline __mmask16 within(Py_ssize_t width, Py_ssize_t number)
+{
+    Py_ssize_t left = width - number;
+    return left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
+}
+
+/* 16 numbers of `from`, or as many as the mask lets through, in float32. */
+WITH() static inline __attribute__((always_inline)) __m512 read_at(
+    const char *from, Py_ssize_t index, __mmask16 mask, const int is_bfloat)
+{
+    if (!is_bfloat) return _mm512_maskz_loadu_ps(mask, (const float *)from + index);
+    __m256i half = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)from + index);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* e^x, right to some units in the last place; a NaN stays one: of it and a number, the second is taken. */
+WITH() static inline __m512 exponential(__m512 x)
+{
+    x = _mm512_max_ps(_mm512_set1_ps(-100.0f), _mm512_min_ps(_mm512_set1_ps(100.0f), x));
+    __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+    __m512 rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693145752f), x);
+    rest = _mm512_fnmadd_ps(whole, _mm512_set1_ps(1.42860677e-6f), rest);
+    __m512 sum = _mm512_set1_ps(1.98756915e-4f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.39819995e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(8.33345205e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(4.16657962e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.66666657e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(0.5f));
+    sum = _mm512_fmadd_ps(sum, _mm512_mul_ps(rest, rest), _mm512_add_ps(rest, _mm512_set1_ps(1.0f)));
+    return _mm512_scalef_ps(sum, whole);
+}
+
+/* Do `work(data)` in so many of torch's own threads at once, which are awake between two products. */
+void in_threads(void (*work)(void *), void *data, Py_ssize_t threads);
+
+/* How many of `threads` are worth waking for `parts` that read so many bytes. */
+Py_ssize_t threads_for(Py_ssize_t threads, Py_ssize_t parts, Py_ssize_t bytes);
+
+/* Addresses and sizes, all whole numbers; false with an error set. */
+int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *numbers);
+
+PyObject *multiply_floats(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *multiply_bfloats(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *multiply_bytes(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *attend(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *normalise(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *gate(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *turn(PyObject *, PyObject *const *, Py_ssize_t);
+
+#endif

@@ -1,0 +1,84 @@
+/* The module `models._kernels`: what models/few_rows.py and models/one_token.py call. */
+
+#include "kernels.h"
+
+#ifdef HAS_KERNELS
+
+#include <dlfcn.h>
+
+#define THREAD_BYTES (128 << 10) /* for each thread: less is read before another has woken */
+
+static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
+
+void in_threads(void (*work)(void *), void *data, Py_ssize_t threads)
+{
+    if (threads > 1)
+        parallel(work, data, (unsigned)threads, 0);
+    else
+        work(data);
+}
+
+Py_ssize_t threads_for(Py_ssize_t threads, Py_ssize_t parts, Py_ssize_t bytes)
+{
+    if (threads > bytes / THREAD_BYTES) threads = bytes / THREAD_BYTES;
+    return threads > parts ? parts : threads;
+}
+
+int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *numbers)
+{
+    if (given != wanted) {
+        PyErr_Format(PyExc_TypeError, "%zd arguments are wanted, not %zd", wanted, given);
+        return 0;
+    }
+    for (Py_ssize_t index = 0; index < wanted; index++) {
+        numbers[index] = PyLong_AsSsize_t(args[index]);
+        if (numbers[index] == -1 && PyErr_Occurred()) return 0;
+    }
+    return 1;
+}
+
+#define METHOD(NAME, FUNCTION) {NAME, (PyCFunction)(void (*)(void))FUNCTION, METH_FASTCALL, NULL}
+
+static PyMethodDef methods[] = {
+    METHOD("multiply_float32", multiply_floats),
+    METHOD("multiply_bfloat16", multiply_bfloats),
+    METHOD("multiply_int8", multiply_bytes),
+    METHOD("attend", attend),
+    METHOD("normalise", normalise),
+    METHOD("gate", gate),
+    METHOD("turn", turn),
+    {NULL, NULL, 0, NULL},
+};
+
+static const char *supported(void)
+{
+    parallel = (void (*)(void (*)(void *), void *, unsigned, unsigned))dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    __builtin_cpu_init();
+    if (!parallel || !__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return "";
+    int bfloats = __builtin_cpu_supports("avx512bf16"), bytes = __builtin_cpu_supports("avx512vnni");
+    return bfloats && bytes ? "float32 bfloat16 int8" : bytes ? "float32 int8" : bfloats ? "float32 bfloat16" : "float32";
+}
+
+#else
+
+#define ROWS_MAX 0
+static PyMethodDef methods[] = {{NULL, NULL, 0, NULL}};
+static const char *supported(void) { return ""; }
+
+#endif
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+/* SUPPORTED: precisions, between spaces; none where torch's threads are not to be found. ROWS_MAX: of a product. */
+PyMODINIT_FUNC PyInit__kernels(void)
+{
+    PyObject *module = PyModule_Create(&definition);
+    if (module && (PyModule_AddStringConstant(module, "SUPPORTED", supported()) < 0 ||
+                   PyModule_AddIntConstant(module, "ROWS_MAX", ROWS_MAX) < 0)) {
+        Py_DECREF(module);
+        return NULL;
+    }
+    return module;
+}

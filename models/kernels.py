@@ -1,0 +1,89 @@
+"""The compiled kernels (csrc/): what one row, or a few, cost beyond the reading of weights and keys.
+
+At one row a block is some forty small operations of torch's, each of which costs its call and not its sums, and
+attention reads keys and values at a fifth of the memory's speed. Here norm, rotation, attention and gate are one call
+each. On processors with AVX-512 under Linux, in float32, and in bfloat16 where the processor has it; elsewhere
+`SUPPORTED` is empty and torch's operations stay.
+
+Invariant: a row's bits do not depend on the rows beside it, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:  # after torch, whose threads it finds
+    from models import _kernels
+except ImportError:  # no compiler was there when sotto was installed
+    _kernels = None  # type: ignore[assignment]
+
+compiled = _kernels
+_HAS_ADDRESSES = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))  # private, as packing is
+SUPPORTED = frozenset(compiled.SUPPORTED.split()) if compiled is not None and _HAS_ADDRESSES else frozenset()
+ROWS_MAX = compiled.ROWS_MAX if compiled is not None else 0  # of a product
+NUMBERS_MAX = 1 << 17  # beyond which torch's threads win
+HEAD_WIDTH_MAX = 512
+
+
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether rows like those of `tensor` are computed here."""
+    name = "float32" if tensor.dtype is torch.float32 else "bfloat16" if tensor.dtype is torch.bfloat16 else ""
+    return name in SUPPORTED and tensor.device.type == "cpu"
+
+
+def fits(x: Tensor) -> bool:
+    """Whether x is small enough that one call beats several."""
+    return x.numel() <= NUMBERS_MAX and has_kernels(x)
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension of x, which `fits`: in float32, and rounded once."""
+    x = x.contiguous()
+    y, width = torch.empty_like(x), x.shape[-1]
+    rows = x.numel() // width if width else 0
+    compiled.normalise(x.data_ptr(), y.data_ptr(), rows, width, x.dtype is torch.bfloat16, eps)
+    return y
+
+
+def gated(both: Tensor) -> Tensor:
+    """SiLU of the first half of each row times the second: `both` [T, 2 w], which `fits`, gives [T, w]."""
+    both = both.contiguous()
+    rows, width = both.shape[0], both.shape[1] // 2
+    y = both.new_empty((rows, width))
+    compiled.gate(both.data_ptr(), y.data_ptr(), rows, width, both.dtype is torch.bfloat16)
+    return y
+
+
+def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rope.rotate` of heads [H, T, hd], which `fits`, by [T, hd] each: to the same bits."""
+    if heads.stride(2) != 1:
+        heads = heads.contiguous()
+    cos, sin, y = cos.contiguous(), sin.contiguous(), heads.new_empty(heads.shape)
+    count, rows, width = heads.shape
+    if cos.shape != (rows, width) or sin.shape != (rows, width) or cos.dtype is not heads.dtype:
+        raise ValueError(f"rotations of {list(cos.shape)} in {cos.dtype} do not fit heads of {list(heads.shape)}")
+    compiled.turn(
+        heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), count, rows, width,
+        heads.stride(0), heads.stride(1), heads.dtype is torch.bfloat16,
+    )  # fmt: skip
+    return y
+
+
+def attended(queries: Tensor, keys: Tensor, values: Tensor, reads: Tensor, places: Tensor, tokens: int) -> Tensor:
+    """Attention of single rows: queries [nq, R, hd], keys and values [nk, capacity, hd] give [n, nq, hd].
+
+    `reads` [n, 3] int64: a row of the queries, and the first and last but one of the `places` that it looks at.
+    `places` [m, 2] int64: the first of some tokens, and how many. `tokens`: how many in all.
+    """
+    queries = queries.contiguous()
+    heads, _, width = queries.shape
+    if keys.stride() != values.stride() or keys.stride(2) != 1 or not keys.dtype is values.dtype is queries.dtype:
+        raise ValueError("keys and values lie otherwise than the kernel reads them")
+    answer = queries.new_empty((len(reads), heads, width))
+    compiled.attend(
+        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), reads.data_ptr(), places.data_ptr(), answer.data_ptr(),
+        len(reads), heads, keys.shape[0], width, queries.stride(0), keys.stride(0), keys.stride(1),
+        keys.dtype is torch.bfloat16, 2 * tokens * keys.shape[0] * width * keys.itemsize, torch.get_num_threads(),
+    )  # fmt: skip
+    return answer
