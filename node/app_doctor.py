@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ PEERS_ASKED_MAX = 5
 MULTICAST = ("224.0.0.251", 5353)  # the group of mDNS
 MULTICAST_S = 1.0
 _SOFTWARE = ("libp2p", "torch", "trio")
+KERNELS_EXIST = (platform.system(), platform.machine()) == ("Linux", "x86_64")  # models/csrc/
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,7 @@ async def examine(options: DoctorOptions, tell: Callable[[str], None] = lambda _
         version=VERSION,
         versions=tuple(found.versions.values()),
         software=", ".join((f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in _SOFTWARE))),
+        kernels=not KERNELS_EXIST or find_spec("models._kernels") is not None,
     )
 
 

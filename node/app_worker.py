@@ -22,6 +22,7 @@ import psutil
 import torch
 import trio
 
+from models.kernels import SUPPORTED
 from models.precision import DEPLOYED
 from node.clock import SystemClock
 from node.engine_thread import EngineThread
@@ -183,7 +184,9 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             facts = {"swarm": swarm_of(key).hex(), "metrics": metrics_url}
             with _announced(options.data_dir, mesh, facts) as announce:
                 mesh.reach.on_change = partial(_reach_changed, service, announce)
-                log.info("serving", extra={"peer": mesh.peer, "addrs": mesh.addrs, "private": key is not None})
+                computes = {"threads": options.threads, "kernels": sorted(SUPPORTED)}
+                addrs = {"peer": mesh.peer, "addrs": mesh.addrs, "private": key is not None}
+                log.info("serving", extra=addrs | computes)
                 await trio.sleep_forever()
 
 

@@ -62,11 +62,15 @@ class Facts:
     version: str
     versions: tuple[str, ...]  # that other workers state
     software: str  # versions of what this runs on
+    kernels: bool  # compiled ones are there, or none exist for such a machine
 
 
 def diagnose(facts: Facts) -> tuple[Finding, ...]:
     """All findings, in the order in which a reader should mend them."""
-    checks = (_folder, _memory, _port, _bootstrap, _member, _reachable, _gateway, _relay, _clock, _multicast, _version)
+    checks = (
+        _folder, _memory, _port, _bootstrap, _member, _reachable, _gateway, _relay, _clock, _multicast, _version,
+        _kernels,
+    )  # fmt: skip
     findings = (finding for check in checks for finding in check(facts))
     return tuple(replace(each, text=printable(each.text), remedy=printable(each.remedy)) for each in findings)
 
@@ -260,3 +264,13 @@ def _version(facts: Facts) -> Iterator[Finding]:
         yield Finding("version", Level.WARN, f"{text}; other workers run {', '.join(others)}", "update the older one")
     else:
         yield Finding("version", Level.OK, text)
+
+
+def _kernels(facts: Facts) -> Iterator[Finding]:
+    if not facts.kernels:
+        yield Finding(
+            "kernels",
+            Level.WARN,
+            "the compiled kernels are missing: torch's own compute tokens at half of the speed",
+            "install a C compiler and Python's headers, and then sotto again",
+        )

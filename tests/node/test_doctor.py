@@ -31,6 +31,7 @@ WELL = Facts(
     version="1.0",
     versions=("1.0",),
     software="Python 3",
+    kernels=True,
 )
 FORWARD = "forward TCP port 4517 of your router (11.0.0.1 from outside) to 192.168.1.5 port 4517"
 
@@ -86,6 +87,7 @@ def test_a_machine_that_is_well_has_nothing_to_mend():
         ("data folder", {"folder_error": "Permission denied"}, Level.FAIL, "--data-dir"),
         ("data folder", {"disk_free_bytes": 5 << 20}, Level.WARN, "5.0 MiB"),
         ("version", {"versions": ("1.0", "0.9")}, Level.WARN, "0.9"),
+        ("kernels", {"kernels": False}, Level.WARN, "install a C compiler"),
     ],
 )
 def test_each_ailment_is_named_with_its_remedy(check, facts, level, says):
