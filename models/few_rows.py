@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.huge_pages import move
 from models.kernels import ROWS_MAX, SUPPORTED, compiled
 
 FLOAT_ROWS_MAX = 24  # with more, oneDNN's products are as fast or faster
@@ -31,6 +32,7 @@ class FewRows:
         self._dtype = packed.dtype
         self._multiply = compiled.multiply_float32 if packed.dtype is torch.float32 else compiled.multiply_bfloat16
         self._weight = torch.ops.mkldnn.data_ptr(packed)
+        move(packed, self._weight, torch.ops.mkldnn._nbytes(packed))
         self._out, self._in = packed.shape
         self._bias = 0 if bias is None else bias.data_ptr()
 
@@ -54,6 +56,7 @@ class FewInt8Rows:
         scale = scale.float().contiguous()
         self._kept = packed, scale, offset  # whose addresses follow
         self._weight = torch.ops.mkldnn.data_ptr(packed)
+        move(packed, self._weight, torch.ops.mkldnn._nbytes(packed))
         self._scale, self._offset = scale.data_ptr(), offset.data_ptr()
         self._out, self._in = shape
 

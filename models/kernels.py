@@ -22,7 +22,7 @@ compiled = _kernels
 _HAS_ADDRESSES = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))  # private, as packing is
 SUPPORTED = frozenset(compiled.SUPPORTED.split()) if compiled is not None and _HAS_ADDRESSES else frozenset()
 ROWS_MAX = compiled.ROWS_MAX if compiled is not None else 0  # of a product
-NUMBERS_MAX = 1 << 17  # beyond which torch's threads win
+NUMBERS_MAX = 1 << 17  # beyond which several threads of torch's win
 HEAD_WIDTH_MAX = 512
 
 
@@ -33,8 +33,8 @@ def has_kernels(tensor: Tensor) -> bool:
 
 
 def fits(x: Tensor) -> bool:
-    """Whether x is small enough that one call beats several."""
-    return x.numel() <= NUMBERS_MAX and has_kernels(x)
+    """Whether one call here, in one thread, beats several of torch's in as many as it has."""
+    return has_kernels(x) and (x.numel() <= NUMBERS_MAX or torch.get_num_threads() == 1)
 
 
 def normalised(x: Tensor, eps: float) -> Tensor:
@@ -78,7 +78,8 @@ def attended(queries: Tensor, keys: Tensor, values: Tensor, reads: Tensor, place
     """
     queries = queries.contiguous()
     heads, _, width = queries.shape
-    if keys.stride() != values.stride() or keys.stride(2) != 1 or not keys.dtype is values.dtype is queries.dtype:
+    alike = keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(2) == 1
+    if not alike or keys.shape[2] != width or not keys.dtype is values.dtype is queries.dtype:
         raise ValueError("keys and values lie otherwise than the kernel reads them")
     answer = queries.new_empty((len(reads), heads, width))
     compiled.attend(

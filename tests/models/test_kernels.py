@@ -135,6 +135,8 @@ def test_what_lies_otherwise_is_refused() -> None:
     for keys, values in (
         (random(1, 8, 32)[:, :, ::2], random(1, 8, 32)[:, :, ::2]),
         (random(1, 8, 16), random(1, 8, 17)[:, :, :16]),
+        (random(1, 8, 8), random(1, 8, 8)),
+        (random(1, 8, 16), random(1, 9, 16)),
         (random(1, 8, 16, dtype=torch.float64), random(1, 8, 16, dtype=torch.float64)),
     ):
         with pytest.raises(ValueError, match="lie otherwise"):
@@ -143,9 +145,12 @@ def test_what_lies_otherwise_is_refused() -> None:
         attended(random(2, 1, 513), random(1, 8, 513), random(1, 8, 513), reads, places, 4)
 
 
-def test_only_small_tensors_on_a_cpu_in_what_the_processor_has_fit() -> None:
+def test_only_small_tensors_on_a_cpu_in_what_the_processor_has_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fits(torch.zeros(8, 64))
     assert not fits(torch.zeros(8, 64, dtype=torch.float64))
     assert not fits(torch.zeros(8, 64, dtype=torch.float16))
+    assert fits(torch.zeros(kernels.NUMBERS_MAX + 1)), "where torch has one thread, too"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert not fits(torch.zeros(kernels.NUMBERS_MAX + 1))
+    assert fits(torch.zeros(kernels.NUMBERS_MAX))
     assert not fits(torch.zeros(8, 64, device="meta"))
