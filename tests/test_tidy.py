@@ -81,6 +81,15 @@ def dangerous(tree: ast.AST) -> Problems:
             yield node.lineno, "has a __del__"
 
 
+def acting_asserts(tree: ast.AST) -> Problems:
+    """python -O leaves an assert out with what it does, so none calls a method of its own object."""
+    for node in ast.walk(tree):
+        for part in ast.walk(node.test) if isinstance(node, ast.Assert) else ():
+            called = part.func if isinstance(part, ast.Call) else None
+            if isinstance(called, ast.Attribute) and getattr(called.value, "id", "") == "self":
+                yield node.lineno, f"asserts what {ast.unparse(called)} gives"
+
+
 def long_functions(tree: ast.AST) -> Problems:
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -158,6 +167,10 @@ def test_nothing_executes_what_it_was_sent() -> None:
     assert [one for one in problems if not (one.startswith(own) and one.endswith("imports joblib"))] == []
 
 
+def test_no_assert_does_anything() -> None:
+    assert found(acting_asserts, sources(*PACKAGES)) == []
+
+
 def test_functions_are_short() -> None:
     """Of commands only the body counts: each of their parameters is an option of the command line, with its help."""
     commands = [path for path in sources(*FOLDERS) if path.is_relative_to(ROOT / "sotto" / "commands")]
@@ -219,6 +232,7 @@ def f(a, b, c, d, e, g, h):
     except BaseException:
         undo()
         raise
+    assert not self.leave(a)
     global y
 """ + "\n".join("    a = 1" for _ in range(FUNCTION_LINES_MAX))
 
@@ -232,7 +246,7 @@ def test_the_checks_notice() -> None:
         "uses torch.load",
         "has global state",
     }
-    for check in (long_functions, many_parameters, libp2p_imports, imports_of_tests, no_docstring):
+    for check in (acting_asserts, long_functions, many_parameters, libp2p_imports, imports_of_tests, no_docstring):
         assert len(list(check(tree))) == 1, check.__name__
     for way in ("import tests.a.test_b", "from tests.a import test_b", "from .test_b import c", "from . import test_b"):
         assert len(list(imports_of_tests(ast.parse(way)))) == 1, way

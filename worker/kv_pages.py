@@ -149,7 +149,8 @@ class PageBook:
             page = table.pages[index]
             if index in fresh:
                 table.pages[index] = fresh[index]
-                assert not self._leave(page), "others use it"
+                of_no_use = self._leave(page)
+                assert not of_no_use, "others use it"
             else:
                 self._forget_key(page)
         return copied
