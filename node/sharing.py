@@ -34,6 +34,7 @@ log = logging.getLogger("sotto.client")
 COMPARED_MAX = 2000  # newest requests of the history
 FIRST_S = 3.0  # until gossip has found its neighbours
 SAVE_S = 5.0  # so that a flood of reports is no flood of writes
+RETRY_S = 60.0  # after a disk that failed: each time is a line in the log
 LAST_WORDS_S = 2.0
 Kept = tuple[PeerId, Report, bytes]
 """Who signed it, what it says, and its bytes."""
@@ -80,10 +81,12 @@ class Sharing:
 
     async def keep(self) -> None:
         """Save what is heard, until cancelled."""
+        pause_s = SAVE_S
         while True:
-            await self._changed.wait()
-            await trio.sleep(SAVE_S)
-            await self._save()
+            if self._saved:  # else there was news during the last save, or it failed
+                await self._changed.wait()
+            await trio.sleep(pause_s)
+            pause_s = SAVE_S if await self._save() else RETRY_S
 
     async def aclose(self) -> None:
         """Save what was heard last, within LAST_WORDS_S."""
@@ -134,18 +137,25 @@ class Sharing:
             self._take(signer, report, data)
         self.hearsay.forget(self._now_ms())
 
-    async def _save(self) -> None:
-        """Another process may have written meanwhile: what it kept is taken up first."""
-        file = self._sources.file
-        if self._saved or file is None:
-            return
-        self._saved = True
+    async def _save(self) -> bool:
+        """Another process may have written meanwhile: what it kept is taken up first. False when the disk failed."""
+        if self._saved:
+            return True
+        self._saved, written = True, False
         try:
-            self._merge(await trio.to_thread.run_sync(read_kept, file, self._now_ms()))
-            kept = [data for signer, data in sorted(self._signed.items()) if signer in self.hearsay]
-            await trio.to_thread.run_sync(partial(write_atomic, file, joined(kept), 0o600))
+            if self._sources.file is not None:
+                await self._write(self._sources.file)
+            written = True
         except OSError as error:
             log.warning("peers' reports are not kept", extra={"error": str(error)})
+        finally:
+            self._saved &= written  # False, too, when there was news meanwhile
+        return written
+
+    async def _write(self, file: Path) -> None:
+        self._merge(await trio.to_thread.run_sync(read_kept, file, self._now_ms()))
+        kept = [data for signer, data in sorted(self._signed.items()) if signer in self.hearsay]
+        await trio.to_thread.run_sync(partial(write_atomic, file, joined(kept), 0o600))
 
     def _now_ms(self) -> int:
         return int(self._clock.time() * 1000)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from client.metalearning.comparing import compared
+from node.files import write_atomic
 from node.passing import pass_on_reports
 from node.private import PrivateGossip
-from node.sharing import FILE_BYTES_MAX, Sharing, Sources, heeded, joined, read_kept, unjoined
+from node.sharing import FILE_BYTES_MAX, Kept, Sharing, Sources, heeded, joined, read_kept, unjoined
 from protocol import limits
 from protocol.ids import PeerId
 from protocol.membership import SwarmKey
@@ -120,6 +122,75 @@ def test_a_damaged_file_costs_what_cannot_be_read(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     assert process(folder, [sign_report(REPORT, OTHER)]) == {OTHER.peer}, "a disk that fails costs a line in the log"
+
+
+def _kept_on(file: Path, ear: Ear, heard: bytes, until: int) -> set[PeerId]:
+    """Whose reports are in `file` after `keep` saved what is `heard`, and `until` seconds."""
+
+    async def main() -> None:
+        sharing = Sharing(ear, Still(), Sources(PEN, list, file))
+        await sharing.start()
+        with trio.move_on_after(until):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(sharing.keep)
+                await trio.testing.wait_all_tasks_blocked()
+                assert ear.say(heard)
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0.02))
+    return {signer for signer, *_ in read_kept(file, NOW_MS)}
+
+
+def test_what_is_heard_during_a_save_is_saved_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ear, writes = Ear(), list[bytes]()
+
+    def slow(file: Path, data: bytes, mode: int) -> None:
+        if not writes:
+            assert trio.from_thread.run_sync(ear.say, sign_report(REPORT, OTHER))
+        writes.append(data)
+        write_atomic(file, data, mode)
+
+    monkeypatch.setattr("node.sharing.write_atomic", slow)
+    assert _kept_on(tmp_path / "reports", ear, sign_report(REPORT, CLIENT), 60) == {CLIENT.peer, OTHER.peer}
+    assert len(writes) == 2
+
+
+def test_a_save_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = list[Path]()
+
+    def failing(file: Path, data: bytes, mode: int) -> None:
+        tries.append(file)
+        if len(tries) == 1:
+            raise OSError("no space left")
+        write_atomic(file, data, mode)
+
+    monkeypatch.setattr("node.sharing.write_atomic", failing)
+    assert _kept_on(tmp_path / "reports", Ear(), sign_report(REPORT, CLIENT), 300) == {CLIENT.peer}
+    assert len(tries) == 2
+
+
+def test_a_save_that_is_cancelled_is_made_up_for_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, ear, scope = tmp_path / "reports", Ear(), trio.move_on_after(10)
+
+    def cancelled(path: Path, now_ms: int) -> list[Kept]:
+        trio.from_thread.run_sync(scope.cancel)
+        return read_kept(path, now_ms)
+
+    async def main() -> None:
+        sharing = Sharing(ear, Still(), Sources(PEN, list, file))
+        await sharing.start()
+        monkeypatch.setattr("node.sharing.read_kept", cancelled)
+        with scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(sharing.keep)
+                await trio.testing.wait_all_tasks_blocked()
+                ear.say(sign_report(REPORT, CLIENT))
+        monkeypatch.undo()
+        assert not file.exists()
+        await sharing.aclose()
+
+    monkeypatch.setattr("node.sharing.SAVE_S", 0)
+    trio.run(main)
+    assert [signer for signer, *_ in read_kept(file, NOW_MS)] == [CLIENT.peer]
 
 
 def test_what_the_gate_refuses_is_not_passed_on_either() -> None:
