@@ -91,6 +91,17 @@ def grant_to(peer: str, folder: Path, info: SealInfo, rights: str, life: str) ->
     return Token(issue_capability(capability, owner), info.key_check, info.dtype, capability, owner.peer)
 
 
+def _kept_in(file: Path) -> Token:
+    try:
+        return read_token(file.read_text(encoding="ascii"))
+    except (OSError, UnicodeDecodeError, InputError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is damaged"
+        raise InputError(
+            f"cannot read {file} ({why}): run 'sotto revoke' with the whole token, which writes it anew; without the "
+            "token move the file away, and workers that get the deployment later accept the capability until it expires"
+        ) from None
+
+
 @dataclass(frozen=True, slots=True)
 class Grants:
     """The capabilities that this user issued, in `folder`."""
@@ -107,7 +118,7 @@ class Grants:
         for kind in ("token", "revoked"):
             file = self.folder / f"{text.strip()}.{kind}"
             if file.exists():
-                return read_token(file.read_text())
+                return _kept_in(file)
         raise InputError(f"no capability of serial {text} was issued from {self.folder.parent}: give the whole token")
 
     def revoke(self, token: Token, owner: PeerId) -> None:
@@ -118,10 +129,11 @@ class Grants:
         (self.folder / f"{token.serial}.token").unlink(missing_ok=True)
 
     def revoked(self, deployment: DeploymentId, now_ms: int) -> tuple[bytes, ...]:
-        """Serials to refuse; those that have expired are forgotten."""
+        """Serials to refuse; those that have expired are forgotten. Raises InputError for a file that is damaged: to
+        leave it out would let somebody in."""
         serials = []
         for file in sorted(self.folder.glob("*.revoked")):
-            capability = read_token(file.read_text()).capability
+            capability = _kept_in(file).capability
             if capability.expires_ms <= now_ms:
                 file.unlink(missing_ok=True)
             elif capability.deployment == deployment:

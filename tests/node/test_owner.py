@@ -238,6 +238,23 @@ def test_a_grant_is_handed_on_found_again_and_revoked(tmp_path: Path) -> None:
         grants.find(token.serial)
 
 
+@pytest.mark.parametrize("damaged", [b"", b"sotto-use-eyJj", b"\xff\xfe"])
+def test_a_damaged_grant_is_named_and_written_anew(tmp_path: Path, damaged: bytes) -> None:
+    owner, grants = load_identity(tmp_path), Grants(tmp_path / "grants")
+    token = grant_to(HOLDER.peer, tmp_path, sealed_by(owner), "use", "7d")
+    deployment = token.capability.deployment
+    grants.keep(token)
+    (tmp_path / "grants" / f"{token.serial}.token").write_bytes(damaged)
+    with pytest.raises(InputError, match=rf"{token.serial}\.token .*damaged.*whole token"):
+        grants.find(token.serial)
+    grants.revoke(token, owner.peer)
+    (tmp_path / "grants" / f"{token.serial}.revoked").write_bytes(damaged)
+    with pytest.raises(InputError, match=rf"{token.serial}\.revoked .*damaged.*whole token"):
+        grants.revoked(deployment, 0)
+    grants.revoke(grants.find(token.text), owner.peer)
+    assert grants.revoked(deployment, 0) == (token.capability.serial,)
+
+
 def test_what_is_no_grant_is_said(tmp_path: Path) -> None:
     owner = load_identity(tmp_path)
     for peer, rights, life in (
