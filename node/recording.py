@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -68,6 +69,8 @@ class Journal:
         self._added = trio.Event()
         self._history: History | None = None
         self._turn = trio.Lock()
+        self._ended = False
+        self._in_use = threading.RLock()  # a write that was cancelled goes on in its thread, and nobody awaits it
 
     @asynccontextmanager
     async def under_way(self) -> AsyncIterator[None]:
@@ -105,22 +108,23 @@ class Journal:
             await self.flush()
 
     async def aclose(self) -> None:
-        """Write what waits, within LAST_WORDS_S, and close the file."""
+        """Write what waits, and close the file, within LAST_WORDS_S; what takes longer goes on without being awaited,
+        for as long as the process lives."""
+        self._ended = True  # whoever writes closes the file
         with trio.CancelScope(deadline=trio.current_time() + LAST_WORDS_S, shield=True):
             await self.flush()
             async with self._turn:
-                if self._history is not None:
-                    await trio.to_thread.run_sync(self._history.close)
+                await trio.to_thread.run_sync(self._close, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
 
     async def flush(self) -> None:
-        """Write what waits, in a thread."""
+        """Write what waits, in a thread, which is left to itself when this is cancelled."""
         async with self._turn:
             if self._path is None or not self._waiting:
                 return
             builds = list(self._waiting)
             self._waiting.clear()
             try:
-                await trio.to_thread.run_sync(self._write, self._path, builds)
+                await trio.to_thread.run_sync(self._write, self._path, builds, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
             except HistoryBusy:
                 self._waiting = deque((*builds, *self._waiting), WAITING_MAX)  # with the next ones
             except InputError as error:
@@ -128,9 +132,20 @@ class Journal:
                 self._path = None
 
     def _write(self, path: Path, builds: Sequence[Build]) -> None:
-        if self._history is None:
-            self._history = History(path)
-        self._history.add(filter(_readable, (build() for build in builds)))
+        with self._in_use:
+            try:
+                if self._history is None:
+                    self._history = History(path)
+                self._history.add(filter(_readable, (build() for build in builds)))
+            finally:
+                if self._ended:
+                    self._close()
+
+    def _close(self) -> None:
+        with self._in_use:
+            if self._history is not None:
+                self._history.close()
+                self._history = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -19,7 +20,7 @@ from client.metalearning.features import STATED_MAX
 from client.metalearning.record import Record, from_row, to_row
 from client.placement import ModelNeeds, PlaceOptions, priced
 from node.clock import SystemClock
-from node.history import History, HistoryBusy
+from node.history import BUSY_S, History, HistoryBusy
 from node.recording import LAST_WORDS_S, SWITCH, Entry, Journal, Plan, Progress, Recorder, Subject, hardware, wanted
 from protocol.adverts import HeldSpan
 from protocol.errors import InputError, RouteUnavailable
@@ -278,6 +279,34 @@ def test_last_words_are_not_waited_for_for_ever(tmp_path: Path) -> None:
             assert trio.current_time() - began == pytest.approx(LAST_WORDS_S)
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("when", ["at the end", "before"])
+def test_a_history_that_another_holds_keeps_no_client_from_ending(
+    tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, journal = tmp_path / "history.db", Journal(tmp_path / "history.db")
+    monkeypatch.setattr("node.recording.LAST_WORDS_S", 0.1)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(journal.run)
+            await trio.testing.wait_all_tasks_blocked()
+            journal.add(partial(numbered, 1))
+            if when == "before":
+                await trio.sleep(0.1)  # the write has begun
+            nursery.cancel_scope.cancel()
+        await journal.aclose()
+
+    with History(file) as other, other._writing():
+        began = time.monotonic()
+        trio.run(main)
+        assert time.monotonic() - began < BUSY_S / 2, "it did not wait for the other"
+    while list(tmp_path.glob("history.db-*")):
+        time.sleep(0.01)
+        assert time.monotonic() - began < 2 * BUSY_S, "it closed the file"
+    with History(file) as history:
+        assert history.records() == [numbered(1)]
 
 
 def test_no_history_no_file(tmp_path: Path) -> None:
