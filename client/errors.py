@@ -6,8 +6,12 @@ Every message names the worker by its short id. Nothing here sends or retries.
 
 from __future__ import annotations
 
+import re
+
 from protocol.errors import Refused, RemoteProtocolError, RouteUnavailable, SottoError, TransportError
 from protocol.ids import PeerId
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def short(peer: PeerId) -> str:
@@ -18,6 +22,12 @@ def short(peer: PeerId) -> str:
 def printable(text: str) -> str:
     """`text` that a peer wrote, fit for a terminal: no control characters, so no escape sequences, and one line."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def harmless(text: str) -> str:
+    """`text` of several lines that a model wrote, fit for a terminal: no control characters but newlines and tabs. The
+    last worker of a route can have any of them chosen."""
+    return _CONTROLS.sub("?", text)
 
 
 class HopLost(RouteUnavailable):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from node.defaults import KV_TOKENS
-from sotto.commands.common import complaint, errors, print_json
+from sotto.commands.common import complaint, errors, print_json, print_piece
 from sotto.commands.generation import deployed, result_json, tell
 from sotto.commands.request_options import RequestOptions
 from sotto.commands.signatures import with_options
@@ -109,8 +109,7 @@ def _turn(talk: Chat, text: str, ask: Ask, as_json: bool) -> bool:
         with complaint(as_json), closing(talk.answer(text, ask)) as pieces:
             for piece in pieces:
                 if not as_json:
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                    print_piece(piece)
     except KeyboardInterrupt:
         typer.echo("\n[stopped]", err=True)
         return True

@@ -77,6 +77,14 @@ def print_json(value: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def print_piece(piece: str) -> None:
+    """Part of an answer, at once: as it is, or without what would steer a terminal."""
+    from client.errors import harmless
+
+    sys.stdout.write(harmless(piece) if sys.stdout.isatty() else piece)
+    sys.stdout.flush()
+
+
 def fail(message: str, *, as_json: bool) -> NoReturn:
     """One line that says what to do, and exit status 1."""
     _complain(message, as_json=as_json)

@@ -65,6 +65,7 @@ def report_json(result: Report) -> dict[str, Any]:
 def _show() -> Show:
     from rich.console import Console
 
+    from client.errors import harmless
     from sotto.commands.models import describe_placement
     from sotto.demo.report import Show
 
@@ -77,7 +78,7 @@ def _show() -> Show:
         stage=lambda text: console.print(f"[bold]»[/bold] {text}"),
         placement=placement,
         prompt=lambda text: console.print(f"\n[bold cyan]{text}[/bold cyan]", end=""),
-        piece=lambda text: console.print(text, end="", markup=False),
+        piece=lambda text: console.print(harmless(text) if console.is_terminal else text, end="", markup=False),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sotto.commands.common import Json, errors, keeping, print_json, progress_bar, run_async
+from sotto.commands.common import Json, errors, keeping, print_json, print_piece, progress_bar, run_async
 from sotto.commands.request_options import Objective, RequestOptions, Where
 from sotto.commands.signatures import with_options
 from sotto.commands.tracing import show_trace
@@ -63,7 +62,7 @@ def run(
                         tell_over_budget(answer.decided)
                     async for piece in answer.pieces:
                         if not as_json:
-                            _stream(piece)
+                            print_piece(piece)
                 return answer.result, ready.predicted.predicted_ms_per_token, answer.trace, answer.decided
 
         result, predicted_ms, traced, decided = run_async(work)
@@ -241,8 +240,3 @@ def result_json(result: GenerationResult) -> dict[str, Any]:
         "drafted": result.drafted,
         "accepted": result.accepted,
     }
-
-
-def _stream(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()

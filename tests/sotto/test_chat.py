@@ -16,6 +16,8 @@ from node.client import ClientOptions
 from protocol.errors import InputError
 from sotto.__main__ import app
 from sotto.commands.chat import _lines
+from sotto.commands.common import print_piece
+from sotto.commands.demo import _show
 from tests.helpers.tiny_models import SIZES, make_checkpoint
 
 
@@ -23,6 +25,26 @@ def test_bytes_that_are_no_text_cost_one_turn(monkeypatch: pytest.MonkeyPatch) -
     """The turn is then refused by the tokenizer, with one line."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nhello\n/exit\n"), encoding="utf-8"))
     assert list(_lines()) == ["\udcff", "hello"]
+
+
+CLEVER = "a\tb\r\n\x1b]0;title\x07\x9b2J\x7fgrüße 👋"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_answer_does_not_steer_the_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    print_piece(CLEVER)
+    assert capsys.readouterr().out == ("a\tb?\n?]0;title??2J?grüße 👋" if terminal else CLEVER)
+
+
+def test_an_answer_of_the_demo_does_not_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # to rich, standard output is a terminal then
+    _show().piece("\x1b]0;title\x07")
+    assert capsys.readouterr().out == "?]0;title?"
 
 
 @pytest.mark.parametrize(("context", "leased"), [(4096, SIZES["max_position_embeddings"]), (64, 64)])
