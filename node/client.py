@@ -108,17 +108,21 @@ class _Priced:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What of a model is in the client's own memory, whatever route it goes over. `client_s`: see PlaceOptions."""
+    """What of a model is in the client's own memory, whatever route it goes over. `client_s`: see PlaceOptions.
+    `page_secret`: see Sealer."""
 
     ends: ClientEnds
     tokenizer: Tokenizer
     client_s: float
+    tier: str
+    page_secret: bytes | None
 
     @classmethod
     def of(cls, sealer: Sealer) -> Loaded:
         """Reads GBs where a model is large: call it in a thread."""
-        ends = sealer.ends()
-        return cls(ends, Tokenizer.open(sealer.checkpoint.tokenizer_file), time_ends(ends))
+        ends, tokenizer = sealer.ends(), Tokenizer.open(sealer.checkpoint.tokenizer_file)
+        tier = "plain" if sealer.secrets is None else "ee"
+        return cls(ends, tokenizer, time_ends(ends), tier, sealer.page_secret())
 
 
 class Client:
@@ -201,7 +205,7 @@ class Client:
         place = sealed_place(self.options.data_dir / "sealed", model, dtype, key)
         fresh, started = not place.exists(), self.ports.clock.monotonic()
         work = partial(seal_into, place, model, dtype, key, self._owner.peer, progress)
-        folder, _ = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; a seal resumes
+        folder = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; a seal resumes
         if fresh:
             weights = ModelNeeds.of_configs(model.config.blocks, dtype, 1).block_bytes
             self._note_sealed(sum(weights), started)
@@ -265,10 +269,10 @@ class Client:
         bringing = Bringing(self, model.folder, data, needs, options)
         async with self._deploying[manifest.deployment], self.leases.transaction(manifest.deployment):
             route, view, hops = await bringing.run(where)
-            sealer = await trio.to_thread.run_sync(model.folder.sealer, model.checkpoint, model.key)
+            head = await trio.to_thread.run_sync(_head, model, loaded)
             again = partial(self._again, route, partial(self.deploy, model, options))
             priced_as = _Priced(view, needs, where, manifest.dtype, again)
-            return await self._ready(route, hops, sealer, priced_as, loaded)
+            return await self._ready(route, hops, model.checkpoint, priced_as, head)
 
     def _note_sealed(self, nbytes: int, started: float) -> None:
         with suppress(OSError):  # a disk that is full fails what matters, not this
@@ -323,10 +327,12 @@ class Client:
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
         route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS)
-        sealer = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
+        head: Sealer | Loaded | None = loaded
+        if head is None:
+            head = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
         again = partial(self._again, route, partial(self.attach, checkpoint, key))
         priced_as = _Priced(view, needs, PlaceOptions(), token.dtype, again)
-        return await self._ready(route, (), sealer, priced_as, loaded)
+        return await self._ready(route, (), checkpoint, priced_as, head)
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], dict[PeerId, str]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
@@ -339,19 +345,17 @@ class Client:
         self,
         route: Route,
         hops: tuple[DeployedHop, ...],
-        sealer: Sealer,
+        checkpoint: Checkpoint,
         priced_as: _Priced,
-        loaded: Loaded | None,
+        head: Sealer | Loaded,
     ) -> DeployedModel:
-        if loaded is None:
-            loaded = await trio.to_thread.run_sync(Loaded.of, sealer)
+        loaded = head if isinstance(head, Loaded) else await trio.to_thread.run_sync(Loaded.of, head)
         where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=loaded.client_s)
         spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
         predicted = priced(priced_as.view, priced_as.needs, spans, where)
-        checkpoint = sealer.checkpoint
         subject = Subject(
             name=checkpoint.name,
-            tier="plain" if sealer.secrets is None else "ee",
+            tier=loaded.tier,
             config=checkpoint.config,
             dtype=priced_as.dtype,
             needs=priced_as.needs,
@@ -367,7 +371,7 @@ class Client:
             hops=hops,
             predicted=predicted,
             ends=loaded.ends,
-            page_secret=sealer.page_secret() or plain_secret(self._owner),
+            page_secret=loaded.page_secret or plain_secret(self._owner),
             tokenizer=loaded.tokenizer,
             config=checkpoint.config,
             checkpoint=checkpoint,
@@ -387,3 +391,11 @@ class Client:
             choosing=self.choosing,
             moves=Moves(),
         )
+
+
+def _head(model: SealedModel, loaded: Loaded | None) -> Sealer | Loaded:
+    """What the client's own part of the model comes from, or is. Raises InputError for a wrong key or model."""
+    if loaded is None:
+        return model.folder.sealer(model.checkpoint, model.key)
+    model.folder.require(model.checkpoint, model.key)
+    return loaded

@@ -187,7 +187,7 @@ def seal_into(
     key: RootKey | None,
     owner: PeerId,
     progress: Progress = lambda *_: None,
-) -> tuple[SealedFolder, Sealer]:
+) -> SealedFolder:
     """Seal `checkpoint` into `path` as a deployment of `owner`, going on where an earlier run stopped. Another process
     that is about the same is waited for. Raises InputError, ModelError."""
     if not (path / "deployment.json").exists():
@@ -198,7 +198,7 @@ def seal_into(
 
 def _seal_into(
     path: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None, owner: PeerId, progress: Progress
-) -> tuple[SealedFolder, Sealer]:
+) -> SealedFolder:
     if (path / "deployment.json").exists():
         folder = SealedFolder.open(path)
         folder.require_owner(owner)
@@ -207,13 +207,13 @@ def _seal_into(
             raise InputError(f"{path} holds {folder.info.dtype}: use --dtype {folder.info.dtype}, or another folder")
     else:
         folder = SealedFolder.create(path, checkpoint, dtype, key, owner)
-    sealer = Sealer.open(checkpoint, dtype, key, folder.deployment)
-    total = checkpoint.config.num_blocks
+    sealer, total = None, checkpoint.config.num_blocks
     for index in range(total):
         if folder.entry(index) is None:
+            sealer = sealer or Sealer.open(checkpoint, dtype, key, folder.deployment)  # seconds for a wide model
             folder.write_block(sealer, index)
         progress(index + 1, total)
-    return folder, sealer
+    return folder
 
 
 def sealed_place(base: Path, checkpoint: Checkpoint, dtype: str, key: RootKey | None) -> Path:

@@ -311,7 +311,7 @@ async def _sessions_refused(worker: Daemon) -> int:
 def _shard_bytes(scene: Scene) -> int:
     """What the shards of the model take on a disk."""
     checkpoint, key, owner = Checkpoint.open(scene.model), default_key(scene.folder / "sized"), peer_id_of(bytes(32))
-    folder, _ = seal_into(scene.folder / "sized" / "model", checkpoint, "float32", key, owner)
+    folder = seal_into(scene.folder / "sized" / "model", checkpoint, "float32", key, owner)
     entries = map(folder.entry, range(folder.info.num_blocks))
     return sum(entry.shard_bytes for entry in entries if entry is not None)
 

@@ -151,7 +151,7 @@ def _trial(folder: Path, model: Path) -> Iterator[_Trial]:
     checkpoint = Checkpoint.open(str(model))
     place = sealed_place(folder / "data" / "sealed", checkpoint, DTYPE, None)
     owner = load_identity(folder / "data" / "client").peer
-    sealed, _ = seal_into(place, checkpoint, DTYPE, None, owner)
+    sealed = seal_into(place, checkpoint, DTYPE, None, owner)
     lists: dict[ShardDigest, PieceList] = {}
     for index in range(checkpoint.config.num_blocks):
         entry = sealed.entry(index)

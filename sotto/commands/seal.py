@@ -40,7 +40,7 @@ def seal(
         output = output or sealed_place(folder(data_dir) / "sealed", checkpoint, check_dtype(dtype), root)
         started = time.monotonic()
         with progress_bar("sealing", bytes_=False, quiet=as_json) as update:
-            sealed, _ = seal_into(output, checkpoint, check_dtype(dtype), root, owner.peer, update)
+            sealed = seal_into(output, checkpoint, check_dtype(dtype), root, owner.peer, update)
         _, manifest = sealed.manifest(owner)
         summary = {
             "folder": str(output),

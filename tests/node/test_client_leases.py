@@ -103,6 +103,7 @@ class Model:
     def __init__(self) -> None:
         self.shards = Shards()
         self.wrong_key = False
+        self.checked: list[str] = []
         self.deployment = DEPLOYMENT
         self.info = SimpleNamespace(num_blocks=len(MANIFEST.blocks))
         self.sealed = cast("SealedModel", SimpleNamespace(folder=self, checkpoint=None, key=None))
@@ -111,8 +112,12 @@ class Model:
         return sign_manifest(MANIFEST, CLIENT), MANIFEST
 
     def sealer(self, *_: object) -> None:
+        self.checked.append("and derived for")
         if self.wrong_key:
             raise InputError("wrong key")
+
+    def require(self, *_: object) -> None:
+        self.checked.append("alone")
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +195,15 @@ def test_a_move_that_is_cancelled_leaves_what_was_leased_for_the_route_that_is_l
         assert client.asked(LeaseSpan, 2) == 1
 
     deploying(body, FIRST, ((0, 0, 2), (2, 2, 4)))
+
+
+def test_a_move_derives_nothing_anew() -> None:
+    async def body(client: Deploying, model: Model) -> None:
+        left = (await client.deploy(model.sealed, DeployOptions())).route
+        await client._again(left, partial(client.deploy, model.sealed, DeployOptions()), LOADED, frozenset())
+        assert model.checked == ["and derived for", "alone"]
+
+    deploying(body, FIRST, FIRST)
 
 
 def test_who_waits_for_another_client_gives_up_the_lease_that_the_other_waits_for() -> None:

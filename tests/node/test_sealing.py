@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def seal(path: Path, checkpoint: Checkpoint, key: RootKey | None = KEY) -> SealedFolder:
-    return seal_into(path, checkpoint, "float32", key, OWNER.peer)[0]
+    return seal_into(path, checkpoint, "float32", key, OWNER.peer)
 
 
 def test_a_sealed_folder_is_what_its_manifest_says(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -58,6 +58,14 @@ def test_a_sealed_folder_is_what_its_manifest_says(checkpoint: Checkpoint, tmp_p
         assert piece_list_of(folder.shard(block.digest)).digest == block.digest
     with pytest.raises(InputError, match="another identity"):
         folder.manifest(Identity(b"\1" * 32))
+
+
+def test_what_is_sealed_already_is_not_derived_for_again(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    monkeypatch.setattr(Sealer, "open", lambda *_: pytest.fail("takes seconds for a wide model"))
+    assert seal(tmp_path / "s", checkpoint) == folder
 
 
 @pytest.mark.parametrize("after_blocks", range(4))
