@@ -12,7 +12,7 @@ from typing import Protocol
 
 import trio
 
-from client.deploy import DeployedHop, DeployProgress, deploy
+from client.deploy import DeployedHop, DeployProgress, Signed, deploy
 from client.deploy import Progress as UploadProgress
 from client.errors import HopLost, HopRefused, HopViolation
 from client.leases import LeaseKeeper, Leasing
@@ -87,11 +87,11 @@ class BringingHost(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bringing:
-    """One deployment for `client`. `manifest`: that of `folder`, signed; `needs`: of it, with room as `options` say."""
+    """One deployment for `client`. `manifest`: that of `folder`; `needs`: of it, with room as `options` say."""
 
     client: BringingHost
     folder: SealedFolder
-    manifest: bytes
+    manifest: Signed
     needs: ModelNeeds
     options: DeployOptions
 

@@ -264,9 +264,10 @@ class Client:
         said when no others are left. However it fails, leases are those of before. Who comes while the same model is
         deployed waits, and finds it there. `loaded`, if the client has the model in its memory already.
         """
-        data, manifest = model.folder.manifest(self._owner)
+        # In a thread: up to 256 files are read and checked, the first time.
+        signed, manifest = await trio.to_thread.run_sync(model.folder.manifest, self._owner)
         needs, where = ModelNeeds.of_manifest(manifest, options.kv_room), options.where(without)
-        bringing = Bringing(self, model.folder, data, needs, options)
+        bringing = Bringing(self, model.folder, (signed, manifest), needs, options)
         async with self._deploying[manifest.deployment], self.leases.transaction(manifest.deployment):
             route, view, hops = await bringing.run(where)
             head = await trio.to_thread.run_sync(_head, model, loaded)

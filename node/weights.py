@@ -47,7 +47,7 @@ async def choose_weights(client: Client, checkpoint: Checkpoint, key: RootKey | 
     stands, failure = None, None
     for weights in DEPLOYED:
         needs = ModelNeeds.of_configs(checkpoint.config.blocks, weights, wish.kv_tokens)
-        sealed = sealed_id(client.options.data_dir, checkpoint, weights, key)
+        sealed = await trio.to_thread.run_sync(sealed_id, client.options.data_dir, checkpoint, weights, key)
         try:
             placed = replace(needs, deployment=sealed)
             placement, view = await client.place(placed, PlaceOptions(hops_min=wish.hops_min))
@@ -72,7 +72,8 @@ def own_records(client: Client, name: str) -> Sequence[Record]:
 
 
 def sealed_id(data_dir: Path, checkpoint: Checkpoint, weights: str, key: RootKey | None) -> DeploymentId | None:
-    """Of the model as it lies sealed in the data folder, whole; None when it has to be sealed."""
+    """Of the model as it lies sealed in the data folder, whole; None when it has to be sealed.
+    Reads a file for each block: call it in a thread."""
     try:
         folder = SealedFolder.open(sealed_place(data_dir / "sealed", checkpoint, weights, key))
     except InputError:

@@ -54,11 +54,11 @@ class LoggedSource:
 
 async def bring(client: Client, sealed: SealedModel, log: int) -> None:
     """Deploy `sealed` over as few workers as hold it."""
-    data, manifest = sealed.folder.manifest(load_identity(client.options.data_dir / "client"))
+    signed, manifest = sealed.folder.manifest(load_identity(client.options.data_dir / "client"))
     placement, view = await client.place(ModelNeeds.of_manifest(manifest, 64), PlaceOptions())
     route = route_of(placement, view, manifest.deployment)
     supply = Supply(LoggedSource(FolderSource(sealed.folder), log), holders_in(view, manifest.deployment))
-    await deploy(client.ports, route, data, supply, Leasing(client.leases))
+    await deploy(client.ports, route, (signed, manifest), supply, Leasing(client.leases))
 
 
 async def main(data_dir: str, bootstrap: str, model: str, log: str) -> None:

@@ -149,7 +149,8 @@ class Client:
         view = await self.watch.wait_for(lambda view: len(view.members) == len(self.swarm.workers))
         self.placement = plan(view, self.needs(), PlaceOptions(hops_min=len(self.swarm.workers)))
         route = route_of(self.placement, view, DEPLOYMENT)
-        signed = sign_manifest(self.sealed.manifest, self.ports.identity)
+        manifest = self.sealed.manifest
+        signed = sign_manifest(manifest, self.ports.identity), manifest
         await deploy(self.ports, route, signed, Supply(self.sealed), Leasing(self.leases))
         return route
 

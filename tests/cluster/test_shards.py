@@ -87,11 +87,11 @@ async def sealed(client: Client, model: Path) -> SealedModel:
 
 async def bring(client: Client, model: SealedModel, worker: WorkerProcess, source: SlowSource | FolderSource) -> int:
     """The whole model to one worker; gives the most bytes that progress told of."""
-    data, manifest = model.folder.manifest(load_identity(client.options.data_dir / "client"))
+    signed, manifest = model.folder.manifest(load_identity(client.options.data_dir / "client"))
     route = Route(manifest.deployment, (Hop(worker.peer, worker.addrs, 0, len(manifest.blocks)),))
     told: list[DeployProgress] = []
     supply = Supply(source, holders_in(client.watch.view, manifest.deployment))
-    await deploy(client.ports, route, data, supply, Leasing(client.leases), told.append)
+    await deploy(client.ports, route, (signed, manifest), supply, Leasing(client.leases), told.append)
     assert told[-1].total_bytes == sum(block.shard_bytes for block in manifest.blocks)
     return told[-1].present_bytes
 

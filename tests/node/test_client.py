@@ -91,9 +91,12 @@ def deploying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("node.bringing.held_route", lambda *_: held)
     manifest = SimpleNamespace(deployment=DEPLOYMENT, dtype="float32")
     info = SimpleNamespace(num_blocks=4)
-    folder = SimpleNamespace(
-        manifest=lambda _: (b"", manifest), sealer=lambda *_: None, deployment=DEPLOYMENT, info=info
-    )
+
+    def read(_: object) -> tuple[bytes, Any]:
+        assert not trio.lowlevel.in_trio_run(), "it takes too long for the event loop"
+        return b"", manifest
+
+    folder = SimpleNamespace(manifest=read, sealer=lambda *_: None, deployment=DEPLOYMENT, info=info)
     model = cast("SealedModel", SimpleNamespace(folder=folder, checkpoint=None, key=None))
 
     def deployed(*workers: PeerId) -> list[PeerId]:

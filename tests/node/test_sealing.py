@@ -158,6 +158,15 @@ def test_another_model_or_precision_is_refused(checkpoint: Checkpoint, tmp_path:
     assert len(places) == 12
 
 
+def test_a_manifest_that_was_changed_here_is_signed_anew(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    data, manifest = folder.manifest(OWNER)
+    changed = bytearray(data)
+    changed[len(changed) // 2] ^= 1
+    (tmp_path / "s" / "manifest.bin").write_bytes(changed)
+    assert folder.manifest(OWNER) == (data, manifest)
+
+
 @pytest.mark.parametrize("damage", ["deployment.json", "entry", "shard"])
 def test_damage_is_noticed(damage: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     folder = seal(tmp_path / "s", checkpoint)
