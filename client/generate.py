@@ -35,6 +35,8 @@ from protocol.ports import Clock, RunSync
 from protocol.tensors import Payload
 
 FinishReason = Literal["stop", "length"]
+# Of a prompt that guesses are made from on the event loop: they take half a millisecond, and a thread a fifth of that.
+LOOKED_UP_INLINE_MAX = 1024
 
 
 class Steps(Protocol):
@@ -207,8 +209,7 @@ class Generation:
         self._started_at = self._host.clock.monotonic() if begun is None else begun
         self._head_batches.begin()
         try:
-            if self._host.speculation is not None:
-                self._host.speculation.begin(self._prompt)
+            await self._begin_guessing()
             answer, drafts = await self._prefill(), tuple[int, ...]()
             while True:
                 position = len(self._prompt) + len(self.ids)
@@ -229,6 +230,15 @@ class Generation:
             self.finish_reason = "stop" if stopped else "length"
         finally:
             self._head_batches.end()
+
+    async def _begin_guessing(self) -> None:
+        if self._host.speculation is None:
+            return
+        begin = partial(self._host.speculation.begin, self._prompt)
+        if len(self._prompt) > LOOKED_UP_INLINE_MAX:
+            await self._host.run_sync(begin)
+        else:
+            begin()
 
     async def _outcome(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Outcome:
         chosen, following = list[int](), tuple[int, ...]()

@@ -12,7 +12,8 @@ import torch
 import trio
 from torch import Tensor
 
-from client.generate import Generation, GenerationHost, GenerationParams, inline, kv_tokens_for
+from client.generate import LOOKED_UP_INLINE_MAX, Generation, GenerationHost, GenerationParams, inline, kv_tokens_for
+from client.speculation import PromptLookup, Speculation
 from client.tensors import to_payload, to_tensor
 from client.text import TextStream
 from models.sampling import SamplingParams, sample
@@ -224,6 +225,31 @@ def test_heavy_work_goes_through_run_sync() -> None:
 
     virtual(main)
     assert len(calls) == 2 + 4  # two chunks embedded, four tokens chosen
+
+
+@pytest.mark.parametrize(("prompt", "off"), [(LOOKED_UP_INLINE_MAX, False), (LOOKED_UP_INLINE_MAX + 1, True)])
+def test_a_long_prompt_is_looked_through_off_the_event_loop(prompt: int, off: bool) -> None:
+    inside, begun = [False], list[bool]()
+
+    async def noted(function: Callable[[], T], /) -> T:
+        inside.append(True)
+        try:
+            return function()
+        finally:
+            inside.pop()
+
+    class Noting(PromptLookup):
+        def begin(self, prompt: Sequence[int]) -> None:
+            begun.append(inside[-1])
+            super().begin(prompt)
+
+    async def main() -> None:
+        host = GenerationHost(VirtualClock(), noted, speculation=Speculation(Noting()))
+        async for _ in generate(EchoSession(), CountingEnds(), [1] * prompt, GenerationParams(1), host):
+            pass
+
+    virtual(main)
+    assert begun == [off]
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,9 @@ from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
 from node.chat import Chat, ChatOptions
 from node.draft import Draft, Guessing
-from node.model import Ask, DeployedModel, _Way, head_batches_of, wire_of
+from node.model import ENCODED_INLINE_MAX, Ask, DeployedModel, _Way, head_batches_of, wire_of
 from node.moves import Moves
+from node.recording import Journal
 from protocol.errors import InputError, Refused, RouteUnavailable, SottoError
 from protocol.ids import PeerId
 from protocol.strategy import Strategy, parse
@@ -121,9 +122,36 @@ def model(**attributes: object) -> DeployedModel:
     )
     fake = SimpleNamespace(**known | attributes)
     guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
-    for name in ("_answer", "params", "host", "terms", "page_keys", "_require_known"):
+    for name in ("_answer", "params", "host", "terms", "page_keys", "_require_known", "_encoded"):
         setattr(fake, name, MethodType(getattr(DeployedModel, name), fake))
     return cast("DeployedModel", fake)
+
+
+@pytest.mark.parametrize(("characters", "off"), [(ENCODED_INLINE_MAX, False), (ENCODED_INLINE_MAX + 1, True)])
+def test_a_long_prompt_becomes_tokens_off_the_event_loop(
+    characters: int, off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_threads = list[bool]()
+
+    def encode(text: str) -> list[int]:
+        in_threads.append(not trio.lowlevel.in_trio_run())
+        return [1] * len(text)
+
+    async def main() -> None:
+        journal = Journal(None)
+        fake = model(
+            recorder=SimpleNamespace(journal=journal),
+            tokenizer=SimpleNamespace(vocabulary=dict, stream=lambda: None, encode=encode),
+            config=SimpleNamespace(max_position=2 * characters, eos_ids=(), vocab_size=9),
+        )
+        with pytest.raises(Asked):
+            async with DeployedModel.ask(fake, "x" * characters):
+                pass
+        assert not journal.running
+
+    monkeypatch.setattr("node.model.KeptRequest", asked)
+    run(main, seed=0)
+    assert in_threads == [off]
 
 
 @pytest.mark.parametrize("token", [-1, 9])
