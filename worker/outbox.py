@@ -50,6 +50,7 @@ class Outbox:
         await trio.lowlevel.checkpoint_if_cancelled()
         while (self.full or (self._frames and not self._room.fits(len(body)))) and not self.closed:
             await self._changed.park()
+            await trio.lowlevel.checkpoint_if_cancelled()  # cancelled once it was woken: park does not say so
         if self.closed:
             raise TransportError("the stream has gone")
         self._add(message, body, company)

@@ -13,8 +13,8 @@ from protocol import limits
 from protocol.channel import Channel
 from protocol.errors import RemoteProtocolError, TransportError
 from protocol.framing import FrameDecoder, encode_frame
-from protocol.ids import PeerId
-from protocol.messages import CONTROL, SHARD, Ping, Pong, ShardPiece
+from protocol.ids import PeerId, SessionId
+from protocol.messages import CONTROL, SHARD, Ping, Pong, RefusalReason, SessionFailed, ShardPiece
 from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import Swarm, in_swarm, some_rows
 from worker.outbox import BYTES_MAX, FORCED_MAX, FRAMES_MAX, Outbox
@@ -237,6 +237,30 @@ def test_an_outbox_of_a_reader_that_never_reads_closes_itself() -> None:
             await outbox.put(Ping(bytes(8)))
         await outbox.pump(_channel(_Deaf()))
         await outbox.drained()
+
+    trio.run(main)
+
+
+def test_what_waits_for_room_is_not_added_once_it_is_cancelled() -> None:
+    """A session fails in the very turn in which its answer finds room: nothing may follow SessionFailed."""
+
+    async def main() -> None:
+        outbox, scope = Outbox(Room(QueueBook(1 << 30), PeerId("reader"))), trio.CancelScope()
+        failed = SessionFailed(SessionId(bytes(16)), RefusalReason.STOPPING, "")
+
+        async def put() -> None:
+            with scope:
+                await outbox.put(Ping(bytes(8)))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(FRAMES_MAX):
+                assert outbox.offer(Pong(bytes(8)))
+            nursery.start_soon(put)
+            await trio.testing.wait_all_tasks_blocked()
+            outbox._frames.clear()  # as if they were written
+            outbox.force(failed)
+            scope.cancel()
+        assert [message for message, _ in outbox._frames] == [failed]
 
     trio.run(main)
 
