@@ -39,8 +39,9 @@ def check_dtype(dtype: str) -> str:
 async def brought(
     client: Client, checkpoint: Checkpoint, dtype: str | None, key: RootKey | None, options: DeployOptions, quiet: bool
 ) -> DeployedModel:
-    """As `client.bring`, with a bar for what is sealed, and then one for what is sent."""
-    total = UploadTotal()
+    """As `client.bring`, with a bar for what is sealed, and then one for what is sent. `options` are kept for moves of
+    the model, which draw nothing."""
+    total, over = UploadTotal(), False
     upload: Callable[[float, int], None] | None = None
     with ExitStack() as bars:
         sealing = bars.enter_context(progress_bar("sealing", bytes_=False, quiet=quiet))
@@ -48,17 +49,20 @@ async def brought(
         def placed(placement: Placement, view: SwarmView) -> None:
             nonlocal upload
             total.restart()
-            if upload is None:  # two bars at once would write over each other
+            if upload is None and not over:  # two bars at once would write over each other
                 bars.close()
                 upload = bars.enter_context(progress_bar("uploading", bytes_=True, quiet=quiet))
             options.on_placement(placement, view)
 
         def sent(progress: DeployProgress) -> None:
-            if upload is not None:
+            if upload is not None and not over:
                 upload(*total.add(progress))
 
         shown = replace(options, on_placement=placed, on_upload=sent)
-        return await client.bring(checkpoint, dtype, key, shown, sealing)
+        try:
+            return await client.bring(checkpoint, dtype, key, shown, sealing)
+        finally:
+            over = True
 
 
 def describe_placement(placement: Placement, view: SwarmView) -> list[str]:
