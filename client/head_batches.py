@@ -7,7 +7,8 @@ wait. What one request's `choose` raises is raised to that request alone.
 A product's last bits depend on how many rows it has. Where that must not be seen, requests are computed apart, and
 products always have as many.
 
-Invariant: each entry is chosen once, whoever is cancelled. It starts no task, and knows neither sessions nor text.
+Invariant: each entry is chosen once, whoever is cancelled and whatever fails. It starts no task, and knows neither
+sessions nor text.
 """
 
 from __future__ import annotations
@@ -45,12 +46,14 @@ Choose = Callable[[Iterable[Tensor]], Sequence[int]]
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """`ids` and `embedded` once it was computed."""
+    """`ids` as soon as they were chosen, for that is not done again when their embedding fails; `embedded` and `done`
+    once all was computed."""
 
     hidden: Tensor
     choose: Choose
     ids: outcome.Value[Sequence[int]] | outcome.Error | None = None
     embedded: Tensor | None = None
+    done: bool = False
 
 
 class HeadBatches:
@@ -86,11 +89,12 @@ class HeadBatches:
         entry = _Entry(hidden, choose)
         self._waiting.append(entry)
         try:
-            while entry.ids is None:
+            while not entry.done:
                 await (self._computed.park() if self._computing else self._compute())
         finally:
             if entry in self._waiting:
                 self._waiting.remove(entry)
+        assert entry.ids is not None
         entry.ids.unwrap()
         return entry.embedded
 
@@ -109,7 +113,7 @@ class HeadBatches:
                 await self._run_sync(lambda: _compute(self._products, batch))
         finally:
             # When the product failed that is this request's error, and the others try again without it.
-            self._waiting[:0] = [entry for entry in batch if entry.ids is None]
+            self._waiting[:0] = [entry for entry in batch if not entry.done]
             self._computing = False
             self._computed.unpark_all()
         if len(batch) > 1:  # then all of them go on in one turn of the loop, and what they send leaves together
@@ -152,13 +156,14 @@ class _Apart:
 
 def _compute(products: _Together | _Apart, batch: list[_Entry]) -> None:
     """The logits of all, what is chosen by them, and the embeddings of that."""
-    parts = products.logits([entry.hidden for entry in batch])
-    chosen = [outcome.capture(entry.choose, rows) for entry, rows in zip(batch, parts, strict=True)]
-    ids = [each.value if isinstance(each, outcome.Value) else () for each in chosen]
+    if fresh := [entry for entry in batch if entry.ids is None]:
+        for entry, rows in zip(fresh, products.logits([entry.hidden for entry in fresh]), strict=True):
+            entry.ids = outcome.capture(entry.choose, rows)
+    ids = [entry.ids.value if isinstance(entry.ids, outcome.Value) else () for entry in batch]
     following = products.embed([token for own in ids for token in own]) if any(ids) else None
     start = 0
-    for entry, each, own in zip(batch, chosen, ids, strict=True):
+    for entry, own in zip(batch, ids, strict=True):
         if following is not None and own:
             entry.embedded = following[start : start + len(own)]
             start += len(own)
-        entry.ids = each
+        entry.done = True

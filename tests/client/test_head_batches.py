@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
@@ -55,7 +55,7 @@ def row(token: int) -> Tensor:
     return torch.nn.functional.normalize(ends.head[token][None] * 9, dim=1)
 
 
-def best(logits: Tensor) -> list[int]:
+def best(logits: Iterable[Tensor]) -> list[int]:
     return [int(each.argmax()) for each in logits]
 
 
@@ -213,6 +213,46 @@ def test_a_product_that_fails_costs_one_request_and_the_others_try_again() -> No
                 nursery.start_soon(request, index)
         assert len(failed) == 1
         assert ends.products == [3, 2]
+
+    virtual(main)
+
+
+@pytest.mark.parametrize("tile", [0, 16])
+def test_an_embedding_that_fails_costs_one_request_and_the_others_are_not_chosen_again(tile: int) -> None:
+    class Forgetful(Ends):
+        """Has no memory for its first embedding."""
+
+        def embed(self, ids: Sequence[int]) -> Tensor:
+            if not self.fails:
+                self.fails = 1
+                raise MemoryError
+            return super().embed(ids)
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            return hidden @ self.head.T
+
+    async def main() -> None:
+        batches, chosen, failed = HeadBatches(Forgetful(), tile_rows=tile), list[int](), list[int]()
+
+        async def request(index: int) -> None:
+            def choose(logits: Iterable[Tensor]) -> list[int]:
+                chosen.append(index)
+                return best(logits)
+
+            try:
+                embedded = await batches.join(row(index), choose)
+            except MemoryError:
+                failed.append(index)
+            else:
+                torch.testing.assert_close(embedded, Ends().embed([index]))
+
+        for _ in range(3):
+            batches.begin()
+        async with trio.open_nursery() as nursery:
+            for index in range(3):
+                nursery.start_soon(request, index)
+        assert len(failed) == 1
+        assert sorted(chosen) == [0, 1, 2]
 
     virtual(main)
 
