@@ -39,9 +39,8 @@ class SwarmWatch:
 
     @property
     def view(self) -> SwarmView:
-        """The workers whose adverts hold now."""
-        self._view = self._view.at(self._now_ms())
-        return self._view
+        """The workers whose adverts hold now. Other threads may look too: it changes nothing."""
+        return self._view.at(self._now_ms())
 
     async def wait_for(self, predicate: Callable[[SwarmView], bool]) -> SwarmView:
         """The first view for which `predicate` holds. Waits as long as it takes: callers own timeouts."""

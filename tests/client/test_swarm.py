@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trio
@@ -13,6 +16,7 @@ from client.swarm import SwarmWatch
 from protocol.adverts import TOPIC, Advert, sign_advert
 from protocol.codec import decode, encode
 from protocol.ids import PeerId
+from protocol.ports import Clock, Gossip, GossipMessage
 from protocol.signed import Identity, Signed
 from protocol.swarm import SwarmView
 from simnet.endpoint import VirtualEndpoint
@@ -84,6 +88,34 @@ def test_every_worker_is_learnt_through_one_neighbour() -> None:
         assert [members[worker.peer].received_from for worker in WORKERS] == [WORKERS[0].peer] * 3
 
     on_a_line(body)
+
+
+def test_who_looks_from_another_thread_undoes_no_advert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics are scraped in a thread of their own."""
+    looking, go_on, at = threading.Event(), threading.Event(), SwarmView.at
+
+    def slow_elsewhere(view: SwarmView, now_ms: int) -> SwarmView:
+        found = at(view, now_ms)
+        if threading.current_thread() is not threading.main_thread():
+            looking.set()
+            assert go_on.wait(10)
+        return found
+
+    async def main() -> None:
+        now_s, worker = VirtualClock().time(), WORKERS[0]
+        clock = cast("Clock", SimpleNamespace(time=lambda: now_s))  # the virtual one tells other threads nothing
+        watch = SwarmWatch(cast("Gossip", None), clock)
+        scraper = threading.Thread(target=lambda: watch.view)
+        scraper.start()
+        assert looking.wait(10)
+        told = SimpleNamespace(data=sign_advert(fresh(), worker), author=worker.peer, received_from=worker.peer)
+        assert watch._admit(cast("GossipMessage", told))
+        go_on.set()
+        scraper.join()
+        assert set(watch.view.members) == {worker.peer}
+
+    monkeypatch.setattr(SwarmView, "at", slow_elsewhere)
+    run(main, seed=5)
 
 
 def test_waiting_ends_with_the_advert_that_was_waited_for() -> None:
