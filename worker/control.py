@@ -214,18 +214,17 @@ class Control:
                 try:
                     await self._restore(await self._read_saved(deployment))
                 except (Refused, RemoteProtocolError) as error:
+                    if isinstance(error, Refused) and error.reason == RefusalReason.MEMORY:
+                        # Its owner uses its share by now, or the machine is short of memory: it may be wanted again.
+                        log.warning("a span of an earlier run is not loaded", extra={"error": str(error)})
+                        continue
                     log.warning("a span of an earlier run is forgotten", extra={"error": str(error)})
                     await self._forget_saved(deployment)
 
     async def _restore(self, request: SpanRequest) -> None:
         if request.deployment in self.house.spans.leases or not self.house.spans.fits(request):
             return
-        try:
-            self.house.spans.prepare(request, self.ports.clock.monotonic(), request.owner)
-        except Refused as refusal:
-            if refusal.reason is not RefusalReason.MEMORY:
-                raise
-            return  # its owner uses its share by now: what is on disk may be wanted again later
+        self.house.spans.prepare(request, self.ports.clock.monotonic(), request.owner)
         span = self.house.spans.known(request.deployment)
         try:
             await self._load_span(span)

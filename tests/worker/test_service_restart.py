@@ -8,6 +8,7 @@ import trio
 from protocol.errors import Refused
 from protocol.ids import DeploymentId
 from protocol.messages import LoadSpan, Refusal, RefusalReason, ReleaseSpan, SpanLeased, SpanLoaded, SpanReleased
+from protocol.ports import LoadedSpan, SpanSpec
 from simnet.compute import CostModel, ToyCompute
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, in_swarm, lease_of, make_manifest
 from worker.admission import SpanLease, SpanLedger
@@ -80,6 +81,31 @@ def test_a_span_for_which_its_owner_has_no_share_left_now_is_not_forgotten(monke
         await trio.sleep(5)
         assert [held.deployment for held in worker.service.herald._held()] == [kept]
         assert set(worker.store.spans) == {kept, late}
+
+    in_swarm(1, test)
+
+
+def test_a_span_for_which_the_machine_has_no_memory_now_comes_back_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(swarm: Swarm) -> None:
+        kept = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        late = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
+        load, full = ToyCompute.load, True
+
+        async def refuse(compute: ToyCompute, span: SpanSpec) -> LoadedSpan:
+            if full and span.manifest.deployment == late:
+                raise Refused(RefusalReason.MEMORY, "the machine has less memory free")
+            return await load(compute, span)
+
+        monkeypatch.setattr(ToyCompute, "load", refuse)
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        assert [held.deployment for held in worker.service.herald._held()] == [kept]
+        assert list(worker.service.house.spans.leases) == [kept], "it takes no room"
+        assert set(worker.store.spans) == {kept, late}
+        full = False
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        assert {held.deployment for held in worker.service.herald._held()} == {kept, late}
 
     in_swarm(1, test)
 
