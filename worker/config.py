@@ -65,7 +65,7 @@ class Quotas:
     owner_memory_share: float = 1.0  # of the weight memory, and of all places for deployments but one, for one owner
     bandwidth: float = inf
     peer_bandwidth: float = inf
-    requests: float = 1000.0  # control and shard requests, and session openings
+    requests: float = 1000.0  # control and shard requests, and sessions attached or put on another route
     peer_requests: float = 50.0
     sessions: int = limits.SESSIONS_MAX
     peer_sessions: int = limits.SESSIONS_PER_PEER_MAX

@@ -3,7 +3,7 @@
 A message of 30 bytes costs 20 to 200 us of the event loop, and a peer may send them as fast as its line carries, for
 sessions that do not exist. Invariant: a stream's messages hold the loop for YIELD_EVERY of them at a time, counted from
 its last read, so that what comes together reaches the engine together, or for one that costs more than others; and all
-streams of a peer together bring MESSAGES_PER_S. The peer feels the rest as backpressure.
+streams of a peer that have one pace together bring its `per_s`. The peer feels the rest as backpressure.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import trio
 from protocol import limits
 from protocol.ids import PeerId
 
-MESSAGES_PER_S = 4000.0  # a hop before this one may bring the steps of many clients
-BURST = 2000.0
+MESSAGES_PER_S = 4000.0
+LINK_MESSAGES_PER_S = 2 * MESSAGES_PER_S  # a hop before this one may bring the steps of many clients
+BURST_S = 0.5  # a peer that was quiet may send so many seconds' worth at once
 YIELD_EVERY = limits.TOGETHER_MESSAGES
 PEERS_REMEMBERED = 4096  # whoever is forgotten has its burst again; it takes as many other peers
 
@@ -31,21 +32,22 @@ class _Allowance:
 
 @dataclass(slots=True)
 class Pace:
-    """`now` gives monotonic seconds."""
+    """`now` gives monotonic seconds. A peer may bring `per_s` messages a second."""
 
     now: Callable[[], float]
+    per_s: float = MESSAGES_PER_S
     _peers: OrderedDict[PeerId, _Allowance] = field(default_factory=OrderedDict)
 
     async def take(self, peer: PeerId, number: int, cost: float = 1.0) -> None:
         """One message of `peer` came, the `number`th since its stream was read, which let others have their turn. It
         costs as much as `cost` usual ones. Wait until it may be dealt with."""
-        now = self.now()
-        own = self._peers.setdefault(peer, _Allowance(BURST, now))
+        now, burst = self.now(), BURST_S * self.per_s
+        own = self._peers.setdefault(peer, _Allowance(burst, now))
         self._peers.move_to_end(peer)
         if len(self._peers) > PEERS_REMEMBERED:
             self._peers.popitem(last=False)
-        own.left, own.at = min(BURST, own.left + (now - own.at) * MESSAGES_PER_S) - cost, now
+        own.left, own.at = min(burst, own.left + (now - own.at) * self.per_s) - cost, now
         if own.left < 0:
-            await trio.sleep(-own.left / MESSAGES_PER_S)
+            await trio.sleep(-own.left / self.per_s)
         elif cost > 1 or number % YIELD_EVERY == 0:
             await trio.lowlevel.checkpoint()

@@ -60,7 +60,7 @@ from worker.leases import LeaseBook
 from worker.links import OPEN_S, Link, LinkPool
 from worker.meter import Meter
 from worker.outbox import Outbox
-from worker.pace import Pace
+from worker.pace import LINK_MESSAGES_PER_S, Pace
 from worker.piece_plan import Giver
 from worker.providing import Held, Providing
 from worker.quotas import QueueBook, Rates, RequestGate, Room
@@ -110,6 +110,7 @@ class WorkerService:
         self._throttled = min(quotas.peer_bandwidth, quotas.bandwidth) < inf
         self._arrivals = Arrivals(ports.clock.monotonic)
         self._pace = Pace(ports.clock.monotonic)
+        self._link_pace = Pace(ports.clock.monotonic, LINK_MESSAGES_PER_S)
         self.sessions = SessionTable(self.house, ports.clock, ports.observer, self._spawn_session)
         self.links = LinkPool(self._spawn_link, self._link_lost, self.house.queues, self._reach)
         self.herald = Herald(ports, config, self.house)
@@ -253,7 +254,8 @@ class WorkerService:
         await _each(channel, serve)
 
     async def _admit(self, message: Message, peer: PeerId) -> None:
-        """Count a request. Raises Refused(RATE); but a ping, which nothing can refuse, waits.
+        """Count a request. Raises Refused(RATE); but a ping, which nothing can refuse, waits, and so does who gives an
+        open session another route.
 
         Pieces are not counted: their offer was, and whoever asks for them waits for each.
         """
@@ -263,6 +265,8 @@ class WorkerService:
                 return
             case Ping():
                 await trio.sleep(self._requests.rates.take(peer, PING_COST, now))
+            case OpenSession():
+                await trio.sleep(self._requests.rates.take(peer, 1.0, now))
             case LeaseSpan(manifest):
                 self._requests.admit(peer, 1.0 + len(manifest) / MANIFEST_BYTES_PER_REQUEST, now)
             case _:
@@ -280,7 +284,9 @@ class WorkerService:
 
     async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
         async def read(message: Message, body: bytes) -> None:
-            await self._its_turn(channel, message)
+            await self._its_turn(self._pace, channel, message)
+            if isinstance(message, OpenSession) and self.sessions.is_open(message.session):
+                await self._admit(message, channel.remote)  # the next hop charges it to this worker, not to its client
             if isinstance(message, Attach):
                 try:
                     await self._admit(message, channel.remote)
@@ -296,7 +302,7 @@ class WorkerService:
 
     async def _serve_link(self, channel: Channel) -> None:
         async def read(message: Message, body: bytes) -> None:
-            await self._its_turn(channel, message)
+            await self._its_turn(self._link_pace, channel, message)
             try:
                 self._route(message, body, channel.remote)
             except RemoteProtocolError as error:
@@ -306,9 +312,9 @@ class WorkerService:
 
         await _each(channel, read)
 
-    async def _its_turn(self, channel: Channel, message: Message) -> None:
-        cost = OPENING_COST if isinstance(message, OpenSession) else 1.0
-        await self._pace.take(channel.remote, channel.given, cost)
+    async def _its_turn(self, pace: Pace, channel: Channel, message: Message) -> None:
+        opens = isinstance(message, OpenSession) and message.session in self.sessions.live  # else it is not looked into
+        await pace.take(channel.remote, channel.given, OPENING_COST if opens else 1.0)
 
     def _route(self, message: Message, body: bytes, remote: PeerId) -> bool:
         """What goes along a route. False when its session is not known here."""

@@ -78,6 +78,11 @@ class SessionTable:
         """How many wait for room for their KV."""
         return len(self._waiting)
 
+    def is_open(self, session: SessionId) -> bool:
+        """Whether it has its place in a route here: its next opening gives it another."""
+        known = self.live.get(session)
+        return known is not None and known.seat is not None
+
     def attach(self, message: Attach, client: PeerId, outbox: Outbox) -> None:
         """`client` attached a session to the stream that `outbox` writes. Raises RemoteProtocolError when that stream
         did so already."""
