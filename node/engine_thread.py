@@ -31,7 +31,7 @@ CALLS_S = 0.02  # so long calls go before a forward that is due
 class SyncEngine(Protocol):
     """What worker.engine.Engine offers; see protocol.ports.Compute for the meaning."""
 
-    def load(self, span: SpanSpec) -> LoadedSpan: ...
+    def load(self, span: SpanSpec, stopping: Callable[[], bool]) -> LoadedSpan: ...
     def unload(self, deployment: DeploymentId) -> None: ...
     def submit(
         self, work: StepWork, done: Callable[[StepResult | Exception], None], asked_s: float | None = None
@@ -45,8 +45,8 @@ class SyncEngine(Protocol):
 
 class EngineThread:
     """Implements protocol.ports.Compute. Use as a context manager, on the loop that calls it: leaving it waits for the
-    running forward. If the thread dies the block is cancelled, for nobody would be answered any more, and raises what
-    the thread died of."""
+    running forward, or for the shard that a load reads. If the thread dies the block is cancelled, for nobody would be
+    answered any more, and raises what the thread died of."""
 
     def __init__(self, engine: SyncEngine, on_start: Callable[[], None]) -> None:
         self._engine = engine
@@ -55,6 +55,7 @@ class EngineThread:
         self._token: trio.lowlevel.TrioToken | None = None
         self._life: _Pending[None] = _Pending(self._settled)  # settled only with what the thread dies of
         self._scope = trio.CancelScope()  # of the block
+        self._left = threading.Event()
         self._thread = threading.Thread(target=self._live, args=(on_start,), name="engine", daemon=True)
 
     def __enter__(self) -> EngineThread:
@@ -66,6 +67,7 @@ class EngineThread:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
+        self._left.set()
         self._calls.put(None)
         self._thread.join()
         swallowed = self._scope.__exit__(kind, error, trace)
@@ -74,7 +76,7 @@ class EngineThread:
         return swallowed
 
     async def load(self, span: SpanSpec) -> LoadedSpan:
-        return await self._run(lambda: self._engine.load(span))
+        return await self._run(lambda: self._engine.load(span, self._left.is_set))
 
     async def unload(self, deployment: DeploymentId) -> None:
         await self._run(lambda: self._engine.unload(deployment))

@@ -163,10 +163,12 @@ class Engine:
         self._leaving: list[SpanKv] = []  # of spans that are gone, until their memory is given back
         self._ended_s = 0.0  # when the last forward ended
 
-    def load(self, span: SpanSpec) -> LoadedSpan:
-        """Read, check, build and time the span; a loaded span of the deployment is replaced.
+    def load(self, span: SpanSpec, stopping: Callable[[], bool] = lambda: False) -> LoadedSpan:
+        """Read, check, build and time the span; a loaded span of the deployment is replaced. It takes minutes where a
+        span is large: before each shard it looks whether its caller is `stopping`.
 
-        Raises Refused (BAD_SHARD, UNSUPPORTED, MEMORY), LocalProtocolError while a session of the deployment is open.
+        Raises Refused (BAD_SHARD, UNSUPPORTED, MEMORY, STOPPING), LocalProtocolError while a session of the deployment
+        is open.
         """
         self.unload(span.manifest.deployment)
         entries = span.manifest.blocks[span.start : span.end]
@@ -175,6 +177,8 @@ class Engine:
             check_block(span.manifest, entry, config)
 
         def read(index: int) -> dict[str, Tensor]:
+            if stopping():
+                raise Refused(RefusalReason.STOPPING, "the worker is stopping")
             return read_shard(self._shard_path(entries[index].digest), entries[index])
 
         blocks: FloatBlocks | IntegerBlocks

@@ -20,7 +20,8 @@ from models.config import BlockConfig, RopeConfig
 from node.engine_thread import CALLS_S, EngineThread
 from node.store import piece_list_of
 from protocol.errors import Refused
-from protocol.ids import DeploymentId, PeerId, SessionId, deployment_id
+from protocol.ids import DeploymentId, PeerId, SessionId, ShardDigest, deployment_id
+from protocol.manifest import Manifest
 from protocol.messages import Operation, RefusalReason
 from protocol.ports import LoadedSpan, SessionSpec, SpanSpec, StepResult, StepWork
 from protocol.signed import Identity
@@ -58,7 +59,7 @@ class Recorder:
         self.calls.append(name)
         self.threads.add(threading.get_ident())
 
-    def load(self, span: SpanSpec) -> LoadedSpan:
+    def load(self, span: SpanSpec, stopping: Callable[[], bool]) -> LoadedSpan:
         self._note("load")
         return LoadedSpan(1, 1)
 
@@ -219,6 +220,29 @@ def test_a_cancelled_call_is_abandoned_and_the_next_one_runs_after_it() -> None:
     assert engine.calls == ["open 1", "close"]
 
 
+def test_who_leaves_waits_for_one_shard_of_a_load_and_no_more(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, hidden_size=64, intermediate_size=64, num_heads=1, num_kv_heads=1)
+    file, manifest = _sealed(tmp_path, config, blocks=8)
+    reads, reading = list[str](), threading.Event()
+
+    async def main() -> None:
+        def path(_: ShardDigest) -> Path:
+            reads.append(file.name)
+            reading.set()
+            while compute._calls.empty():  # until the block is left
+                time.sleep(0.001)
+            return file
+
+        with EngineThread(Engine(path), lambda: None) as compute:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(compute.load, SpanSpec(manifest, 0, 8))
+                await trio.to_thread.run_sync(reading.wait)
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert len(reads) == 1
+
+
 def test_what_a_forward_raises_ends_the_block_and_nobody_waits_for_ever() -> None:
     """It is no step's failure: whatever the engine knew of its steps is in doubt."""
 
@@ -286,18 +310,23 @@ async def _longest_gap(call: Callable[[], Awaitable[object]]) -> float:
 
 def _loaded(folder: Path) -> Engine:
     """The real engine with one random block and an open session."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: 0.02 * torch.randn(shape, generator=generator) for name, shape in sorted(CONFIG.tensor_shapes().items())
-    }
-    file = folder / "shard.safetensors"
-    save_file(tensors, file)
-    entry = block_entry(tensors, CONFIG, piece_list_of(file).digest, file.stat().st_size)
-    manifest = manifest_of(OWNER.peer, SALT, False, "float32", [entry])
+    file, manifest = _sealed(folder, CONFIG, blocks=1)
     engine = Engine(lambda _: file)
     engine.load(SpanSpec(manifest, 0, 1))
     engine.open(SESSION, SessionSpec(DEPLOYMENT, PeerId("client"), PeerId("tenant"), 4096))
     return engine
+
+
+def _sealed(folder: Path, config: BlockConfig, blocks: int) -> tuple[Path, Manifest]:
+    """A random block, and a manifest of equal ones."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: 0.02 * torch.randn(shape, generator=generator) for name, shape in sorted(config.tensor_shapes().items())
+    }
+    file = folder / "shard.safetensors"
+    save_file(tensors, file)
+    entry = block_entry(tensors, config, piece_list_of(file).digest, file.stat().st_size)
+    return file, manifest_of(OWNER.peer, SALT, False, "float32", [entry] * blocks)
 
 
 def _work(rows: torch.Tensor) -> StepWork:
