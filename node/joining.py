@@ -19,6 +19,7 @@ from functools import partial
 import trio
 
 from node.p2p.addresses import parse_bootstrap
+from node.p2p.dht import NEIGHBOURS_ENOUGH
 from node.p2p.racing import side_by_side
 from protocol.errors import TransportError
 from protocol.ids import PeerId
@@ -28,11 +29,9 @@ log = logging.getLogger("sotto.node")
 
 RETRY_FIRST_S, RETRY_MAX_S = 0.5, 30.0
 CHECK_S = 5.0  # how soon a lost neighbour is noticed
-NEIGHBOURS_ENOUGH = 6  # gossip's degree: more connections carry no advert further
 FOUND_MAX = 32  # peers of the local network that are remembered; anybody there can invent some
 FOUND_DIAL_S = 1.0  # for all addresses of one: a network this near answers in milliseconds, an invented peer never
 BESIDE_DIAL_S = 2.0  # for all that have not answered, when one has and a client waits to begin
-DIALS_MAX = 8  # peers at a time: an invite names as many
 ADDRS_PER_PEER_MAX = 8
 Jitter = Callable[[], float]
 """Uniform in [0, 1)."""
@@ -120,7 +119,7 @@ async def join(transport: Transport, leads: Leads) -> None:
 
     with trio.CancelScope() as scope:
         wanted = leads.wanted(transport.peer, transport.connected())
-        await side_by_side([partial(attempt, lead) for lead in wanted], DIALS_MAX)
+        await side_by_side([partial(attempt, lead) for lead in wanted])
     if failures and not answered:
         raise TransportError(f"no bootstrap address answers ({failures[0]})")
 
@@ -144,7 +143,7 @@ async def stay_joined(transport: Transport, leads: Leads, jitter: Jitter) -> Non
         changed = leads.changed
         wanted = leads.wanted(transport.peer, transport.connected())
         due = [lead for lead in wanted if lead.due <= trio.current_time()]
-        await side_by_side([partial(_try, transport, leads, lead, jitter) for lead in due], DIALS_MAX)
+        await side_by_side([partial(_try, transport, leads, lead, jitter) for lead in due])
         missing = leads.wanted(transport.peer, transport.connected())
         with trio.move_on_at(min([trio.current_time() + CHECK_S, *(lead.due for lead in missing)])):
             await changed.wait()

@@ -14,9 +14,7 @@ import errno
 import logging
 import selectors
 import socket
-import struct
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -25,6 +23,7 @@ import trio
 
 from node.p2p.doorway import Doorway, Visit
 from node.p2p.records import MAGIC
+from node.p2p.sockets import reset_on_close
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ CROWDED_S = 0.1  # before accepting again when the system has no room for anothe
 MULTISTREAM = b"\x13/multistream/1.0.0\n"  # how every connection of libp2p begins
 _GREETINGS = (MAGIC, MULTISTREAM)
 _NO_ROOM = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
-_ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing resets, and leaves nothing in the kernel to wait for the peer
 
 
 @dataclass(slots=True, eq=False)
@@ -140,7 +138,6 @@ class Acceptor:
     def _turn_away(self, silent: _Silent) -> None:
         del self._silent[silent]
         self._selector.unregister(silent.sock)
-        with suppress(OSError):  # some systems refuse it once the peer has reset
-            silent.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        reset_on_close(silent.sock)
         silent.sock.close()
         self._doorway.leave(silent.visit)

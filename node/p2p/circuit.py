@@ -45,7 +45,6 @@ class Reservation:
     """`circuits`: the addresses under which the relay makes this node dialable, best first: those on the internet, and
     of these what the relay says now."""
 
-    relay: PeerId
     renew_s: float
     circuits: tuple[str, ...]
 
@@ -117,7 +116,7 @@ class Circuits:
         usable = tuple(addr for addr in circuits if len(addr) <= ADDR_CHARS_MAX)
         if not usable:
             raise TransportError(f"{relay} states no address under which others can dial it")
-        return Reservation(relay, max(RENEW_PART * life_s, RENEW_MIN_S), usable)
+        return Reservation(max(RENEW_PART * life_s, RENEW_MIN_S), usable)
 
     async def dial(self, circuit: str, peer: PeerId) -> None:
         """Connect to `peer` through the relay that `circuit` names. Raises TransportError."""

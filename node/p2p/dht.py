@@ -28,7 +28,9 @@ from multiaddr import Multiaddr
 
 from node.p2p import addresses
 from node.p2p.addresses import peer_of_bytes
+from node.p2p.allowance import Allowance, allowance_of
 from node.p2p.delimited import Delimited
+from node.p2p.gossip import DEGREE
 from node.p2p.kad_search import Search
 from node.p2p.kad_table import BUCKET_PEERS_MAX, Contact, ProviderRecords, RoutingTable, place_of
 from protocol import limits
@@ -47,7 +49,7 @@ LOOKUP_S = 12.0  # a whole lookup
 SERVE_S = 10.0  # a peer's stream: its requests and our answers
 MEET_S = 2.0  # who connected is asked within this time whether it speaks this...
 STRANGER_S = 120.0  # ...and who did not answer, again after this time
-NEIGHBOURS_ENOUGH = 6  # gossip's degree; who has fewer looks for more...
+NEIGHBOURS_ENOUGH = DEGREE  # more connections carry no advert further; who has fewer looks for more...
 WIDEN_FIRST_S, WIDEN_S = 5.0, 60.0  # ...after the first (many start at once), then ever later up to the second
 REQUEST_BYTES_MAX = 16 * 1024  # a provider with four addresses and a signed record of a foreign library
 ANSWER_BYTES_MAX = 64 * 1024  # forty peers with their addresses
@@ -84,7 +86,7 @@ class Kademlia:
         self._own_key = ID.from_base58(node.peer).to_bytes()
         self._strangers: OrderedDict[PeerId, float] = OrderedDict()  # peers that do not speak this, and when asked
         self._open: Counter[PeerId] = Counter()
-        self._budgets: OrderedDict[PeerId, tuple[float, float]] = OrderedDict()  # (requests, at)
+        self._asking: OrderedDict[PeerId, Allowance] = OrderedDict()  # requests
 
     # Directory
 
@@ -272,13 +274,10 @@ class Kademlia:
         raise RemoteProtocolError(f"request type {request.type}")
 
     def _admit(self, peer: PeerId) -> bool:
-        now = trio.current_time()
-        tokens, at = self._budgets.pop(peer, (REQUESTS_BURST, now))
-        tokens = min(REQUESTS_BURST, tokens + (now - at) * REQUESTS_PER_S)
-        self._budgets[peer] = (max(0.0, tokens - 1), now)
-        if len(self._budgets) > _STRANGERS_MAX:
-            self._budgets.popitem(last=False)
-        return tokens >= 1
+        allowance = allowance_of(self._asking, peer, REQUESTS_PER_S, REQUESTS_BURST)
+        left = allowance.refill(trio.current_time())
+        allowance.left = max(0.0, left - 1)
+        return left >= 1
 
 
 def _wire_key(key: bytes) -> bytes:

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import logging
 import socket
-import struct
-from contextlib import suppress
 
 import trio
 
 from node.p2p.records import RECORD_BYTES, UNREAD_BYTES_MAX, Cipher, Inbox, Kind, Violation, seal, seal_data
+from node.p2p.sockets import reset_on_close
 from protocol.errors import LocalProtocolError, TransportError
 from protocol.ids import PeerId
 
@@ -33,7 +32,6 @@ PULL_TURNS_MAX = 16  # of reading for nobody in a row: 4,096 tiny records take a
 LINGER_S = 10.0  # for the peer to read our last words after it was closed here
 MESSAGE_BYTES = 2 * RECORD_BYTES  # up to this size, one write
 SLICE_BYTES = RECORD_BYTES  # of what is longer: encrypted, written, and others have their turn before the next
-_ABORT = struct.pack("ii", 1, 0)  # SO_LINGER: closing drops what is queued and resets
 
 
 class DirectStream:
@@ -373,8 +371,7 @@ class DirectStream:
 
     def _reset_socket(self) -> None:
         if self.is_open:
-            with suppress(OSError):  # the peer has done it already
-                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+            reset_on_close(self._sock)
 
     def _close(self) -> None:
         if self.is_open:

@@ -29,6 +29,7 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
+from node.p2p.allowance import Allowance, allowance_of
 from node.p2p.gossip_rpc import PRICE_BURST, PRICE_PER_S, trim
 from protocol.errors import RemoteProtocolError
 from protocol.ids import PeerId, public_key_of
@@ -44,7 +45,6 @@ FORWARDED_PER_S = (
     20.0  # three times what a node should receive in all, adverts and reports; a burst of ten seconds' worth passes
 )
 FORWARDED_BURST = 200.0
-NEIGHBOURS_REMEMBERED = 4096  # rate limits kept; the connection limit is below it
 TOPICS_PER_NEIGHBOUR = 64  # that it says it follows; foreign nodes may follow topics of their own
 STREAMS_PER_NEIGHBOUR = 4  # it needs one, and one more for a moment when it connects anew
 RPC_BYTES_MAX = 256 * 1024  # IDS_MAX adverts, asked for at once; a stream holds one RPC while it arrives
@@ -96,20 +96,6 @@ class TopicSubscription:
         return valid
 
 
-@dataclass(slots=True)
-class _Allowance:
-    """What a neighbour may still spend, `rate` a second up to `burst`."""
-
-    rate: float
-    burst: float
-    left: float
-    at: float
-
-    def refill(self, now: float) -> float:
-        self.left, self.at = min(self.burst, self.left + (now - self.at) * self.rate), now
-        return self.left
-
-
 class GuardedPubsub(Pubsub):
     """The library's pubsub, with limits on what it reads and a floor under `push_msg`."""
 
@@ -125,8 +111,8 @@ class GuardedPubsub(Pubsub):
         )
         # The library counts from the time in seconds: a node that restarts would repeat numbers, and be taken as seen.
         self.counter = time.time_ns()
-        self._forwarding: OrderedDict[ID, _Allowance] = OrderedDict()  # messages
-        self._asking: OrderedDict[ID, _Allowance] = OrderedDict()  # units of gossip_rpc.trim
+        self._forwarding: OrderedDict[ID, Allowance] = OrderedDict()  # messages
+        self._asking: OrderedDict[ID, Allowance] = OrderedDict()  # units of gossip_rpc.trim
         self._reading: Counter[ID] = Counter()  # streams
         self._greeting: set[ID] = set()  # those that a stream is being opened to
 
@@ -149,7 +135,7 @@ class GuardedPubsub(Pubsub):
                 return
             except (IOException, DecodeError) as error:
                 raise ParseError(str(error)) from error
-            allowance = _of(self._asking, peer, PRICE_PER_S, PRICE_BURST)
+            allowance = allowance_of(self._asking, peer, PRICE_PER_S, PRICE_BURST)
             allowance.left -= trim(rpc, self.topic_ids)
             while allowance.refill(trio.current_time()) < 0:
                 await trio.sleep(-allowance.left / PRICE_PER_S)
@@ -200,20 +186,11 @@ class GuardedPubsub(Pubsub):
     def _admit(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
         if len(message.data) > GOSSIP_BYTES_MAX:
             return False
-        allowance = _of(self._forwarding, forwarder, FORWARDED_PER_S, FORWARDED_BURST)
+        allowance = allowance_of(self._forwarding, forwarder, FORWARDED_PER_S, FORWARDED_BURST)
         if allowance.refill(trio.current_time()) < 1:
             return False
         allowance.left -= 1
         return True
-
-
-def _of(allowances: OrderedDict[ID, _Allowance], peer: ID, rate: float, burst: float) -> _Allowance:
-    """The allowance of `peer`; those that were used least recently are forgotten."""
-    allowance = allowances.setdefault(peer, _Allowance(rate, burst, burst, trio.current_time()))
-    allowances.move_to_end(peer)
-    if len(allowances) > NEIGHBOURS_REMEMBERED:
-        allowances.popitem(last=False)
-    return allowance
 
 
 def new_router() -> GossipSub:

@@ -13,6 +13,7 @@ from protocol.errors import SottoError, TransportError
 
 T = TypeVar("T")
 HEAD_START_S = 0.25  # each address before the next is tried beside it (RFC 8305 recommends 250 ms)
+DIALS_MAX = 8  # peers at a time: an invite names as many
 
 
 async def race(
@@ -53,9 +54,9 @@ async def race(
     raise failures[0] if failures else TransportError("no usable address is known")
 
 
-async def side_by_side(attempts: Sequence[Callable[[], Awaitable[None]]], most: int) -> None:
-    """Run `attempts`, up to `most` at a time, the first first. What one raises cancels the others."""
-    free = trio.Semaphore(most)
+async def side_by_side(attempts: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Run `attempts`, up to DIALS_MAX at a time, the first first. What one raises cancels the others."""
+    free = trio.Semaphore(DIALS_MAX)
 
     async def run(attempt: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -79,14 +79,13 @@ class Host(Protocol):
 
 
 class Relay:
-    """`serve` offers it. `wall` gives Unix seconds: what a reservation's end is stated in."""
+    """`serve` offers it."""
 
-    def __init__(self, node: Node, host: Host, wall: Callable[[], float] = time.time) -> None:
+    def __init__(self, node: Node, host: Host) -> None:
         self.reservations: dict[PeerId, float] = {}  # until when, trio's clock
         self.circuits: list[Circuit] = []  # the oldest first
         self._node = node
         self._host = host
-        self._wall = wall
         self._free_at = 0.0  # when the bytes let through so far are paid for
 
     def serve(self) -> None:
@@ -119,7 +118,7 @@ class Relay:
         suffix = f"/p2p/{self._node.peer}"
         addrs = [Multiaddr(addr + suffix).to_bytes() for addr in self._node.addrs if not is_circuit(addr)]
         answer = _status(pb.OK)
-        answer.reservation.CopyFrom(pb.Reservation(expire=int(self._wall() + RESERVATION_S), addrs=addrs))
+        answer.reservation.CopyFrom(pb.Reservation(expire=int(time.time() + RESERVATION_S), addrs=addrs))
         return answer
 
     def _make_room(self, peer: PeerId) -> bool:

@@ -11,10 +11,8 @@ import trio
 from node.joining import (
     BESIDE_DIAL_S,
     CHECK_S,
-    DIALS_MAX,
     FOUND_DIAL_S,
     FOUND_MAX,
-    NEIGHBOURS_ENOUGH,
     RETRY_FIRST_S,
     RETRY_MAX_S,
     Leads,
@@ -22,6 +20,8 @@ from node.joining import (
     join_found,
     stay_joined,
 )
+from node.p2p.dht import NEIGHBOURS_ENOUGH
+from node.p2p.racing import DIALS_MAX
 from protocol.errors import InputError, TransportError
 from simnet import runtime
 from tests.helpers.adverts import peer

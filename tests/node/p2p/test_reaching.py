@@ -222,7 +222,7 @@ class Among:
         ip = self.relays[peer][1]
         if ip is None:
             raise TransportError("declines")
-        return Reservation(peer, 1800.0, (f"/ip4/{ip}/tcp/1",))
+        return Reservation(1800.0, (f"/ip4/{ip}/tcp/1",))
 
 
 LAN, HOUSE, ABROAD = "192.168.1.7", "192.168.1.8", "11.0.0.9"
