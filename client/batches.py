@@ -22,17 +22,15 @@ from protocol.errors import InputError
 
 BATCH_MAX = 16
 GATHER_S = 0.02  # requests that a program sends together reach an idle gate within so long of each other
-
 PATIENCE_S = 3600.0  # without a request that begins or ends; none of a batch takes longer than its tickets live
 
 
 class Batches:
     """The gate of one deployed model's static requests."""
 
-    def __init__(self, most: int = BATCH_MAX, gather_s: float = GATHER_S, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, most: int = BATCH_MAX, patience_s: float = PATIENCE_S) -> None:
         self._most = most
         self._patience_s = patience_s
-        self._gather_s = gather_s
         self._waiting: dict[Task, None] = {}  # in the order of arrival
         self._running = set[Task]()
         self._moved_at = 0.0  # when a request began or ended last
@@ -51,7 +49,7 @@ class Batches:
                 "begin them in tasks of their own, or use batching=continuous"
             )
         if not self._waiting and not self._running:
-            self._due = trio.current_time() + self._gather_s
+            self._due = trio.current_time() + GATHER_S
         self._waiting[me] = None
         try:
             while me in self._waiting:

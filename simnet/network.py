@@ -4,7 +4,7 @@ What it promises is what the libp2p adapter promises (tests/conformance runs ove
 fixes every delay, and that peers can be crashed, frozen, cut off from each other or made to refuse dials. Run it under
 `simnet.runtime.run`: all waiting is in virtual time, and the same seed gives the same `trace`.
 
-Faults act as they would on real machines: the end of a process is seen after one delay, silence only after `detect_s`.
+Faults act as they would on real machines: the end of a process is seen after one delay, silence only after DETECT_S.
 Bytes inside a stream are never dropped or reordered.
 """
 
@@ -25,15 +25,15 @@ from simnet.links import Link, LinkOptions, Pipe, VirtualStream
 
 DIAL_ROUND_TRIPS = 5.4  # as measured for libp2p: TCP, Noise, muxer
 DIAL_S = 5.0
+DETECT_S = 6.0  # after which a silent peer is given up
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkOptions:
-    """`link` holds for every pair without an entry of its own. A silent peer is given up after `detect_s`."""
+    """`link` holds for every pair without an entry of its own."""
 
     link: LinkOptions = field(default_factory=LinkOptions)
     links: dict[tuple[PeerId, PeerId], LinkOptions] = field(default_factory=dict)
-    detect_s: float = 6.0
 
 
 @dataclass(slots=True)
@@ -97,7 +97,7 @@ class VirtualNetwork:
             endpoint.stop()
 
     def block(self, source: PeerId, target: PeerId) -> None:
-        """Nothing goes from `source` to `target` any more; after `detect_s` both give up the connection."""
+        """Nothing goes from `source` to `target` any more; after DETECT_S both give up the connection."""
         self.link(source, target).set_blocked(True)
         self._nursery.start_soon(self._detect, source, target)
 
@@ -205,7 +205,7 @@ class VirtualNetwork:
 
     async def _detect(self, source: PeerId, target: PeerId) -> None:
         connection = self.connection(source, target)
-        with trio.move_on_after(self.options.detect_s):
+        with trio.move_on_after(DETECT_S):
             await self.link(source, target).wait_open()
             return
         if connection is not None and connection is self.connection(source, target):

@@ -15,11 +15,11 @@ async def finish(action: Callable[[], Awaitable[None]]) -> None:
     try:
         await action()
     except trio.Cancelled:
-        with shielded(STOP_S):
+        with shielded():
             await action()
         raise
 
 
-def shielded(seconds: float) -> trio.CancelScope:
-    """A scope that outer cancellation cannot enter, for `seconds` at most."""
-    return trio.CancelScope(deadline=trio.current_time() + seconds, shield=True)
+def shielded() -> trio.CancelScope:
+    """A scope that outer cancellation cannot enter, for STOP_S seconds at most."""
+    return trio.CancelScope(deadline=trio.current_time() + STOP_S, shield=True)

@@ -18,7 +18,7 @@ from worker.spans import SpanRequest, read_span
 class SavedSpan(Record):
     """Blocks [start, end) of the deployment in the signed `manifest`."""
 
-    manifest: Annotated[bytes, Size(1, limits.HEADER_BYTES_MAX - 1024)]
+    manifest: Annotated[bytes, Size(1, limits.MANIFEST_BYTES_MAX)]
     start: Block
     end: Block
 

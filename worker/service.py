@@ -46,7 +46,7 @@ from protocol.ports import Stream, StreamHandler, TaskStatus
 from protocol.tickets import TicketGate
 from worker.admission import SessionQuota, SpanLedger
 from worker.arrivals import Arrivals
-from worker.cleanup import STOP_S, shielded
+from worker.cleanup import shielded
 from worker.config import WorkerConfig, WorkerPorts
 from worker.control import Control
 from worker.dialling import dialable
@@ -145,9 +145,9 @@ class WorkerService:
                 task_status.started()
                 await trio.sleep_forever()
             finally:
-                with shielded(STOP_S):
+                with shielded():
                     await self._say_goodbye()
-                with shielded(STOP_S):
+                with shielded():
                     for channel in self._meter.channels:
                         await channel.aclose()
 

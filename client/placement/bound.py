@@ -20,16 +20,15 @@ import numpy as np
 
 from client.placement.arrays import Floats
 from client.placement.costs import Instance
-from client.placement.walks import Walk, least_walk
+from client.placement.walks import least_walk
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One step of the ascent: `bound_s` is the best so far, `prices` those of this walk."""
+    """One step of the ascent: `bound_s` is the best so far, `prices` those of its walk."""
 
     bound_s: float
     prices: Floats
-    walk: Walk
 
 
 def ascend(instance: Instance, known_s: float, rounds: int) -> Iterator[Round]:
@@ -43,7 +42,7 @@ def ascend(instance: Instance, known_s: float, rounds: int) -> Iterator[Round]:
         value = walk.seconds - float(prices.sum())
         stuck = 0 if value > bound_s + 1e-9 else stuck + 1
         bound_s = max(bound_s, value)
-        yield Round(bound_s, prices, walk)
+        yield Round(bound_s, prices)
         slope = np.bincount([worker for worker, _, _ in walk.spans], minlength=instance.workers) - 1.0
         slope[(prices <= 0) & (slope < 0)] = 0.0
         if not slope.any() or bound_s >= known_s * (1 - 1e-9):
@@ -59,5 +58,5 @@ def lower_bound_s(instance: Instance, known_s: float, rounds: int) -> float:
     """A time below which no placement lies; at most `known_s`, which one reaches. 0 when there is nothing to walk."""
     bound_s = 0.0
     for each in ascend(instance, known_s, rounds):
-        bound_s = max(bound_s, each.bound_s)
+        bound_s = each.bound_s
     return min(bound_s, known_s)

@@ -18,6 +18,7 @@ Contestant = Callable[[], Awaitable[float]]
 """Takes a turn and gives its rate: more is better."""
 Pair = tuple[str, str]
 ROUNDS_MIN = 4
+ENOUGH = 0.03  # a ratio is known when its interval is narrower
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Patience:
     `seconds`; for `rounds_min` rounds at least. `warm_up`: a round before them, which does not count."""
 
     seconds: float
-    enough: float = 0.03
+    enough: float = ENOUGH
     rounds_min: int = ROUNDS_MIN
     warm_up: bool = True
 

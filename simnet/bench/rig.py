@@ -32,7 +32,7 @@ from protocol.tensors import DTYPE_BYTES
 from simnet.bench.dictated import Dictated
 from simnet.bench.library import Library
 from simnet.bench.machine import Memory, cpu_seconds
-from simnet.bench.paired import Budget, Contestant, Pair, Patience, Rounds, take_turns
+from simnet.bench.paired import ENOUGH, Budget, Contestant, Pair, Patience, Rounds, take_turns
 from simnet.bench.workloads import Request, Source
 
 CPU_TICK_S = 0.01
@@ -57,7 +57,7 @@ class Sizes:
     own_tokens: int = 32  # of each of them
     memory_bytes: int = 256 << 20  # of the arrays that are read for the memory limit
     rounds_min: int = 4
-    enough: float = 0.03
+    enough: float = ENOUGH
 
     @property
     def kv_tokens(self) -> int:

@@ -172,7 +172,7 @@ def workload_of(options: Options, source: Source) -> Workload:
         case "agents":
             work = workloads.agents(source, count, 3 * tokens // 4, max(1, tokens // 8))
         case "long":
-            work = workloads.long_prompts(source, count, max(1, tokens - 16))
+            work = workloads.long_prompts(source, count, max(1, tokens - workloads.ANSWER_TOKENS))
         case "editing":
             work = workloads.editing(source, count, max(1, tokens // 2))
         case _:

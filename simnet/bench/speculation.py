@@ -55,7 +55,6 @@ RTTS_MS = (0.0, 10.0, 30.0, 100.0, 300.0)
 HEADLINE_MS, HEADLINE_WAY = 100.0, "lookup"
 WAYS = ("off", "lookup", "draft")
 THEIRS = "transformers"
-ENOUGH = 0.03
 WORKLOADS = ("editing", "writing")
 HOPS = 3
 WARM_UP_TOKENS = 4
@@ -175,7 +174,7 @@ async def _measure(options: SpeculationBench, net: cluster.Cluster, report: dict
                 hear.say(f"{workload}, round trips of {rtt_ms:g} ms")
                 answer = partial(_turn, model, texts, workload, plain_tokens)
                 cell = _Cell(ways, answer, partial(_their_turn, library, texts, workload) if library else None)
-                patience = Patience(budget.next(), ENOUGH, options.rounds, warm_up=False)
+                patience = Patience(budget.next(), rounds_min=options.rounds, warm_up=False)
                 rounds = await cell.measure(patience, hear.say, count)
                 done += 1
                 point = {"rtt_ms": rtt_ms, "workload": workload, **cell.figures(rounds)}

@@ -30,6 +30,7 @@ QUANTILES = (0.0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 PROMPT_QUANTILES = (8, 29, 207, 396, 1020, 1189, 2734, 4083, 4142, 14050)
 ANSWER_QUANTILES = (1, 16, 54, 85, 129, 395, 424, 451, 601, 1000)
 EDITED_SHARE = 0.04  # of an edited text's tokens: a rename, or a few corrections
+ANSWER_TOKENS = 16  # to agents, and to long prompts
 COMMON_WORDS = 600  # different tokens of a built-in text, by Zipf's law
 
 
@@ -132,15 +133,18 @@ def agents(source: Source, count: int, prefix_tokens: int, own_tokens: int, pref
     rng = source.rng("agents")
     shared = [source.ids(rng, prefix_tokens) for _ in range(prefixes)]
     requests = [
-        Request(0.5 * number, shared[number % prefixes] + source.ids(rng, own_tokens), 16) for number in range(count)
+        Request(0.5 * number, shared[number % prefixes] + source.ids(rng, own_tokens), ANSWER_TOKENS)
+        for number in range(count)
     ]
     return Workload("agents", "built-in", tuple(requests))
 
 
-def long_prompts(source: Source, count: int, tokens: int, new_tokens: int = 16) -> Workload:
+def long_prompts(source: Source, count: int, tokens: int) -> Workload:
     """Documents with a short answer each, all there at the start."""
     rng = source.rng("long")
-    return Workload("long", "built-in", tuple(Request(0.0, source.ids(rng, tokens), new_tokens) for _ in range(count)))
+    return Workload(
+        "long", "built-in", tuple(Request(0.0, source.ids(rng, tokens), ANSWER_TOKENS) for _ in range(count))
+    )
 
 
 def single(source: Source, prompt_tokens: int, new_tokens: int) -> Workload:

@@ -30,6 +30,9 @@ VOCABULARY = 2048
 SPECIALS = ("<|bos|>", "<|eos|>")
 EVALUATE_EVERY = 100
 TOKENS_PER_STEP = 4096
+WARM_UP_STEPS = 100
+PATIENCE = 8  # evaluations without a gain before stopping
+TEACHER_WEIGHT = 0.7  # of the loss, where there is a teacher
 # Attention is the dearest part of a step on a CPU: most steps see short windows, the last ones a whole context.
 SHORT_WINDOW, SHORT_SHARE = 256, 0.5
 
@@ -53,10 +56,7 @@ class Recipe:
     learning_rate: float
     dropout: float
     weight_decay: float = 0.1
-    warmup: int = 100
     seed: int = 0
-    patience: int = 8  # evaluations without a gain before stopping
-    teacher_weight: float = 0.7  # of the loss, where there is a teacher
 
 
 TARGET = Shape(blocks=6, width=256, inner=688, heads=8, kv_heads=4)
@@ -185,7 +185,7 @@ def fit(
             if held_out < best:
                 best, since_best = held_out, 0
                 best_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            if since_best > recipe.patience:
+            if since_best > PATIENCE:
                 break
     model.load_state_dict(best_weights)
     print(f"best {best:.4f} bits/byte after {time.monotonic() - began:.0f} s", flush=True)
@@ -205,7 +205,7 @@ def _step(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, batch: torc
         divergence = functional.kl_div(
             logits.float().log_softmax(-1), taught.float().log_softmax(-1), reduction="batchmean", log_target=True
         )
-        loss = (1 - recipe.teacher_weight) * text_loss + recipe.teacher_weight * divergence
+        loss = (1 - TEACHER_WEIGHT) * text_loss + TEACHER_WEIGHT * divergence
     torch.autograd.backward(loss)
     return float(text_loss.detach())
 
@@ -222,9 +222,9 @@ def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> tuple[torch.optim.Op
 
 def _schedule(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then a cosine down to a fiftieth."""
-    if step < recipe.warmup:
-        return step / recipe.warmup
-    progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    if step < WARM_UP_STEPS:
+        return step / WARM_UP_STEPS
+    progress = (step - WARM_UP_STEPS) / max(1, recipe.steps - WARM_UP_STEPS)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
 
 

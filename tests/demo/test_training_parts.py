@@ -71,9 +71,9 @@ def test_windows_come_in_the_order_of_their_seed(tokenizer) -> None:  # type: ig
 def test_learning_rate_warms_up_then_falls() -> None:
     recipe = train.Recipe(steps=1000, learning_rate=1.0, dropout=0.0)
     rates = [train._schedule(step, recipe) for step in range(1, 1001)]
-    assert rates[recipe.warmup - 1] == pytest.approx(1.0, abs=1e-3)
-    assert rates[: recipe.warmup] == sorted(rates[: recipe.warmup])
-    assert rates[recipe.warmup :] == sorted(rates[recipe.warmup :], reverse=True)
+    assert rates[train.WARM_UP_STEPS - 1] == pytest.approx(1.0, abs=1e-3)
+    assert rates[: train.WARM_UP_STEPS] == sorted(rates[: train.WARM_UP_STEPS])
+    assert rates[train.WARM_UP_STEPS :] == sorted(rates[train.WARM_UP_STEPS :], reverse=True)
     assert rates[-1] == pytest.approx(0.02)
 
 

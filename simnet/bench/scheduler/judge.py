@@ -180,10 +180,10 @@ GOALS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
 SOMEWHERE = "gain over ranking, lower bound > 0 on one split"
 
 
-def goals(splits: Mapping[str, Mapping[str, Any]], name: str = OURS) -> dict[str, list[str]]:
+def goals(splits: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """What the product's selector reaches on each split, and what it does not."""
     outcome: dict[str, list[str]] = {"passed": [], "failed": []}
-    each = {split: found["selectors"][name] for split, found in splits.items()}
+    each = {split: found["selectors"][OURS] for split, found in splits.items()}
     for goal, reached in GOALS.items():
         for split, figures_ in each.items():
             outcome["passed" if reached(figures_) else "failed"].append(f"{split}: {goal}")
