@@ -14,7 +14,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +52,7 @@ from protocol.errors import InputError
 from protocol.membership import SwarmKey, swarm_of
 from protocol.signed import Identity
 from worker.capacity import measure_speeds
-from worker.config import QUOTAS_DEFAULT, Quotas, WorkerConfig, WorkerPorts
+from worker.config import Quotas, WorkerConfig, WorkerPorts
 from worker.engine import Engine
 from worker.schedule import Schedule
 from worker.service import WorkerService
@@ -82,13 +82,13 @@ class WorkerOptions:
     device: str
     metrics: tuple[str, int] | None
     lifeline: int | None
-    private: bool | None = None
-    lan: bool | None = None
-    reach: ReachOptions = field(default_factory=ReachOptions)
-    quotas: Quotas = QUOTAS_DEFAULT
-    schedule: Schedule | None = None
-    yields: bool = False
-    dial_from: str | None = None  # a local address, by which a cluster for experiments tells its workers apart
+    private: bool | None
+    lan: bool | None
+    reach: ReachOptions
+    quotas: Quotas
+    schedule: Schedule | None
+    yields: bool
+    dial_from: str | None  # a local address, by which a cluster for experiments tells its workers apart
 
     @property
     def queue_memory_bytes(self) -> int:

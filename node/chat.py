@@ -176,10 +176,9 @@ class Chat:
         return await self._model.opened(opening, self._terms, self._used)
 
 
-async def open_chat(model: DeployedModel, options: ChatOptions | None = None) -> Chat:
+async def open_chat(model: DeployedModel, options: ChatOptions) -> Chat:
     """A chat with `model`; nothing is sent before the first turn. Close it with `aclose`. Raises InputError,
     CheckpointError."""
-    options = options or ChatOptions()
     if options.context_tokens < 2:
         raise InputError(f"a chat needs a context of 2 tokens or more, not {options.context_tokens}")
     model = model.moves.newest or model

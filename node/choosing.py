@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.resources import files
 from typing import TYPE_CHECKING
@@ -25,7 +25,6 @@ from client.metalearning.features import ModelFeatures, RouteFeatures, TaskFeatu
 from client.metalearning.online import Situation
 from client.metalearning.price import Money, token_s_max
 from client.metalearning.record import Prediction, Record
-from node.clock import SystemClock
 from node.recording import Plan
 from protocol.ports import Clock, Entropy
 from protocol.strategy import Auto, Facts
@@ -90,8 +89,8 @@ class Choosing:
     that is of."""
 
     entropy: Entropy
-    clock: Clock = field(default_factory=SystemClock)
-    chooser: Chooser = field(default_factory=Chooser)
+    clock: Clock
+    chooser: Chooser
     _meanwhile: list[_Seen] | None = None  # what was learnt while the prior is being fitted
 
     def decide(self, wanted: Wanted) -> Decided:

@@ -66,7 +66,7 @@ def key_of_worker(folder: Path, entry: Entry, private: bool | None, entropy: Ent
     return key
 
 
-def known_key(folder: Path, entry: Entry, private: bool | None = None) -> SwarmKey | None:
+def known_key(folder: Path, entry: Entry, private: bool | None) -> SwarmKey | None:
     """The key that a worker in `folder` would serve under, as key_of_worker; nothing is made or written."""
     if private is False:
         if entry.key is not None:

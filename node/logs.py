@@ -67,7 +67,7 @@ def places(trace: TracebackType | None) -> list[str]:
     return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
 
 
-def configure(level: str = "info") -> None:
+def configure(level: str) -> None:
     """Send our loggers from `level` on, and other libraries' warnings, to stderr. Raises InputError."""
     if level.lower() not in _LEVELS:
         raise InputError(f"{level!r} is no level of logging: give --log-level debug, info, warning or error")

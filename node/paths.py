@@ -14,7 +14,7 @@ def data_dir(given: Path | None = None) -> Path:
     return Path(base) / "sotto"
 
 
-def worker_dir(given: Path | None = None) -> Path:
+def worker_dir(given: Path | None) -> Path:
     """A worker's identity, shards, swarm key. `given`, else $XDG_DATA_HOME/sotto/worker."""
     return given or data_dir() / "worker"
 

@@ -20,7 +20,6 @@ from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
 from models.precision import DEPLOYED
 from node.client import Client
-from node.defaults import KV_TOKENS
 from node.rates import read_rates
 from node.sealing import SealedFolder, sealed_place
 from protocol.errors import InputError, RouteUnavailable
@@ -33,10 +32,10 @@ RECORDS_MAX = 2000  # the newest requests that are looked at
 class Wish:
     """`tokens` of answers that the user expects; None for as many as lately. The rest as for the deployment."""
 
-    tokens: float | None = None
-    goal: Goal = "latency"
-    hops_min: int = 1
-    kv_tokens: int = KV_TOKENS
+    tokens: float | None
+    goal: Goal
+    hops_min: int
+    kv_tokens: int
 
 
 async def choose_weights(client: Client, checkpoint: Checkpoint, key: RootKey | None, wish: Wish) -> Verdict:

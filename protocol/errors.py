@@ -40,7 +40,7 @@ class RouteUnavailable(SottoError):
 class Refused(SottoError):
     """The peer declined. `reason` is one of messages.RefusalReason's values; `detail` is for people."""
 
-    def __init__(self, reason: str, detail: str = "") -> None:
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail

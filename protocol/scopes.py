@@ -15,7 +15,7 @@ _NAT64 = IPv6Network("64:ff9b::/96")
 _INTERNET = IPv6Network("2000::/3")  # the rest of IPv6 was never given to anybody, or is for use inside networks
 
 
-def dialable_from(own: Iterable[str], addrs: Iterable[str], told: Iterable[str] = ()) -> tuple[str, ...]:
+def dialable_from(own: Iterable[str], addrs: Iterable[str], told: Iterable[str]) -> tuple[str, ...]:
     """Those of `addrs` that a node reached at `own` dials; where a node is reached nowhere, those on the internet. So
     does one that is reached on the internet by what it was `told`, which counts for nothing else."""
     widest = SCOPES[max((SCOPES.index(scope_of(addr)) for addr in own), default=0)]

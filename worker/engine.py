@@ -74,11 +74,11 @@ class _Step:
     session: _Session
     rows_asked: int
     done: Done
-    beside_max: int = ALL
+    beside_max: int
+    waits_since: float
     rows: list[Tensor] = field(default_factory=list)
     rows_done: int = 0
     compute_s: float = 0.0
-    waits_since: float = 0.0
 
     @property
     def deployment(self) -> DeploymentId:

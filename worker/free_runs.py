@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from protocol.errors import LocalProtocolError
 
@@ -16,7 +16,7 @@ from protocol.errors import LocalProtocolError
 class FreeRuns:
     """`runs` holds (start, count) of pages that are free."""
 
-    runs: list[tuple[int, int]] = field(default_factory=list)
+    runs: list[tuple[int, int]]
 
     @property
     def pages(self) -> int:

@@ -23,6 +23,6 @@ class House:
     pool: KvPool
     queues: QueueBook
     duty: Duty
-    quota: SessionQuota = field(default_factory=SessionQuota)
+    quota: SessionQuota
     load: LoadMeter = field(default_factory=LoadMeter)
     bubbles: Bubbles = field(default_factory=Bubbles)

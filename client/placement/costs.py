@@ -195,7 +195,7 @@ def offer(member: Member, own: Own) -> tuple[int, int]:
     return min(advert.memory_free_bytes, advert.disk_free_bytes) + weights, advert.kv_free_bytes + kv
 
 
-def legs_s(members: Sequence[Member], rtt_ms: Floats, measured: Sequence[bool] = ()) -> Floats:
+def legs_s(members: Sequence[Member], rtt_ms: Floats, measured: Sequence[bool]) -> Floats:
     """`Instance.leg_s`. `measured[i]`: the client measured worker i itself.
 
     Whoever reaches a relayed worker goes by the relay; what the worker itself dials, it reaches directly. The client

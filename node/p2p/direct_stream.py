@@ -37,9 +37,7 @@ SLICE_BYTES = RECORD_BYTES  # of what is longer: encrypted, written, and others 
 class DirectStream:
     """One task sends and one receives at a time. `keep` must run until it returns."""
 
-    def __init__(
-        self, sock: socket.socket, remote: PeerId, ciphers: tuple[Cipher, Cipher], already: bytes = b""
-    ) -> None:
+    def __init__(self, sock: socket.socket, remote: PeerId, ciphers: tuple[Cipher, Cipher], already: bytes) -> None:
         """`sock`: connected, not blocking, owned from here on. `ciphers`: outward, inward. `already`: read before."""
         self._sock = sock
         self._remote = remote

@@ -39,8 +39,8 @@ class BenchOptions:
     swarms: int
     reference_s: float
     data: Path | None
+    peers: tuple[int, int]
     objective: Objective = "latency"
-    peers: tuple[int, int] = (11, 1000)
     first_seed: int = 0
     unproven_only: bool = False
 

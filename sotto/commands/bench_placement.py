@@ -38,7 +38,7 @@ def placement(
         from simnet.bench.placement import BenchOptions, Report, run
 
         wanted = one_of(objective, OBJECTIVES, "--objective")
-        options = BenchOptions(swarms, reference_s, data, wanted, (11, peers_max), first_seed, unproven_only)
+        options = BenchOptions(swarms, reference_s, data, (11, peers_max), wanted, first_seed, unproven_only)
 
         report = Report(options)
         with listening("swarms", quiet=as_json or verbose) as hear, keeping(ended):

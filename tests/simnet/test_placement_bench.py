@@ -59,7 +59,7 @@ def test_measured_round_trips_are_used_where_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_figures_add_up(objective: str) -> None:
     lines: list[str] = []
-    options = BenchOptions(3, REFERENCE_S, None, objective, peers=(11, 40))  # type: ignore[arg-type]
+    options = BenchOptions(3, REFERENCE_S, None, (11, 40), objective)  # type: ignore[arg-type]
     report = Report(options)
     run(report, Hear(say=lines.append))
     assert len(lines) == len(report.rows) == 3
@@ -116,7 +116,7 @@ def test_a_reference_without_time_says_which_option() -> None:
 
 
 def test_a_plan_that_the_lower_bound_proves_needs_no_reference() -> None:
-    options = BenchOptions(4, 0.2, None, peers=(11, 30), unproven_only=True)
+    options = BenchOptions(4, 0.2, None, (11, 30), unproven_only=True)
     report = Report(options)
     run(report, Hear())
     for row in report.rows:

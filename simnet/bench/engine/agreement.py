@@ -30,7 +30,7 @@ class Taken:
     """An answer of a model that chooses freely, or is `told` what to say: the logits [V] of each choice."""
 
     prompt_tokens: int
-    told: Sequence[int] = ()
+    told: Sequence[int]
     ids: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
