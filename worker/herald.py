@@ -26,8 +26,8 @@ from worker.house import House
 log = logging.getLogger("sotto.worker")
 GAP_S = 1.0 / limits.ADVERTS_PER_S  # between two adverts, whatever happens
 RTT_EVERY_S = 30.0
-RTT_ROUND_S = 5.0  # a new neighbour is measured within this time
-PING_S = 5.0
+RTT_ROUND_S = 5.0  # a new neighbour waits so long for its ping...
+PING_S = 5.0  # ...and so much longer while another does not answer
 
 
 @dataclass(slots=True)
@@ -78,13 +78,15 @@ class Herald:
         while True:
             now = self.ports.clock.monotonic()
             self._rtts = {peer: known for peer, known in self._rtts.items() if now - known[1] < 2 * RTT_EVERY_S}
-            for member in self._neighbours():
-                known = self._rtts.get(member.peer)
-                if known is None or now - known[1] >= RTT_EVERY_S:
-                    await self._ping(member)
+            async with trio.open_nursery() as nursery:
+                for member in self._neighbours():
+                    known = self._rtts.get(member.peer)
+                    if known is None or now - known[1] >= RTT_EVERY_S:
+                        nursery.start_soon(self._ping, member)
             await trio.sleep(RTT_ROUND_S)
 
     def _neighbours(self) -> list[Member]:
+        """As many as an advert has room for: of more, always the same ones."""
         connected = [peer for peer in self.ports.transport.connected() if peer in self.view.members]
         return [self.view.members[peer] for peer in connected[: limits.ADVERT_RTTS_MAX]]
 

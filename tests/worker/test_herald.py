@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import trio
 
@@ -11,9 +13,10 @@ from protocol import limits
 from protocol.adverts import TOPIC, Advert, AdvertGate, HeldSpan, Rtt, Speed, peer_tag, sign_advert
 from protocol.ids import PeerId
 from protocol.messages import ReleaseSpan
-from simnet.runtime import VirtualClock
+from simnet.runtime import VirtualClock, run
+from tests.helpers.adverts import advert, peer
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, QUEUE_BYTES, Swarm, identity, in_swarm
-from worker.herald import GAP_S
+from worker.herald import GAP_S, PING_S, RTT_ROUND_S, Herald
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,35 @@ def test_bad_adverts_are_neither_believed_nor_forwarded() -> None:
         assert own.peer not in second.service.herald.view.members, "it expired"
 
     in_swarm(2, test)
+
+
+class _Silent:
+    """A transport whose peers never answer; it notes when they were asked."""
+
+    def __init__(self, peers: int) -> None:
+        self.peers, self.asked = tuple(peer(number) for number in range(peers)), list[float]()
+
+    def connected(self) -> tuple[PeerId, ...]:
+        return self.peers
+
+    async def open(self, peer: PeerId, addrs: tuple[str, ...], protocol: str) -> None:
+        self.asked.append(trio.current_time())
+        await trio.sleep_forever()
+
+
+def test_a_silent_neighbour_holds_up_the_pings_of_no_other() -> None:
+    async def test() -> None:
+        silent = _Silent(limits.ADVERT_RTTS_MAX + 3)
+        ports = SimpleNamespace(transport=silent, clock=VirtualClock(), entropy=bytes)
+        herald = Herald(ports, None, None)  # type: ignore[arg-type]
+        for each in silent.peers:
+            herald.view = herald.view.with_advert(each, advert(), each, 0)
+        with trio.move_on_after(PING_S + RTT_ROUND_S + 1):
+            await herald.measure()
+        rounds = Counter(round(at - silent.asked[0]) for at in silent.asked)
+        assert rounds == dict.fromkeys((0, PING_S + RTT_ROUND_S), limits.ADVERT_RTTS_MAX)
+
+    run(test, seed=1)
 
 
 def test_an_advert_with_too_much_to_say_still_fits() -> None:
