@@ -165,7 +165,9 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         held = set(_names(_existing(path / file, f"{_INDEX} names it; download it again")))
         lost = sorted(name for name, where in mapping.items() if where == file and name not in held)
         if lost:
-            raise CheckpointError(f"{path / file}: has no tensor {lost[0]}, which {_INDEX} puts there")
+            raise CheckpointError(
+                f"{path / file}: has no tensor {lost[0]}, which {_INDEX} puts there; download it again"
+            )
     return {name: path / file for name, file in mapping.items()}
 
 
@@ -184,7 +186,10 @@ def _check_tensors(path: Path, config: ModelConfig, files: Mapping[str, Path]) -
     # a tensor that nothing would use means that this is another model than config.json says
     left = [name for name in files if name not in shapes and not name.endswith(IGNORED_SUFFIXES)]
     if left:
-        raise CheckpointError(f"{path}: config.json does not account for tensor {left[0]} ({len(left)} such)")
+        raise CheckpointError(
+            f"{path}: config.json does not account for tensor {left[0]} ({len(left)} such): it is of another model; "
+            "download it again"
+        )
     for file in sorted(set(files.values())):
         with _opened(file) as tensors:
             for name in (name for name in shapes if files[name] == file):
@@ -193,7 +198,9 @@ def _check_tensors(path: Path, config: ModelConfig, files: Mapping[str, Path]) -
 
 def _check_tensor(where: str, stored: Any, shape: tuple[int, ...]) -> None:
     if tuple(stored.get_shape()) != shape:
-        raise CheckpointError(f"{where} has shape {stored.get_shape()}, config.json means {list(shape)}")
+        raise CheckpointError(
+            f"{where} has shape {stored.get_shape()}, config.json means {list(shape)}; download it again"
+        )
     if stored.get_dtype() not in _FLOATS:
         raise CheckpointError(f"{where} is {stored.get_dtype()}; quantised checkpoints are not supported")
 

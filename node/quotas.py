@@ -35,4 +35,6 @@ def _value(field: str, text: str) -> float:
     try:
         return int(text) if field in _COUNTS else float(text)
     except ValueError:
-        raise InputError(f"{text!r} is no number for the quota {field.replace('_', '-')}") from None
+        name = field.replace("_", "-")
+        example = 0.5 if field.endswith("_share") else 20
+        raise InputError(f"{text!r} is no number for the quota {name}: write for example {name}={example}") from None

@@ -59,6 +59,8 @@ def _csv_rows(path: Path) -> Iterable[Mapping[str, object]]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             yield from csv.DictReader(file)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no table of comma-separated values ({error})") from None
 

@@ -232,12 +232,12 @@ def test_a_tensor_that_the_config_does_not_know(broken: Path) -> None:
     """Dropping a bias silently would give a model that is almost right."""
     name = "model.layers.1.self_attn.q_proj.bias"
     edit_tensors(broken / "model.safetensors", lambda t: t.update({name: torch.zeros(32)}))
-    refuses(broken, name, "does not account for")
+    refuses(broken, name, "does not account for", "download it again")
 
 
 def test_a_wrong_shape(broken: Path) -> None:
     edit_json(broken / "config.json", lambda c: c.update(intermediate_size=47))
-    refuses(broken, "model.safetensors", "mlp", "47")
+    refuses(broken, "model.safetensors", "mlp", "47", "download it again")
 
 
 def test_a_quantised_tensor(broken: Path) -> None:
@@ -260,7 +260,7 @@ def test_an_index_that_puts_a_tensor_where_it_is_not(broken_sharded: Path) -> No
         index["weight_map"][name] = second
 
     edit_json(broken_sharded / INDEX, move)
-    refuses(broken_sharded, second, "has no tensor")
+    refuses(broken_sharded, second, "has no tensor", "download it again")
 
 
 OUTSIDE = ["../broken/model-00001-of-00002.safetensors", "/etc/passwd", "..", "sub/m.safetensors", "C:\\m.safetensors"]

@@ -203,6 +203,13 @@ def test_quotas_as_written() -> None:
             parse_quotas([wrong])
 
 
+@pytest.mark.parametrize("name", ["requests", "sessions", "owner-memory-share"])
+def test_the_example_beside_a_wrong_quota_is_a_right_one(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: write for example {name}=") as failure:
+        parse_quotas([f"{name}=x"])
+    parse_quotas([str(failure.value).rpartition(" ")[2]])
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("30m", 1800), ("12h", 43_200), ("7d", 604_800)])
 def test_lengths_of_time(text: str, seconds: int) -> None:
     assert parse_life(text) == seconds

@@ -141,6 +141,13 @@ def test_what_is_no_export_adds_nothing(content: str, why: str | None, tmp_path:
             read_table(table)
 
 
+def test_a_table_that_cannot_be_opened_is_an_error_of_its_own(tmp_path: Path) -> None:
+    table = tmp_path / "folder.csv"
+    table.mkdir()
+    with pytest.raises(InputError, match=r"cannot read .*folder\.csv: Is a directory"):
+        read_table(table)
+
+
 def test_a_bad_row_is_named_and_nothing_is_added(folder: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     write_table(table, [numbered(8), numbered(9)])
