@@ -106,7 +106,7 @@ def parse_life(text: str) -> int:
 
 
 def show_bytes(count: float) -> str:
-    """'1.5 MiB': three significant digits, for people."""
+    """'1.5 MiB', for people: one decimal, two of a TiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -24,7 +24,7 @@ from sotto.commands import (
     history,
     invite,
     key,
-    mesh,
+    peers,
     place,
     seal,
     select,
@@ -48,7 +48,7 @@ app.command(epilog="Example: sotto run -m ./my-llama 'The Python language'")(gen
 app.command(epilog="Example: sotto chat --system 'Answer in one sentence.'")(chat.chat)
 app.command(epilog="Example: sotto submit prompts.jsonl -o answers.jsonl")(generation.submit)
 app.command(name="seal", epilog="Example: sotto seal ./my-llama")(seal.seal)
-app.command(epilog="Example: sotto peers --json")(mesh.peers)
+app.command(epilog="Example: sotto peers --json")(peers.peers)
 app.command(epilog="Example: sotto place ./my-llama")(place.place)
 app.command(name="id", epilog="Example: sotto id")(grant.identity)
 app.command(epilog="Example: sotto grant 12D3Koo… -m ./my-llama --for 7d")(grant.grant)

@@ -86,7 +86,8 @@ __all__ = ["WorkerConfig", "WorkerPorts", "WorkerService"]
 
 
 class WorkerService:
-    """One worker. `run` until cancelled; everything else is read by tests and metrics."""
+    """One worker. `run` until cancelled. Its owner has it stand down and up and asks for its `status`; `herald` is told
+    when it is reached elsewhere; tests read the rest."""
 
     def __init__(self, ports: WorkerPorts, config: WorkerConfig) -> None:
         self._ports = ports
