@@ -27,5 +27,5 @@ def test_what_is_sealed_is_read_off_the_event_loop(tmp_path: Path, monkeypatch: 
     client = cast("Client", SimpleNamespace(journal=journal, options=options, place=place))
     monkeypatch.setattr("node.weights.sealed_id", lambda *_: on_the_loop.append(trio.lowlevel.in_trio_run()))
     with pytest.raises(RouteUnavailable, match="room"):
-        trio.run(choose_weights, client, checkpoint, None, Wish())
+        trio.run(choose_weights, client, checkpoint, None, Wish(None, "latency", 1, 1024))
     assert on_the_loop == [False] * len(DEPLOYED)
