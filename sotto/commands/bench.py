@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sotto.commands.bench_common import listening
+from sotto.commands.bench_common import Plots, listening
 from sotto.commands.common import Json, Model, errors, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Measure parts of sotto on this machine.")
@@ -54,6 +54,30 @@ def precision(
                 texts.append(bench.Text(tokenizer.encode(document.text), len(document.text.encode())))
         with listening("variants", quiet=as_json) as hear:
             result = bench.run(checkpoint, texts, hear)
+        if as_json:
+            print_json(result)
+        else:
+            typer.echo("\n".join(bench.table(result)))
+
+
+@app.command(epilog="Example: sotto bench products --json")
+def products(
+    seconds: Annotated[float, typer.Option(min=0, max=3600, help="How long to measure, about.")] = 60.0,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of each product.")] = 1,
+    plots: Plots = None,
+    as_json: Json = False,
+) -> None:
+    """How fast products of few rows read weights: sotto's kernels, oneDNN's and torch's, beside a plain sum."""
+    with errors(as_json):
+        from simnet.bench import plots as pictures
+        from simnet.bench import products as bench
+
+        if plots is not None:
+            pictures.require(plots)
+        with listening("products", quiet=as_json) as hear:
+            result = bench.run(seconds, threads, hear)
+        if plots is not None:
+            bench.picture(result, plots)
         if as_json:
             print_json(result)
         else:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from node.groups import leaf
 from protocol.errors import InputError, LocalProtocolError
-from simnet.bench import dataplane, growth, plots, precision, serve, speculation
+from simnet.bench import dataplane, growth, plots, precision, products, serve, speculation
 from simnet.bench.engine import run as engine
 from simnet.bench.hear import Hear
 from simnet.bench.scheduler import live
@@ -69,6 +69,27 @@ def test_precision(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
         "bfloat16": 512,
         "int8": 264,
     }
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, as_json: bool) -> None:
+    monkeypatch.setattr(products, "SHAPE", (64, 32))
+    monkeypatch.setattr(products, "READ_BYTES", 1)
+    words = ["--seconds", "0", "--plots", str(tmp_path / "plots"), *(["--json"] if as_json else [])]
+    result = CliRunner().invoke(app, ["bench", "products", *words])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "plots" / "products.png").read_bytes().startswith(b"\x89PNG")
+    if not as_json:
+        assert "bfloat16, GB/s of weights" in result.stdout
+        return
+    report = json.loads(result.stdout)
+    for name, ways in (("float32", 4), ("bfloat16", 4), ("int8", 3)):
+        assert [point["rows"] for point in report[name]] == list(products.ROWS)
+        for point in report[name]:
+            assert len(point["gb_per_s"]) == ways
+            assert all(rate > 0 for rate in point["gb_per_s"].values())
+            for other in point["gb_per_s"].keys() - {"sotto"}:
+                assert point[f"vs_{other}"]["low"] <= point[f"vs_{other}"]["ratio"] <= point[f"vs_{other}"]["high"]
 
 
 def _few_words() -> Corpus:

@@ -45,7 +45,10 @@ COMMANDS = [
     *(["worker", name] for name in ("pause", "resume", "status")),
     *(["key", name] for name in ("new", "show", "export", "import")),
     *(["sim", name] for name in ("up", "status", "link", "kill", "freeze", "thaw", "restart", "down")),
-    *(["bench", name] for name in ("dataplane", "placement", "engine", "growth", "serve", "precision", "speculation")),
+    *(
+        ["bench", name]
+        for name in ("dataplane", "placement", "engine", "growth", "serve", "precision", "products", "speculation")
+    ),
     ["sim", "check", "mesh"],
     ["select"],
 ]
