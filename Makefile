@@ -39,7 +39,7 @@ wheel: .venv/tests
 clean:
 	rm -rf .venv build dist *.egg-info
 
-.venv/runs: pyproject.toml constraints.txt | prerequisites
+.venv/runs: pyproject.toml constraints.txt $(wildcard models/csrc/*) | prerequisites
 	@echo "installing sotto into .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(PIP) -e .

@@ -1,5 +1,6 @@
 # Addresses, sizes and flags, as models/csrc/ says; see models/kernels.py.
 
+INTERFACE: int
 SUPPORTED: str
 ROWS_MAX: int
 

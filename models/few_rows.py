@@ -37,7 +37,7 @@ class FewRows:
         self._bias = 0 if bias is None else bias.data_ptr()
 
     def __call__(self, x: Tensor, *, biased: bool = True) -> Tensor:
-        """x [T, in] in the weight's dtype, T in 1..FLOAT_ROWS_MAX: [T, out]. ValueError on anything else."""
+        """x [T, in] in the weight's dtype, T in 1..ROWS_MAX: [T, out]. ValueError on anything else."""
         _check(x, self._dtype, self._in)
         x, bias = x.contiguous(), self._bias if biased else 0
         y = x.new_empty((len(x), self._out))
@@ -61,7 +61,7 @@ class FewInt8Rows:
         self._out, self._in = shape
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in] float32 with T in 1..INT8_ROWS_MAX: [T, out]. ValueError on anything else."""
+        """x [T, in] float32 with T in 1..ROWS_MAX: [T, out]. ValueError on anything else."""
         _check(x, torch.float32, self._in)
         x = x.contiguous()
         y, levels = x.new_empty((len(x), self._out)), x.new_empty((len(x), self._in + 3), dtype=torch.uint8)

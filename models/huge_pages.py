@@ -3,12 +3,14 @@
 A token reads every weight once, and with pages of 4 KiB looking up where they lie takes 4 to 7 % of that. Most systems
 give huge pages only to who asks; asking before memory is written to could make a load wait for room to be made, page by
 page. So loaded weights are moved, 2 MiB at a time, while they are already in use.
+
+The thread that does it belongs to nobody: no work waits for it, whoever loads weights may use it, and what it has not
+done when the process ends is lost without harm.
 """
 
 from __future__ import annotations
 
 import ctypes
-import errno
 import queue
 import sys
 import threading
@@ -35,13 +37,10 @@ def _waiting() -> queue.SimpleQueue[tuple[object, range]]:
 
 
 def _move_all(waiting: queue.SimpleQueue[tuple[object, range]]) -> None:
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise = ctypes.CDLL(None).madvise
     while True:
         owner, addresses = waiting.get()
         for address in addresses:
-            if madvise(ctypes.c_void_p(address), ctypes.c_size_t(HUGE_BYTES), _COLLAPSE) == 0:
-                continue
-            if ctypes.get_errno() == errno.EINVAL:  # a kernel that cannot
-                return
-            break  # no room now
+            if madvise(ctypes.c_void_p(address), ctypes.c_size_t(HUGE_BYTES), _COLLAPSE) != 0:
+                break  # no room now, or a kernel that cannot: it is not asked for the rest of a weight
         del owner

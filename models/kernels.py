@@ -5,7 +5,7 @@ attention reads keys and values at a fifth of the memory's speed. Here norm, rot
 each. On processors with AVX-512 under Linux, in float32, and in bfloat16 where the processor has it; elsewhere
 `SUPPORTED` is empty and torch's operations stay.
 
-Invariant: a row's bits do not depend on the rows beside it, nor on the number of threads.
+Invariant: a row's bits do not depend on the rows beside it, on where its keys lie, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from torch import Tensor
 
 try:  # after torch, whose threads it finds
     from models import _kernels
-except ImportError:  # no compiler was there when sotto was installed
+except ImportError:  # no compiler was there when sotto was installed, or its work does not load here
     _kernels = None  # type: ignore[assignment]
 
 compiled = _kernels
 _HAS_ADDRESSES = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))  # private, as packing is
-SUPPORTED = frozenset(compiled.SUPPORTED.split()) if compiled is not None and _HAS_ADDRESSES else frozenset()
-ROWS_MAX = compiled.ROWS_MAX if compiled is not None else 0  # of a product
+_INTERFACE = 1  # of the compiled functions: those of another state of the code are not called
+_CALLABLE = compiled is not None and _HAS_ADDRESSES and compiled.INTERFACE == _INTERFACE
+SUPPORTED = frozenset(compiled.SUPPORTED.split()) if _CALLABLE else frozenset()
+ROWS_MAX = compiled.ROWS_MAX if _CALLABLE else 0  # of a product
 NUMBERS_MAX = 1 << 17  # beyond which several threads of torch's win
 HEAD_WIDTH_MAX = 512
 
@@ -38,7 +40,7 @@ def fits(x: Tensor) -> bool:
 
 
 def normalised(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension of x, which `fits`: in float32, and rounded once."""
+    """x / sqrt(mean(x^2) + eps) over the last dimension of x, which `fits`, rounded once. No gradients."""
     x = x.contiguous()
     y, width = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // width if width else 0
@@ -47,7 +49,8 @@ def normalised(x: Tensor, eps: float) -> Tensor:
 
 
 def gated(both: Tensor) -> Tensor:
-    """SiLU of the first half of each row times the second: `both` [T, 2 w], which `fits`, gives [T, w]."""
+    """SiLU of the first half of each row times the second: `both` [T, 2 w], which `fits`, gives [T, w]. No
+    gradients."""
     both = both.contiguous()
     rows, width = both.shape[0], both.shape[1] // 2
     y = both.new_empty((rows, width))
@@ -56,12 +59,14 @@ def gated(both: Tensor) -> Tensor:
 
 
 def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rope.rotate` of heads [H, T, hd], which `fits`, by [T, hd] each: to the same bits."""
+    """`rope.rotate` of heads [H, T, hd], which `fits`, by [T, hd] each: to the same bits, but for the very
+    smallest numbers of bfloat16. Raises ValueError on rotations that do not fit. No gradients."""
     if heads.stride(2) != 1:
         heads = heads.contiguous()
     cos, sin, y = cos.contiguous(), sin.contiguous(), heads.new_empty(heads.shape)
     count, rows, width = heads.shape
-    if cos.shape != (rows, width) or sin.shape != (rows, width) or cos.dtype is not heads.dtype:
+    alike = cos.shape == sin.shape == (rows, width) and cos.dtype is sin.dtype is heads.dtype
+    if not alike or width % 2:
         raise ValueError(f"rotations of {list(cos.shape)} in {cos.dtype} do not fit heads of {list(heads.shape)}")
     compiled.turn(
         heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), count, rows, width,
@@ -73,14 +78,17 @@ def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attended(queries: Tensor, keys: Tensor, values: Tensor, reads: Tensor, places: Tensor, tokens: int) -> Tensor:
     """Attention of single rows: queries [nq, R, hd], keys and values [nk, capacity, hd] give [n, nq, hd].
 
-    `reads` [n, 3] int64: a row of the queries, and the first and last but one of the `places` that it looks at.
-    `places` [m, 2] int64: the first of some tokens, and how many. `tokens`: how many in all.
+    `reads` [n, 3] int64: a row of the queries, the first of the `places` that it looks at, and the one after the last.
+    `places` [m, 2] int64: the first of some tokens, and how many. `tokens`: how many in all. What they name must be
+    there: it is not looked at. Raises ValueError on keys that lie otherwise than a cache's. No gradients.
     """
     queries = queries.contiguous()
     heads, _, width = queries.shape
     alike = keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(2) == 1
     if not alike or keys.shape[2] != width or not keys.dtype is values.dtype is queries.dtype:
         raise ValueError("keys and values lie otherwise than the kernel reads them")
+    if any(each.dtype is not torch.int64 or not each.is_contiguous() for each in (reads, places)):
+        raise ValueError("places lie otherwise than the kernel reads them")
     answer = queries.new_empty((len(reads), heads, width))
     compiled.attend(
         queries.data_ptr(), keys.data_ptr(), values.data_ptr(), reads.data_ptr(), places.data_ptr(), answer.data_ptr(),

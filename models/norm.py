@@ -9,7 +9,7 @@ from models.kernels import fits, normalised
 
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last dimension, times `gain` when there is one; in x's dtype.
+    """x / sqrt(mean(x^2) + eps) over the last dimension, times `gain` when there is one; in x's dtype. No gradients.
 
     As transformers computes it: the mean in float32 at least, rounded to x's dtype before the gain. Each entry is right
     to a few roundings of its own, however large others of its row are; below float32 all but the very smallest are.

@@ -139,7 +139,8 @@ def _rotations(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn heads [H, T, hd] by what `Rotary.at` gives, [T, hd] each: sines of first halves are negative."""
+    """Turn heads [H, T, hd] by what `Rotary.at` gives, [T, hd] each: sines of first halves are negative. No
+    gradients."""
     if fits(heads):
         return turned(heads, cos, sin)
     return (heads * cos).add_(heads.roll(heads.shape[-1] // 2, -1).mul_(sin))

@@ -7,6 +7,7 @@ worker's folder, it looks as a member does. Nothing lasts: no lease, no file, no
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,7 +56,6 @@ PEERS_ASKED_MAX = 5
 MULTICAST = ("224.0.0.251", 5353)  # the group of mDNS
 MULTICAST_S = 1.0
 _SOFTWARE = ("libp2p", "torch", "trio")
-KERNELS_EXIST = (platform.system(), platform.machine()) == ("Linux", "x86_64")  # models/csrc/
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,25 @@ async def examine(options: DoctorOptions, tell: Callable[[str], None] = lambda _
         version=VERSION,
         versions=tuple(found.versions.values()),
         software=", ".join((f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in _SOFTWARE))),
-        kernels=not KERNELS_EXIST or find_spec("models._kernels") is not None,
+        kernels=kernels_are_there(Path("/proc/cpuinfo"), find_spec("models._kernels")),
     )
+
+
+def kernels_are_there(cpuinfo: Path, spec: ModuleSpec | None) -> bool:
+    """Whether the compiled kernels (models/csrc/) load, or this processor could not run them anyway."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64") or "avx512bw" not in _text(cpuinfo):
+        return True
+    try:
+        return spec is not None and bool(ctypes.CDLL(spec.origin))
+    except OSError:  # made for another system
+        return False
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 class _Found:

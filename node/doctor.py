@@ -62,7 +62,7 @@ class Facts:
     version: str
     versions: tuple[str, ...]  # that other workers state
     software: str  # versions of what this runs on
-    kernels: bool  # compiled ones are there, or none exist for such a machine
+    kernels: bool  # the compiled ones load, or this machine could not run them
 
 
 def diagnose(facts: Facts) -> tuple[Finding, ...]:
@@ -271,6 +271,6 @@ def _kernels(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "kernels",
             Level.WARN,
-            "the compiled kernels are missing: torch's own compute tokens at half of the speed",
-            "install a C compiler and Python's headers, and then sotto again",
+            "the compiled kernels do not load: torch's own operations compute tokens at half of the speed",
+            "install a C compiler and Python's headers, and then sotto again on this machine",
         )

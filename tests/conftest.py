@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from models import few_rows, kernels
 from simnet import cluster
 
 # Hypothesis without a wall clock, and with the same examples in every run.
@@ -34,3 +35,17 @@ def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[cluster.Cluster]
     specs = [cluster.WorkerSpec(memory="600MiB", kv_memory="150MiB", threads=1)] * 3
     with cluster.running(tmp_path_factory.mktemp("swarm") / "cluster", specs) as net:
         yield net
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that has none."""
+    for module in (kernels, few_rows):
+        monkeypatch.setattr(module, "SUPPORTED", frozenset())
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def in_both_ways(request: pytest.FixtureRequest) -> None:
+    """By the compiled kernels, and by torch's operations alone."""
+    if request.param == "torch":
+        request.getfixturevalue("without_kernels")

@@ -2,16 +2,17 @@
  *
  * A part is one row and one head of keys with the query heads of its group. Keys are gone through in pieces whose scores
  * stay in the innermost cache: scores, their exponentials relative to the largest so far, and the values by them.
- * Everything in float32, whatever the cache holds; one rounding at the end.
+ * Everything in float32, whatever the cache holds; one rounding at the end. A piece goes on where a run of tokens ends, so
+ * that a row's bits do not depend on where its keys lie.
  */
 
 #include "kernels.h"
 
 #ifdef HAS_KERNELS
 
+#include <float.h>
 #include <math.h>
 #include <stdatomic.h>
-#include <string.h>
 
 #define TOGETHER 6     /* query heads of a group whose sums stay in registers */
 #define LANES 4        /* registers of a sum: 64 numbers of a head */
@@ -20,7 +21,7 @@
 
 typedef struct {
     const char *queries, *keys, *values; /* [heads, rows, width], and twice [key heads, tokens, width] */
-    const int64_t *reads;  /* [rows, 3]: a row of the queries, and its first and last but one of the places */
+    const int64_t *reads;  /* [rows, 3]: a row of the queries, its first place, and the one after its last */
     const int64_t *places; /* [., 2]: the first of some tokens, and how many; a row's in order */
     char *answer;          /* [rows, heads, width] */
     Py_ssize_t rows, heads, key_heads, width;
@@ -29,13 +30,18 @@ typedef struct {
     atomic_long next;
 } Attention;
 
-/* Of `rows` queries and `count` keys: the scores. */
+/* Tokens [first, first + count) of the cache: numbers [at, at + count) of a piece. */
+typedef struct {
+    Py_ssize_t first, count, at;
+} Stretch;
+
+/* Of `rows` queries and the keys of a stretch: the scores. */
 WITH() static inline __attribute__((always_inline)) void score(
-    const Attention *a, const char *keys, Py_ssize_t first, Py_ssize_t count, const int rows, const int is_bfloat,
+    const Attention *a, const char *keys, Stretch stretch, const int rows, const int is_bfloat,
     float queries[TOGETHER][WIDTH_MAX], float scores[TOGETHER][PIECE])
 {
-    for (Py_ssize_t token = 0; token < count; token++) {
-        Py_ssize_t at = (first + token) * a->token;
+    for (Py_ssize_t token = 0; token < stretch.count; token++) {
+        Py_ssize_t at = (stretch.first + token) * a->token;
         __m512 sums[TOGETHER];
         UNROLLED
         for (int row = 0; row < rows; row++) sums[row] = _mm512_setzero_ps();
@@ -46,13 +52,13 @@ WITH() static inline __attribute__((always_inline)) void score(
                 sums[row] = _mm512_fmadd_ps(key, _mm512_load_ps(queries[row] + number), sums[row]);
         }
         UNROLLED
-        for (int row = 0; row < rows; row++) scores[row][token] = _mm512_reduce_add_ps(sums[row]);
+        for (int row = 0; row < rows; row++) scores[row][stretch.at + token] = _mm512_reduce_add_ps(sums[row]);
     }
 }
 
-/* Add `count` values by their weights. */
+/* Add the values of a stretch by their weights. */
 WITH() static inline __attribute__((always_inline)) void mix(
-    const Attention *a, const char *values, Py_ssize_t first, Py_ssize_t count, const int rows, const int is_bfloat,
+    const Attention *a, const char *values, Stretch stretch, const int rows, const int is_bfloat,
     float weights[TOGETHER][PIECE], float mixed[TOGETHER][WIDTH_MAX])
 {
     for (Py_ssize_t number = 0; number < a->width; number += 16 * LANES) {
@@ -64,15 +70,15 @@ WITH() static inline __attribute__((always_inline)) void mix(
         for (int row = 0; row < rows; row++)
             UNROLLED
             for (int lane = 0; lane < LANES; lane++) sums[row][lane] = _mm512_load_ps(mixed[row] + number + 16 * lane);
-        for (Py_ssize_t token = 0; token < count; token++) {
-            Py_ssize_t at = (first + token) * a->token + number;
+        for (Py_ssize_t token = 0; token < stretch.count; token++) {
+            Py_ssize_t at = (stretch.first + token) * a->token + number;
             __m512 read[LANES];
             UNROLLED
             for (int lane = 0; lane < LANES; lane++)
                 read[lane] = read_at(values, at + 16 * lane, masks[lane], is_bfloat);
             UNROLLED
             for (int row = 0; row < rows; row++) {
-                __m512 weight = _mm512_set1_ps(weights[row][token]);
+                __m512 weight = _mm512_set1_ps(weights[row][stretch.at + token]);
                 UNROLLED
                 for (int lane = 0; lane < LANES; lane++)
                     sums[row][lane] = _mm512_fmadd_ps(weight, read[lane], sums[row][lane]);
@@ -86,27 +92,26 @@ WITH() static inline __attribute__((always_inline)) void mix(
 }
 
 /* Each number of rows has functions of its own, so that compilers keep its sums in registers. */
-typedef void Step(const Attention *, const char *, Py_ssize_t, Py_ssize_t, float[TOGETHER][WIDTH_MAX],
-                  float[TOGETHER][PIECE]);
+typedef void Step(const Attention *, const char *, Stretch, float[TOGETHER][WIDTH_MAX], float[TOGETHER][PIECE]);
 
 #define DEFINE(ROWS)                                                                                                   \
     WITH() __attribute__((noinline)) static void score_##ROWS(                                                         \
-        const Attention *a, const char *keys, Py_ssize_t first, Py_ssize_t count, float wide[TOGETHER][WIDTH_MAX],     \
+        const Attention *a, const char *keys, Stretch stretch, float wide[TOGETHER][WIDTH_MAX],                        \
         float scores[TOGETHER][PIECE])                                                                                 \
     {                                                                                                                  \
         if (a->is_bfloat)                                                                                              \
-            score(a, keys, first, count, ROWS, 1, wide, scores);                                                       \
+            score(a, keys, stretch, ROWS, 1, wide, scores);                                                            \
         else                                                                                                           \
-            score(a, keys, first, count, ROWS, 0, wide, scores);                                                       \
+            score(a, keys, stretch, ROWS, 0, wide, scores);                                                            \
     }                                                                                                                  \
     WITH() __attribute__((noinline)) static void mix_##ROWS(                                                           \
-        const Attention *a, const char *values, Py_ssize_t first, Py_ssize_t count, float wide[TOGETHER][WIDTH_MAX],   \
+        const Attention *a, const char *values, Stretch stretch, float wide[TOGETHER][WIDTH_MAX],                      \
         float weights[TOGETHER][PIECE])                                                                                \
     {                                                                                                                  \
         if (a->is_bfloat)                                                                                              \
-            mix(a, values, first, count, ROWS, 1, weights, wide);                                                      \
+            mix(a, values, stretch, ROWS, 1, weights, wide);                                                           \
         else                                                                                                           \
-            mix(a, values, first, count, ROWS, 0, weights, wide);                                                      \
+            mix(a, values, stretch, ROWS, 0, weights, wide);                                                           \
     }
 
 DEFINE(1)
@@ -161,16 +166,25 @@ WITH(",avx512bf16") static void attend_heads(const Attention *a, Py_ssize_t inde
                 _mm512_store_ps(queries[row] + number + 16 * lane, _mm512_mul_ps(part, _mm512_set1_ps(scale)));
                 _mm512_store_ps(mixed[row] + number + 16 * lane, _mm512_setzero_ps());
             }
-        largest[row] = -INFINITY, total[row] = 0;
+        largest[row] = -FLT_MAX, total[row] = 0; /* finite: the first scores may all be -inf */
     }
-    for (int64_t place = read[1]; place < read[2]; place++)
-        for (Py_ssize_t done = 0, all = a->places[2 * place + 1]; done < all; done += PIECE) {
-            Py_ssize_t first = a->places[2 * place] + done, count = all - done < PIECE ? all - done : PIECE;
-            score_rows[rows - 1](a, a->keys + head, first, count, queries, scores);
-            for (int row = 0; row < rows; row++)
-                weigh(scores[row], count, a->width, largest + row, total + row, mixed[row]);
-            mix_rows[rows - 1](a, a->values + head, first, count, mixed, scores);
+    int64_t place = read[1];
+    Py_ssize_t used = 0; /* of the place */
+    while (place < read[2]) {
+        Stretch stretches[PIECE];
+        Py_ssize_t count = 0, length = 0;
+        for (; length < PIECE && place < read[2]; count++) {
+            Py_ssize_t left = a->places[2 * place + 1] - used, taken = left < PIECE - length ? left : PIECE - length;
+            stretches[count] = (Stretch){a->places[2 * place] + used, taken, length};
+            score_rows[rows - 1](a, a->keys + head, stretches[count], queries, scores);
+            length += taken, used += taken;
+            if (taken == left) place++, used = 0;
         }
+        for (int row = 0; row < rows; row++)
+            weigh(scores[row], length, a->width, largest + row, total + row, mixed[row]);
+        for (Py_ssize_t each = 0; each < count; each++)
+            mix_rows[rows - 1](a, a->values + head, stretches[each], mixed, scores);
+    }
     for (int row = 0; row < rows; row++) {
         Py_ssize_t at = (index * a->heads + query + row) * a->width;
         for (Py_ssize_t number = 0; number < a->width; number += 16) {

@@ -48,11 +48,15 @@ WITH() static inline __m512 exponential(__m512 x)
     return _mm512_scalef_ps(sum, whole);
 }
 
-/* Do `work(data)` in so many of torch's own threads at once, which are awake between two products. */
+/* Do `work(data)` in so many of torch's own threads at once. */
 void in_threads(void (*work)(void *), void *data, Py_ssize_t threads);
 
-/* How many of `threads` are worth waking for `parts` that read so many bytes. */
+/* Whether `threads` are worth waking for `parts` that read so many bytes: all of them, or one. OpenMP ends and starts
+ * threads whenever a team has another size than the one before. */
 Py_ssize_t threads_for(Py_ssize_t threads, Py_ssize_t parts, Py_ssize_t bytes);
+
+/* For calls that last: other Python threads go on meanwhile. Short ones would wait longer for their turn than they take. */
+#define LONG_NUMBERS (1 << 17)
 
 /* Addresses and sizes, all whole numbers; false with an error set. */
 int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *numbers);

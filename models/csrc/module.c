@@ -1,12 +1,14 @@
-/* The module `models._kernels`: what models/few_rows.py and models/one_token.py call. */
+/* The module `models._kernels`: what models/few_rows.py and models/kernels.py call. */
 
 #include "kernels.h"
+
+#define INTERFACE 1 /* of the functions below: kernels.py asks for the same */
 
 #ifdef HAS_KERNELS
 
 #include <dlfcn.h>
 
-#define THREAD_BYTES (128 << 10) /* for each thread: less is read before another has woken */
+#define THREAD_BYTES (128 << 10) /* of a thread: less is read before another has woken */
 
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
@@ -20,8 +22,7 @@ void in_threads(void (*work)(void *), void *data, Py_ssize_t threads)
 
 Py_ssize_t threads_for(Py_ssize_t threads, Py_ssize_t parts, Py_ssize_t bytes)
 {
-    if (threads > bytes / THREAD_BYTES) threads = bytes / THREAD_BYTES;
-    return threads > parts ? parts : threads;
+    return parts < 2 || bytes < 2 * THREAD_BYTES ? 1 : threads;
 }
 
 int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *numbers)
@@ -71,11 +72,12 @@ static const char *supported(void) { return ""; }
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
-/* SUPPORTED: precisions, between spaces; none where torch's threads are not to be found. ROWS_MAX: of a product. */
+/* INTERFACE: what the functions take. SUPPORTED: precisions, between spaces; none where torch's threads are not to be found. ROWS_MAX: of a product. */
 PyMODINIT_FUNC PyInit__kernels(void)
 {
     PyObject *module = PyModule_Create(&definition);
-    if (module && (PyModule_AddStringConstant(module, "SUPPORTED", supported()) < 0 ||
+    if (module && (PyModule_AddIntConstant(module, "INTERFACE", INTERFACE) < 0 ||
+                   PyModule_AddStringConstant(module, "SUPPORTED", supported()) < 0 ||
                    PyModule_AddIntConstant(module, "ROWS_MAX", ROWS_MAX) < 0)) {
         Py_DECREF(module);
         return NULL;

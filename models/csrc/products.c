@@ -21,7 +21,6 @@
 #define OUTPUTS 64               /* of a block */
 #define LANES 4                  /* registers that a row's sums of a block take */
 #define TOGETHER 6               /* rows whose sums stay in registers: 24 of 32 */
-#define ROWS_MAX 64              /* of a product: their sums lie on the stack */
 #define STEP_BYTES 256
 #define CHUNK_STEPS 64           /* 16 KiB of weights, which the innermost cache keeps for the next rows */
 #define AHEAD_BYTES 4096         /* of weights, that are under way from the memory */
@@ -239,7 +238,11 @@ PyObject *multiply_bytes(PyObject *module, PyObject *const *args, Py_ssize_t giv
     Product p = {.weight = (char *)n[0], .scale = (float *)n[1], .offset = (int32_t *)n[2], .factor = factor};
     p.x = (uint32_t *)n[4], p.y = (char *)n[5], p.rows = n[6];
     p.steps = (n[7] + 3) / 4, p.stride = (n[7] + 63) / 64 * 16, p.out = n[8], p.add = add_bytes, p.finish = finish_bytes;
-    if (p.rows >= 1 && p.rows <= ROWS_MAX) quantise((float *)n[3], p.rows, n[7], (uint8_t *)n[4], factor);
+    if (p.rows >= 1 && p.rows <= ROWS_MAX) {
+        PyThreadState *state = p.rows * n[7] > LONG_NUMBERS ? PyEval_SaveThread() : NULL;
+        quantise((float *)n[3], p.rows, n[7], (uint8_t *)n[4], factor);
+        if (state) PyEval_RestoreThread(state);
+    }
     return run(&p, n[9]);
 }
 

@@ -68,7 +68,7 @@ WITH_BFLOATS static void gate_rows(const Rows *r)
 }
 
 /* Dimension i of a head turns together with i + width / 2; sines of first halves are negative. Each operation is rounded
- * on its own, as torch's are. */
+ * on its own, as torch's are; but the processor's bfloat16 has no subnormal numbers. */
 WITH_BFLOATS static void turn_rows(const Rows *r)
 {
     Py_ssize_t half = r->width / 2;
@@ -89,16 +89,24 @@ WITH_BFLOATS static void turn_rows(const Rows *r)
                 }
 }
 
+/* Do `work`, of so many numbers. */
+static PyObject *done(void (*work)(const Rows *), const Rows *r, Py_ssize_t numbers)
+{
+    PyThreadState *state = numbers > LONG_NUMBERS ? PyEval_SaveThread() : NULL;
+    work(r);
+    if (state) PyEval_RestoreThread(state);
+    Py_RETURN_NONE;
+}
+
 PyObject *normalise(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
     Py_ssize_t n[5]; /* x, y, rows, width, whether in bfloat16; then eps */
-    if (given < 1 || !read_numbers(args, given - 1, 5, n)) return NULL;
+    if (!read_numbers(args, given - 1, 5, n)) return NULL;
     double eps = PyFloat_AsDouble(args[5]);
     if (eps == -1.0 && PyErr_Occurred()) return NULL;
     Rows r = {.x = (char *)n[0], .y = (char *)n[1], .rows = n[2], .width = n[3], .is_bfloat = (int)n[4],
               .eps = eps};
-    normalise_rows(&r);
-    Py_RETURN_NONE;
+    return done(normalise_rows, &r, r.rows * r.width);
 }
 
 PyObject *gate(PyObject *module, PyObject *const *args, Py_ssize_t given)
@@ -106,8 +114,7 @@ PyObject *gate(PyObject *module, PyObject *const *args, Py_ssize_t given)
     Py_ssize_t n[5]; /* x [rows, 2 width], y, rows, width, whether in bfloat16 */
     if (!read_numbers(args, given, 5, n)) return NULL;
     Rows r = {.x = (char *)n[0], .y = (char *)n[1], .rows = n[2], .width = n[3], .is_bfloat = (int)n[4]};
-    gate_rows(&r);
-    Py_RETURN_NONE;
+    return done(gate_rows, &r, 2 * r.rows * r.width);
 }
 
 PyObject *turn(PyObject *module, PyObject *const *args, Py_ssize_t given)
@@ -116,8 +123,7 @@ PyObject *turn(PyObject *module, PyObject *const *args, Py_ssize_t given)
     if (!read_numbers(args, given, 10, n)) return NULL;
     Rows r = {.x = (char *)n[0], .cos = (char *)n[1], .sin = (char *)n[2], .y = (char *)n[3], .heads = n[4],
               .rows = n[5], .width = n[6], .head_stride = n[7], .row_stride = n[8], .is_bfloat = (int)n[9]};
-    turn_rows(&r);
-    Py_RETURN_NONE;
+    return done(turn_rows, &r, r.heads * r.rows * r.width);
 }
 
 #endif

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import few_rows, int8, linear
+from models import int8, linear
 from models.few_rows import FLOAT_ROWS_MAX, INT8_ROWS_MAX, SUPPORTED, FewRows
 from models.int8 import Int8Linear, quantise_rows
+from models.kernels import ROWS_MAX
 from models.linear import Linear
 
 FLOATS = [torch.float32, torch.bfloat16]
@@ -102,7 +103,7 @@ def test_what_does_not_fit_is_refused_before_it_is_read(dtype: torch.dtype) -> N
         if few is None:
             pytest.skip("this processor has no kernels for few rows in int8")
     else:
-        few, given, most = few_of(random(64, 64, dtype=dtype)), dtype, few_rows.INT8_ROWS_MAX
+        few, given, most = few_of(random(64, 64, dtype=dtype)), dtype, ROWS_MAX
     wrong = (random(1, 63), random(1, 65), random(64), random(1, 1, 64), random(1, 64, dtype=torch.float64))
     for x in (*(x.to(given if x.dtype is torch.float32 else x.dtype) for x in wrong), random(0, 64, dtype=given)):
         with pytest.raises(ValueError):
@@ -147,8 +148,8 @@ def test_memory_that_is_smaller_than_the_layout_is_not_read(
     assert not packed()
 
 
-def test_without_a_compiler_products_are_onednns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_rows, "SUPPORTED", frozenset())
+@pytest.mark.usefixtures("without_kernels")
+def test_without_a_compiler_products_are_onednns() -> None:
     for dtype in FLOATS:
         assert Linear(random(64, 64, dtype=dtype))._few is None
     assert Int8Linear(*quantise_rows(random(64, 64)))._few is None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from models.attention import attend, attend_batch
 from models.config import BlockConfig, RopeConfig
 from models.kernels import attended, fits, gated, normalised, turned
 from models.layout import Layout, Segment
+from models.linear import Linear
 from models.pages import Extent, KvSlab, Run
 
 pytestmark = pytest.mark.skipif("float32" not in kernels.SUPPORTED, reason="this processor has no kernels")
@@ -58,8 +62,11 @@ def test_heads_are_turned_to_the_bits_of_torch(width: int, dtype: torch.dtype) -
     assert torch.equal(turned(heads, cos, sin), expected)
     with pytest.raises(ValueError, match="do not fit"):
         turned(heads, cos[:2], sin)
+    for wrong in ((cos.double(), sin), (cos, sin.double()), (cos[:, :1], sin[:, :1])):
+        with pytest.raises(ValueError, match="do not fit"):
+            turned(heads, *wrong)
     with pytest.raises(ValueError, match="do not fit"):
-        turned(heads, cos.double(), sin)
+        turned(heads[:, :, 1:], cos[:, 1:], sin[:, 1:])
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -130,6 +137,96 @@ def test_scores_far_apart_are_weighed_from_the_largest() -> None:
     assert torch.equal(got[0, 0], values[0, 299])
 
 
+def test_bits_do_not_depend_on_where_keys_lie() -> None:
+    """Runs that end within a piece, at its end, and one token before."""
+    keys, values, query = random(2, 900, 24), random(2, 900, 24), random(4, 1, 24)
+    reads, whole = torch.tensor([[0, 0, 1]]), torch.tensor([[7, 400]])
+    expected = attended(query, keys, values, reads, whole, 400)
+    for lengths in ([64, 336], [128, 1, 271], [127, 128, 145], [1] * 400):
+        moved_keys, moved_values, at, end = keys.clone(), values.clone(), 7, 900
+        places: list[tuple[int, int]] = []
+        for length in lengths:
+            end -= length
+            places.append((end, length))
+        for start, length in places:
+            moved_keys[:, start : start + length] = keys[:, at : at + length]
+            moved_values[:, start : start + length] = values[:, at : at + length]
+            at += length
+        reads_all = torch.tensor([[0, 0, len(places)]])
+        assert torch.equal(attended(query, moved_keys, moved_values, reads_all, torch.tensor(places), 400), expected)
+
+
+def test_first_scores_of_minus_infinity_do_not_spoil_later_ones() -> None:
+    keys, values, query = torch.zeros(1, 129, 16), random(1, 129, 16), torch.zeros(1, 1, 16)
+    query[0, 0, 0], keys[0, :128, 0] = 1e20, -1e20
+    got = attended(query, keys, values, torch.tensor([[0, 0, 1]]), torch.tensor([[0, 129]]), 129)
+    assert torch.equal(got[0, 0], values[0, 128])
+
+
+def test_several_threads_may_compute_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    layer, keys, values = Linear(random(1024, 256)), random(2, 600, 64), random(2, 600, 64)
+    reads, places = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 600]])
+    inputs = [(random(3, 256) + each, random(4, 1, 64) + each) for each in range(4)]
+    expected = [(layer(x), attended(query, keys, values, reads, places, 600)) for x, query in inputs]
+    wrong: list[int] = []
+
+    def work(index: int) -> None:
+        x, query = inputs[index]
+        for _ in range(50):
+            got = layer(x), attended(query, keys, values, reads, places, 600)
+            if not all(torch.equal(*pair) for pair in zip(got, expected[index], strict=True)):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_other_threads_go_on_during_a_long_call() -> None:
+    both, done, turns = torch.zeros(64, 1 << 19), threading.Event(), [0]
+
+    def count() -> None:
+        while not done.is_set():
+            turns[0] += 1
+            done.wait(1e-4)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        before = turns[0]
+        gated(both)
+        during = turns[0] - before
+    finally:
+        done.set()
+        thread.join()
+    assert during > 3
+
+
+def test_teams_are_of_one_size() -> None:
+    """Or OpenMP would end threads and start others, between the products of one token."""
+    script = """
+import os, torch
+torch.set_num_threads(4)
+from models.kernels import attended
+from models.linear import Linear
+layer, x = Linear(torch.rand(2048, 512) - 0.5), torch.rand(1, 512)
+keys, query = torch.rand(2, 2048, 64), torch.rand(4, 1, 64)
+layer(x)
+before = set(os.listdir("/proc/self/task"))
+for _ in range(3):
+    attended(query, keys, keys, torch.tensor([[0, 0, 1]]), torch.tensor([[0, 2048]]), 2048)
+    layer(x)
+assert len(before) > 3, before
+assert set(os.listdir("/proc/self/task")) == before
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
 def test_what_lies_otherwise_is_refused() -> None:
     reads, places, query = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 4]]), random(2, 1, 16)
     for keys, values in (
@@ -141,6 +238,9 @@ def test_what_lies_otherwise_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="lie otherwise"):
             attended(query, keys, values, reads, places, 4)
+    for wrong in ((reads.int(), places), (reads, places.double()), (torch.zeros(3, 2, dtype=torch.int64).T, places)):
+        with pytest.raises(ValueError, match="places lie otherwise"):
+            attended(query, random(1, 8, 16), random(1, 8, 16), *wrong, 4)
     with pytest.raises(ValueError, match="no such attention"):
         attended(random(2, 1, 513), random(1, 8, 513), random(1, 8, 513), reads, places, 4)
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from models import attention
 from models.attention import attend, attend_tile
 from models.blocks import TILE_ROWS
+from models.int8 import quantise_block
 from models.layout import Layout, Segment
 from models.pages import Extent, KvSlab, Run
+from models.precision import INT8, compute_dtype
 from protocol.ids import PeerId
 from tests.helpers.engines import CONFIG, inputs, random_tensors
 from worker.kv_pages import KvBudget
@@ -95,10 +97,12 @@ def test_no_part_is_larger_than_it_may_be(
 class Span:
     """Two blocks of `window`, and sessions over them."""
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, precision: str = "float32") -> None:
         configs = [dataclasses.replace(CONFIG, sliding_window=window)] * 2
-        self.blocks: FloatBlocks = build_float_blocks(configs, random_tensors, torch.float32, CPU)
-        self.kv = SpanKv(configs, torch.float32, CPU, KvBudget(1 << 24))
+        dtype = getattr(torch, compute_dtype(precision))
+        read = (lambda index: quantise_block(random_tensors(index))) if precision == INT8 else random_tensors
+        self.blocks: FloatBlocks = build_float_blocks(configs, read, dtype, CPU)
+        self.kv = SpanKv(configs, dtype, CPU, KvBudget(1 << 24))
 
     def open(self) -> SessionKv:
         return self.kv.open(PeerId("ann"), 200)
@@ -110,6 +114,20 @@ class Span:
             parts.append(self.blocks.forward_tile(x[start : start + count], Part(session, start, count)))
             start += count
         return torch.cat(parts)
+
+
+@pytest.mark.usefixtures("in_both_ways")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_bits_do_not_depend_on_cuts_in_any_precision(precision: str) -> None:
+    span, generator = Span(0, precision), random.Random(0)
+    x = inputs(TOKENS).to(span.blocks.dtype)
+    whole = span.rows(span.open(), x, 0, TOKENS)
+    for _ in range(3):
+        session, at = span.open(), 0
+        while at < TOKENS:
+            end = min(at + generator.choice([1, 1, 2, 5, 16, 40]), TOKENS)
+            assert torch.equal(span.rows(session, x, at, end), whole[at:end])
+            at = end
 
 
 @pytest.mark.parametrize("most", [100, 1500, 1 << 22])
