@@ -146,7 +146,7 @@ def test_who_joined_by_a_node_that_goes_for_good_stay_together(monkeypatch):
             await a.connect(full_addr(hub))
             await until(lambda: a.peer in hub.directory.table)
             await b.connect(full_addr(hub))
-            await until(lambda: b.peer in a.connected())
+            await until(lambda: b.peer in a.connected() and a.peer in b.connected())  # else the dial is cancelled below
             nursery.cancel_scope.cancel()
         await until(lambda: (a.connected(), b.connected()) == ((b.peer,), (a.peer,)))
         heard = {each: await each.subscribe(TOPIC, lambda _: True) for each in (a, b)}
