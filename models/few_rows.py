@@ -1,8 +1,9 @@
 """Products of few rows, as when tokens are decoded, straight from weights that oneDNN has packed.
 
-At up to some two dozen rows a product is the reading of its weights: csrc/products.c reads them at the speed of the
-memory, 1.1 to 2.5 times oneDNN's, on processors with AVX-512 under Linux. It relies on how oneDNN 3 lays weights out
-there, so each weight is multiplied once by torch too before it is used (models/linear.py, models/int8.py).
+At up to some four rows a product is the reading of its weights: csrc/products.c reads them at the speed of the memory,
+1.4 to 2.4 times oneDNN's, on processors with AVX-512 under Linux; up to two dozen rows it is about as fast or a little
+faster (docs/SPEED.md). It relies on how oneDNN 3 lays weights out there, so each weight is multiplied once by torch too
+before it is used (models/linear.py, models/int8.py).
 
 Invariant: a row's bits do not depend on the rows beside it, nor on the number of threads.
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 from models.huge_pages import move
 from models.kernels import ROWS_MAX, SUPPORTED, compiled
 
-FLOAT_ROWS_MAX = 24  # with more, oneDNN's products are as fast or faster
+FLOAT_ROWS_MAX = 24  # with more, oneDNN's products are as fast, and have more threads' worth of tuning
 INT8_ROWS_MAX = ROWS_MAX
 OUTPUTS = 64  # of a block of the layout, as the kernels know it
 INPUTS = {torch.float32: 16, torch.bfloat16: 32, torch.int8: 64}  # what a block's inputs are padded to

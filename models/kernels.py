@@ -21,7 +21,7 @@ except ImportError:  # no compiler was there when sotto was installed, or its wo
 compiled = _kernels
 _HAS_ADDRESSES = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))  # private, as packing is
 _INTERFACE = 1  # of the compiled functions: those of another state of the code are not called
-_CALLABLE = compiled is not None and _HAS_ADDRESSES and compiled.INTERFACE == _INTERFACE
+_CALLABLE = _HAS_ADDRESSES and getattr(compiled, "INTERFACE", None) == _INTERFACE
 SUPPORTED = frozenset(compiled.SUPPORTED.split()) if _CALLABLE else frozenset()
 ROWS_MAX = compiled.ROWS_MAX if _CALLABLE else 0  # of a product
 NUMBERS_MAX = 1 << 17  # beyond which several threads of torch's win

@@ -7,7 +7,6 @@ worker's folder, it looks as a member does. Nothing lasts: no lease, no file, no
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import shutil
@@ -17,9 +16,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -104,18 +101,21 @@ async def examine(options: DoctorOptions, tell: Callable[[str], None] = lambda _
         version=VERSION,
         versions=tuple(found.versions.values()),
         software=", ".join((f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in _SOFTWARE))),
-        kernels=kernels_are_there(Path("/proc/cpuinfo"), find_spec("models._kernels")),
+        kernels=kernels_are_used(_text(Path("/proc/cpuinfo")), await trio.to_thread.run_sync(_supported)),
     )
 
 
-def kernels_are_there(cpuinfo: Path, spec: ModuleSpec | None) -> bool:
-    """Whether the compiled kernels (models/csrc/) load, or this processor could not run them anyway."""
-    if (platform.system(), platform.machine()) != ("Linux", "x86_64") or "avx512bw" not in _text(cpuinfo):
-        return True
-    try:
-        return spec is not None and bool(ctypes.CDLL(spec.origin))
-    except OSError:  # made for another system
-        return False
+def kernels_are_used(cpuinfo: str, supported: frozenset[str]) -> bool:
+    """Whether the compiled kernels (models/csrc/) compute here, or this processor could not run them anyway."""
+    here = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    return not here or "avx512bw" not in cpuinfo or bool(supported)
+
+
+def _supported() -> frozenset[str]:
+    """It takes torch, for whose threads the kernels look."""
+    from models.kernels import SUPPORTED
+
+    return SUPPORTED
 
 
 def _text(path: Path) -> str:

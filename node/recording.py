@@ -125,6 +125,9 @@ class Journal:
             self._waiting.clear()
             try:
                 await trio.to_thread.run_sync(self._write, self._path, builds, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
+            except trio.Cancelled:
+                self._ended = True  # for whoever still writes
+                raise
             except HistoryBusy:
                 self._waiting = deque((*builds, *self._waiting), WAITING_MAX)  # with the next ones
             except InputError as error:
@@ -133,10 +136,17 @@ class Journal:
 
     def _write(self, path: Path, builds: Sequence[Build]) -> None:
         with self._in_use:
+            if self._path is None:  # it failed meanwhile
+                return
             try:
                 if self._history is None:
                     self._history = History(path)
                 self._history.add(filter(_readable, (build() for build in builds)))
+            except InputError as error:
+                if not self._ended:
+                    raise
+                self._path = None
+                log.warning("requests are not recorded", extra={"error": str(error)})  # nobody may wait for it any more
             finally:
                 if self._ended:
                     self._close()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from functools import partial
+from math import inf
 
 import trio
 
@@ -21,6 +23,7 @@ from protocol.messages import CONTROL, Ping, Pong
 from protocol.ports import GossipMessage
 from protocol.swarm import Member, SwarmView
 from worker.config import WorkerConfig, WorkerPorts
+from worker.fetch import Together
 from worker.house import House
 
 log = logging.getLogger("sotto.worker")
@@ -35,6 +38,7 @@ class Herald:
     ports: WorkerPorts
     config: WorkerConfig
     house: House
+    together: Together
     view: SwarmView = field(default_factory=SwarmView)
     _gate: AdvertGate = field(default_factory=AdvertGate)
     _changed: trio.Event = field(default_factory=trio.Event)
@@ -78,11 +82,9 @@ class Herald:
         while True:
             now = self.ports.clock.monotonic()
             self._rtts = {peer: known for peer, known in self._rtts.items() if now - known[1] < 2 * RTT_EVERY_S}
-            async with trio.open_nursery() as nursery:
-                for member in self._neighbours():
-                    known = self._rtts.get(member.peer)
-                    if known is None or now - known[1] >= RTT_EVERY_S:
-                        nursery.start_soon(self._ping, member)
+            known = self._rtts
+            due = [each for each in self._neighbours() if now - known.get(each.peer, (0, -inf))[1] >= RTT_EVERY_S]
+            await self.together(*(partial(self._ping, member) for member in due))
             await trio.sleep(RTT_ROUND_S)
 
     def _neighbours(self) -> list[Member]:

@@ -18,7 +18,7 @@ from protocol import limits
 from protocol.ids import PeerId
 
 MESSAGES_PER_S = 4000.0
-LINK_MESSAGES_PER_S = 2 * MESSAGES_PER_S  # a hop before this one may bring the steps of many clients
+LINK_MESSAGES_PER_S = 2 * MESSAGES_PER_S  # in all, links included: a hop before this one brings many clients' steps
 BURST_S = 0.5  # a peer that was quiet may send so many seconds' worth at once
 YIELD_EVERY = limits.TOGETHER_MESSAGES
 PEERS_REMEMBERED = 4096  # whoever is forgotten has its burst again; it takes as many other peers

@@ -114,7 +114,7 @@ class WorkerService:
         self._link_pace = Pace(ports.clock.monotonic, LINK_MESSAGES_PER_S)
         self.sessions = SessionTable(self.house, ports.clock, ports.observer, self._spawn_session)
         self.links = LinkPool(self._spawn_link, self._link_lost, self.house.queues, self._reach)
-        self.herald = Herald(ports, config, self.house)
+        self.herald = Herald(ports, config, self.house, _together)
         suppliers = Suppliers(ports, self._meter, Way(self._reach, self._slowed), self._spawn)
         self._fetches = Fetches(ports.store, ports.clock, self.house, suppliers, _together)
         self._giving = Giving(ports.store, self.house, ports.clock)
@@ -285,7 +285,7 @@ class WorkerService:
 
     async def _read_sessions(self, channel: Channel, outbox: Outbox) -> None:
         async def read(message: Message, body: bytes) -> None:
-            await self._its_turn(self._pace, channel, message)
+            await self._its_turn(channel, message, self._pace, self._link_pace)
             if isinstance(message, OpenSession) and self.sessions.is_open(message.session):
                 await self._admit(message, channel.remote)  # the next hop charges it to this worker, not to its client
             if isinstance(message, Attach):
@@ -303,7 +303,7 @@ class WorkerService:
 
     async def _serve_link(self, channel: Channel) -> None:
         async def read(message: Message, body: bytes) -> None:
-            await self._its_turn(self._link_pace, channel, message)
+            await self._its_turn(channel, message, self._link_pace)
             try:
                 self._route(message, body, channel.remote)
             except RemoteProtocolError as error:
@@ -313,9 +313,10 @@ class WorkerService:
 
         await _each(channel, read)
 
-    async def _its_turn(self, pace: Pace, channel: Channel, message: Message) -> None:
+    async def _its_turn(self, channel: Channel, message: Message, *paces: Pace) -> None:
         opens = isinstance(message, OpenSession) and message.session in self.sessions.live  # else it is not looked into
-        await pace.take(channel.remote, channel.given, OPENING_COST if opens else 1.0)
+        for pace in paces:
+            await pace.take(channel.remote, channel.given, OPENING_COST if opens else 1.0)
 
     def _route(self, message: Message, body: bytes, remote: PeerId) -> bool:
         """What goes along a route. False when its session is not known here."""

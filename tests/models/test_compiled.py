@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,21 @@ def test_what_the_processor_can_do_is_compiled() -> None:
 def test_tests_of_torchs_way_use_none() -> None:
     assert Linear(torch.rand(64, 64) - 0.5)._few is None
     assert not kernels.fits(torch.zeros(1, 64))
+
+
+def test_a_build_of_another_state_of_the_code_is_not_called() -> None:
+    """One that an older checkout left behind, also if it says nothing of its interface."""
+    script = """
+import sys, types, torch, models
+stale = types.SimpleNamespace(SUPPORTED="float32", ROWS_MAX=64)
+models._kernels = sys.modules["models._kernels"] = stale
+from models import kernels
+assert kernels.SUPPORTED == frozenset(), kernels.SUPPORTED
+stale.INTERFACE = kernels._INTERFACE + 1
+import importlib
+assert importlib.reload(kernels).SUPPORTED == frozenset()
+stale.INTERFACE = kernels._INTERFACE
+assert importlib.reload(kernels).SUPPORTED == {"float32"}
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr

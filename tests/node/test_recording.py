@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -285,16 +286,20 @@ def test_last_words_are_not_waited_for_for_ever(tmp_path: Path) -> None:
 def test_a_history_that_another_holds_keeps_no_client_from_ending(
     tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, journal = tmp_path / "history.db", Journal(tmp_path / "history.db")
+    file, journal, begun = tmp_path / "history.db", Journal(tmp_path / "history.db"), threading.Event()
     monkeypatch.setattr("node.recording.LAST_WORDS_S", 0.1)
+
+    def build() -> Record:
+        begun.set()
+        return numbered(1)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(journal.run)
             await trio.testing.wait_all_tasks_blocked()
-            journal.add(partial(numbered, 1))
+            journal.add(build)
             if when == "before":
-                await trio.sleep(0.1)  # the write has begun
+                await trio.to_thread.run_sync(begun.wait)
             nursery.cancel_scope.cancel()
         await journal.aclose()
 
@@ -302,9 +307,9 @@ def test_a_history_that_another_holds_keeps_no_client_from_ending(
         began = time.monotonic()
         trio.run(main)
         assert time.monotonic() - began < BUSY_S / 2, "it did not wait for the other"
-    while list(tmp_path.glob("history.db-*")):
-        time.sleep(0.01)
-        assert time.monotonic() - began < 2 * BUSY_S, "it closed the file"
+    assert begun.wait(BUSY_S)
+    with journal._in_use:  # until the write has ended
+        assert not list(tmp_path.glob("history.db-*")), "it closed the file"
     with History(file) as history:
         assert history.records() == [numbered(1)]
 

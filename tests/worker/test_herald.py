@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -147,11 +148,17 @@ class _Silent:
         await trio.sleep_forever()
 
 
+async def side_by_side(*tasks: Callable[[], Awaitable[None]]) -> None:
+    async with trio.open_nursery() as nursery:
+        for task in tasks:
+            nursery.start_soon(task)
+
+
 def test_a_silent_neighbour_holds_up_the_pings_of_no_other() -> None:
     async def test() -> None:
         silent = _Silent(limits.ADVERT_RTTS_MAX + 3)
         ports = SimpleNamespace(transport=silent, clock=VirtualClock(), entropy=bytes)
-        herald = Herald(ports, None, None)  # type: ignore[arg-type]
+        herald = Herald(ports, None, None, side_by_side)  # type: ignore[arg-type]
         for each in silent.peers:
             herald.view = herald.view.with_advert(each, advert(), each, 0)
         with trio.move_on_after(PING_S + RTT_ROUND_S + 1):
