@@ -270,10 +270,10 @@ class Client:
         bringing = Bringing(self, model.folder, (signed, manifest), needs, options)
         async with self._deploying[manifest.deployment], self.leases.transaction(manifest.deployment):
             route, view, hops = await bringing.run(where)
-            head = await trio.to_thread.run_sync(_head, model, loaded)
+            source = await trio.to_thread.run_sync(_source_of_ends, model, loaded)
             again = partial(self._again, route, partial(self.deploy, model, options))
             priced_as = _Priced(view, needs, where, manifest.dtype, again)
-            return await self._ready(route, hops, model.checkpoint, priced_as, head)
+            return await self._ready(route, hops, model.checkpoint, priced_as, source)
 
     def _note_sealed(self, nbytes: int, started: float) -> None:
         with suppress(OSError):  # a disk that is full fails what matters, not this
@@ -328,12 +328,12 @@ class Client:
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
         route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS)
-        head: Sealer | Loaded | None = loaded
-        if head is None:
-            head = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
+        source: Sealer | Loaded | None = loaded
+        if source is None:
+            source = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
         again = partial(self._again, route, partial(self.attach, checkpoint, key))
         priced_as = _Priced(view, needs, PlaceOptions(), token.dtype, again)
-        return await self._ready(route, (), checkpoint, priced_as, head)
+        return await self._ready(route, (), checkpoint, priced_as, source)
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], dict[PeerId, str]]:
         """Have all workers of the swarm that hold the deployment refuse `token` from now on. Gives those that were
@@ -348,9 +348,9 @@ class Client:
         hops: tuple[DeployedHop, ...],
         checkpoint: Checkpoint,
         priced_as: _Priced,
-        head: Sealer | Loaded,
+        source: Sealer | Loaded,
     ) -> DeployedModel:
-        loaded = head if isinstance(head, Loaded) else await trio.to_thread.run_sync(Loaded.of, head)
+        loaded = source if isinstance(source, Loaded) else await trio.to_thread.run_sync(Loaded.of, source)
         where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=loaded.client_s)
         spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
         predicted = priced(priced_as.view, priced_as.needs, spans, where)
@@ -394,7 +394,7 @@ class Client:
         )
 
 
-def _head(model: SealedModel, loaded: Loaded | None) -> Sealer | Loaded:
+def _source_of_ends(model: SealedModel, loaded: Loaded | None) -> Sealer | Loaded:
     """What the client's own part of the model comes from, or is. Raises InputError for a wrong key or model."""
     if loaded is None:
         return model.folder.sealer(model.checkpoint, model.key)

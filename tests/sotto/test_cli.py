@@ -474,7 +474,8 @@ def test_run_shows_where_the_time_went(swarm: Cluster, model: Path) -> None:
     ]
     parts = [hop[part]["median_us"] for hop in hops for part in ("compute", "software")]
     assert all(part > 0 for part in parts)
-    assert sum(parts) < trace["step"]["median_us"]  # type: ignore[index]
+    # Of each step a part; medians of several parts may come from different steps, and need not add up to less.
+    assert max(parts) < trace["step"]["median_us"]  # type: ignore[index]
     assert all(0 < hop["idle_share"] < 1 and hop["prompt_us"] > 0 for hop in hops)
     shown = sotto(*words)
     assert "direct" in shown.stderr
