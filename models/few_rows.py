@@ -16,7 +16,7 @@ from torch import Tensor
 from models.huge_pages import move
 from models.kernels import ROWS_MAX, SUPPORTED, compiled
 
-FLOAT_ROWS_MAX = 24  # with more, oneDNN's products are as fast, and have more threads' worth of tuning
+FLOAT_ROWS_MAX = 24  # with more, oneDNN's products are as fast
 INT8_ROWS_MAX = ROWS_MAX
 OUTPUTS = 64  # of a block of the layout, as the kernels know it
 INPUTS = {torch.float32: 16, torch.bfloat16: 32, torch.int8: 64}  # what a block's inputs are padded to

@@ -1,9 +1,9 @@
 """The compiled kernels (csrc/): what one row, or a few, cost beyond the reading of weights and keys.
 
 At one row a block is some forty small operations of torch's, each of which costs its call and not its sums, and
-attention reads keys and values at a fifth of the memory's speed. Here norm, rotation, attention and gate are one call
-each. On processors with AVX-512 under Linux, in float32, and in bfloat16 where the processor has it; elsewhere
-`SUPPORTED` is empty and torch's operations stay.
+attention reads keys and values far below the memory's speed. Here norm, rotation, attention and gate are one call each.
+On processors with AVX-512 under Linux, in float32, and in bfloat16 where the processor has it; elsewhere `SUPPORTED` is
+empty and torch's operations stay.
 
 Invariant: a row's bits do not depend on the rows beside it, on where its keys lie, nor on the number of threads.
 """
