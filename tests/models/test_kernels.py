@@ -46,6 +46,13 @@ def test_norm_and_gate_are_their_formulas_row_by_row(width: int, dtype: torch.dt
     assert torch.equal(gated(x[:, ::2].contiguous()), gated(x[:, ::2])) or width % 2, "however it lies"
 
 
+def test_a_gate_of_bfloat16_is_rounded_where_torchs_is() -> None:
+    """But for an exponential that is the other way by half a unit, now and then."""
+    both = 3 * random(16, 2048, dtype=torch.bfloat16)
+    torchs = F.silu(both[:, :1024]) * both[:, 1024:]
+    assert both.dtype not in FLOATS or (gated(both) == torchs).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("value", [-math.inf, -1e30, -200.0, -90.0, -0.0, 90.0, 1e30, math.inf, math.nan])
 def test_a_gate_of_extreme_numbers_is_torchs(value: float) -> None:
     both = torch.tensor([[value, 1.0]])
@@ -187,7 +194,7 @@ def test_several_threads_may_compute_at_once(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_other_threads_go_on_during_a_long_call() -> None:
-    both, done, turns = torch.zeros(64, 1 << 19), threading.Event(), [0]
+    both, y, done, turns = torch.zeros(64, 1 << 19), torch.zeros(64, 1 << 18), threading.Event(), [0]
 
     def count() -> None:
         while not done.is_set():
@@ -198,7 +205,7 @@ def test_other_threads_go_on_during_a_long_call() -> None:
     thread.start()
     try:
         before = turns[0]
-        gated(both)
+        kernels.compiled.gate(both.data_ptr(), y.data_ptr(), 64, 1 << 18, False)  # alone: torch lets others go on
         during = turns[0] - before
     finally:
         done.set()
