@@ -80,7 +80,7 @@ def attend_batch(queries: Tensor, kv: Kv, layout: Layout, window: int) -> Tensor
 def _attend_alone(queries: Tensor, kv: Kv, alone: Alone) -> Tensor:
     """Attention of n rows one by one: [n nk, nq / nk, hd]."""
     mixed = attended(queries, kv.keys, kv.values, alone.reads, alone.places, alone.tokens)
-    return mixed.view(len(alone.reads) * len(kv.keys), -1, queries.shape[2])
+    return mixed.view(len(mixed) * len(kv.keys), -1, queries.shape[2])
 
 
 def _attend_group(queries: Tensor, kv: Kv, group: Group) -> Tensor:

@@ -7,6 +7,7 @@ mathematics. No weights from disk (checkpoint.py), no embedding and no head (the
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from models.attention import KvCache, attend_batch, attend_tile
 from models.config import BlockConfig
 from models.errors import ContextExceeded, ModelError
 from models.int8 import Int8Linear
-from models.kernels import fits, gated
+from models.kernels import HEAD_WIDTH_MAX, ROWS_MAX, fits, gated, mixed
 from models.layout import Layout, Segment
 from models.linear import Linear
 from models.norm import rms_norm
@@ -172,6 +173,24 @@ class Block:
         x = x + self._o(attend_tile(queries, kv, layout, self.config.sliding_window))
         return x + self._mlp(rms_norm(x, self._mlp_norm, eps))
 
+    def described(self) -> tuple[int, list[int]] | None:
+        """The precision of its products and the block, as csrc/blocks.c has them, for as long as the block is there;
+        None where there are no kernels for it."""
+        maps = [product.few_rows for product in (self._qkv, self._o, self._gate_up, self._down)]
+        extra = (self._attn_norm, self._mlp_norm, self._head_gain, self._head_post)
+        precisions = {None if few is None else few.precision for few in maps}
+        lies = all(each is None or (each.is_contiguous() and each.dtype is self.dtype) for each in extra)
+        if None in precisions or len(precisions) > 1 or not lies or self.config.head_dim > HEAD_WIDTH_MAX:
+            return None
+        numbers = [number for few in maps if few is not None for number in few.map]
+        numbers += [0 if each is None else each.data_ptr() for each in extra]
+        config = self.config
+        numbers += [config.num_heads, config.num_kv_heads, config.head_dim, int(config.qk_norm)]
+        numbers += struct.unpack("=q", struct.pack("=d", self.config.rms_norm_eps))
+        precision = precisions.pop()
+        assert precision is not None
+        return precision, numbers
+
     def rotations_of(self, layout: Layout) -> Rotations:
         """What `rotate` takes for the rows of `layout`, [R, hd] each: equal for blocks that share a rotary table."""
         if len(layout.segments) == 1:
@@ -221,7 +240,11 @@ class Block:
         if not self.config.qk_norm:
             return heads
         normed = rms_norm(heads, self._head_gain, self.config.rms_norm_eps)
-        return normed if self._head_post is None else torch.bmm(normed, self._head_post)
+        if self._head_post is None:
+            return normed
+        if heads.shape[1] <= ROWS_MAX and heads.shape[2] <= HEAD_WIDTH_MAX and fits(heads):
+            return mixed(normed, self._head_post)
+        return torch.bmm(normed, self._head_post)
 
     def _mlp(self, x: Tensor) -> Tensor:
         both, width = self._gate_up(x), self.config.intermediate_size

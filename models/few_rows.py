@@ -20,57 +20,53 @@ FLOAT_ROWS_MAX = 24  # with more, oneDNN's products are as fast
 INT8_ROWS_MAX = ROWS_MAX
 OUTPUTS = 64  # of a block of the layout, as the kernels know it
 INPUTS = {torch.float32: 16, torch.bfloat16: 32, torch.int8: 64}  # what a block's inputs are padded to
+PRECISIONS = (torch.float32, torch.bfloat16, torch.int8)  # in the order of the kernels' numbers for them
 
 
 class FewRows:
-    """x W^T + b for W [out, in] float32 or bfloat16, packed."""
+    """x W^T + b for W [out, in] float32 or bfloat16, packed; or for int8 levels, packed, times `scale` [out] float32,
+    where the rows of x are rounded to 8 bits each by its own largest magnitude. `offset` [out] int32: 128 times each
+    row of levels, summed."""
 
-    __slots__ = ("_bias", "_dtype", "_in", "_kept", "_multiply", "_out", "_weight")
+    __slots__ = ("_dtype", "_kept", "map", "precision")
 
-    def __init__(self, packed: Tensor, bias: Tensor | None) -> None:
-        bias = None if bias is None else bias.to(packed.dtype).contiguous()
-        self._kept = packed, bias  # whose addresses follow
-        self._dtype = packed.dtype
-        self._multiply = compiled.multiply_float32 if packed.dtype is torch.float32 else compiled.multiply_bfloat16
-        self._weight = torch.ops.mkldnn.data_ptr(packed)
-        move(packed, self._weight, torch.ops.mkldnn._nbytes(packed))
-        self._out, self._in = packed.shape
-        self._bias = 0 if bias is None else bias.data_ptr()
+    def __init__(
+        self,
+        packed: Tensor,
+        shape: tuple[int, int],
+        bias: Tensor | None,
+        scale: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> None:
+        kind = packed.dtype if scale is None else torch.int8
+        self._dtype = packed.dtype if scale is None else torch.float32
+        bias = None if bias is None else bias.to(self._dtype).contiguous()
+        scale = None if scale is None else scale.float().contiguous()
+        self._kept = packed, bias, scale, offset  # whose addresses follow
+        weight = torch.ops.mkldnn.data_ptr(packed)
+        move(packed, weight, torch.ops.mkldnn._nbytes(packed))
+        out, inputs = shape
+        self.precision = PRECISIONS.index(kind)
+        self.map = weight, _address(bias), _address(scale), _address(offset), inputs, out  # as the kernels know it
 
     def __call__(self, x: Tensor, *, biased: bool = True) -> Tensor:
-        """x [T, in] in the weight's dtype, T in 1..ROWS_MAX: [T, out]. ValueError on anything else."""
-        _check(x, self._dtype, self._in)
-        x, bias = x.contiguous(), self._bias if biased else 0
-        y = x.new_empty((len(x), self._out))
-        threads = torch.get_num_threads()
-        self._multiply(self._weight, x.data_ptr(), bias, y.data_ptr(), len(x), self._in, self._out, threads)
-        return y
-
-
-class FewInt8Rows:
-    """x W^T for W = levels [out, in] int8, packed, times `scale` [out] float32; the rows of x are rounded to 8 bits
-    each by its own largest magnitude. `offset` [out] int32: 128 times each row of levels, summed."""
-
-    __slots__ = ("_in", "_kept", "_offset", "_out", "_scale", "_weight")
-
-    def __init__(self, packed: Tensor, shape: tuple[int, int], scale: Tensor, offset: Tensor) -> None:
-        scale = scale.float().contiguous()
-        self._kept = packed, scale, offset  # whose addresses follow
-        self._weight = torch.ops.mkldnn.data_ptr(packed)
-        move(packed, self._weight, torch.ops.mkldnn._nbytes(packed))
-        self._scale, self._offset = scale.data_ptr(), offset.data_ptr()
-        self._out, self._in = shape
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, in] float32 with T in 1..ROWS_MAX: [T, out]. ValueError on anything else."""
-        _check(x, torch.float32, self._in)
+        """x [T, in] in the weight's dtype, int8's in float32, T in 1..ROWS_MAX: [T, out]. ValueError on anything
+        else."""
+        weight, bias, scale, offset, inputs, out = self.map
+        if x.dtype is not self._dtype or x.dim() != 2 or x.shape[1] != inputs or x.device.type != "cpu":
+            raise ValueError(f"a product of [T, {inputs}] in {self._dtype} cannot take {list(x.shape)} in {x.dtype}")
         x = x.contiguous()
-        y, levels = x.new_empty((len(x), self._out)), x.new_empty((len(x), self._in + 3), dtype=torch.uint8)
-        compiled.multiply_int8(
-            self._weight, self._scale, self._offset, x.data_ptr(), levels.data_ptr(), y.data_ptr(),
-            len(x), self._in, self._out, torch.get_num_threads(),
+        y = x.new_empty((len(x), out))
+        levels = x.new_empty((len(x), inputs + 3), dtype=torch.uint8) if scale else None
+        compiled.multiply(
+            weight, bias if biased else 0, scale, offset, inputs, out, self.precision,
+            x.data_ptr(), y.data_ptr(), len(x), _address(levels), torch.get_num_threads(),
         )  # fmt: skip
         return y
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def few_rows_fit(packed: Tensor, out: int, inputs: int, dtype: torch.dtype) -> bool:
@@ -81,9 +77,3 @@ def few_rows_fit(packed: Tensor, out: int, inputs: int, dtype: torch.dtype) -> b
         return False
     rows, columns = (-(-size // unit) * unit for size, unit in ((out, OUTPUTS), (inputs, INPUTS[dtype])))
     return int(torch.ops.mkldnn._nbytes(packed)) >= rows * columns * dtype.itemsize
-
-
-def _check(x: Tensor, dtype: torch.dtype, inputs: int) -> None:
-    """The kernels read what they are told to."""
-    if x.dtype is not dtype or x.dim() != 2 or x.shape[1] != inputs or x.device.type != "cpu":
-        raise ValueError(f"a product of [T, {inputs}] in {dtype} cannot take {list(x.shape)} in {x.dtype}")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.errors import ModelError
-from models.few_rows import INT8_ROWS_MAX, FewInt8Rows, few_rows_fit
+from models.few_rows import INT8_ROWS_MAX, FewRows, few_rows_fit
 from models.linear import HAS_ONEDNN, PACKED_ROWS, own_columns
 from models.precision import MATRICES, scale_name
 
@@ -83,18 +83,24 @@ class Int8Linear:
     def is_packed(self) -> bool:
         return self._packed is not None
 
+    @property
+    def few_rows(self) -> FewRows | None:
+        """What multiplies few rows, where that is a kernel."""
+        return self._few
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] float32: [T, out]. No gradients."""
+        if self._few is not None and 0 < len(x) <= INT8_ROWS_MAX:
+            return self._few(x)
         result = self._product(x)
         return result if self._bias is None else result.add_(self._bias)
 
     def rows(self, x: Tensor, start: int, end: int) -> Tensor:
         """x [T, in] through rows [start, end) of the weight alone, without bias: [T, end - start]."""
-        return own_columns(self._product(x), start, end)
+        few = self._few is not None and 0 < len(x) <= INT8_ROWS_MAX
+        return own_columns(self._few(x, biased=False) if few else self._product(x), start, end)  # type: ignore[misc]
 
     def _product(self, x: Tensor) -> Tensor:
-        if self._few is not None and 0 < len(x) <= INT8_ROWS_MAX:
-            return self._few(x)
         levels, factor = _quantise_input(x)
         if self._packed is not None:
             return _multiply(levels, self._packed, self._scale, self._zeros).mul_(factor)
@@ -118,16 +124,16 @@ class Int8Linear:
         return packed
 
     @torch.inference_mode()
-    def _few_rows(self, weight: Tensor, packed: Tensor) -> FewInt8Rows | None:
+    def _few_rows(self, weight: Tensor, packed: Tensor) -> FewRows | None:
         """Products of few rows with `packed`, whose bits are those of oneDNN's; None where they are not."""
         shape = self.out_features, self.in_features
         if not few_rows_fit(packed, *shape, torch.int8):
             return None
         offset = weight.sum(1, dtype=torch.int32).mul_(ZERO)
-        few = FewInt8Rows(packed, shape, self._scale, offset)
+        few = FewRows(packed, shape, self._bias, self._scale, offset)
         probe = torch.linspace(-1.0, 1.0, 2 * self.in_features).view(2, -1)
         levels, factor = _quantise_input(probe)
-        if not torch.equal(few(probe), _multiply(levels, packed, self._scale, self._zeros).mul_(factor)):
+        if not torch.equal(few(probe, biased=False), _multiply(levels, packed, self._scale, self._zeros).mul_(factor)):
             log.warning("int8 products of few rows disagree with oneDNN's; they are not used")
             return None
         return few

@@ -10,6 +10,8 @@ Invariant: a row's bits do not depend on the rows beside it, on where its keys l
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ except ImportError:  # no compiler was there when sotto was installed, or its wo
 
 compiled = _kernels
 _HAS_ADDRESSES = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))  # private, as packing is
-_INTERFACE = 1  # of the compiled functions: those of another state of the code are not called
+_INTERFACE = 2  # of the compiled functions: those of another state of the code are not called
 _CALLABLE = _HAS_ADDRESSES and getattr(compiled, "INTERFACE", None) == _INTERFACE
 SUPPORTED = frozenset(compiled.SUPPORTED.split()) if _CALLABLE else frozenset()
 ROWS_MAX = compiled.ROWS_MAX if _CALLABLE else 0  # of a product
@@ -75,24 +77,37 @@ def turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def attended(queries: Tensor, keys: Tensor, values: Tensor, reads: Tensor, places: Tensor, tokens: int) -> Tensor:
+def mixed(heads: Tensor, matrices: Tensor) -> Tensor:
+    """Heads [H, T, hd], which `fits` and is no wider than HEAD_WIDTH_MAX, each times its own of `matrices`
+    [H, hd, hd]. Raises ValueError on matrices that do not fit. No gradients."""
+    count, rows, width = heads.shape
+    if matrices.shape != (count, width, width) or matrices.dtype is not heads.dtype or not matrices.is_contiguous():
+        raise ValueError(f"matrices of {list(matrices.shape)} do not fit heads of {list(heads.shape)}")
+    y = heads.clone(memory_format=torch.contiguous_format)
+    compiled.mix(y.data_ptr(), matrices.data_ptr(), count, rows, width, heads.dtype is torch.bfloat16)
+    return y
+
+
+def attended(
+    queries: Tensor, keys: Tensor, values: Tensor, reads: array[int], places: array[int], tokens: int
+) -> Tensor:
     """Attention of single rows: queries [nq, R, hd], keys and values [nk, capacity, hd] give [n, nq, hd].
 
-    `reads` [n, 3] int64: a row of the queries, the first of the `places` that it looks at, and the one after the last.
-    `places` [m, 2] int64: the first of some tokens, and how many. `tokens`: how many in all. What they name must be
-    there: it is not looked at. Raises ValueError on keys that lie otherwise than a cache's. No gradients.
+    `reads`, three "q" for each row: a row of the queries, the first of the `places` that it looks at, and the one after
+    the last. `places`, two each: the first of some tokens, and how many. `tokens`: how many in all. What they name must
+    be there: it is not looked at. Raises ValueError on keys that lie otherwise than a cache's. No gradients.
     """
     queries = queries.contiguous()
     heads, _, width = queries.shape
     alike = keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(2) == 1
     if not alike or keys.shape[2] != width or not keys.dtype is values.dtype is queries.dtype:
         raise ValueError("keys and values lie otherwise than the kernel reads them")
-    if any(each.dtype is not torch.int64 or not each.is_contiguous() for each in (reads, places)):
-        raise ValueError("places lie otherwise than the kernel reads them")
-    answer = queries.new_empty((len(reads), heads, width))
+    if reads.typecode != "q" or places.typecode != "q" or len(reads) % 3:
+        raise ValueError("places are written otherwise than the kernel reads them")
+    answer = queries.new_empty((len(reads) // 3, heads, width))
     compiled.attend(
-        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), reads.data_ptr(), places.data_ptr(), answer.data_ptr(),
-        len(reads), heads, keys.shape[0], width, queries.stride(0), keys.stride(0), keys.stride(1),
+        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), reads.buffer_info()[0], places.buffer_info()[0],
+        answer.data_ptr(), len(answer), heads, keys.shape[0], width, queries.stride(0), keys.stride(0), keys.stride(1),
         keys.dtype is torch.bfloat16, 2 * tokens * keys.shape[0] * width * keys.itemsize, torch.get_num_threads(),
     )  # fmt: skip
     return answer

@@ -7,6 +7,7 @@ one of them. Places and indices only, no keys and no values (attention.py).
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,8 +53,8 @@ class Read:
 class Alone:
     """n rows that are attended one by one, in one call: what `kernels.attended` takes."""
 
-    reads: Tensor
-    places: Tensor
+    reads: array[int]
+    places: array[int]
     tokens: int
 
 
@@ -84,22 +85,18 @@ class Layout:
     Extents must not change as long as it is used.
     """
 
-    __slots__ = ("_at", "_device", "_index", "_plans", "rows", "segments")
+    __slots__ = ("_at", "_device", "_index", "_places", "_plans", "rows", "segments")
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments, self._device = segments, device
         self.rows = sum(segment.count for segment in segments)
         self._plans: dict[tuple[int, torch.Size], Plan] = {}
-        places = [
+        self._places = [
             place
             for segment in segments
             for place in segment.extent.places(segment.position, segment.position + segment.count)
         ]
-        self._at, self._index = places[0][0], None
-        if len(places) > 1:
-            self._index = torch.tensor(
-                [token for at, count in places for token in range(at, at + count)], device=device
-            )
+        self._index: Tensor | None = None
 
     def positions(self) -> Tensor:
         """[R], of each row's token in its sequence."""
@@ -109,12 +106,19 @@ class Layout:
             device=self._device,
         )
 
+    def tokens(self) -> array[int]:
+        """Of each row, its token in the slabs."""
+        return array("q", [token for at, count in self._places for token in range(at, at + count)])
+
     def write(self, kv: Kv, keys: Tensor, values: Tensor) -> None:
         """Put the rows' keys and values [nk, R, hd] where they belong."""
-        if self._index is None:
-            kv.keys.narrow(1, self._at, self.rows).copy_(keys)
-            kv.values.narrow(1, self._at, self.rows).copy_(values)
+        if len(self._places) == 1:
+            ((at, count),) = self._places
+            kv.keys.narrow(1, at, count).copy_(keys)
+            kv.values.narrow(1, at, count).copy_(values)
         else:
+            if self._index is None:
+                self._index = torch.tensor(self.tokens(), device=self._device)
             kv.keys.index_copy_(1, self._index, keys)
             kv.values.index_copy_(1, self._index, values)
 
@@ -128,25 +132,36 @@ class Layout:
                 self._plans[kind] = self._plan(list(self._reads(window)), keys)
         return self._plans[kind]
 
+    @property
+    def has_only_few(self) -> bool:
+        """Whether all rows are attended one by one where there are kernels for that."""
+        return all(segment.count <= ALONE_ROWS_MAX for segment in self.segments)
+
+    def alone(self, window: int) -> Alone:
+        """The rows of segments that have few, for a block of this `window`."""
+        reads, places, row = array("q"), array("q"), 0
+        for segment in self.segments:
+            if segment.count <= ALONE_ROWS_MAX:
+                for position in range(segment.position, segment.position + segment.count):
+                    start, first = max(0, position + 1 - window) if window else 0, len(places) // 2
+                    for place in segment.extent.places(start, position + 1):
+                        places.extend(place)
+                    reads.extend((row + position - segment.position, first, len(places) // 2))
+            row += segment.count
+        return Alone(reads, places, sum(places[1::2]))
+
     def _plan_alone(self, window: int) -> Plan:
-        reads: list[tuple[int, int, int]] = []
-        places: list[Place] = []
-        apart, row = [], 0
+        alone, few, apart = self.alone(window), list[int](), list[Read]()
         for segment, read in zip(self.segments, self._reads(window), strict=True):
             if segment.count > ALONE_ROWS_MAX:
                 apart.append(read)
             else:
-                for position in range(segment.position, segment.position + segment.count):
-                    start, first = max(0, position + 1 - window) if window else 0, len(places)
-                    places += segment.extent.places(start, position + 1)
-                    reads.append((row + position - segment.position, first, len(places)))
-            row += segment.count
-        if not reads:
+                few += range(read.row, read.row + read.count)
+        if not few:
             return Plan(None, (), apart, None)
-        alone = Alone(torch.tensor(reads), torch.tensor(places), sum(count for _, count in places))
-        rows = [row for row, _, _ in reads]
-        rows += [row for read in apart for row in range(read.row, read.row + read.count)]
-        return Plan(alone, (), apart, _order(rows))
+        return Plan(
+            alone, (), apart, _order(few + [row for read in apart for row in range(read.row, read.row + read.count)])
+        )
 
     def _reads(self, window: int) -> Iterator[Read]:
         row = 0

@@ -49,6 +49,11 @@ class Linear:
     def is_packed(self) -> bool:
         return self._packed is not None
 
+    @property
+    def few_rows(self) -> FewRows | None:
+        """What multiplies few rows, where that is a kernel."""
+        return self._few
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in] in the weight's dtype: [T, out]. No gradients."""
         if self._packed is None:
@@ -101,7 +106,7 @@ def _few_rows(weight: Tensor, packed: Tensor, bias: Tensor | None) -> FewRows | 
     """Products of few rows with `packed`; None where the processor or its layout is another."""
     if not few_rows_fit(packed, weight.shape[0], weight.shape[1], weight.dtype):
         return None
-    few = FewRows(packed, bias)
+    few = FewRows(packed, (weight.shape[0], weight.shape[1]), bias)
     if not _agrees(weight, lambda probe: few(probe, biased=False)):
         log.warning("products of few rows disagree with torch's own; they are not used")
         return None

@@ -14,10 +14,13 @@ from models.attention import KvCache
 from models.blocks import Block
 from models.checkpoint import Checkpoint
 from models.errors import ContextExceeded
+from models.layout import Segment
 from models.linear import Linear
 from models.norm import rms_norm
+from models.pages import Kvs
 from models.rope import Rotary
 from models.sampling import SamplingParams, sample
+from models.stack import Stack
 
 _GREEDY = SamplingParams()
 
@@ -25,7 +28,7 @@ _GREEDY = SamplingParams()
 class LocalModel:
     """All of a checkpoint in memory, cast to `dtype`."""
 
-    __slots__ = ("_embedding", "_final_norm", "_head", "blocks", "config", "dtype")
+    __slots__ = ("_embedding", "_final_norm", "_head", "_stack", "config", "dtype")
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> None:
         ends, config = checkpoint.ends(), checkpoint.config
@@ -34,10 +37,12 @@ class LocalModel:
         self._final_norm = ends.final_norm.to(dtype)
         self._head = Linear(self._embedding if ends.head is ends.embedding else ends.head.to(dtype))
         rotary = Rotary(config.blocks[0], dtype, torch.device("cpu"))
-        self.blocks = [
-            Block(block, checkpoint.block(index), dtype=dtype, rotary=rotary)
-            for index, block in enumerate(config.blocks)
-        ]
+        self._stack = Stack(
+            [
+                Block(block, checkpoint.block(index), dtype=dtype, rotary=rotary)
+                for index, block in enumerate(config.blocks)
+            ]
+        )
 
     def new_caches(self, capacity_tokens: int) -> list[KvCache]:
         """An empty KV cache for every block."""
@@ -50,10 +55,16 @@ class LocalModel:
             raise ValueError(f"token ids must lie in 0..{self.config.vocab_size - 1}")
         return self._embedding[torch.tensor(list(ids), dtype=torch.long)]
 
+    @torch.inference_mode()
     def run_blocks(self, x: Tensor, caches: Sequence[KvCache], position: int) -> Tensor:
-        """x [T, d] of tokens from `position` on through all blocks: [T, d]."""
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block.forward(x, cache, position)
+        """x [T, d] of tokens from `position` on through all blocks: [T, d]. The caches are of one length."""
+        segments, kvs = (Segment(caches[0].extent, position, len(x)),), Kvs(caches)
+        self._stack.check(x, kvs, segments)
+        for cache in caches:
+            cache.truncate(position)
+        x = self._stack.run(x, kvs, segments)
+        for cache in caches:
+            cache.extent.length = position + len(x)
         return x
 
     @torch.inference_mode()

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import mmap
 import sys
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,6 +57,32 @@ class Kv(Protocol):
 
     @property
     def values(self) -> Tensor: ...
+
+
+AnyKv = TypeVar("AnyKv", bound=Kv)
+
+
+class Kvs(Generic[AnyKv]):
+    """The caches of consecutive blocks, one for each, and `numbers`: where they lie, as csrc/blocks.c has it. Raises
+    ValueError on keys and values that lie otherwise than each other's, or with gaps. Tensors are not replaced later."""
+
+    __slots__ = ("_kvs", "numbers")
+
+    def __init__(self, kvs: Sequence[AnyKv]) -> None:
+        self._kvs, self.numbers = tuple(kvs), array("q")
+        for keys, values in ((kv.keys, kv.values) for kv in kvs):
+            if keys.shape != values.shape or keys.stride() != values.stride() or keys.stride(2) != 1:
+                raise ValueError("keys and values of a cache lie otherwise than each other's")
+            self.numbers.extend((keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1)))
+
+    def __len__(self) -> int:
+        return len(self._kvs)
+
+    def __iter__(self) -> Iterator[AnyKv]:
+        return iter(self._kvs)
+
+    def __getitem__(self, index: int) -> AnyKv:
+        return self._kvs[index]
 
 
 class KvSlab:

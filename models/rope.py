@@ -16,7 +16,7 @@ from models.config import BlockConfig, RopeConfig
 from models.errors import UnsupportedModel
 from models.kernels import fits, turned
 
-# Of one table, cosines and sines: 32,768 positions of heads 128 wide, 16 MiB in float32. No config makes it larger.
+# Of one table, cosines and sines: 16,384 positions of heads 128 wide, 16 MiB in float32. No config makes it larger.
 TABLE_NUMBERS = 1 << 22
 _FIRST_ROWS = 256
 _SLICE_ROWS = 1024  # of a growing table, that are made at a time: on the way each is there several times
@@ -95,23 +95,23 @@ class Rotary:
         frequencies, self._attention_factor = inverse_frequencies(config.rope, config.head_dim)
         self._frequencies = frequencies.to(device)
         self.dtype, self.device = dtype, device
-        self._rows_max = min(config.max_position, table_numbers // config.head_dim)
+        self._rows_max = min(config.max_position, table_numbers // (2 * config.head_dim))
         self._table = self._rows(torch.arange(0, device=device))
 
     def at(self, position: int, count: int) -> tuple[Tensor, Tensor]:
         """What `rotate` takes, [count, hd] each, for positions [position, position + count), all below max_position."""
         end = position + count
         if end > self._rows_max:
-            return _rotations(*self._rows(torch.arange(position, end, device=self.device)))
+            return self._rows(torch.arange(position, end, device=self.device))
         cos, sin = self._reaching(end)
-        return _rotations(cos[position:end], sin[position:end])
+        return cos.narrow(0, position, count), sin.narrow(0, position, count)
 
     def at_each(self, positions: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """`at`, for positions [R] that all lie below `end`."""
         if end > self._rows_max:
-            return _rotations(*self._rows(positions))
+            return self._rows(positions)
         cos, sin = self._reaching(end)
-        return _rotations(cos.index_select(0, positions), sin.index_select(0, positions))
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def _reaching(self, end: int) -> tuple[Tensor, Tensor]:
         """The table, or a longer one in its place, with rows up to `end`."""
@@ -131,11 +131,8 @@ class Rotary:
     def _rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         angles = positions.to(torch.float32)[:, None] * self._frequencies
         cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
-        return cos.to(self.dtype), sin.to(self.dtype)
-
-
-def _rotations(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        cos, sin = cos.to(self.dtype), sin.to(self.dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

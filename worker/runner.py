@@ -20,8 +20,10 @@ from models.attention import KvCache
 from models.blocks import TILE_ROWS, Block, Rotations
 from models.config import BlockConfig
 from models.layout import Layout, Segment
+from models.pages import Kvs
 from models.precision import MATRICES
 from models.rope import TABLE_NUMBERS, Rotary
+from models.stack import Stack
 from worker.span_kv import SessionKv
 
 WORKSPACE_BYTES = 1 << 30
@@ -42,12 +44,10 @@ class FloatBlocks:
     """Consecutive blocks in one floating dtype on one device."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = tuple(blocks)
-        self.dtype, self.device = self.blocks[0].dtype, self.blocks[0].device
-        self.width = self.blocks[0].config.hidden_size
-        configs = [block.config for block in self.blocks]
-        self._first_of_kind = frozenset(configs.index(config) for config in set(configs))
-        self._row_costs = _row_costs(configs, self.dtype)
+        self._stack = Stack(blocks)
+        self.blocks = self._stack.blocks
+        self.dtype, self.device, self.width = self._stack.dtype, self._stack.device, self._stack.width
+        self._row_costs = _row_costs([block.config for block in blocks], self.dtype)
 
     @torch.inference_mode()
     def forward(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -59,15 +59,10 @@ class FloatBlocks:
         slabs = parts[0].kv.slabs
         assert all(part.kv.slabs is slabs for part in parts), "sessions of one span"
         segments = [Segment(part.kv.extent, part.position, part.count) for part in parts]
-        for index in self._first_of_kind:
-            self.blocks[index].check(x, slabs[index], segments)
+        self._stack.check(x, slabs, segments)
         for part in parts:
             part.kv.begin(part.position)
-        layout, rotations = Layout(segments, self.device), dict[int, Rotations]()
-        for block, slab in zip(self.blocks, slabs, strict=True):
-            if block.rotary_id not in rotations:
-                rotations[block.rotary_id] = block.rotations_of(layout)
-            x = block.run(x, slab, layout, rotations[block.rotary_id])
+        x = self._stack.run(x, slabs, segments)
         for part in parts:
             part.kv.commit(part.position + part.count)
         return x
@@ -78,8 +73,7 @@ class FloatBlocks:
         whatever else runs and however its sequence is cut. The rows of `part` lie in one tile: see `tile_rows_left`."""
         kv, start = part.kv, part.position - part.position % TILE_ROWS
         rows = slice(part.position - start, part.position - start + part.count)
-        for index in self._first_of_kind:
-            self.blocks[index].check(x, kv.slabs[index], [Segment(kv.extent, part.position, part.count)])
+        self._stack.check(x, kv.slabs, [Segment(kv.extent, part.position, part.count)])
         kv.begin(part.position)
         # to the tile's end: the pages of a session are whole tiles
         layout = Layout([Segment(kv.extent, part.position, TILE_ROWS - rows.start)], self.device)
@@ -111,12 +105,13 @@ class FloatBlocks:
         """x [T, in] through the named weight of the span's `block`: [T, out]."""
         return self.blocks[block].linear(name, x.to(self.dtype))
 
+    @torch.inference_mode()
     def time_position(self) -> int:
         """Microseconds of one position through one block: the median of a few."""
-        block = self.blocks[0]
-        cache = KvCache(block.config, 1, self.dtype, self.device)
+        first, cache = Stack(self.blocks[:1]), KvCache(self.blocks[0].config, 1, self.dtype, self.device)
         x = torch.full((1, self.width), 0.5, dtype=self.dtype, device=self.device)
-        return time_us(lambda: block.forward(x, cache, 0), self.device)
+        kvs, segments = Kvs([cache]), [Segment(cache.extent, 0, 1)]
+        return time_us(lambda: first.run(x, kvs, segments), self.device)
 
 
 def tile_rows_left(position: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from models.config import BlockConfig
-from models.pages import Extent, KvSlab, can_be_lazy, runs_of
+from models.pages import Extent, Kvs, KvSlab, can_be_lazy, runs_of
 from models.precision import counted_kv_bytes
 from protocol import limits
 from protocol.ids import PeerId
@@ -32,13 +32,14 @@ class SpanKv:
         page_bytes = limits.PAGE_TOKENS * self.token_bytes
         pages = budget.bytes_max // page_bytes * (SLACK if can_be_lazy(device) else 1)
         self.book = PageBook(budget, pages, page_bytes)
-        self._slabs: list[KvSlab] = []
+        self._slabs: Kvs[KvSlab] = Kvs(())
 
     def open(self, tenant: PeerId, tokens: int, keys: Sequence[bytes] = ()) -> SessionKv:
         """Room for `tokens` tokens. Raises Refused(KV_MEMORY), MemoryError."""
         if not self._slabs:
             capacity = self.book.pages * limits.PAGE_TOKENS
-            self._slabs = [KvSlab(config, capacity, self._dtype, self._device) for config in self._configs]
+            slabs = [KvSlab(config, capacity, self._dtype, self._device) for config in self._configs]
+            self._slabs = Kvs(slabs)
         return SessionKv(self.book, self._slabs, self.book.open(tenant, tokens, keys), (tokens, tuple(keys)))
 
     def close(self) -> None:
@@ -59,7 +60,7 @@ class SessionKv:
     start. It lies at `extent` in each of `slabs`, which all sessions of the span share, one for each block."""
 
     def __init__(
-        self, book: PageBook, slabs: Sequence[KvSlab], table: PageTable, terms: tuple[int, tuple[bytes, ...]]
+        self, book: PageBook, slabs: Kvs[KvSlab], table: PageTable, terms: tuple[int, tuple[bytes, ...]]
     ) -> None:
         self.kv_tokens, self._keys = terms
         self._book, self.slabs, self.table = book, slabs, table

@@ -17,18 +17,6 @@
 #define TOGETHER 6     /* query heads of a group whose sums stay in registers */
 #define LANES 4        /* registers of a sum: 64 numbers of a head */
 #define PIECE 128      /* tokens */
-#define WIDTH_MAX 512  /* numbers of a head */
-
-typedef struct {
-    const char *queries, *keys, *values; /* [heads, rows, width], and twice [key heads, tokens, width] */
-    const int64_t *reads;  /* [rows, 3]: a row of the queries, its first place, and the one after its last */
-    const int64_t *places; /* [., 2]: the first of some tokens, and how many; a row's in order */
-    char *answer;          /* [rows, heads, width] */
-    Py_ssize_t rows, heads, key_heads, width;
-    Py_ssize_t query_head, head, token; /* from one to the next, in numbers */
-    int is_bfloat;
-    atomic_long next;
-} Attention;
 
 /* Tokens [first, first + count) of the cache: numbers [at, at + count) of a piece. */
 typedef struct {
@@ -38,7 +26,7 @@ typedef struct {
 /* Of `rows` queries and the keys of a stretch: the scores. */
 WITH() static inline __attribute__((always_inline)) void score(
     const Attention *a, const char *keys, Stretch stretch, const int rows, const int is_bfloat,
-    float queries[TOGETHER][WIDTH_MAX], float scores[TOGETHER][PIECE])
+    float queries[TOGETHER][HEAD_WIDTH_MAX], float scores[TOGETHER][PIECE])
 {
     for (Py_ssize_t token = 0; token < stretch.count; token++) {
         Py_ssize_t at = (stretch.first + token) * a->token;
@@ -59,7 +47,7 @@ WITH() static inline __attribute__((always_inline)) void score(
 /* Add the values of a stretch by their weights. */
 WITH() static inline __attribute__((always_inline)) void mix(
     const Attention *a, const char *values, Stretch stretch, const int rows, const int is_bfloat,
-    float weights[TOGETHER][PIECE], float mixed[TOGETHER][WIDTH_MAX])
+    float weights[TOGETHER][PIECE], float mixed[TOGETHER][HEAD_WIDTH_MAX])
 {
     for (Py_ssize_t number = 0; number < a->width; number += 16 * LANES) {
         __m512 sums[TOGETHER][LANES];
@@ -92,11 +80,11 @@ WITH() static inline __attribute__((always_inline)) void mix(
 }
 
 /* Each number of rows has functions of its own, so that compilers keep its sums in registers. */
-typedef void Step(const Attention *, const char *, Stretch, float[TOGETHER][WIDTH_MAX], float[TOGETHER][PIECE]);
+typedef void Step(const Attention *, const char *, Stretch, float[TOGETHER][HEAD_WIDTH_MAX], float[TOGETHER][PIECE]);
 
 #define DEFINE(ROWS)                                                                                                   \
     WITH() __attribute__((noinline)) static void score_##ROWS(                                                         \
-        const Attention *a, const char *keys, Stretch stretch, float wide[TOGETHER][WIDTH_MAX],                        \
+        const Attention *a, const char *keys, Stretch stretch, float wide[TOGETHER][HEAD_WIDTH_MAX],                        \
         float scores[TOGETHER][PIECE])                                                                                 \
     {                                                                                                                  \
         if (a->is_bfloat)                                                                                              \
@@ -105,7 +93,7 @@ typedef void Step(const Attention *, const char *, Stretch, float[TOGETHER][WIDT
             score(a, keys, stretch, ROWS, 0, wide, scores);                                                            \
     }                                                                                                                  \
     WITH() __attribute__((noinline)) static void mix_##ROWS(                                                           \
-        const Attention *a, const char *values, Stretch stretch, float wide[TOGETHER][WIDTH_MAX],                      \
+        const Attention *a, const char *values, Stretch stretch, float wide[TOGETHER][HEAD_WIDTH_MAX],                      \
         float weights[TOGETHER][PIECE])                                                                                \
     {                                                                                                                  \
         if (a->is_bfloat)                                                                                              \
@@ -153,7 +141,7 @@ WITH() static void weigh(float scores[PIECE], Py_ssize_t count, Py_ssize_t width
 /* `rows` query heads from `query` on, of the row `index` of the answer. */
 WITH(",avx512bf16") static void attend_heads(const Attention *a, Py_ssize_t index, Py_ssize_t query, int rows)
 {
-    _Alignas(64) float queries[TOGETHER][WIDTH_MAX], mixed[TOGETHER][WIDTH_MAX], scores[TOGETHER][PIECE];
+    _Alignas(64) float queries[TOGETHER][HEAD_WIDTH_MAX], mixed[TOGETHER][HEAD_WIDTH_MAX], scores[TOGETHER][PIECE];
     float largest[TOGETHER], total[TOGETHER], scale = 1.0f / sqrtf((float)a->width);
     const int64_t *read = a->reads + 3 * index;
     Py_ssize_t size = a->is_bfloat ? 2 : 4, head = query / (a->heads / a->key_heads) * a->head * size;
@@ -198,12 +186,18 @@ WITH(",avx512bf16") static void attend_heads(const Attention *a, Py_ssize_t inde
     }
 }
 
+typedef struct {
+    const Attention *attention;
+    atomic_long next; /* the first part that nobody has taken */
+} Parts;
+
 static void work(void *data)
 {
-    Attention *a = data;
+    Parts *parts = data;
+    const Attention *a = parts->attention;
     Py_ssize_t group = a->heads / a->key_heads;
     for (;;) {
-        Py_ssize_t part = atomic_fetch_add(&a->next, 1);
+        Py_ssize_t part = atomic_fetch_add(&parts->next, 1);
         if (part >= a->rows * a->key_heads) return;
         for (Py_ssize_t from = 0; from < group; from += TOGETHER) {
             Py_ssize_t rows = group - from < TOGETHER ? group - from : TOGETHER;
@@ -212,23 +206,30 @@ static void work(void *data)
     }
 }
 
+int attend_rows(const Attention *a, Py_ssize_t threads)
+{
+    if (a->rows < 1 || a->key_heads < 1 || a->heads % a->key_heads || a->width < 1 || a->width > HEAD_WIDTH_MAX)
+        return 0;
+    Parts parts = {a, 0};
+    in_threads(work, &parts, threads_for(threads, a->rows * a->key_heads, a->bytes));
+    return 1;
+}
+
 PyObject *attend(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
     /* queries, keys, values, reads, places, answer, rows, heads, key heads, width, query head's stride, head's stride,
      * token's stride, whether in bfloat16, bytes that are read, threads */
     Py_ssize_t n[16];
+    int fits;
     if (!read_numbers(args, given, 16, n)) return NULL;
     Attention a = {(char *)n[0], (char *)n[1], (char *)n[2], (int64_t *)n[3], (int64_t *)n[4], (char *)n[5],
-                   n[6], n[7], n[8], n[9], n[10], n[11], n[12], (int)n[13], 0};
-    if (a.rows < 1 || a.key_heads < 1 || a.heads % a.key_heads || a.width < 1 || a.width > WIDTH_MAX) {
-        PyErr_SetString(PyExc_ValueError, "no such attention");
-        return NULL;
-    }
-    Py_ssize_t threads = threads_for(n[15], a.rows * a.key_heads, n[14]);
+                   n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[14], (int)n[13]};
     Py_BEGIN_ALLOW_THREADS;
-    in_threads(work, &a, threads);
+    fits = attend_rows(&a, n[15]);
     Py_END_ALLOW_THREADS;
-    Py_RETURN_NONE;
+    if (fits) Py_RETURN_NONE;
+    PyErr_SetString(PyExc_ValueError, "no such attention");
+    return NULL;
 }
 
 #endif

@@ -61,12 +61,56 @@ Py_ssize_t threads_for(Py_ssize_t threads, Py_ssize_t parts, Py_ssize_t bytes);
 /* Addresses and sizes, all whole numbers; false with an error set. */
 int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *numbers);
 
-PyObject *multiply_floats(PyObject *, PyObject *const *, Py_ssize_t);
-PyObject *multiply_bfloats(PyObject *, PyObject *const *, Py_ssize_t);
-PyObject *multiply_bytes(PyObject *, PyObject *const *, Py_ssize_t);
+/* Numbers in rows, as bfloat16 or float32. What each function takes of it, rows.c says. */
+typedef struct {
+    const char *x, *cos, *sin;
+    char *y;
+    Py_ssize_t rows, width, heads, head_stride, row_stride;
+    double eps;
+    int is_bfloat;
+} Rows;
+
+void normalise_rows(const Rows *);
+void gate_rows(const Rows *);
+void turn_rows(const Rows *);
+void scale_row(char *x, const char *gain, Py_ssize_t numbers, int is_bfloat);
+void add_row(char *x, const char *more, Py_ssize_t numbers, int is_bfloat);
+void mix_row(char *x, const char *matrix, Py_ssize_t width, int is_bfloat);
+
+typedef struct {
+    const char *queries, *keys, *values; /* [heads, rows, width], and twice [key heads, tokens, width] */
+    const int64_t *reads;  /* [rows, 3]: a row of the queries, its first place, and the one after its last */
+    const int64_t *places; /* [., 2]: the first of some tokens, and how many; a row's in order */
+    char *answer;          /* [rows, heads, width] */
+    Py_ssize_t rows, heads, key_heads, width;
+    Py_ssize_t query_head, head, token; /* from one to the next, in numbers */
+    Py_ssize_t bytes;                   /* that are read */
+    int is_bfloat;
+} Attention;
+
+#define HEAD_WIDTH_MAX 512
+
+/* False, and nothing done, where heads do not fit. */
+int attend_rows(const Attention *, Py_ssize_t threads);
+
+/* A weight [out, in] that oneDNN has packed, and what is added to its products. int8 has a `scale` for each output, and
+ * as `offset` 128 times the sum of its levels. */
+typedef struct {
+    int64_t weight, bias, scale, offset, in, out;
+} Map;
+
+enum { FLOATS, BFLOATS, BYTES }; /* precisions of weights */
+
+/* x [rows, in] times the weight, to y [rows, out], in the weight's precision, int8 in float32; `levels`: int8's scratch,
+ * [rows, in + 3]. False, and nothing done, unless there are 1 to ROWS_MAX rows. */
+int multiply(const Map *, int precision, const char *x, char *y, Py_ssize_t rows, uint8_t *levels, Py_ssize_t threads);
+
+PyObject *multiply_rows(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *attend(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *normalise(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *gate(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *turn(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *mix_heads(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *run_blocks(PyObject *, PyObject *const *, Py_ssize_t);
 
 #endif

@@ -1,8 +1,8 @@
-/* The module `models._kernels`: what models/few_rows.py and models/kernels.py call. */
+/* The module `models._kernels`: what models/kernels.py, few_rows.py and stack.py call. */
 
 #include "kernels.h"
 
-#define INTERFACE 1 /* of the functions below: kernels.py asks for the same */
+#define INTERFACE 2 /* of the functions below: kernels.py asks for the same */
 
 #ifdef HAS_KERNELS
 
@@ -41,13 +41,13 @@ int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_
 #define METHOD(NAME, FUNCTION) {NAME, (PyCFunction)(void (*)(void))FUNCTION, METH_FASTCALL, NULL}
 
 static PyMethodDef methods[] = {
-    METHOD("multiply_float32", multiply_floats),
-    METHOD("multiply_bfloat16", multiply_bfloats),
-    METHOD("multiply_int8", multiply_bytes),
+    METHOD("multiply", multiply_rows),
     METHOD("attend", attend),
     METHOD("normalise", normalise),
     METHOD("gate", gate),
     METHOD("turn", turn),
+    METHOD("mix", mix_heads),
+    METHOD("run_blocks", run_blocks),
     {NULL, NULL, 0, NULL},
 };
 

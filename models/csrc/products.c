@@ -35,7 +35,7 @@ typedef void (*Add)(const char *, const uint32_t *, Py_ssize_t, Py_ssize_t, Sums
 struct Product {
     const char *weight;
     const uint32_t *x; /* [rows, steps] */
-    const void *bias;  /* [out] as the weights are, or none */
+    const void *bias;  /* [out] as the weights are, int8's in float32; or none */
     const float *scale, *factor; /* int8: of the outputs, and of the rows */
     const int32_t *offset;       /* int8: [out], ZERO times the sum of the weights */
     char *y;                     /* [rows, out]: float32, or bfloat16 as the weights */
@@ -128,6 +128,7 @@ WITH(",avx512bf16") static void finish_bfloats(const Product *p, Py_ssize_t outp
 
 WITH() static void finish_bytes(const Product *p, Py_ssize_t output, const Sums *sums)
 {
+    const float *bias = p->bias;
     for (Py_ssize_t row = 0; row < p->rows; row++) {
         __m512 factor = _mm512_set1_ps(p->factor[row]);
         for (int lane = 0; lane < LANES; lane++) {
@@ -135,7 +136,9 @@ WITH() static void finish_bytes(const Product *p, Py_ssize_t output, const Sums 
             __mmask16 mask = within(p->out, at);
             __m512i whole = _mm512_sub_epi32(sums[row][lane], _mm512_maskz_loadu_epi32(mask, p->offset + at));
             __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_maskz_loadu_ps(mask, p->scale + at));
-            _mm512_mask_storeu_ps((float *)p->y + row * p->out + at, mask, _mm512_mul_ps(sum, factor));
+            sum = _mm512_mul_ps(sum, factor);
+            if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, bias + at));
+            _mm512_mask_storeu_ps((float *)p->y + row * p->out + at, mask, sum);
         }
     }
 }
@@ -197,53 +200,41 @@ static void work(void *data)
     }
 }
 
-static PyObject *run(Product *p, Py_ssize_t threads)
+int multiply(const Map *map, int precision, const char *x, char *y, Py_ssize_t rows, uint8_t *levels, Py_ssize_t threads)
 {
-    Py_ssize_t blocks = (p->out + OUTPUTS - 1) / OUTPUTS;
-    if (p->rows < 1 || p->rows > ROWS_MAX || p->steps < 1 || p->out < 1) {
-        PyErr_Format(PyExc_ValueError, "a product takes 1 to %d rows", ROWS_MAX);
-        return NULL;
-    }
-    threads = threads_for(threads, blocks, blocks * p->stride * STEP_BYTES);
-    p->share = threads > 1 && blocks > SHARES * threads ? blocks / (SHARES * threads) : threads > 1 ? 1 : blocks;
-    Py_BEGIN_ALLOW_THREADS;
-    in_threads(work, p, threads);
-    Py_END_ALLOW_THREADS;
-    Py_RETURN_NONE;
-}
-
-PyObject *multiply_floats(PyObject *module, PyObject *const *args, Py_ssize_t given)
-{
-    Py_ssize_t n[8]; /* weight, x, bias, y, rows, in, out, threads */
-    if (!read_numbers(args, given, 8, n)) return NULL;
-    Product p = {.weight = (char *)n[0], .x = (uint32_t *)n[1], .bias = (void *)n[2], .y = (char *)n[3], .rows = n[4]};
-    p.steps = n[5], p.stride = (n[5] + 15) / 16 * 16, p.out = n[6], p.add = add_floats, p.finish = finish_floats;
-    return run(&p, n[7]);
-}
-
-PyObject *multiply_bfloats(PyObject *module, PyObject *const *args, Py_ssize_t given)
-{
-    Py_ssize_t n[8]; /* as above; `in` is even */
-    if (!read_numbers(args, given, 8, n)) return NULL;
-    Product p = {.weight = (char *)n[0], .x = (uint32_t *)n[1], .bias = (void *)n[2], .y = (char *)n[3], .rows = n[4]};
-    p.steps = n[5] / 2, p.stride = (n[5] + 31) / 32 * 16, p.out = n[6], p.add = add_bfloats, p.finish = finish_bfloats;
-    return run(&p, n[7]);
-}
-
-PyObject *multiply_bytes(PyObject *module, PyObject *const *args, Py_ssize_t given)
-{
-    Py_ssize_t n[10]; /* weight, scale, offset, x, levels, y, rows, in, out, threads */
+    static const Add *const adds[] = {add_floats, add_bfloats, add_bytes};
+    static void (*const finishes[])(const Product *, Py_ssize_t, const Sums *) = {finish_floats, finish_bfloats,
+                                                                                  finish_bytes};
+    const Py_ssize_t together = (Py_ssize_t)1 << precision; /* inputs of a step, of which 16 fill up the layout */
     float factor[ROWS_MAX];
-    if (!read_numbers(args, given, 10, n)) return NULL;
-    Product p = {.weight = (char *)n[0], .scale = (float *)n[1], .offset = (int32_t *)n[2], .factor = factor};
-    p.x = (uint32_t *)n[4], p.y = (char *)n[5], p.rows = n[6];
-    p.steps = (n[7] + 3) / 4, p.stride = (n[7] + 63) / 64 * 16, p.out = n[8], p.add = add_bytes, p.finish = finish_bytes;
-    if (p.rows >= 1 && p.rows <= ROWS_MAX) {
-        PyThreadState *state = p.rows * n[7] > LONG_NUMBERS ? PyEval_SaveThread() : NULL;
-        quantise((float *)n[3], p.rows, n[7], (uint8_t *)n[4], factor);
-        if (state) PyEval_RestoreThread(state);
+    if (rows < 1 || rows > ROWS_MAX || map->in < 1 || map->out < 1) return 0;
+    Product p = {.weight = (char *)map->weight, .x = (uint32_t *)x, .bias = (void *)map->bias, .factor = factor,
+                 .scale = (float *)map->scale, .offset = (int32_t *)map->offset, .y = y, .rows = rows, .out = map->out,
+                 .steps = (map->in + together - 1) / together, .add = adds[precision], .finish = finishes[precision]};
+    p.stride = (p.steps + 15) / 16 * 16;
+    if (precision == BYTES) {
+        quantise((float *)x, rows, map->in, levels, factor);
+        p.x = (uint32_t *)levels;
     }
-    return run(&p, n[9]);
+    Py_ssize_t blocks = (p.out + OUTPUTS - 1) / OUTPUTS;
+    threads = threads_for(threads, blocks, blocks * p.stride * STEP_BYTES);
+    p.share = threads > 1 && blocks > SHARES * threads ? blocks / (SHARES * threads) : threads > 1 ? 1 : blocks;
+    in_threads(work, &p, threads);
+    return 1;
+}
+
+PyObject *multiply_rows(PyObject *module, PyObject *const *args, Py_ssize_t given)
+{
+    Py_ssize_t n[12]; /* the six of a Map; precision, x, y, rows, levels, threads */
+    int fits;
+    if (!read_numbers(args, given, 12, n)) return NULL;
+    Map map = {n[0], n[1], n[2], n[3], n[4], n[5]};
+    Py_BEGIN_ALLOW_THREADS;
+    fits = multiply(&map, (int)n[6], (char *)n[7], (char *)n[8], n[9], (uint8_t *)n[10], n[11]);
+    Py_END_ALLOW_THREADS;
+    if (fits) Py_RETURN_NONE;
+    PyErr_Format(PyExc_ValueError, "a product takes 1 to %d rows", ROWS_MAX);
+    return NULL;
 }
 
 #endif

@@ -23,15 +23,7 @@ WITH_BFLOATS static inline __m512 rounded(__m512 numbers, int is_bfloat)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(numbers)), 16));
 }
 
-typedef struct {
-    const char *x, *cos, *sin;
-    char *y;
-    Py_ssize_t rows, width, heads, head_stride, row_stride;
-    double eps;
-    int is_bfloat;
-} Rows;
-
-WITH_BFLOATS static void normalise_rows(const Rows *r)
+WITH_BFLOATS void normalise_rows(const Rows *r)
 {
     for (Py_ssize_t row = 0; row < r->rows; row++) {
         Py_ssize_t at = row * r->width;
@@ -53,7 +45,7 @@ WITH_BFLOATS static void normalise_rows(const Rows *r)
 }
 
 /* SiLU of the first half of each row, rounded as it would be on its own, times the second. */
-WITH_BFLOATS static void gate_rows(const Rows *r)
+WITH_BFLOATS void gate_rows(const Rows *r)
 {
     const __m512 one = _mm512_set1_ps(1.0f);
     for (Py_ssize_t row = 0; row < r->rows; row++)
@@ -69,7 +61,7 @@ WITH_BFLOATS static void gate_rows(const Rows *r)
 
 /* Dimension i of a head turns together with i + width / 2; sines of first halves are negative. Each operation is rounded
  * on its own, as torch's are; but the processor's bfloat16 has no subnormal numbers. */
-WITH_BFLOATS static void turn_rows(const Rows *r)
+WITH_BFLOATS void turn_rows(const Rows *r)
 {
     Py_ssize_t half = r->width / 2;
     for (Py_ssize_t head = 0; head < r->heads; head++)
@@ -87,6 +79,39 @@ WITH_BFLOATS static void turn_rows(const Rows *r)
                     Py_ssize_t to = (head * r->rows + row) * r->width + own;
                     write_at(r->y, to, mask, r->is_bfloat, turned);
                 }
+}
+
+/* x *= gain, and x += more: [numbers] each. */
+WITH_BFLOATS void scale_row(char *x, const char *gain, Py_ssize_t numbers, int is_bfloat)
+{
+    for (Py_ssize_t at = 0; at < numbers; at += 16) {
+        __mmask16 mask = within(numbers, at);
+        __m512 scaled = _mm512_mul_ps(read_at(x, at, mask, is_bfloat), read_at(gain, at, mask, is_bfloat));
+        write_at(x, at, mask, is_bfloat, scaled);
+    }
+}
+
+WITH_BFLOATS void add_row(char *x, const char *more, Py_ssize_t numbers, int is_bfloat)
+{
+    for (Py_ssize_t at = 0; at < numbers; at += 16) {
+        __mmask16 mask = within(numbers, at);
+        write_at(x, at, mask, is_bfloat, _mm512_add_ps(read_at(x, at, mask, is_bfloat), read_at(more, at, mask, is_bfloat)));
+    }
+}
+
+/* x [width] times a matrix [width, width], in its place. */
+WITH_BFLOATS void mix_row(char *x, const char *matrix, Py_ssize_t width, int is_bfloat)
+{
+    _Alignas(64) float wide[HEAD_WIDTH_MAX];
+    for (Py_ssize_t at = 0; at < width; at += 16)
+        _mm512_store_ps(wide + at, read_at(x, at, within(width, at), is_bfloat));
+    for (Py_ssize_t at = 0; at < width; at += 16) {
+        __mmask16 mask = within(width, at);
+        __m512 sum = _mm512_setzero_ps();
+        for (Py_ssize_t from = 0; from < width; from++)
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(wide[from]), read_at(matrix, from * width + at, mask, is_bfloat), sum);
+        write_at(x, at, mask, is_bfloat, sum);
+    }
 }
 
 /* Do `work`, of so many numbers. */
@@ -124,6 +149,23 @@ PyObject *turn(PyObject *module, PyObject *const *args, Py_ssize_t given)
     Rows r = {.x = (char *)n[0], .cos = (char *)n[1], .sin = (char *)n[2], .y = (char *)n[3], .heads = n[4],
               .rows = n[5], .width = n[6], .head_stride = n[7], .row_stride = n[8], .is_bfloat = (int)n[9]};
     return done(turn_rows, &r, r.heads * r.rows * r.width);
+}
+
+PyObject *mix_heads(PyObject *module, PyObject *const *args, Py_ssize_t given)
+{
+    Py_ssize_t n[6]; /* x [heads, rows, width], matrices [heads, width, width], heads, rows, width, whether in bfloat16 */
+    if (!read_numbers(args, given, 6, n)) return NULL;
+    if (n[4] < 1 || n[4] > HEAD_WIDTH_MAX) {
+        PyErr_SetString(PyExc_ValueError, "no such heads");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    Py_ssize_t bytes = n[4] * (n[5] ? 2 : 4);
+    for (Py_ssize_t head = 0; head < n[2]; head++)
+        for (Py_ssize_t row = 0; row < n[3]; row++)
+            mix_row((char *)n[0] + (head * n[3] + row) * bytes, (char *)n[1] + head * n[4] * bytes, n[4], (int)n[5]);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
 }
 
 #endif

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
 import threading
+from array import array
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from models import kernels, layout
 from models.attention import attend, attend_batch
 from models.config import BlockConfig, RopeConfig
-from models.kernels import attended, fits, gated, normalised, turned
+from models.kernels import attended, fits, gated, mixed, normalised, turned
 from models.layout import Layout, Segment
 from models.linear import Linear
 from models.pages import Extent, KvSlab, Run
@@ -76,6 +78,20 @@ def test_heads_are_turned_to_the_bits_of_torch(width: int, dtype: torch.dtype) -
         turned(heads[:, :, 1:], cos[:, 1:], sin[:, 1:])
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("width", [2, 24, 64, 80, 512])
+def test_heads_are_multiplied_each_by_its_own_matrix(width: int, dtype: torch.dtype) -> None:
+    heads, matrices = random(3, 5, width, dtype=dtype), random(3, width, width, dtype=dtype)
+    before = heads.clone()
+    got = mixed(heads, matrices)
+    assert close(got, torch.bmm(heads.double(), matrices.double()), 16)
+    assert torch.equal(heads, before)
+    assert torch.equal(mixed(heads[:, 2:3], matrices), got[:, 2:3])
+    for wrong in (matrices[:2], matrices.double(), matrices.transpose(1, 2)):
+        with pytest.raises(ValueError, match="do not fit"):
+            mixed(heads, wrong)
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
@@ -126,8 +142,8 @@ def test_a_few_rows_of_a_sequence_see_what_lies_before_each(count: int, window: 
 
 
 def test_a_score_that_is_no_number_is_not_hidden() -> None:
-    keys, values, places = random(1, 40, 16), random(1, 40, 16), torch.tensor([[0, 40]])
-    reads, queries = torch.tensor([[0, 0, 1]]), random(2, 1, 16)
+    keys, values, places = random(1, 40, 16), random(1, 40, 16), array("q", (0, 40))
+    reads, queries = array("q", (0, 0, 1)), random(2, 1, 16)
     keys[0, 5, 3] = math.nan
     assert bool(attended(queries, keys, values, reads, places, 40).isnan().all())
     keys[0, 5, 3], values[0, 39, 2] = 1e30, math.nan
@@ -140,14 +156,14 @@ def test_scores_far_apart_are_weighed_from_the_largest() -> None:
     keys[0, :299, 0], keys[0, 299, 0] = -1000.0, 1000.0
     query = torch.zeros(1, 1, 16)
     query[0, 0, 0] = 4.0
-    got = attended(query, keys, values, torch.tensor([[0, 0, 1]]), torch.tensor([[0, 300]]), 300)
+    got = attended(query, keys, values, array("q", (0, 0, 1)), array("q", (0, 300)), 300)
     assert torch.equal(got[0, 0], values[0, 299])
 
 
 def test_bits_do_not_depend_on_where_keys_lie() -> None:
     """Runs that end within a piece, at its end, and one token before."""
     keys, values, query = random(2, 900, 24), random(2, 900, 24), random(4, 1, 24)
-    reads, whole = torch.tensor([[0, 0, 1]]), torch.tensor([[7, 400]])
+    reads, whole = array("q", (0, 0, 1)), array("q", (7, 400))
     expected = attended(query, keys, values, reads, whole, 400)
     for lengths in ([64, 336], [128, 1, 271], [127, 128, 145], [1] * 400):
         moved_keys, moved_values, at, end = keys.clone(), values.clone(), 7, 900
@@ -159,21 +175,23 @@ def test_bits_do_not_depend_on_where_keys_lie() -> None:
             moved_keys[:, start : start + length] = keys[:, at : at + length]
             moved_values[:, start : start + length] = values[:, at : at + length]
             at += length
-        reads_all = torch.tensor([[0, 0, len(places)]])
-        assert torch.equal(attended(query, moved_keys, moved_values, reads_all, torch.tensor(places), 400), expected)
+        reads_all = array("q", (0, 0, len(places)))
+        assert torch.equal(
+            attended(query, moved_keys, moved_values, reads_all, array("q", itertools.chain(*places)), 400), expected
+        )
 
 
 def test_first_scores_of_minus_infinity_do_not_spoil_later_ones() -> None:
     keys, values, query = torch.zeros(1, 129, 16), random(1, 129, 16), torch.zeros(1, 1, 16)
     query[0, 0, 0], keys[0, :128, 0] = 1e20, -1e20
-    got = attended(query, keys, values, torch.tensor([[0, 0, 1]]), torch.tensor([[0, 129]]), 129)
+    got = attended(query, keys, values, array("q", (0, 0, 1)), array("q", (0, 129)), 129)
     assert torch.equal(got[0, 0], values[0, 128])
 
 
 def test_several_threads_may_compute_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     layer, keys, values = Linear(random(1024, 256)), random(2, 600, 64), random(2, 600, 64)
-    reads, places = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 600]])
+    reads, places = array("q", (0, 0, 1)), array("q", (0, 600))
     inputs = [(random(3, 256) + each, random(4, 1, 64) + each) for each in range(4)]
     expected = [(layer(x), attended(query, keys, values, reads, places, 600)) for x, query in inputs]
     wrong: list[int] = []
@@ -217,6 +235,7 @@ def test_teams_are_of_one_size() -> None:
     """Or OpenMP would end threads and start others, between the products of one token."""
     script = """
 import os, torch
+from array import array
 torch.set_num_threads(4)
 from models.kernels import attended
 from models.linear import Linear
@@ -225,7 +244,7 @@ keys, query = torch.rand(2, 2048, 64), torch.rand(4, 1, 64)
 layer(x)
 before = set(os.listdir("/proc/self/task"))
 for _ in range(3):
-    attended(query, keys, keys, torch.tensor([[0, 0, 1]]), torch.tensor([[0, 2048]]), 2048)
+    attended(query, keys, keys, array("q", (0, 0, 1)), array("q", (0, 2048)), 2048)
     layer(x)
 assert len(before) > 3, before
 assert set(os.listdir("/proc/self/task")) == before
@@ -235,7 +254,7 @@ assert set(os.listdir("/proc/self/task")) == before
 
 
 def test_what_lies_otherwise_is_refused() -> None:
-    reads, places, query = torch.tensor([[0, 0, 1]]), torch.tensor([[0, 4]]), random(2, 1, 16)
+    reads, places, query = array("q", (0, 0, 1)), array("q", (0, 4)), random(2, 1, 16)
     for keys, values in (
         (random(1, 8, 32)[:, :, ::2], random(1, 8, 32)[:, :, ::2]),
         (random(1, 8, 16), random(1, 8, 17)[:, :, :16]),
@@ -245,8 +264,8 @@ def test_what_lies_otherwise_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="lie otherwise"):
             attended(query, keys, values, reads, places, 4)
-    for wrong in ((reads.int(), places), (reads, places.double()), (torch.zeros(3, 2, dtype=torch.int64).T, places)):
-        with pytest.raises(ValueError, match="places lie otherwise"):
+    for wrong in ((array("i", reads), places), (reads, array("d", places)), (reads[:2], places)):
+        with pytest.raises(ValueError, match="places are written otherwise"):
             attended(query, random(1, 8, 16), random(1, 8, 16), *wrong, 4)
     with pytest.raises(ValueError, match="no such attention"):
         attended(random(2, 1, 513), random(1, 8, 513), random(1, 8, 513), reads, places, 4)

@@ -15,9 +15,9 @@ from safetensors.torch import save
 
 from models.attention import KvCache
 from models.blocks import Block
-from models.layout import Layout
 from models.pages import KvSlab
 from models.precision import MATRICES
+from models.stack import Stack
 from protocol.errors import LocalProtocolError, Refused
 from protocol.ids import DeploymentId, SessionId
 from protocol.messages import Operation, RefusalReason
@@ -48,16 +48,16 @@ def test_a_step_too_large_for_the_workspace_is_computed_in_parts(shop: Shop, mon
     shop.load()
     x = inputs(33)
     seen: list[int] = []
-    forward = Block.run
+    forward = Stack.run
 
-    def watched(self: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def watched(self: Stack, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         seen.append(len(x))
         return forward(self, x, *rest)
 
-    monkeypatch.setattr(Block, "run", watched)
+    monkeypatch.setattr(Stack, "run", watched)
     monkeypatch.setattr(runner, "WORKSPACE_BYTES", 16_000)
     got = shop.step(x, 0)
-    assert len(seen) > 3 * len(shop.blocks)
+    assert len(seen) > 3
     assert max(seen) < 20
     monkeypatch.undo()
     torch.testing.assert_close(got, direct(shop.blocks, x), rtol=1e-5, atol=1e-5)
@@ -315,14 +315,14 @@ def test_one_step_that_fails_in_a_batch_fails_alone(shop: Shop, monkeypatch: pyt
     shop.load()
     other = SessionId(b"o" * 16)
     shop.engine.open(other, shop.spec(10))
-    forward = Block.run
+    forward = Stack.run
 
-    def short_of_memory(self: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def short_of_memory(self: Stack, x: torch.Tensor, *rest: Any) -> torch.Tensor:
         if len(x) > 1:
             raise MemoryError
         return forward(self, x, *rest)
 
-    monkeypatch.setattr(Block, "run", short_of_memory)
+    monkeypatch.setattr(Stack, "run", short_of_memory)
     ended: dict[str, StepResult | Exception] = {}
     shop.engine.submit(work(inputs(2), 0), lambda result: ended.update(large=result))
     shop.engine.submit(work(inputs(1), 0, session=other), lambda result: ended.update(small=result))
@@ -378,14 +378,14 @@ def test_a_bug_in_batches_costs_no_step_and_is_seen(
     shop.load()
     other = SessionId(b"o" * 16)
     shop.engine.open(other, shop.spec(10))
-    forward = Block.run
+    forward = Stack.run
 
-    def broken(self: Block, x: torch.Tensor, kv: Any, layout: Layout, *rest: Any) -> torch.Tensor:
-        if len(layout.segments) > 1:
+    def broken(self: Stack, x: torch.Tensor, kvs: Any, segments: Any) -> torch.Tensor:
+        if len(segments) > 1:
             raise TypeError("a bug")
-        return forward(self, x, kv, layout, *rest)
+        return forward(self, x, kvs, segments)
 
-    monkeypatch.setattr(Block, "run", broken)
+    monkeypatch.setattr(Stack, "run", broken)
     ended: list[StepResult | Exception] = []
     for step in (work(inputs(2), 0), work(inputs(1), 0, session=other)):
         shop.engine.submit(step, ended.append)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from models.blocks import Block
+from models.stack import Stack
 from protocol.errors import Refused
 from protocol.ids import PeerId, SessionId
 from protocol.messages import Operation, RefusalReason
@@ -139,12 +139,12 @@ def test_steps_of_several_sessions_take_no_more_memory_than_one(shop: Shop, monk
     for session in sessions:
         shop.engine.open(session, shop.spec(60))
     monkeypatch.setattr(runner, "WORKSPACE_BYTES", 60 * (4 * (4 * 16 + 3 * 64 + 4 * 24 + 4 * 50) + 50))
-    seen = watched(monkeypatch, Block, "run", 1)
+    seen = watched(monkeypatch, Stack, "run", 1)
     ended: list[StepResult | Exception] = []
     for session in sessions:
         shop.engine.submit(work(inputs(50), 0, session=session), ended.append)
     first, *others = finished(shop, ended)
-    assert sum(seen) == 2 * 6 * 50
+    assert sum(seen) == 6 * 50
     assert max(seen) <= 60
     for other in others:
         torch.testing.assert_close(other, first, rtol=1e-5, atol=1e-5)
@@ -186,19 +186,19 @@ class Busy:
         self.shop, self.now = shop, 0.0
         self.seen: list[tuple[str, int]] = []
         monkeypatch.setattr("worker.engine.time", SimpleNamespace(perf_counter=lambda: self.now))
-        linear, run = IntegerBlocks.linear, Block.run
+        linear, run = IntegerBlocks.linear, Stack.run
 
         def slow(blocks: IntegerBlocks, block: int, name: str, x: torch.Tensor) -> torch.Tensor:
             self.seen.append(("slow", len(x)))
             self.now += row_s * len(x)
             return linear(blocks, block, name, x)
 
-        def quick(block: Block, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        def quick(stack: Stack, x: torch.Tensor, *rest: Any) -> torch.Tensor:
             self.seen.append(("quick", len(x)))
-            return run(block, x, *rest)
+            return run(stack, x, *rest)
 
         monkeypatch.setattr(IntegerBlocks, "linear", slow)
-        monkeypatch.setattr(Block, "run", quick)
+        monkeypatch.setattr(Stack, "run", quick)
         shop.load()
         shard = save(random_tensors(0))
         shop.path(PieceList.of_bytes(shard).digest).write_bytes(shard)

@@ -61,6 +61,7 @@ def test_a_refused_forward_leaves_every_session_as_it_was(error: type[Exception]
     assert torch.equal(got, plain.blocks.forward(x, [Part(plain.first, 70, 1), Part(plain.second, 80, 1)]))
 
 
+@pytest.mark.usefixtures("without_kernels")
 def test_a_failed_forward_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     span, plain, x = Span(), Span(), inputs(2, seed=3)
     parts = [Part(span.first, 70, 1), Part(span.second, 20, 1)]
@@ -107,7 +108,7 @@ def test_the_rotary_tables_of_a_span_are_together_as_large_as_one(monkeypatch: p
         alone = Block(config, random_tensors(index))
         expected = alone.forward(expected, KvCache(config, 600), 0)
     torch.testing.assert_close(blocks.forward(x, [Part(session, 0, 350)]), expected, rtol=1e-5, atol=1e-5)
-    blocks.forward(x[:1], [Part(session, 60, 1)])
+    blocks.forward(x[:1], [Part(session, 40, 1)])
     tables = {block.rotary_id: block._rotary._table for block in blocks.blocks}
     assert len(tables) == 4
     numbers = [sum(turn.numel() for turn in table) for table in tables.values()]
