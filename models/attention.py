@@ -6,14 +6,16 @@ piece or in float32, is bounded, however long the sequence is. No weights.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.config import BlockConfig
-from models.kernels import attended
+from models.kernels import HEAD_WIDTH_MAX, Seen, attended, attended_together, has_kernels
 from models.layout import Alone, Group, Layout, Read
 from models.pages import Extent, Kv, Place, Run
 
@@ -99,6 +101,10 @@ def _attend_group(queries: Tensor, kv: Kv, group: Group) -> Tensor:
 
 def _attend_read(queries: Tensor, kv: Kv, read: Read, window: int) -> Tensor:
     """Attention of the T rows of one sequence: [T nk, nq / nk, hd]."""
+    if has_kernels(kv.keys) and kv.keys.shape[2] <= HEAD_WIDTH_MAX:
+        seen = Seen(array("q", chain.from_iterable(read.places)), read.start, read.length, window)
+        mixed = attended_together(queries, kv.keys, kv.values, range(read.row, read.row + read.count), seen)
+        return mixed.view(read.count * len(kv.keys), -1, queries.shape[2])
     runs = [(kv.keys.narrow(1, at, count), kv.values.narrow(1, at, count)) for at, count in read.places]
     num_keys, _, width = kv.keys.shape
     if read.count == 1 and queries.device.type == "cpu":

@@ -85,6 +85,8 @@ class Block:
         self._attn_norm, self._mlp_norm = own.get("attn_norm"), own.get("mlp_norm")
         self._head_gain, self._head_post = _head_gain(config, own), _head_post(own)
         self._rotary = rotary or Rotary(config, self.dtype, self.device)
+        if (self._rotary.dtype, self._rotary.device, self._rotary.width) != (self.dtype, self.device, config.head_dim):
+            raise ModelError("the rotary table was made for blocks of another precision, device or head")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,8 +208,8 @@ class Block:
     def _check_rows(self, x: Tensor, segments: Sequence[Segment]) -> None:
         if x.dim() != 2 or x.shape[0] < 1 or x.shape[1] != self.config.hidden_size:
             raise ValueError(f"a step takes [T, {self.config.hidden_size}] with T >= 1, not {list(x.shape)}")
-        if x.dtype != self.dtype:
-            raise ValueError(f"the block runs in {self.dtype}; x is {x.dtype}")
+        if x.dtype != self.dtype or x.device != self.device:
+            raise ValueError(f"the block runs in {self.dtype} on {self.device}; x is {x.dtype} on {x.device}")
         if sum(segment.count for segment in segments) != len(x) or any(segment.count < 1 for segment in segments):
             raise ValueError(f"the segments do not cover the {len(x)} rows")
 

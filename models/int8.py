@@ -20,6 +20,7 @@ from torch import Tensor
 
 from models.errors import ModelError
 from models.few_rows import INT8_ROWS_MAX, FewRows, few_rows_fit
+from models.kernels import fits, rounded_to_bytes
 from models.linear import HAS_ONEDNN, PACKED_ROWS, own_columns
 from models.precision import MATRICES, scale_name
 
@@ -152,6 +153,8 @@ class Int8Linear:
 
 def _quantise_input(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, in] as bytes around ZERO, and the factor [T, 1] of each row: not finite where the row is not."""
+    if fits(x) and x.shape[1] % 4 == 0:
+        return rounded_to_bytes(x)
     factor = x.abs().amax(1, keepdim=True).clamp_min_(SMALLEST * LEVELS).div_(LEVELS)
     return (x / factor).add_(ZERO + 0.5).to(torch.uint8), factor
 

@@ -1,7 +1,9 @@
-"""The compiled kernels (csrc/): what one row, or a few, cost beyond the reading of weights and keys.
+"""The compiled kernels (csrc/): what one row, or a few, cost beyond the reading of weights and keys; and attention.
 
 At one row a block is some forty small operations of torch's, each of which costs its call and not its sums, and
-attention reads keys and values far below the memory's speed. Here norm, rotation, attention and gate are one call each.
+attention reads keys and values far below the memory's speed. Here norm, product of heads, rotation, attention and gate
+are one call each, and few rows through all blocks of a span one in all (stack.py). Attention of a prompt's rows takes
+half to five sixths of torch's time in float32, and half or less in bfloat16.
 On processors with AVX-512 under Linux, in float32, and in bfloat16 where the processor has it; elsewhere `SUPPORTED` is
 empty and torch's operations stay.
 
@@ -11,6 +13,7 @@ Invariant: a row's bits do not depend on the rows beside it, on where its keys l
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ except ImportError:  # no compiler was there when sotto was installed, or its wo
 
 compiled = _kernels
 _HAS_ADDRESSES = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))  # private, as packing is
-_INTERFACE = 2  # of the compiled functions: those of another state of the code are not called
+_INTERFACE = 3  # of the compiled functions: those of another state of the code are not called
 _CALLABLE = _HAS_ADDRESSES and getattr(compiled, "INTERFACE", None) == _INTERFACE
 SUPPORTED = frozenset(compiled.SUPPORTED.split()) if _CALLABLE else frozenset()
 ROWS_MAX = compiled.ROWS_MAX if _CALLABLE else 0  # of a product
@@ -48,6 +51,15 @@ def normalised(x: Tensor, eps: float) -> Tensor:
     rows = x.numel() // width if width else 0
     compiled.normalise(x.data_ptr(), y.data_ptr(), rows, width, x.dtype is torch.bfloat16, eps)
     return y
+
+
+def rounded_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, in] float32, which `fits`, `in` a multiple of 4: as bytes around 128, and the factor [T, 1] of each row,
+    whose largest magnitude is 127 levels. The factor is not finite where a number is not. No gradients."""
+    x = x.contiguous()
+    levels, factor = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((len(x), 1))
+    compiled.quantise(x.data_ptr(), levels.data_ptr(), factor.data_ptr(), *x.shape)
+    return levels, factor
 
 
 def gated(both: Tensor) -> Tensor:
@@ -84,8 +96,52 @@ def mixed(heads: Tensor, matrices: Tensor) -> Tensor:
     if matrices.shape != (count, width, width) or matrices.dtype is not heads.dtype or not matrices.is_contiguous():
         raise ValueError(f"matrices of {list(matrices.shape)} do not fit heads of {list(heads.shape)}")
     y = heads.clone(memory_format=torch.contiguous_format)
-    compiled.mix(y.data_ptr(), matrices.data_ptr(), count, rows, width, heads.dtype is torch.bfloat16)
+    compiled.mix(
+        y.data_ptr(),
+        matrices.data_ptr(),
+        count,
+        rows,
+        width,
+        heads.dtype is torch.bfloat16,
+        torch.get_num_threads(),
+    )
     return y
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What rows of one sequence look at: `tokens` of it from token `start` on, which lie at `places`, two "q" each: the
+    first of some tokens of a cache, and how many. A row sees itself and what is before it, `window` tokens in all, or
+    (0) everything."""
+
+    places: array[int]
+    start: int
+    tokens: int
+    window: int
+
+
+def attended_together(queries: Tensor, keys: Tensor, values: Tensor, rows: range, seen: Seen) -> Tensor:
+    """Attention of `rows` of the queries [nq, R, hd], the last tokens of what is `seen`, keys and values
+    [nk, capacity, hd]: [n, nq, hd]. What places name must be there: it is not looked at.
+
+    Raises ValueError on keys that lie otherwise than a cache's. No gradients.
+    """
+    queries, threads = queries.contiguous(), torch.get_num_threads()
+    heads, count, width = queries.shape
+    alike = keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(2) == 1
+    if not alike or keys.shape[2] != width or not keys.dtype is values.dtype is queries.dtype:
+        raise ValueError("keys and values lie otherwise than the kernel reads them")
+    if not 0 <= rows.start <= rows.stop <= count or rows.step != 1 or seen.places.typecode != "q":
+        raise ValueError("rows or places are written otherwise than the kernel reads them")
+    if sum(seen.places[1::2]) != seen.tokens:
+        raise ValueError(f"places of {sum(seen.places[1::2])} tokens, where {seen.tokens} are there")
+    answer = queries.new_empty((len(rows), heads, width))
+    compiled.attend_together(
+        queries.data_ptr(), keys.data_ptr(), values.data_ptr(), seen.places.buffer_info()[0], answer.data_ptr(),
+        rows.start, len(rows), seen.start, seen.tokens, seen.window, heads, keys.shape[0], width,
+        queries.stride(0), keys.stride(0), keys.stride(1), keys.dtype is torch.bfloat16, threads,
+    )  # fmt: skip
+    return answer
 
 
 def attended(

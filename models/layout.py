@@ -41,12 +41,13 @@ class Segment:
 @dataclass(frozen=True, slots=True)
 class Read:
     """Rows [row, row + count) of a batch, the last tokens of their sequence, and where the `length` tokens lie that
-    they look at."""
+    they look at, of which token `start` of the sequence is the first."""
 
     row: int
     count: int
     places: Sequence[Place]
     length: int
+    start: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +86,13 @@ class Layout:
     Extents must not change as long as it is used.
     """
 
-    __slots__ = ("_at", "_device", "_index", "_places", "_plans", "rows", "segments")
+    __slots__ = ("_alone", "_device", "_index", "_places", "_plans", "rows", "segments")
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
         self.segments, self._device = segments, device
         self.rows = sum(segment.count for segment in segments)
         self._plans: dict[tuple[int, torch.Size], Plan] = {}
+        self._alone: dict[int, Alone] = {}
         self._places = [
             place
             for segment in segments
@@ -139,6 +141,13 @@ class Layout:
 
     def alone(self, window: int) -> Alone:
         """The rows of segments that have few, for a block of this `window`."""
+        if window >= max(segment.position + segment.count for segment in self.segments):
+            window = 0
+        if window not in self._alone:
+            self._alone[window] = self._alone_of(window)
+        return self._alone[window]
+
+    def _alone_of(self, window: int) -> Alone:
         reads, places, row = array("q"), array("q"), 0
         for segment in self.segments:
             if segment.count <= ALONE_ROWS_MAX:
@@ -169,7 +178,7 @@ class Layout:
             # keys that no query of this step can see are not even read
             start = max(0, segment.position + 1 - window) if window else 0
             end = segment.position + segment.count
-            yield Read(row, segment.count, segment.extent.places(start, end), end - start)
+            yield Read(row, segment.count, segment.extent.places(start, end), end - start, start)
             row += segment.count
 
     def _plan(self, reads: list[Read], keys: Tensor) -> Plan:

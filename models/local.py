@@ -44,6 +44,10 @@ class LocalModel:
             ]
         )
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return self._stack.blocks
+
     def new_caches(self, capacity_tokens: int) -> list[KvCache]:
         """An empty KV cache for every block."""
         return [KvCache(block, capacity_tokens, self.dtype) for block in self.config.blocks]
@@ -57,8 +61,15 @@ class LocalModel:
 
     @torch.inference_mode()
     def run_blocks(self, x: Tensor, caches: Sequence[KvCache], position: int) -> Tensor:
-        """x [T, d] of tokens from `position` on through all blocks: [T, d]. The caches are of one length."""
-        segments, kvs = (Segment(caches[0].extent, position, len(x)),), Kvs(caches)
+        """x [T, d] of tokens from `position` on through all blocks: [T, d].
+
+        Raises ValueError unless there is a cache for each block and all are of one length, and what `Block.check`
+        raises; no cache is changed then.
+        """
+        kvs = Kvs(caches)
+        if len({cache.length for cache in caches}) != 1:
+            raise ValueError("caches of a sequence are of one length")
+        segments = (Segment(caches[0].extent, position, len(x)),)
         self._stack.check(x, kvs, segments)
         for cache in caches:
             cache.truncate(position)

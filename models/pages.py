@@ -63,16 +63,22 @@ AnyKv = TypeVar("AnyKv", bound=Kv)
 
 
 class Kvs(Generic[AnyKv]):
-    """The caches of consecutive blocks, one for each, and `numbers`: where they lie, as csrc/blocks.c has it. Raises
-    ValueError on keys and values that lie otherwise than each other's, or with gaps. Tensors are not replaced later."""
+    """The caches of consecutive blocks, one for each, and `numbers`: where they lie, as csrc/blocks.c has it. All hold
+    `capacity` tokens. Raises ValueError on keys and values that lie otherwise than each other's, or with gaps, and on
+    caches that differ in precision or capacity. Tensors are not replaced later."""
 
-    __slots__ = ("_kvs", "numbers")
+    __slots__ = ("_kvs", "capacity", "numbers")
 
     def __init__(self, kvs: Sequence[AnyKv]) -> None:
         self._kvs, self.numbers = tuple(kvs), array("q")
+        self.capacity = kvs[0].keys.shape[1] if kvs else 0
         for keys, values in ((kv.keys, kv.values) for kv in kvs):
             if keys.shape != values.shape or keys.stride() != values.stride() or keys.stride(2) != 1:
                 raise ValueError("keys and values of a cache lie otherwise than each other's")
+            if any((each.dtype, each.device) != (kvs[0].keys.dtype, kvs[0].keys.device) for each in (keys, values)):
+                raise ValueError("caches differ in precision, or device")
+            if keys.shape[1] != self.capacity:
+                raise ValueError(f"caches of {keys.shape[1]} and {self.capacity} tokens")
             self.numbers.extend((keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1)))
 
     def __len__(self) -> int:

@@ -98,6 +98,11 @@ class Rotary:
         self._rows_max = min(config.max_position, table_numbers // (2 * config.head_dim))
         self._table = self._rows(torch.arange(0, device=device))
 
+    @property
+    def width(self) -> int:
+        """Of the heads that it is for."""
+        return 2 * len(self._frequencies)
+
     def at(self, position: int, count: int) -> tuple[Tensor, Tensor]:
         """What `rotate` takes, [count, hd] each, for positions [position, position + count), all below max_position."""
         end = position + count

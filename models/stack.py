@@ -2,7 +2,7 @@
 
 Few rows take one call for all blocks where there are kernels (csrc/blocks.c): in Python some twenty calls a block are
 a millisecond for each token, and more where other work has emptied the caches. The bits are those of the blocks one by
-one.
+one, unless these leave large norms and gates to several threads of torch's (`kernels.fits`).
 """
 
 from __future__ import annotations
@@ -55,9 +55,17 @@ class Stack:
         return self.blocks[0].config.hidden_size
 
     def check(self, x: Tensor, kvs: Kvs[AnyKv], segments: Sequence[Segment]) -> None:
-        """Whether `run` may follow; raises what `Block.check` raises. Blocks of one shape have caches of one shape."""
+        """Whether `run` may follow; raises what `Block.check` raises, and ValueError unless there is a cache for each
+        block."""
+        if len(kvs) != len(self.blocks):
+            raise ValueError(f"{len(kvs)} caches for {len(self.blocks)} blocks")
         for index in self._first_of_kind:
             self.blocks[index].check(x, kvs[index], segments)
+        for run in (run for segment in segments for run in segment.extent.runs):
+            if not 0 <= run.at <= run.at + run.count <= kvs.capacity:
+                raise ValueError(
+                    f"a sequence lies at {run.at} to {run.at + run.count} in caches of {kvs.capacity} tokens"
+                )
 
     def run(self, x: Tensor, kvs: Kvs[AnyKv], segments: Sequence[Segment]) -> Tensor:
         """x [R, d], the rows of all `segments` one after another, through all blocks: [R, d]. Writes their keys and
@@ -73,7 +81,6 @@ class Stack:
         return x
 
     def _run_in_one_call(self, x: Tensor, kvs: Kvs[AnyKv], layout: Layout) -> Tensor:
-        assert len(kvs) == len(self.blocks), "a cache for each block"
         tokens, here, read = layout.tokens(), array("q"), []  # what is read must live until the call is over
         for block in self._kinds:
             (cos, sin), alone = block.rotations_of(layout), layout.alone(block.config.sliding_window)

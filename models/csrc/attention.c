@@ -14,8 +14,6 @@
 #include <math.h>
 #include <stdatomic.h>
 
-#define TOGETHER 6     /* query heads of a group whose sums stay in registers */
-#define LANES 4        /* registers of a sum: 64 numbers of a head */
 #define PIECE 128      /* tokens */
 
 /* Tokens [first, first + count) of the cache: numbers [at, at + count) of a piece. */
@@ -45,7 +43,7 @@ WITH() static inline __attribute__((always_inline)) void score(
 }
 
 /* Add the values of a stretch by their weights. */
-WITH() static inline __attribute__((always_inline)) void mix(
+WITH() static inline __attribute__((always_inline)) void add_values(
     const Attention *a, const char *values, Stretch stretch, const int rows, const int is_bfloat,
     float weights[TOGETHER][PIECE], float mixed[TOGETHER][HEAD_WIDTH_MAX])
 {
@@ -97,9 +95,9 @@ typedef void Step(const Attention *, const char *, Stretch, float[TOGETHER][HEAD
         float weights[TOGETHER][PIECE])                                                                                \
     {                                                                                                                  \
         if (a->is_bfloat)                                                                                              \
-            mix(a, values, stretch, ROWS, 1, weights, wide);                                                           \
+            add_values(a, values, stretch, ROWS, 1, weights, wide);                                                           \
         else                                                                                                           \
-            mix(a, values, stretch, ROWS, 0, weights, wide);                                                           \
+            add_values(a, values, stretch, ROWS, 0, weights, wide);                                                           \
     }
 
 DEFINE(1)

@@ -2,7 +2,7 @@
  *
  * Between two calls of a kernel lie as many of Python's and of torch's, on caches that the weights have just emptied. Here
  * are none, and other Python threads go on for the whole length of a forward. Each step is what the kernel of its own does
- * (products.c, attention.c, rows.c), so the bits are theirs.
+ * (products.c, attention.c, rows.c).
  */
 
 #include "kernels.h"
@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* What stays of a block. models/stack.py writes these three as whole numbers, in this order. */
+/* What stays of a block: the whole numbers of Block.described (models/blocks.py), in this order, and its kind. */
 typedef struct {
     Map qkv, o, gate_up, down;
     int64_t attn_gain, mlp_gain;   /* [hidden], or none */
@@ -23,12 +23,12 @@ typedef struct {
     int64_t kind; /* of what follows last, which is the same for most blocks */
 } Block;
 
-/* Where its keys and values lie: from one head, and from one token, to the next in numbers. */
+/* Where its keys and values lie (Kvs in models/pages.py): from one head, and from one token, to the next in numbers. */
 typedef struct {
     int64_t keys, values, head, token;
 } Cache;
 
-/* What is another in each call. */
+/* What is another in each call, of each kind (models/stack.py). */
 typedef struct {
     int64_t cos, sin;      /* [rows, width] */
     int64_t reads, places; /* as Attention has them, of all rows in order */
@@ -62,12 +62,9 @@ static void normalise_heads(const Run *r, const Block *b)
         Rows rows = {.x = heads, .y = heads, .rows = turning, .width = b->width, .eps = b->eps, .is_bfloat = r->is_bfloat};
         normalise_rows(&rows);
         if (b->head_gain) scale_row(heads, (char *)b->head_gain, turning * b->width, r->is_bfloat);
-        if (!b->head_post) continue;
-        for (Py_ssize_t head = 0; head < turning; head++) {
-            size_t at = head * b->width * r->size;
-            mix_row(heads + at, (char *)b->head_post + at * b->width, b->width, r->is_bfloat);
-        }
     }
+    if (b->head_post)
+        mix_heads(r->heads, (char *)b->head_post, turning, r->rows, b->width, b->width, whole, r->is_bfloat, r->threads);
 }
 
 static void keep(const Run *r, const Block *b, const Cache *c)

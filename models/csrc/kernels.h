@@ -14,6 +14,8 @@
 #define WITH(...) __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl" __VA_ARGS__)))
 #define UNROLLED _Pragma("GCC unroll 6") /* else arrays of registers would lie in memory */
 #define ROWS_MAX 64                      /* of a product: their sums lie on the stack */
+#define TOGETHER 6                       /* rows whose sums stay in registers: 24 of 32 */
+#define LANES 4                          /* registers that a row's sums take: 64 numbers */
 
 /* Which of 16 numbers from `number` on lie before `width`. */
 static inline __mmask16 within(Py_ssize_t width, Py_ssize_t number)
@@ -75,7 +77,10 @@ void gate_rows(const Rows *);
 void turn_rows(const Rows *);
 void scale_row(char *x, const char *gain, Py_ssize_t numbers, int is_bfloat);
 void add_row(char *x, const char *more, Py_ssize_t numbers, int is_bfloat);
-void mix_row(char *x, const char *matrix, Py_ssize_t width, int is_bfloat);
+
+/* Rows of heads, from one head and from one row to the next in numbers, each head times its matrix [width, width]. */
+void mix_heads(char *x, const char *matrices, Py_ssize_t heads, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t head,
+               Py_ssize_t row, int is_bfloat, Py_ssize_t threads);
 
 typedef struct {
     const char *queries, *keys, *values; /* [heads, rows, width], and twice [key heads, tokens, width] */
@@ -93,6 +98,12 @@ typedef struct {
 /* False, and nothing done, where heads do not fit. */
 int attend_rows(const Attention *, Py_ssize_t threads);
 
+/* `count` steps more for 1 to TOGETHER rows of x [., steps], whose sums of 64 outputs are given. A step is 256 bytes: what
+ * 64 outputs take of one input in float32, of two in bfloat16; and of a row of x one 32-bit word. */
+typedef __m512i Sums[LANES];
+typedef void (*Add)(const char *weight, const uint32_t *x, Py_ssize_t steps, Py_ssize_t count, Sums *sums);
+extern const Add add_floats[TOGETHER], add_bfloats[TOGETHER];
+
 /* A weight [out, in] that oneDNN has packed, and what is added to its products. int8 has a `scale` for each output, and
  * as `offset` 128 times the sum of its levels. */
 typedef struct {
@@ -105,12 +116,14 @@ enum { FLOATS, BFLOATS, BYTES }; /* precisions of weights */
  * [rows, in + 3]. False, and nothing done, unless there are 1 to ROWS_MAX rows. */
 int multiply(const Map *, int precision, const char *x, char *y, Py_ssize_t rows, uint8_t *levels, Py_ssize_t threads);
 
+PyObject *quantise_rows(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *multiply_rows(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *attend(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *attend_together(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *normalise(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *gate(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *turn(PyObject *, PyObject *const *, Py_ssize_t);
-PyObject *mix_heads(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *mix(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *run_blocks(PyObject *, PyObject *const *, Py_ssize_t);
 
 #endif

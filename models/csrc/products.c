@@ -19,8 +19,6 @@
 #include <string.h>
 
 #define OUTPUTS 64               /* of a block */
-#define LANES 4                  /* registers that a row's sums of a block take */
-#define TOGETHER 6               /* rows whose sums stay in registers: 24 of 32 */
 #define STEP_BYTES 256
 #define CHUNK_STEPS 64           /* 16 KiB of weights, which the innermost cache keeps for the next rows */
 #define AHEAD_BYTES 4096         /* of weights, that are under way from the memory */
@@ -28,9 +26,7 @@
 #define ZERO 128                 /* of int8's inputs, which are unsigned */
 #define LEVELS 127.0f
 
-typedef __m512i Sums[LANES];
 typedef struct Product Product;
-typedef void (*Add)(const char *, const uint32_t *, Py_ssize_t, Py_ssize_t, Sums *);
 
 struct Product {
     const char *weight;
@@ -84,7 +80,7 @@ struct Product {
     DEFINE_ROWS(NAME, TARGET, ONE, 4)                                                                                  \
     DEFINE_ROWS(NAME, TARGET, ONE, 5)                                                                                  \
     DEFINE_ROWS(NAME, TARGET, ONE, 6)                                                                                  \
-    static const Add NAME[TOGETHER] = {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6};
+    const Add NAME[TOGETHER] = {NAME##_1, NAME##_2, NAME##_3, NAME##_4, NAME##_5, NAME##_6};
 
 #define ADD_FLOATS(sum, weight, word)                                                                                  \
     _mm512_castps_si512(                                                                                               \
@@ -221,6 +217,16 @@ int multiply(const Map *map, int precision, const char *x, char *y, Py_ssize_t r
     p.share = threads > 1 && blocks > SHARES * threads ? blocks / (SHARES * threads) : threads > 1 ? 1 : blocks;
     in_threads(work, &p, threads);
     return 1;
+}
+
+PyObject *quantise_rows(PyObject *module, PyObject *const *args, Py_ssize_t given)
+{
+    Py_ssize_t n[5]; /* x [rows, in], levels [rows, in padded to whole words], factor [rows], rows, in */
+    if (!read_numbers(args, given, 5, n)) return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    quantise((float *)n[0], n[3], n[4], (uint8_t *)n[1], (float *)n[2]);
+    Py_END_ALLOW_THREADS;
+    Py_RETURN_NONE;
 }
 
 PyObject *multiply_rows(PyObject *module, PyObject *const *args, Py_ssize_t given)

@@ -5,6 +5,7 @@
 #ifdef HAS_KERNELS
 
 #include <math.h>
+#include <stdatomic.h>
 
 #define WITH_BFLOATS WITH(",avx512bf16")
 
@@ -99,19 +100,69 @@ WITH_BFLOATS void add_row(char *x, const char *more, Py_ssize_t numbers, int is_
     }
 }
 
-/* x [width] times a matrix [width, width], in its place. */
-WITH_BFLOATS void mix_row(char *x, const char *matrix, Py_ssize_t width, int is_bfloat)
+typedef struct {
+    char *x;
+    const char *matrices;
+    Py_ssize_t heads, rows, width, head, row;
+    int is_bfloat;
+    atomic_long next; /* the first head that nobody has taken */
+} Heads;
+
+/* `rows` rows of a head, in their place: 64 of their numbers at a time, whose sums stay in registers. */
+WITH_BFLOATS static inline __attribute__((always_inline)) void mix_rows(
+    const Heads *h, char *x, const char *matrix, const int rows, float wide[TOGETHER][HEAD_WIDTH_MAX])
 {
-    _Alignas(64) float wide[HEAD_WIDTH_MAX];
-    for (Py_ssize_t at = 0; at < width; at += 16)
-        _mm512_store_ps(wide + at, read_at(x, at, within(width, at), is_bfloat));
-    for (Py_ssize_t at = 0; at < width; at += 16) {
-        __mmask16 mask = within(width, at);
-        __m512 sum = _mm512_setzero_ps();
-        for (Py_ssize_t from = 0; from < width; from++)
-            sum = _mm512_fmadd_ps(_mm512_set1_ps(wide[from]), read_at(matrix, from * width + at, mask, is_bfloat), sum);
-        write_at(x, at, mask, is_bfloat, sum);
+    for (int row = 0; row < rows; row++)
+        for (Py_ssize_t at = 0; at < h->width; at += 16)
+            _mm512_store_ps(wide[row] + at, read_at(x, row * h->row + at, within(h->width, at), h->is_bfloat));
+    for (Py_ssize_t at = 0; at < h->width; at += 16 * LANES) {
+        __m512 sums[TOGETHER][LANES];
+        __mmask16 masks[LANES];
+        UNROLLED
+        for (int lane = 0; lane < LANES; lane++) masks[lane] = within(h->width, at + 16 * lane);
+        UNROLLED
+        for (int row = 0; row < rows; row++)
+            UNROLLED
+            for (int lane = 0; lane < LANES; lane++) sums[row][lane] = _mm512_setzero_ps();
+        for (Py_ssize_t from = 0; from < h->width; from++) {
+            __m512 read[LANES];
+            UNROLLED
+            for (int lane = 0; lane < LANES; lane++)
+                read[lane] = read_at(matrix, from * h->width + at + 16 * lane, masks[lane], h->is_bfloat);
+            UNROLLED
+            for (int row = 0; row < rows; row++)
+                UNROLLED
+                for (int lane = 0; lane < LANES; lane++)
+                    sums[row][lane] = _mm512_fmadd_ps(_mm512_set1_ps(wide[row][from]), read[lane], sums[row][lane]);
+        }
+        UNROLLED
+        for (int row = 0; row < rows; row++)
+            UNROLLED
+            for (int lane = 0; lane < LANES; lane++)
+                write_at(x, row * h->row + at + 16 * lane, masks[lane], h->is_bfloat, sums[row][lane]);
     }
+}
+
+/* What one thread does: heads, until none is left. */
+WITH_BFLOATS static void mix_some(void *data)
+{
+    Heads *h = data;
+    _Alignas(64) float wide[TOGETHER][HEAD_WIDTH_MAX];
+    Py_ssize_t size = h->is_bfloat ? 2 : 4, head;
+    while ((head = atomic_fetch_add(&h->next, 1)) < h->heads) {
+        const char *matrix = h->matrices + head * h->width * h->width * size;
+        Py_ssize_t row = 0;
+        for (; row + TOGETHER <= h->rows; row += TOGETHER)
+            mix_rows(h, h->x + (head * h->head + row * h->row) * size, matrix, TOGETHER, wide);
+        for (; row < h->rows; row++) mix_rows(h, h->x + (head * h->head + row * h->row) * size, matrix, 1, wide);
+    }
+}
+
+void mix_heads(char *x, const char *matrices, Py_ssize_t heads, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t head,
+               Py_ssize_t row, int is_bfloat, Py_ssize_t threads)
+{
+    Heads h = {x, matrices, heads, rows, width, head, row, is_bfloat, 0};
+    in_threads(mix_some, &h, threads_for(threads, heads, heads * width * width * (is_bfloat ? 2 : 4)));
 }
 
 /* Do `work`, of so many numbers. */
@@ -151,19 +202,17 @@ PyObject *turn(PyObject *module, PyObject *const *args, Py_ssize_t given)
     return done(turn_rows, &r, r.heads * r.rows * r.width);
 }
 
-PyObject *mix_heads(PyObject *module, PyObject *const *args, Py_ssize_t given)
+PyObject *mix(PyObject *module, PyObject *const *args, Py_ssize_t given)
 {
-    Py_ssize_t n[6]; /* x [heads, rows, width], matrices [heads, width, width], heads, rows, width, whether in bfloat16 */
-    if (!read_numbers(args, given, 6, n)) return NULL;
+    Py_ssize_t n[7]; /* x [heads, rows, width], matrices [heads, width, width], heads, rows, width, whether in bfloat16,
+                        threads */
+    if (!read_numbers(args, given, 7, n)) return NULL;
     if (n[4] < 1 || n[4] > HEAD_WIDTH_MAX) {
         PyErr_SetString(PyExc_ValueError, "no such heads");
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS;
-    Py_ssize_t bytes = n[4] * (n[5] ? 2 : 4);
-    for (Py_ssize_t head = 0; head < n[2]; head++)
-        for (Py_ssize_t row = 0; row < n[3]; row++)
-            mix_row((char *)n[0] + (head * n[3] + row) * bytes, (char *)n[1] + head * n[4] * bytes, n[4], (int)n[5]);
+    mix_heads((char *)n[0], (char *)n[1], n[2], n[3], n[4], n[3] * n[4], n[4], (int)n[5], n[6]);
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
 }

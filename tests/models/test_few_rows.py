@@ -125,6 +125,17 @@ def test_kernels_that_read_another_layout_are_not_used(dtype: torch.dtype, monke
     torch.testing.assert_close(layer(x), F.linear(x, weight), rtol=0.02, atol=1e-4)
 
 
+@pytest.mark.skipif("int8" not in SUPPORTED, reason="this processor has no kernels for few rows in int8")
+def test_rows_are_rounded_to_bytes_as_torch_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = random(40, 772) * torch.logspace(-42, 38, 40)[:, None]
+    x[3], x[4, 5] = 0.0, torch.inf
+    levels, factor = int8._quantise_input(x[:, 4:])
+    monkeypatch.setattr(int8, "fits", lambda _: False)
+    expected = int8._quantise_input(x[:, 4:])
+    assert torch.equal(levels, expected[0])
+    assert torch.equal(factor, expected[1])
+
+
 def test_int8_kernels_that_read_another_layout_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     levels, scale = quantise_rows(random(128, 64))
     expected, right = Int8Linear(levels, scale)(random(3, 64)), FewRows.__call__

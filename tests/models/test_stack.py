@@ -12,6 +12,7 @@ import torch
 from models import kernels, stack
 from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
+from models.errors import ModelError
 from models.few_rows import FLOAT_ROWS_MAX
 from models.int8 import quantise_block
 from models.layout import ALONE_ROWS_MAX, Layout, Segment
@@ -30,6 +31,7 @@ CONFIGS = {
     "sealed": replace(QWEN3, head_dim=24, folded=True, k_bias=True),
 }
 PRECISIONS = [name for name in ("float32", "bfloat16", "int8") if name in kernels.SUPPORTED]
+LARGE = replace(LLAMA, hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=64)
 FEW = [(1,), (3, 1, 2), (ALONE_ROWS_MAX,) * 3, (1,) * 20]
 
 
@@ -118,6 +120,37 @@ def test_few_rows_take_one_call_and_have_the_bits_of_many(
         assert torch.equal(one.values, other.values)
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_several_threads_share_products_of_large_blocks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(LARGE, family="qwen3", qk_norm=True, folded=True)
+    blocks = [block(config, precision, seed) for seed in (0, 50)]
+    x, calls = random((3, config.hidden_size), 5).to(blocks[0].dtype), Calls(monkeypatch)
+    expected = one_by_one(blocks, x, slabs(blocks), segments((1, 2)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(run(Stack(blocks), x, slabs(blocks), segments((1, 2))), expected)
+    assert calls.count == 1
+
+
+@pytest.mark.skipif("int8" not in PRECISIONS, reason="this processor has no kernels for int8")
+@pytest.mark.parametrize(("counts", "at_once"), [((8,) * 8, 1), ((8,) * 8 + (1,), 0)], ids=["64", "65"])
+def test_int8_takes_as_many_rows_as_its_kernel(
+    counts: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a block whose inputs are no whole words."""
+    config = replace(LLAMA, hidden_size=65, intermediate_size=99)
+    blocks, calls = [block(config, "int8", seed) for seed in (0, 50)], Calls(monkeypatch)
+    x, where = random((sum(counts), 65), 5), segments(counts)
+    assert torch.equal(run(Stack(blocks), x, slabs(blocks), where), one_by_one(blocks, x, slabs(blocks), where))
+    assert calls.count == at_once
+
+
+@pytest.mark.skipif("float32" not in kernels.SUPPORTED, reason="this processor has no kernels")
+def test_rows_that_lie_apart_are_read_where_they_are() -> None:
+    blocks, x = [block(LLAMA, "float32", 0)], random((WIDTH, 4), 5).T
+    got = run(Stack(blocks), x, slabs(blocks), segments((4,)))
+    assert torch.equal(got, one_by_one(blocks, x.contiguous(), slabs(blocks), segments((4,))))
+
+
 @pytest.mark.skipif("float32" not in kernels.SUPPORTED, reason="this processor has no kernels")
 def test_blocks_of_several_kinds_take_their_own_rotations_and_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     far = replace(LLAMA, rope=RopeConfig(1e6))
@@ -153,26 +186,55 @@ def test_what_kernels_cannot_read_goes_block_by_block(monkeypatch: pytest.Monkey
     assert calls.count == 0
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 32), (2, 9, 16), (2, 8, 8)])
-def test_keys_and_values_that_lie_apart_are_refused(shape: tuple[int, ...]) -> None:
-    class Odd:
-        keys, values = torch.zeros(2, 8, 16), torch.zeros(shape)[:, :, :16]
+class Cache:
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.keys, self.values = keys, values
 
-    class Gaps:
-        keys = values = torch.zeros(2, 8, 32)[:, :, ::2]
 
-    for kv in (Odd(), Gaps()):
+def cache(tokens: int, dtype: torch.dtype = torch.float32) -> Cache:
+    return Cache(torch.zeros(2, tokens, 16, dtype=dtype), torch.zeros(2, tokens, 16, dtype=dtype))
+
+
+def test_caches_that_kernels_would_misread_are_refused() -> None:
+    keys = torch.zeros(2, 8, 16)
+    apart = [Cache(keys, torch.zeros(shape)[:, :, :16]) for shape in ((2, 8, 32), (2, 9, 16), (2, 8, 8))]
+    apart += [Cache(torch.zeros(2, 8, 32)[:, :, ::2], torch.zeros(2, 8, 32)[:, :, ::2])]
+    for one in apart:
         with pytest.raises(ValueError, match="lie otherwise"):
-            Kvs([kv])
+            Kvs([one])
+    for others in ([Cache(keys, keys.bfloat16())], [cache(8), cache(8, torch.bfloat16)]):
+        with pytest.raises(ValueError, match="differ in precision"):
+            Kvs(others)
+    with pytest.raises(ValueError, match="caches of 7 and 8 tokens"):
+        Kvs([cache(8), cache(7)])
+
+
+def test_sequences_beyond_the_caches_and_caches_without_a_block_are_refused() -> None:
+    made, x = Stack([block(LLAMA, "float32", 0)]), torch.zeros(1, WIDTH)
+    made.check(x, Kvs([cache(8)]), [Segment(Extent([Run(0, 2, 6)], 3), 3, 1)])
+    with pytest.raises(ValueError, match="2 caches for 1 blocks"):
+        made.check(x, Kvs([cache(8)] * 2), [Segment(Extent([Run(0, 2, 6)], 3), 3, 1)])
+    for runs in ([Run(0, 3, 6)], [Run(0, 0, 4), Run(4, 8, 1)], [Run(0, -1, 6)]):
+        with pytest.raises(ValueError, match="in caches of 8 tokens"):
+            made.check(x, Kvs([cache(8)]), [Segment(Extent(runs, 3), 3, 1)])
+
+
+def test_a_rotary_table_of_other_blocks_is_refused() -> None:
+    for table in (Rotary(LLAMA, torch.bfloat16, CPU), Rotary(replace(LLAMA, head_dim=32), torch.float32, CPU)):
+        with pytest.raises(ModelError, match="rotary table"):
+            block(LLAMA, "float32", 0, table)
 
 
 @pytest.mark.skipif("float32" not in kernels.SUPPORTED, reason="this processor has no kernels")
 def test_shapes_that_do_not_fit_each_other_are_refused() -> None:
     made = Stack([block(LLAMA, "float32", 0)])
     numbers, zeros = array("q", made._numbers), array("q", [0] * 8)
-    for field in (4, 5, 10, 11, 17, 23, 28, 29, 30):  # inputs and outputs of the four maps, and the heads
+    fields = (4, 5, 10, 11, 16, 17, 22, 23)  # inputs and outputs of the four maps; then heads, and their width
+    wrongs = [(field, numbers[field] + 1) for field in fields]
+    wrongs += [(field, value) for field in (28, 29, 30) for value in (-1, 0, 3, 514)]
+    for field, value in wrongs:
         wrong = array("q", numbers)
-        wrong[field] += 1
+        wrong[field] = value
         with pytest.raises(ValueError, match="no such blocks"):
             kernels.compiled.run_blocks(
                 wrong.buffer_info()[0], zeros.buffer_info()[0], zeros.buffer_info()[0], 1, 0, 0, 0, 1, WIDTH, 0, 1

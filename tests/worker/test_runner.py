@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from models import kernels, stack
 from models.attention import KvCache
 from models.blocks import Block
 from models.config import RopeConfig
@@ -76,6 +78,27 @@ def test_a_failed_forward_may_be_repeated(monkeypatch: pytest.MonkeyPatch) -> No
 
     with monkeypatch.context() as patch:
         patch.setattr(Block, "run", short_of_memory)
+        with pytest.raises(MemoryError):
+            span.blocks.forward(x, parts)
+    assert (span.first.length, span.second.length) == (70, 20), "no token is valid that some block lacks"
+    assert torch.equal(span.blocks.forward(x, parts), expected)
+
+
+@pytest.mark.skipif("float32" not in kernels.SUPPORTED, reason="this processor has no kernels")
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_failed_call_may_be_repeated(computed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it wrote anything, or after all."""
+    span, plain, x = Span(), Span(), inputs(2, seed=3)
+    parts = [Part(span.first, 70, 1), Part(span.second, 20, 1)]
+    expected = plain.blocks.forward(x, [Part(plain.first, 70, 1), Part(plain.second, 20, 1)])
+
+    def short_of_memory(*numbers: int) -> None:
+        if computed:
+            kernels.compiled.run_blocks(*numbers)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stack, "compiled", SimpleNamespace(run_blocks=short_of_memory))
         with pytest.raises(MemoryError):
             span.blocks.forward(x, parts)
     assert (span.first.length, span.second.length) == (70, 20), "no token is valid that some block lacks"
