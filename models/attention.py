@@ -72,6 +72,8 @@ def attend_batch(queries: Tensor, kv: Kv, layout: Layout, window: int) -> Tensor
     """Attention of the rows of `layout`, whose keys and values are in `kv` by now: queries [nq, R, hd] give
     [R, nq hd]. Each row sees its own sequence only; see `attend`."""
     plan = layout.plan(kv.keys, window)
+    if has_kernels(queries):
+        queries = queries.contiguous()  # once, and not for each segment
     parts = [] if plan.alone is None else [_attend_alone(queries, kv, plan.alone)]
     parts += [_attend_group(queries, kv, group) for group in plan.groups]
     parts += [_attend_read(queries, kv, read, window) for read in plan.apart]

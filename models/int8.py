@@ -153,7 +153,7 @@ class Int8Linear:
 
 def _quantise_input(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, in] as bytes around ZERO, and the factor [T, 1] of each row: not finite where the row is not."""
-    if fits(x) and x.shape[1] % 4 == 0:
+    if x.dtype is torch.float32 and fits(x) and x.shape[1] % 4 == 0:
         return rounded_to_bytes(x)
     factor = x.abs().amax(1, keepdim=True).clamp_min_(SMALLEST * LEVELS).div_(LEVELS)
     return (x / factor).add_(ZERO + 0.5).to(torch.uint8), factor

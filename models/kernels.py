@@ -3,7 +3,7 @@
 At one row a block is some forty small operations of torch's, each of which costs its call and not its sums, and
 attention reads keys and values far below the memory's speed. Here norm, product of heads, rotation, attention and gate
 are one call each, and few rows through all blocks of a span one in all (stack.py). Attention of a prompt's rows takes
-half to five sixths of torch's time in float32, and half or less in bfloat16.
+half to five sixths of torch's time in float32, from 64 rows on, and half or less in bfloat16 (docs/SPEED.md).
 On processors with AVX-512 under Linux, in float32, and in bfloat16 where the processor has it; elsewhere `SUPPORTED` is
 empty and torch's operations stay.
 
@@ -56,6 +56,8 @@ def normalised(x: Tensor, eps: float) -> Tensor:
 def rounded_to_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, in] float32, which `fits`, `in` a multiple of 4: as bytes around 128, and the factor [T, 1] of each row,
     whose largest magnitude is 127 levels. The factor is not finite where a number is not. No gradients."""
+    if x.dtype is not torch.float32 or x.shape[1] % 4:
+        raise ValueError(f"rows of {x.shape[1]} numbers in {x.dtype} are not rounded here")
     x = x.contiguous()
     levels, factor = x.new_empty(x.shape, dtype=torch.uint8), x.new_empty((len(x), 1))
     compiled.quantise(x.data_ptr(), levels.data_ptr(), factor.data_ptr(), *x.shape)
@@ -126,11 +128,7 @@ def attended_together(queries: Tensor, keys: Tensor, values: Tensor, rows: range
 
     Raises ValueError on keys that lie otherwise than a cache's. No gradients.
     """
-    queries, threads = queries.contiguous(), torch.get_num_threads()
-    heads, count, width = queries.shape
-    alike = keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(2) == 1
-    if not alike or keys.shape[2] != width or not keys.dtype is values.dtype is queries.dtype:
-        raise ValueError("keys and values lie otherwise than the kernel reads them")
+    heads, count, width = _checked(queries, keys, values)
     if not 0 <= rows.start <= rows.stop <= count or rows.step != 1 or seen.places.typecode != "q":
         raise ValueError("rows or places are written otherwise than the kernel reads them")
     if sum(seen.places[1::2]) != seen.tokens:
@@ -139,7 +137,7 @@ def attended_together(queries: Tensor, keys: Tensor, values: Tensor, rows: range
     compiled.attend_together(
         queries.data_ptr(), keys.data_ptr(), values.data_ptr(), seen.places.buffer_info()[0], answer.data_ptr(),
         rows.start, len(rows), seen.start, seen.tokens, seen.window, heads, keys.shape[0], width,
-        queries.stride(0), keys.stride(0), keys.stride(1), keys.dtype is torch.bfloat16, threads,
+        queries.stride(0), keys.stride(0), keys.stride(1), keys.dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     return answer
 
@@ -153,11 +151,7 @@ def attended(
     the last. `places`, two each: the first of some tokens, and how many. `tokens`: how many in all. What they name must
     be there: it is not looked at. Raises ValueError on keys that lie otherwise than a cache's. No gradients.
     """
-    queries = queries.contiguous()
-    heads, _, width = queries.shape
-    alike = keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(2) == 1
-    if not alike or keys.shape[2] != width or not keys.dtype is values.dtype is queries.dtype:
-        raise ValueError("keys and values lie otherwise than the kernel reads them")
+    heads, _, width = _checked(queries, keys, values)
     if reads.typecode != "q" or places.typecode != "q" or len(reads) % 3:
         raise ValueError("places are written otherwise than the kernel reads them")
     answer = queries.new_empty((len(reads) // 3, heads, width))
@@ -167,3 +161,14 @@ def attended(
         keys.dtype is torch.bfloat16, 2 * tokens * keys.shape[0] * width * keys.itemsize, torch.get_num_threads(),
     )  # fmt: skip
     return answer
+
+
+def _checked(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[int, int, int]:
+    """The shape of the queries. Raises ValueError on what kernels would misread: copies could cost more than they."""
+    alike = keys.shape == values.shape and keys.stride() == values.stride() and keys.stride(2) == 1
+    if not alike or keys.shape[2] != queries.shape[2] or not keys.dtype is values.dtype is queries.dtype:
+        raise ValueError("keys and values lie otherwise than the kernel reads them")
+    if not queries.is_contiguous():
+        raise ValueError("queries lie otherwise than the kernel reads them")
+    heads, rows, width = queries.shape
+    return heads, rows, width

@@ -94,7 +94,7 @@ class Rotary:
     ) -> None:
         frequencies, self._attention_factor = inverse_frequencies(config.rope, config.head_dim)
         self._frequencies = frequencies.to(device)
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, self._frequencies.device  # "cuda" is cuda:0 by now
         self._rows_max = min(config.max_position, table_numbers // (2 * config.head_dim))
         self._table = self._rows(torch.arange(0, device=device))
 

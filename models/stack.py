@@ -2,7 +2,7 @@
 
 Few rows take one call for all blocks where there are kernels (csrc/blocks.c): in Python some twenty calls a block are
 a millisecond for each token, and more where other work has emptied the caches. The bits are those of the blocks one by
-one, unless these leave large norms and gates to several threads of torch's (`kernels.fits`).
+one, unless these leave large norms, gates and products of heads to several threads of torch's (`kernels.fits`).
 """
 
 from __future__ import annotations

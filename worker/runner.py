@@ -2,8 +2,9 @@
 
 Invariant: a batch takes bounded memory: intermediate results stay within WORKSPACE_BYTES, of which a row takes one part
 in `rows_at_once`, or in `linear_rows_at_once`, and its caller sees to it that the parts of all rows come to no more
-than the whole; or they are those of a tile, of whose scores a few heads' are there at a time. A chunk of a step sees
-exactly what it would see in one pass. It knows no messages.
+than the whole; or they are those of a tile, of whose scores a few heads' are there at a time. Compiled attention keeps
+no scores, and takes some 2 MiB for each thread instead. A chunk of a step sees exactly what it would see in one pass.
+It knows no messages.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@
 
 #define TILE 64   /* tokens */
 #define STEP 64   /* words */
-#define ROWS 128  /* of a part: for so many a tile is laid out */
+#define ROWS 128  /* of a part, at most: for so many a tile is laid out */
+#define ROWS_MIN 32 /* where there are threads for more parts */
 #define HEADS 8   /* query heads of a part, at most */
 
 typedef struct {
@@ -34,6 +35,7 @@ typedef struct {
     Py_ssize_t query_head, head, token; /* from one to the next, in numbers */
     int is_bfloat;
     Py_ssize_t size, blocks;             /* bytes of a number; of 64 numbers that a head has */
+    Py_ssize_t piece;                    /* rows of a part */
     char *rooms;
     Py_ssize_t room_bytes;
     atomic_long next, taken; /* the first part that nobody has taken, and room */
@@ -78,13 +80,20 @@ WITH() static void interleave(const uint16_t *one, const uint16_t *two, uint32_t
     }
 }
 
-/* The tile at `tile`, zeros where no token is. */
-static void lay_out(const Prompt *p, Room *room, Py_ssize_t tile, Py_ssize_t key_head)
+/* Where a tile's tokens begin: a place, and its first token. */
+typedef struct {
+    const int64_t *place;
+    Py_ssize_t token;
+} Mark;
+
+/* The tile at `tile`, zeros where no token is. `mark` is at or before it, and comes to lie there: tiles go forward. */
+static void lay_out(const Prompt *p, Room *room, Py_ssize_t tile, Py_ssize_t key_head, Mark *mark)
 {
     const char *rows[TILE] = {0};
     const Py_ssize_t across = p->values - p->keys;
-    Py_ssize_t token = p->start, end = least(p->start + p->length, tile + TILE);
-    for (const int64_t *place = p->places; token < end; token += place[1], place += 2)
+    while (mark->token + mark->place[1] <= tile) mark->token += mark->place[1], mark->place += 2;
+    Py_ssize_t token = mark->token, end = least(p->start + p->length, tile + TILE);
+    for (const int64_t *place = mark->place; token < end; token += place[1], place += 2)
         for (Py_ssize_t at = token > tile ? token : tile; at < token + place[1] && at < end; at++)
             rows[at - tile] = p->keys + (key_head * p->head + (place[0] + at - token) * p->token) * p->size;
     const Py_ssize_t words = p->width * p->size / 4, steps = TILE * p->size / 4;
@@ -193,8 +202,9 @@ static void attend_part(const Prompt *p, Room *room, const Part *part)
     memset(room->mixed, 0, slots * p->blocks * 64 * sizeof(float));
     for (Py_ssize_t slot = 0; slot < slots; slot++)
         room->largest[slot] = -FLT_MAX, room->total[slot] = 0; /* finite: the first scores may all be -inf */
+    Mark mark = {p->places, p->start};
     for (Py_ssize_t tile = seen_from(p, part->row) / TILE * TILE; tile <= position(p, last); tile += TILE) {
-        lay_out(p, room, tile, part->query / (p->heads / p->key_heads));
+        lay_out(p, room, tile, part->query / (p->heads / p->key_heads), &mark);
         for (Py_ssize_t head = 0; head < part->heads; head++)
             for (Py_ssize_t row = 0; row < part->rows; row += TOGETHER) {
                 Py_ssize_t rows = least(TOGETHER, part->rows - row), from = part->row + row;
@@ -211,7 +221,7 @@ static Py_ssize_t parts_of(Py_ssize_t whole, Py_ssize_t part) { return (whole + 
 static void work(void *data)
 {
     Prompt *p = data;
-    Py_ssize_t group = p->heads / p->key_heads, bunches = parts_of(group, HEADS), pieces = parts_of(p->rows, ROWS);
+    Py_ssize_t group = p->heads / p->key_heads, bunches = parts_of(group, HEADS), pieces = parts_of(p->rows, p->piece);
     char *own = p->rooms + atomic_fetch_add(&p->taken, 1) * p->room_bytes;
     Room *room = (Room *)own;
     room->mixed = (float *)(own + (sizeof(Room) + 63) / 64 * 64);
@@ -219,7 +229,8 @@ static void work(void *data)
         Py_ssize_t index = atomic_fetch_add(&p->next, 1), piece = pieces - 1 - index / (bunches * p->key_heads);
         if (piece < 0) return;
         Py_ssize_t bunch = index % bunches, query = index / bunches % p->key_heads * group + bunch * HEADS;
-        Part part = {query, least(HEADS, group - bunch * HEADS), piece * ROWS, least(ROWS, p->rows - piece * ROWS)};
+        Part part = {query, least(HEADS, group - bunch * HEADS), piece * p->piece,
+                     least(p->piece, p->rows - piece * p->piece)};
         attend_part(p, room, &part);
     }
 }
@@ -239,7 +250,10 @@ PyObject *attend_together(PyObject *module, PyObject *const *args, Py_ssize_t gi
         PyErr_SetString(PyExc_ValueError, "no such attention");
         return NULL;
     }
-    Py_ssize_t threads = threads_for(n[17], p.key_heads * parts_of(p.rows, ROWS), p.rows * p.length * p.heads);
+    Py_ssize_t bunches = p.key_heads * parts_of(p.heads / p.key_heads, HEADS);
+    for (p.piece = ROWS; n[17] > 1 && p.piece > ROWS_MIN && bunches * parts_of(p.rows, p.piece) < 2 * n[17];)
+        p.piece /= 2;
+    Py_ssize_t threads = threads_for(n[17], bunches * parts_of(p.rows, p.piece), p.rows * p.length * p.heads);
     p.room_bytes = ((sizeof(Room) + 63) / 64 + HEADS * ROWS * p.blocks * 4) * 64;
     if (posix_memalign((void **)&p.rooms, 64, threads * p.room_bytes)) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS;

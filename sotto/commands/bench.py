@@ -84,6 +84,24 @@ def products(
             typer.echo("\n".join(bench.table(result)))
 
 
+@app.command(epilog="Example: sotto bench attention --json")
+def attention(
+    seconds: Annotated[float, typer.Option(min=0, max=3600, help="How long to measure, about.")] = 30.0,
+    threads: Annotated[int, typer.Option(min=1, max=1024, help="Threads of each.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """How fast the rows of a prompt are attended: sotto's kernel beside torch's own attention."""
+    with errors(as_json):
+        from simnet.bench import attention as bench
+
+        with listening("shapes", quiet=as_json) as hear:
+            result = bench.run(seconds, threads, hear)
+        if as_json:
+            print_json(result)
+        else:
+            typer.echo("\n".join(bench.table(result)))
+
+
 def _print(result: dict[str, Any]) -> None:
     cells = ["hop_8k", "hop_64k", "hop_1m", "hop_8k_under_bulk"]
     print(f"{'p50 / p99, us':<10}" + "".join(f"{cell:>20}" for cell in cells) + f"{'bulk, MB/s':>14}")

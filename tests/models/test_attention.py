@@ -62,6 +62,7 @@ def copies() -> Iterator[list[int]]:
         yield sizes
 
 
+@pytest.mark.usefixtures("in_both_ways")
 @pytest.mark.parametrize("runs", [ONE_RUN, RUNS], ids=["one run", "runs"])
 @pytest.mark.parametrize("window", [0, 7, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import int8, linear
+from models import int8, kernels, linear
 from models.few_rows import FLOAT_ROWS_MAX, INT8_ROWS_MAX, SUPPORTED, FewRows
 from models.int8 import Int8Linear, quantise_rows
 from models.kernels import ROWS_MAX
@@ -134,6 +134,13 @@ def test_rows_are_rounded_to_bytes_as_torch_would(monkeypatch: pytest.MonkeyPatc
     expected = int8._quantise_input(x[:, 4:])
     assert torch.equal(levels, expected[0])
     assert torch.equal(factor, expected[1])
+
+
+def test_rows_that_the_kernel_would_misread_are_not_rounded() -> None:
+    for x in (random(3, 66), random(3, 64, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="not rounded here"):
+            kernels.rounded_to_bytes(x)
+        assert int8._quantise_input(x)[0].shape == x.shape
 
 
 def test_int8_kernels_that_read_another_layout_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

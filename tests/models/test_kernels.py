@@ -79,14 +79,18 @@ def test_heads_are_turned_to_the_bits_of_torch(width: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("width", [2, 24, 64, 80, 512])
-def test_heads_are_multiplied_each_by_its_own_matrix(width: int, dtype: torch.dtype) -> None:
-    heads, matrices = random(3, 5, width, dtype=dtype), random(3, width, width, dtype=dtype)
+@pytest.mark.parametrize(("width", "threads"), [(2, 1), (24, 1), (64, 1), (80, 1), (512, 1), (512, 3)])
+def test_heads_are_multiplied_each_by_its_own_matrix(
+    width: int, threads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    heads, matrices = random(3, 13, width, dtype=dtype), random(3, width, width, dtype=dtype)
     before = heads.clone()
     got = mixed(heads, matrices)
     assert close(got, torch.bmm(heads.double(), matrices.double()), 16)
     assert torch.equal(heads, before)
-    assert torch.equal(mixed(heads[:, 2:3], matrices), got[:, 2:3])
+    for row in range(13):
+        assert torch.equal(mixed(heads[:, row : row + 1], matrices), got[:, row : row + 1])
     for wrong in (matrices[:2], matrices.double(), matrices.transpose(1, 2)):
         with pytest.raises(ValueError, match="do not fit"):
             mixed(heads, wrong)
@@ -267,6 +271,8 @@ def test_what_lies_otherwise_is_refused() -> None:
     for wrong in ((array("i", reads), places), (reads, array("d", places)), (reads[:2], places)):
         with pytest.raises(ValueError, match="places are written otherwise"):
             attended(query, random(1, 8, 16), random(1, 8, 16), *wrong, 4)
+    with pytest.raises(ValueError, match="queries lie otherwise"):
+        attended(random(3, 2, 16).transpose(0, 1), random(1, 8, 16), random(1, 8, 16), reads, places, 4)
     with pytest.raises(ValueError, match="no such attention"):
         attended(random(2, 1, 513), random(1, 8, 513), random(1, 8, 513), reads, places, 4)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import pytest
 import torch
 
-from models import kernels
+from models import attention, kernels
 from models.attention import attend, attend_batch
 from models.config import BlockConfig, RopeConfig
 from models.kernels import Seen, attended_together
@@ -110,12 +111,21 @@ def test_a_score_that_is_no_number_is_not_hidden() -> None:
     assert got[:70].isfinite().all()
 
 
-def test_prompts_of_a_batch_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_prompts_of_a_batch_go_to_the_kernel(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the queries lie: torch's rotation leaves them as products give them."""
+    calls: list[range] = []
+
+    def counted(*given: Any) -> torch.Tensor:
+        calls.append(given[3])
+        return attended_together(*given)
+
+    monkeypatch.setattr(attention, "attended_together", counted)
     config = BlockConfig("llama", 64, 48, 4, 2, 16, 1e-6, 1024, RopeConfig(1e4))
     slab = KvSlab(config, 512, torch.float32, torch.device("cpu"))
     slab.keys.copy_(random(*slab.keys.shape))
     slab.values.copy_(random(*slab.values.shape))
-    queries = random(4, 9 + 1 + 40, 16)
+    queries = random(50, 4, 16).transpose(0, 1) if transposed else random(4, 50, 16)
     segments = [Segment(Extent([Run(0, 100, 64)], 20), 20, 9), Segment(Extent([Run(0, 10, 20)], 19), 19, 1)]
     segments.append(Segment(Extent([Run(0, 200, 30), Run(30, 300, 60)], 45), 45, 40))
     for window in (0, 13):
@@ -127,6 +137,7 @@ def test_prompts_of_a_batch_go_to_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
             mine = got[row : row + segment.count].double()
             torch.testing.assert_close(mine, exact.reshape(segment.count, -1), rtol=0, atol=1e-5)
             row += segment.count
+    assert calls == [range(9), range(10, 50)] * 2
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -139,6 +150,8 @@ def test_what_does_not_fit_is_refused() -> None:
             attended_together(queries, keys, keys, rows, Seen(other, 0, 20, 0))
     with pytest.raises(ValueError, match="places of 20 tokens"):
         attended_together(queries, keys, keys, range(9), Seen(places, 0, 21, 0))
+    with pytest.raises(ValueError, match="queries lie otherwise"):
+        attended_together(random(9, 2, 16).transpose(0, 1), keys, keys, range(9), Seen(places, 0, 20, 0))
     wide = random(2, 9, 514)
     for given, cache, window in ((queries, keys, -1), (random(3, 9, 16), random(2, 20, 16), 0), (wide, wide[:1], 0)):
         own = Seen(array("q", (0, cache.shape[1])), 0, cache.shape[1], window)

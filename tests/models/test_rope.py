@@ -173,3 +173,9 @@ def test_a_shorter_table_of_another_thread_takes_no_rows_away() -> None:
         shorter()
     for ours, expected in zip(turned, fresh.at(700, 1), strict=True):
         assert torch.equal(ours.as_subclass(Tensor), expected)
+
+
+def test_a_table_says_which_device_it_is_on_as_tensors_do() -> None:
+    """Or blocks on "cuda", whose tensors say "cuda:0", would refuse it."""
+    _, config = both(KINDS["default"], 8)
+    assert Rotary(config, torch.float32, torch.device("cpu", 0)).device == torch.zeros(1, device="cpu:0").device

@@ -31,7 +31,7 @@ CONFIGS = {
     "sealed": replace(QWEN3, head_dim=24, folded=True, k_bias=True),
 }
 PRECISIONS = [name for name in ("float32", "bfloat16", "int8") if name in kernels.SUPPORTED]
-LARGE = replace(LLAMA, hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=64)
+LARGE = replace(LLAMA, hidden_size=512, intermediate_size=1024, num_heads=8, num_kv_heads=2, head_dim=128)
 FEW = [(1,), (3, 1, 2), (ALONE_ROWS_MAX,) * 3, (1,) * 20]
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from node.groups import leaf
 from protocol.errors import InputError, LocalProtocolError
-from simnet.bench import dataplane, growth, plots, precision, products, serve, speculation
+from simnet.bench import attention, dataplane, growth, plots, precision, products, serve, speculation
 from simnet.bench.engine import run as engine
 from simnet.bench.hear import Hear
 from simnet.bench.scheduler import live
@@ -90,6 +90,23 @@ def test_products(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, as_json: bool
             assert all(rate > 0 for rate in point["gb_per_s"].values())
             for other in point["gb_per_s"].keys() - {"sotto"}:
                 assert point[f"vs_{other}"]["low"] <= point[f"vs_{other}"]["ratio"] <= point[f"vs_{other}"]["high"]
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_attention(monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    monkeypatch.setattr(attention, "SHAPES", ((4, 4), (9, 20)))
+    words = ["bench", "attention", "--seconds", "0", *(["--json"] if as_json else [])]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    if not as_json:
+        assert "9 rows that see 20 tokens" in result.stdout
+        return
+    report = json.loads(result.stdout)
+    for name in ("float32", "bfloat16"):
+        assert [(point["rows"], point["tokens"]) for point in report[name]] == [(4, 4), (9, 20)]
+        for point in report[name]:
+            assert all(rate > 0 for rate in point["gflop_per_s"].values())
+            assert point["vs_torch"]["low"] <= point["vs_torch"]["ratio"] <= point["vs_torch"]["high"]
 
 
 def _few_words() -> Corpus:
