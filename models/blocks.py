@@ -138,7 +138,7 @@ class Block:
         segments = (Segment(cache.extent, position, len(x)),)
         self.check(x, cache, segments)
         cache.truncate(position)
-        layout = Layout(segments, self.device)
+        layout = Layout(segments, self.device, self.dtype)
         x = self.run(x, cache, layout, self.rotations_of(layout))
         cache.extent.length = position + len(x)
         return x

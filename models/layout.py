@@ -17,8 +17,10 @@ from torch import Tensor
 from models.kernels import HEAD_WIDTH_MAX, has_kernels
 from models.pages import Extent, Kv, Place
 
-# Rows of a sequence that are attended one by one where there are kernels for that: more share what they read.
+# Rows of a sequence that are attended one by one where there are kernels for that: more share what they read. In
+# float32 that pays later: a token and as many guesses as a step may have take one call for all blocks (stack.py).
 ALONE_ROWS_MAX = 8
+ALONE_FLOAT32_ROWS_MAX = 17
 # On other CPUs single rows in these dtypes are attended together, if there are GROUP_ROWS_MIN: 16 rows of 80 tokens in
 # half the time. Copies of more than GROUP_BYTES_MAX of keys, in float32, cost page faults; copies of rows of more than
 # an eighth of that as much as the calls that they save. In float32 rows cost the same one by one.
@@ -81,15 +83,17 @@ class Plan:
 
 
 class Layout:
-    """The rows of all `segments`, one after another. Raises ValueError when one does not fit into its extent.
+    """The rows of all `segments`, one after another, for blocks that run in `dtype`. Raises ValueError when a segment
+    does not fit into its extent.
 
     Extents must not change as long as it is used.
     """
 
-    __slots__ = ("_alone", "_device", "_index", "_places", "_plans", "rows", "segments")
+    __slots__ = ("_alone", "_alone_rows_max", "_device", "_index", "_places", "_plans", "rows", "segments")
 
-    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+    def __init__(self, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> None:
         self.segments, self._device = segments, device
+        self._alone_rows_max = ALONE_FLOAT32_ROWS_MAX if dtype is torch.float32 else ALONE_ROWS_MAX
         self.rows = sum(segment.count for segment in segments)
         self._plans: dict[tuple[int, torch.Size], Plan] = {}
         self._alone: dict[int, Alone] = {}
@@ -137,7 +141,7 @@ class Layout:
     @property
     def has_only_few(self) -> bool:
         """Whether all rows are attended one by one where there are kernels for that."""
-        return all(segment.count <= ALONE_ROWS_MAX for segment in self.segments)
+        return all(segment.count <= self._alone_rows_max for segment in self.segments)
 
     def alone(self, window: int) -> Alone:
         """The rows of segments that have few, for a block of this `window`."""
@@ -150,7 +154,7 @@ class Layout:
     def _alone_of(self, window: int) -> Alone:
         reads, places, row = array("q"), array("q"), 0
         for segment in self.segments:
-            if segment.count <= ALONE_ROWS_MAX:
+            if segment.count <= self._alone_rows_max:
                 for position in range(segment.position, segment.position + segment.count):
                     start, first = max(0, position + 1 - window) if window else 0, len(places) // 2
                     for place in segment.extent.places(start, position + 1):
@@ -162,7 +166,7 @@ class Layout:
     def _plan_alone(self, window: int) -> Plan:
         alone, few, apart = self.alone(window), list[int](), list[Read]()
         for segment, read in zip(self.segments, self._reads(window), strict=True):
-            if segment.count > ALONE_ROWS_MAX:
+            if segment.count > self._alone_rows_max:
                 apart.append(read)
             else:
                 few += range(read.row, read.row + read.count)

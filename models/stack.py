@@ -70,7 +70,7 @@ class Stack:
     def run(self, x: Tensor, kvs: Kvs[AnyKv], segments: Sequence[Segment]) -> Tensor:
         """x [R, d], the rows of all `segments` one after another, through all blocks: [R, d]. Writes their keys and
         values to `kvs`. Of what `check` has passed, in inference mode."""
-        layout = Layout(segments, self.device)
+        layout = Layout(segments, self.device, self.dtype)
         if len(x) <= self._rows_max and layout.has_only_few:
             return self._run_in_one_call(x, kvs, layout)
         rotations: dict[int, Rotations] = {}

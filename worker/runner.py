@@ -77,7 +77,7 @@ class FloatBlocks:
         self._stack.check(x, kv.slabs, [Segment(kv.extent, part.position, part.count)])
         kv.begin(part.position)
         # to the tile's end: the pages of a session are whole tiles
-        layout = Layout([Segment(kv.extent, part.position, TILE_ROWS - rows.start)], self.device)
+        layout = Layout([Segment(kv.extent, part.position, TILE_ROWS - rows.start)], self.device, self.dtype)
         rotations: dict[int, Rotations] = {}
         tile = x.new_zeros(TILE_ROWS, self.width)
         tile[rows] = x

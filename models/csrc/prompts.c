@@ -86,7 +86,8 @@ typedef struct {
     Py_ssize_t token;
 } Mark;
 
-/* The tile at `tile`, zeros where no token is. `mark` is at or before it, and comes to lie there: tiles go forward. */
+/* The tile at `tile`: values are zeros where no token is; keys are what they were, for nobody sees their scores. `mark` is
+ * at or before it, and comes to lie there: tiles go forward. */
 static void lay_out(const Prompt *p, Room *room, Py_ssize_t tile, Py_ssize_t key_head, Mark *mark)
 {
     const char *rows[TILE] = {0};
@@ -97,7 +98,6 @@ static void lay_out(const Prompt *p, Room *room, Py_ssize_t tile, Py_ssize_t key
         for (Py_ssize_t at = token > tile ? token : tile; at < token + place[1] && at < end; at++)
             rows[at - tile] = p->keys + (key_head * p->head + (place[0] + at - token) * p->token) * p->size;
     const Py_ssize_t words = p->width * p->size / 4, steps = TILE * p->size / 4;
-    memset(room->keys, 0, words * STEP * sizeof(uint32_t));
     memset(room->values, 0, p->blocks * steps * STEP * sizeof(uint32_t));
     for (Py_ssize_t key = 0; key < TILE; key++) {
         if (!rows[key]) continue;

@@ -59,7 +59,7 @@ def _rounds(rows: int, tokens: int, dtype: torch.dtype, seconds: float) -> Round
     for each in (slab.keys, slab.values):
         each.copy_(torch.randn(each.shape))
     asked = torch.randn(queries, rows, width).to(dtype)
-    layout = Layout([Segment(Extent([Run(0, 0, tokens)], tokens), tokens - rows, rows)], torch.device("cpu"))
+    layout = Layout([Segment(Extent([Run(0, 0, tokens)], tokens), tokens - rows, rows)], torch.device("cpu"), dtype)
 
     def ours() -> Tensor:
         return attend_batch(asked, slab, layout, 0)

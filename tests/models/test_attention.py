@@ -72,7 +72,7 @@ def test_copies_of_a_long_sequence_are_bounded(
 ) -> None:
     slab, extent, keys, values = sequence(runs, dtype)
     queries = torch.randn(HEADS, count, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
-    layout = Layout([Segment(extent, TOKENS - count, count)], CPU)
+    layout = Layout([Segment(extent, TOKENS - count, count)], CPU, dtype)
     exact = attend(queries.double(), keys.double(), values.double(), window).transpose(0, 1).reshape(count, -1)
     whole = attend_batch(queries, slab, layout, window)
     head_bytes = 2 * TOKENS * WIDTH * dtype.itemsize

@@ -116,20 +116,20 @@ def test_rows_are_attended_as_if_each_were_alone(
     lengths = [1, 127, 128, 129, 300]
     queries = 2 * random(heads, len(lengths), width, dtype=dtype)
     segments = [Segment(Extent(each, n), n - 1, 1) for each, n in zip(runs, lengths, strict=True)]
-    plan = Layout(segments, CPU).plan(slab.keys, 0)
+    plan = Layout(segments, CPU, dtype).plan(slab.keys, 0)
     assert plan.alone is not None
-    got = attend_batch(queries, slab, Layout(segments, CPU), 0).view(len(lengths), heads, width)
+    got = attend_batch(queries, slab, Layout(segments, CPU, dtype), 0).view(len(lengths), heads, width)
     for row, segment in enumerate(segments):
         places = segment.extent.places(0, lengths[row])
         keys, values = (torch.cat([t[:, at : at + n] for at, n in places], 1) for t in (slab.keys, slab.values))
         exact = attend(queries[:, row : row + 1].double(), keys.double(), values.double(), 0)[:, 0]
         assert (got[row].double() - exact).abs().max() < 8 * torch.finfo(dtype).eps * values.abs().max()
-        alone = attend_batch(queries[:, row : row + 1], slab, Layout([segment], CPU), 0).view(heads, width)
+        alone = attend_batch(queries[:, row : row + 1], slab, Layout([segment], CPU, dtype), 0).view(heads, width)
         assert torch.equal(got[row], alone)
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 50])
-@pytest.mark.parametrize("count", [1, 2, layout.ALONE_ROWS_MAX, layout.ALONE_ROWS_MAX + 1])
+@pytest.mark.parametrize("count", [1, 2, layout.ALONE_FLOAT32_ROWS_MAX, layout.ALONE_FLOAT32_ROWS_MAX + 1])
 def test_a_few_rows_of_a_sequence_see_what_lies_before_each(count: int, window: int) -> None:
     config = BlockConfig("llama", 64, 48, 4, 2, 16, 1e-6, 1024, RopeConfig(1e4))
     slab = KvSlab(config, 64, torch.float32, CPU)
@@ -137,10 +137,10 @@ def test_a_few_rows_of_a_sequence_see_what_lies_before_each(count: int, window: 
     slab.values.copy_(random(*slab.values.shape))
     queries = random(4, count + 1, 16)
     segments = [Segment(Extent([Run(0, 40, 20)], 20), 19, 1), Segment(Extent([Run(0, 3, 30)], 30), 30 - count, count)]
-    got = attend_batch(queries, slab, Layout(segments, CPU), window)
-    plan = Layout(segments, CPU).plan(slab.keys, window)
+    got = attend_batch(queries, slab, Layout(segments, CPU, torch.float32), window)
+    plan = Layout(segments, CPU, torch.float32).plan(slab.keys, window)
     assert plan.alone is not None
-    assert [read.count for read in plan.apart] == ([count] if count > layout.ALONE_ROWS_MAX else [])
+    assert [read.count for read in plan.apart] == ([count] if count > layout.ALONE_FLOAT32_ROWS_MAX else [])
     expected = attend(queries[:, 1:].double(), slab.keys[:, 3:33].double(), slab.values[:, 3:33].double(), window)
     torch.testing.assert_close(got[1:].double(), expected.transpose(0, 1).reshape(count, -1), rtol=0, atol=1e-5)
 

@@ -55,7 +55,7 @@ def step(block: Block, slab: KvSlab, parts: Sequence[tuple[Extent, int, Tensor]]
     segments = [Segment(extent, position, len(x)) for extent, position, x in parts]
     x = torch.cat([x for _, _, x in parts])
     block.check(x, slab, segments)
-    layout = Layout(segments, CPU)
+    layout = Layout(segments, CPU, slab.keys.dtype)
     rows = block.run(x, slab, layout, block.rotations_of(layout))
     for extent, position, x in parts:
         extent.length = position + len(x)
@@ -101,7 +101,7 @@ def plan_of(lengths: Lengths, pieces: Sequence[int], chunk: int | None = None) -
     keys = torch.empty(8, tokens, 128, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "SUPPORTED", frozenset())  # no groups are needed where rows are attended alone
-        return Layout(segments, CPU).plan(keys, 0), layouts.GROUP_BYTES_MAX // (4 * 8 * 128)
+        return Layout(segments, CPU, keys.dtype).plan(keys, 0), layouts.GROUP_BYTES_MAX // (4 * 8 * 128)
 
 
 @given(st.lists(st.tuples(st.integers(3, 200), st.integers(1, 2)), min_size=1, max_size=40), st.integers(0, 80))
@@ -153,7 +153,9 @@ def test_scores_of_a_group_are_in_float32(kinds: tuple[int, int, int]) -> None:
     slab.keys.copy_(4 * torch.randn(slab.keys.shape, generator=generator))
     slab.values.copy_(torch.randn(slab.values.shape, generator=generator))
     queries = (4 * torch.randn(nq, 4, width, generator=generator)).bfloat16()
-    layout = Layout([Segment(extent, n - 1, 1) for extent, n in zip(extents, lengths, strict=True)], CPU)
+    layout = Layout(
+        [Segment(extent, n - 1, 1) for extent, n in zip(extents, lengths, strict=True)], CPU, torch.bfloat16
+    )
     got = attend_batch(queries, slab, layout, 0).view(4, nq, width).double()
     assert layout.plan(slab.keys, 0).groups
     for row, (extent, length) in enumerate(zip(extents, lengths, strict=True)):
@@ -167,6 +169,6 @@ def test_a_segment_must_fit_its_extent() -> None:
     extents, _ = scattered([8], [2])
     assert extents[0].places(2, 7) == [(9, 2), (3, 3)]
     with pytest.raises(ValueError, match="do not fit"):
-        Layout([Segment(extents[0], 0, 9)], CPU)
+        Layout([Segment(extents[0], 0, 9)], CPU, torch.float32)
     with pytest.raises(ValueError, match="cached"):
         extents[0].truncate(1)

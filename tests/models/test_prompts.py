@@ -125,11 +125,11 @@ def test_prompts_of_a_batch_go_to_the_kernel(transposed: bool, monkeypatch: pyte
     slab = KvSlab(config, 512, torch.float32, torch.device("cpu"))
     slab.keys.copy_(random(*slab.keys.shape))
     slab.values.copy_(random(*slab.values.shape))
-    queries = random(50, 4, 16).transpose(0, 1) if transposed else random(4, 50, 16)
-    segments = [Segment(Extent([Run(0, 100, 64)], 20), 20, 9), Segment(Extent([Run(0, 10, 20)], 19), 19, 1)]
+    queries = random(59, 4, 16).transpose(0, 1) if transposed else random(4, 59, 16)
+    segments = [Segment(Extent([Run(0, 100, 64)], 20), 20, 18), Segment(Extent([Run(0, 10, 20)], 19), 19, 1)]
     segments.append(Segment(Extent([Run(0, 200, 30), Run(30, 300, 60)], 45), 45, 40))
     for window in (0, 13):
-        got, row = attend_batch(queries, slab, Layout(segments, torch.device("cpu")), window), 0
+        got, row = attend_batch(queries, slab, Layout(segments, torch.device("cpu"), torch.float32), window), 0
         for segment in segments:
             places = segment.extent.places(0, segment.position + segment.count)
             own = [torch.cat([kv[:, at : at + n] for at, n in places], 1).double() for kv in (slab.keys, slab.values)]
@@ -137,7 +137,7 @@ def test_prompts_of_a_batch_go_to_the_kernel(transposed: bool, monkeypatch: pyte
             mine = got[row : row + segment.count].double()
             torch.testing.assert_close(mine, exact.reshape(segment.count, -1), rtol=0, atol=1e-5)
             row += segment.count
-    assert calls == [range(9), range(10, 50)] * 2
+    assert calls == [range(18), range(19, 59)] * 2
 
 
 def test_what_does_not_fit_is_refused() -> None:

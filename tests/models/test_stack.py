@@ -13,14 +13,14 @@ from models import kernels, stack
 from models.blocks import Block
 from models.config import BlockConfig, RopeConfig
 from models.errors import ModelError
-from models.few_rows import FLOAT_ROWS_MAX
+from models.few_rows import FLOAT_ROWS_MAX, INT8_ROWS_MAX
 from models.int8 import quantise_block
-from models.layout import ALONE_ROWS_MAX, Layout, Segment
+from models.layout import ALONE_FLOAT32_ROWS_MAX, ALONE_ROWS_MAX, Layout, Segment
 from models.pages import Extent, Kvs, KvSlab, Run
 from models.rope import Rotary
 from models.stack import Stack
 
-CPU, WIDTH, CAPACITY = torch.device("cpu"), 64, 2048
+CPU, WIDTH, CAPACITY = torch.device("cpu"), 64, 8192
 LLAMA = BlockConfig("llama", WIDTH, 96, 4, 2, 16, 1e-5, 512, RopeConfig(1e4))
 QWEN3 = replace(LLAMA, family="qwen3", qk_norm=True)
 CONFIGS = {
@@ -63,7 +63,7 @@ def segments(counts: tuple[int, ...]) -> list[Segment]:
     made = []
     for index, count in enumerate(counts):
         if index % 2:
-            runs = [Run(0, 80 * index, 10), Run(10, 1700 + 16 * index, 16)]
+            runs = [Run(0, 80 * index, 10), Run(10, 5400 + 40 * index, 40)]
             made.append(Segment(Extent(runs, 9), 9, count))
         else:
             made.append(Segment(Extent([Run(0, 80 * index, 60)], 40), 40, count))
@@ -72,7 +72,7 @@ def segments(counts: tuple[int, ...]) -> list[Segment]:
 
 def one_by_one(blocks: list[Block], x: torch.Tensor, kvs: list[KvSlab], where: list[Segment]) -> torch.Tensor:
     with torch.inference_mode():
-        layout = Layout(where, CPU)
+        layout = Layout(where, CPU, blocks[0].dtype)
         for each, kv in zip(blocks, kvs, strict=True):
             x = each.run(x, kv, layout, each.rotations_of(layout))
     return x
@@ -165,13 +165,20 @@ def test_blocks_of_several_kinds_take_their_own_rotations_and_windows(monkeypatc
 
 @pytest.mark.skipif("float32" not in kernels.SUPPORTED, reason="this processor has no kernels")
 @pytest.mark.parametrize(
-    "counts", [(ALONE_ROWS_MAX + 1,), (2, ALONE_ROWS_MAX + 1), (1,) * (FLOAT_ROWS_MAX + 1)], ids=str
+    ("precision", "most"),
+    [("float32", ALONE_FLOAT32_ROWS_MAX), ("int8", ALONE_FLOAT32_ROWS_MAX), ("bfloat16", ALONE_ROWS_MAX)],
 )
-def test_more_rows_go_block_by_block(counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks, calls = [block(LLAMA, "float32", seed) for seed in (0, 50)], Calls(monkeypatch)
-    x, where = random((sum(counts), WIDTH), 5), segments(counts)
-    assert torch.equal(run(Stack(blocks), x, slabs(blocks), where), one_by_one(blocks, x, slabs(blocks), where))
-    assert calls.count == 0
+def test_more_rows_go_block_by_block(precision: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if precision not in PRECISIONS:
+        pytest.skip("this processor has no kernels for it")
+    blocks, calls = [block(LLAMA, precision, seed) for seed in (0, 50)], Calls(monkeypatch)
+    rows_max = FLOAT_ROWS_MAX if precision != "int8" else INT8_ROWS_MAX
+    for counts, at_once in (((2, most), 1), ((most + 1,), 0), ((2, most + 1), 0), ((1,) * (rows_max + 1), 0)):
+        x, where = random((sum(counts), WIDTH), 5).to(blocks[0].dtype), segments(counts)
+        expected = one_by_one(blocks, x, slabs(blocks), where)
+        calls.count = 0
+        assert torch.equal(run(Stack(blocks), x, slabs(blocks), where), expected)
+        assert calls.count == at_once, counts
 
 
 @pytest.mark.skipif("float32" not in kernels.SUPPORTED, reason="this processor has no kernels")

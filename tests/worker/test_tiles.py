@@ -51,7 +51,7 @@ def tile(heads: int, kv_heads: int, width: int, tokens: int, window: int) -> tup
     for at in range(first, tokens):  # what no query may see is no number
         place = extent.places(at, at + 1)[0][0]
         slab.keys[:, place], slab.values[:, place] = keys[:, at], values[:, at]
-    layout = Layout([Segment(extent, tokens - 3, 3)], CPU)
+    layout = Layout([Segment(extent, tokens - 3, 3)], CPU, torch.float32)
     expected = attend(queries, keys, values, window).transpose(0, 1).reshape(TILE_ROWS, -1)
     return attend_tile(queries, slab, layout, window), expected
 
