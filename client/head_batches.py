@@ -4,8 +4,7 @@ Reading the head's weights is most of what a token costs at the client, and sixt
 So requests that wait for logits share a product; whoever finds nobody computing does it, for itself and for all who
 wait. What one request's `choose` raises is raised to that request alone.
 
-A product's last bits depend on how many rows it has. Where that must not be seen, requests are computed apart, and
-products always have as many.
+A product's last bits depend on how many rows it has. Where that must not be seen, rows are computed apart.
 
 Invariant: each entry is chosen once, whoever is cancelled and whatever fails. It starts no task, and knows neither
 sessions nor text.
@@ -59,12 +58,13 @@ class _Entry:
 class HeadBatches:
     """One for all requests of a model. Batches of up to `rows_inline` rows are computed on the event loop.
 
-    `tile_rows`, of products in which a row's place does not show, where a row's bits shall depend on nothing but the
-    row (0: they may). Logits are then computed only as they are read, so that guesses that fail cost nothing here.
+    `apart`: a row's bits shall depend on nothing but the row. Logits are then computed only as they are read, so that
+    guesses that fail cost nothing here.
     """
 
-    def __init__(self, ends: Ends, run_sync: RunSync = inline, rows_inline: int = 0, tile_rows: int = 0) -> None:
-        self._products = _Apart(ends, tile_rows) if tile_rows else _Together(ends)
+    def __init__(self, ends: Ends, run_sync: RunSync = inline, rows_inline: int = 0, apart: bool = False) -> None:
+        self._ends = ends
+        self._logits: Logits = _apart if apart else _together
         self._run_sync = run_sync
         self._rows_inline = rows_inline
         self._requests = 0
@@ -81,7 +81,7 @@ class HeadBatches:
 
     def embed(self, ids: Sequence[int]) -> Tensor:
         """[T, d], of a prompt, which waits for nobody. It may take long."""
-        return self._products.embed(ids)
+        return self._ends.embed(ids)
 
     async def join(self, hidden: Tensor, choose: Choose) -> Tensor | None:
         """Logits for `hidden` [n, d], of the next batch, go to `choose`; gives the embedding [k, d] of the ids that it
@@ -108,9 +108,9 @@ class HeadBatches:
                 rows += len(self._waiting[0].hidden)
                 batch.append(self._waiting.pop(0))
             if rows <= self._rows_inline:
-                _compute(self._products, batch)
+                _compute(self._ends, self._logits, batch)
             else:
-                await self._run_sync(lambda: _compute(self._products, batch))
+                await self._run_sync(lambda: _compute(self._ends, self._logits, batch))
         finally:
             # When the product failed that is this request's error, and the others try again without it.
             self._waiting[:0] = [entry for entry in batch if not entry.done]
@@ -120,47 +120,27 @@ class HeadBatches:
             await trio.lowlevel.cancel_shielded_checkpoint()
 
 
-class _Together:
-    """One product for all rows."""
-
-    def __init__(self, ends: Ends) -> None:
-        self._ends = ends
-
-    def logits(self, hiddens: Sequence[Tensor]) -> Sequence[Iterable[Tensor]]:
-        """For each [n, d] its n rows of logits."""
-        logits = self._ends.logits(hiddens[0] if len(hiddens) == 1 else torch.cat(list(hiddens)))
-        return torch.split(logits, [len(hidden) for hidden in hiddens])
-
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        return self._ends.embed(ids)
+Logits = Callable[[Ends, Sequence[Tensor]], Sequence[Iterable[Tensor]]]
 
 
-class _Apart:
-    """For each row of logits a product, when it is asked for. Embeddings in tiles of always as many rows, which cost
-    little more than one."""
-
-    def __init__(self, ends: Ends, rows: int) -> None:
-        self._ends = ends
-        self._rows = rows
-
-    def logits(self, hiddens: Sequence[Tensor]) -> Sequence[Iterable[Tensor]]:
-        return [(self._ends.logits(row[None])[0] for row in hidden) for hidden in hiddens]
-
-    def embed(self, ids: Sequence[int]) -> Tensor:
-        parts = [ids[start : start + self._rows] for start in range(0, len(ids), self._rows)]
-        return torch.cat([self._tile(part) for part in parts])
-
-    def _tile(self, ids: Sequence[int]) -> Tensor:
-        return self._ends.embed((*ids, *[ids[0]] * (self._rows - len(ids))))[: len(ids)]
+def _together(ends: Ends, hiddens: Sequence[Tensor]) -> Sequence[Iterable[Tensor]]:
+    """For each [n, d] its n rows of logits, in one product for all rows."""
+    logits = ends.logits(hiddens[0] if len(hiddens) == 1 else torch.cat(list(hiddens)))
+    return torch.split(logits, [len(hidden) for hidden in hiddens])
 
 
-def _compute(products: _Together | _Apart, batch: list[_Entry]) -> None:
+def _apart(ends: Ends, hiddens: Sequence[Tensor]) -> Sequence[Iterable[Tensor]]:
+    """The same, for each row a product when it is asked for."""
+    return [(ends.logits(row[None])[0] for row in hidden) for hidden in hiddens]
+
+
+def _compute(ends: Ends, logits: Logits, batch: list[_Entry]) -> None:
     """The logits of all, what is chosen by them, and the embeddings of that."""
     if fresh := [entry for entry in batch if entry.ids is None]:
-        for entry, rows in zip(fresh, products.logits([entry.hidden for entry in fresh]), strict=True):
+        for entry, rows in zip(fresh, logits(ends, [entry.hidden for entry in fresh]), strict=True):
             entry.ids = outcome.capture(entry.choose, rows)
     ids = [entry.ids.value if isinstance(entry.ids, outcome.Value) else () for entry in batch]
-    following = products.embed([token for own in ids for token in own]) if any(ids) else None
+    following = ends.embed([token for own in ids for token in own]) if any(ids) else None
     start = 0
     for entry, own in zip(batch, ids, strict=True):
         if following is not None and own:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from client.page_keys import SECRET_BYTES
 from client.tensors import DTYPES
-from equivariant.ends import ClientEnds
+from equivariant.ends import ClientEnds, FoldedEnds
 from equivariant.families import DeploymentSecrets, sealed_config
 from equivariant.keys import RootKey
 from equivariant.seal import seal_block
@@ -36,15 +36,16 @@ class Sealer:
 
     checkpoint: Checkpoint
     dtype: str
+    deployment: DeploymentId
     secrets: DeploymentSecrets | None
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, dtype: str, key: RootKey | None, deployment: DeploymentId) -> Sealer:
-        """Derive what all blocks share; seconds for a wide model. Raises as `require_sealable`."""
+        """Raises as `require_sealable`."""
         require_sealable(checkpoint.config, dtype, key is not None)
         width = checkpoint.config.hidden_size
-        secrets = None if key is None else DeploymentSecrets.derive(key, deployment, width)
-        return cls(checkpoint, dtype, secrets)
+        secrets = None if key is None else DeploymentSecrets(key, deployment, width)
+        return cls(checkpoint, dtype, deployment, secrets)
 
     def block(self, index: int) -> tuple[dict[str, Tensor], BlockConfig]:
         """The tensors of shard `index` and the config that a worker runs them with."""
@@ -61,11 +62,19 @@ class Sealer:
         """What the names of KV pages are keyed with (client/page_keys.py); None in the plain tier, which has no key."""
         return None if self.secrets is None else self.secrets.stream.derive(None, "pages").read(SECRET_BYTES)
 
-    def ends(self) -> ClientEnds:
-        """Embedding, final norm and head: what stays here. The head's weights are as exact as the blocks'."""
-        rotation = None if self.secrets is None else self.secrets.rotation
-        ends, eps = self.checkpoint.ends(), self.checkpoint.config.rms_norm_eps
-        return ClientEnds.open(ends, eps, rotation, torch.float32, DTYPES[self.dtype])
+    def folded(self) -> FoldedEnds | None:
+        """What `ends` are opened from, V d^2 products for each table (seconds to a minute); None in the plain tier,
+        where that is the checkpoint's own. In bfloat16 unless the blocks are exact: int8 rounds more."""
+        if self.secrets is None:
+            return None
+        dtype = torch.float32 if self.dtype == "float32" else torch.bfloat16
+        return FoldedEnds.of(self.checkpoint.ends(), self.secrets.rotation, dtype)
+
+    def ends(self, folded: FoldedEnds | None = None) -> ClientEnds:
+        """Embedding, final norm and head: what stays here. The head's weights are as exact as the blocks'. `folded`: as
+        it was kept."""
+        ends = folded or self.folded() or self.checkpoint.ends()
+        return ClientEnds.open(ends, self.checkpoint.config.rms_norm_eps, torch.float32, DTYPES[self.dtype])
 
 
 def require_sealable(config: ModelConfig, dtype: str, sealed: bool) -> None:

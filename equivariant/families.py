@@ -11,6 +11,7 @@ sealing one block needs no other. This module draws secrets and multiplies nothi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -75,19 +76,18 @@ class BlockSecrets:
         )
 
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
 class DeploymentSecrets:
     """The keyed stream of a deployment and the rotation [d, d] of its residual stream. Whoever has the root key derives
     those of every deployment under it: ids are no secret."""
 
-    stream: KeyStream
-    rotation: Tensor
+    def __init__(self, root: RootKey, deployment_id: bytes, hidden_size: int) -> None:
+        self.stream = KeyStream(root, deployment_id)
+        self._hidden_size = hidden_size
 
-    @classmethod
-    def derive(cls, root: RootKey, deployment_id: bytes, hidden_size: int) -> DeploymentSecrets:
-        """Draw the rotation; a QR of [d, d], seconds at d = 4096."""
-        stream = KeyStream(root, deployment_id)
-        return cls(stream, stream.derive(None, "residual").orthogonal(hidden_size))
+    @cached_property
+    def rotation(self) -> Tensor:
+        """Drawn when it is first asked for: a QR of [d, d], seconds at d = 4096."""
+        return self.stream.derive(None, "residual").orthogonal(self._hidden_size)
 
     def block(self, config: BlockConfig, index: int) -> BlockSecrets:
         """The secrets of block `index`, whose plain form is `config`."""

@@ -25,7 +25,7 @@ except ImportError:  # no compiler was there when sotto was installed, or its wo
 
 compiled = _kernels
 _HAS_ADDRESSES = all(hasattr(torch.ops.mkldnn, name) for name in ("data_ptr", "_nbytes"))  # private, as packing is
-_INTERFACE = 3  # of the compiled functions: those of another state of the code are not called
+_INTERFACE = 4  # of the compiled functions: those of another state of the code are not called
 _CALLABLE = _HAS_ADDRESSES and getattr(compiled, "INTERFACE", None) == _INTERFACE
 SUPPORTED = frozenset(compiled.SUPPORTED.split()) if _CALLABLE else frozenset()
 ROWS_MAX = compiled.ROWS_MAX if _CALLABLE else 0  # of a product

@@ -77,14 +77,6 @@ def own_columns(product: Tensor, start: int, end: int) -> Tensor:
 
 
 @torch.inference_mode()
-def place_shows(product: Linear, rows: int) -> bool:
-    """Whether a row's bits depend on where it lies among `rows` rows."""
-    probe = torch.linspace(-1.0, 1.0, product.in_features, dtype=product.dtype, device=product.device)
-    alike = product(probe.repeat(rows, 1))
-    return not torch.equal(alike, alike[:1].expand_as(alike))
-
-
-@torch.inference_mode()
 def _pack(weight: Tensor) -> Tensor | None:
     """`weight` in oneDNN's layout; None where that cannot be had."""
     if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or not HAS_ONEDNN:

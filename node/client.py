@@ -37,6 +37,7 @@ from node.choosing import Choosing, shipped_ranking
 from node.defaults import KV_TOKENS
 from node.draft import Draft
 from node.grants import Grants, Token
+from node.kept_ends import folded_ends
 from node.links import Inflow, note_links, read_links
 from node.measuring import time_ends
 from node.model import DeployedModel, head_batches_of
@@ -118,9 +119,10 @@ class Loaded:
     page_secret: bytes | None
 
     @classmethod
-    def of(cls, sealer: Sealer) -> Loaded:
+    def of(cls, sealer: Sealer, data_dir: Path) -> Loaded:
         """Reads GBs where a model is large: call it in a thread."""
-        ends, tokenizer = sealer.ends(), Tokenizer.open(sealer.checkpoint.tokenizer_file)
+        ends = sealer.ends(folded_ends(data_dir, sealer))
+        tokenizer = Tokenizer.open(sealer.checkpoint.tokenizer_file)
         tier = "plain" if sealer.secrets is None else "ee"
         return cls(ends, tokenizer, time_ends(ends), tier, sealer.page_secret())
 
@@ -204,7 +206,13 @@ class Client:
         """Seal `model` into the data folder, or find it there from an earlier run."""
         place = sealed_place(self.options.data_dir / "sealed", model, dtype, key)
         fresh, started = not place.exists(), self.ports.clock.monotonic()
-        work = partial(seal_into, place, model, dtype, key, self._owner.peer, progress)
+
+        def work() -> SealedFolder:
+            folder = seal_into(place, model, dtype, key, self._owner.peer, progress)
+            if fresh:
+                folded_ends(self.options.data_dir, folder.sealer(model, key))
+            return folder
+
         folder = await trio.to_thread.run_sync(work, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; a seal resumes
         if fresh:
             weights = ModelNeeds.of_configs(model.config.blocks, dtype, 1).block_bytes
@@ -350,7 +358,10 @@ class Client:
         priced_as: _Priced,
         source: Sealer | Loaded,
     ) -> DeployedModel:
-        loaded = source if isinstance(source, Loaded) else await trio.to_thread.run_sync(Loaded.of, source)
+        if isinstance(source, Loaded):
+            loaded = source
+        else:
+            loaded = await trio.to_thread.run_sync(Loaded.of, source, self.options.data_dir)
         where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=loaded.client_s)
         spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
         predicted = priced(priced_as.view, priced_as.needs, spans, where)

@@ -77,15 +77,19 @@ def _link(name: str, path: Path, data: bytes) -> None:
 def read_private(path: Path) -> bytes:
     """The content of a secret file. Raises InputError when others may read it, or it is not there."""
     try:
-        mode = path.stat().st_mode
         data = path.read_bytes()
+        require_private(path)
     except FileNotFoundError:
         raise InputError(f"there is no {path}") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    if mode & 0o077:
-        raise InputError(f"{path} can be read by others: run 'chmod 600 {path}' and consider it known")
     return data
+
+
+def require_private(path: Path) -> None:
+    """Raises InputError when others may read the file, OSError when it cannot be asked."""
+    if path.stat().st_mode & 0o077:
+        raise InputError(f"{path} can be read by others: run 'chmod 600 {path}' and consider it known")
 
 
 def parse_bytes(text: str) -> int:

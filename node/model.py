@@ -302,7 +302,7 @@ class DeployedModel:
         # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
         batches = None if strategy.speculation == "draft" else self.head_batches
         if strategy.deterministic:
-            batches = HeadBatches(self.ends, in_thread, tile_rows=self.ends.tile_rows)
+            batches = HeadBatches(self.ends, in_thread, apart=True)
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, batches)
 
     def terms(self, kv_tokens: int, strategy: Strategy) -> SessionTerms:

@@ -125,5 +125,7 @@ PyObject *gate(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *turn(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *mix(PyObject *, PyObject *const *, Py_ssize_t);
 PyObject *run_blocks(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *shorten(PyObject *, PyObject *const *, Py_ssize_t);
+PyObject *lengthen(PyObject *, PyObject *const *, Py_ssize_t);
 
 #endif

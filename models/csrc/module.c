@@ -1,8 +1,8 @@
-/* The module `models._kernels`: what models/kernels.py, few_rows.py and stack.py call. */
+/* The module `models._kernels`: what models/kernels.py, few_rows.py, stack.py and blockwise.py call. */
 
 #include "kernels.h"
 
-#define INTERFACE 3 /* of the functions below: kernels.py asks for the same */
+#define INTERFACE 4 /* of the functions below: kernels.py asks for the same */
 
 #ifdef HAS_KERNELS
 
@@ -50,6 +50,8 @@ static PyMethodDef methods[] = {
     METHOD("turn", turn),
     METHOD("mix", mix),
     METHOD("run_blocks", run_blocks),
+    METHOD("shorten", shorten),
+    METHOD("lengthen", lengthen),
     {NULL, NULL, 0, NULL},
 };
 

@@ -23,12 +23,13 @@ def seal(
 ) -> None:
     """Seal a model block by block. Interrupt it at any time: run it again and it goes on.
 
-    Embedding, final norm, head and tokenizer stay with the model you name; the folder holds sealed blocks only.
+    Embedding, final norm, head and tokenizer stay on this machine; the folder holds sealed blocks only.
     """
     with errors(as_json):
         import time
 
         from node.identity import load_identity
+        from node.kept_ends import folded_ends
         from node.keys import key_of
         from node.paths import data_dir as folder
         from node.sealing import seal_into, sealed_place
@@ -41,6 +42,7 @@ def seal(
         started = time.monotonic()
         with progress_bar("sealing", bytes_=False, quiet=as_json) as update:
             sealed = seal_into(output, checkpoint, check_dtype(dtype), root, owner.peer, update)
+            folded_ends(folder(data_dir), sealed.sealer(checkpoint, root))
         _, manifest = sealed.manifest(owner)
         summary = {
             "folder": str(output),

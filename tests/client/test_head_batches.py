@@ -217,8 +217,8 @@ def test_a_product_that_fails_costs_one_request_and_the_others_try_again() -> No
     virtual(main)
 
 
-@pytest.mark.parametrize("tile", [0, 16])
-def test_an_embedding_that_fails_costs_one_request_and_the_others_are_not_chosen_again(tile: int) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_an_embedding_that_fails_costs_one_request_and_the_others_are_not_chosen_again(apart: bool) -> None:
     class Forgetful(Ends):
         """Has no memory for its first embedding."""
 
@@ -232,7 +232,7 @@ def test_an_embedding_that_fails_costs_one_request_and_the_others_are_not_chosen
             return hidden @ self.head.T
 
     async def main() -> None:
-        batches, chosen, failed = HeadBatches(Forgetful(), tile_rows=tile), list[int](), list[int]()
+        batches, chosen, failed = HeadBatches(Forgetful(), apart=apart), list[int](), list[int]()
 
         async def request(index: int) -> None:
             def choose(logits: Iterable[Tensor]) -> list[int]:
@@ -286,17 +286,3 @@ def test_whoever_is_cancelled_leaves_the_others_theirs(who: int) -> None:
         assert not batches._waiting
 
     virtual(main)
-
-
-@pytest.mark.parametrize("tile", [1, 16])
-def test_apart_a_row_is_embedded_in_products_of_one_shape(tile: int) -> None:
-    class Shaped(Ends):
-        """Its embeddings tell the number of rows."""
-
-        def embed(self, ids: Sequence[int]) -> Tensor:
-            return torch.tensor([[float(token), len(ids)] for token in ids])
-
-    batches = HeadBatches(Shaped(), tile_rows=tile)
-    rows = torch.cat([batches.embed(range(40)), batches.embed([3]), batches.embed(range(5, 22))])
-    assert rows[:, 0].tolist() == [*range(40), 3, *range(5, 22)]
-    assert set(rows[:, 1].tolist()) == {float(tile)}

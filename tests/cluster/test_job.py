@@ -12,7 +12,7 @@ import trio
 
 from client.placement import ModelNeeds
 from client.sealing import Sealer
-from equivariant.ends import ClientEnds
+from equivariant.ends import ClientEnds, FoldedEnds
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.tokenizer import Tokenizer
@@ -39,9 +39,9 @@ def test_a_killed_worker_does_not_end_a_job(tmp_path: Path, monkeypatch: pytest.
     """Where there is no more room than it takes: what is left stays where it is, and so does the model's head here."""
     on_the_loop, ends = list[bool](), Sealer.ends
 
-    def noted(sealer: Sealer) -> ClientEnds:
+    def noted(sealer: Sealer, folded: FoldedEnds | None) -> ClientEnds:
         on_the_loop.append(trio.lowlevel.in_trio_run())
-        return ends(sealer)
+        return ends(sealer, folded)
 
     monkeypatch.setattr(Sealer, "ends", noted)
     model = make_checkpoint(tmp_path / "m", num_hidden_layers=4, hidden_size=256, intermediate_size=512)

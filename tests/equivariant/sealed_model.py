@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equivariant.ends import ClientEnds
+from equivariant.ends import ClientEnds, FoldedEnds
 from equivariant.families import DeploymentSecrets
 from equivariant.keys import RootKey
 from equivariant.seal import seal_block
@@ -31,13 +31,13 @@ class SealedModel:
     ) -> SealedModel:
         """Blocks sealed with the test key; ends opened with the same secrets, or with `opened_with`."""
         config = checkpoint.config
-        secrets = DeploymentSecrets.derive(ROOT, DEPLOYMENT, config.blocks[0].hidden_size)
+        secrets = DeploymentSecrets(ROOT, DEPLOYMENT, config.blocks[0].hidden_size)
         blocks = []
         for index, block in enumerate(config.blocks):
             tensors, sealed = seal_block(checkpoint.block(index), block, secrets, index, dtype)
             blocks.append(Block(sealed, tensors))
-        rotation = (opened_with or secrets).rotation
-        return cls(ClientEnds.open(checkpoint.ends(), config.rms_norm_eps, rotation, dtype), blocks)
+        folded = FoldedEnds.of(checkpoint.ends(), (opened_with or secrets).rotation, dtype)
+        return cls(ClientEnds.open(folded, config.rms_norm_eps, dtype), blocks)
 
     def caches(self, tokens: int) -> list[KvCache]:
         return [KvCache(block.config, tokens, block.dtype) for block in self.blocks]

@@ -24,7 +24,7 @@ CONFIGS = {
     "qwen2": tiny_config("qwen2", **SIZES),
     "qwen3": tiny_config("qwen3", **SIZES),
 }
-SECRETS = DeploymentSecrets.derive(RootKey.from_bytes(bytes(range(32))), bytes(16), 128)
+SECRETS = DeploymentSecrets(RootKey.from_bytes(bytes(range(32))), bytes(16), 128)
 
 
 def draw(*shape: int) -> Tensor:

@@ -89,7 +89,7 @@ def test_teacher_forced_choices_are_identical(checkpoint: Checkpoint) -> None:
 
 
 def test_ends_opened_with_another_key_answer_garbage(checkpoint: Checkpoint) -> None:
-    other = DeploymentSecrets.derive(ROOT, DEPLOYMENT[::-1], checkpoint.config.blocks[0].hidden_size)
+    other = DeploymentSecrets(ROOT, DEPLOYMENT[::-1], checkpoint.config.blocks[0].hidden_size)
     ids = prompts(checkpoint, 2, 40)
     right = all_logits(LocalModel(checkpoint), ids)
     wrong = all_logits(SealedModel.seal(checkpoint, opened_with=other), ids)

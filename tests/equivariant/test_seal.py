@@ -27,7 +27,7 @@ from models.errors import CheckpointError, ModelError, UnsupportedModel
 from tests.equivariant.reference import forward, random_block, tiny_config
 
 ROOT = RootKey.from_bytes(bytes(range(32)))
-SECRETS = DeploymentSecrets.derive(ROOT, bytes(range(16)), 32)
+SECRETS = DeploymentSecrets(ROOT, bytes(range(16)), 32)
 ALL_BIASES: dict[str, Any] = dict.fromkeys(("q_bias", "k_bias", "v_bias", "o_bias", "mlp_bias"), True)
 PLAIN_ROPE = RopeConfig(10000.0)
 VARIANTS: dict[str, BlockConfig] = {
@@ -120,7 +120,7 @@ def secret_tensors(secrets: BlockSecrets) -> dict[str, Tensor]:
 
 def test_sealing_twice_draws_the_same_secrets() -> None:
     config = VARIANTS["qwen3"]
-    again = DeploymentSecrets.derive(ROOT, bytes(range(16)), 32)
+    again = DeploymentSecrets(ROOT, bytes(range(16)), 32)
     first, second = secret_tensors(SECRETS.block(config, 3)), secret_tensors(again.block(config, 3))
     assert first.keys() == second.keys()
     for name in first:
@@ -133,7 +133,7 @@ def test_other_places_have_unrelated_secrets(changed: str) -> None:
     config = tiny_config("qwen3", num_heads=8, num_kv_heads=8, intermediate_size=64)
     root = RootKey.from_bytes(bytes(32)) if changed == "root" else ROOT
     deployment = bytes(16) if changed == "deployment" else bytes(range(16))
-    other = DeploymentSecrets.derive(root, deployment, 32)
+    other = DeploymentSecrets(root, deployment, 32)
     first = secret_tensors(SECRETS.block(config, 3))
     second = secret_tensors(other.block(config, 4 if changed == "block" else 3))
     for name in first:
@@ -150,7 +150,7 @@ def test_a_block_is_sealed_the_same_whoever_is_sealed_before_it() -> None:
     config = VARIANTS["llama"]
     blocks = [random_block(config, seed) for seed in range(4)]
     forwards = [seal_block(block, config, SECRETS, i, torch.float64)[0] for i, block in enumerate(blocks)]
-    alone = DeploymentSecrets.derive(ROOT, bytes(range(16)), 32)
+    alone = DeploymentSecrets(ROOT, bytes(range(16)), 32)
     for i in (3, 1):
         sealed, _ = seal_block(blocks[i], config, alone, i, torch.float64)
         for name in sealed:
@@ -164,7 +164,7 @@ def test_a_wrong_key_gives_garbage(name: str, wrong: str) -> None:
     plain = random_block(config, 1)
     sealed, form = seal_block(plain, config, SECRETS, 0, torch.float64)
     root = RootKey.from_bytes(bytes(32)) if wrong == "root" else ROOT
-    other = DeploymentSecrets.derive(root, bytes(16) if wrong == "deployment" else bytes(range(16)), 32)
+    other = DeploymentSecrets(root, bytes(16) if wrong == "deployment" else bytes(range(16)), 32)
     expected = forward(config, plain, x)
     assert relative(forward(form, sealed, x @ other.rotation) @ other.rotation.T, expected) > 0.5
     assert relative(forward(form, sealed, x @ SECRETS.rotation) @ other.rotation.T, expected) > 0.5
@@ -276,7 +276,7 @@ def test_a_block_with_a_missing_or_misshapen_matrix_is_refused() -> None:
 
 def test_secrets_of_another_width_are_refused() -> None:
     config = VARIANTS["llama"]
-    other = DeploymentSecrets.derive(ROOT, bytes(16), 16)
+    other = DeploymentSecrets(ROOT, bytes(16), 16)
     with pytest.raises(ValueError, match="hidden size 16"):
         seal_block(random_block(config, 1), config, other, 0)
 

@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from client import tensors
 from client.tensors import all_finite
+from models import blockwise
 from models.blockwise import from_blocks, to_blocks
+from models.kernels import SUPPORTED
 from protocol.tensors import INT8_BLOCKS, WIRE_BLOCK, Payload, TensorHeader
 from worker import payloads
+
+needs_kernels = pytest.mark.skipif("float32" not in SUPPORTED, reason="no compiled kernels here")
 
 
 @settings(max_examples=60, deadline=None)
@@ -28,6 +32,35 @@ def test_a_number_is_off_by_a_hundredth_of_its_blocks_largest(rows: int, width: 
         block = slice(start, start + WIRE_BLOCK)
         largest = x[:, block].abs().amax(1, keepdim=True)
         assert bool(((got - x)[:, block].abs() <= 0.01 * largest).all())
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 15, 16, 63, 64, 65, 130, 768])
+def test_compiled_they_have_the_same_bits(dtype: torch.dtype, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(7, width, generator=torch.Generator().manual_seed(width)) * torch.logspace(-34, 36, 7)[:, None]
+    x[3, width // 2] = 0.0
+    x[4] = 0.0
+    x[5] = torch.arange(width) % 9 - 4.0  # ties between two levels
+    x = x.to(dtype)
+    compiled = to_blocks(x, WIRE_BLOCK)
+    got = [from_blocks(compiled, (7, width), WIRE_BLOCK, *span) for span in ((0, None), (2, 5), (6, 7))]
+    assert to_blocks(x.t().contiguous().t(), WIRE_BLOCK) == compiled, "rows that do not lie one after another"
+    monkeypatch.setattr(blockwise, "has_kernels", lambda _: False)
+    monkeypatch.setattr(blockwise, "SUPPORTED", frozenset())
+    assert to_blocks(x, WIRE_BLOCK) == compiled
+    want = [from_blocks(compiled, (7, width), WIRE_BLOCK, *span) for span in ((0, None), (2, 5), (6, 7))]
+    assert all(map(torch.equal, got, want))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("rows", "start", "count", "spare"), [(2, 0, 2, 1), (2, 0, 2, -1), (2, 1, 2, 0), (2, -1, 1, 0)]
+)
+def test_bytes_that_are_not_there_are_not_read(rows: int, start: int, count: int, spare: int) -> None:
+    y, data = torch.zeros(4, 70), bytes(rows * (2 * 2 + 70) + spare)
+    with pytest.raises(ValueError, match="2 rows of 70 numbers"):
+        blockwise.compiled.lengthen(y.data_ptr(), rows, 70, start, count, data)
 
 
 def test_a_row_is_its_own() -> None:
