@@ -63,11 +63,11 @@ class Sealer:
         return None if self.secrets is None else self.secrets.stream.derive(None, "pages").read(SECRET_BYTES)
 
     def folded(self) -> FoldedEnds | None:
-        """What `ends` are opened from, V d^2 products for each table (seconds to a minute); None in the plain tier,
-        where that is the checkpoint's own. In bfloat16 unless the blocks are exact: int8 rounds more."""
+        """What `ends` are opened from, V d^2 products for each table (seconds to minutes); None in the plain tier,
+        where that is the checkpoint's own. In bfloat16 where the blocks round as much or more, else in float32."""
         if self.secrets is None:
             return None
-        dtype = torch.float32 if self.dtype == "float32" else torch.bfloat16
+        dtype = torch.bfloat16 if self.dtype in ("bfloat16", INT8) else torch.float32
         return FoldedEnds.of(self.checkpoint.ends(), self.secrets.rotation, dtype)
 
     def ends(self, folded: FoldedEnds | None = None) -> ClientEnds:

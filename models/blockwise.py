@@ -2,7 +2,7 @@
 
 The layout is protocol.tensors' "int8_blocks": the factors of all rows, then the numbers of all rows. Invariant: a row's
 bytes follow from that row alone. A block with a NaN or an infinity has a factor that is one; nothing here refuses it.
-Compiled (csrc/wire.c) where that can be, for blocks of `COMPILED_BLOCK`: to the same bits.
+Compiled (csrc/wire.c) where that can be, for blocks of `COMPILED_BLOCK`: finite numbers to the same bits.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def from_blocks(data: bytes, shape: tuple[int, ...], block: int, start: int = 0,
     height, width = shape
     end = height if end is None else end
     if block == COMPILED_BLOCK and SUPPORTED:
-        wide = torch.empty((end - start, width))
+        wide = torch.empty((end - start, width), dtype=torch.float32, device="cpu")
         compiled.lengthen(wide.data_ptr(), height, width, start, end - start, data)
         return wide
     rows, count, view = end - start, -(-width // block), memoryview(data)

@@ -4,6 +4,7 @@ At one row a block is some forty small operations of torch's, each of which cost
 attention reads keys and values far below the memory's speed. Here norm, product of heads, rotation, attention and gate
 are one call each, and few rows through all blocks of a span one in all (stack.py). Attention of a prompt's rows takes
 half to five sixths of torch's time in float32, from 64 rows on, and half or less in bfloat16 (docs/SPEED.md).
+Activations in 8 bits are made and read by blockwise.py.
 On processors with AVX-512 under Linux, in float32, and in bfloat16 where the processor has it; elsewhere `SUPPORTED` is
 empty and torch's operations stay.
 

@@ -361,7 +361,9 @@ class Client:
         if isinstance(source, Loaded):
             loaded = source
         else:
-            loaded = await trio.to_thread.run_sync(Loaded.of, source, self.options.data_dir)
+            loaded = await trio.to_thread.run_sync(
+                partial(Loaded.of, source, self.options.data_dir), abandon_on_cancel=True
+            )  # type: ignore[call-arg]  # old stubs
         where = replace(priced_as.where, client_rtts_ms=self._rtts_ms, client_s=loaded.client_s)
         spans = [(hop.peer, hop.start, hop.end) for hop in route.hops]
         predicted = priced(priced_as.view, priced_as.needs, spans, where)

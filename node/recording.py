@@ -256,7 +256,8 @@ class Recorder:
         finally:
             kv_bytes = whole_pages(entry.kv_tokens) * sum(self.subject.needs.kv_bytes_per_token)
             outcome = replace(_outcome(entry, self.clock.monotonic() - started), kv_bytes=kv_bytes)
-            journal.add(lambda: self._record(plan, outcome, (view, at_ms)))
+            uid = self.entropy(16).hex()  # once: what could not be written is built again
+            journal.add(lambda: self._record(uid, plan, outcome, (view, at_ms)))
 
     def route(self, view: SwarmView | None = None) -> RouteFeatures:
         """The route as `view` has it, by default as it is now."""
@@ -265,10 +266,10 @@ class Recorder:
         where = view if known else subject.view
         return route_features(where, subject.placement, subject.needs, subject.client_rtts_ms, subject.mbit_s)
 
-    def _record(self, plan: Plan, outcome: Outcome, when: tuple[SwarmView, int]) -> Record:
+    def _record(self, uid: str, plan: Plan, outcome: Outcome, when: tuple[SwarmView, int]) -> Record:
         subject, (view, at_ms) = self.subject, when
         return Record(
-            uid=self.entropy(16).hex(),
+            uid=uid,
             at_ms=at_ms,
             origin=self.origin,
             simulated=False,

@@ -210,7 +210,7 @@ def _seal_into(
     sealer, total = None, checkpoint.config.num_blocks
     for index in range(total):
         if folder.entry(index) is None:
-            sealer = sealer or Sealer.open(checkpoint, dtype, key, folder.deployment)  # seconds for a wide model
+            sealer = sealer or Sealer.open(checkpoint, dtype, key, folder.deployment)
             folder.write_block(sealer, index)
         progress(index + 1, total)
     return folder

@@ -66,10 +66,9 @@ class Survey:
 
 
 def this_machine(config: ModelConfig, needs: ModelNeeds, concurrency: int) -> Machine:
-    """Measures for a third of a second. Ends are a matrix product too: head, and a rotation each way."""
+    """Measures for a third of a second. Ends are a matrix product too: the head."""
     speeds = measure_speeds("cpu", tuple(dict.fromkeys((needs.dtype, "float32"))))
-    width = config.hidden_size
-    ends_bytes = ENDS_BYTES * (config.vocab_size * width + 2 * width * width)
+    ends_bytes = ENDS_BYTES * config.vocab_size * config.hidden_size
     return Machine(
         memory_free_bytes=psutil.virtual_memory().available,
         needs_bytes=sum(needs.block_bytes) + sum(needs.kv_bytes(concurrency)),

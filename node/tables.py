@@ -57,7 +57,7 @@ def read_table(path: Path) -> list[Record]:
 def _csv_rows(path: Path) -> Iterable[Mapping[str, object]]:
     csv.field_size_limit(ROW_CHARS_MAX)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None

@@ -67,7 +67,7 @@ async def choose_weights(client: Client, checkpoint: Checkpoint, key: RootKey | 
 
 def own_records(client: Client, name: str) -> Sequence[Record]:
     """Of a model. Blocks: call it in a thread."""
-    return [record for record in client.journal.newest(RECORDS_MAX) if record.model == name]
+    return [record for record in client.journal.newest(RECORDS_MAX) if record.model == name and record.is_own]
 
 
 def sealed_id(data_dir: Path, checkpoint: Checkpoint, weights: str, key: RootKey | None) -> DeploymentId | None:

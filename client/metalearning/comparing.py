@@ -73,7 +73,7 @@ def compared(records: Iterable[Record]) -> dict[Place, Compared]:
     costs: defaultdict[tuple[bytes, str], defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         name, cost = name_of(record.strategy), cost_s(record)
-        if name is not None and cost is not None and not record.simulated:
+        if name is not None and cost is not None and record.is_own:
             where = place(record.model, record.model_features, record.route, record.task)
             kind = kind_of(record.model_features, record.route, record.task)
             costs[kind, where][name].append(math.log(cost))

@@ -18,6 +18,7 @@ import numpy as np
 from client.metalearning.table import Array, Mask, Numbers, Table, scores
 
 TOLERANCE = 0.05
+ROUNDING = 1e-9  # 19 of 20 are within 5 %, whatever logarithms make of it
 STANDARD_ERRORS = 2.0
 
 
@@ -94,7 +95,7 @@ class Parts:
         error = self.noise * np.sqrt(1 / runs[rows, choices] + 1 / runs[rows, self.best(picked)])
         tolerance = TOLERANCE if self.absolute else -math.log1p(-TOLERANCE)
         allowed = np.maximum(tolerance, STANDARD_ERRORS * error * noisy)
-        return np.asarray(self._behind(choices, picked, scored) <= allowed)
+        return np.asarray(self._behind(choices, picked, scored) <= allowed + ROUNDING)
 
 
 def noise(table: Table) -> Array:

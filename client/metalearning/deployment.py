@@ -87,15 +87,20 @@ def decide(options: Sequence[Option], stands: str | None, tokens: float, goal: G
     if base is None:
         raise ValueError("no precision is possible")
 
+    def paid(option: Option) -> Option:
+        """With the time of all workers, where that is what counts."""
+        times = option.hops if goal == "cost" else 1
+        return replace(option, switch_s=times * option.switch_s, token_s=times * option.token_s)
+
     def total_s(option: Option) -> float:
-        return (option.switch_s + tokens * option.token_s) * (option.hops if goal == "cost" else 1)
+        return paid(option).switch_s + tokens * paid(option).token_s
 
     def doubt_s(option: Option) -> float:
-        return tokens * math.hypot(option.token_s * option.spread, base.token_s * base.spread)
+        return tokens * math.hypot(paid(option).token_s * option.spread, paid(base).token_s * base.spread)
 
     worth = [each for each in options if total_s(base) - total_s(each) > TRUST * doubt_s(each)]
     best = min(worth, key=total_s, default=base)
-    after = {each.weights: pays_after(base, each) for each in options if each.weights != base.weights}
+    after = {each.weights: pays_after(paid(base), paid(each)) for each in options if each.weights != base.weights}
     return Verdict(best.weights, base.weights, tokens, tuple(options), after)
 
 

@@ -2,8 +2,8 @@
 
 Numbers that are positive and span a decade are taken as logarithms; others with a long tail as inverse hyperbolic
 sines, which are logarithms far from zero. Numbers far beyond those seen count as not so far.
-Categories become one column each; one that was not seen is all zeros. A missing number is the median, with a column
-that says so; words among numbers are categories as well.
+Categories become one column each, the most common ones; one that was not seen is all zeros. A missing number is the
+median, with a column that says so; words among numbers are categories as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from client.metalearning.table import Array, Task
 
-CATEGORIES_MAX = 256  # of one feature; the rarest beyond it are as if unseen
+CATEGORIES_MAX = 256  # of all features; the rarest beyond it are as if unseen
 TAIL = 10.0  # times the least, or the middle one: then differences say less than ratios
 NUMBER_MAX = 1e300  # sums of two stay finite
 PAIRED_MAX = 6  # logarithms of which sums and differences are features too: 30 more columns
@@ -71,12 +71,13 @@ class Encoder:
     def __init__(self, tasks: tuple[Task, ...]) -> None:
         self._parts: list[_Number | _Category] = []
         width = len(tasks[0].cells) if tasks else 0
+        kept = _categories([[task.cells[place] for task in tasks] for place in range(width)])
         for place in range(width):
             cells = [task.cells[place] for task in tasks]
             if (part := _number(place, cells)) is not None:
                 self._parts.append(part)
-            if any(isinstance(cell, str) for cell in cells):
-                self._parts.append(_category(place, cells))
+            if kept[place]:
+                self._parts.append(_Category(place, {cell: number for number, cell in enumerate(kept[place])}))
         starts = np.cumsum([0, *(part.width for part in self._parts)])
         self._width = int(starts[-1])
         self._logs = [
@@ -137,8 +138,17 @@ def _unit(values: Array) -> float | None:
     return middle if middle and sizes.max() >= TAIL * middle else None
 
 
-def _category(place: int, cells: list[float | str | None]) -> _Category:
-    words = any(isinstance(cell, float) for cell in cells)  # among numbers, where None has a column already
-    counts = Counter(cell for cell in cells if isinstance(cell, str) or (cell is None and not words))
-    kept = [cell for cell, count in counts.most_common(CATEGORIES_MAX) if count > 1]  # one task says nothing of others
-    return _Category(place, {cell: number for number, cell in enumerate(kept)})
+def _categories(columns: list[list[float | str | None]]) -> list[list[str | None]]:
+    """Of each feature, the categories that become columns, the most common first."""
+    counts: list[tuple[int, int, str | None]] = []
+    for place, cells in enumerate(columns):
+        if any(isinstance(cell, str) for cell in cells):
+            words = any(isinstance(cell, float) for cell in cells)  # among numbers, where None has a column already
+            seen = Counter(cell for cell in cells if isinstance(cell, str) or (cell is None and not words))
+            # one task says nothing of others
+            counts += [(count, place, cell) for cell, count in seen.most_common(CATEGORIES_MAX) if count > 1]
+    counts.sort(key=lambda each: -each[0])
+    kept: list[list[str | None]] = [[] for _ in columns]
+    for _, place, cell in counts[:CATEGORIES_MAX]:
+        kept[place].append(cell)
+    return kept

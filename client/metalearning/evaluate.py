@@ -120,6 +120,11 @@ def judge_all(
     """Every selector's choices, and those of an oracle. With more than one process each has whole folds, no more of
     them made than are worked on. Raises InputError when a process dies, as it does when memory ends."""
     outs = [np.isin(table.groups, held) for held in folds(table)]
+    if not (table.measured.sum(axis=1) > 1).any():
+        raise InputError(
+            "no task has two strategies that were measured, so there is nothing to choose: leave out of --task-columns "
+            "what names a run (an id, a seed, a time)"
+        )
     update(0, len(outs))
     every: list[dict[str, _Fold]] = []
     work = joblib.delayed(_all_of_fold)
@@ -194,6 +199,7 @@ def report(table: Table, judged: Mapping[str, Judged], plain: str) -> dict[str, 
         "groups": len(np.unique(table.groups)),
         "folds": len(folds(table)),
         "measured_share": float(table.measured.mean()),
+        "tasks_with_one_strategy": int((table.measured.sum(axis=1) < 2).sum()),
         "runs_per_cell": float(np.mean([len(runs) for runs in table.repeats.values()])),
         "remeasured_oracle_accuracy": None if halves is None else float(halves.oracle_strict().mean()),
         "none": plain,

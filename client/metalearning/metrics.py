@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from client.metalearning.crossfit import STANDARD_ERRORS, TOLERANCE
+from client.metalearning.crossfit import ROUNDING, STANDARD_ERRORS, TOLERANCE
 from client.metalearning.table import Array, Numbers, Table
 
 
@@ -53,7 +54,7 @@ def tolerably_right(table: Table, choices: Numbers) -> npt.NDArray[np.bool_]:
     rows, best = np.arange(len(choices)), np.nanargmax(table.scores, axis=1)
     gap = np.abs(table.performance[rows, best] - table.performance[rows, choices])
     noise = np.hypot(table.errors[rows, best], table.errors[rows, choices])
-    near = reached(table, choices) >= 1.0 - TOLERANCE
+    near = reached(table, choices) >= 1.0 - TOLERANCE - ROUNDING
     return np.asarray(near | (gap <= STANDARD_ERRORS * noise))
 
 
@@ -76,7 +77,7 @@ def truths(table: Table, choices: Numbers) -> Numbers:
 
 
 def worst_decile(fractions: Array) -> float:
-    return float(np.sort(fractions)[: max(1, round(len(fractions) / 10))].mean())
+    return float(np.sort(fractions)[: max(1, math.ceil(len(fractions) / 10))].mean())
 
 
 def acceleration(table: Table, choices: Numbers, plain: int) -> float | None:

@@ -100,7 +100,7 @@ class Corrections:
         self._mean = self._mean + gain * innovation
         self._covariance = self._covariance - np.outer(gain, along)
         if off < SURPRISING or not self.seen:
-            self._calm = self._mean
+            self._calm = self._mean.copy()
         self._surprise = SURPRISE_MEMORY * self._surprise + (1 - SURPRISE_MEMORY) * min(off, OUTLIER**2)
         if known < self._noise:  # else it says more of what is not known yet than of scatter
             seen = min(innovation**2, 4 * self._noise)
@@ -115,7 +115,8 @@ class Corrections:
                 self._covariance = np.diag(self._prior)
             else:
                 self._forget(remembered)
-            self._mean = np.concatenate([self._mean[:COMMON], self._mean[COMMON:] * remembered])
+            for learnt in (self._mean, self._calm):
+                learnt[COMMON:] *= remembered
         self.day = max(self.day, day)
 
     def errors(self) -> tuple[Array, Array]:

@@ -102,6 +102,11 @@ class Record:
     predicted: Prediction
     measured: Outcome
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it says what requests take here: neither made up nor a cell of a bench."""
+        return self.origin == "request" and not self.simulated
+
 
 @dataclass(frozen=True, slots=True)
 class Column:

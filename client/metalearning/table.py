@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ UNKNOWN = frozenset(
     ("", "?", "-", "na", "n/a", "<na>", "#n/a", "nan", "+nan", "-nan", "null", "none", "missing", "unknown")
 )
 WHOLE = re.compile(r"^(-?\d+)\.0+$")  # 2 and 2.0 are one group
+THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?")  # 1,024
+DELIMITERS = ",;\t"
 PERFORMANCE_MAX = 1e100  # squares and differences stay finite
 INFINITE = {"infinity": "inf", "+infinity": "inf", "+inf": "inf", "inf": "inf", "-infinity": "-inf", "-inf": "-inf"}
 
@@ -165,12 +168,15 @@ def as_fractions(given: Array, scale: Scale, allowed: Mask | None = None) -> Arr
 
 def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
     """A table from the lines of a CSV file with a header; a row without a performance was not measured, and is left
-    out. Raises InputError, with the line where one is at fault."""
-    rows = csv.DictReader(lines, strict=True)
+    out. Cells may be separated by semicolons or tabs too. Raises InputError, with the line where one is at fault."""
     if said := {columns.strategy, columns.performance} & {*columns.tasks, columns.hold_out}:
         raise InputError(f"{', '.join(sorted(said))} cannot describe a task: it is what is chosen, or what is measured")
     columns = replace(columns, tasks=tuple(dict.fromkeys((*columns.tasks, *columns.labels, columns.hold_out))))
     wanted = (*columns.tasks, columns.strategy, columns.performance)
+    lines = iter(lines)
+    header = next(lines, "")
+    delimiter = next((each for each in DELIMITERS if {*wanted} <= {*_header(header, each)}), ",")
+    rows = csv.DictReader(chain([header], lines), delimiter=delimiter, skipinitialspace=True, strict=True)
     tasks: dict[tuple[float | str | None, ...], int] = {}
     strategies: dict[str, int] = {}
     groups: dict[float | str | None, int] = {}
@@ -205,7 +211,7 @@ def read(lines: Iterable[str], columns: Columns, scale: Scale) -> Table:
     places = {name: columns.tasks.index(name) for name in columns.labels}
     return Table(
         features=tuple(columns.tasks[i] for i in kept),
-        tasks=tuple(Task(cells=tuple(key[i] for i in kept)) for key in tasks),
+        tasks=tuple(Task(cells=tuple(_as_cell(key[i]) for i in kept)) for key in tasks),
         groups=np.array([groups.setdefault(key[held], len(groups)) for key in tasks], dtype=np.int64),
         strategies=tuple(strategies),
         repeats={place: tuple(values) for place, values in runs.items()},
@@ -235,7 +241,7 @@ def _row(
     *task, strategy, text = given
     if text.lower() in UNKNOWN:
         return None
-    performance = float(text) if _is_number(text) else math.nan
+    performance = float(_plain(text)) if _is_number(text) else math.nan
     if not abs(performance) <= PERFORMANCE_MAX:
         raise InputError(
             f"line {line}: {columns.performance} is {text!r}, not a number of at most {PERFORMANCE_MAX:g}; leave out "
@@ -250,9 +256,21 @@ def _row(
     return tuple(task), strategy, performance
 
 
+def _header(line: str, delimiter: str) -> list[str]:
+    try:
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])]
+    except csv.Error:
+        return []
+
+
+def _plain(text: str) -> str:
+    """A number without separators of its thousands."""
+    return text.replace(",", "") if THOUSANDS.fullmatch(text) else text
+
+
 def _is_number(text: str) -> bool:
     try:
-        return "_" not in text and math.isfinite(float(text))  # Python takes 1_28 for 128
+        return "_" not in text and math.isfinite(float(_plain(text)))  # Python takes 1_28 for 128
     except ValueError:
         return False
 
@@ -263,9 +281,15 @@ def _is_numeric(texts: Collection[str]) -> bool:
     return 2 * sum(map(_is_number, known)) >= max(1, len(known))
 
 
+def _as_cell(key: float | str | None) -> float | str | None:
+    return float(key) if isinstance(key, int) else key
+
+
 def _cell(text: str, number: bool) -> float | str | None:
+    """As it tells tasks apart: whole numbers may be beyond what a float tells apart."""
     if not number:
         return text or None
     if _is_number(text):
-        return float(text)
+        plain = _plain(text)
+        return int(plain) if plain.lstrip("+-").isdecimal() else float(plain)
     return None if text.lower() in UNKNOWN else INFINITE.get(text.lower(), text)

@@ -83,8 +83,9 @@ PyObject *shorten(PyObject *module, PyObject *const *args, Py_ssize_t given)
     if (!read_numbers(args, given, 4, n)) return NULL;
     PyObject *bytes = PyBytes_FromStringAndSize(NULL, n[1] * (2 * blocks_of(n[2]) + n[2]));
     if (!bytes) return NULL;
+    char *to = PyBytes_AsString(bytes);
     PyThreadState *state = n[1] * n[2] > LONG_NUMBERS ? PyEval_SaveThread() : NULL;
-    shorten_rows((const char *)n[0], PyBytes_AsString(bytes), n[1], n[2], (int)n[3]);
+    shorten_rows((const char *)n[0], to, n[1], n[2], (int)n[3]);
     if (state) PyEval_RestoreThread(state);
     return bytes;
 }

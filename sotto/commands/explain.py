@@ -30,8 +30,9 @@ def explain(
 ) -> None:
     """Show which strategy 'auto' would take for a request of the history now, what it expects of each, and why.
 
-    Expected is the share of the best possible speed, the doubt one standard deviation. Later requests count, too, and
-    so does the budget that the request had. With --share-records it also says by how much what other clients told would
+    Expected is the share of the best possible speed, the doubt one standard deviation. It is what a client that starts
+    now would take: later requests count, those of other processes and with strategies that were named too, and so does
+    the budget that the request had. With --share-records it also says by how much what other clients told would
     move each, if it is heeded.
     """
     with errors(as_json):
@@ -80,6 +81,8 @@ def _report(uid: str | None, lossy: bool, shared: bool, given: Path | None) -> d
     (record,) = found
     facts = Facts(hops=record.route.hops, exact=record.task.exact, deployed=record.strategy.weights)
     able = possible(facts, record.strategy.weights, lossless=facts.exact or not lossy)
+    if not able:
+        raise InputError("nothing is possible for this request: it asked for an exact answer of weights that are none")
     advisor = fitted_prior()
     now_s = time.time()
     peers = heeded(reports_file(data_dir(given)), records, int(now_s * 1000)) if shared else None

@@ -114,11 +114,12 @@ def _draw(folder: Path, table: Table, ours: Judged, report: dict[str, Any]) -> l
 
 
 def _print(result: dict[str, Any]) -> None:
-    empty = result["rows_without_performance"]
+    empty, lone = result["rows_without_performance"], result["tasks_with_one_strategy"]
     print(
         f"{result['tasks']} tasks in {result['groups']} groups, left out in {result['folds']} folds, "
         f"{result['strategies']} strategies, {result['measured_share']:.0%} of the cells measured, "
-        f"{result['runs_per_cell']:.1f} runs each{f'; {empty} rows without a performance' if empty else ''}; "
+        f"{result['runs_per_cell']:.1f} runs each{f'; {empty} rows without a performance' if empty else ''}"
+        f"{f'; {lone} tasks with one strategy alone' if lone else ''}; "
         f"without acceleration: {result['none']}"
     )
     print(f"{'selector':<19}" + "".join(f"{name.replace('_', ' '):>25}" for name in METRICS) + "  against the ranking")

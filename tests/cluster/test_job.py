@@ -40,6 +40,7 @@ def test_a_killed_worker_does_not_end_a_job(tmp_path: Path, monkeypatch: pytest.
     on_the_loop, ends = list[bool](), Sealer.ends
 
     def noted(sealer: Sealer, folded: FoldedEnds | None) -> ClientEnds:
+        assert folded is not None, "it was kept when the model was sealed"
         on_the_loop.append(trio.lowlevel.in_trio_run())
         return ends(sealer, folded)
 

@@ -74,6 +74,14 @@ def test_the_history_is_learnt_from() -> None:
     assert rate == money == Strategy(), "nor what it showed for one objective, whose predictions err otherwise"
 
 
+def test_cells_of_a_bench_and_what_was_made_up_teach_nothing() -> None:
+    choosing = choosing_at(NOW_S)
+    others = [replace(ran(n, "default", 0.05), origin="bench") for n in range(3)]
+    others += [replace(ran(n, "default", 0.05), simulated=True) for n in range(3, 6)]
+    replayed(choosing.chooser, [*others, ran(9, "default", 0.05)], NOW_S)
+    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)) == 1
+
+
 def test_what_is_old_counts_less() -> None:
     def errors(days: float) -> float:
         choosing = choosing_at(NOW_S + days * DAY_S)

@@ -227,6 +227,16 @@ def test_a_history_that_another_writes_for_long_is_written_later(
     assert not caplog.records
 
 
+def test_what_is_built_again_is_the_same_record(tmp_path: Path) -> None:
+    """A part of what waits may be written before the file is found busy."""
+    journal = Journal(tmp_path / "history.db")
+    of = recorder(journal)
+    with of.request(plan(of)) as entry:
+        serve(entry, (0.5, 0.6), "length")
+    (build,) = journal._waiting
+    assert build().uid == build().uid
+
+
 def test_of_what_waits_the_oldest_is_left_out_and_the_rest_keeps_its_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

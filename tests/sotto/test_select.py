@@ -44,6 +44,23 @@ def test_json_has_every_selector_and_the_products_own(few: Path) -> None:
     assert report["features"] == ["number", "a", "b"]
 
 
+def test_a_table_without_a_choice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "runs.csv"
+    rows = [f"g{run % 2},{run},s{run % 3},{1 + run}" for run in range(12)]
+    file.write_text("\n".join(["group,run,strategy,seconds", *rows]), encoding="utf-8")
+    columns = ("--strategy-column", "strategy", "--performance-column", "seconds", "--hold-out", "group")
+    done = select(file, "--task-columns", "group,run", *columns)
+    assert done.exit_code != 0
+    assert "leave out of --task-columns what names a run" in " ".join(done.output.split())
+
+
+def test_tasks_with_one_strategy_are_counted(few: Path) -> None:
+    few.write_text(few.read_text(encoding="utf-8") + "\ng9,999,1,1,only,1.0\n", encoding="utf-8")
+    done = select(few, *WORDS, "--lower-is-better", "--hold-out", "group", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["tasks_with_one_strategy"] == 1
+
+
 def test_progress_is_shown_beside_json_too(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[tuple[int, int]] = []
 

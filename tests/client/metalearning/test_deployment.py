@@ -69,6 +69,16 @@ def test_cost_counts_every_worker() -> None:
     assert decide([spread, alone], "float32", 1000, "cost").weights == "int8"
 
 
+def test_cost_counts_every_worker_in_the_doubt_and_in_what_pays() -> None:
+    base, other = replace(STANDS, hops=3, spread=0.2), replace(INT8, hops=3, token_s=0.088, switch_s=0.0, spread=0.2)
+    for goal in ("latency", "cost"):
+        assert decide([base, other], "float32", 1e5, goal).weights == "float32", "the same evidence"
+    alone = replace(INT8, token_s=0.12, hops=1, switch_s=600.0)
+    verdict = decide([replace(base, spread=0.05), alone], "float32", 1e5, "cost")
+    assert verdict.weights == "int8"
+    assert verdict.pays_after["int8"] == pytest.approx(600 / (3 * 0.1 - 0.12))
+
+
 def test_fewer_bytes_are_read_faster_and_the_wire_stays() -> None:
     times = [predicted_token_s(RECORD.model_features, ROUTE, weights) for weights in ("float32", "bfloat16", "int8")]
     assert times == sorted(times, reverse=True)

@@ -47,6 +47,17 @@ def test_five_per_cent_or_two_standard_errors_are_right() -> None:
     assert metrics.tolerably_right(table("x100/100,y95/125"), choices(1)).all()  # y is 110 +- 15
 
 
+@pytest.mark.parametrize(("best", "chosen"), [(19, 20), (38, 40), (95, 100), (57, 60), (9.5, 10)])
+def test_five_per_cent_to_the_dot_are_right(best: float, chosen: float) -> None:
+    assert metrics.tolerably_right(table(f"x{best},y{chosen}"), choices(1)).all()
+
+
+def test_the_worst_tenth_of_a_few_is_rounded_up() -> None:
+    assert metrics.worst_decile(np.array([0.1, 0.2, *[1.0] * 13])) == pytest.approx(0.15)
+    assert metrics.worst_decile(np.array([0.1, 0.2, 0.3, *[1.0] * 22])) == pytest.approx(0.2)
+    assert metrics.worst_decile(np.array([0.1, *[1.0] * 9])) == pytest.approx(0.1)
+
+
 def test_ties_are_right() -> None:
     of = table("x1,y1", "x1,y1")
     assert metrics.quality(of, choices(1, 0)) == metrics.Quality(1.0, 1.0, 1.0, 1.0, 1.0)

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from client.metalearning.online import Corrections, Situation, corrected
+from client.metalearning.online import HALF_LIFE_DAYS, Corrections, Situation, corrected
 
 FRACTIONS = (1.0, 0.8, 0.5)
 
@@ -53,6 +53,16 @@ def test_a_machine_that_became_slower_says_nothing_of_strategies() -> None:
     assert corrections.looking, "a cost five times the usual one is noticed"
     run(corrections, 30, [0.0, -0.3, 0.0], speed=5.0, seed=2)
     assert difference(corrections) == pytest.approx(-0.3, abs=0.12)
+
+
+def test_what_has_faded_does_not_come_back_with_a_change() -> None:
+    corrections = Corrections(3)
+    run(corrections, 60, [0.0, -0.4, 0.0])
+    corrections.age(0.0)
+    corrections.age(8 * HALF_LIFE_DAYS)
+    faded = abs(difference(corrections))
+    corrections._change()
+    assert abs(difference(corrections)) <= faded < 0.05
 
 
 def test_what_is_no_longer_true_is_let_go() -> None:

@@ -313,6 +313,14 @@ def test_features_are_scaled_by_what_was_fitted() -> None:
     np.testing.assert_allclose(new[1], [0, 1, 0])
 
 
+def test_the_most_common_categories_of_all_features_become_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.metalearning.encoding.CATEGORIES_MAX", 3)
+    fitted = tuple(Task(cells=(rare, "xy"[place % 2])) for place, rare in enumerate("aaabbccd"))
+    encoded = Encoder(fitted).encode(fitted)
+    assert encoded.shape == (8, 3)
+    np.testing.assert_array_equal(encoded.sum(axis=0), [3, 4, 4])
+
+
 def test_isac_splits_two_clouds() -> None:
     lines = ["task,x,how,s"]
     for task in range(60):

@@ -86,6 +86,36 @@ def test_tiles_are_no_numbers() -> None:
     assert [task.cells for task in read(lines, COLUMNS, LOWER).tasks] == [("1_28",), ("12_8",)]
 
 
+@pytest.mark.parametrize("delimiter", [";", "\t", ", "])
+def test_cells_may_be_separated_otherwise(delimiter: str) -> None:
+    table = read([line.replace(",", delimiter) for line in LINES], COLUMNS, LOWER)
+    assert table.tasks == read(LINES, COLUMNS, LOWER).tasks
+    np.testing.assert_array_equal(table.performance, read(LINES, COLUMNS, LOWER).performance)
+
+
+def test_a_quote_may_follow_a_space() -> None:
+    table = read(['"model", "tokens", "how", "ms"', 'a, 1, "x, or y", 10'], COLUMNS, LOWER)
+    assert table.strategies == ("x, or y",)
+
+
+def test_thousands_may_be_set_apart() -> None:
+    lines = ["model,tokens,how,ms", *(f'a,"{tokens}",x,"1,234.5"' for tokens in ("512", "1,024", "2,048", "-4,096.5"))]
+    table = read(lines, COLUMNS, LOWER)
+    assert [task.cells for task in table.tasks] == [(512.0,), (1024.0,), (2048.0,), (-4096.5,)]
+    np.testing.assert_array_equal(table.performance[:, 0], [1234.5] * 4)
+    tiles = ["model,tokens,how,ms", 'a,"12,34",x,1', 'a,"1,2345",x,1']
+    assert [task.cells for task in read(tiles, COLUMNS, LOWER).tasks] == [("12,34",), ("1,2345",)]
+
+
+def test_whole_numbers_beyond_a_floats_tell_tasks_apart() -> None:
+    ids = (9007199254740992, 9007199254740993)
+    table = read(
+        ["model,tokens,how,ms", *(f"a,{each},x,{place + 1}" for place, each in enumerate(ids))], COLUMNS, LOWER
+    )
+    assert len(table.tasks) == 2
+    assert table.tasks[0].cells == (float(ids[0]),)
+
+
 def test_what_has_no_performance_was_not_measured() -> None:
     table = read([*LINES, "a,1,z,", "b,2,y,NaN"], COLUMNS, LOWER)
     assert table.rows_without_performance == 2
