@@ -230,6 +230,8 @@ class Generation:
             self.finish_reason = "stop" if stopped else "length"
         finally:
             self._head_batches.end()
+            if self._host.speculation is not None:
+                self._host.speculation.end()
 
     async def _begin_guessing(self) -> None:
         if self._host.speculation is None:

@@ -5,9 +5,13 @@ is the same with and without (generate.py does that). What costs is the work on 
 own; what is won are the round trips of those that hold. `Pace` weighs them from what it has seen and sends none when
 they do not pay. It goes on comparing free guesses with what came, and tries one now and then, so that it can begin
 again. How good a guess is and what it costs is only believed, so what may be lost by it is bounded too: the predicted
-cost of a step's guesses, and what earlier ones of the request lost, stay within SLOWER_MAX of the request's time. What
-is excepted from that is reading, which a draft model does while the route is busy: where it is not known yet how long
+cost of a step's guesses, and what earlier ones of the request lost, stay within SLOWER_MAX of the request's time.
+Excepted from that is reading, which a draft model does while the route is busy: where it is not known yet how long
 that will be (of a first prompt), or how long reading takes, an answer may wait for the READ_TOKENS that were begun.
+
+A row is computed beside those of other requests and delays them all. So it is weighed as often as there are requests
+under way, else each would send what pays for itself, at the others' expense; and what a row costs is learnt from all
+guesses that were under way, else each would take the others' for its own (`Costs`, which they share).
 
 Pure: no network; what time it is, `Speculation` is told by `now`. After Leviathan et al. 2023 (verification), Saxena
 2023 (prompt lookup) and Chen et al. 2023 (draft models).
@@ -121,19 +125,13 @@ def _recent() -> deque[float]:
 
 
 @dataclass(slots=True)
-class Pace:
-    """How many guesses to send: the number with the highest predicted rate of tokens, 0 when none pays.
+class Costs:
+    """What steps take over one route, of all requests of a model. Medians of the last ones. `guesses`: those under
+    way."""
 
-    A step of 1 + k rows is taken to cost `step_s` + k (`row_s` + what a guess costs), by the median of the last steps.
-    It may serve several requests over the same route, one after the other.
-    """
-
-    drafts_max: int = limits.DRAFTS_MAX
-    _kinds: dict[int, _Kind] = field(default_factory=dict)
+    guesses: int = 0
     _steps_s: deque[float] = field(default_factory=_recent)
     _rows_s: deque[float] = field(default_factory=_recent)
-    _prompt: tuple[int, float] | None = None  # rows and seconds, until a step of one row says what they mean
-    _prompt_row_s: float = inf  # of the last prompt
 
     @property
     def step_s(self) -> float | None:
@@ -145,17 +143,65 @@ class Pace:
         """Seconds for each further row; as much as a whole step before anything is known."""
         return _median(self._rows_s) if self._rows_s else self.step_s or 0.0
 
+    @property
+    def knows_rows(self) -> bool:
+        return bool(self._rows_s)
+
+    def prefilled(self, rows: int, seconds: float) -> None:
+        """A prompt took so long: what a row costs is believed from that until guesses say it."""
+        if not self._rows_s:
+            self._note_rows(rows, seconds)
+
+    def took(self, rows: int, seconds: float, probe: bool, others: int) -> None:
+        """A step of `rows` rows took so long, while `others` more were under way; see `Pace.took`."""
+        beside = rows + others
+        if probe and seconds - (self.step_s or 0.0) < self.row_s * (beside - 1):
+            self._rows_s.clear()
+        if beside == 1 or self.step_s is None:
+            self._steps_s.append(seconds)
+        else:
+            self._steps_s.append(min(self.step_s, seconds))  # more rows in less time: the route became faster
+            self._note_rows(beside, seconds)
+
+    def _note_rows(self, rows: int, seconds: float) -> None:
+        self._rows_s.append(max(0.0, seconds - (self.step_s or 0.0)) / (rows - 1))
+
+
+@dataclass(slots=True)
+class Pace:
+    """How many guesses to send: the number with the highest predicted rate of tokens, 0 when none pays.
+
+    A step of 1 + k rows is taken to cost `step_s` + k (`row_s` + what a guess costs), by `costs`.
+    It may serve several requests over the same route, one after the other.
+    """
+
+    drafts_max: int = limits.DRAFTS_MAX
+    costs: Costs = field(default_factory=Costs)
+    _kinds: dict[int, _Kind] = field(default_factory=dict)
+    _prompt: tuple[int, float] | None = None  # rows and seconds, until a step of one row says what they mean
+    _prompt_row_s: float = inf  # of the last prompt
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step of one row; None before there was one."""
+        return self.costs.step_s
+
+    @property
+    def row_s(self) -> float:
+        """Seconds for each further row."""
+        return self.costs.row_s
+
     def prompt_s(self, rows: int) -> float:
         """Seconds for a prompt of so many rows, at the rate of the last one; infinite before there was one."""
         return max(rows * self._prompt_row_s, self.step_s or 0.0)
 
-    def best(self, kind: int, count_max: int, guess_s: float = 0.0) -> tuple[int, float]:
+    def best(self, kind: int, count_max: int, guess_s: float = 0.0, beside: int = 1) -> tuple[int, float]:
         """How many guesses of `kind` to send, at most `count_max`, and the predicted gain: 1 is a step without any.
 
-        `guess_s` is what each one costs before it can be sent.
+        `guess_s` is what each one costs before it can be sent, `beside` how many requests its row delays.
         """
         step_s = self.step_s
-        return self._best(kind, count_max, (self.row_s + guess_s) / step_s if step_s else 1.0)
+        return self._best(kind, count_max, (beside * self.row_s + guess_s) / step_s if step_s else 1.0)
 
     def hopeful(self, kind: int) -> bool:
         """Whether a guess of `kind` would pay if a row cost little."""
@@ -172,25 +218,18 @@ class Pace:
     def prefilled(self, rows: int, seconds: float) -> None:
         """A prompt of `rows` rows took so long: what a row costs is believed from that until guesses say it."""
         self._prompt_row_s = seconds / rows
-        if rows > 1 and not self._rows_s:
+        if rows > 1 and not self.costs.knows_rows:
             self._prompt = (rows, seconds)
 
-    def took(self, rows: int, seconds: float, probe: bool = False) -> None:
-        """A step of `rows` rows took so long. A `probe` was sent to see whether rows are cheaper than was believed: if
-        they are, it counts alone; if not, it is one of several, for it may have waited for a stranger's work."""
-        if probe and seconds - (self.step_s or 0.0) < self.row_s * (rows - 1):
-            self._rows_s.clear()
-        if rows == 1:
-            self._steps_s.append(seconds)
-            if self._prompt is not None:
-                self._note_rows(*self._prompt)
-                self._prompt = None
-        elif self.step_s is not None:
-            self._steps_s.append(min(self.step_s, seconds))  # more rows in less time: the route became faster
-            self._note_rows(rows, seconds)
-
-    def _note_rows(self, rows: int, seconds: float) -> None:
-        self._rows_s.append(max(0.0, seconds - (self.step_s or 0.0)) / (rows - 1))
+    def took(self, rows: int, seconds: float, probe: bool = False, others: int = 0) -> None:
+        """A step of `rows` rows took so long, while `others` guesses of other requests were under way. A `probe` was
+        sent to see whether rows are cheaper than was believed: if they are, it counts alone; if not, it is one of
+        several, for it may have waited for a stranger's work."""
+        if rows == 1 or self.step_s is not None:
+            self.costs.took(rows, seconds, probe, others)
+        if rows == 1 and self._prompt is not None:
+            self.costs.prefilled(*self._prompt)
+            self._prompt = None
 
     def _best(self, kind: int, count_max: int, share: float) -> tuple[int, float]:
         """`best` where each guess costs `share` of a step of one row."""
@@ -222,22 +261,30 @@ def _no_time() -> float:
     return 0.0
 
 
+def _alone() -> int:
+    return 1
+
+
 @dataclass(slots=True)
 class Speculation:
     """One request's guesses: `begin` with the prompt, then `came` and `next` for each answer.
 
     Of a lookup and a draft model the one with the higher predicted gain is sent. `now` gives monotonic seconds, by
-    which the draft model's cost is measured. `drafted` counts the guesses that were sent, `accepted` those that held.
+    which the draft model's cost is measured, `beside` how many requests are under way. `drafted` counts the guesses
+    that were sent, `accepted` those that held. `end` when the request has ended, however.
     """
 
     lookup: Proposer | None = None
     draft: Drafter | None = None
     pace: Pace = field(default_factory=Pace)
     now: Callable[[], float] = _no_time
+    beside: Callable[[], int] = _alone
     drafted: int = 0
     accepted: int = 0
     _made: tuple[Guess, ...] = ()
     _probing: bool = False
+    _under_way: int = 0  # guesses
+    _others: int = 0  # of other requests, when these were sent
     _guess_s: float | None = None  # of the draft model, in this request
     _read_s: float | None = None  # of the draft model, for one token of many
     _time_s: float = 0.0  # of this request: its prompt, its steps, its draft model
@@ -246,9 +293,15 @@ class Speculation:
     _drafted_at_s: float = 0.0  # in `_time_s`: the draft model was asked last
 
     def begin(self, prompt: Sequence[int]) -> None:
+        self.end()
         self._made = ()
         for proposer in self._proposers:
             proposer.begin(prompt)
+
+    def end(self) -> None:
+        """Nothing is under way any more. Idempotent."""
+        self.pace.costs.guesses -= self._under_way
+        self._under_way = 0
 
     def came(self, ids: Sequence[int]) -> None:
         """These tokens came: the guesses that held, and one more."""
@@ -266,18 +319,23 @@ class Speculation:
 
     def took(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows took so long."""
-        self.pace.took(rows, seconds, self._probing and rows > 1)
+        self.end()
+        others = max(self._others, self.pace.costs.guesses)
+        self.pace.took(rows, seconds, self._probing and rows > 1, others)
         self._time_s += seconds
-        self._lost_s += (rows - 1) * self.pace.row_s  # as believed: a stranger's work is not the guesses' fault
+        self._lost_s += (rows - 1) * self._row_s  # as believed: a stranger's work is not the guesses' fault
 
     def next(self, room: int) -> tuple[int, ...]:
         """The guesses to send after what came last, at most `room`; none before a step without any was measured."""
         room, self._probing = max(0, min(room, self.pace.drafts_max)), False
         looked = self.lookup.guess(room) if self.lookup else NO_GUESS
-        count, gain = self.pace.best(looked.kind, min(len(looked.ids), self._affordable(self.pace.row_s)))
+        affordable = min(len(looked.ids), self._affordable(self._row_s))
+        count, gain = self.pace.best(looked.kind, affordable, beside=self.beside())
         drafted = self._draft(room, gain)
         self._made = (looked, drafted)
         sent = drafted.ids or looked.ids[:count] or self._probe(looked)
+        self._others, self._under_way = self.pace.costs.guesses, len(sent)
+        self.pace.costs.guesses += len(sent)
         if sent:
             self.drafted += len(sent)
             self._sent_at_s = self._time_s
@@ -301,8 +359,8 @@ class Speculation:
         if self.draft is None or not room or self._lags:
             return NO_GUESS
         guess_s = self.draft.guess_s if self._guess_s is None else self._guess_s
-        cost_s = guess_s + self.pace.row_s
-        count, gain = self.pace.best(DRAFT, min(room, self._affordable(cost_s)), guess_s)
+        cost_s = guess_s + self._row_s
+        count, gain = self.pace.best(DRAFT, min(room, self._affordable(cost_s)), guess_s, self.beside())
         if gain <= gain_else:
             if gain_else > 1.0 or not self._may_probe(cost_s, self._drafted_at_s):
                 return NO_GUESS
@@ -319,8 +377,7 @@ class Speculation:
 
     def _probe(self, looked: Guess) -> tuple[int, ...]:
         """One guess that does not pay, by what is believed, and would if that were wrong."""
-        row_s = self.pace.row_s
-        if looked.ids and self.pace.hopeful(looked.kind) and self._may_probe(row_s, self._sent_at_s):
+        if looked.ids and self.pace.hopeful(looked.kind) and self._may_probe(self._row_s, self._sent_at_s):
             self._probing = True
             return looked.ids[:1]
         return ()
@@ -340,6 +397,11 @@ class Speculation:
         if most * cost_s <= max(0.0, left_s):
             return most
         return int(left_s / cost_s) if left_s > 0 else 0
+
+    @property
+    def _row_s(self) -> float:
+        """What a row costs all requests that are computed beside it."""
+        return self.beside() * self.pace.row_s
 
     @property
     def _lags(self) -> bool:

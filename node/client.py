@@ -27,6 +27,7 @@ from client.revoking import revoke_everywhere
 from client.routing import Route, choose_route, spans_meet
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
+from client.speculation import Costs
 from client.swarm import SwarmWatch
 from equivariant.ends import ClientEnds
 from equivariant.keys import RootKey, require_key
@@ -401,6 +402,7 @@ class Client:
                 origin=self.options.origin,
             ),
             head_batches=head_batches_of(loaded.ends),
+            guess_costs=Costs(),
             batches=Batches(),
             choosing=self.choosing,
             moves=Moves(),

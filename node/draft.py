@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import trio
 
 from client.draft import DraftModel
-from client.speculation import Pace, PromptLookup, Speculation
+from client.speculation import Costs, Pace, PromptLookup, Speculation
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
 from models.sampling import SamplingParams
@@ -93,13 +94,19 @@ class Draft:
 @dataclass(slots=True)
 class Guessing:
     """What guesses at a request's tokens, put together as the user wants it; how many pay is client/speculation.py's.
-    For one request, or for the turns of one chat: what was measured, and what the draft model read, is kept."""
+    For one request, or for the turns of one chat: how good guesses were, and what the draft model read, is kept. Of all
+    requests of the model are `costs`, and `beside`: how many are under way."""
 
     draft: Draft
     vocab_size: int
     clock: Clock
-    _pace: Pace = field(default_factory=Pace)
+    costs: Costs
+    beside: Callable[[], int]
+    _pace: Pace = field(init=False)
     _drafter: DraftModel | None = None
+
+    def __post_init__(self) -> None:
+        self._pace = Pace(costs=self.costs)
 
     async def of(self, strategy: Strategy, sampling: SamplingParams) -> Speculation | None:
         """The next request's. "draft" is a draft model beside lookup. Raises InputError, ModelError."""
@@ -109,7 +116,7 @@ class Guessing:
         drafter = await self._draft_model() if strategy.speculation == "draft" else None
         if drafter is not None:
             drafter.sampling = sampling
-        return Speculation(PromptLookup(), drafter, self._pace, self.clock.monotonic)
+        return Speculation(PromptLookup(), drafter, self._pace, self.clock.monotonic, self.beside)
 
     async def _draft_model(self) -> DraftModel:
         if self._drafter is None:

@@ -33,7 +33,7 @@ from client.placement import Placement
 from client.ports import ClientPorts
 from client.routing import Route
 from client.session import RouteSession, SessionTerms
-from client.speculation import Speculation
+from client.speculation import Costs, Speculation
 from client.text import TextStream
 from client.tracing import StepTrace, TraceReport, report
 from equivariant.ends import ClientEnds
@@ -134,6 +134,7 @@ class DeployedModel:
     draft: Draft
     deploy_again: Callable[[frozenset[PeerId]], Awaitable[DeployedModel]]  # on workers of now, past those if possible
     head_batches: HeadBatches  # of all requests here
+    guess_costs: Costs  # what their guesses cost
     batches: Batches  # of those with batching=static
     choosing: Choosing
     moves: Moves[DeployedModel]
@@ -294,7 +295,11 @@ class DeployedModel:
 
     def guessing(self) -> Guessing:
         """What guesses for one request, or for one after the other."""
-        return Guessing(self.draft, self.config.vocab_size, self.ports.clock)
+
+        def beside() -> int:
+            return max(1, self.head_batches.requests)
+
+        return Guessing(self.draft, self.config.vocab_size, self.ports.clock, self.guess_costs, beside)
 
     async def host(self, ask: Ask, strategy: Strategy, guessing: Guessing) -> GenerationHost:
         """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.generate import Generation, GenerationHost, GenerationParams, GenerationResult
-from client.speculation import DRAFT, NO_GUESS, PROBE_SHARE, SLOWER_MAX, Guess, Pace, PromptLookup, Speculation
+from client.speculation import DRAFT, NO_GUESS, PROBE_SHARE, SLOWER_MAX, Costs, Guess, Pace, PromptLookup, Speculation
 from models.sampling import SamplingParams
 from simnet.runtime import VirtualClock, run
 from tests.helpers.machines import VOCABULARY, HashedEnds, Machine
@@ -88,6 +88,28 @@ def test_right_guesses_save_round_trips() -> None:
     assert len(machine.rows) < 16
     assert speculated.token_times_s[-1] < plain.token_times_s[-1] / 4
     assert speculated.accepted == speculated.drafted == 59 - (len(machine.rows) - 1)
+
+
+def test_guesses_of_a_request_that_is_given_up_are_no_longer_under_way() -> None:
+    class Oracle(Scripted):
+        def guess(self, count: int) -> Guess:
+            return Guess(tuple(self.truth[self.known : self.known + count]), 0)
+
+    truth, costs, most = generated(Machine(), GenerationParams(60)).ids, Costs(), list[int]()
+
+    async def main() -> None:
+        speculation = Speculation(Oracle(random.Random(0), truth), pace=Pace(costs=costs))
+        host = GenerationHost(VirtualClock(), speculation=speculation)
+        tokens = Generation(Machine(), HashedEnds(), (1, 2, 3), GenerationParams(60), host).tokens()
+        async for _ in tokens:
+            most.append(costs.guesses)
+            if len(most) == 20:
+                break
+        await tokens.aclose()
+
+    run(main, 0)
+    assert max(most) > 3
+    assert costs.guesses == 0
 
 
 class Wrong(Scripted):
@@ -193,6 +215,37 @@ def test_guesses_never_cost_more_than_they_may(
     route = Arithmetic(row_s)
     spent_s = route.request_s(Text.of(tokens, acceptance, seed), tokens, prompt)
     assert spent_s <= (1 + SLOWER_MAX) * route.plain_s(tokens, prompt) + (row_s if prompt == 1 else 0.0) + 1e-6
+
+
+def together_s(requests: int, row_s: float, acceptance: float, beside: int, tokens: int = 150) -> float:
+    """Requests whose steps are computed together, each row of one delaying all: until the last has its answer."""
+    texts, costs = [Text.of(tokens, acceptance, seed) for seed in range(requests)], Costs()
+    each = [Speculation(text, pace=Pace(costs=costs), beside=lambda: beside) for text in texts]
+    done, spent_s = [1] * requests, 0.0
+    for speculation in each:
+        speculation.begin([0] * 20)
+        speculation.prefilled(20, 1.0 + 19 * row_s)
+        speculation.came([0])
+    while left := [number for number in range(requests) if done[number] < tokens]:
+        sent = {number: each[number].next(tokens - done[number] - 1) for number in left}
+        took_s = 1.0 + row_s * sum(map(len, sent.values()))
+        spent_s += took_s
+        for number, guesses in sent.items():
+            each[number].took(1 + len(guesses), took_s)
+            held = next((n for n, guess in enumerate(guesses) if guess != done[number] + n), len(guesses))
+            each[number].came(range(done[number], done[number] + held + 1))
+            done[number] += held + 1
+    for speculation in each:
+        speculation.end()
+    assert costs.guesses == 0
+    return spent_s
+
+
+def test_guesses_are_not_sent_at_the_expense_of_the_requests_beside() -> None:
+    plain_s = 149.0
+    assert together_s(16, 0.03, 0.3, beside=1) > 1.08 * plain_s, "each weighs what its own rows cost itself"
+    assert together_s(16, 0.03, 0.3, beside=16) < 1.04 * plain_s
+    assert together_s(16, 0.01, 0.95, beside=16) < 0.6 * plain_s, "what pays for all is sent"
 
 
 @pytest.mark.parametrize("prompt", [4, 40, 300])

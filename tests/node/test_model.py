@@ -16,6 +16,7 @@ from client.errors import HopLost
 from client.generate import GenerationHost
 from client.kept import KeptTerms, Opened, OpenedSession, Opening
 from client.session import SessionTerms
+from client.speculation import Costs
 from models.chat_template import ChatTemplate
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
@@ -121,7 +122,7 @@ def model(**attributes: object) -> DeployedModel:
         tokenizer=SimpleNamespace(vocabulary=dict, stream=lambda: None),
     )
     fake = SimpleNamespace(**known | attributes)
-    guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock)
+    guessing = SlowToGuess(Draft(cast("Checkpoint", None)), 9, fake.ports.clock, Costs(), lambda: 1)
     for name in ("_answer", "params", "host", "terms", "page_keys", "_require_known", "_encoded"):
         setattr(fake, name, MethodType(getattr(DeployedModel, name), fake))
     return cast("DeployedModel", fake)
