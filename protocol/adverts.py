@@ -1,7 +1,8 @@
 """Signed, expiring statements of capacity: what a worker gossips about itself.
 
 An advert is at most limits.ADVERT_BYTES_MAX on the wire. Sequence numbers start at the clock's milliseconds, so a
-worker that restarts goes on above its past. `AdvertGate` refuses whatever is forged, replayed, expired, from the future
+worker that restarts goes on above its past; one whose clock was ahead before is heard again when what it said then has
+expired. `AdvertGate` refuses whatever is forged, replayed, expired, from the future
 or living too long, and what comes faster than honest workers speak; it remembers a few numbers per peer and is bounded.
 An author's clock may be wrong by CLOCK_SKEW_MAX_S either way, so `believed_until_ms` goes by the receiver's.
 """
@@ -148,6 +149,10 @@ class _Heard:
     room: float
     at_ms: int
 
+    def is_over(self, now_ms: int) -> bool:
+        """Have all adverts of the peer expired? Then none can be replayed: its own expiry refuses it."""
+        return self.expires_ms + _SKEW_MS <= now_ms
+
 
 @dataclass(slots=True)
 class AdvertGate:
@@ -179,8 +184,7 @@ class AdvertGate:
         return _Heard(advert.sequence, advert.expires_ms, limits.ADVERTS_BURST - 1, now_ms)
 
     def _make_room(self, now_ms: int) -> None:
-        # Once all adverts of a peer have expired, none can be replayed: its own expiry refuses it.
-        for peer in [peer for peer, heard in self.latest.items() if heard.expires_ms + _SKEW_MS <= now_ms]:
+        for peer in [peer for peer, heard in self.latest.items() if heard.is_over(now_ms)]:
             del self.latest[peer]
         if len(self.latest) >= limits.PEERS_MAX:
             raise AdvertRefused("full", "too many peers")
@@ -188,7 +192,7 @@ class AdvertGate:
 
 def _next(known: _Heard, advert: Advert, now_ms: int) -> _Heard:
     """Raises AdvertRefused."""
-    if advert.sequence <= known.sequence:
+    if advert.sequence <= known.sequence and not known.is_over(now_ms):
         raise AdvertRefused("replay", "an advert that is not newer than the last one: a replay")
     room = _refilled(known.room, now_ms - known.at_ms, limits.ADVERTS_PER_S, limits.ADVERTS_BURST)
     if room < 1:

@@ -205,6 +205,27 @@ def test_a_peer_is_not_forgotten_while_an_older_advert_of_its_lives(monkeypatch:
         admit(gate, long, now_ms=later_ms)
 
 
+def test_a_worker_whose_clock_was_ahead_is_heard_again_when_its_last_advert_has_expired() -> None:
+    """Its clock was an hour ahead and was set right; then it restarted, and its sequence with it."""
+    gate, life_ms = AdvertGate(), 6000
+    ahead = replace(ADVERT, sequence=NOW_MS + 3_600_000, issued_ms=NOW_MS, expires_ms=NOW_MS + life_ms)
+    admit(gate, ahead)
+
+    def restarted(now_ms: int) -> Advert:
+        advert = replace(ADVERT, sequence=now_ms, issued_ms=now_ms, expires_ms=now_ms + life_ms)
+        return admit(gate, advert, now_ms)
+
+    over_ms = ahead.expires_ms + SKEW_MS
+    with pytest.raises(RemoteProtocolError, match="replay"):
+        restarted(over_ms - 1)
+    assert restarted(over_ms).sequence == over_ms
+    with pytest.raises(RemoteProtocolError, match="expired"):  # what it said before does not return
+        admit(gate, ahead, over_ms)
+    with pytest.raises(RemoteProtocolError, match="replay"):
+        restarted(over_ms)
+    assert restarted(over_ms + 2000).sequence == over_ms + 2000
+
+
 def refusal(gate: AdvertGate, sequence: int, now_ms: int, identity: Identity = WORKER) -> str:
     """Why a good advert is refused; "" when it is not."""
     before = (dict(gate.latest), gate._room, gate._at_ms)
