@@ -43,8 +43,10 @@ async def _end_of_file(lifeline: int, done: trio.CancelScope) -> None:
 
 def running_worker(folder: Path) -> dict[str, Any] | None:
     """What the worker that runs on `folder` states of itself (worker.json); None when none runs."""
+    if not (folder / "lock").exists():
+        return None
     try:
-        with open(folder / "lock", "rb") as lock:
+        with one_at_a_time(folder), open(folder / "lock", "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
@@ -77,7 +79,8 @@ def only_user_of(folder: Path, role: str) -> Iterator[None]:
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with one_at_a_time(folder):  # who asks whether a worker runs holds the lock for a moment
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
                 f"another sotto {role} uses {folder}: wait for it, or give this one its own --data-dir"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from node.files import parse_bytes, read_private, show_bytes, write_atomic, write_private
 from node.identity import load_identity
 from node.keys import default_key, key_file, load_key, new_key
-from node.lifetime import only_user_of
+from node.lifetime import only_user_of, running_worker
 from protocol.errors import InputError
 
 
@@ -105,3 +107,40 @@ def test_one_process_for_one_folder(tmp_path: Path) -> None:
         pass
     with only_user_of(tmp_path, "worker"):
         pass
+
+
+def test_who_asks_whether_a_worker_runs_keeps_none_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker starts while the other looks."""
+    with only_user_of(tmp_path, "worker"):
+        pass  # its file is there
+    flock, tried, outcomes = fcntl.flock, threading.Event(), []
+
+    def start() -> None:
+        try:
+            with only_user_of(tmp_path, "worker"):
+                outcomes.append("runs")
+        except InputError as error:
+            outcomes.append(str(error))
+
+    worker = threading.Thread(target=start)
+
+    def watched(handle: int, operation: int) -> None:
+        if threading.current_thread() is worker:
+            if not operation & fcntl.LOCK_NB:
+                tried.set()  # it may have to wait
+            try:
+                flock(handle, operation)
+            finally:
+                tried.set()
+            return
+        flock(handle, operation)
+        if operation & fcntl.LOCK_SH:
+            worker.start()
+            assert tried.wait(60)
+
+    monkeypatch.setattr(fcntl, "flock", watched)
+    assert running_worker(tmp_path) is None
+    worker.join(60)
+    assert outcomes == ["runs"]
