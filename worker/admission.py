@@ -83,6 +83,11 @@ class SpanLedger:
         return min(max(1, int(self.owner_share * LEASES_MAX)), LEASES_MAX - 1)
 
     @property
+    def owner_bytes(self) -> int:
+        """How much the deployments of one owner that are in use may take."""
+        return int(self.owner_share * self.memory_bytes)
+
+    @property
     def used_bytes(self) -> int:
         return sum(lease.request.weight_bytes for lease in self.leases.values())
 
@@ -93,8 +98,10 @@ class SpanLedger:
 
     @property
     def available_bytes(self) -> int:
-        """Bytes that a new span could have: free, or held by idle deployments that would make room."""
-        return self.free_bytes + sum(lease.request.weight_bytes for lease in self.leases.values() if lease.idle)
+        """Bytes that a new span of an owner with nothing else in use could have: free, or held by idle deployments that
+        would make room."""
+        idle_bytes = sum(lease.request.weight_bytes for lease in self.leases.values() if lease.idle)
+        return min(self.owner_bytes, self.free_bytes + idle_bytes)
 
     @property
     def available_disk_bytes(self) -> int:
@@ -194,7 +201,7 @@ class SpanLedger:
         """Raises Refused (MEMORY) when `request` in the place of `replaced` is too much for its owner."""
         others = (lease for lease in self.leases.values() if lease is not replaced and not lease.idle)
         own = [lease.request.weight_bytes for lease in others if lease.request.owner == request.owner]
-        share = int(self.owner_share * self.memory_bytes)
+        share = self.owner_bytes
         excess = sum(own) + request.weight_bytes - share
         if excess > 0:
             detail = f"one owner may use {share} bytes here: {excess} bytes too many beside what its others use"

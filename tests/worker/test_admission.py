@@ -124,6 +124,16 @@ def test_a_deployment_is_its_owners_alone() -> None:
     assert reason_of(lambda: ledger.wants(digest, ANN.peer)) == RefusalReason.FORBIDDEN, "no lease, no upload"
 
 
+def test_no_more_is_offered_than_one_owner_may_have() -> None:
+    ledger = SpanLedger(4 * BLOCK_BYTES, owner_share=0.5)
+    assert ledger.available_bytes == 2 * BLOCK_BYTES
+    prepared(ledger, request(1), 0.0)
+    assert ledger.available_bytes == 2 * BLOCK_BYTES, "another owner may have as much as before"
+    prepared(ledger, request(2, blocks=2, owner="bob"), 1.0, BOB.peer)
+    assert ledger.available_bytes == BLOCK_BYTES, "that is all there is"
+    ledger.prepare(request(3), 2.0, ANN.peer)
+
+
 def test_an_owner_leases_at_most_its_share_of_the_memory() -> None:
     ledger = SpanLedger(4 * BLOCK_BYTES, owner_share=0.5)
     first = prepared(ledger, request(1), 0.0)
