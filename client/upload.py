@@ -29,6 +29,7 @@ SILENCE_S = 60.0  # the worker tells its progress every second, whatever it wait
 STALLED_S = 300.0  # in which a piece at least must have come, from wherever, whatever the worker says meanwhile
 SLOWEST_BYTES_S = 8 << 10  # over SLOWEST_S, whatever comes meanwhile: 1 Mbit/s of uplink gives it to fifteen hops
 SLOWEST_S = 600.0
+SOURCES_NAMED_MAX = limits.SHARD_SOURCES_MAX - 1  # a worker that hears of as many as it may looks for no others
 PIECE_ASKED_MAX = 3  # a piece that was lost with another source's stream may be asked for again, but not for ever
 
 
@@ -54,7 +55,7 @@ async def nobody(_: int) -> tuple[Source, ...]:
 
 
 def holders_in(view: SwarmView, deployment: DeploymentId) -> Holders:
-    """Those who say in their adverts that they hold a block, in the order of their ids."""
+    """Those who say in their adverts that they hold a block."""
 
     async def holders(block: int) -> tuple[Source, ...]:
         found = view.holders(deployment)
@@ -102,12 +103,13 @@ class ShardUpload:
         return pieces
 
     async def _others(self, index: int) -> tuple[tuple[Source, ...], bytes]:
-        """Who else has the block, and the right to read it there, or from whom the worker finds by itself."""
+        """A few who have the block too, and the right to read it there, or from whom the worker finds by itself."""
         right = self._ports.introduce(self._deployment, self._hop.peer)
         if not right:
             return (), b""
-        found = await self._supply.holders(index)
-        return tuple(source for source in found if source.peer != self._hop.peer)[: limits.SHARD_SOURCES_MAX], right
+        found = {source.peer: source for source in await self._supply.holders(index) if source.peer != self._hop.peer}
+        named = self._ports.identity.ranked(found)[:SOURCES_NAMED_MAX]  # no stranger can choose to be among them
+        return tuple(found[peer] for peer in named), right
 
 
 @dataclass(slots=True)

@@ -88,9 +88,10 @@ class Herald:
             await trio.sleep(RTT_ROUND_S)
 
     def _neighbours(self) -> list[Member]:
-        """As many as an advert has room for: of more, always the same ones."""
+        """As many as an advert has room for: of more, always the same ones, among whom no stranger can choose to be."""
         connected = [peer for peer in self.ports.transport.connected() if peer in self.view.members]
-        return [self.view.members[peer] for peer in connected[: limits.ADVERT_RTTS_MAX]]
+        chosen = self.config.identity.ranked(connected)[: limits.ADVERT_RTTS_MAX]
+        return [self.view.members[peer] for peer in chosen]
 
     async def _ping(self, member: Member) -> None:
         ping = Ping(self.ports.entropy(8))
@@ -116,8 +117,8 @@ class Herald:
         now_ms = self._now_ms()
         self._sequence = max(self._sequence + 1, now_ms)
         life_s = limits.ADVERT_LIFE_INTERVALS * interval_s
-        rtts = [Rtt(peer_tag(peer), rtt_ms) for peer, (rtt_ms, _) in sorted(self._rtts.items())]
-        rtts = rtts[: limits.ADVERT_RTTS_MAX]
+        pinged = self.config.identity.ranked(self._rtts)[: limits.ADVERT_RTTS_MAX]
+        rtts = [Rtt(peer_tag(peer), self._rtts[peer][0]) for peer in pinged]
         spans = self._held()
         while True:
             advert = Advert(

@@ -41,6 +41,7 @@ from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError,
 from protocol.ids import PeerId, public_key_of
 from protocol.messages import LINK, SESSION, SHARD
 from protocol.ports import Stream, StreamHandler, Subscription, Validator
+from protocol.signed import Identity
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class Mesh:
         self._nursery = nursery
         self._config = config
         self._peer = PeerId(host.get_id().to_base58())
+        self._identity = Identity(config.seed)
         self._circuits = Circuits(self, host)
         self.reach = Reach(own=lambda: self._announced)
         self.directory = Kademlia(self, self.known_addrs)  # a public swarm's: members of a private one make theirs
@@ -138,6 +140,10 @@ class Mesh:
 
     def connected(self) -> tuple[PeerId, ...]:
         return tuple(sorted(PeerId(peer.to_base58()) for peer in self._host.live_peers()))
+
+    def ranked(self) -> list[PeerId]:
+        """Those connected, in an order that no stranger can foresee."""
+        return self._identity.ranked(self.connected())
 
     # Transport
 

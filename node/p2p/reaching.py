@@ -2,8 +2,8 @@
 
 Connected peers are asked to dial back; when they cannot, the router is asked for a port; when that does not help,
 connected peers are asked to be relays, and two reservations are kept alive, at relays on the internet where there are
-any. The order is the order of what a hop then costs. Everything is retried at its own pace for as long as the node
-runs, since routers and peers come and go.
+any. The order is the order of what a hop then costs; of peers it is one that no stranger can foresee. Everything is
+retried at its own pace for as long as the node runs, since routers and peers come and go.
 
 A node that others can dial serves in turn: it dials back for others, and relays for them if its owner lets it.
 """
@@ -98,7 +98,7 @@ class Reaching:
 
     async def probe_once(self) -> None:
         now = trio.current_time()
-        connected = self.mesh.connected()
+        connected = self.mesh.ranked()
         self._asked = {peer: again for peer, again in self._asked.items() if again > now}
         self._pauses_s = {peer: pause_s for peer, pause_s in self._pauses_s.items() if peer in connected}
         due = [peer for peer in connected if peer not in self._asked][:ASKED_MAX]
@@ -155,7 +155,7 @@ class Reaching:
             await trio.sleep(ROUND_S)
 
     async def reserve_once(self) -> None:
-        now, connected = trio.current_time(), self.mesh.connected()
+        now, connected = trio.current_time(), self.mesh.ranked()
         kept = {peer: held for peer, held in self._reserved.items() if peer in connected and self.mesh.hidden}
         self._reserved = kept
         self._no_relay = {peer: again for peer, again in self._no_relay.items() if again > now}

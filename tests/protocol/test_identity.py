@@ -89,6 +89,16 @@ def test_an_identity_does_not_show_its_secret() -> None:
     assert Identity(CLIENT.seed).peer == CLIENT.peer
 
 
+def test_everyone_puts_peers_in_another_order_and_always_in_the_same() -> None:
+    peers = [peer_id_of(SigningKey(bytes([number]) * 32).verify_key.encode()) for number in range(40)]
+    orders = [each.ranked(peers) for each in (CLIENT, OTHER, WORKER)]
+    assert len({tuple(order) for order in (*orders, sorted(peers))}) == 4
+    for each, order in zip((CLIENT, OTHER, WORKER), orders, strict=True):
+        assert sorted(order) == sorted(peers)
+        assert Identity(each.seed).ranked(reversed(peers)) == order
+        assert each.ranked(peers[:9]) == [peer for peer in order if peer in peers[:9]]
+
+
 def test_a_signed_statement_travels() -> None:
     signed = CLIENT.sign("manifest/1", bytes(300))
     assert decode(Signed, encode(signed)) == signed

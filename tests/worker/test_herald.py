@@ -135,16 +135,18 @@ def test_bad_adverts_are_neither_believed_nor_forwarded() -> None:
 
 
 class _Silent:
-    """A transport whose peers never answer; it notes when they were asked."""
+    """A transport whose peers never answer; it notes when they were asked, and who."""
 
     def __init__(self, peers: int) -> None:
-        self.peers, self.asked = tuple(peer(number) for number in range(peers)), list[float]()
+        self.peers = tuple(sorted(peer(number) for number in range(peers)))
+        self.asked, self.who = list[float](), set[PeerId]()
 
     def connected(self) -> tuple[PeerId, ...]:
         return self.peers
 
     async def open(self, peer: PeerId, addrs: tuple[str, ...], protocol: str) -> None:
         self.asked.append(trio.current_time())
+        self.who.add(peer)
         await trio.sleep_forever()
 
 
@@ -158,13 +160,16 @@ def test_a_silent_neighbour_holds_up_the_pings_of_no_other() -> None:
     async def test() -> None:
         silent = _Silent(limits.ADVERT_RTTS_MAX + 3)
         ports = SimpleNamespace(transport=silent, clock=VirtualClock(), entropy=bytes)
-        herald = Herald(ports, None, None, side_by_side)  # type: ignore[arg-type]
+        config = SimpleNamespace(identity=identity("worker"))
+        herald = Herald(ports, config, None, side_by_side)  # type: ignore[arg-type]
         for each in silent.peers:
             herald.view = herald.view.with_advert(each, advert(), each, 0)
         with trio.move_on_after(PING_S + RTT_ROUND_S + 1):
             await herald.measure()
         rounds = Counter(round(at - silent.asked[0]) for at in silent.asked)
         assert rounds == dict.fromkeys((0, PING_S + RTT_ROUND_S), limits.ADVERT_RTTS_MAX)
+        chosen = config.identity.ranked(silent.peers)[: limits.ADVERT_RTTS_MAX]
+        assert silent.who == set(chosen) != set(silent.peers[: limits.ADVERT_RTTS_MAX]), "not the lowest ids"
 
     run(test, seed=1)
 

@@ -22,6 +22,7 @@ from node.p2p.reach import Reach, ReachState
 from node.p2p.reaching import Reaching, ReachOptions
 from protocol.errors import TransportError
 from protocol.ids import peer_id_of
+from protocol.signed import Identity
 from simnet import runtime
 from tests.conformance.adapters import ECHO, echo, full_addr, receive_exactly, seed_of, until
 from tests.node.p2p.meshes import guarded
@@ -201,14 +202,15 @@ class Among:
 
     hidden = True
 
-    def __init__(self):
+    def __init__(self, reverse=False):
+        self.reverse = reverse
         self.relays, self.asked = {}, []
         self.host = self.circuits = self
         self.reach = Reach()
         self.reach.shut()
 
-    def connected(self):
-        return tuple(sorted(self.relays))
+    def ranked(self):
+        return sorted(self.relays, reverse=self.reverse)
 
     def known_addrs(self, peer):
         return ()
@@ -253,6 +255,28 @@ def test_relays_on_the_internet_take_the_place_of_those_in_the_house(others, ask
         assert there.reach.circuits == tuple(f"/ip4/{ip}/tcp/1" for ip in kept)
 
     runtime.run(main, seed=1)
+
+
+def test_relays_are_not_those_with_the_lowest_ids():
+    async def main():
+        there = Among(reverse=True)
+        there.relays = {peer_id_of(SigningKey(seed_of(name)).verify_key.encode()): (LAN, LAN) for name in "abcde"}
+        await Reaching(there, ReachOptions()).reserve_once()
+        assert there.asked == sorted(there.relays, reverse=True)[:2]
+
+    runtime.run(main, seed=1)
+
+
+def test_neighbours_rank_by_the_nodes_secret():
+    async def body(first):
+        async with AsyncExitStack() as stack:
+            for number in range(3):
+                other = await stack.enter_async_context(open_mesh(MeshConfig(seed_of(f"other {number}"))))
+                await first.connect(full_addr(other))
+            assert first.ranked() == Identity(seed_of("first")).ranked(first.connected())
+            assert len(first.ranked()) == 3
+
+    run(body)
 
 
 def test_a_port_that_the_router_maps_is_announced_once_it_was_dialled(monkeypatch):
