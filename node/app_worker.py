@@ -12,9 +12,9 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,7 @@ from worker.service import WorkerService
 
 log = logging.getLogger("sotto.worker")
 _QUEUE_BYTES_MAX = 2 << 30
+STATED_EVERY_S = 1.0  # at most: strangers can provoke changes, and each waits for the disk
 MOVE_SEEN_S = 1.0  # how soon the local network hears of another address of this machine
 
 
@@ -182,8 +183,8 @@ async def _serve(options: WorkerOptions, identity: Identity, mesh: Mesh, swarm: 
             # takes 0.1 s and holds up the loop and the engine.
             gc.freeze()
             facts = {"swarm": swarm_of(key).hex(), "metrics": metrics_url}
-            with _announced(options.data_dir, mesh, facts) as announce:
-                mesh.reach.on_change = partial(_reach_changed, service, announce)
+            async with _announced(options.data_dir, mesh, facts) as renew:
+                mesh.reach.on_change = partial(_reach_changed, service, renew)
                 computes = {"threads": options.threads, "kernels": sorted(SUPPORTED)}
                 addrs = {"peer": mesh.peer, "addrs": mesh.addrs, "private": key is not None}
                 log.info("serving", extra=addrs | computes)
@@ -199,8 +200,8 @@ async def _meet_neighbours(mesh: Mesh, key: SwarmKey | None, leads: Leads) -> No
                 await trio.sleep(MOVE_SEEN_S)
 
 
-def _reach_changed(service: WorkerService, announce: Callable[[], None]) -> None:
-    announce()
+def _reach_changed(service: WorkerService, renew: Callable[[], None]) -> None:
+    renew()
     service.herald.changed()
 
 
@@ -215,23 +216,52 @@ async def _start_owner(nursery: trio.Nursery, service: WorkerService, options: W
         nursery.start_soon(owner.yield_to_others)
 
 
-@contextmanager
-def _announced(folder: Path, mesh: Mesh, facts: Mapping[str, str]) -> Iterator[Callable[[], None]]:
-    """`worker.json` while the worker serves: how its maker, and its owner, find it. Call what it gives to renew it. A
-    full disk leaves an old one, or none, and the worker goes on."""
-    file = folder / STATE_FILE
+@dataclass(slots=True)
+class _Statement:
+    """The content of `file`: how the worker's maker, and its owner, find it. A full disk leaves an old one, or none,
+    and the worker goes on."""
 
-    def announce() -> None:
+    file: Path
+    mesh: Mesh
+    facts: Mapping[str, str]
+    _changed: trio.Event = field(default_factory=trio.Event)
+
+    def renew(self) -> None:
+        """Something of it has changed."""
+        self._changed.set()
+
+    async def keep(self) -> None:
+        """Write what changes, in a thread, for ever; of changes that come faster than every STATED_EVERY_S the last."""
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            await trio.to_thread.run_sync(self.write, self.read())
+            await trio.sleep(STATED_EVERY_S)
+
+    def read(self) -> bytes:
+        """What there is to state now."""
+        mesh = self.mesh
         state = {"pid": os.getpid(), "peer": mesh.peer, "addrs": mesh.addrs, "listening": mesh.listening}
-        state["reach"] = mesh.reach.state.value
-        try:
-            write_atomic(file, json.dumps({**state, **facts}).encode())
-        except OSError as error:
-            log.warning("where this worker is found cannot be written", extra={"path": file, "reason": str(error)})
+        return json.dumps({**state, "reach": mesh.reach.state.value, **self.facts}).encode()
 
-    file.unlink(missing_ok=True)  # what an earlier process left, where a full disk keeps the new one out
-    announce()
+    def write(self, data: bytes) -> None:
+        try:
+            write_atomic(self.file, data)
+        except OSError as error:
+            reason = str(error)
+            log.warning("where this worker is found cannot be written", extra={"path": self.file, "reason": reason})
+
+
+@asynccontextmanager
+async def _announced(folder: Path, mesh: Mesh, facts: Mapping[str, str]) -> AsyncIterator[Callable[[], None]]:
+    """`worker.json` while the worker serves. Call what it gives to renew it."""
+    statement = _Statement(folder / STATE_FILE, mesh, facts)
+    statement.file.unlink(missing_ok=True)  # what an earlier process left, where a full disk keeps the new one out
+    statement.write(statement.read())
     try:
-        yield announce
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(statement.keep)
+            yield statement.renew
+            nursery.cancel_scope.cancel()
     finally:
-        file.unlink(missing_ok=True)
+        statement.file.unlink(missing_ok=True)  # for good: a thread that writes has been waited for

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,32 +15,87 @@ import pytest
 import trio
 from multiaddr import Multiaddr
 
-from node.app_worker import _announced, _meet_neighbours
+from node.app_worker import STATED_EVERY_S, _announced, _meet_neighbours
 from node.joining import Leads
 from node.lan import Presence
 from node.p2p.mesh import MeshConfig, open_mesh
 from node.p2p.reach import ReachState
 from node.p2p.reaching import Reaching, ReachOptions
+from simnet import runtime
 from tests.conformance.adapters import GUARD_S, until
 
+DISK_S = 0.3
 
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When work was given to a thread. It takes DISK_S of virtual time."""
+    began: list[float] = []
+
+    async def inline(work: Callable[..., None], *args: object) -> None:
+        began.append(trio.current_time())
+        with trio.CancelScope(shield=True):
+            await trio.sleep(DISK_S)
+        work(*args)
+
+    monkeypatch.setattr("trio.to_thread.run_sync", inline)
+    return began
+
+
+def mesh_of_nobody() -> Any:
+    return SimpleNamespace(peer="P", addrs=("a",), listening=("b",), reach=SimpleNamespace(state=ReachState.UNKNOWN))
+
+
+def stated(folder: Path) -> Any:
+    return json.loads((folder / "worker.json").read_text())
+
+
+@pytest.mark.usefixtures("threads")
 def test_a_full_disk_costs_what_is_stated_not_the_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mesh: Any = SimpleNamespace(
-        peer="P", addrs=("a",), listening=("b",), reach=SimpleNamespace(state=ReachState.UNKNOWN)
-    )
+    mesh = mesh_of_nobody()
 
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with _announced(tmp_path, mesh, {"swarm": "s"}) as announce:
-        mesh.reach.state = ReachState.PUBLIC
-        with monkeypatch.context() as patched:
-            patched.setattr("node.app_worker.write_atomic", full)
-            announce()
-        assert json.loads((tmp_path / "worker.json").read_text())["reach"] == "unknown"
-        announce()
-        assert json.loads((tmp_path / "worker.json").read_text())["reach"] == "public"
-    assert not (tmp_path / "worker.json").exists()
+    async def main() -> None:
+        async with _announced(tmp_path, mesh, {"swarm": "s"}) as renew:
+            mesh.reach.state = ReachState.PUBLIC
+            with monkeypatch.context() as patched:
+                patched.setattr("node.app_worker.write_atomic", full)
+                renew()
+                await trio.sleep(2 * STATED_EVERY_S)
+            assert stated(tmp_path)["reach"] == "unknown"
+            renew()
+            await trio.sleep(2 * STATED_EVERY_S)
+            assert stated(tmp_path)["reach"] == "public"
+        assert not (tmp_path / "worker.json").exists()
+
+    runtime.run(main, seed=1)
+
+
+def test_what_is_stated_is_written_in_a_thread_once_a_second_and_the_last_of_it(
+    tmp_path: Path, threads: list[float]
+) -> None:
+    """Strangers can provoke changes, and the disk may be slow."""
+    mesh = mesh_of_nobody()
+
+    async def main() -> None:
+        async with _announced(tmp_path, mesh, {}) as renew:
+            assert stated(tmp_path)["addrs"] == ["a"]
+            for number in range(50):
+                mesh.addrs = (str(number),)
+                renew()
+                await trio.sleep(0.05)
+            await trio.sleep(2 * STATED_EVERY_S)
+            assert stated(tmp_path)["addrs"] == ["49"]
+            assert len(threads) == 3, "two while it changed, one of the last"
+            assert all(after - before >= STATED_EVERY_S for before, after in pairwise(threads))
+            renew()
+            await trio.sleep(DISK_S / 2)
+        assert len(threads) == 4
+        assert not (tmp_path / "worker.json").exists(), "what was being written does not come back"
+
+    runtime.run(main, seed=1)
 
 
 def test_what_is_stated_follows_the_machine_to_another_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,14 +114,15 @@ def test_what_is_stated_follows_the_machine_to_another_address(tmp_path: Path, m
     async def main() -> tuple[str, ...]:
         async with open_mesh(MeshConfig(bytes(32))) as mesh, trio.open_nursery() as nursery:
             before = mesh.listening
-            with trio.fail_after(GUARD_S), _announced(tmp_path, mesh, {}) as announce:
-                mesh.reach.on_change = announce
-                nursery.start_soon(_meet_neighbours, mesh, None, Leads())
-                nursery.start_soon(Reaching(mesh, ReachOptions(upnp=False)).run)
-                await until(lambda: bool(on_lan))
-                mesh.host.get_transport_addrs = lambda: [Multiaddr(elsewhere)]  # type: ignore[method-assign]
-                await until(lambda: json.loads((tmp_path / "worker.json").read_text())["addrs"] == [elsewhere])
-                await until(lambda: len(on_lan) == 3)
+            with trio.fail_after(GUARD_S):
+                async with _announced(tmp_path, mesh, {}) as renew:
+                    mesh.reach.on_change = renew
+                    nursery.start_soon(_meet_neighbours, mesh, None, Leads())
+                    nursery.start_soon(Reaching(mesh, ReachOptions(upnp=False)).run)
+                    await until(lambda: bool(on_lan))
+                    mesh.host.get_transport_addrs = lambda: [Multiaddr(elsewhere)]  # type: ignore[method-assign]
+                    await until(lambda: stated(tmp_path)["addrs"] == [elsewhere])
+                    await until(lambda: len(on_lan) == 3)
             nursery.cancel_scope.cancel()
         return before
 
