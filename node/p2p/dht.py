@@ -6,9 +6,10 @@ py-libp2p's KadDHT, which offers the id /ipfs/kad/1.0.0 whatever prefix it is gi
 streams, keeps up to 50,000 values of 1 MiB for strangers, and never asks whom it is connected to.
 
 Invariants: a record names nobody but the peer that brought it, as the handshake proved it; requests are read and
-answered within SERVE_S, at most REQUESTS_PER_S of one peer; the table holds only peers that have answered; a lookup
-ends within LOOKUP_S, and dials addresses that peers named under the rule of protocol/scopes.py. It keeps no values and
-no signed peer records.
+answered within SERVE_S, at most REQUESTS_PER_S of one peer; when all places for streams are taken, the oldest stream of
+the peer with most gives way to a newcomer, who needs its own for milliseconds only; the table holds only peers that
+have answered; a lookup ends within LOOKUP_S, and dials addresses that peers named under the rule of protocol/scopes.py.
+It keeps no values and no signed peer records.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import logging
 import math
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Protocol
 
@@ -85,7 +87,7 @@ class Kademlia:
         self._known_addrs = known_addrs
         self._own_key = ID.from_base58(node.peer).to_bytes()
         self._strangers: OrderedDict[PeerId, float] = OrderedDict()  # peers that do not speak this, and when asked
-        self._open: Counter[PeerId] = Counter()
+        self._open: list[tuple[PeerId, trio.CancelScope]] = []  # streams that are served, the oldest first
         self._asking: OrderedDict[PeerId, Allowance] = OrderedDict()  # requests
 
     # Directory
@@ -231,24 +233,37 @@ class Kademlia:
 
     async def _serve(self, stream: Stream) -> None:
         peer = stream.remote
-        if self._open[peer] >= STREAMS_PER_PEER_MAX or self._open.total() >= STREAMS_MAX:
-            raise TransportError(f"{peer} asks too much at a time")
-        self._open[peer] += 1
         messages = Delimited(stream, REQUEST_BYTES_MAX)
         try:
-            with trio.move_on_after(SERVE_S):
+            with self._place(peer):
                 while (request := await messages.receive_or_end(Message)) is not None:
                     if not self._admit(peer):
                         raise TransportError(f"{peer} asks too often")
                     await messages.send(self._answer(request, peer))
-                return
-            raise TransportError(f"{peer} took longer than {SERVE_S:g} s")
         except RemoteProtocolError as error:  # reset, as the specification asks
             raise TransportError(f"{peer} broke kad-dht: {error}") from error
+
+    @contextmanager
+    def _place(self, peer: PeerId) -> Iterator[None]:
+        """A place among the streams that are served. Raises TransportError: too many of `peer`, or it took too long."""
+        streams = Counter(each for each, _ in self._open)
+        if streams[peer] >= STREAMS_PER_PEER_MAX:
+            raise TransportError(f"{peer} asks too much at a time")
+        if len(self._open) >= STREAMS_MAX:
+            most = max(streams.values())
+            oldest = next(place for place in self._open if streams[place[0]] == most)
+            self._open.remove(oldest)
+            oldest[1].cancel()
+        place = (peer, trio.CancelScope(deadline=trio.current_time() + SERVE_S))
+        self._open.append(place)
+        try:
+            with place[1] as scope:
+                yield
         finally:
-            self._open[peer] -= 1
-            if not self._open[peer]:
-                del self._open[peer]
+            if place in self._open:  # else it gave way
+                self._open.remove(place)
+        if scope.cancelled_caught:
+            raise TransportError(f"{peer} took longer than {SERVE_S:g} s, or than others could wait")
 
     def _answer(self, request: Message, peer: PeerId) -> Message:
         """Raises RemoteProtocolError for what is not asked here."""

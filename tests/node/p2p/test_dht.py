@@ -303,6 +303,42 @@ def test_silent_streams_do_not_hold_up_others(monkeypatch):
     run(body, "a", "b", "hostile")
 
 
+class Mute(Script):
+    """A peer that opens a stream and says nothing."""
+
+    async def receive(self, max_bytes):
+        await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("each", [1, dht.STREAMS_PER_PEER_MAX])
+def test_silent_streams_of_many_give_way_the_oldest_of_who_has_most_first(each):
+    async def main():
+        directory, ended = Kademlia(Silent(), lambda _: ()), []
+
+        async def mute(number):
+            with pytest.raises(TransportError):
+                await directory._serve(Mute(b"", person(number)))
+            ended.append((number, trio.current_time()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mute, 999)  # it has one stream only
+            await trio.testing.wait_all_tasks_blocked()
+            for count in range(dht.STREAMS_MAX - 1):
+                nursery.start_soon(mute, count // each)
+                await trio.testing.wait_all_tasks_blocked()
+            body = Message(type=Message.PING).SerializeToString()
+            stream = Script(_varint(len(body)) + body, person(1000))
+            await directory._serve(stream)
+            assert stream.sent == _varint(len(body)) + body
+            await trio.testing.wait_all_tasks_blocked()
+            assert ended == [(999 if each == 1 else 0, 0.0)]
+        assert len(ended) == dht.STREAMS_MAX
+        assert {at for _, at in ended[1:]} == {dht.SERVE_S}
+        assert not directory._open
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 def test_a_record_names_only_who_brought_it():
     async def body(a, b, hostile):
         stream = await hostile.open(a.peer, a.addrs, KAD)
