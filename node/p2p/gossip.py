@@ -1,10 +1,11 @@
 """Gossip over libp2p's gossipsub 1.1, with the edges taken off.
 
 Invariants: an exception while a message is handled costs that message; each neighbour may forward FORWARDED_PER_S
-messages a second (the library's own limit throttles honest relays and is off), and who asks for more work than
-PRICE_PER_S (gossip_rpc.py) is read more slowly; nothing that a neighbour named outlives it; a message names one topic;
-a validator runs once per new message and what it lets pass is delivered and forwarded; a neighbour that stays
-connected has one stream from here, also when it was slow to take it or has two connections.
+messages a second (the library's own limit throttles honest relays and is off), all together RECEIVED_PER_S new ones, of
+which the addresses that bring most cannot use up the others' part, and who asks for more work than PRICE_PER_S
+(gossip_rpc.py) is read more slowly; nothing that a neighbour named outlives it; a message names one topic; a validator
+runs once per new message and what it lets pass is delivered and forwarded; a neighbour that stays connected has one
+stream from here, also when it was slow to take it or has two connections.
 
 Low rate only: one message costs a node 10 to 16 ms of CPU. Not for anything that must arrive.
 """
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 import trio
 from google.protobuf.message import DecodeError
-from libp2p.abc import IHost, INetStream
+from libp2p.abc import INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.exceptions import ParseError
 from libp2p.io.exceptions import IOException
@@ -29,8 +30,10 @@ from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.utils.varint import read_varint_prefixed_bytes_limited
 
-from node.p2p.allowance import Allowance, allowance_of
+from node.p2p.allowance import Allowance, Shared, allowance_of
+from node.p2p.doorway import source_of
 from node.p2p.gossip_rpc import PRICE_BURST, PRICE_PER_S, trim
+from node.p2p.host import Host
 from protocol.errors import RemoteProtocolError
 from protocol.ids import PeerId, public_key_of
 from protocol.limits import GOSSIP_BYTES_MAX
@@ -45,6 +48,8 @@ FORWARDED_PER_S = (
     20.0  # three times what a node should receive in all, adverts and reports; a burst of ten seconds' worth passes
 )
 FORWARDED_BURST = 200.0
+RECEIVED_PER_S = 40.0  # new messages of all neighbours: half of a core, and twice what an honest swarm of 1,000 sends
+RECEIVED_BURST = 400.0  # who catches up asks a neighbour for 200 at once; half is kept for the others
 TOPICS_PER_NEIGHBOUR = 64  # that it says it follows; foreign nodes may follow topics of their own
 STREAMS_PER_NEIGHBOUR = 4  # it needs one, and one more for a moment when it connects anew
 RPC_BYTES_MAX = 256 * 1024  # IDS_MAX adverts, asked for at once; a stream holds one RPC while it arrives
@@ -101,7 +106,7 @@ class GuardedPubsub(Pubsub):
 
     router: GossipSub
 
-    def __init__(self, host: IHost, router: GossipSub) -> None:
+    def __init__(self, host: Host, router: GossipSub) -> None:
         super().__init__(
             host,
             router,
@@ -112,6 +117,8 @@ class GuardedPubsub(Pubsub):
         # The library counts from the time in seconds: a node that restarts would repeat numbers, and be taken as seen.
         self.counter = time.time_ns()
         self._forwarding: OrderedDict[ID, Allowance] = OrderedDict()  # messages
+        self._address_of = host.observed_ip
+        self._received = Shared(RECEIVED_PER_S, RECEIVED_BURST, trio.current_time())  # new messages
         self._asking: OrderedDict[ID, Allowance] = OrderedDict()  # units of gossip_rpc.trim
         self._reading: Counter[ID] = Counter()  # streams
         self._greeting: set[ID] = set()  # those that a stream is being opened to
@@ -190,7 +197,10 @@ class GuardedPubsub(Pubsub):
         if allowance.refill(trio.current_time()) < 1:
             return False
         allowance.left -= 1
-        return True
+        # What was seen before costs next to nothing. Identities are free: who has several at an address is one source,
+        # and so are all that come through relays.
+        address = source_of(self._address_of(forwarder) or "")
+        return self._is_msg_seen(message) or self._received.take(address, trio.current_time())
 
 
 def new_router() -> GossipSub:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import trio
 
+from node.p2p.allowance import Shared
+from node.p2p.gossip import RECEIVED_BURST, RECEIVED_PER_S
 from protocol.errors import LocalProtocolError
 from protocol.limits import GOSSIP_BYTES_MAX
 from protocol.membership import SEAL_BYTES
@@ -169,6 +171,7 @@ def test_a_reader_that_lags_loses_the_oldest(adapter):
 
 def refill(mesh):
     mesh._pubsub._forwarding.clear()
+    mesh._pubsub._received = Shared(RECEIVED_PER_S, RECEIVED_BURST, trio.current_time())
 
 
 async def nothing_more(*subscriptions):

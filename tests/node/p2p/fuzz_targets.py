@@ -23,10 +23,11 @@ from multiaddr import Multiaddr
 
 from node.p2p.accepting import MULTISTREAM, Acceptor
 from node.p2p.addresses import stated
+from node.p2p.allowance import Shared
 from node.p2p.direct import DirectPlane, _be_accepted, _be_asked
 from node.p2p.direct_stream import DirectStream
 from node.p2p.doorway import Doorway, Visit
-from node.p2p.gossip import GuardedPubsub, TopicSubscription
+from node.p2p.gossip import RECEIVED_BURST, RECEIVED_PER_S, GuardedPubsub, TopicSubscription
 from node.p2p.gossip_rpc import trim
 from node.p2p.host import stated_addrs
 from node.p2p.peerbook import ADDRS_MAX, PROTOCOLS_MAX, PeerBook, push_handler
@@ -66,6 +67,11 @@ class _Admission(GuardedPubsub):
 
     def __init__(self) -> None:
         self._forwarding = OrderedDict()
+        self._received = Shared(RECEIVED_PER_S, RECEIVED_BURST, 0.0)
+        self._address_of = lambda _: None
+
+    def _is_msg_seen(self, msg: rpc_pb2.Message) -> bool:
+        return False
 
 
 @target(

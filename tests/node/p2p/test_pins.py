@@ -50,6 +50,7 @@ def test_the_version_is_the_one_that_was_measured():
         (SwarmConn, "close"),
         (NetStream, "remove"),
         (Pubsub, "push_msg"),
+        (Pubsub, "_is_msg_seen"),
         (Pubsub, "_handle_dead_peer"),
         (Pubsub, "_handle_new_peer"),
         (Pubsub, "_peer_is_connected"),
