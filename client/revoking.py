@@ -18,6 +18,7 @@ from protocol.messages import CONTROL, CapabilityRevoked, RefusalReason, RevokeC
 from protocol.swarm import SwarmView
 
 AT_ONCE = 64  # dials under way
+OTHERS_MAX = AT_ONCE  # that do not claim to hold it: each costs a dial, and one round of them a few seconds
 FIRST_S = 5.0  # who claims to hold the deployment and says nothing is asked again, when all others were told
 
 
@@ -25,7 +26,8 @@ async def revoke_everywhere(
     ports: ClientPorts, view: SwarmView, deployment: DeploymentId, serial: bytes
 ) -> tuple[list[PeerId], dict[PeerId, str]]:
     """Have all workers in `view` that hold the deployment refuse the capability `serial`. Gives those that were told,
-    and why others could not be. Whatever one of them answers, the others are told."""
+    and why others could not be. Whatever one of them answers, the others are told. Some of those that do not claim to
+    hold it are told, if they do: a worker that has restarted says so only when it has loaded the span again."""
     told: list[PeerId] = []
     missed: dict[PeerId, str] = {}
     silent: list[Hop] = []
@@ -53,8 +55,11 @@ async def revoke_everywhere(
         for member, span in view.holders(deployment)
     }
     await run_all(*(partial(tell, hop, FIRST_S) for hop in hops.values()))
-    await run_all(*(partial(tell, hop, math.inf) for hop in silent[:]))
-    return sorted(told), dict(sorted(missed.items()))
+    again = silent[:]
+    others = ports.identity.ranked(view.members.keys() - hops.keys())[:OTHERS_MAX]
+    await run_all(*(partial(tell, Hop(peer, view.members[peer].advert.addrs, 0, 0), FIRST_S) for peer in others))
+    await run_all(*(partial(tell, hop, math.inf) for hop in again))
+    return sorted(told), {peer: missed[peer] for peer in sorted(missed) if peer in hops}
 
 
 async def remind(ports: ClientPorts, route: Route, serials: tuple[bytes, ...]) -> None:

@@ -238,6 +238,13 @@ class Control:
         self._saved_owners[deployment] = request.owner
         return request
 
+    async def _saved_owner(self, deployment: DeploymentId) -> PeerId:
+        """Whose a span of an earlier run is: read once, for it costs more than a stranger's request pays. Raises
+        Refused or RemoteProtocolError unless it holds."""
+        if deployment not in self._saved_owners:
+            await self._read_saved(deployment)
+        return self._saved_owners[deployment]
+
     async def _forget_saved(self, deployment: DeploymentId) -> None:
         self._saved.pop(deployment, None)
         await self.ports.store.forget_span(deployment)
@@ -245,13 +252,11 @@ class Control:
     async def _release_saved(self, message: ReleaseSpan, peer: PeerId) -> None:
         """Forget a span of an earlier run before it is loaded again, if it is the peer's to forget. Raises Refused."""
         deployment = message.deployment
-        if deployment not in self._saved_owners:  # read once, for it costs more than a stranger's request pays
-            try:
-                await self._read_saved(deployment)
-            except (Refused, RemoteProtocolError):
-                await self._forget_saved(deployment)  # as `restore` does
-                return
-        owner = self._saved_owners[deployment]
+        try:
+            owner = await self._saved_owner(deployment)
+        except (Refused, RemoteProtocolError):
+            await self._forget_saved(deployment)  # as `restore` does
+            return
         self.house.rights.require(Claim(peer, Right.MANAGE, deployment, owner), message.capability)
         await self._forget_saved(deployment)
 
@@ -273,8 +278,15 @@ class Control:
         self._report()
 
     async def _revoke(self, message: RevokeCapability, peer: PeerId) -> None:
-        owner = self.house.spans.known(message.deployment).request.owner
-        self._may_manage(message.deployment, peer, message.capability)
+        deployment = message.deployment
+        if deployment in self._saved and deployment not in self.house.spans.leases:  # it may be used when it is loaded
+            try:
+                owner = await self._saved_owner(deployment)
+            except RemoteProtocolError as error:  # the disk's fault, not the peer's
+                raise Refused(RefusalReason.UNKNOWN_DEPLOYMENT, str(error)) from None
+        else:
+            owner = self.house.spans.known(deployment).request.owner
+        self.house.rights.require(Claim(peer, Right.MANAGE, deployment, owner), message.capability)
         self.house.rights.revoke(owner, message.serial)
         self.leases.end_granted_under(owner, message.serial)
         self.sessions.end_granted_under(owner, message.serial)

@@ -32,10 +32,12 @@ class Violations(ClientObserver):
         self.peers.append(peer)
 
 
-def holding(swarm: FakeSwarm) -> SwarmView:
+def holding(swarm: FakeSwarm, claiming: int | None = None) -> SwarmView:
+    """The first `claiming` of them, or all, say that they hold the deployment."""
     view = SwarmView()
-    for hop in swarm.hops:
-        held = replace(advert(spans=(HeldSpan(DEPLOYMENT, 0, 1, 1),)), addrs=hop.endpoint.addrs)
+    for number, hop in enumerate(swarm.hops):
+        spans = (HeldSpan(DEPLOYMENT, 0, 1, 1),) if claiming is None or number < claiming else ()
+        held = replace(advert(spans=spans), addrs=hop.endpoint.addrs)
         view = view.with_advert(hop.identity.peer, held, hop.identity.peer, held.issued_ms)
     return view
 
@@ -87,6 +89,42 @@ def test_a_worker_that_leaves_before_it_answers_is_said_to_be_lost_and_no_more()
             hop.endpoint.handle(CONTROL, leaves)
             _, missed = await revoke_everywhere(swarm.ports, holding(swarm), DEPLOYMENT, SERIAL)
             assert "was lost before it had done what was asked of it" in missed[hop.identity.peer]
+
+    run(main, seed=1)
+
+
+def test_who_does_not_say_yet_that_it_holds_the_deployment_is_told() -> None:
+    """It has restarted. Others do not hold it, are gone, or say nothing: that is no news."""
+
+    async def mute(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async def main() -> None:
+        async with fake_swarm(5) as swarm:
+            claims, restarted, other, gone, silent = swarm.hops
+            for hop in (claims, restarted):
+                hop.endpoint.handle(CONTROL, answering(CapabilityRevoked(), 0.0))
+            other.endpoint.handle(CONTROL, answering(Refusal(RefusalReason.UNKNOWN_DEPLOYMENT, ""), 0.0))
+            silent.endpoint.handle(CONTROL, mute)
+            swarm.network.crash(gone.identity.peer)
+            told, missed = await revoke_everywhere(swarm.ports, holding(swarm, 1), DEPLOYMENT, SERIAL)
+            assert told == sorted([claims.identity.peer, restarted.identity.peer])
+            assert missed == {}
+            assert trio.current_time() < 2 * revoking.FIRST_S, "the silent one is asked once"
+
+    run(main, seed=1)
+
+
+def test_no_more_than_a_few_that_do_not_claim_it_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(revoking, "OTHERS_MAX", 2)
+
+    async def main() -> None:
+        async with fake_swarm(5) as swarm:
+            for hop in swarm.hops:
+                hop.endpoint.handle(CONTROL, answering(CapabilityRevoked(), 0.0))
+            told, _ = await revoke_everywhere(swarm.ports, holding(swarm, 1), DEPLOYMENT, SERIAL)
+            others = swarm.ports.identity.ranked(hop.identity.peer for hop in swarm.hops[1:])
+            assert told == sorted([swarm.hops[0].identity.peer, *others[:2]])
 
     run(main, seed=1)
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import pytest
 import trio
 
+from protocol.capabilities import Right
+from protocol.codec import encode
 from protocol.errors import Refused
 from protocol.ids import DeploymentId
-from protocol.messages import LoadSpan, Refusal, RefusalReason, ReleaseSpan, SpanLeased, SpanLoaded, SpanReleased
+from protocol.messages import (
+    CapabilityRevoked,
+    LoadSpan,
+    Refusal,
+    RefusalReason,
+    ReleaseSpan,
+    RevokeCapability,
+    SpanLeased,
+    SpanLoaded,
+    SpanReleased,
+)
 from protocol.ports import LoadedSpan, SpanSpec
 from simnet.compute import CostModel, ToyCompute
+from tests.helpers.rights import SERIAL, capability, reason
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, in_swarm, lease_of, make_manifest
 from worker.admission import SpanLease, SpanLedger
-from worker.saved import read_saved
+from worker.saved import SavedSpan, read_saved
 from worker.spans import SpanRequest
 
 
@@ -142,6 +155,41 @@ def test_what_is_released_before_it_is_loaded_again_does_not_come_back(
         expected = {first} if who == "owner" else {first, late}
         assert {held.deployment for held in worker.service.herald._held()} == expected
         assert set(worker.store.spans) == expected
+
+    in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=10.0)))
+
+
+def test_what_is_revoked_before_a_span_is_loaded_again_is_refused_then() -> None:
+    async def test(swarm: Swarm) -> None:
+        late = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
+        bob = await swarm.another("bob")
+        shown = capability(swarm.client, bob.peer, Right.USE)
+        worker = await swarm.restart(0)
+        await trio.sleep(5)  # the newest is loading
+        assert late not in worker.service.house.spans.leases
+        revoke = RevokeCapability(late, SERIAL, b"")
+        assert reason(await bob.ask(worker, revoke)) == RefusalReason.FORBIDDEN
+        assert not worker.service.house.rights.gate.revoked
+        assert await swarm.client.ask(worker, revoke) == CapabilityRevoked()
+        await trio.sleep(60)
+        assert late in worker.service.house.spans.leases
+        with pytest.raises(AssertionError, match="revoked"):
+            await bob.route(swarm.workers, capability=shown)
+
+    in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=10.0)))
+
+
+@pytest.mark.parametrize("damage", ["cut short", "no manifest"])
+def test_a_damaged_span_of_an_earlier_run_is_not_held_against_who_revokes(damage: str) -> None:
+    async def test(swarm: Swarm) -> None:
+        late = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
+        saved = swarm.workers[0].store.spans[late]
+        swarm.workers[0].store.spans[late] = saved[:-1] if damage == "cut short" else encode(SavedSpan(b"?", 0, 2))
+        worker = await swarm.restart(0)
+        await trio.sleep(5)
+        assert isinstance(await swarm.client.ask(worker, RevokeCapability(late, SERIAL, b"")), Refusal)
 
     in_swarm(1, test, compute=lambda _: ToyCompute(CostModel(load_s=10.0)))
 
