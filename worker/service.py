@@ -69,7 +69,7 @@ from worker.session import Session
 from worker.session_task import SessionTask
 from worker.sessions import SessionTable
 from worker.suppliers import Suppliers, Way
-from worker.throttle import throttled
+from worker.throttle import Throttle
 
 log = logging.getLogger("sotto.worker")
 STREAMS_PER_PEER_MAX = 64  # our own client needs four
@@ -106,7 +106,7 @@ class WorkerService:
             quota=SessionQuota(quotas.sessions, quotas.peer_sessions),
         )
         self._requests = RequestGate(Rates(quotas.peer_requests, quotas.requests))
-        self._bytes = Rates(quotas.peer_bandwidth, quotas.bandwidth)
+        self._throttle = Throttle(Rates(quotas.peer_bandwidth, quotas.bandwidth), ports.clock)
         self._violations = Rates(VIOLATIONS_PER_S, inf)
         self._throttled = min(quotas.peer_bandwidth, quotas.bandwidth) < inf
         self._arrivals = Arrivals(ports.clock.monotonic)
@@ -393,7 +393,7 @@ class WorkerService:
                 failed()
 
     def _slowed(self, stream: Stream) -> Stream:
-        return throttled(stream, self._bytes, self._ports.clock) if self._throttled else stream
+        return self._throttle.over(stream) if self._throttled else stream
 
     def _reach(self, peer: PeerId, stated: tuple[str, ...]) -> tuple[str, ...]:
         """Where to dial a worker that a client names: a next hop, a source of shards. Raises TransportError."""

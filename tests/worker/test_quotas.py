@@ -24,7 +24,7 @@ from worker.quotas import (
     RequestGate,
     TokenBucket,
 )
-from worker.throttle import throttled
+from worker.throttle import UNPAID_BYTES, Throttle
 
 ANN, BOB = PeerId("ann"), PeerId("bob")
 
@@ -169,11 +169,10 @@ def test_bubbles_are_the_idle_time_between_the_first_open_session_and_the_last()
 class _Link:
     """A stream that takes messages of up to 1,000 bytes at once."""
 
-    remote = ANN
     at_once_bytes = 1000
 
-    def __init__(self) -> None:
-        self.sent = 0
+    def __init__(self, remote: PeerId = ANN) -> None:
+        self.remote, self.sent = remote, 0
 
     def send_at_once(self, data: bytes) -> bool:
         self.sent += len(data)
@@ -183,7 +182,7 @@ class _Link:
         self.sent += len(data)
 
     async def receive(self, max_bytes: int) -> bytes:
-        return b""
+        return bytes(max_bytes)
 
     async def finish(self) -> None: ...
     async def aclose(self) -> None: ...
@@ -192,7 +191,7 @@ class _Link:
 def test_small_messages_go_at_once_within_the_quota_and_wait_beyond_it() -> None:
     async def main() -> None:
         link = _Link()
-        stream = throttled(link, Rates(100, inf), VirtualClock())
+        stream = Throttle(Rates(100, inf), VirtualClock()).over(link)
         assert isinstance(stream, PromptStream)
         assert stream.send_at_once(bytes(300))
         assert stream.send_at_once(bytes(300)), "into debt"
@@ -200,5 +199,48 @@ def test_small_messages_go_at_once_within_the_quota_and_wait_beyond_it() -> None
         assert (stream.at_once_bytes, link.sent) == (0, 600)
         await trio.sleep(2.1)
         assert stream.send_at_once(b"more")
+
+    run(main, seed=1)
+
+
+@pytest.mark.parametrize("way", ["sends", "receives"])
+def test_a_peer_with_many_streams_keeps_no_other_waiting(way: str) -> None:
+    """Of 5 MB a second for all it would take more, 1 MiB at a time on each of 64 streams."""
+    rate, chunk = 5e6, 1 << 20
+
+    async def main() -> None:
+        throttle, moved = Throttle(Rates(inf, rate), VirtualClock()), 0
+
+        async def hog() -> None:
+            nonlocal moved
+            stream = throttle.over(_Link(BOB))
+            while True:
+                await (stream.send(bytes(chunk)) if way == "sends" else stream.receive(chunk))
+                moved += chunk
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(64):
+                nursery.start_soon(hog)
+            honest = throttle.over(_Link(ANN))
+            for _ in range(20):
+                await trio.sleep(1.37)
+                began = trio.current_time()
+                await honest.send(bytes(1000))
+                assert trio.current_time() - began <= (UNPAID_BYTES + 2000) / rate
+            assert moved >= rate * (trio.current_time() + BURST_S) - 65 * chunk, "it has what others leave"
+            nursery.cancel_scope.cancel()
+        assert not throttle._turns
+
+    run(main, seed=1)
+
+
+def test_a_peer_without_debt_waits_for_none_of_its_own_streams() -> None:
+    async def main() -> None:
+        throttle = Throttle(Rates(1e6, inf), VirtualClock())
+        for stream in [throttle.over(_Link()) for _ in range(4)]:
+            await stream.send(bytes(1_000_000))
+        assert trio.current_time() == 0, "its burst"
+        await stream.send(bytes(1_000_000))
+        assert trio.current_time() == pytest.approx(1.0)
 
     run(main, seed=1)
