@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import trio
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from client.sealing import Sealer, block_entry, manifest_of, require_sealable
@@ -156,20 +157,29 @@ class SealedFolder:
         return data, manifest
 
     def write_block(self, sealer: Sealer, index: int) -> None:
-        """Seal one block and make it durable: shard first, journal second. A manifest of before no longer holds."""
+        """Seal one block and make it durable: shard first, journal second. A manifest of before no longer holds. Raises
+        InputError when the disk does not take it."""
         (self.path / "manifest.bin").unlink(missing_ok=True)
         tensors, config = sealer.block(index)
         folder = self.path / "shards"
-        folder.mkdir(exist_ok=True)
         part = folder / f"block-{index}.part"
-        save_file(tensors, part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        pieces = piece_list_of(part)
-        os.replace(part, self.shard(pieces.digest))
-        write_atomic(list_file(self.shard(pieces.digest)), pieces.hashes)
-        entry = block_entry(tensors, config, pieces.digest, pieces.shard_bytes)
-        write_atomic(self._entry_file(index), encode(entry))
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, part)
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            pieces = piece_list_of(part)
+            os.replace(part, self.shard(pieces.digest))
+            write_atomic(list_file(self.shard(pieces.digest)), pieces.hashes)
+            entry = block_entry(tensors, config, pieces.digest, pieces.shard_bytes)
+            write_atomic(self._entry_file(index), encode(entry))
+        except (SafetensorError, OSError) as error:  # the library wraps what the disk says
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)  # gigabytes, where there is no room for them
+            raise InputError(
+                f"block {index} cannot be written into {self.path} ({error}): make room there and run it again, which "
+                "goes on with this block"
+            ) from error
 
     def sealer(self, checkpoint: Checkpoint, key: RootKey | None) -> Sealer:
         """What sealed this folder: the client's ends come from it. Raises InputError for a wrong key or model."""
@@ -189,7 +199,7 @@ def seal_into(
     progress: Progress = lambda *_: None,
 ) -> SealedFolder:
     """Seal `checkpoint` into `path` as a deployment of `owner`, going on where an earlier run stopped. Another process
-    that is about the same is waited for. Raises InputError, ModelError."""
+    that is about the same is waited for. Raises InputError (a full disk, too), ModelError."""
     if not (path / "deployment.json").exists():
         require_sealable(checkpoint.config, dtype, key is not None)  # before there is a folder
     with one_at_a_time(path):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import trio
+from safetensors import SafetensorError
 
 from client.sealing import Sealer, require_sealable
 from client.upload import ShardUpload, Supply
@@ -269,6 +270,30 @@ def test_a_folder_with_other_things_is_left_alone(checkpoint: Checkpoint, tmp_pa
     with pytest.raises(InputError, match="not empty"):
         seal(tmp_path, checkpoint)
     assert [file.name for file in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("what", ["shard", "journal"])
+def test_a_disk_that_is_full_is_said_to_be_and_the_seal_goes_on_when_there_is_room(
+    what: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = seal(tmp_path / "s", checkpoint)
+    entry = folder.entry(2)
+    assert entry is not None
+    folder.discard(entry.digest)
+    part = tmp_path / "s" / "shards" / "block-2.part"
+
+    def full(*_: object) -> None:
+        if what == "shard":
+            part.write_bytes(b"as much as there was room for")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sealing, "save_file" if what == "shard" else "write_atomic", full)
+        with pytest.raises(InputError, match=rf"block 2 .* into {tmp_path / 's'} .*No space left.*make room"):
+            seal(tmp_path / "s", checkpoint)
+    assert not part.exists()
+    assert seal(tmp_path / "s", checkpoint).entry(2) is not None
 
 
 def test_sealing_holds_two_blocks_at_most(
