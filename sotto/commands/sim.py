@@ -80,7 +80,10 @@ def status(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Show which workers of the local network are up, and the links between them where these are shaped."""
+    """Show which workers of the local network are up, and the links between them where these are shaped.
+
+    The exit status is 1 when not all of it is up.
+    """
     from simnet import cluster
 
     with errors(as_json):
@@ -91,15 +94,18 @@ def status(
             for w in net.workers
         ]
         links = _links(net, measure)
+        whole = all(process.alive for process in net.processes)
         if as_json:
             print_json({"workers": rows, "proxy": net.proxy.state if net.proxy else None, "links": links})
+            if not whole:
+                raise typer.Exit(1)
             return
         for row in rows:
             print(f"{row['name']}: {str(row['state']).upper()}, process {row['process']}, {row['bootstrap']}")
         if links:
             _print_links(links)
         print(f"logs and data: {net.folder}")
-        if not all(process.alive for process in net.processes):
+        if not whole:
             fail(
                 "not all of it is up: see the logs, then 'sotto sim restart WORKER' or 'sotto sim down'", as_json=False
             )

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from simnet.cluster import Cluster, WorkerProcess, default_folder
+from tests.helpers import commands
 from tests.helpers.waiting import until
 
 WAIT_S = 60.0
@@ -72,6 +74,21 @@ def test_up_status_down(env: dict[str, str], tmp_path: Path) -> None:
     assert json.loads(down.stdout) == {"stopped": 2}
     wait_until_gone(tmp_path)
     assert "sotto sim up" in sotto(env, "sim", "status").stderr
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_a_script_learns_from_the_exit_status_that_a_worker_is_down(
+    up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    default_folder().mkdir(parents=True)
+    started = psutil.Process().create_time() - (not up)  # another process had the number before
+    near = WorkerProcess(pid=os.getpid(), started=started, name="near", folder="near", command=())
+    Cluster(default_folder(), (near,)).save()
+    for words in ([], ["--json"]):
+        status = commands.sotto(tmp_path, "sim", "status", *words)
+        assert status.exit_code == (0 if up else 1), status.output
+    assert [row["up"] for row in json.loads(status.stdout)["workers"]] == [up]
 
 
 def test_a_file_with_links(env: dict[str, str], tmp_path: Path) -> None:
