@@ -51,9 +51,12 @@ def default_key(folder: Path) -> RootKey:
 
 
 def key_of(tier: str, name: str | None, folder: Path) -> RootKey | None:
-    """The key of `tier`: None for plain, else the one of that name, or the default one. Raises InputError."""
+    """The key of `tier`: None for plain, which takes no name, else the one of that name, or the default one. Raises
+    InputError."""
     if tier not in TIERS:
         raise InputError(f"unknown privacy {tier!r}: use one of {', '.join(TIERS)}")
     if tier == "plain":
+        if name is not None:
+            raise InputError(f"privacy plain uses no key: leave out the key {name!r}, or use privacy ee")
         return None
     return load_key(folder, name) if name else default_key(folder)

@@ -152,10 +152,14 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     from node.app_client import open_client
     from node.bringing import DeployOptions
     from node.client import ClientOptions
+    from node.defaults import KV_TOKENS
     from node.grants import read_token
     from node.keys import key_of
+    from protocol.errors import InputError
     from sotto.commands.models import brought, describe_placement, open_model
 
+    if where.capability is not None and where.kv_tokens != KV_TOKENS and not where.one_session:  # a chat's is its own
+        raise InputError("who uses another's deployment leases no KV room at its workers: leave --kv-tokens out")
     checkpoint = open_model(where.model)
     if where.one_session:
         where = replace(where, kv_tokens=min(where.kv_tokens, checkpoint.config.max_position))

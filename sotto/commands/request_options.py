@@ -168,9 +168,15 @@ class RequestOptions:
         from node.draft import Draft
         from node.metrics import parse_metrics_address
         from node.paths import data_dir
+        from protocol.errors import InputError
         from protocol.strategy import Auto
         from sotto.commands.models import open_model
 
+        if self.expect_tokens is not None and weights is not None:
+            raise InputError(
+                f"--expect-tokens is for the choice of weights, and here they are {weights}: leave it out, or use "
+                "--strategy auto,lossy, without --dtype, --exact and --capability"
+            )
         where = Where(
             model=self.model,
             bootstrap=bootstrap_addrs(self.bootstrap),

@@ -282,13 +282,15 @@ def test_keys(tmp_path: Path) -> None:
 def test_who_grants_a_sealed_model_is_told_what_its_key_opens(model: Path, tier: str) -> None:
     made = one_object(sotto("key", "new", "work", "--json"))
     guest = sotto("id").stdout.strip()
-    words = ("-m", str(model), "--key", "work", "--privacy", tier)
+    words = ("-m", str(model), "--privacy", tier, *(["--key", "work"] if tier == "ee" else []))
     assert sotto("seal", str(model), *words[2:]).exit_code == 0
     granted = sotto("grant", guest, *words)
     assert granted.exit_code == 0, granted.output
     told = f"root key {made['fingerprint']} too: it opens every deployment under it"
     assert (told in granted.stderr) == (tier == "ee")
-    assert one_object(sotto("grant", guest, *words, "--json"))["serial"]
+    token = str(one_object(sotto("grant", guest, *words, "--json"))["token"])
+    leasing = sotto("run", PROMPT, "-b", "x", *words, "--capability", token, "--kv-tokens", "64")
+    assert "leave --kv-tokens out" in complaint(leasing)
 
 
 def test_what_is_revoked_while_nobody_answers_is_remembered(model: Path, tmp_path: Path) -> None:
@@ -312,6 +314,8 @@ def test_what_is_revoked_while_nobody_answers_is_remembered(model: Path, tmp_pat
         (["run", "hello", "-b", "x", "--top-p", "1.5"], "top_p"),
         (["run", "hello", "-b", "x", "--metrics", "here"], "HOST:PORT"),
         (["run", "hello", "-b", "x", "--key", "none"], "sotto key new"),
+        (["run", "hello", "-b", "x", "--privacy", "plain", "--key", "work"], "plain uses no key"),
+        (["run", "hello", "-b", "x", "--expect-tokens", "9"], "leave it out, or use --strategy auto,lossy"),
         (["submit", "/nowhere.jsonl", "-o", "out"], "/nowhere.jsonl"),
         (["peers", "-b", "/ip4/127.0.0.1/tcp/9"], "/p2p/"),
         (["place", "-b", "x", "--objective", "speed"], "latency, throughput"),
