@@ -104,13 +104,16 @@ def _lines() -> Iterator[str]:
 
 
 def _turn(talk: Chat, text: str, ask: Ask, as_json: bool) -> bool:
-    """Show one answer; whether there was one. An error that has a remedy is shown, and the chat goes on."""
+    """Show one answer; whether there was one. An error that has a remedy is shown, and the chat goes on; so it does
+    when somebody at a terminal stops the answer."""
     try:
         with complaint(as_json), closing(talk.answer(text, ask)) as pieces:
             for piece in pieces:
                 if not as_json:
                     print_piece(piece)
     except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
         typer.echo("\n[stopped]", err=True)
         return True
     turn = talk.last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -286,7 +287,10 @@ def test_draft_models_that_do_not_fit_are_refused(swarm: Cluster, tmp_path: Path
     assert "cannot draft for target" in json.loads(out)["error"]
 
 
-def test_an_interrupt_stops_the_answer_and_not_the_chat(swarm: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_interrupt_stops_the_answer_at_a_terminal_and_else_the_chat(
+    terminal: bool, swarm: Cluster, tmp_path: Path
+) -> None:
     words = [
         "-b",
         swarm.bootstrap,
@@ -299,20 +303,21 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(swarm: Cluster, tmp_path
         "--temperature",
         "1",
     ]
+    keyboard, stdin = os.openpty() if terminal else reversed(os.pipe())
     process = subprocess.Popen(
         [sys.executable, "-m", "sotto", "chat", *words],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdin is not None
+    os.close(stdin)
     assert process.stdout is not None
     try:
-        process.stdin.write("Tell me everything.\n")
-        process.stdin.flush()
+        os.write(keyboard, b"Tell me everything.\nWhat is a list?\n" + b"\x04" * terminal)  # Ctrl-D
         assert process.stdout.read(20), "the answer has begun"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate("What is a list?\n", timeout=60)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0, err
-    assert err.count("[stopped]") == 1
-    assert err.count("prompt tokens reused") == 1
+        os.close(keyboard)
+    assert process.returncode == (0 if terminal else 1), err
+    assert err.count("[stopped]") == err.count("prompt tokens reused") == int(terminal)
+    assert (err.splitlines()[-1] == "sotto: interrupted") == (not terminal)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from typer.testing import CliRunner
 
 from node.bringing import DeployOptions
 from node.client import ClientOptions
+from node.model import Ask
 from protocol.errors import InputError
 from sotto.__main__ import app
-from sotto.commands.chat import _lines
+from sotto.chat import Chat
+from sotto.commands.chat import _lines, _turn
 from sotto.commands.common import print_piece
 from sotto.commands.demo import _show
 from tests.helpers.tiny_models import SIZES, make_checkpoint
@@ -25,6 +29,24 @@ def test_bytes_that_are_no_text_cost_one_turn(monkeypatch: pytest.MonkeyPatch) -
     """The turn is then refused by the tokenizer, with one line."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nhello\n/exit\n"), encoding="utf-8"))
     assert list(_lines()) == ["\udcff", "hello"]
+
+
+class Interrupted:
+    """A chat in which Ctrl-C comes as soon as a turn begins."""
+
+    def answer(self, *_: object) -> Iterator[str]:
+        yield "a"
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_stops_an_answer_at_a_terminal_and_else_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def turn(terminal: bool) -> bool:
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: terminal))
+        return _turn(cast("Chat", Interrupted()), "hello", Ask(), as_json=True)
+
+    assert turn(terminal=True)
+    with pytest.raises(KeyboardInterrupt):
+        turn(terminal=False)
 
 
 CLEVER = "a\tb\r\n\x1b]0;title\x07\x9b2J\x7fgrüße 👋"
