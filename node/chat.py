@@ -80,15 +80,29 @@ class Chat:
         self._id = model.ports.entropy(ID_BYTES)  # to workers all turns are one request
         self._guessing = model.guessing()
         self._chosen: Decided | None = None  # by the newest turn that had it chosen
+        self._saying = False  # a turn is under way: it has the session, and the transcript's end
         self.transcript = Transcript(partial(_ids, template, model.tokenizer), self._context_tokens, options.system)
 
     @asynccontextmanager
     async def say(self, text: str, ask: Ask | None = None) -> AsyncGenerator[Reply, None]:
         """One turn. `ask.max_new_tokens` is cut to what the context has room for.
 
-        Raises InputError before anything is sent when the message cannot fit, and what a generation raises.
+        Raises InputError before anything is sent when the message cannot fit or a turn is under way, and what a
+        generation raises.
         """
-        ask = ask or Ask()
+        if self._saying:
+            raise InputError(
+                "the turn before has not ended: read its answer to the end, or close what gives it, and say this then"
+            )
+        self._saying = True
+        try:
+            async with self._turn(text, ask or Ask()) as reply:
+                yield reply
+        finally:
+            self._saying = False
+
+    @asynccontextmanager
+    async def _turn(self, text: str, ask: Ask) -> AsyncGenerator[Reply, None]:
         # In a thread: a long chat takes a while to become tokens, several times when its context is full.
         prompt = await trio.to_thread.run_sync(self.transcript.prompt, text, ask.max_new_tokens)
         if prompt.dropped:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from itertools import count
 from types import MethodType, SimpleNamespace
 from typing import cast
@@ -11,7 +12,7 @@ import pytest
 import torch
 import trio
 
-from client.chat import ChatPrompt
+from client.chat import ChatPrompt, Transcript
 from client.errors import HopLost
 from client.generate import GenerationHost
 from client.kept import KeptTerms, Opened, OpenedSession, Opening
@@ -204,6 +205,33 @@ def test_loading_a_draft_model_is_part_of_what_a_user_waits_for(monkeypatch: pyt
 
     monkeypatch.setattr("node.model.KeptRequest", asked)
     monkeypatch.setattr("node.chat.KeptRequest", asked)
+    run(main, seed=0)
+
+
+def test_a_chat_whose_turn_has_not_ended_takes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at once would share a session, which serves one request at a time."""
+
+    @asynccontextmanager
+    async def reply(*_: object) -> AsyncIterator[None]:
+        yield
+
+    async def main() -> None:
+        fake = model(recorder=SimpleNamespace(journal=Journal(None)))
+        chat = Chat(fake, cast("ChatTemplate", SimpleNamespace(tokens={})), ChatOptions())
+        chat.transcript = cast("Transcript", SimpleNamespace(prompt=lambda *_: ChatPrompt((1,), 9, 0)))
+        begun = list[str]()
+        async with chat.say("one"):
+            with pytest.raises(InputError, match="the turn before has not ended"):
+                async with chat.say("two"):
+                    begun.append("two")
+        with pytest.raises(HopLost):
+            async with chat.say("three"):
+                raise HopLost(PEER, "cannot be reached")
+        async with chat.say("four"):
+            begun.append("four")
+        assert begun == ["four"], "a turn that failed has ended too"
+
+    monkeypatch.setattr(Chat, "_reply", reply)
     run(main, seed=0)
 
 
