@@ -284,6 +284,12 @@ class Client:
             priced_as = _Priced(view, needs, where, manifest.dtype, again)
             return await self._ready(route, hops, model.checkpoint, priced_as, source)
 
+    async def part(self, deployment: DeploymentId, in_use: Callable[[], bool]) -> None:
+        """Give up what is leased of `deployment`, unless it is `in_use` once nobody here deploys it any more."""
+        async with self._deploying[deployment]:
+            if not in_use():
+                self.leases.part(deployment, ())
+
     def _note_sealed(self, nbytes: int, started: float) -> None:
         with suppress(OSError):  # a disk that is full fails what matters, not this
             note_rate(self.options.data_dir, "seal_bytes_s", nbytes, self.ports.clock.monotonic() - started)

@@ -11,7 +11,8 @@ protocol.errors and models.errors; their messages say what to do.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from node.keys import key_of
 from node.model import Ask, DeployedModel
 from node.paths import data_dir as default_data_dir
 from protocol.errors import InputError
+from protocol.ids import DeploymentId
 from protocol.strategy import Auto, Strategy, parse_choice
 from sotto.chat import AsyncChat, Chat
 from sotto.portal import Portal
@@ -47,10 +49,31 @@ def _ask(
 
 
 class AsyncModel:
-    """A deployed model, on trio. Made by AsyncSwarm.deploy."""
+    """A deployed model, on trio. Made by AsyncSwarm.deploy. Its memory at workers is leased until it is closed, or the
+    swarm is: `async with await swarm.deploy(...) as model`, or `aclose`."""
 
-    def __init__(self, model: DeployedModel) -> None:
-        self._model = model
+    def __init__(self, model: DeployedModel, part: Callable[[], Awaitable[None]]) -> None:
+        self._deployed: DeployedModel | None = model
+        self._part = part  # with what is leased for it
+
+    async def __aenter__(self) -> AsyncModel:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Give up what workers lease for it, unless another model of this swarm is of the same deployment. Requests and
+        chats under way go on, in memory that nobody leases. Idempotent."""
+        if self._deployed is not None:
+            self._deployed = None
+            await self._part()
+
+    @property
+    def _model(self) -> DeployedModel:
+        if self._deployed is None:
+            raise InputError("the model is closed: deploy it again")
+        return self._deployed
 
     async def generate(
         self,
@@ -113,6 +136,7 @@ class AsyncSwarm:
         self._options = ClientOptions(folder, bootstrap, capability=token, share_records=share_records)
         self._context = open_client(self._options)
         self._client: Client | None = None
+        self._in_use = Counter[DeploymentId]()  # models that are not closed
 
     async def __aenter__(self) -> AsyncSwarm:
         self._client = await self._context.__aenter__()
@@ -143,15 +167,34 @@ class AsyncSwarm:
             raise InputError("the swarm is not open: use it as 'async with AsyncSwarm(...) as swarm'")
         root = key_of(privacy, key, self._options.data_dir)
         checkpoint = await trio.to_thread.run_sync(Checkpoint.open, model)
-        return AsyncModel(await self._client.bring(checkpoint, dtype, root, DeployOptions(hops_min=workers)))
+        ready = await self._client.bring(checkpoint, dtype, root, DeployOptions(hops_min=workers))
+        self._in_use[ready.route.deployment] += 1
+        return AsyncModel(ready, partial(self._closed, self._client, ready.route.deployment))
+
+    async def _closed(self, client: Client, deployment: DeploymentId) -> None:
+        """A model of `deployment` is."""
+        self._in_use[deployment] -= 1
+        await client.part(deployment, lambda: self._in_use[deployment] > 0)
 
 
 class Model:
-    """A deployed model, for plain code. Made by Swarm.deploy."""
+    """A deployed model, for plain code. Made by Swarm.deploy. Its memory at workers is leased until it is closed, or
+    the swarm is: `with swarm.deploy(...) as model`, or `close`."""
 
     def __init__(self, portal: Portal[AsyncSwarm], model: AsyncModel) -> None:
         self._portal = portal
         self._model = model
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """See AsyncModel.aclose. Nothing is left to do when the swarm is closed already."""
+        if not self._portal.closed:
+            self._portal.call(self._model.aclose)
 
     def generate(
         self,

@@ -253,3 +253,32 @@ def test_two_deployments_at_a_time_do_not_undo_each_other() -> None:
         assert {kept.hop for kept in client.leases.granted(DEPLOYMENT)} == set(second[0].hops)
 
     deploying(body, FIRST, FIRST)
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_who_closes_a_model_parts_with_its_leases_after_a_deployment_that_is_under_way(
+    in_use: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(client: Deploying, model: Model) -> None:
+        heard, parted, discover = trio.Event(), trio.Event(), client.discover
+
+        async def late(*_: object) -> SwarmView:
+            await heard.wait()
+            return await discover()
+
+        async def close() -> None:
+            await client.part(DEPLOYMENT, lambda: in_use)
+            parted.set()
+
+        monkeypatch.setattr(client, "discover", late)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(client.deploy, model.sealed, DeployOptions())
+            await trio.sleep(5)
+            nursery.start_soon(close)
+            await trio.sleep(5)
+            assert not parted.is_set()
+            heard.set()
+        await trio.sleep(10 * LEASE_S)
+        assert client.leased == ([(0, 2), (2, 4), None] if in_use else [None, None, None])
+
+    deploying(body, FIRST)

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -67,10 +68,37 @@ def test_one_stop_string_needs_no_list() -> None:
         async def generate(self, _: str, ask: Ask) -> None:
             asked.append(ask)
 
-    model = AsyncModel(cast("DeployedModel", Deployed()))
+    model = AsyncModel(cast("DeployedModel", Deployed()), trio.lowlevel.checkpoint)
     trio.run(partial(model.generate, PROMPT, stop="###"))
     trio.run(partial(model.generate, PROMPT, stop=["#", "!"]))
     assert [ask.stop for ask in asked] == [("###",), ("#", "!")]
+
+
+def test_a_model_that_is_closed_leaves_its_leases_once_no_other_is_of_the_same_deployment(tmp_path: Path) -> None:
+    parted, used = list[bytes](), list[bool]()
+
+    class Bringing:
+        async def bring(self, checkpoint: Checkpoint, *_: object) -> Any:
+            return SimpleNamespace(route=SimpleNamespace(deployment=checkpoint.path.name.encode()))
+
+        async def part(self, deployment: bytes, in_use: Callable[[], bool]) -> None:
+            used.append(in_use())
+            parted.append(deployment)
+
+    async def main() -> None:
+        swarm = AsyncSwarm("x", data_dir=tmp_path)
+        swarm._client = cast("Any", Bringing())
+        first, second, other = [await swarm.deploy(make_checkpoint(tmp_path / n), privacy="plain") for n in "aab"]
+        await first.aclose()
+        await first.aclose()
+        with pytest.raises(InputError, match="the model is closed"):
+            await first.chat()
+        async with other:
+            pass
+        await second.aclose()
+
+    trio.run(main)
+    assert (parted, used) == ([b"a", b"b", b"a"], [True, False, False])
 
 
 def local_answer(folder: Path, new_tokens: int) -> str:

@@ -68,11 +68,13 @@ def in_time(work: Callable[[], Any]) -> BaseException | None:
 )
 def test_a_model_is_of_no_use_after_its_swarm_and_says_so(call: Callable[[Model, Chat], Any]) -> None:
     portal = cast("Portal[AsyncSwarm]", closed_portal())
-    model, chat = Model(portal, AsyncModel(cast("Any", Idle()))), Chat(portal, AsyncChat(cast("Any", Idle())))
+    model = Model(portal, AsyncModel(cast("Any", Idle()), Idle().aclose))
+    chat = Chat(portal, AsyncChat(cast("Any", Idle())))
     error = in_time(lambda: call(model, chat))
     assert isinstance(error, InputError)
     assert "the swarm is closed" in str(error)
     assert in_time(chat.close) is None, "the session went with the swarm"
+    assert in_time(model.close) is None, "the leases too"
 
 
 def test_a_stream_ends_when_its_swarm_is_closed_meanwhile() -> None:
