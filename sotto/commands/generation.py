@@ -89,6 +89,7 @@ def submit(
     *,
     asked: JobOptions,
     concurrency: Annotated[int, typer.Option(min=1, max=64, help="Requests under way at once.")] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Lose what the output file holds.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a file of prompts; the lines come out in the order in which they went in.
@@ -102,7 +103,7 @@ def submit(
 
         ask, where = asked.understood(quiet=as_json)
         lines = read_prompts(prompts)
-        answers = Answers(check_output(output, prompts), lines)
+        answers = Answers(check_output(output, prompts, overwrite=overwrite), lines, overwrite=overwrite)
         dear = 0  # lines that no strategy was expected to answer within the budget: the first says so
 
         def heard(decided: Decided) -> None:

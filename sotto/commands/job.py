@@ -1,10 +1,12 @@
 """A job of many prompts: lines in, answers out in the same order, a few under way at once.
 
-Invariant: an answer that came is not lost when the job ends early. Nothing here starts a job again.
+Invariant: an answer that came is not lost when the job ends early, nor to another job. Nothing here starts a job again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -43,9 +45,9 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def check_output(output: Path, prompts: Path) -> Path:
+def check_output(output: Path, prompts: Path, *, overwrite: bool) -> Path:
     """`output`, if answers can be written there: asked before anything is started. Its folder is made if need be.
-    Raises InputError, OSError."""
+    Raises InputError, also where something would be lost that `overwrite` does not give up; OSError."""
     from protocol.errors import InputError
 
     there = output.exists()
@@ -53,26 +55,56 @@ def check_output(output: Path, prompts: Path) -> Path:
         raise InputError(f"{output} is not a file: give --output the name of one")
     if there and output.samefile(prompts):
         raise InputError(f"{output} holds the prompts: give --output another name")
+    if there and not overwrite:
+        _require_empty(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output if there else output.parent, os.W_OK):
         raise InputError(f"{output} may not be written: give --output another name")
     return output
 
 
+def _require_empty(output: Path) -> None:
+    from protocol.errors import InputError
+
+    if output.stat().st_size:
+        raise InputError(f"{output} is not empty: give --output another name, or --overwrite to lose what it holds")
+
+
 class Answers:
     """The output of a job. Within the block each answer is written as soon as those before it are; at its end come, in
-    order, the rest, and an "error" for each line that has none. An interrupt may come at any moment."""
+    order, the rest, and an "error" for each line that has none. An interrupt may come at any moment. To enter raises
+    InputError when another job is writing there, or has, and `overwrite` is not asked for."""
 
-    def __init__(self, output: Path, lines: list[dict[str, Any]]) -> None:
+    def __init__(self, output: Path, lines: list[dict[str, Any]], *, overwrite: bool) -> None:
         self._output = output
         self._lines = lines
+        self._overwrite = overwrite
         self._file: FileIO | None = None
         self._answers: dict[int, dict[str, Any]] = {}
         self._written = (0, 0)  # lines, bytes: in one, so that a line is never there twice
 
     def __enter__(self) -> Answers:
-        self._file = self._output.open("wb", buffering=0)
+        self._output.touch()
+        with contextlib.ExitStack() as opened:
+            file = opened.enter_context(self._output.open("r+b", buffering=0))
+            self._take(file)
+            opened.pop_all()
+        self._file = file
         return self
+
+    def _take(self, file: FileIO) -> None:
+        """Have it empty, and for this job alone until it is closed."""
+        from protocol.errors import InputError
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another job writes into {self._output}: give --output another name") from None
+        except OSError:  # a file system that knows no locks
+            pass
+        if not self._overwrite:
+            _require_empty(self._output)
+        file.truncate(0)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -150,7 +150,7 @@ def test_commands_share_the_options_of_requests_and_have_defaults_of_their_own()
 
     run, submit, chat = defaults("run"), defaults("submit"), defaults("chat")
     assert run.keys() - submit.keys() == {"prompt", "--trace"}
-    assert submit.keys() - run.keys() == {"prompts", "--output", "--concurrency"}
+    assert submit.keys() - run.keys() == {"prompts", "--output", "--overwrite", "--concurrency"}
     assert run.keys() - chat.keys() == {"prompt", "--trace", "--kv-tokens"}
     assert chat.keys() - run.keys() == {"--system", "--context"}
     assert {name for name in run.keys() & submit.keys() if run[name] != submit[name]} == {"--objective"}

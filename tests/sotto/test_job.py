@@ -129,7 +129,7 @@ def test_a_disk_that_fills_up_leaves_whole_lines_and_says_how_many(
 
     monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, mode))
     file = tmp_path / "out"
-    answers = Answers(file, [{"prompt": str(index)} for index in range(3)])
+    answers = Answers(file, [{"prompt": str(index)} for index in range(3)], overwrite=False)
     answers.__enter__()
     answers.put(0, {"text": "0123456"})
     for attempt in (lambda: answers.put(1, {"text": "0123456"}), lambda: answers.__exit__(None, None, None)):
@@ -144,7 +144,7 @@ def test_a_disk_that_fills_up_leaves_whole_lines_and_says_how_many(
 def test_an_answer_is_written_as_soon_as_those_before_it_are(tmp_path: Path) -> None:
     file = tmp_path / "out"
     file.write_text("of an earlier job\n" * 100)
-    answers = Answers(file, [{"prompt": str(index)} for index in range(4)])
+    answers = Answers(file, [{"prompt": str(index)} for index in range(4)], overwrite=True)
     with answers:
         answers.put(1, {"text": "one"})
         assert read(file) == []
@@ -166,7 +166,7 @@ def test_a_job_that_ends_early_keeps_what_was_answered(how: str, says: str, subm
     answers = read(out)
     assert (answers[0]["text"], answers[0]["id"]) == ("a", 7)
     assert [answer.get("error") for answer in answers] == [None, "an empty prompt", NOT_REACHED, NOT_REACHED]
-    exported = json.loads(submit(lines, out, "--json").stdout)
+    exported = json.loads(submit(lines, out, "--overwrite", "--json").stdout)
     assert says in exported.pop("error")
     assert exported == {"answered": 1, "failed": 1, "not_reached": 2, "over_budget": 0, "output": str(out)}
     rest = [line for line in answers if "error" in line][2:]
@@ -177,7 +177,7 @@ def test_a_job_that_ends_early_keeps_what_was_answered(how: str, says: str, subm
 def test_that_a_worker_is_busy_is_said_once(submit: Any, tmp_path: Path) -> None:
     lines, out = [{"prompt": "a"}, {"prompt": "b"}], tmp_path / "out"
     assert submit(lines, out).stderr.count("[a worker is busy]") == 1
-    assert "busy" not in submit(lines, out, "--json").stderr
+    assert "busy" not in submit(lines, out, "--overwrite", "--json").stderr
 
 
 def test_where_answers_cannot_be_written_is_known_before_anything_starts(submit: Any, tmp_path: Path) -> None:
@@ -189,8 +189,37 @@ def test_where_answers_cannot_be_written_is_known_before_anything_starts(submit:
         assert says in refused.stderr
         assert refused.stdout == ""
         with pytest.raises(InputError, match=says):
-            check_output(output, prompts)
-    assert check_output(tmp_path / "new" / "out", prompts).parent.is_dir()
+            check_output(output, prompts, overwrite=True)
+    assert check_output(tmp_path / "new" / "out", prompts, overwrite=False).parent.is_dir()
+
+
+def test_answers_that_are_there_are_replaced_only_if_that_is_asked_for(submit: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.touch()
+    assert submit([{"prompt": "a"}], out).exit_code == 0
+    again = submit([{"prompt": "b"}], out)
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert f"{out} is not empty" in again.stderr
+    assert "--overwrite" in again.stderr
+    assert [line["text"] for line in read(out)] == ["a"]
+    assert submit([{"prompt": "b"}], out, "--overwrite").exit_code == 0
+    assert [line["text"] for line in read(out)] == ["b"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_jobs_do_not_write_into_one_file(overwrite: bool, tmp_path: Path) -> None:
+    """Both may have found it empty before they were deployed."""
+    out = tmp_path / "out"
+    lines = [{"prompt": "a"}]
+    first, second = (Answers(out, lines, overwrite=overwrite) for _ in range(2))
+    with first:
+        with pytest.raises(InputError, match="another job writes"):
+            second.__enter__()
+        first.put(0, {"text": "a"})
+    if not overwrite:
+        with pytest.raises(InputError, match="is not empty"):
+            second.__enter__()
+    assert read(out) == [{"text": "a"}]
 
 
 def test_prompts_that_are_not_utf_8_are_named_by_their_line(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_weights_are_chosen_before_the_deployment_and_a_budget_is_kept_in_mind(s
     done = CliRunner().invoke(app, [*job, *paying])
     assert done.exit_code == 0, done.output
     assert done.stderr.count(OVER_BUDGET) == 1, "once for the job"
-    counted = CliRunner().invoke(app, [*job, *paying, "--concurrency", "2", "--json"])
+    counted = CliRunner().invoke(app, [*job, *paying, "--concurrency", "2", "--overwrite", "--json"])
     assert json.loads(counted.stdout)["over_budget"] == 3
     with History(history_file(data)) as history:
         records = history.records()
