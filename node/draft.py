@@ -120,7 +120,7 @@ class Guessing:
 
     async def _draft_model(self) -> DraftModel:
         if self._drafter is None:
-            opened = await trio.to_thread.run_sync(self.draft.open)
+            opened = await trio.to_thread.run_sync(self.draft.open, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; whoever comes next waits for it
             self._drafter = DraftModel(opened.model, self.vocab_size, opened.guess_s, opened.usual_threads)
         return self._drafter
 

@@ -166,7 +166,8 @@ class AsyncSwarm:
         if self._client is None:
             raise InputError("the swarm is not open: use it as 'async with AsyncSwarm(...) as swarm'")
         root = key_of(privacy, key, self._options.data_dir)
-        checkpoint = await trio.to_thread.run_sync(Checkpoint.open, model)
+        opening = partial(Checkpoint.open, model)
+        checkpoint = await trio.to_thread.run_sync(opening, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; a download resumes
         ready = await self._client.bring(checkpoint, dtype, root, DeployOptions(hops_min=workers))
         self._in_use[ready.route.deployment] += 1
         return AsyncModel(ready, partial(self._closed, self._client, ready.route.deployment))

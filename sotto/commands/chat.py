@@ -56,11 +56,12 @@ def chat(
         from models.tokenizer import require_text
         from node.chat import ChatOptions, open_chat
         from sotto.chat import AsyncChat, Chat
+        from sotto.commands.models import open_model
         from sotto.portal import Portal
 
         require_text(system or "")
         ask, where = asked.understood(quiet=as_json)
-        portal = Portal(partial(deployed, replace(where, one_session=True)))
+        portal = Portal(partial(deployed, replace(where, one_session=True), open_model(where.model)))
         ready = portal.open()
         try:
             options = ChatOptions(system, asked.kv_tokens, tell)

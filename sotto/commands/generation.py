@@ -48,15 +48,17 @@ def run(
     """
     with errors(as_json):
         from models.tokenizer import require_text
+        from sotto.commands.models import open_model
 
         require_text(prompt)
         ask, where = asked.understood(quiet=as_json)
+        checkpoint = open_model(where.model)
         ask = replace(ask, trace=trace)
         if not as_json:
             ask = replace(ask, notice=tell)
 
         async def work() -> tuple[GenerationResult, float, TraceReport | None, Decided]:
-            async with deployed(where) as ready:
+            async with deployed(where, checkpoint) as ready:
                 async with ready.ask(prompt, ask) as answer:
                     if not as_json:
                         tell_over_budget(answer.decided)
@@ -100,10 +102,12 @@ def submit(
     """
     with errors(as_json):
         from sotto.commands.job import Answers, Listener, check_output, read_prompts, run_job
+        from sotto.commands.models import open_model
 
         ask, where = asked.understood(quiet=as_json)
         lines = read_prompts(prompts)
         answers = Answers(check_output(output, prompts, overwrite=overwrite), lines, overwrite=overwrite)
+        checkpoint = open_model(where.model)
         dear = 0  # lines that no strategy was expected to answer within the budget: the first says so
 
         def heard(decided: Decided) -> None:
@@ -123,7 +127,7 @@ def submit(
         ended: dict[str, Any] = {}
 
         async def work() -> None:
-            async with deployed(where) as ready:
+            async with deployed(where, checkpoint) as ready:
                 with progress_bar("prompts", bytes_=False, quiet=as_json) as update, keeping(ended), answers:
                     await run_job(ready, lines, ask, concurrency, Listener(update, heard, answers.put))
 
@@ -148,8 +152,9 @@ def _end_of_job(report: dict[str, Any], why: str | None, as_json: bool) -> None:
 
 
 @asynccontextmanager
-async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
-    """The model of a command line, sealed and deployed, with progress for people."""
+async def deployed(where: Where, checkpoint: Checkpoint) -> AsyncIterator[DeployedModel]:
+    """The model of a command line, sealed and deployed, with progress for people. Its `checkpoint` is opened before
+    there is a loop, for it may have to be downloaded: nothing else could go on meanwhile, an interrupt neither."""
     from node.app_client import open_client
     from node.bringing import DeployOptions
     from node.client import ClientOptions
@@ -157,11 +162,10 @@ async def deployed(where: Where) -> AsyncIterator[DeployedModel]:
     from node.grants import read_token
     from node.keys import key_of
     from protocol.errors import InputError
-    from sotto.commands.models import brought, describe_placement, open_model
+    from sotto.commands.models import brought, describe_placement
 
     if where.capability is not None and where.kv_tokens != KV_TOKENS and not where.one_session:  # a chat's is its own
         raise InputError("who uses another's deployment leases no KV room at its workers: leave --kv-tokens out")
-    checkpoint = open_model(where.model)
     if where.one_session:
         where = replace(where, kv_tokens=min(where.kv_tokens, checkpoint.config.max_position))
     key = key_of(where.privacy, where.key, where.data_dir)

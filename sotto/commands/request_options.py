@@ -1,6 +1,6 @@
 """The options that `sotto run`, `submit` and `chat` share: declared once, understood and checked.
 
-Nothing here prints or waits.
+Nothing here prints, or waits but for a draft model that has to be downloaded.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class RequestOptions:
     metrics: Annotated[str, typer.Option(help="HOST:PORT for Prometheus while this runs; 'off' for none.")] = "off"
 
     def understood(self, *, quiet: bool) -> tuple[Ask, Where]:
-        """What is asked for besides the prompt, and of which model and machines. Raises InputError."""
+        """What is asked for besides the prompt, and of which model and machines. Raises InputError, ModelError."""
         strategy, weights = self.strategy_and_weights()
         ask = self.ask(strategy)
         return ask, self.where(ask, weights, quiet=quiet)
@@ -163,8 +163,9 @@ class RequestOptions:
         )
 
     def where(self, ask: Ask, weights: str | None, *, quiet: bool) -> Where:
-        """The model and the machines for requests like `ask`. Raises InputError, also where these want a draft model,
-        and there is none."""
+        """The model and the machines for requests like `ask`. Raises InputError, ModelError, also where these want a
+        draft model, and there is none that opens; it is downloaded if need be."""
+        from models.checkpoint import Checkpoint
         from node.draft import Draft
         from node.metrics import parse_metrics_address
         from node.paths import data_dir
@@ -196,7 +197,7 @@ class RequestOptions:
             chooses=isinstance(ask.strategy, Auto),
         )
         if not isinstance(ask.strategy, Auto) and ask.strategy.speculation == "draft":
-            Draft(open_model(self.model), self.draft).place()  # before a model is brought to workers
+            Checkpoint.open(Draft(open_model(self.model), self.draft).place())  # before a model is brought to workers
         return where
 
     def strategy_and_weights(self) -> tuple[Strategy | Auto, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from itertools import count
@@ -29,7 +30,7 @@ from node.recording import Journal
 from protocol.errors import InputError, Refused, RouteUnavailable, SottoError
 from protocol.ids import PeerId
 from protocol.strategy import Strategy, parse
-from simnet.runtime import run
+from simnet.runtime import VirtualClock, run
 from tests.helpers.notes import Notes
 from tests.helpers.records import RECORD
 
@@ -233,6 +234,20 @@ def test_a_chat_whose_turn_has_not_ended_takes_no_other(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Chat, "_reply", reply)
     run(main, seed=0)
+
+
+def test_who_is_interrupted_does_not_wait_for_a_draft_model() -> None:
+    left, waited = threading.Event(), list[bool]()
+    draft = SimpleNamespace(open=lambda: waited.append(left.wait(10)))
+
+    async def main() -> None:
+        with trio.move_on_after(1):
+            guessing = Guessing(cast("Draft", draft), 9, VirtualClock())
+            await guessing.of(parse("speculation=draft"), SamplingParams())
+
+    run(main, seed=0)
+    assert waited == []
+    left.set()
 
 
 def kept(_opener: object, terms: KeptTerms) -> None:

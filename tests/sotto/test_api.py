@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import runpy
+import threading
 import urllib.request
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,7 @@ from node.model import Ask, DeployedModel
 from protocol.errors import InputError, TransportError
 from protocol.strategy import DEFAULT
 from simnet.cluster import Cluster
+from simnet.runtime import run
 from sotto import AsyncSwarm, SamplingParams, Swarm
 from sotto.__main__ import app
 from sotto.api import AsyncModel, Model
@@ -99,6 +101,24 @@ def test_a_model_that_is_closed_leaves_its_leases_once_no_other_is_of_the_same_d
 
     trio.run(main)
     assert (parted, used) == ([b"a", b"b", b"a"], [True, False, False])
+
+
+def test_who_is_interrupted_does_not_wait_for_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, waited = threading.Event(), list[bool]()
+
+    def download(_: object) -> None:
+        waited.append(left.wait(10))
+
+    async def main() -> None:
+        swarm = AsyncSwarm("x", data_dir=tmp_path)
+        swarm._client = cast("Any", object())
+        with trio.move_on_after(1):
+            await swarm.deploy("someone/some-model", privacy="plain")
+
+    monkeypatch.setattr(Checkpoint, "open", download)
+    run(main, seed=0)
+    assert waited == []
+    left.set()
 
 
 def local_answer(folder: Path, new_tokens: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,8 +12,11 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import trio
 from typer.testing import CliRunner
 
+from models.checkpoint import Checkpoint
+from models.errors import CheckpointError
 from node.bringing import DeployOptions
 from node.client import ClientOptions
 from node.model import Ask
@@ -90,3 +94,25 @@ def test_no_more_kv_is_leased_than_the_model_can_use(
     refused = CliRunner().invoke(app, ["chat", *words], input="hello\n")
     assert refused.stderr.splitlines()[-1] == "sotto: not today"
     assert asked == [leased]
+
+
+@pytest.mark.parametrize("command", ["run", "submit", "chat"])
+def test_a_model_is_downloaded_where_an_interrupt_comes_through(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A portal's thread is never interrupted, and a loop not while a function of it goes on."""
+    free = list[bool]()
+
+    def download(_: object) -> None:
+        free.append(threading.current_thread() is threading.main_thread() and not trio.lowlevel.in_trio_run())
+        raise CheckpointError("not today")
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(Checkpoint, "open", download)
+    (tmp_path / "prompts").write_text('{"prompt": "hello"}\n')
+    words = {"run": ["hello"], "submit": [str(tmp_path / "prompts"), "-o", str(tmp_path / "out")], "chat": []}
+    refused = CliRunner().invoke(
+        app, [command, *words[command], "-b", "x", "-m", "someone/some-model"], input="hello\n"
+    )
+    assert refused.stderr.splitlines()[-1] == "sotto: not today"
+    assert free == [True]
