@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from client.sealing import Sealer, block_entry, manifest_of, require_sealable
 from equivariant.keys import RootKey, key_check, require_key
 from models.checkpoint import Checkpoint
+from models.tokenizer import Tokenizer
 from node.files import write_atomic
 from node.lifetime import one_at_a_time
 from node.store import list_file, piece_list_of, read_piece_list
@@ -202,6 +203,7 @@ def seal_into(
     that is about the same is waited for. Raises InputError (a full disk, too), ModelError."""
     if not (path / "deployment.json").exists():
         require_sealable(checkpoint.config, dtype, key is not None)  # before there is a folder
+        Tokenizer.open(checkpoint.tokenizer_file)  # without which no sealed model is of use
     with one_at_a_time(path):
         return _seal_into(path, checkpoint, dtype, key, owner, progress)
 

@@ -47,19 +47,22 @@ def run(
     The model is sealed on first use and stays on the workers, so the next run starts at once.
     """
     with errors(as_json):
-        from models.tokenizer import require_text
+        from client.generate import kv_tokens_for
+        from models.tokenizer import Tokenizer, require_text
         from sotto.commands.models import open_model
 
         require_text(prompt)
         ask, where = asked.understood(quiet=as_json)
         checkpoint = open_model(where.model)
+        ids = Tokenizer.open(checkpoint.tokenizer_file).encode(prompt)
+        kv_tokens_for(len(ids), ask.max_new_tokens, checkpoint.config.max_position)  # before it is brought to workers
         ask = replace(ask, trace=trace)
         if not as_json:
             ask = replace(ask, notice=tell)
 
         async def work() -> tuple[GenerationResult, float, TraceReport | None, Decided]:
             async with deployed(where, checkpoint) as ready:
-                async with ready.ask(prompt, ask) as answer:
+                async with ready.ask(ids, ask) as answer:
                     if not as_json:
                         tell_over_budget(answer.decided)
                     async for piece in answer.pieces:

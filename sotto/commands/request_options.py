@@ -138,6 +138,7 @@ class RequestOptions:
     def ask(self, strategy: Strategy | Auto) -> Ask:
         """What is asked for besides the prompt. Raises InputError."""
         from client.metalearning.price import GOALS, money_of
+        from client.text import StopStrings
         from models.sampling import SamplingParams
         from node.model import Ask
         from protocol.errors import InputError
@@ -152,10 +153,12 @@ class RequestOptions:
                 "a budget is kept by choosing among strategies: leave it out, or use --strategy auto, without --draft "
                 "and --deterministic"
             )
+        stops = tuple(self.stop or ())
+        StopStrings(stops)  # refuses what no text can be searched for
         return Ask(
             max_new_tokens=self.max_new_tokens,
             sampling=sampling,
-            stop=tuple(self.stop or ()),
+            stop=stops,
             strategy=strategy,
             exact=self.exact,
             objective=one_of(self.objective, GOALS, "--objective"),

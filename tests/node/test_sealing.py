@@ -23,6 +23,7 @@ from client.upload import ShardUpload, Supply
 from equivariant.keys import RootKey
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
+from models.errors import CheckpointError
 from node import sealing, store
 from node.keys import new_key
 from node.sealing import FolderSource, SealedFolder, seal_into, sealed_place
@@ -210,6 +211,18 @@ def test_what_cannot_be_sealed_leaves_no_folder_behind(
     monkeypatch.setattr(limits, "SHARD_BYTES_MAX", 1000)
     with pytest.raises(InputError, match="use a smaller model"):
         seal(tmp_path / "s", checkpoint)
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_model_without_a_tokenizer_is_refused_before_hours_are_spent_on_it(broken: bool, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    if broken:
+        (model / "tokenizer.json").write_text("{}")
+    else:
+        (model / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        seal(tmp_path / "s", Checkpoint.open(model))
     assert not (tmp_path / "s").exists()
 
 

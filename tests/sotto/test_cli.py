@@ -317,6 +317,8 @@ def test_what_is_revoked_while_nobody_answers_is_remembered(model: Path, tmp_pat
         (["run", "hello", "-b", "x", "--privacy", "plain", "--key", "work"], "plain uses no key"),
         (["run", "hello", "-b", "x", "--expect-tokens", "9"], "leave it out, or use --strategy auto,lossy"),
         (["run", "hello", "-b", "x", "--draft", "/nowhere/draft"], "/nowhere/draft: no such folder"),
+        (["run", "hello", "-b", "x", "-n", "100000"], "exceed the model's context"),
+        (["run", "hello", "-b", "x", "--stop", ""], "at least one character"),
         (["submit", "/nowhere.jsonl", "-o", "out"], "/nowhere.jsonl"),
         (["peers", "-b", "/ip4/127.0.0.1/tcp/9"], "/p2p/"),
         (["place", "-b", "x", "--objective", "speed"], "latency, throughput"),
