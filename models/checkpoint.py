@@ -97,6 +97,21 @@ class Checkpoint:
             digest.update(hashlib.sha256(file.name.encode()).digest() + content)
         return digest.hexdigest()
 
+    def likeness(self) -> str:
+        """SHA-256, in hex, by which copies of a model are told from other models: over what config.json says of its
+        blocks, and of each tensor the name, the shape and two rows (a vector whole) in float32. The same however
+        tensors are spread over files. Reads little. Raises CheckpointError."""
+        shapes, parts = _shapes(self.config), dict[str, bytes]()
+        for file in sorted({self.files[name] for name in shapes}):
+            with _opened(file) as tensors:
+                for name in (name for name in shapes if self.files[name] == file):
+                    parts[name] = _sample(tensors.get_slice(name), shapes[name])
+        digest = hashlib.sha256(b"sotto model 1\0")
+        digest.update(repr([block.to_pairs() for block in self.config.blocks]).encode())
+        for name in sorted(parts):
+            digest.update(f"{name}\0{shapes[name]}\0".encode() + hashlib.sha256(parts[name]).digest())
+        return digest.hexdigest()
+
     def _load(self, names: list[str]) -> dict[str, Tensor]:
         loaded: dict[str, Tensor] = {}
         for file in sorted({self.files[name] for name in names}):
@@ -171,14 +186,29 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     return {name: path / file for name, file in mapping.items()}
 
 
-def _check_tensors(path: Path, config: ModelConfig, files: Mapping[str, Path]) -> None:
-    """Exactly the tensors that config.json describes: none missing, of other shape, or left over."""
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors that a model has by its config.json; a tied head is none."""
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, config.hidden_size)}
     shapes[FINAL_NORM] = (config.hidden_size,)
-    if not config.tie_word_embeddings or HEAD in files:
+    if not config.tie_word_embeddings:
         shapes[HEAD] = shapes[EMBEDDING]
     for index, block in enumerate(config.blocks):
         shapes |= {hf_name(index, name): shape for name, shape in block.tensor_shapes().items()}
+    return shapes
+
+
+def _sample(stored: Any, shape: tuple[int, ...]) -> bytes:
+    """From the middle, since the rows at the ends of a vocabulary may never have been trained."""
+    starts = (shape[0] // 3, 2 * shape[0] // 3)
+    rows = [stored[:]] if len(shape) == 1 else [stored[start : start + 1] for start in starts]
+    return b"".join(row.float().contiguous().numpy().tobytes() for row in rows)
+
+
+def _check_tensors(path: Path, config: ModelConfig, files: Mapping[str, Path]) -> None:
+    """Exactly the tensors that config.json describes: none missing, of other shape, or left over."""
+    shapes = _shapes(config)
+    if HEAD in files:
+        shapes[HEAD] = shapes[EMBEDDING]
     missing = [name for name in shapes if name not in files]
     if missing:
         advice = "; config.json says tie_word_embeddings is false" if missing == [HEAD] else ""

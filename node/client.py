@@ -327,7 +327,7 @@ class Client:
         loaded: Loaded | None = None,
     ) -> DeployedModel:
         """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,
-        sent or leased. Raises InputError (wrong key, no capability), RouteUnavailable."""
+        sent or leased. Raises InputError (wrong key or model, no capability), CheckpointError, RouteUnavailable."""
         token = self.options.capability
         if token is None or Right.USE not in token.capability.rights:
             raise InputError(
@@ -338,6 +338,11 @@ class Client:
         deployment = token.capability.deployment
         if key is not None:
             require_key(key, deployment, bytes.fromhex(token.key_check))
+        if loaded is None and await trio.to_thread.run_sync(checkpoint.likeness) != token.model:
+            raise InputError(
+                f"the deployment is not of {checkpoint.name}, or the capability is of an older sotto: give the model "
+                "that its owner deployed, or ask for a new capability"
+            )
         config = checkpoint.config
         view = await self.discover(lambda view: spans_meet(view, deployment, config.num_blocks, without))
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))

@@ -1,9 +1,9 @@
 """What the owner of a deployment lets others do: capabilities issued, shown, kept and revoked.
 
-A token is what people hand on: the capability, the precision of the blocks, and a check value of the root key (never
-the key) so that a wrong one is noticed before anything is computed. Issued ones are kept in `client/grants/`, one file
-each, so that they can be named by their serial; a revoked one keeps its name there, and every worker that takes the
-deployment later is told.
+A token is what people hand on: the capability, the precision of the blocks, and check values of the root key (never the
+key) and of the model, so that a wrong one is noticed before anything is computed. Issued ones are kept in
+`client/grants/`, one file each, so that they can be named by their serial; a revoked one keeps its name there, and
+every worker that takes the deployment later is told.
 """
 
 from __future__ import annotations
@@ -33,18 +33,20 @@ _PREFIX = "sotto-use-"
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A capability as it is handed on. `key_check` is "" in the plain tier; `dtype` is that of the sealed blocks."""
+    """A capability as it is handed on. `key_check` is "" in the plain tier; `dtype` is that of the sealed blocks;
+    `model` is the checkpoint's likeness."""
 
     signed: bytes
     key_check: str
     dtype: str
+    model: str
     capability: Capability
     owner: PeerId
 
     @property
     def text(self) -> str:
         signed = base64.b64encode(self.signed).decode()
-        fields = {"capability": signed, "key_check": self.key_check, "dtype": self.dtype}
+        fields = {"capability": signed, "key_check": self.key_check, "dtype": self.dtype, "model": self.model}
         return _PREFIX + base64.urlsafe_b64encode(json.dumps(fields).encode()).decode().rstrip("=")
 
     @property
@@ -61,16 +63,17 @@ def read_token(text: str) -> Token:
         capability, owner = open_capability(signed)
         if fields["dtype"] not in PRECISIONS:
             raise ValueError
-        return Token(signed, str(fields["key_check"]), fields["dtype"], capability, owner)
+        model = str(fields.get("model", ""))  # one that names none can be revoked, and is of no use
+        return Token(signed, str(fields["key_check"]), fields["dtype"], model, capability, owner)
     except (ValueError, KeyError, TypeError, RecursionError, RemoteProtocolError):
         raise InputError(
             "this is no capability, or it was changed: copy the whole token that 'sotto grant' printed"
         ) from None
 
 
-def grant_to(peer: str, folder: Path, info: SealInfo, rights: str, life: str) -> Token:
-    """A token for `peer` over the deployment `info`, signed by the identity in `folder`; `rights` and `life` as people
-    write them. Raises InputError."""
+def grant_to(peer: str, folder: Path, info: SealInfo, model: str, rights: str, life: str) -> Token:
+    """A token for `peer` over the deployment `info` of a checkpoint whose likeness is `model`, signed by the identity
+    in `folder`; `rights` and `life` as people write them. Raises InputError."""
     try:
         public_key_of(peer)
         chosen = rights_of(Right(name.strip()) for name in rights.split(","))
@@ -88,7 +91,7 @@ def grant_to(peer: str, folder: Path, info: SealInfo, rights: str, life: str) ->
     if deployment != deployment_id(owner.peer, bytes.fromhex(info.salt)):
         raise InputError("the model was sealed under another identity: only its owner can grant its use")
     capability = Capability(os.urandom(ID_BYTES), deployment, PeerId(peer), chosen, expires_ms)
-    return Token(issue_capability(capability, owner), info.key_check, info.dtype, capability, owner.peer)
+    return Token(issue_capability(capability, owner), info.key_check, info.dtype, model, capability, owner.peer)
 
 
 def _kept_in(file: Path) -> Token:

@@ -67,7 +67,8 @@ def grant(
                 f"{checkpoint.name} was not deployed from here in {dtype} under this key: 'sotto run' does it, or give "
                 "the --dtype, --privacy and --key that it was deployed with"
             )
-        token = grant_to(peer, base / "client", SealedFolder.open(place).info, rights, for_)
+        info = SealedFolder.open(place).info
+        token = grant_to(peer, base / "client", info, checkpoint.likeness(), rights, for_)
         Grants(base / "client" / "grants").keep(token)
         if as_json:
             print_json({"token": token.text, "serial": token.serial, "expires_ms": token.capability.expires_ms})

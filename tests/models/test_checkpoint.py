@@ -148,6 +148,29 @@ def test_the_fingerprint_is_of_contents(single: Path, broken: Path) -> None:
     assert Checkpoint.open(broken).fingerprint() not in (changed, fingerprint)
 
 
+def test_copies_of_a_model_are_alike_and_others_are_not(single: Path, sharded: Path, tmp_path: Path) -> None:
+    likeness = Checkpoint.open(single).likeness()
+    assert len(likeness) == 64
+    wide = make_checkpoint(tmp_path / "wide", dtype=torch.float32)
+    edit_tensors(wide / "model.safetensors", lambda t: t.update({name: t[name].bfloat16().float() for name in t}))
+    for copy in (sharded, wide):
+        assert Checkpoint.open(copy).likeness() == likeness
+    others = {Checkpoint.open(make_checkpoint(tmp_path / "seed", seed=1)).likeness()}
+    for number, part in enumerate(("model.norm.weight", "lm_head.weight", "model.layers.1.mlp.down_proj.weight")):
+        tuned = Path(shutil.copytree(single, tmp_path / str(number)))
+        edit_tensors(tuned / "model.safetensors", lambda t, part=part: t[part].mul_(1.125))
+        others.add(Checkpoint.open(tuned).likeness())
+    edit_json(tuned / "config.json", lambda c: c.update(rms_norm_eps=1e-4))
+    others.add(Checkpoint.open(tuned).likeness())
+    assert len(others - {likeness}) == 5
+
+
+def test_a_tied_head_makes_no_difference_whether_it_is_there_or_not(tmp_path: Path) -> None:
+    without = make_checkpoint(tmp_path / "without", "qwen2", tie_word_embeddings=True)
+    there = with_head(tmp_path / "there", lambda embedding: embedding)
+    assert Checkpoint.open(there).likeness() == Checkpoint.open(without).likeness()
+
+
 def refuses(folder: Path | str, *said: str, error: type[ModelError] = CheckpointError) -> None:
     with pytest.raises(error) as caught:
         Checkpoint.open(folder)
@@ -284,7 +307,7 @@ def test_a_file_that_vanishes_after_opening(broken: Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         _ = checkpoint.tokenizer_file
     (broken / "model.safetensors").unlink()
-    for use in (lambda: checkpoint.block(0), checkpoint.ends, checkpoint.fingerprint):
+    for use in (lambda: checkpoint.block(0), checkpoint.ends, checkpoint.fingerprint, checkpoint.likeness):
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             use()
 

@@ -141,7 +141,7 @@ def control_socket(data: bytes) -> None:
 
 # tokens
 
-_TOKEN = Token(issue_capability(CAPABILITY, CLIENT), "c0ffee", "float32", CAPABILITY, CLIENT.peer)
+_TOKEN = Token(issue_capability(CAPABILITY, CLIENT), "c0ffee", "float32", "f00d", CAPABILITY, CLIENT.peer)
 
 
 @target("token", [_TOKEN.text.encode()], InputError)
@@ -149,7 +149,7 @@ def token(data: bytes) -> None:
     assert read_token(data.decode(errors="replace")).capability == CAPABILITY, "not what the owner signed"
 
 
-_FIELDS = {"capability": base64.b64encode(_TOKEN.signed).decode(), "key_check": "", "dtype": "int8"}
+_FIELDS = {"capability": base64.b64encode(_TOKEN.signed).decode(), "key_check": "", "dtype": "int8", "model": ""}
 
 
 @target("token's fields", [json.dumps(_FIELDS).encode(), b"[" * 5000, b'{"capability": 1}'], InputError)

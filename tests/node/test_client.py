@@ -21,7 +21,8 @@ from client.routing import Hop, Route
 from node.bringing import DeployOptions
 from node.client import Client, ClientOptions, Loaded, SealedModel
 from protocol.adverts import Advert, HeldSpan
-from protocol.errors import RouteUnavailable
+from protocol.capabilities import Right
+from protocol.errors import InputError, RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from protocol.messages import LeaseSpan
 from protocol.swarm import SwarmView
@@ -161,6 +162,18 @@ def test_a_route_is_found_anew_past_the_lost_and_else_among_all_and_leases_stay_
         assert len(parted) == 1
 
     run(main, seed=0)
+
+
+@pytest.mark.parametrize("named", ["f00d", ""])
+def test_a_guest_with_another_model_is_refused_before_a_route_is_looked_for(named: str) -> None:
+    guest = Owner()
+    capability = SimpleNamespace(rights=(Right.USE,), deployment=DEPLOYMENT)
+    guest.options = cast(
+        "Any", SimpleNamespace(capability=SimpleNamespace(capability=capability, key_check="", model=named))
+    )
+    ours = cast("Any", SimpleNamespace(name="ours", likeness=lambda: "beef"))
+    with pytest.raises(InputError, match=r"not of ours.*ask for a new capability"):
+        trio.run(guest.attach, ours, None)
 
 
 class Moving(Client):

@@ -227,7 +227,7 @@ def sealed_by(owner: Identity) -> SealInfo:
 
 def test_a_grant_is_handed_on_found_again_and_revoked(tmp_path: Path) -> None:
     owner = load_identity(tmp_path)
-    token = grant_to(HOLDER.peer, tmp_path, sealed_by(owner), "use, fetch", "7d")
+    token = grant_to(HOLDER.peer, tmp_path, sealed_by(owner), "f00d", "use, fetch", "7d")
     assert read_token(f" {token.text}\n") == token
     assert token.capability.rights == ("fetch", "use")
     grants = Grants(tmp_path / "grants")
@@ -248,7 +248,7 @@ def test_a_grant_is_handed_on_found_again_and_revoked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damaged", [b"", b"sotto-use-eyJj", b"\xff\xfe"])
 def test_a_damaged_grant_is_named_and_written_anew(tmp_path: Path, damaged: bytes) -> None:
     owner, grants = load_identity(tmp_path), Grants(tmp_path / "grants")
-    token = grant_to(HOLDER.peer, tmp_path, sealed_by(owner), "use", "7d")
+    token = grant_to(HOLDER.peer, tmp_path, sealed_by(owner), "f00d", "use", "7d")
     deployment = token.capability.deployment
     grants.keep(token)
     (tmp_path / "grants" / f"{token.serial}.token").write_bytes(damaged)
@@ -271,10 +271,10 @@ def test_what_is_no_grant_is_said(tmp_path: Path) -> None:
         (HOLDER.peer, "use", "30d"),
     ):
         with pytest.raises(InputError):
-            grant_to(peer, tmp_path, sealed_by(owner), rights, life)
+            grant_to(peer, tmp_path, sealed_by(owner), "f00d", rights, life)
     with pytest.raises(InputError, match="another identity"):
-        grant_to(HOLDER.peer, tmp_path, sealed_by(HOLDER), "use", "7d")
-    token = grant_to(HOLDER.peer, tmp_path, sealed_by(owner), "use", "7d").text
+        grant_to(HOLDER.peer, tmp_path, sealed_by(HOLDER), "f00d", "use", "7d")
+    token = grant_to(HOLDER.peer, tmp_path, sealed_by(owner), "f00d", "use", "7d").text
     for wrong in (
         "",
         "rubbish",
