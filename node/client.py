@@ -256,8 +256,9 @@ class Client:
     async def rtts_ms(self, members: Iterable[Member]) -> dict[PeerId, float]:
         """Round trips from here, measured now for those of `members` that were never asked; for many, for some."""
         asked = worth_asking([member for member in members if member.peer not in self._asked])
-        self._asked.update(dict.fromkeys(member.peer for member in asked))
-        self._rtts_ms.update(await measure_rtts_ms(self.ports, asked))
+        found = await measure_rtts_ms(self.ports, asked)
+        self._asked.update(dict.fromkeys(found))
+        self._rtts_ms.update({peer: rtt_ms for peer, rtt_ms in found.items() if rtt_ms is not None})
         return dict(self._rtts_ms)
 
     async def deploy(

@@ -11,7 +11,7 @@ import trio
 
 from client.observer import ClientObserver
 from client.ports import ClientPorts
-from client.rtts import AT_ONCE, DEADLINE_S, PEERS_MAX, measure_rtts_ms, worth_asking
+from client.rtts import AT_ONCE, DEADLINE_S, PEERS_MAX, TURN_S, measure_rtts_ms, worth_asking
 from protocol.channel import Channel
 from protocol.ids import PeerId
 from protocol.messages import CONTROL, Ping, Pong
@@ -52,6 +52,12 @@ async def first_late(stream: Stream) -> None:
         await channel.send(Pong(frame[0].nonce))
 
 
+async def far(stream: Stream) -> None:
+    """As across the world: its first answer takes longer than a turn."""
+    await trio.sleep(1.5 * TURN_S)
+    await honest(stream)
+
+
 async def silent(stream: Stream) -> None:
     await trio.sleep_forever()
 
@@ -62,11 +68,11 @@ async def guessing(stream: Stream) -> None:
     await trio.sleep_forever()
 
 
-def measured(handlers: Sequence[Handler]) -> tuple[dict[PeerId, float], list[PeerId], float]:
+def measured(handlers: Sequence[Handler]) -> tuple[dict[PeerId, float | None], list[PeerId], float]:
     """What the client measures of workers that behave so, whom it blames, and how long it took."""
     observer = Violations()
 
-    async def main() -> tuple[dict[PeerId, float], float]:
+    async def main() -> tuple[dict[PeerId, float | None], float]:
         options = NetworkOptions(link=LinkOptions(delay_s=DELAY_S))
         async with open_network(3, options) as network, AsyncExitStack() as stack:
             members = [await joined(stack, network, number, handler) for number, handler in enumerate(handlers)]
@@ -94,7 +100,7 @@ def test_the_way_there_and_back_whatever_the_first_ping_took() -> None:
 
 def test_the_silent_and_the_liars_do_not_keep_the_others_from_being_measured() -> None:
     found, blamed, took_s = measured([silent, guessing, honest])
-    assert list(found) == [peer(2)]
+    assert found == {peer(0): None, peer(1): None, peer(2): pytest.approx(2000 * DELAY_S, rel=0.05)}
     assert blamed == [peer(1)]
     assert took_s == pytest.approx(DEADLINE_S, abs=1.5)
 
@@ -102,7 +108,23 @@ def test_the_silent_and_the_liars_do_not_keep_the_others_from_being_measured() -
 def test_more_workers_than_are_dialled_at_once() -> None:
     found, _, took_s = measured([honest] * (2 * AT_ONCE + 1))
     assert len(found) == 2 * AT_ONCE + 1
+    assert None not in found.values()
     assert took_s < DEADLINE_S
+
+
+def test_however_many_are_silent_the_others_have_their_turn() -> None:
+    """As many as are asked at all: the honest ones come last."""
+    found, _, took_s = measured([silent] * (PEERS_MAX - AT_ONCE) + [honest] * AT_ONCE)
+    near = {peer(number) for number in range(PEERS_MAX - AT_ONCE, PEERS_MAX)}
+    assert len(found) == PEERS_MAX
+    assert {who for who, rtt_ms in found.items() if rtt_ms is not None} == near
+    assert took_s == pytest.approx(DEADLINE_S, abs=1.5)
+
+
+def test_who_answers_after_its_turn_is_measured_all_the_same() -> None:
+    found, _, _ = measured([far] + [silent] * AT_ONCE + [honest])
+    assert found[peer(0)] == pytest.approx(2000 * DELAY_S, rel=0.05)
+    assert found[peer(AT_ONCE + 1)] == pytest.approx(2000 * DELAY_S, rel=0.05)
 
 
 def test_of_many_workers_some_with_room_and_some_of_all() -> None:
