@@ -28,7 +28,7 @@ async def channel_to(ports: ClientPorts, hop: Hop, protocol: str) -> AsyncIterat
     """A stream to `hop`, closed on the way out. Errors of the network and of the peer come out naming it."""
     try:
         with within(hop.peer, ANSWER_S):
-            stream = await ports.transport.open(hop.peer, hop.addrs, protocol)
+            stream = await ports.transport.open(hop.peer, ports.dialable(hop.addrs), protocol)
     except TransportError as error:
         raise blame(hop.peer, error, "cannot be reached") from error
     channel = Channel(stream, protocol)

@@ -242,7 +242,7 @@ class Driver:
         """A new stream to `hop`. Raises HopLost."""
         with trio.move_on_after(DIAL_S):
             try:
-                return await self._ports.transport.open(hop.peer, hop.addrs, SESSION)
+                return await self._ports.transport.open(hop.peer, self._ports.dialable(hop.addrs), SESSION)
             except TransportError as error:
                 raise blame(hop.peer, error, "cannot be reached") from error
         raise HopLost(hop.peer, f"could not be reached within {DIAL_S:g} s")

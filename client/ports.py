@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from client.observer import ClientObserver
 from protocol.ids import DeploymentId, PeerId
 from protocol.ports import Clock, Entropy, Gossip, Transport
+from protocol.scopes import dialable_beside
 from protocol.signed import Identity
 
 Credentials = Callable[[DeploymentId], bytes]
@@ -38,3 +39,7 @@ class ClientPorts:
     observer: ClientObserver = field(default_factory=ClientObserver)
     credentials: Credentials = none_needed
     introduce: Introduce = to_nobody
+
+    def dialable(self, stated: Iterable[str]) -> tuple[str, ...]:
+        """Those of the addresses that a peer `stated` which this client dials (protocol/scopes.py)."""
+        return dialable_beside(self.transport.own_addrs, stated)

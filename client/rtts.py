@@ -71,7 +71,7 @@ async def _measure(ports: ClientPorts, member: Member, found: dict[PeerId, float
     """Note the shortest of PINGS round trips, as soon as there is one."""
     shortest = inf
     try:
-        stream = await ports.transport.open(member.peer, member.advert.addrs, CONTROL)
+        stream = await ports.transport.open(member.peer, ports.dialable(member.advert.addrs), CONTROL)
         channel = Channel(stream, CONTROL)
         try:
             for _ in range(PINGS):

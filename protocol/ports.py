@@ -78,7 +78,8 @@ class Transport(Protocol):
     @property
     def own_addrs(self) -> tuple[str, ...]:
         """Addresses that show how far away this node is reached, whatever others say: where it listens, or its owner
-        announces it. Where it does neither, those of its neighbours, as connections have them, without a port."""
+        announces it. Where it does neither, those of neighbours, as connections have or had them, without a port; of
+        each scope (protocol/scopes.py) one."""
 
     @property
     def relayed(self) -> bool:

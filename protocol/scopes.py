@@ -2,7 +2,8 @@
 
 An address inside a network (loopback, link-local, private) is dialled only by a node that is reached no further away
 than there: a node on the internet never knocks at doors of its owner's own network, whoever asks for it. What others
-say about where the node is reached can only make it stricter.
+say about where the node is reached can only make it stricter. A client is reached nowhere, and knows its networks by
+the neighbours that it has found there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ def dialable_from(own: Iterable[str], addrs: Iterable[str], told: Iterable[str])
     widest = SCOPES[max((SCOPES.index(scope_of(addr)) for addr in own), default=0)]
     inner = "global" if any(scope_of(addr) == "global" for addr in told) else widest or "global"
     return tuple(addr for addr in addrs if scope_of(addr) in ("global", inner))
+
+
+def dialable_beside(neighbours: Iterable[str], addrs: Iterable[str]) -> tuple[str, ...]:
+    """Those of `addrs` that a node dials which is reached nowhere and has had `neighbours` at these addresses: those on
+    the internet, and those that reach as far as a neighbour's. Beside a neighbour on its own machine all: that one may
+    speak for a network that the node has not met."""
+    scopes = {"global", *(scope_of(addr) for addr in neighbours)}
+    if "loopback" in scopes:
+        scopes.update(SCOPES)
+    return tuple(addr for addr in addrs if scope_of(addr) in scopes - {""})
 
 
 def scope_of(addr: str) -> str:

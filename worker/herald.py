@@ -97,7 +97,7 @@ class Herald:
         ping = Ping(self.ports.entropy(8))
         with trio.move_on_after(PING_S):
             try:
-                stream = await self.ports.transport.open(member.peer, member.advert.addrs, CONTROL)
+                stream = await self.ports.transport.open(member.peer, (), CONTROL)  # it is connected, or was
                 try:
                     started = self.ports.clock.monotonic()
                     reply = await Channel(stream, CONTROL).call(ping)

@@ -41,6 +41,7 @@ from protocol.errors import InputError, LocalProtocolError, RemoteProtocolError,
 from protocol.ids import PeerId, public_key_of
 from protocol.messages import LINK, SESSION, SHARD
 from protocol.ports import Stream, StreamHandler, Subscription, Validator
+from protocol.scopes import scope_of
 from protocol.signed import Identity
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Mesh:
         self.directory = Kademlia(self, self.known_addrs)  # a public swarm's: members of a private one make theirs
         self._dials: dict[PeerId, trio.Lock] = {}
         self._topics: dict[str, TopicSubscription] = {}
+        self._met: dict[str, str] = {}  # of each scope, the address of a neighbour
 
     @property
     def peer(self) -> PeerId:
@@ -118,7 +120,10 @@ class Mesh:
 
     @property
     def own_addrs(self) -> tuple[str, ...]:
-        return self._announced or self._host.neighbours_at()
+        if self._announced:
+            return self._announced
+        self._met.update({scope_of(addr): addr for addr in self._host.neighbours_at()})
+        return tuple(self._met.values())
 
     @property
     def relayed(self) -> bool:

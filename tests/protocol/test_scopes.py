@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.scopes import scope_of
+from protocol.scopes import dialable_beside, scope_of
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,29 @@ from protocol.scopes import scope_of
 )
 def test_scopes(addr: str, scope: str) -> None:
     assert scope_of(addr) == scope
+
+
+LOOPBACK, LINK_LOCAL, PRIVATE, PUBLIC = (
+    "/ip4/127.0.0.1/tcp/6379",
+    "/ip4/169.254.169.254/tcp/80",
+    "/ip4/192.168.1.1/tcp/80",
+    "/ip4/8.8.8.8/tcp/4001",
+)
+STATED = (LOOPBACK, LINK_LOCAL, PRIVATE, "/dns4/looked.up.example/tcp/1", PUBLIC)
+
+
+@pytest.mark.parametrize(
+    ("neighbours", "dialled"),
+    [
+        ((), (PUBLIC,)),
+        (("/ip4/9.9.9.9",), (PUBLIC,)),
+        (("/ip4/10.0.0.7",), (PRIVATE, PUBLIC)),
+        (("/ip4/10.0.0.7", "/ip4/9.9.9.9"), (PRIVATE, PUBLIC)),
+        (("/ip6/fe80::1",), (LINK_LOCAL, PUBLIC)),
+        (("/ip4/127.0.0.1",), (LOOPBACK, LINK_LOCAL, PRIVATE, PUBLIC)),
+        (("/ip4/0.0.0.0",), (PUBLIC,)),
+    ],
+    ids=["nobody", "the internet", "at home", "both", "one cable", "one machine", "nowhere"],
+)
+def test_who_only_dials_goes_where_it_has_neighbours(neighbours: tuple[str, ...], dialled: tuple[str, ...]) -> None:
+    assert dialable_beside(neighbours, STATED) == dialled

@@ -135,11 +135,11 @@ def test_bad_adverts_are_neither_believed_nor_forwarded() -> None:
 
 
 class _Silent:
-    """A transport whose peers never answer; it notes when they were asked, and who."""
+    """A transport whose peers never answer; it notes when they were asked, who, and where."""
 
     def __init__(self, peers: int) -> None:
         self.peers = tuple(sorted(peer(number) for number in range(peers)))
-        self.asked, self.who = list[float](), set[PeerId]()
+        self.asked, self.who, self.dialled = list[float](), set[PeerId](), set[tuple[str, ...]]()
 
     def connected(self) -> tuple[PeerId, ...]:
         return self.peers
@@ -147,6 +147,7 @@ class _Silent:
     async def open(self, peer: PeerId, addrs: tuple[str, ...], protocol: str) -> None:
         self.asked.append(trio.current_time())
         self.who.add(peer)
+        self.dialled.add(addrs)
         await trio.sleep_forever()
 
 
@@ -170,6 +171,7 @@ def test_a_silent_neighbour_holds_up_the_pings_of_no_other() -> None:
         assert rounds == dict.fromkeys((0, PING_S + RTT_ROUND_S), limits.ADVERT_RTTS_MAX)
         chosen = config.identity.ranked(silent.peers)[: limits.ADVERT_RTTS_MAX]
         assert silent.who == set(chosen) != set(silent.peers[: limits.ADVERT_RTTS_MAX]), "not the lowest ids"
+        assert silent.dialled == {()}, "whoever has left is not looked for where its advert says"
 
     run(test, seed=1)
 

@@ -448,5 +448,8 @@ def test_a_node_that_does_not_listen_is_where_its_neighbours_are():
             second.reach.relay_through(("/ip4/10.0.0.7/tcp/1/p2p/x/p2p-circuit",))
             second.reach.shut()
             assert (len(second.addrs), second.own_addrs) == (1, ("/ip4/127.0.0.1",))
+            second.shun(first.peer, 1.0)
+            await until(lambda: not second.connected())
+            assert second.own_addrs == ("/ip4/127.0.0.1",), "the network is there without this neighbour"
 
     run(body)
