@@ -111,9 +111,11 @@ class KeptTerms:
 
 
 class KeptSession:
-    """Opened when it is first needed; closed by its owner."""
+    """Opened when it is first needed; closed by its owner. `violations`: see ClientPorts."""
 
-    def __init__(self, opener: Opener, terms: KeptTerms | None = None) -> None:
+    def __init__(
+        self, opener: Opener, terms: KeptTerms | None = None, violations: Counter[PeerId] | None = None
+    ) -> None:
         self.held: list[int] = []
         self._computed = 0  # so many tokens of it are in the KV of all hops by now
         self.losses = self.preemptions = 0  # over its whole life
@@ -124,7 +126,7 @@ class KeptSession:
         self._in_a_row = 0
         self._anew = False  # the next opening is over a route that is found anew
         self._without: frozenset[PeerId] = frozenset()  # the workers that were lost in a row
-        self._violators: frozenset[PeerId] = frozenset()  # over its whole life
+        self._violations = Counter[PeerId]() if violations is None else violations
         self._blamed: Counter[PeerId] = Counter()  # of this request
         self._losses_left = REQUEST_LOSSES_MAX
         self._preemptions_left = PREEMPTIONS_MAX
@@ -151,7 +153,7 @@ class KeptSession:
             await self.aclose()  # else the pages of `known` were kept under names of others
         while self._opened is None:
             try:
-                opened = await self._opener(Opening(known, self._anew, self._without | self._violators))
+                opened = await self._opener(Opening(known, self._anew, self._without.union(self._violations)))
             except _LOST as error:
                 await self.lost(error)
                 continue
@@ -189,12 +191,14 @@ class KeptSession:
 
     async def violated(self, error: RemoteProtocolError) -> None:
         """The session, or its opening, ended in a breach of the protocol: its pages are not kept. Where `error` names a
-        worker, the next opening is over a route that is found anew without it, if there are others."""
+        worker, the next opening is over a route that is found anew without it, if there are others; so are those of
+        sessions that share `violations`."""
         await self.aclose(keep=False)
         self.progressed()
         peer: PeerId | None = getattr(error, "peer", None)
         if peer is not None:
-            self._anew, self._violators = True, self._violators | {peer}
+            self._anew = True
+            self._violations[peer] += 1
 
     def _passes(self, reason: str, opening: bool) -> bool:
         """Whether to wait until a refusal for `reason` passes by itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -29,7 +30,8 @@ def to_nobody(_: DeploymentId, __: PeerId) -> bytes:
 class ClientPorts:
     """`identity` is the one that the transport proves to others: tickets are signed with it. `credentials` gives the
     capability to show for a deployment, b"" for one that `identity` owns. `introduce` gives a worker's capability to
-    fetch a deployment's shards from other workers, signed by the owner; b"" when that cannot be had."""
+    fetch a deployment's shards from other workers, signed by the owner; b"" when that cannot be had. `violations`: how
+    many requests each worker ended by breaking the protocol, which others go past."""
 
     identity: Identity
     transport: Transport
@@ -39,6 +41,7 @@ class ClientPorts:
     observer: ClientObserver = field(default_factory=ClientObserver)
     credentials: Credentials = none_needed
     introduce: Introduce = to_nobody
+    violations: Counter[PeerId] = field(default_factory=Counter)
 
     def dialable(self, stated: Iterable[str]) -> tuple[str, ...]:
         """Those of the addresses that a peer `stated` which this client dials (protocol/scopes.py)."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from node.defaults import KV_TOKENS
 from node.grants import Grants
 from node.links import Inflow
 from node.sealing import FolderSource, SealedFolder
-from protocol.errors import RouteUnavailable
+from protocol.errors import Refused, RouteUnavailable
 from protocol.ids import PeerId
 from protocol.messages import RefusalReason
 from protocol.swarm import Member, SwarmView
@@ -96,8 +97,16 @@ class Bringing:
     options: DeployOptions
 
     async def run(self, where: PlaceOptions) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
-        """A route over workers that lease the model to us, the view that it is from, and what was loaded for it now.
-        Raises what the last worker said when no others are left."""
+        """A route over workers that lease the model to us, the view that it is from, and what was loaded for it now:
+        past those that broke the protocol here, where there are others. Raises what the last worker said when no others
+        are left."""
+        broke = self.client.ports.violations.keys() - where.exclude
+        if broke:
+            with suppress(RouteUnavailable, Refused):
+                return await self._run(replace(where, exclude=where.exclude | broke))
+        return await self._run(where)
+
+    async def _run(self, where: PlaceOptions) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
         route, view, failure = await self.leased(where)
         if route is not None:
             return route, view, ()

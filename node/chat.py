@@ -76,7 +76,7 @@ class Chat:
         self._context_tokens = min(options.context_tokens, model.config.max_position)
         self._terms = SessionTerms(self._context_tokens)
         self._used = Strategy()  # by the newest request
-        self._kept = KeptSession(self._open, KeptTerms(notice=options.notice))
+        self._kept = KeptSession(self._open, KeptTerms(notice=options.notice), model.ports.violations)
         self._id = model.ports.entropy(ID_BYTES)  # to workers all turns are one request
         self._guessing = model.guessing()
         self._chosen: Decided | None = None  # by the newest turn that had it chosen
@@ -184,7 +184,7 @@ class Chat:
         return replace(self._model.terms(self._context_tokens, strategy), request=self._id)
 
     async def _open(self, opening: Opening) -> Opened:
-        if opening.anew:
+        if opening.anew or self._model.broken:
             self._model = await moved_on(self._model, opening)
             self._terms = self._terms_of(self._used)
         return await self._model.opened(opening, self._terms, self._used)

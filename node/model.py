@@ -167,7 +167,8 @@ class DeployedModel:
         host = replace(host, started_at=started_at)
         trace = StepTrace() if ask.trace else None
         way = _Way(self, kv_tokens, strategy, trace, ask.recover)
-        kept = KeptSession(way.opened, KeptTerms(LOSSES_MAX if ask.recover else 0, ask.notice, refusals=False))
+        terms = KeptTerms(LOSSES_MAX if ask.recover else 0, ask.notice, refusals=False)
+        kept = KeptSession(way.opened, terms, self.ports.violations)
         request = KeptRequest(kept, KeptAsk(ids, params, self.ends), host)
         stream = TextStream(request, self.tokenizer.stream(), ask.stop, params.stop_ids)
         report = partial(_report, trace, request, kept, way) if trace else None
@@ -190,7 +191,15 @@ class DeployedModel:
         async def found(left: DeployedModel) -> DeployedModel:
             return left.succeeded_by(await left.deploy_again(without))
 
-        return await self.moves.instead_of(self, without, found)
+        violations = self.ports.violations.copy()
+        model = await self.moves.instead_of(self, without, found)
+        self.moves.passed(violations)
+        return model
+
+    @property
+    def broken(self) -> bool:
+        """A worker of the route has broken the protocol, so that requests begin over another where they can."""
+        return self.moves.broken(self.route, self.ports.violations)
 
     def succeeded_by(self, found: DeployedModel) -> DeployedModel:
         """`found` with what the client holds of the model here: it is in memory once, and static requests have one
@@ -351,7 +360,7 @@ class _Way:
     async def opened(self, opening: Opening) -> Opened:
         """A session for the request. What a worker keeps of it is found by page keys, after a preemption too. Raises
         SottoError; RouteUnavailable where there is nothing to move to."""
-        if opening.anew and self.recover:
+        if self.recover and (opening.anew or self.model.broken):
             self.model = await moved_on(self.model, opening)
         if self.trace is not None:
             self.trace.begin()

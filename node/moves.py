@@ -1,9 +1,11 @@
 """What the requests of one deployment go over: the route that it was deployed on, or the one that took its place when
-workers were lost. All of its requests share it, so they move together, and those that begin later follow."""
+workers were lost or broke the protocol. All of its requests share it, so they move together, and those that begin later
+follow."""
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Generic, Protocol, TypeVar
 
@@ -37,6 +39,15 @@ class Moves(Generic[M]):
         self._moving = trio.Lock()
         self._tries = 0  # at moving, that have ended
         self._failure: SottoError | None = None  # of the newest
+        self._passed = Counter[PeerId]()  # violations by the time when a route without their workers was last found
+
+    def broken(self, route: Route, violations: Counter[PeerId]) -> bool:
+        """Has a worker of `route` broken the protocol since a route was last looked for past it?"""
+        return any(violations[hop.peer] > self._passed[hop.peer] for hop in route.hops)
+
+    def passed(self, violations: Counter[PeerId]) -> None:
+        """A route was found past those of `violations`, or over them where there are no others."""
+        self._passed |= violations
 
     async def instead_of(self, left: M, without: frozenset[PeerId], find: Find[M]) -> M:
         """What to go on with instead of `left`, past the workers `without`. Who comes while others move waits for

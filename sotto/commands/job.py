@@ -171,14 +171,16 @@ class Listener:
 async def run_job(
     model: DeployedModel, lines: list[dict[str, Any]], ask: Ask, concurrency: int, listener: Listener
 ) -> None:
-    """Answer each line. A prompt that cannot be answered gets an "error". When workers are lost the job goes on over
-    others, and ends where there are none."""
+    """Answer each line. A prompt that cannot be answered gets an "error", as does one whose answer a worker spoils by
+    breaking the protocol. When workers are lost, or have done that, the job goes on over others, and ends where there
+    are none."""
     import trio
 
+    from client.errors import HopViolation
     from models.errors import TextError
     from protocol.errors import InputError, Refused
 
-    waiting = iter(range(len(lines)))
+    waiting, violators = iter(range(len(lines))), set[str]()
     done, streams = 0, min(concurrency, len(lines))
     ask = replace(ask, concurrency=streams, recover=True)
 
@@ -192,9 +194,14 @@ async def run_job(
     async def serve() -> None:
         nonlocal done
         for index in waiting:
+            gone_past = frozenset(violators)
             try:
                 result = await answered(lines[index]["prompt"])
-            except (InputError, TextError, Refused) as error:
+            except (InputError, TextError, Refused, HopViolation) as error:
+                if isinstance(error, HopViolation):
+                    if error.peer in gone_past:
+                        raise  # there was no other to go to
+                    violators.add(error.peer)
                 answer = answer_of(lines[index], error=str(error))
             else:
                 found = {"text": result.text, "ids": list(result.ids), "finish_reason": result.finish_reason}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import trio
 
 from client.errors import HopLost, HopRefused, HopViolation
 from client.kept import NO_ROOM_S, PAUSE_S, REQUEST_LOSSES_MAX, KeptSession, KeptTerms
+from protocol.ids import PeerId
 from tests.helpers.kept import OTHER, PEER, PROMPT, Opener, Session, alone, ids, preempted, request, virtual
 
 
@@ -39,6 +42,20 @@ def test_a_violation_ends_what_was_held_against_the_workers_that_were_lost() -> 
     assert virtual(main) == alone(PROMPT)
     assert [opening.without for opening in opener.openings] == [set(), {OTHER}, {PEER}, {OTHER, PEER}]
     assert len(opener.notices) == 2, "the second loss is another one"
+
+
+def test_a_violation_is_known_to_all_sessions_that_share_the_list() -> None:
+    violations = Counter[PeerId]()
+
+    async def main() -> list[int]:
+        with pytest.raises(HopViolation):
+            await ids(request(KeptSession(broken, violations=violations), PROMPT))
+        return await ids(request(KeptSession(opener, violations=violations), PROMPT))
+
+    broken, opener = Opener([Session(3, HopViolation(PEER, "nonsense"))]), Opener([Session()])
+    assert virtual(main) == alone(PROMPT)
+    assert [opening.without for opening in opener.openings] == [{PEER}]
+    assert violations == {PEER: 1}
 
 
 def test_who_is_preempted_again_while_it_waits_for_room_waits_no_longer_for_that() -> None:

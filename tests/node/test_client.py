@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +40,7 @@ class Owner(Client):
     """Of a capability that was revoked. The liar is placed on as long as it is not left out."""
 
     def __init__(self, *workers: PeerId) -> None:
-        self.ports = cast("ClientPorts", SimpleNamespace(clock=VirtualClock()))
+        self.ports = cast("ClientPorts", SimpleNamespace(clock=VirtualClock(), violations=Counter[PeerId]()))
         self.leases = LeaseKeeper(self.ports)
         self.watch = cast("Any", SimpleNamespace(view=SWARM))
         self.grants = cast("Any", SimpleNamespace(revoked=lambda *_: (bytes(16),)))
@@ -89,7 +89,9 @@ def deploying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("node.bringing.remind", remind)
     monkeypatch.setattr("node.client.ModelNeeds.of_manifest", lambda *_: None)
     held = Route(DEPLOYMENT, (Hop(LIAR, (), 0, 4),)) if request.param else None
-    monkeypatch.setattr("node.bringing.held_route", lambda *_: held)
+    monkeypatch.setattr(
+        "node.bringing.held_route", lambda _, __, ___, exclude, *_____: None if LIAR in exclude else held
+    )
     manifest = SimpleNamespace(deployment=DEPLOYMENT, dtype="float32")
     info = SimpleNamespace(num_blocks=4)
 
@@ -100,9 +102,11 @@ def deploying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     folder = SimpleNamespace(manifest=read, sealer=lambda *_: None, deployment=DEPLOYMENT, info=info)
     model = cast("SealedModel", SimpleNamespace(folder=folder, checkpoint=None, key=None))
 
-    def deployed(*workers: PeerId) -> list[PeerId]:
+    def deployed(*workers: PeerId, broke: tuple[PeerId, ...] = ()) -> list[PeerId]:
         async def main() -> Any:
-            return await Owner(*workers).deploy(model, DeployOptions())
+            owner = Owner(*workers)
+            owner.ports.violations.update(broke)
+            return await owner.deploy(model, DeployOptions())
 
         route = run(main, seed=1)
         return [*told, *(hop.peer for hop in route.hops)]
@@ -112,6 +116,14 @@ def deploying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_worker_that_takes_no_word_of_what_was_revoked_is_left_out(deploying: Callable[..., list[PeerId]]) -> None:
     assert deploying(LIAR, HONEST) == [LIAR, HONEST, HONEST], "nobody is asked twice"
+
+
+def test_a_worker_that_broke_the_protocol_before_is_asked_where_there_is_no_other(
+    deploying: Callable[..., list[PeerId]],
+) -> None:
+    assert deploying(LIAR, HONEST, broke=(LIAR,)) == [HONEST, HONEST]
+    with pytest.raises(HopViolation, match="Pong came"):
+        deploying(LIAR, broke=(LIAR,))
 
 
 def test_where_there_is_no_other_its_own_words_are_heard(deploying: Callable[..., list[PeerId]]) -> None:

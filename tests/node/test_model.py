@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from itertools import count
@@ -108,10 +109,16 @@ def predicted(micro_batches: int, micro_batch_min: int = 1) -> SimpleNamespace:
     return SimpleNamespace(micro_batches=micro_batches, micro_batch_min=micro_batch_min)
 
 
+def ports_of(observer: object = None, entropy: object = bytes) -> SimpleNamespace:
+    clock = SimpleNamespace(monotonic=trio.current_time)
+    return SimpleNamespace(clock=clock, observer=observer, entropy=entropy, violations=Counter[PeerId]())
+
+
 def model(**attributes: object) -> DeployedModel:
     """Enough of one for a request to be made."""
     known = dict[str, object](
-        ports=SimpleNamespace(clock=SimpleNamespace(monotonic=trio.current_time), observer=None, entropy=bytes),
+        ports=ports_of(),
+        broken=False,
         config=SimpleNamespace(max_position=99, eos_ids=(), vocab_size=9),
         decide=lambda *_: SimpleNamespace(plan=SimpleNamespace(strategy=Strategy()), choice=None),
         dtype="float32",
@@ -242,7 +249,7 @@ def test_who_is_interrupted_does_not_wait_for_a_draft_model() -> None:
 
     async def main() -> None:
         with trio.move_on_after(1):
-            guessing = Guessing(cast("Draft", draft), 9, VirtualClock())
+            guessing = Guessing(cast("Draft", draft), 9, VirtualClock(), Costs(), lambda: 1)
             await guessing.of(parse("speculation=draft"), SamplingParams())
 
     run(main, seed=0)
@@ -250,7 +257,7 @@ def test_who_is_interrupted_does_not_wait_for_a_draft_model() -> None:
     left.set()
 
 
-def kept(_opener: object, terms: KeptTerms) -> None:
+def kept(_opener: object, terms: KeptTerms, _violations: object) -> None:
     raise Asked(terms.notice)
 
 
@@ -279,7 +286,7 @@ def test_a_request_is_under_way_while_its_session_is_opened(waits: bool, failed:
         raise HopLost(PEER, "cannot be reached")
 
     async def main() -> None:
-        ports = SimpleNamespace(clock=SimpleNamespace(monotonic=trio.current_time), observer=notes, entropy=bytes)
+        ports = ports_of(observer=notes)
         recorder = SimpleNamespace(request=lambda _: nullcontext(SimpleNamespace()))
         fake = model(opened=opened, ports=ports, recorder=recorder, seat=lambda _: nullcontext())
         with trio.move_on_after(9), nullcontext() if waits else pytest.raises(HopLost):
@@ -363,7 +370,7 @@ def test_a_request_keeps_its_id_over_the_route_that_it_moves_to_and_is_parted_as
 
     async def main() -> None:
         names = count()
-        ports = SimpleNamespace(clock=None, entropy=lambda length: bytes([next(names)] * length))
+        ports = ports_of(entropy=lambda length: bytes([next(names)] * length))
         way = _Way(model(predicted=predicted(2), opened=opened, moved=moved, ports=ports), 9, Strategy(), None, True)
         for anew in (False, True, False):
             await way.opened(Opening([1], anew))
@@ -371,6 +378,37 @@ def test_a_request_keeps_its_id_over_the_route_that_it_moves_to_and_is_parted_as
     run(main, seed=0)
     assert [terms.micro_batches for terms in seen] == [2, 3, 3]
     assert len({terms.request for terms in seen}) == 1
+
+
+@pytest.mark.parametrize("recover", [True, False])
+def test_a_request_begins_past_a_worker_that_broke_the_protocol_towards_another(recover: bool) -> None:
+    """Where others serve; where there are none, only the first that comes looks for them."""
+    over = list[str]()
+
+    async def opened_by(name: str) -> Opened:
+        over.append(name)
+        return Opened(cast("OpenedSession", None))
+
+    async def main() -> None:
+        ports, searches = ports_of(), list[frozenset[PeerId]]()
+        ports.violations[PEER] += 1
+
+        async def deploy_again(without: frozenset[PeerId]) -> DeployedModel:
+            searches.append(without)
+            return left
+
+        route = SimpleNamespace(hops=(SimpleNamespace(peer=PEER),))
+        left = model(ports=ports, route=route, deploy_again=deploy_again, opened=lambda *_: opened_by("the same"))
+        left.succeeded_by = lambda found: found  # type: ignore[method-assign,misc]
+        for _ in range(2):
+            left.broken = DeployedModel.broken.fget(left)  # type: ignore[attr-defined,misc]
+            left.moved = MethodType(DeployedModel.moved, left)  # type: ignore[method-assign,misc]
+            way = _Way(left, 9, Strategy(), None, recover)
+            await way.opened(Opening([1], without=frozenset(ports.violations)))
+        assert searches == ([{PEER}] if recover else [])
+
+    run(main, seed=0)
+    assert over == ["the same"] * 2
 
 
 def test_parts_that_were_named_for_several_hops_are_none_of_one_that_is_left() -> None:

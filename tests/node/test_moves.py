@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import pytest
@@ -113,3 +114,14 @@ def test_who_is_cancelled_while_it_moves_leaves_that_to_the_next() -> None:
         assert (await moves.instead_of(left, frozenset({A}), find)) is moves.newest
 
     run(main, seed=0)
+
+
+def test_a_route_is_left_once_for_each_violation() -> None:
+    moves, violations = Moves[OnPeer](), Counter({A: 1, B: 2})
+    assert moves.broken(OnPeer(A).route, violations)
+    assert not moves.broken(OnPeer(C).route, violations)
+    moves.passed(violations.copy())
+    assert not moves.broken(OnPeer(A).route, violations), "there was no other: it is not looked for again and again"
+    violations[A] += 1
+    assert moves.broken(OnPeer(A).route, violations)
+    assert not moves.broken(OnPeer(B).route, violations)

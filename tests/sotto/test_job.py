@@ -17,7 +17,7 @@ import tokenizers
 import trio
 from typer.testing import CliRunner, Result
 
-from client.errors import HopLost
+from client.errors import HopLost, HopViolation
 from models.errors import CheckpointError
 from models.tokenizer import Tokenizer
 from node.client import ClientOptions
@@ -42,6 +42,8 @@ class Echo:
             raise InputError("an empty prompt")
         if prompt == "lost":
             raise HopLost(PEER, "was lost")
+        if prompt == "spoilt":
+            raise HopViolation(PEER, "an output with numbers that are NaN or infinite")
         if prompt == "no draft":
             raise CheckpointError("no such model")
         if prompt == "interrupted":
@@ -104,6 +106,21 @@ def test_a_prompt_that_cannot_be_answered_costs_no_other_its_answer() -> None:
     assert "not valid Unicode" in broken["error"]
     assert empty["error"] == "an empty prompt"
     assert heard[-1] == (4, 4)
+
+
+def test_a_worker_that_breaks_the_protocol_costs_one_line_and_ends_the_job_where_there_is_no_other() -> None:
+    lines = [{"prompt": prompt} for prompt in ("spoilt", "a", "spoilt", "b")]
+    answers: dict[int, dict[str, Any]] = {}
+
+    async def main() -> None:
+        listener = Listener(lambda *_: None, lambda _: None, answers.__setitem__)
+        await run_job(cast("DeployedModel", Echo()), lines, Ask(), 1, listener)
+
+    with pytest.RaisesGroup(HopViolation):
+        trio.run(main)
+    assert list(answers) == [0, 1]
+    assert "broke the protocol" in answers[0]["error"]
+    assert answers[1]["text"] == "a"
 
 
 def test_what_no_prompt_can_be_answered_without_ends_the_job() -> None:
