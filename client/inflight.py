@@ -54,6 +54,11 @@ class InFlight:
         return not self._unanswered()
 
     @property
+    def oldest(self) -> SentStep | None:
+        """Of those that wait for an answer."""
+        return next(iter(self._unanswered().values()), None)
+
+    @property
     def acked(self) -> int:
         """Answers of all steps below this id have arrived."""
         return next(iter(self._unanswered()), self.next)

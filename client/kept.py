@@ -78,11 +78,12 @@ class OpenedSession(Steps, Protocol):
 @dataclass(frozen=True, slots=True)
 class Opening:
     """What a session is opened for: a sequence that begins with `known`. `anew`: over a route that is found anew, past
-    the workers `without` where there are others."""
+    the workers `without` where there are others. `times`: see SessionTerms."""
 
     known: Sequence[int]
     anew: bool = False
     without: frozenset[PeerId] = frozenset()
+    times: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ class KeptSession:
         self._without: frozenset[PeerId] = frozenset()  # the workers that were lost in a row
         self._violations = Counter[PeerId]() if violations is None else violations
         self._blamed: Counter[PeerId] = Counter()  # of this request
+        self._unnamed = False  # in this request a session was lost to nobody knows whom
         self._losses_left = REQUEST_LOSSES_MAX
         self._preemptions_left = PREEMPTIONS_MAX
         self._roomless_since = inf  # when it was preempted, while it has no room again
@@ -143,7 +145,7 @@ class KeptSession:
     def begin(self) -> None:
         """Another request begins."""
         self._preemptions_left, self._preempted = PREEMPTIONS_MAX, False
-        self._losses_left, self._blamed = REQUEST_LOSSES_MAX, Counter()
+        self._losses_left, self._blamed, self._unnamed = REQUEST_LOSSES_MAX, Counter(), False
         self._busy_since = inf
 
     async def ready(self, known: Sequence[int]) -> OpenedSession:
@@ -153,7 +155,8 @@ class KeptSession:
             await self.aclose()  # else the pages of `known` were kept under names of others
         while self._opened is None:
             try:
-                opened = await self._opener(Opening(known, self._anew, self._without.union(self._violations)))
+                without = self._without.union(self._violations)
+                opened = await self._opener(Opening(known, self._anew, without, self._unnamed))
             except _LOST as error:
                 await self.lost(error)
                 continue
@@ -233,10 +236,12 @@ class KeptSession:
             self._terms.notice(f"{who} lost to this session: it is opened again, and what was said is computed anew")
 
     def _avoid(self, peer: PeerId | None) -> None:
-        """A worker was lost. The same route is tried once more, unless `peer` is to blame again and again."""
+        """A worker was lost. The same route is tried once more, unless `peer` is to blame again and again. If it is not
+        known which one, its workers are to tell what they do: whoever is silent again is named then."""
         if peer is not None:
             self._without |= {peer}
             self._blamed[peer] += 1
+        self._unnamed |= peer is None
         self._anew = self._in_a_row > 1 or (peer is not None and self._blamed[peer] > BLAMED_MAX)
 
     def settle(self, ids: list[int], answered: bool) -> None:

@@ -69,14 +69,15 @@ class SessionHost:
 @dataclass(frozen=True, slots=True)
 class SessionTerms:
     """What a session is opened with. `returns`: the dtype of what hops before the last return, or "none"; it goes to
-    `sink`. `trace` is told where the time of each step went. `page_keys`, `deterministic`, `alone`, `micro_batches`,
-    `micro_batch_min`, `request`: see OpenSession. `step_timeout_s` is the longest silence of a route that has steps to
-    answer."""
+    `sink`. `trace` is told where the time of each step went. `times`: all hops say when they have computed a step; it
+    shows who is silent. `page_keys`, `deterministic`, `alone`, `micro_batches`, `micro_batch_min`, `request`: see
+    OpenSession. `step_timeout_s` is the longest silence of a route that has steps to answer."""
 
     kv_tokens: int
     returns: str = "none"
     sink: OutputSink | None = None
     trace: StepTrace | None = None
+    times: bool = False
     page_keys: bytes = b""
     deterministic: bool = False
     alone: bool = False
@@ -88,7 +89,7 @@ class SessionTerms:
     @property
     def ticket_returns(self) -> str:
         """What tickets ask of the hops before the last."""
-        return TIMES if self.returns == "none" and self.trace is not None else self.returns
+        return TIMES if self.returns == "none" and (self.times or self.trace is not None) else self.returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +215,8 @@ class RouteSession:
     async def result(self, step: int) -> Payload:
         """The last hop's answer [tail, d] to a submitted step, once. Raises whatever ended the session.
 
-        Raises RouteUnavailable when the route was silent for `step_timeout_s`, though it had steps to answer.
+        Raises RouteUnavailable when the route was silent for `step_timeout_s`, though it had steps to answer; HopLost
+        where it is known which hop was.
         """
         self._raise_failure()
         sent = self._steps.unfetched(step)
@@ -398,10 +400,16 @@ class RouteSession:
         return _Patience(OPEN_S, error)
 
     def _silent(self) -> SottoError:
+        """Names the first hop that has not answered the oldest step, where each of them was to."""
+        seconds, long = self.terms.step_timeout_s, "it is a long prompt that takes so long"
+        smaller = "with smaller steps (--strategy prefill_chunk=64)"
+        late = self._steps.oldest
+        if late is not None and (len(self._links) == 1 or self.terms.ticket_returns != "none"):
+            peer = self.route.hops[min(late.waiting)].peer
+            return HopLost(peer, f"gave no answer for {seconds:g} s (if {long}, run again {smaller})")
         who = ", ".join(short(hop.peer) for hop in self.route.hops)
         return RouteUnavailable(
-            f"no answer from the route over workers {who} for {self.terms.step_timeout_s:g} s; run again, and if "
-            "it is a long prompt that takes so long, with smaller steps (--strategy prefill_chunk=64)"
+            f"no answer from the route over workers {who} for {seconds:g} s; run again, and if {long}, {smaller}"
         )
 
     def _raise_failure(self) -> None:

@@ -220,7 +220,8 @@ class DeployedModel:
         page_keys = self.page_keys(strategy)
         keys = page_keys(opening.known[:-1])  # the last token is always computed
         named = opening.known[: len(keys) // limits.PAGE_KEY_BYTES * limits.PAGE_TOKENS]
-        return Opened(await self.driver.open_session(self.route, replace(terms, page_keys=keys)), page_keys, named)
+        terms = replace(terms, page_keys=keys, times=opening.times)
+        return Opened(await self.driver.open_session(self.route, terms), page_keys, named)
 
     def seat(self, strategy: Strategy) -> AbstractAsyncContextManager[None]:
         """The block is a request with `strategy`: a static one begins with its batch."""

@@ -292,11 +292,30 @@ def test_a_stalled_route_is_given_up_after_the_budget() -> None:
             await trio.sleep(100)  # a route that has nothing to do may be silent
             swarm.hops[1].conduct.mute = (Step,)
             at = trio.current_time()
-            with pytest.raises(RouteUnavailable, match=r"no answer from the route .* for 15 s.*prefill_chunk="):
+            with pytest.raises(
+                RouteUnavailable, match=r"no answer from the route .* for 15 s.*prefill_chunk="
+            ) as caught:
                 await session.step(activations(1), position=1)
+            assert not isinstance(caught.value, HopLost), "it may have been either"
             assert trio.current_time() - at == pytest.approx(15.0)
 
     with_swarm(2, body)
+
+
+@pytest.mark.parametrize(("hops", "times", "silent"), [(1, False, 0), (3, True, 0), (3, True, 1), (3, True, 2)])
+def test_of_a_stalled_route_the_first_silent_hop_is_known_where_all_tell_their_times(
+    hops: int, times: bool, silent: int
+) -> None:
+    async def body(swarm: FakeSwarm, driver: Driver) -> None:
+        async with driver.session(swarm.route, SessionTerms(64, times=times, step_timeout_s=15.0)) as session:
+            await session.step(activations(1), position=0)
+            swarm.hops[silent].conduct.mute = (Step,)
+            steps = [await session.submit(activations(1), position=position) for position in (1, 2)]
+            with pytest.raises(HopLost, match=r"gave no answer for 15 s .*prefill_chunk=") as caught:
+                await session.result(steps[1])
+            assert caught.value.peer == swarm.hops[silent].identity.peer
+
+    with_swarm(hops, body)
 
 
 def test_progress_extends_the_budget_but_rubbish_does_not() -> None:

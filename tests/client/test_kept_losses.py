@@ -9,6 +9,7 @@ import trio
 
 from client.errors import HopLost, HopRefused, HopViolation
 from client.kept import NO_ROOM_S, PAUSE_S, REQUEST_LOSSES_MAX, KeptSession, KeptTerms
+from protocol.errors import RouteUnavailable
 from protocol.ids import PeerId
 from tests.helpers.kept import OTHER, PEER, PROMPT, Opener, Session, alone, ids, preempted, request, virtual
 
@@ -42,6 +43,23 @@ def test_a_violation_ends_what_was_held_against_the_workers_that_were_lost() -> 
     assert virtual(main) == alone(PROMPT)
     assert [opening.without for opening in opener.openings] == [set(), {OTHER}, {PEER}, {OTHER, PEER}]
     assert len(opener.notices) == 2, "the second loss is another one"
+
+
+def test_who_is_silent_is_asked_for_by_name_and_then_passed_over() -> None:
+    silence = RouteUnavailable("no answer from the route")
+    opener = Opener([Session(4, silence), Session(0, HopLost(PEER, "gave no answer")), Session(), Session()])
+
+    async def main() -> list[int]:
+        kept = opener.kept()
+        answer = await ids(request(kept, PROMPT))
+        await kept.aclose()
+        await ids(request(kept, PROMPT))
+        return answer
+
+    assert virtual(main) == alone(PROMPT)
+    assert [opening.times for opening in opener.openings] == [False, True, True, False]
+    assert [opening.without for opening in opener.openings] == [set(), set(), {PEER}, set()]
+    assert opener.anew == [False, False, True, False]
 
 
 def test_a_violation_is_known_to_all_sessions_that_share_the_list() -> None:

@@ -380,6 +380,21 @@ def test_a_request_keeps_its_id_over_the_route_that_it_moves_to_and_is_parted_as
     assert len({terms.request for terms in seen}) == 1
 
 
+@pytest.mark.parametrize("times", [False, True])
+def test_the_workers_of_a_session_tell_their_times_where_its_opening_says_so(times: bool) -> None:
+    seen = list[SessionTerms]()
+
+    async def open_session(_: object, terms: SessionTerms) -> None:
+        seen.append(terms)
+
+    async def main() -> None:
+        fake = model(driver=SimpleNamespace(open_session=open_session), route=None)
+        await DeployedModel.opened(fake, Opening([1], times=times), SessionTerms(9), parse("prefix_cache=false"))
+
+    run(main, seed=0)
+    assert [terms.times for terms in seen] == [times]
+
+
 @pytest.mark.parametrize("recover", [True, False])
 def test_a_request_begins_past_a_worker_that_broke_the_protocol_towards_another(recover: bool) -> None:
     """Where others serve; where there are none, only the first that comes looks for them."""
