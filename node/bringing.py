@@ -114,11 +114,16 @@ class Bringing:
 
     async def leased(self, where: PlaceOptions) -> tuple[Route | None, SwarmView, _Failure | None]:
         """A route over workers that hold the model and lease it to us, None when there is none; the view; and who would
-        not hear of what was revoked, and is to be left out."""
+        not hear of what was revoked, and is to be left out.
+
+        Anybody may state to hold it, so of those that do only workers that it was brought to count, as far as these are
+        known."""
         client, deployment = self.client, self.folder.deployment
         view = await client.discover()
-        rtts_ms = await client.rtts_ms(member for member, _ in view.holders(deployment))
-        route = held_route(view, deployment, self.folder.info.num_blocks, where.exclude, rtts_ms)
+        stated, known = [member for member, _ in view.holders(deployment)], self.folder.brought()
+        strangers = {member.peer for member in stated if known and member.peer not in known}
+        rtts_ms = await client.rtts_ms(member for member in stated if member.peer not in strangers)
+        route = held_route(view, deployment, self.folder.info.num_blocks, where.exclude | strangers, rtts_ms)
         if route is None or len(route.hops) < self.options.hops_min:
             return None, view, None
         brought = False
@@ -181,6 +186,8 @@ class Bringing:
         async with client.leases.transaction(self.folder.deployment):
             hops = await deploy(client.ports, route, self.manifest, self._supply(view), self._leasing, noted)
             client.note_brought(inflow, started)
+            with suppress(OSError):  # a disk that is full fails what matters, not this
+                self.folder.note_brought(hop.peer for hop in route.hops)
             await self._remind_of_revoked(route)
         return hops
 

@@ -4,6 +4,7 @@
   entries/0007.entry   the manifest's line for block 7, written after its shard: the journal
   shards/<digest>.safetensors, and <digest>.pieces: its piece list, which can be made anew
   manifest.bin         signed by the owner, written last
+  brought.json         the workers that it was brought to
 
 Invariant: an entry exists only for a shard that is whole and synced, so an interrupted seal goes on at the first block
 without one. Sealing again never expects equal digests: the manifest is the truth.
@@ -16,7 +17,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from protocol.pieces import PieceList
 from protocol.signed import Identity
 
 FORMAT = 2
+BROUGHT_MAX = 256  # workers that are remembered: those of the newest deployments
 Progress = Callable[[int, int], None]
 """`progress(done, total)` in blocks."""
 
@@ -156,6 +158,22 @@ class SealedFolder:
         data = sign_manifest(manifest, identity)
         write_atomic(self.path / "manifest.bin", data)
         return data, manifest
+
+    def brought(self) -> tuple[PeerId, ...]:
+        """The workers that it was brought to from here, the newest last; () when that is not known."""
+        try:
+            peers = json.loads((self.path / "brought.json").read_text())
+        except (OSError, ValueError):
+            return ()
+        fine = isinstance(peers, list) and all(isinstance(peer, str) for peer in peers)
+        return tuple(PeerId(peer) for peer in peers) if fine else ()
+
+    def note_brought(self, peers: Iterable[PeerId]) -> None:
+        """It was brought to `peers` now. Raises OSError."""
+        before, now = self.brought(), sorted(peers)
+        after = (*(peer for peer in before if peer not in now), *now)
+        if after != before and (self.path / "deployment.json").exists():  # else somebody has deleted it
+            write_atomic(self.path / "brought.json", json.dumps(after[-BROUGHT_MAX:]).encode())
 
     def write_block(self, sealer: Sealer, index: int) -> None:
         """Seal one block and make it durable: shard first, journal second. A manifest of before no longer holds. Raises

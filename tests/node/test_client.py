@@ -100,6 +100,7 @@ def deploying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         return b"", manifest
 
     folder = SimpleNamespace(manifest=read, sealer=lambda *_: None, deployment=DEPLOYMENT, info=info)
+    folder.brought, folder.note_brought = lambda: (), lambda _: None
     model = cast("SealedModel", SimpleNamespace(folder=folder, checkpoint=None, key=None))
 
     def deployed(*workers: PeerId, broke: tuple[PeerId, ...] = ()) -> list[PeerId]:

@@ -111,6 +111,12 @@ class Model:
     def manifest(self, _: object) -> tuple[bytes, Any]:
         return sign_manifest(MANIFEST, CLIENT), MANIFEST
 
+    def brought(self) -> tuple[PeerId, ...]:
+        return ()
+
+    def note_brought(self, _: object) -> None:
+        pass
+
     def sealer(self, *_: object) -> None:
         self.checked.append("and derived for")
         if self.wrong_key:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from protocol.errors import InputError
 from protocol.manifest import open_manifest
 from protocol.pieces import PieceList
 from protocol.signed import Identity
+from tests.helpers.adverts import peer
 from tests.helpers.tiny_models import make_checkpoint
 from tests.helpers.waiting import until
 
@@ -276,6 +278,23 @@ def test_a_shard_that_cannot_be_read_now_is_no_changed_one(
     list_file(folder.shard(entry.digest)).unlink()
     with pytest.raises(InputError, match="is discarded"):
         trio.run(upload._pieces, 0, entry)
+
+
+def test_whom_a_model_was_brought_to_is_remembered_as_far_as_it_matters(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = seal_into(tmp_path / "sealed", checkpoint, "float32", None, OWNER.peer)
+    assert folder.brought() == ()
+    folder.note_brought([peer(2), peer(1)])
+    folder.note_brought([peer(2)])
+    assert folder.brought() == (peer(1), peer(2)), "the newest is the last"
+    for number in range(3, sealing.BROUGHT_MAX + 3):
+        folder.note_brought([peer(number)])
+    assert folder.brought() == tuple(peer(number) for number in range(3, sealing.BROUGHT_MAX + 3))
+    for damage in ("{", '{"a": 1}', "[1]"):
+        (folder.path / "brought.json").write_text(damage)
+        assert folder.brought() == ()
+    shutil.rmtree(folder.path)
+    folder.note_brought([peer(1)])
+    assert not folder.path.exists(), "nothing is left in the way of the next seal"
 
 
 def test_a_folder_with_other_things_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
