@@ -85,19 +85,24 @@ class Outbox:
                 await self._changed.park()
             if self.closed:
                 return
-            together = self._together()
-            await channel.send_all(together)
-            if not self.closed:
-                for _, body in together:
-                    self._frames.popleft()
-                    self._room.give(len(body))
-                    self._bytes -= len(body)
+            await self._write(channel)
             self._changed.unpark_all()
 
     async def drained(self) -> None:
         """Wait until all frames were written, or the outbox was closed."""
         while self._frames:
             await self._changed.park()
+
+    async def _write(self, channel: Channel) -> None:
+        """The frames that are due together. Apart from `pump`, which else kept them while it waits for others."""
+        together = self._together()
+        await channel.send_all(together)
+        if self.closed:
+            return
+        for _, body in together:
+            self._frames.popleft()
+            self._room.give(len(body))
+            self._bytes -= len(body)
 
     def _together(self) -> list[tuple[Message, bytes]]:
         """The frames of the next write: the first, and those after it whose bodies fit into one record with its own."""

@@ -74,11 +74,12 @@ class SessionTask:
                         await self._take_place(work)
                     case Pass():
                         await self._compute(work)
-                    case Again(step, answer):
-                        await self._answer(step, replace(answer, company=False), self.table.clock.monotonic())
+                    case Again():
+                        await self._repeat(work)
                     case _:
                         assert_never(work)
                 self.table.inboxes.done(session, work)
+                del work  # what is no longer counted must not stay while the session is idle
         except Refused as refusal:
             self.table.fail(session, refusal.reason, refusal.detail)
         except TransportError as error:
@@ -137,6 +138,9 @@ class SessionTask:
         if not seat.ledger.keeps(step.step):
             self.table.inboxes.weigh_answers(self.session)
         self._free_at = self.table.clock.monotonic()
+
+    async def _repeat(self, work: Again) -> None:
+        await self._answer(work.step, replace(work.answer, company=False), self.table.clock.monotonic())
 
     def _begin(self, work: Pass) -> None:
         """Give the engine a pass; the session has no other under way, and none waits before it."""
