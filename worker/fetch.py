@@ -55,6 +55,7 @@ class Fetch:
     failure: Refused | None = None  # why it ended without the shard
     _plan: PiecePlan | None = None  # None until the store said what is there
     _called: dict[Giver, None] = field(default_factory=dict)  # workers that may yet join
+    _waits: dict[Wait, None] = field(default_factory=dict)
     _committing: bool = False
     _changed: trio.Event = field(default_factory=trio.Event)
     _beginning: trio.Lock = field(default_factory=trio.Lock)
@@ -79,9 +80,13 @@ class Fetch:
 
         Raises TransportError and RemoteProtocolError, which concern this giver only.
         """
+        if wait is not None:
+            self._waits[wait] = None
         try:
             await self.ports.together(partial(self._ask, channel, giver, wait), partial(self._hear, channel, giver))
         finally:
+            if wait is not None:
+                del self._waits[wait]
             if self._plan is not None:
                 self._plan.leave(giver)
             self._wake()
@@ -155,6 +160,8 @@ class Fetch:
             raise RemoteProtocolError(f"piece {index} is not the one in the shard's list")
         plan.keep(index)
         self.present_bytes += len(piece)
+        for wait in self._waits:
+            wait.moved(self.ports.clock.monotonic())
         await self._commit_whole(plan)
 
     async def _commit_whole(self, plan: PiecePlan) -> None:
@@ -174,9 +181,10 @@ class Fetch:
         changed.set()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Wait:
-    """A client that waits for a fetch and hears of its progress. `moved` is told when bytes came, and when."""
+    """A client that waits for a fetch and hears of its progress. `moved` is told when a piece was written: neither an
+    offer nor what lay here before is an upload."""
 
     moved: Callable[[float], None]
     _told_bytes: int = -1
@@ -187,8 +195,6 @@ class Wait:
         changed = fetch.present_bytes != self._told_bytes
         if self._told_bytes >= 0 and now - self._told_at < (TICK_S if changed else ALIVE_S):
             return None
-        if changed:
-            self.moved(now)
         self._told_bytes, self._told_at = fetch.present_bytes, now
         return ShardProgress(fetch.pieces.digest, fetch.present_bytes)
 

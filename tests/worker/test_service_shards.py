@@ -268,6 +268,29 @@ def test_a_lease_that_ends_ends_its_fetch_and_a_silent_span_is_forgotten_but_not
     in_big_swarm(1, test)
 
 
+def test_offers_without_pieces_keep_no_memory() -> None:
+    """Whoever offers again and again, and gives nothing, uploads nothing: also when some of the shard is here."""
+
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        (shard,) = await leased(swarm.client, worker)
+        for _ in range(3):
+            channel = await swarm.client.dial(worker, SHARD)
+            digest = (await swarm.client.offer(channel, shard)).digest
+            await next_of(channel, PiecesWanted)
+            if trio.current_time() < 1:
+                await channel.send(ShardPiece(digest, 0), shard[:PIECE_BYTES])
+            await trio.sleep(190)
+            await channel.aclose()
+        await trio.sleep(UPLOAD_SILENCE_S - trio.current_time() - 10)
+        assert worker.service.house.spans.leases
+        await trio.sleep(20)
+        assert not worker.service.house.spans.leases
+        assert list(worker.store.parts[digest]) == [0]
+
+    in_big_swarm(1, test)
+
+
 @pytest.mark.parametrize("call", ["begin", "write", "commit"])
 def test_a_full_disk_is_refused_and_costs_nothing_else(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(swarm: Swarm) -> None:
