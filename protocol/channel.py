@@ -17,9 +17,10 @@ from protocol.ports import PromptStream, Stream
 
 
 class Channel:
-    """A stream of one of our protocols. `arriving` is told how many bytes are here beyond the messages given out, each
-    time that this changes; what it raises comes out of `receive`. `given`: messages given out since the stream was last
-    read, which lets other tasks have their turn."""
+    """A stream of one of our protocols. `arriving` is told how many bytes of a frame are here whenever the stream is
+    asked for its rest, and 0 with each message given out, as nobody asks while that is dealt with; what it raises comes
+    out of `receive`. `given`: messages given out since the stream was last read, which lets other tasks have their
+    turn."""
 
     __slots__ = (
         "_arriving",
@@ -79,7 +80,7 @@ class Channel:
         """The next message and its body; None when the peer finished. Raises TransportError, RemoteProtocolError."""
         while True:
             frame = next(self._ready, None)  # one at a time: a chunk of tiny messages is no pause for others
-            self._arriving(self._decoder.unfinished)
+            self._arriving(self._decoder.unfinished if frame is None else 0)
             if frame is not None:
                 self.given += 1
                 return frame

@@ -67,12 +67,17 @@ def test_messages_come_in_order_then_the_end(size: int) -> None:
 
 
 def test_messages_of_one_chunk_are_decoded_one_at_a_time() -> None:
-    frame, told = encode_frame(PING), list[int]()
-    channel = Channel(Script(2 * frame + b"\xff" * 8), CONTROL, told.append)
+    channel = Channel(Script(2 * encode_frame(PING) + b"\xff" * 8), CONTROL)
     assert [done(channel.receive()) for _ in range(2)] == [(PING, b"")] * 2
-    assert told == [0, len(frame) + 8, 8]
     with pytest.raises(RemoteProtocolError):
         done(channel.receive())
+
+
+def test_what_is_here_of_a_frame_is_told_when_its_rest_is_asked_for_and_not_while_a_message_is_dealt_with() -> None:
+    frame, told = encode_frame(PING), list[int]()
+    channel = Channel(Script(2 * frame + frame[:3], frame[3:5], frame[5:]), CONTROL, told.append)
+    assert [done(channel.receive()) for _ in range(3)] == [(PING, b"")] * 3
+    assert told == [0, 0, 0, 3, 5, 0]
 
 
 def test_a_frame_is_one_write() -> None:

@@ -11,7 +11,7 @@ from protocol.ids import PeerId, SessionId
 from protocol.messages import LINK, SESSION, Operation, Step
 from protocol.tensors import TensorHeader
 from tests.helpers.workers import Swarm, in_swarm, opened, some_rows
-from worker.arrivals import ARRIVING_BYTES_MAX, FRAME_S, PEER_BYTES_MAX, SMALL_BYTES, Arrivals
+from worker.arrivals import ARRIVING_BYTES_MAX, FRAME_S, PEER_BYTES_MAX, SMALL_BYTES, SMALL_BYTES_MAX, Arrivals
 
 MIB = 1 << 20
 BODY_BYTES = 32 * MIB
@@ -22,7 +22,7 @@ def test_each_peer_and_all_have_a_bound():
     arrivals = Arrivals(lambda: 0.0)
     with arrivals.of(STRANGER, list) as first, arrivals.of(STRANGER, list) as second:
         first(PEER_BYTES_MAX)
-        second(SMALL_BYTES)  # small ones are free
+        second(SMALL_BYTES)  # small ones are counted apart
         with pytest.raises(Refused):
             second(SMALL_BYTES + 1)
         first(0)
@@ -43,6 +43,44 @@ def test_a_crowd_has_a_bound():
         weigh[4](SMALL_BYTES + 1)
     weigh[0](0)
     weigh[4](SMALL_BYTES + 1)
+
+
+def test_of_too_many_small_frames_the_one_that_is_unfinished_for_longest_is_cut():
+    arrivals, cut, count = Arrivals(lambda: 0.0), [], SMALL_BYTES_MAX // SMALL_BYTES
+    crowd = [arrivals.of(PeerId(str(i)), lambda i=i: cut.append(i)) for i in range(count + 2)]
+    weigh = [each.__enter__() for each in crowd]
+    for each in weigh[:count]:
+        each(1)
+        each(SMALL_BYTES)
+    assert (arrivals.small, arrivals.total, cut) == (SMALL_BYTES_MAX, 0, [])
+    weigh[0](0)
+    weigh[0](1)  # another frame, the newest
+    assert cut == []
+    weigh[count](SMALL_BYTES)
+    assert cut == [1]
+    weigh[2](SMALL_BYTES + 1)  # a large one from here on
+    weigh[count + 1](SMALL_BYTES - 1)
+    assert (arrivals.small, arrivals.total, cut) == (SMALL_BYTES_MAX - SMALL_BYTES, SMALL_BYTES + 1, [1])
+    for each in crowd:
+        each.__exit__(None, None, None)
+    assert (arrivals.small, arrivals.total) == (0, 0)
+
+
+@pytest.mark.parametrize("size", [1, SMALL_BYTES])
+def test_a_small_frame_that_takes_too_long_cuts_its_stream_too(size: int):
+    now, cut = [0.0], []
+    arrivals = Arrivals(lambda: now[0])
+    with (
+        arrivals.of(STRANGER, lambda: cut.append("slow")) as slow,
+        arrivals.of(STRANGER, lambda: cut.append("steady")) as steady,
+    ):
+        for second in (0.0, FRAME_S - 1, FRAME_S):
+            now[0] = second
+            slow(size)
+            steady(0)
+            steady(size)
+            arrivals.sweep()
+            assert cut == (["slow"] if second == FRAME_S else [])
 
 
 def test_a_frame_that_takes_too_long_cuts_its_stream():
