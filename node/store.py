@@ -114,10 +114,11 @@ class DiskStore:
     async def verify(self, digest: ShardDigest) -> bool:
         def work() -> bool:
             path = self.path(digest)
-            with suppress(OSError):
-                if digest in self._checked or piece_list_of(path).digest == digest:
-                    os.utime(path)
+            with _refusing():  # what cannot be read now is no worse for it
+                if (digest in self._checked and _size(path) is not None) or _is(path, digest):
                     self._checked[digest] = None
+                    with suppress(OSError):
+                        os.utime(path)
                     return True
             self._parts.pop(digest, None)
             with suppress(OSError):
@@ -255,6 +256,15 @@ def read_piece_list(path: Path, digest: ShardDigest) -> PieceList | None:
     with suppress(OSError):
         write_atomic(list_file(path), made.hashes)
     return made
+
+
+def _is(path: Path, digest: ShardDigest) -> bool:
+    """Whether the file is there and, read to its end, the shard of that digest. Raises OSError when it cannot be read
+    now."""
+    try:
+        return _fits(path.stat().st_size) and piece_list_of(path).digest == digest
+    except FileNotFoundError:
+        return False
 
 
 def _fits(nbytes: int) -> bool:

@@ -313,7 +313,7 @@ class ShardStore(Protocol):
 
     async def verify(self, digest: ShardDigest) -> bool:
         """Is the whole shard here, to the last byte? Read only once in the life of a process; a damaged one is partial
-        from now on. Counts as a use."""
+        from now on. Counts as a use. Raises Refused(DISK) when the disk does not say."""
 
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         """The list of a whole shard; None when it is not here."""

@@ -214,8 +214,9 @@ class Control:
                 try:
                     await self._restore(await self._read_saved(deployment))
                 except (Refused, RemoteProtocolError) as error:
-                    if isinstance(error, Refused) and error.reason == RefusalReason.MEMORY:
-                        # Its owner uses its share by now, or the machine is short of memory: it may be wanted again.
+                    if isinstance(error, Refused) and error.reason in (RefusalReason.MEMORY, RefusalReason.DISK):
+                        # Its owner uses its share by now, the machine is short of memory, or the disk fails for now: it
+                        # may be wanted again.
                         log.warning("a span of an earlier run is not loaded", extra={"error": str(error)})
                         continue
                     log.warning("a span of an earlier run is forgotten", extra={"error": str(error)})

@@ -167,8 +167,8 @@ class Engine:
         """Read, check, build and time the span; a loaded span of the deployment is replaced. It takes minutes where a
         span is large: before each shard it looks whether its caller is `stopping`.
 
-        Raises Refused (BAD_SHARD, UNSUPPORTED, MEMORY, STOPPING), LocalProtocolError while a session of the deployment
-        is open.
+        Raises Refused (BAD_SHARD, DISK, UNSUPPORTED, MEMORY, STOPPING), LocalProtocolError while a session of the
+        deployment is open.
         """
         self.unload(span.manifest.deployment)
         entries = span.manifest.blocks[span.start : span.end]

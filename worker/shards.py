@@ -4,6 +4,7 @@ memory is taken. The digest was checked when the file came in; its owner may sti
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ assert _DTYPE_NAMES.keys() == DTYPES.keys()
 
 
 def read_shard(path: Path, entry: BlockEntry) -> dict[str, Tensor]:
-    """The tensors of one block, on the CPU. Raises Refused(BAD_SHARD) unless they are exactly the manifest's.
+    """The tensors of one block, on the CPU. Raises Refused: BAD_SHARD unless they are exactly the manifest's, DISK when
+    the disk does not give them now.
 
     They lie in the mapped file, which takes its disk as long as one of them is there, deleted or not: keep copies.
     """
@@ -31,8 +33,10 @@ def read_shard(path: Path, entry: BlockEntry) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             _check(file, entry)
             return {tensor.name: file.get_tensor(tensor.name) for tensor in entry.tensors}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, FileNotFoundError) as error:
         raise _bad(f"not a safetensors file: {type(error).__name__}") from None
+    except OSError as error:
+        raise Refused(RefusalReason.DISK, f"the disk failed: {os.strerror(error.errno or 0)}") from None
 
 
 def _check(file: Any, entry: BlockEntry) -> None:

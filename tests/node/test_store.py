@@ -189,6 +189,29 @@ def test_a_damaged_shard_is_found_before_it_is_used_and_mended(damage: str, tmp_
     on_disk(tmp_path, body)
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
+def test_a_shard_that_cannot_be_read_now_stays_whole(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = content(1)
+    digest = PieceList.of_bytes(shard).digest
+    on_disk(tmp_path, lambda store: fill(store, shard))
+
+    def fails(_: Path) -> PieceList:
+        raise OSError(number, os.strerror(number))
+
+    async def body(store: DiskStore) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "piece_list_of", fails)
+            with pytest.raises(Refused, match=os.strerror(number)) as refused:
+                await store.verify(digest)
+            assert refused.value.reason == RefusalReason.DISK
+        assert await store.size(digest) == len(shard)
+        assert await store.verify(digest)
+
+    on_disk(tmp_path, body)
+
+
 def test_a_shard_is_read_once_in_the_life_of_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = content(1)
     digest = PieceList.of_bytes(shard).digest

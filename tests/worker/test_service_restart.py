@@ -98,7 +98,10 @@ def test_a_span_for_which_its_owner_has_no_share_left_now_is_not_forgotten(monke
     in_swarm(1, test)
 
 
-def test_a_span_for_which_the_machine_has_no_memory_now_comes_back_later(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reason", [RefusalReason.MEMORY, RefusalReason.DISK])
+def test_a_span_for_which_the_machine_has_no_memory_or_disk_now_comes_back_later(
+    reason: RefusalReason, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def test(swarm: Swarm) -> None:
         kept = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
         late = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
@@ -106,7 +109,7 @@ def test_a_span_for_which_the_machine_has_no_memory_now_comes_back_later(monkeyp
 
         async def refuse(compute: ToyCompute, span: SpanSpec) -> LoadedSpan:
             if full and span.manifest.deployment == late:
-                raise Refused(RefusalReason.MEMORY, "the machine has less memory free")
+                raise Refused(reason, "the machine has less free, or its disk fails")
             return await load(compute, span)
 
         monkeypatch.setattr(ToyCompute, "load", refuse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,9 @@ from safetensors.torch import save
 from client.sealing import manifest_of
 from models.config import BlockConfig
 from models.int8 import quantise_block
+from protocol.errors import Refused
 from protocol.manifest import BlockEntry, ConfigPair, TensorEntry
+from protocol.messages import RefusalReason
 from protocol.pieces import PieceList
 from protocol.ports import SpanSpec
 from protocol.tensors import TensorHeader
@@ -48,6 +51,26 @@ def of_dtype(dtype: str, config: BlockConfig) -> dict[str, Any]:
             return {name: torch.ones(shape, dtype=torch.int32) for name, shape in config.tensor_shapes().items()}
         case _:
             return random_tensors(0, config, getattr(torch, dtype))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.EMFILE, "too many open files"), RefusalReason.DISK),
+        (FileNotFoundError(errno.ENOENT, "gone"), RefusalReason.BAD_SHARD),
+    ],
+)
+def test_a_file_that_cannot_be_read_now_is_no_bad_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, reason: str
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    entry = written(tmp_path, of_dtype("float32", CONFIG), CONFIG)
+    monkeypatch.setattr("worker.shards.safe_open", fails)
+    with pytest.raises(Refused) as refused:
+        read_shard(tmp_path / entry.digest.hex(), entry)
+    assert refused.value.reason == reason
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what is mapped")
