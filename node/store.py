@@ -61,15 +61,18 @@ class DiskStore:
         return self._whole / f"{digest.hex()}.safetensors"
 
     async def size(self, digest: ShardDigest) -> int | None:
-        async with self._room:  # whoever booked the shard before asking finds it here, or hears that it was evicted
-            return await _thread(lambda: _size(self.path(digest)))
+        # Whoever booked the shard before asking finds it here, or hears that it was evicted.
+        async with self._room:
+            with _refusing():
+                return await _thread(lambda: _size(self.path(digest)))
 
     async def begin(self, pieces: PieceList, keep: Keep) -> Set[int]:
         async with self._room:
-            if await _thread(lambda: _size(self.path(pieces.digest))) is not None:
-                return frozenset(range(pieces.count))
-            kept = frozenset(keep())
-            part = await _thread(lambda: self._make_room(pieces, kept))
+            with _refusing():
+                if await _thread(lambda: _size(self.path(pieces.digest))) is not None:
+                    return frozenset(range(pieces.count))
+                kept = frozenset(keep())
+                part = await _thread(lambda: self._make_room(pieces, kept))
 
         def look() -> set[int]:
             if part.present is None:  # who waited for the same reading finds it done
@@ -161,11 +164,11 @@ class DiskStore:
         return await _thread(self._spans.saved)
 
     def _make_room(self, pieces: PieceList, keep: Collection[ShardDigest]) -> _Part:
-        """Reserve the shard's whole size by a file of that size, evicting others for it."""
+        """Reserve the shard's whole size by a file of that size, evicting others for it. Raises OSError, Refused."""
         part = self._part(pieces.digest)
         used = sum(size for size, _ in self._files().values()) - (_size(part) or 0)
         self._evict(used + pieces.shard_bytes - self.bytes_max, {*keep, pieces.digest}, pieces.shard_bytes)
-        with _refusing(), part.open("ab") as file:
+        with part.open("ab") as file:
             size = file.tell()
             if size != pieces.shard_bytes:
                 file.truncate(pieces.shard_bytes)

@@ -289,7 +289,8 @@ class ShardStore(Protocol):
     """Sealed shards by digest, within a budget, and the spans that were loaded from them.
 
     A shard is whole or partial. Only pieces that are in the shard's list get in, and a shard becomes whole at once, so
-    that a crash at any moment loses at most what was not yet whole. Raises Refused(DISK) when there is no room.
+    that a crash at any moment loses at most what was not yet whole. Raises Refused(DISK) when there is no room, or the
+    disk fails.
     """
 
     @property
@@ -313,7 +314,7 @@ class ShardStore(Protocol):
 
     async def verify(self, digest: ShardDigest) -> bool:
         """Is the whole shard here, to the last byte? Read only once in the life of a process; a damaged one is partial
-        from now on. Counts as a use. Raises Refused(DISK) when the disk does not say."""
+        from now on, and one that cannot be read now stays what it is. Counts as a use."""
 
     async def pieces(self, digest: ShardDigest) -> PieceList | None:
         """The list of a whole shard; None when it is not here."""

@@ -41,7 +41,7 @@ class Giving:
         return pieces
 
     async def gives(self, digest: ShardDigest) -> bool:
-        """Would the shard be given now, to whoever has the right to it?"""
+        """Would the shard be given now, to whoever has the right to it? Raises Refused (DISK)."""
         drained = self.house.duty.state(self.clock.monotonic()) is State.DRAINED
         needed = digest in self.house.spans.needed()
         return needed and not drained and await self.store.size(digest) is not None

@@ -18,7 +18,7 @@ import trio
 
 from protocol import limits
 from protocol.directory import shard_key
-from protocol.errors import TransportError
+from protocol.errors import Refused, TransportError
 from protocol.ids import ShardDigest
 from protocol.ports import Clock, Directory
 
@@ -29,7 +29,8 @@ RETRY_S = 30.0  # a lone node has nobody to tell
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The shards that spans here need, and whether one of them would be given now."""
+    """The shards that spans here need, and whether one of them would be given now: Refused when the disk does not
+    say."""
 
     needed: Callable[[], Iterable[ShardDigest]]
     gives: Callable[[ShardDigest], Awaitable[bool]]
@@ -53,12 +54,12 @@ class Providing:
         needed = sorted(self.held.needed())
         self._due = {digest: self._due.get(digest, 0.0) for digest in needed}
         for digest in needed:
-            if self._due[digest] > self.clock.monotonic() or not await self.held.gives(digest):
-                continue
             again_s = limits.PROVIDE_AGAIN_S
             try:
+                if self._due[digest] > self.clock.monotonic() or not await self.held.gives(digest):
+                    continue
                 await self.directory.provide(shard_key(digest))
-            except TransportError as error:
+            except (TransportError, Refused) as error:
                 log.debug("shard not provided", extra={"reason": str(error)})
                 again_s = RETRY_S
             self._due[digest] = self.clock.monotonic() + again_s

@@ -189,6 +189,25 @@ def test_a_damaged_shard_is_found_before_it_is_used_and_mended(damage: str, tmp_
     on_disk(tmp_path, body)
 
 
+def test_a_disk_that_does_not_say_what_is_there_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces, _ = pieces_of(content(1))
+
+    def fails(_: Path) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    async def body(store: DiskStore) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_size", fails)
+            for call in (store.size(pieces.digest), store.begin(pieces, nothing)):
+                with pytest.raises(Refused, match="the disk failed") as refused:
+                    await call
+                assert refused.value.reason == RefusalReason.DISK
+        assert await store.size(pieces.digest) is None
+        assert await fill(store, content(1)) == [0, 1, 2, 3]
+
+    on_disk(tmp_path, body)
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE])
 def test_a_shard_that_cannot_be_read_now_stays_whole(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,9 +8,10 @@ from itertools import pairwise
 import trio
 
 from protocol.directory import shard_key
-from protocol.errors import TransportError
+from protocol.errors import Refused, TransportError
 from protocol.ids import ShardDigest
 from protocol.limits import PROVIDE_AGAIN_S, PROVIDER_LIFE_S, PROVIDES_PER_S
+from protocol.messages import RefusalReason
 from protocol.ports import Provider
 from simnet import runtime
 from simnet.runtime import VirtualClock
@@ -65,6 +66,26 @@ def test_new_shards_are_told_soon_and_under_keys_that_do_not_name_them() -> None
 def test_what_would_be_refused_is_not_told() -> None:
     told = provided(DIGESTS[:3], 20, given=DIGESTS[1:2])
     assert [key for _, key in told] == [shard_key(DIGESTS[1])]
+
+
+def test_a_shard_of_which_the_disk_does_not_say_whether_it_is_here_waits_for_its_turn() -> None:
+    """The others are told all the same."""
+
+    async def gives(digest: ShardDigest) -> bool:
+        if digest == DIGESTS[0] and trio.current_time() < RETRY_S:
+            raise Refused(RefusalReason.DISK, "the disk failed")
+        return True
+
+    async def main() -> list[tuple[float, bytes]]:
+        directory = Told()
+        with trio.move_on_after(3 * RETRY_S):
+            await Providing(directory, VirtualClock(), Held(lambda: DIGESTS[:2], gives)).run()
+        return directory.told
+
+    told = runtime.run(main, seed=1)
+    assert [key for _, key in told] == [shard_key(DIGESTS[1]), shard_key(DIGESTS[0])]
+    assert told[0][0] < PERIOD_S
+    assert told[1][0] >= RETRY_S
 
 
 def test_all_are_told_again_before_their_records_expire() -> None:
