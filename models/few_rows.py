@@ -75,5 +75,10 @@ def few_rows_fit(packed: Tensor, out: int, inputs: int, dtype: torch.dtype) -> b
     name = str(dtype).removeprefix("torch.")
     if name not in SUPPORTED or (dtype is torch.bfloat16 and inputs % 2):  # of which two are read at a time
         return False
+    return int(torch.ops.mkldnn._nbytes(packed)) >= padded_bytes(out, inputs, dtype)
+
+
+def padded_bytes(out: int, inputs: int, dtype: torch.dtype) -> int:
+    """What the layout takes for a weight [out, inputs]: no other of oneDNN's pads more."""
     rows, columns = (-(-size // unit) * unit for size, unit in ((out, OUTPUTS), (inputs, INPUTS[dtype])))
-    return int(torch.ops.mkldnn._nbytes(packed)) >= rows * columns * dtype.itemsize
+    return rows * columns * dtype.itemsize

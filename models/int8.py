@@ -6,7 +6,7 @@ no row is rounded by its neighbours'. oneDNN's operator is private to torch, so 
 the exact product before it is used; without it, the same numbers are multiplied in floating point. Few rows are
 multiplied by models/few_rows.py, to the same bits.
 
-Invariant: a packed weight takes the memory of a plain one; the plain one is not kept.
+Invariant: a packed weight takes little more memory than a plain one (models/linear.py); the plain one is not kept.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from models.errors import ModelError
 from models.few_rows import INT8_ROWS_MAX, FewRows, few_rows_fit
 from models.kernels import fits, rounded_to_bytes
-from models.linear import HAS_ONEDNN, PACKED_ROWS, own_columns
+from models.linear import HAS_ONEDNN, PACKED_ROWS, fits_packed, own_columns
 from models.precision import MATRICES, scale_name
 
 log = logging.getLogger("sotto.models")
@@ -111,10 +111,12 @@ class Int8Linear:
     @torch.inference_mode()
     def _pack(self, weight: Tensor) -> Tensor | None:
         """`weight` in oneDNN's layout; None where that cannot be had."""
-        if weight.device.type != "cpu" or not HAS_ONEDNN or self.in_features > SUMMED_MAX:
+        if weight.device.type != "cpu" or not HAS_ONEDNN or self.in_features > SUMMED_MAX or not fits_packed(weight):
             return None
         try:
             packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.contiguous(), [PACKED_ROWS, self.in_features])
+            if not fits_packed(weight, packed):
+                return None
             agrees = self._agrees(weight, packed)
         except (AttributeError, RuntimeError) as error:  # another torch, or a processor without the kernels
             log.debug("int8 weights stay as they are", extra={"reason": str(error)})

@@ -5,7 +5,8 @@ times the speed of F.linear in float32 and bfloat16. Products of few rows read t
 (models/few_rows.py). oneDNN's operators are torch's own but private, so each packed weight is checked against F.linear
 before it is used, in both ways; where they are missing or disagree F.linear stays.
 
-Invariant: a packed weight takes the memory of a plain one; the plain one is not kept.
+Invariant: a packed weight takes at most a quarter and PADDING_BYTES more memory than a plain one; the plain one is not
+kept. A narrow weight, which would take more as both dimensions are padded, stays plain.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.few_rows import FLOAT_ROWS_MAX, FewRows, few_rows_fit
+from models.few_rows import FLOAT_ROWS_MAX, FewRows, few_rows_fit, padded_bytes
 
 HAS_ONEDNN = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 log = logging.getLogger("sotto.models")
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 PACKED_ROWS = 16  # the batch that the layout is made for; a hint of 1 is slower even for one row
+PADDING_BYTES = 32 << 10  # of any weight: 256 MiB of as many as a worker may hold
 PROBE_ROWS = 2
 # Between two right ways to sum there are a few roundings of the sum of magnitudes; a wrong layout is off by all of it.
 PROBE_ROUNDINGS = 8
@@ -71,6 +73,14 @@ class Linear:
         return own_columns(_multiply(x, self._packed, None), start, end)
 
 
+def fits_packed(weight: Tensor, packed: Tensor | None = None) -> bool:
+    """Whether `weight`, of which nobody counts more than its own bytes, may take what `packed` does; without that, what
+    it would take at most, so that the memory is not taken first."""
+    out, inputs = weight.shape
+    nbytes = padded_bytes(out, inputs, weight.dtype) if packed is None else torch.ops.mkldnn._nbytes(packed)
+    return bool(nbytes <= weight.nbytes + weight.nbytes // 4 + PADDING_BYTES)
+
+
 def own_columns(product: Tensor, start: int, end: int) -> Tensor:
     """Columns [start, end) of [T, out] in memory of their own: who keeps them does not keep the others."""
     return product if end - start == product.shape[1] else product[:, start:end].clone()
@@ -79,10 +89,12 @@ def own_columns(product: Tensor, start: int, end: int) -> Tensor:
 @torch.inference_mode()
 def _pack(weight: Tensor) -> Tensor | None:
     """`weight` in oneDNN's layout; None where that cannot be had."""
-    if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or not HAS_ONEDNN:
+    if weight.device.type != "cpu" or weight.dtype not in PACKED_DTYPES or not HAS_ONEDNN or not fits_packed(weight):
         return None
     try:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
+        if not fits_packed(weight, packed):
+            return None
         agrees = _agrees(weight, lambda probe: _multiply(probe, packed, None))
     except (AttributeError, RuntimeError) as error:  # another torch, or a processor without the kernels
         log.debug("weights stay as they are", extra={"reason": str(error)})

@@ -40,6 +40,14 @@ def test_weights_are_packed(kernel: str) -> None:
     assert layer_of(random(96, 200)).is_packed == (kernel == "packed")
 
 
+@pytest.mark.parametrize("shape", [(32768, 1), (1, 32768), (16384, 12)])
+def test_narrow_weights_are_not_packed(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would take much more than is counted of them."""
+    assert not layer_of(random(*shape)).is_packed
+    monkeypatch.setattr("models.linear.padded_bytes", lambda *_: 0)  # a layout that pads more than is known of any
+    assert not layer_of(random(*shape)).is_packed
+
+
 @pytest.mark.parametrize("rows", [1, 2, 17])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_it_is_the_product_of_the_rounded_numbers(rows: int, with_bias: bool) -> None:

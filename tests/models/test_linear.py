@@ -41,6 +41,22 @@ def test_float_weights_are_packed_and_others_are_not() -> None:
     assert not Linear(random(64, 48, dtype=torch.float64)).is_packed
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="a torch without oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_weight_takes_much_more_than_is_counted(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of narrow ones most would be padding, and they are not even packed to see."""
+    assert not any(Linear(random(*shape, dtype=dtype)).is_packed for shape in [(8192, 1), (1, 8192), (8192, 8)])
+    weight = random(4096, 1, dtype=dtype)
+    assert torch.equal(Linear(weight)(random(2, 1, dtype=dtype)), F.linear(random(2, 1, dtype=dtype), weight))
+    for shape in [*SHAPES, (300, 640), (1024, 1000)]:
+        layer = Linear(random(*shape, dtype=dtype))
+        assert layer.is_packed
+        counted = shape[0] * shape[1] * dtype.itemsize
+        assert torch.ops.mkldnn._nbytes(layer._packed) <= 1.25 * counted + linear.PADDING_BYTES
+    monkeypatch.setattr(linear, "padded_bytes", lambda *_: 0)  # a layout that pads more than is known of any
+    assert not Linear(random(8192, 1, dtype=dtype)).is_packed
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_the_check_holds_at_any_scale(scale: float) -> None:
     assert Linear(scale * random(64, 48)).is_packed == Linear(random(64, 48)).is_packed
