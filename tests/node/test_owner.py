@@ -10,8 +10,10 @@ import socket
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import trio
 import trio.testing
@@ -193,6 +195,25 @@ def test_the_probe_measures_something() -> None:
     sample = Probe().sample()
     assert 0 <= sample.others_busy <= 1
     assert 0 < sample.memory_free <= 1
+
+
+@pytest.mark.parametrize(
+    ("taken", "free"),
+    [
+        (SimpleNamespace(rss=90, shared=30), 0.65),
+        (SimpleNamespace(rss=90), 0.95),
+        (SimpleNamespace(rss=20, shared=30), 0.05),
+        (SimpleNamespace(rss=120), 1.0),
+    ],
+    ids=["Linux", "elsewhere", "hardly any", "more than there is"],
+)
+def test_what_a_worker_has_taken_itself_is_not_missing(
+    taken: SimpleNamespace, free: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = Probe()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5, total=100))
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: taken)
+    assert probe.sample().memory_free == free
 
 
 def test_quotas_as_written() -> None:
