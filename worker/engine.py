@@ -93,6 +93,10 @@ class _Step:
         return self.session.spec.alone or self.session.spec.deterministic
 
     @property
+    def own_product(self) -> bool:
+        return self.work.operation == Operation.LINEAR
+
+    @property
     def rows_left(self) -> int:
         return self.rows_asked - self.rows_done
 

@@ -6,8 +6,9 @@ Steps of a few rows (decoding, speculation) always go first, all that fit; what 
 (prefill), a chunk each, and clients take turns at having the first of it. So a long prompt slows nobody down by more
 than one chunk, and one client's prompts do not keep another's waiting. Short steps of a client that wants micro-batches
 go a part at a time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by
-themselves. What a job of several forwards has computed is kept until its last rows are: so few of them are under way,
-and the others wait until they end.
+themselves. Of steps that share no reading of weights with others each forward has one, and they take turns as long ones
+do: a forward is not to be interrupted, and many of them would take as long as many forwards. What a job of several
+forwards has computed is kept until its last rows are: so few of them are under way, and the others wait until they end.
 
 Invariant: every job that was added is taken in the end, its rows in order and each once. The parts of a forward that
 its jobs fill come to no more than one forward. What is kept is bounded for each deployment. No torch, no clock.
@@ -39,6 +40,10 @@ class Job(Protocol):
     @property
     def alone(self) -> bool:
         """Whether it shares no forward with others."""
+
+    @property
+    def own_product(self) -> bool:
+        """Whether its rows are multiplied by themselves, also where they share a forward."""
 
     @property
     def rows_left(self) -> int: ...
@@ -221,7 +226,8 @@ class Scheduler(Generic[J]):
         short, long = list[tuple[J, int]](), list[tuple[J, int]]()
         for job in queue:
             full = _full(job, hurried)
-            (short if job.rows_left <= min(SHORT_ROWS, full) else long).append((job, full))
+            is_short = job.rows_left <= min(SHORT_ROWS, full) and not job.own_product
+            (short if is_short else long).append((job, full))
         long.sort(key=self._turn_of)  # stable, so first come, first served
         if long and deployment in self._passed_over:
             self._passed_over.discard(deployment)
@@ -255,13 +261,14 @@ class Scheduler(Generic[J]):
         return taken, crowded
 
     def _long(self, jobs: list[tuple[J, int]], room: _Room, begun: _Begun[J]) -> list[tuple[J, int]]:
-        taken: list[tuple[J, int]] = []
+        taken, own = list[tuple[J, int]](), False
         for job, full in jobs:
             rows = room.fitting(job.rows_left, full)
             if rows < 1:
                 break
-            if rows < job.rows_left and not begun.admit(job):
+            if (job.own_product and own) or (rows < job.rows_left and not begun.admit(job)):
                 continue
+            own = own or job.own_product
             taken.append((job, rows))
             room.use(rows, full)
         if taken:  # who comes after the first, and gets what that leaves, has had no turn

@@ -15,6 +15,7 @@ class FakeJob:
     rows_at_once: int = 1 << 30
     rows_in_time: int = 1 << 30
     alone: bool = False
+    own_product: bool = False
     beside_max: int = 1 << 30
     answer_bytes: int = 1
 

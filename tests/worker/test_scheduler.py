@@ -19,6 +19,7 @@ JOBS = st.lists(
         rows_in_time=st.integers(1, 300),
         beside_max=st.integers(1, 4),
         alone=st.booleans(),
+        own_product=st.booleans(),
         answer_bytes=st.integers(1, 60),
     ),
     max_size=30,
@@ -37,6 +38,7 @@ def test_every_row_is_taken_once_and_nobody_waits_for_ever(jobs: list[FakeJob], 
         assert sum(count for _, count in taken) <= room
         assert len({job.deployment for job, _ in taken}) <= 1
         assert len({id(job) for job, _ in taken}) == len(taken)
+        assert sum(job.own_product for job, _ in taken) <= 1
         assert sum(count / job.rows_at_once for job, count in taken) <= 1 + 1e-9
         for job, count in taken:
             assert 1 <= count <= job.rows_at_once
@@ -66,6 +68,19 @@ def test_as_many_guesses_as_a_step_may_have_wait_for_no_prompt() -> None:
     scheduler.add(prompt)
     scheduler.add(guesses)
     assert run(scheduler) == [(guesses, 17), (prompt, 47)]
+
+
+def test_steps_that_share_no_product_go_one_by_one_beside_decodes_and_clients_take_turns() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    for client, rows in [("x", 1)] * 20 + [("x", 100)] + [("y", 4)] * 2:
+        scheduler.add(FakeJob(b"a", client, rows, own_product=True))
+    order = list[str]()
+    for _ in range(5):
+        scheduler.add(decode := FakeJob(b"a", "z", 1))
+        taken = run(scheduler)
+        assert taken[0] == (decode, 1)
+        order += [job.client for job, _ in taken[1:]]
+    assert order == ["x", "y", "x", "y", "x"]
 
 
 def test_decodes_without_end_do_not_keep_a_prompt_waiting() -> None:
