@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import gc
 import mmap
 import sys
 import threading
@@ -24,8 +23,8 @@ class Owner:
 
 
 @pytest.fixture
-def waiting(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[tuple[object, range]]:
-    found: SimpleQueue[tuple[object, range]] = SimpleQueue()
+def waiting(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[Any]:
+    found: SimpleQueue[Any] = SimpleQueue()
     monkeypatch.setattr(huge_pages, "_waiting", lambda: found)
     monkeypatch.setattr(sys, "platform", "linux")
     return found
@@ -36,14 +35,15 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> SimpleQueue[tuple[object, range]
     [(0, 1, [1]), (0, 3, [1, 2, 3]), (1, 1, []), (-1, 2, [1, 2]), (5, 3, [2, 3])],
     ids=["one", "three", "a byte short of one", "begun before", "begun after"],
 )
-def test_whole_huge_pages_are_asked_for(
-    waiting: SimpleQueue[tuple[object, range]], first: int, end: int, pages: list[int]
-) -> None:
+def test_whole_huge_pages_are_asked_for(waiting: SimpleQueue[Any], first: int, end: int, pages: list[int]) -> None:
     start = HUGE_BYTES + first
-    move(self := object(), start, (end + 1) * HUGE_BYTES - start)
+    move(owner := Owner(), start, (end + 1) * HUGE_BYTES - start)
     assert waiting.qsize() == bool(pages)
     if pages:
-        assert waiting.get() == (self, range(pages[0] * HUGE_BYTES, pages[-1] * HUGE_BYTES + 1, HUGE_BYTES))
+        assert waiting.get() == (
+            weakref.ref(owner),
+            range(pages[0] * HUGE_BYTES, pages[-1] * HUGE_BYTES + 1, HUGE_BYTES),
+        )
 
 
 def test_no_other_system_is_asked(waiting: SimpleQueue[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_no_other_system_is_asked(waiting: SimpleQueue[Any], monkeypatch: pytest
 
 def moved(
     monkeypatch: pytest.MonkeyPatch, answers: Callable[[int], int]
-) -> Callable[[list[tuple[object, Iterable[int]]]], None]:
+) -> Callable[[list[tuple[Callable[[], object], Iterable[int]]]], None]:
     """Runs the thread over some weights, until it waits for more. `answers`: what the system says to a page."""
 
     class Library:
@@ -66,8 +66,8 @@ def moved(
 
     monkeypatch.setattr(huge_pages.ctypes, "CDLL", Library)
 
-    def run(work: list[tuple[object, Iterable[int]]]) -> None:
-        waiting: SimpleQueue[tuple[object, Any]] = SimpleQueue()
+    def run(work: list[tuple[Callable[[], object], Iterable[int]]]) -> None:
+        waiting: SimpleQueue[Any] = SimpleQueue()
         thread = threading.Thread(target=huge_pages._move_all, args=(waiting,), daemon=True)
         for each in work:
             waiting.put(each)
@@ -98,26 +98,27 @@ def test_a_weight_that_cannot_be_moved_is_left_and_the_next_one_tried(monkeypatc
         asked.append(address)
         return -1 if address in (20, 40) else 0
 
-    moved(monkeypatch, answers)([(None, range(10, 13)), (None, range(19, 25)), (None, range(40, 45)), (None, [50])])
+    owner = weakref.ref(kept := Owner())
+    pages = [range(10, 13), range(19, 25), range(40, 45), range(50, 51)]
+    moved(monkeypatch, answers)([(owner, each) for each in pages])
     assert asked == [10, 11, 12, 19, 20, 40, 50]
+    assert owner() is kept
 
 
-def test_who_owns_it_is_kept_no_longer_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    owner = Owner()
-    gone, alive = weakref.ref(owner), []
+def test_weights_that_are_gone_are_kept_for_one_page_and_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    owners, asked, alive = [Owner(), Owner()], list[int](), list[bool]()
+    weak = [weakref.ref(each) for each in owners]
 
-    def answers(_: int) -> int:
-        alive.append(gone() is not None)
+    def answers(address: int) -> int:
+        if address == 11:
+            owners.clear()  # its span is unloaded
+        asked.append(address)
+        alive.append(weak[0]() is not None)
         return 0
 
-    work: list[tuple[object, Iterable[int]]] = [(owner, range(2))]
-    del owner
-    run = moved(monkeypatch, answers)
-    run(work)
-    assert alive == [True, True]
-    work.clear()
-    gc.collect()
-    assert gone() is None
+    moved(monkeypatch, answers)([(weak[0], range(10, 15)), (weak[1], range(20, 25))])
+    assert (asked, alive) == ([10, 11], [True, True])
+    assert [each() for each in weak] == [None, None]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of Linux")
