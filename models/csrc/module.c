@@ -8,7 +8,9 @@
 
 #include <dlfcn.h>
 
-#define THREAD_BYTES (128 << 10) /* of a thread: less is read before another has woken */
+/* Two threads' worth: of less each, one has read the other's half before that has woken. Not as many times that as there are
+ * threads: 64 would leave 8 MiB to one, which takes it far longer than all take to wake. */
+#define SHARED_BYTES (256 << 10)
 
 static void (*parallel)(void (*)(void *), void *, unsigned, unsigned);
 
@@ -22,7 +24,7 @@ void in_threads(void (*work)(void *), void *data, Py_ssize_t threads)
 
 Py_ssize_t threads_for(Py_ssize_t threads, Py_ssize_t parts, Py_ssize_t bytes)
 {
-    return parts < 2 || bytes < 2 * THREAD_BYTES ? 1 : threads;
+    return parts < 2 || bytes < SHARED_BYTES ? 1 : threads;
 }
 
 int read_numbers(PyObject *const *args, Py_ssize_t given, Py_ssize_t wanted, Py_ssize_t *numbers)
