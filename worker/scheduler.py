@@ -2,13 +2,14 @@
 
 One forward serves one deployment, or one job that runs alone. Deployments take turns by the time that they were
 charged (time_shares.py); within one, the jobs that run together and each client whose jobs run alone take turns.
-Steps of a few rows (decoding, speculation) always go first, all that fit; what room is left goes to long steps
-(prefill), a chunk each, and clients take turns at having the first of it. So a long prompt slows nobody down by more
-than one chunk, and one client's prompts do not keep another's waiting. Short steps of a client that wants micro-batches
-go a part at a time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by
-themselves. Of steps that share no reading of weights with others each forward has one, and they take turns as long ones
-do: a forward is not to be interrupted, and many of them would take as long as many forwards. What a job of several
-forwards has computed is kept until its last rows are: so few of them are under way, and the others wait until they end.
+Steps of a few rows (decoding, speculation) always go first, all that fit, and where they do not, those of the client
+whose last one was taken first; what room is left goes to long steps (prefill), a chunk each, and clients take turns at
+having the first of it. So a long prompt slows nobody down by more than one chunk, and one client's steps do not keep
+another's waiting. Short steps of a client that wants micro-batches go a part at a time: a pipeline whose requests all
+wait at one hop leaves the others idle, and they never part by themselves. Of steps that share no reading of weights
+with others each forward has one, and they take turns as long ones do: a forward is not to be interrupted, and many of
+them would take as long as many forwards. What a job of several forwards has computed is kept until its last rows are:
+so few of them are under way, and the others wait until they end.
 
 Invariant: every job that was added is taken in the end, its rows in order and each once. The parts of a forward that
 its jobs fill come to no more than one forward. What is kept is bounded for each deployment. No torch, no clock.
@@ -127,6 +128,7 @@ class Scheduler(Generic[J]):
     _shares: TimeShares = field(default_factory=TimeShares)
     # By deployment and client: when its long steps were last the first of a forward, the later the higher.
     _turns: dict[tuple[bytes, str], int] = field(default_factory=dict)
+    _short_turns: dict[tuple[bytes, str], int] = field(default_factory=dict)  # of those that were taken from a crowd
     _turn: int = 0
     _passed_over: set[bytes] = field(default_factory=set)  # deployments whose long steps found no room by short ones
     _begun: dict[bytes, _Begun[J]] = field(default_factory=dict)  # by deployment
@@ -223,17 +225,24 @@ class Scheduler(Generic[J]):
 
     def _together(self, queue: deque[J], hurried: bool, begun: _Begun[J]) -> list[tuple[J, int]]:
         deployment, room = queue[0].deployment, _Room(self.rows_per_forward)
-        short, long = list[tuple[J, int]](), list[tuple[J, int]]()
+        short, long, unused = list[tuple[J, int]](), list[tuple[J, int]](), _Room(self.rows_per_forward)
         for job in queue:
             full = _full(job, hurried)
             is_short = job.rows_left <= min(SHORT_ROWS, full) and not job.own_product
             (short if is_short else long).append((job, full))
+            if is_short:
+                unused.use(job.rows_left, full)
+        crowd = unused.rows < self.rows_per_forward // PROMPT_SHARE or unused.space < 1 / PROMPT_SHARE
+        if crowd:
+            short.sort(key=self._short_turn_of)
         long.sort(key=self._turn_of)  # stable, so first come, first served
         if long and deployment in self._passed_over:
             self._passed_over.discard(deployment)
             if first := self._long(long, room, begun):
                 return first
         taken, crowded = self._short(short, room, bool(long))
+        if crowd:
+            self._note_short(taken)
         # Short steps that found no room come last: the share is for prompts.
         others = self._long([*long, *sorted(crowded, key=self._turn_of)], room, begun)
         if long and not others:
@@ -278,8 +287,18 @@ class Scheduler(Generic[J]):
             self._turns.clear()  # a fresh start for all is fair too
         return taken
 
+    def _note_short(self, taken: list[tuple[J, int]]) -> None:
+        for job, _ in taken:  # one by one: who was before the others is before them again
+            self._turn += 1
+            self._short_turns[_client_of(job)] = self._turn
+        if len(self._short_turns) > TURNS_REMEMBERED:
+            self._short_turns.clear()
+
     def _turn_of(self, each: tuple[J, int]) -> int:
         return self._turns.get(_client_of(each[0]), 0)
+
+    def _short_turn_of(self, each: tuple[J, int]) -> int:
+        return self._short_turns.get(_client_of(each[0]), 0)
 
 
 def _queue_of(job: Job) -> Queue:

@@ -94,6 +94,31 @@ def test_decodes_without_end_do_not_keep_a_prompt_waiting() -> None:
     assert prompt.rows_left == 0
 
 
+def test_one_clients_guesses_do_not_keep_anothers_decodes_waiting() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    for _ in range(64):
+        scheduler.add(FakeJob(b"a", "greedy", 16))
+    served = list[int]()
+    for _ in range(20):
+        scheduler.add(FakeJob(b"a", "modest", 1))
+        taken = run(scheduler)
+        for job, _ in taken:
+            if job.client == "greedy" and not job.rows_left:
+                scheduler.add(FakeJob(b"a", "greedy", 16))
+        served.append(sum(job.client == "modest" for job, _ in taken))
+        assert sum(rows for _, rows in taken) > 240, "the rest is not wasted"
+    assert served == [0, 2] + [1] * 18
+
+
+def test_of_two_clients_with_more_short_steps_than_fit_each_has_every_other_forward() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(64)
+    waiting = [FakeJob(b"a", client, 16) for client in ("x", "y") for _ in range(40)]
+    for job in waiting:
+        scheduler.add(job)
+    order = [{job.client for job, _ in run(scheduler)} for _ in range(6)]
+    assert order == [{"x"}, {"y"}] * 3
+
+
 def test_clients_take_turns_at_going_first() -> None:
     scheduler: Scheduler[FakeJob] = Scheduler(100)
     greedy, modest = [FakeJob(b"a", "x", 300) for _ in range(3)], FakeJob(b"a", "y", 150)
