@@ -62,7 +62,8 @@ class Quotas:
     """What peers may take of this machine besides memory. Rates per second; bytes count both directions. "peer" is one
     connection's other end, "owner" whoever signed a deployment's manifest."""
 
-    owner_memory_share: float = 1.0  # of the weight memory, and of all places for deployments but one, for one owner
+    # Of the weight memory, of what leases set aside of KV, and of all places for deployments but one, for one owner.
+    owner_memory_share: float = 1.0
     bandwidth: float = inf
     peer_bandwidth: float = inf
     requests: float = 1000.0  # control and shard requests, and sessions attached or put on another route

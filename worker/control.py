@@ -117,7 +117,7 @@ class Control:
             self.house.duty.require()
             capability = self.house.rights.require(claim, message.capability)
             # Before anything is evicted for it.
-            self.house.pool.require((request.deployment, peer), message.kv_tokens * request.kv_token_bytes)
+            self.leases.require(request, peer, message.kv_tokens * request.kv_token_bytes)
             gone = self.house.spans.prepare(request, self.ports.clock.monotonic(), peer)
             for span in gone:
                 self.leases.end_all(span)

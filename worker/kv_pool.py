@@ -52,6 +52,11 @@ class KvPool:
     def free_bytes(self) -> int:
         return self.capacity_bytes - self.used_bytes
 
+    def set_aside_bytes(self, key: LeaseKey) -> int:
+        """What the lease `key` has set aside, whether or not sessions have drawn it."""
+        share = self._shares.get(key)
+        return share.reserved_bytes if share else 0
+
     def missing(self, key: LeaseKey, reserved_bytes: int) -> int:
         """Bytes that are missing for the lease `key` to set `reserved_bytes` aside; 0 when there is room."""
         share = self._shares.get(key)

@@ -20,6 +20,7 @@ from protocol.ports import Entropy
 from protocol.signed import Identity
 from worker.admission import Holding, SpanLease, SpanLedger
 from worker.kv_pool import KvPool
+from worker.spans import SpanRequest
 
 GRACE_S = 30.0  # a client that reconnects within this time finds its lease; twice what a dead connection takes to show
 HOLDERS_MAX = 64  # of one span: as many as one peer may have sessions
@@ -54,12 +55,26 @@ class LeaseBook:
     pool: KvPool
     entropy: Entropy
 
+    def require(self, request: SpanRequest, holder: PeerId, kv_bytes: int) -> None:
+        """Raises Refused(KV_MEMORY) unless a lease of `holder` on the deployment could set `kv_bytes` aside: of what is
+        free, and of what all leases on its owner's deployments may."""
+        share, key = int(self.spans.owner_share * self.pool.capacity_bytes), (request.deployment, holder)
+        own = [span for span in self.spans.leases.values() if span.request.owner == request.owner]
+        keys = {(span.request.deployment, each) for span in own for each in span.holders} - {key}
+        excess = sum(map(self.pool.set_aside_bytes, keys)) + kv_bytes - share
+        if excess > 0:
+            detail = f"leases on one owner's deployments may set {share} bytes of KV aside here: {excess} too many"
+            raise Refused(RefusalReason.KV_MEMORY, detail)
+        self.pool.require(key, kv_bytes)
+
     def grant(self, span: SpanLease, terms: Terms) -> bytes:
         """A lease on `span`, signed; it replaces the holder's last one. Raises Refused(KV_MEMORY, SESSIONS)."""
         request, before = span.request, span.holders.get(terms.holder)
         if before is None and len(span.holders) >= HOLDERS_MAX:
             raise Refused(RefusalReason.SESSIONS, f"{HOLDERS_MAX} peers hold leases on the deployment here")
-        self.pool.set_aside((request.deployment, terms.holder), terms.kv_tokens * request.kv_token_bytes)
+        kv_bytes = terms.kv_tokens * request.kv_token_bytes
+        self.require(request, terms.holder, kv_bytes)
+        self.pool.set_aside((request.deployment, terms.holder), kv_bytes)
         lease = Lease(
             serial=before.lease.serial if before else self.entropy(ID_BYTES),
             worker=self.identity.peer,

@@ -390,6 +390,34 @@ def test_nobody_holds_memory_that_it_does_not_fill() -> None:
     in_swarm(1, test)
 
 
+def test_one_owners_leases_set_no_more_kv_aside_than_its_share() -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        bob, guest = await swarm.another("bob"), await swarm.another("guest")
+        other, _, _ = make_manifest(swarm.client.identity, 2, b"other" + bytes(11))
+        half = {"kv_tokens": KV_TOKENS // 2}
+        data, _, _ = make_manifest(swarm.client.identity, 2)
+        answer = await swarm.client.ask(worker, lease_of(data, 0, 2, kv_tokens=KV_TOKENS // 2 + 1))
+        assert reason(answer) == RefusalReason.KV_MEMORY
+        assert not worker.service.house.spans.leases
+        await lease(swarm.client, worker, **half)
+        await lease(swarm.client, worker, **half)
+        assert isinstance(await swarm.client.ask(worker, RenewLease(DEPLOYMENT, 60, b"")), LeaseRenewed)
+        answer = await swarm.client.ask(worker, lease_of(other, 0, 2, kv_tokens=1))
+        assert reason(answer) == RefusalReason.KV_MEMORY, "another deployment"
+        right = capability(swarm.client, guest.peer, Right.MANAGE)
+        answer = await guest.ask(worker, lease_of(data, 0, 2, kv_tokens=1, capability=right))
+        assert reason(answer) == RefusalReason.KV_MEMORY, "another holder"
+        await lease(bob, worker, **half)
+        assert worker.service.house.pool.used_bytes == KV_BYTES
+        await swarm.client.ask(worker, ReleaseSpan(DEPLOYMENT, False, b""))
+        answer = await swarm.client.ask(worker, lease_of(other, 0, 2, kv_tokens=1))
+        assert isinstance(answer, SpanLeased)
+
+    room: Any = {"memory_bytes": 8 * BLOCK_BYTES + KV_BYTES, "kv_memory_bytes": KV_BYTES}
+    in_swarm(1, test, quotas=Quotas(owner_memory_share=0.5), **room)
+
+
 def test_sessions_on_spans_that_are_not_leased_are_its_owners_share_too() -> None:
     async def test(swarm: Swarm) -> None:
         (worker,) = swarm.workers
