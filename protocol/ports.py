@@ -245,13 +245,15 @@ class StepWork:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """`forward` goes to the next hop (to the client at the last); `returned` to the client, off the critical path.
-    `queue_us`: how long the step waited for other work. `company`: others ended with it."""
+    `queue_us`: how long the step waited for other work. `company`: others ended with it. `busy_s`: how long the engine
+    has computed in all, for whomever, when the step ended."""
 
     forward: Payload
     returned: Payload | None
     compute_us: int
     queue_us: int = 0
     company: bool = False
+    busy_s: float = 0.0
 
 
 class Compute(Protocol):

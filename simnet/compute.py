@@ -54,6 +54,7 @@ class ToyCompute:
     steps: int = 0
     positions: int = 0
     _busy_until: float = 0.0
+    _busy_s: float = 0.0  # with steps
 
     async def load(self, span: SpanSpec) -> LoadedSpan:
         self.spans[span.manifest.deployment] = span
@@ -103,9 +104,11 @@ class ToyCompute:
         self.steps += 1
         self.positions += len(rows)
         cost_s = self.cost.step_s + self.cost.block_position_s * len(session.kv) * len(rows)
+        self._busy_s += cost_s
+        busy_s = self._busy_s
         await self._charge(cost_s)
         returned = None if work.returns == "none" else _payload(out)
-        return StepResult(_payload(out[-work.forward_tail :]), returned, round(1e6 * cost_s))
+        return StepResult(_payload(out[-work.forward_tail :]), returned, round(1e6 * cost_s), busy_s=busy_s)
 
     async def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
         gone = self.sessions.pop(session, None)

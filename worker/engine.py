@@ -166,6 +166,7 @@ class Engine:
         self._scheduler: Scheduler[_Step] = Scheduler()
         self._leaving: list[SpanKv] = []  # of spans that are gone, until their memory is given back
         self._ended_s = 0.0  # when the last forward ended
+        self._busy_s = 0.0  # the sum of all forwards
 
     def load(self, span: SpanSpec, stopping: Callable[[], bool] = lambda: False) -> LoadedSpan:
         """Read, check, build and time the span; a loaded span of the deployment is replaced. It takes minutes where a
@@ -316,6 +317,7 @@ class Engine:
                 if self._device.type == "cuda":  # else the time is that of starting the kernels
                     torch.cuda.synchronize(self._device)
         except Exception as error:  # it is the steps' failure, whatever it is: the engine serves the others on
+            self._busy_s += time.perf_counter() - started
             if len(taken) > 1:  # one of them may have been too much for the memory: each by itself
                 if not isinstance(error, Refused):  # a bug of ours, which costs nobody's step but must not go unseen
                     log.exception("a batch of %d steps failed", len(taken))
@@ -326,6 +328,7 @@ class Engine:
             return
         self._ended_s, start = time.perf_counter(), 0
         took_s = self._ended_s - started
+        self._busy_s += took_s
         _learn(taken, took_s)
         company = sum(count == step.rows_left for step, count in taken) > 1
         for step, count in taken:
@@ -364,7 +367,8 @@ class Engine:
         forward = to_payload(tail, answer_dtype(work.payload.header.dtype, tail.dtype) if span else None)
         returned = None if work.returns == "none" else to_payload(result, work.returns)
         queue_s = max(0.0, self._ended_s - step.waits_since - step.compute_s)
-        step.done(StepResult(forward, returned, round(1e6 * step.compute_s), round(1e6 * queue_s), company))
+        compute_us, queue_us = round(1e6 * step.compute_s), round(1e6 * queue_s)
+        step.done(StepResult(forward, returned, compute_us, queue_us, company, self._busy_s))
 
     def _fail(self, step: _Step, error: Exception) -> None:
         step.session.step = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from math import inf
 
 WINDOW_S = 10.0
 STEP_PERCENT = 10  # coarse: an advert should not differ from the last one for nothing
@@ -13,18 +12,18 @@ STEP_PERCENT = 10  # coarse: an advert should not differ from the last one for n
 
 @dataclass(slots=True)
 class LoadMeter:
-    _busy: deque[tuple[float, float]] = field(default_factory=deque)  # (end, seconds) of each computation
-    _counted_to: float = -inf
+    _busy: deque[tuple[float, float]] = field(default_factory=deque)  # (end, seconds) of what was told of together
+    _counted_s: float = 0.0
 
-    def computed(self, seconds: float, now: float) -> float:
-        """The engine computed for `seconds` until `now`: how many of them are new. Steps that were computed together
-        count once, and one that is told of after later ones not at all: its answer was held up."""
-        if now <= self._counted_to:
-            return 0.0
-        new_s = min(seconds, now - self._counted_to)
-        self._counted_to = now
-        self._busy.append((now, new_s))
-        self._forget(now)
+    def computed(self, total_s: float, now: float) -> float:
+        """The engine has computed for `total_s` in all until `now`: how many of them are new. So steps that were
+        computed together count once, what was computed of one between others' counts with these, and one that is told
+        of after later ones, because its answer was held up, has nothing to add."""
+        new_s = max(0.0, total_s - self._counted_s)
+        if new_s:
+            self._counted_s = total_s
+            self._busy.append((now, new_s))
+            self._forget(now)
         return new_s
 
     def percent(self, now: float) -> int:

@@ -166,7 +166,7 @@ class SessionTask:
         prefill = positions > min(step.tail, SHORT_ROWS)
         self.observer.step_computed(positions, compute_s, prefill)
         house = self.table.house
-        busy_s = house.load.computed(compute_s, now)
+        busy_s = house.load.computed(result.busy_s, now)
         self.observer.engine_used(busy_s, house.bubbles.computed(busy_s, now))
 
     async def _answer(self, step: Step, result: StepResult, arrived_at: float) -> None:

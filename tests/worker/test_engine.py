@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,6 +290,26 @@ def test_an_answer_says_whether_others_ended_with_it(shop: Shop) -> None:
     shop.engine.submit(work(inputs(1), 1, session=sessions[2]), answers.append)
     shop.engine.advance()
     assert [isinstance(answer, StepResult) and answer.company for answer in answers] == [True, True, False, False]
+
+
+def test_each_answer_says_how_long_the_engine_has_computed_for_all(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what it has computed of steps that have not ended; here each forward takes a second."""
+    shop.load()
+    other, ended = SessionId(b"o" * 16), list[tuple[int, float]]()
+    shop.engine.open(other, shop.spec(600, "other", alone=True))
+    monkeypatch.setattr("worker.engine.time", SimpleNamespace(perf_counter=partial(next, itertools.count())))
+
+    def done(result: StepResult | Exception) -> None:
+        assert isinstance(result, StepResult)
+        ended.append((result.forward.header.shape[0], result.busy_s))
+
+    shop.engine.submit(work(inputs(600), 0), done)
+    for position in range(2):
+        shop.engine.advance()
+        shop.engine.submit(work(inputs(1), position, session=other), done)
+        shop.engine.advance()
+    shop.engine.advance()
+    assert ended == [(1, 3.0), (600, 4.0), (1, 5.0)]
 
 
 def _keep(rows: list[torch.Tensor], result: StepResult | Exception) -> None:

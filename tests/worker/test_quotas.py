@@ -120,15 +120,15 @@ def test_load_is_coarse_and_forgets() -> None:
     meter = LoadMeter()
     assert meter.percent(0.0) == 0
     for second in range(100):
-        meter.computed(0.33, float(second))
+        meter.computed(0.33 * (second + 1), float(second))
     assert meter.percent(99.0) == 30
     assert meter.percent(104.0) == 20
     assert meter.percent(200.0) == 0
     for _ in range(3):
-        meter.computed(3.0, 250.0)
+        meter.computed(36.0, 250.0)
     assert meter.percent(250.0) == 30, "one forward over three sessions"
     assert meter.percent(300.0) == 0
-    meter.computed(60.0, 300.0)
+    meter.computed(96.0, 300.0)
     assert meter.percent(300.0) == 100
     assert len(meter._busy) == 1
 
@@ -137,7 +137,17 @@ def test_what_was_computed_together_is_new_once() -> None:
     meter = LoadMeter()
     assert meter.computed(2.0, 10.0) == 2.0
     assert meter.computed(2.0, 10.0) == 0.0
-    assert meter.computed(2.0, 11.0) == 1.0
+    assert meter.computed(3.0, 11.0) == 1.0
+
+
+def test_what_is_computed_of_a_prompt_between_others_decodes_is_no_bubble() -> None:
+    """A second of it before each decode of 0.1 s; its step ends at last."""
+    meter, bubbles = LoadMeter(), Bubbles()
+    bubbles.opened(0.0)
+    times = [1.1 * forward for forward in range(1, 10)] + [11.0]
+    idle = [bubbles.computed(meter.computed(now, now), now) for now in times]
+    assert sum(idle) < 1e-9
+    assert meter.percent(11.0) == 100
 
 
 def test_what_is_told_of_late_is_neither_busy_nor_idle_again() -> None:
@@ -146,7 +156,7 @@ def test_what_is_told_of_late_is_neither_busy_nor_idle_again() -> None:
     bubbles.opened(0.0)
     bubbles.opened(0.0)
     times = [*map(float, range(1, 101)), 1.0, 101.0]
-    busy = [meter.computed(1.0, now) for now in times]
+    busy = [meter.computed(now, now) for now in times]
     assert sum(busy) == 101
     assert sum(bubbles.computed(seconds, now) for seconds, now in zip(busy, times, strict=True)) == 0
     assert meter.percent(101.0) == 100
