@@ -231,7 +231,7 @@ class Generation:
         finally:
             self._head_batches.end()
             if self._host.speculation is not None:
-                self._host.speculation.end()
+                self._host.speculation.landed()
 
     async def _begin_guessing(self) -> None:
         if self._host.speculation is None:
@@ -284,8 +284,10 @@ class Generation:
         return chosen
 
     async def _submit(self, payload: Payload, position: int) -> int:
-        self._sent_at = self._host.clock.monotonic()
-        return await self._session.submit(payload, position, tail=payload.header.shape[0])
+        self._sent_at, rows = self._host.clock.monotonic(), payload.header.shape[0]
+        if self._host.speculation is not None:
+            self._host.speculation.sent(rows - 1)
+        return await self._session.submit(payload, position, tail=rows)
 
     async def _answer(self, step: int, rows: int) -> Payload:
         speculation, late_s = self._host.speculation, 0.0

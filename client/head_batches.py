@@ -72,11 +72,6 @@ class HeadBatches:
         self._computing = False
         self._computed = trio.lowlevel.ParkingLot()
 
-    @property
-    def requests(self) -> int:
-        """How many are under way."""
-        return self._requests
-
     def begin(self) -> None:
         """A request is under way: others look out for it when they compute. `end` must follow."""
         self._requests += 1

@@ -19,7 +19,6 @@ Pure: no network; what time it is, `Speculation` is told by `now`. After Leviath
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -120,18 +119,14 @@ class _Kind:
         self.seen = MEMORY * self.seen + held + failed
 
 
-def _recent() -> deque[float]:
-    return deque(maxlen=STEPS_REMEMBERED)
-
-
 @dataclass(slots=True)
 class Costs:
     """What steps take over one route, of all requests of a model. Medians of the last ones. `guesses`: those under
-    way."""
+    way. Changed on the event loop alone; what is read in threads is replaced as a whole."""
 
     guesses: int = 0
-    _steps_s: deque[float] = field(default_factory=_recent)
-    _rows_s: deque[float] = field(default_factory=_recent)
+    _steps_s: tuple[float, ...] = ()
+    _rows_s: tuple[float, ...] = ()
 
     @property
     def step_s(self) -> float | None:
@@ -156,15 +151,15 @@ class Costs:
         """A step of `rows` rows took so long, while `others` more were under way; see `Pace.took`."""
         beside = rows + others
         if probe and seconds - (self.step_s or 0.0) < self.row_s * (beside - 1):
-            self._rows_s.clear()
+            self._rows_s = ()
         if beside == 1 or self.step_s is None:
-            self._steps_s.append(seconds)
-        else:
-            self._steps_s.append(min(self.step_s, seconds))  # more rows in less time: the route became faster
+            self._steps_s = _latest(self._steps_s, seconds)
+        else:  # more rows in less time: the route became faster
+            self._steps_s = _latest(self._steps_s, min(self.step_s, seconds))
             self._note_rows(beside, seconds)
 
     def _note_rows(self, rows: int, seconds: float) -> None:
-        self._rows_s.append(max(0.0, seconds - (self.step_s or 0.0)) / (rows - 1))
+        self._rows_s = _latest(self._rows_s, max(0.0, seconds - (self.step_s or 0.0)) / (rows - 1))
 
 
 @dataclass(slots=True)
@@ -248,7 +243,11 @@ class Pace:
         return self._kinds.setdefault(kind, _Kind())
 
 
-def _median(seen: deque[float]) -> float:
+def _latest(seen: tuple[float, ...], now: float) -> tuple[float, ...]:
+    return (*seen, now)[-STEPS_REMEMBERED:]
+
+
+def _median(seen: tuple[float, ...]) -> float:
     """Of an even number the lower of the two in the middle: what disturbs a step only makes it slower."""
     return sorted(seen)[(len(seen) - 1) // 2]
 
@@ -271,7 +270,7 @@ class Speculation:
 
     Of a lookup and a draft model the one with the higher predicted gain is sent. `now` gives monotonic seconds, by
     which the draft model's cost is measured, `beside` how many requests are under way. `drafted` counts the guesses
-    that were sent, `accepted` those that held. `end` when the request has ended, however.
+    that were sent, `accepted` those that held.
     """
 
     lookup: Proposer | None = None
@@ -293,12 +292,16 @@ class Speculation:
     _drafted_at_s: float = 0.0  # in `_time_s`: the draft model was asked last
 
     def begin(self, prompt: Sequence[int]) -> None:
-        self.end()
         self._made = ()
         for proposer in self._proposers:
             proposer.begin(prompt)
 
-    def end(self) -> None:
+    def sent(self, guesses: int) -> None:
+        """A step with so many guesses is on its way: `took`, or `landed`, follows. On the event loop, as these."""
+        self._others, self._under_way = self.pace.costs.guesses, guesses
+        self.pace.costs.guesses += guesses
+
+    def landed(self) -> None:
         """Nothing is under way any more. Idempotent."""
         self.pace.costs.guesses -= self._under_way
         self._under_way = 0
@@ -319,7 +322,7 @@ class Speculation:
 
     def took(self, rows: int, seconds: float) -> None:
         """A step of `rows` rows took so long."""
-        self.end()
+        self.landed()
         others = max(self._others, self.pace.costs.guesses)
         self.pace.took(rows, seconds, self._probing and rows > 1, others)
         self._time_s += seconds
@@ -334,8 +337,6 @@ class Speculation:
         drafted = self._draft(room, gain)
         self._made = (looked, drafted)
         sent = drafted.ids or looked.ids[:count] or self._probe(looked)
-        self._others, self._under_way = self.pace.costs.guesses, len(sent)
-        self.pace.costs.guesses += len(sent)
         if sent:
             self.drafted += len(sent)
             self._sent_at_s = self._time_s

@@ -95,7 +95,7 @@ class Draft:
 class Guessing:
     """What guesses at a request's tokens, put together as the user wants it; how many pay is client/speculation.py's.
     For one request, or for the turns of one chat: how good guesses were, and what the draft model read, is kept. Of all
-    requests of the model are `costs`, and `beside`: how many are under way."""
+    requests of the model are `costs`; `beside`: how many requests are under way."""
 
     draft: Draft
     vocab_size: int

@@ -307,7 +307,7 @@ class DeployedModel:
         """What guesses for one request, or for one after the other."""
 
         def beside() -> int:
-            return max(1, self.head_batches.requests)
+            return max(1, self.recorder.journal.running)
 
         return Guessing(self.draft, self.config.vocab_size, self.ports.clock, self.guess_costs, beside)
 

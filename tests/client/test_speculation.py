@@ -110,6 +110,10 @@ def test_guesses_of_a_request_that_is_given_up_are_no_longer_under_way() -> None
     run(main, 0)
     assert max(most) > 3
     assert costs.guesses == 0
+    speculation = Speculation(Oracle(random.Random(0), truth), pace=Pace(costs=costs))
+    speculation.came(truth[:1])
+    assert speculation.next(9)
+    assert costs.guesses == 0, "they are chosen in a thread, and the request may have been cancelled meanwhile"
 
 
 class Wrong(Scripted):
@@ -228,6 +232,8 @@ def together_s(requests: int, row_s: float, acceptance: float, beside: int, toke
         speculation.came([0])
     while left := [number for number in range(requests) if done[number] < tokens]:
         sent = {number: each[number].next(tokens - done[number] - 1) for number in left}
+        for number, guesses in sent.items():
+            each[number].sent(len(guesses))
         took_s = 1.0 + row_s * sum(map(len, sent.values()))
         spent_s += took_s
         for number, guesses in sent.items():
@@ -235,8 +241,6 @@ def together_s(requests: int, row_s: float, acceptance: float, beside: int, toke
             held = next((n for n, guess in enumerate(guesses) if guess != done[number] + n), len(guesses))
             each[number].came(range(done[number], done[number] + held + 1))
             done[number] += held + 1
-    for speculation in each:
-        speculation.end()
     assert costs.guesses == 0
     return spent_s
 
