@@ -70,6 +70,7 @@ def test_a_claim_counts_as_held_and_cannot_be_taken_away() -> None:
 SESSIONS = st.lists(
     st.builds(held, st.sampled_from([ANN, BEN, CARL, STRANGER]), st.integers(0, 40), st.floats(0, 9), st.floats(0, 20)),
     max_size=8,
+    unique_by=lambda each: each.session,
 )
 
 
