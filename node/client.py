@@ -6,8 +6,8 @@ Starts no task: app_client.py does. Sealing runs in a thread; the event loop sta
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -147,6 +147,7 @@ class Client:
         self._asked: dict[PeerId, None] = {}
         self._rtts_ms: dict[PeerId, float] = {}
         self._deploying: defaultdict[DeploymentId, trio.Lock] = defaultdict(trio.Lock)
+        self._parted = set[DeploymentId]()  # until they are deployed anew
 
     def _sharing(self) -> Sharing:
         records = partial(self.journal.newest, COMPARED_MAX)
@@ -278,18 +279,34 @@ class Client:
         signed, manifest = await trio.to_thread.run_sync(model.folder.manifest, self._owner)
         needs, where = ModelNeeds.of_manifest(manifest, options.kv_room), options.where(without)
         bringing = Bringing(self, model.folder, (signed, manifest), needs, options)
-        async with self._deploying[manifest.deployment], self.leases.transaction(manifest.deployment):
+        async with self._deployed_alone(manifest.deployment):
             route, view, hops = await bringing.run(where)
             source = await trio.to_thread.run_sync(_source_of_ends, model, loaded)
             again = partial(self._again, route, partial(self.deploy, model, options))
             priced_as = _Priced(view, needs, where, manifest.dtype, again)
-            return await self._ready(route, hops, model.checkpoint, priced_as, source)
+            ready = await self._ready(route, hops, model.checkpoint, priced_as, source)
+            if loaded is None:  # else it is for requests of before
+                self._parted.discard(manifest.deployment)
+            return ready
 
-    async def part(self, deployment: DeploymentId, in_use: Callable[[], bool]) -> None:
-        """Give up what is leased of `deployment`, unless it is `in_use` once nobody here deploys it any more."""
-        async with self._deploying[deployment]:
-            if not in_use():
-                self.leases.part(deployment, ())
+    def part(self, deployment: DeploymentId) -> None:
+        """Give up what is leased of `deployment`, and what requests under way lease of it when they move. Where it is
+        being deployed that is done once nobody does so any more, unless it has been deployed anew by then."""
+        self._parted.add(deployment)
+        self._give_up_parted(deployment)
+
+    @asynccontextmanager
+    async def _deployed_alone(self, deployment: DeploymentId) -> AsyncIterator[None]:
+        """Nobody else here deploys it in the block. However that fails, leases are those of before."""
+        try:
+            async with self._deploying[deployment], self.leases.transaction(deployment):
+                yield
+        finally:
+            self._give_up_parted(deployment)
+
+    def _give_up_parted(self, deployment: DeploymentId) -> None:
+        if deployment in self._parted and not self._deploying[deployment].locked():  # who deploys it still comes here
+            self.leases.part(deployment, ())
 
     def _note_sealed(self, nbytes: int, started: float) -> None:
         with suppress(OSError):  # a disk that is full fails what matters, not this

@@ -12,7 +12,7 @@ protocol.errors and models.errors; their messages say what to do.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ class AsyncModel:
     """A deployed model, on trio. Made by AsyncSwarm.deploy. Its memory at workers is leased until it is closed, or the
     swarm is: `async with await swarm.deploy(...) as model`, or `aclose`."""
 
-    def __init__(self, model: DeployedModel, part: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, model: DeployedModel, part: Callable[[], None]) -> None:
         self._deployed: DeployedModel | None = model
         self._part = part  # with what is leased for it
 
@@ -64,10 +64,10 @@ class AsyncModel:
 
     async def aclose(self) -> None:
         """Give up what workers lease for it, unless another model of this swarm is of the same deployment. Requests and
-        chats under way go on, in memory that nobody leases. Idempotent."""
+        chats under way go on, in memory that nobody leases. Idempotent; works in a cancelled scope too."""
         if self._deployed is not None:
             self._deployed = None
-            await self._part()
+            self._part()
 
     @property
     def _model(self) -> DeployedModel:
@@ -172,10 +172,11 @@ class AsyncSwarm:
         self._in_use[ready.route.deployment] += 1
         return AsyncModel(ready, partial(self._closed, self._client, ready.route.deployment))
 
-    async def _closed(self, client: Client, deployment: DeploymentId) -> None:
+    def _closed(self, client: Client, deployment: DeploymentId) -> None:
         """A model of `deployment` is."""
         self._in_use[deployment] -= 1
-        await client.part(deployment, lambda: self._in_use[deployment] > 0)
+        if not self._in_use[deployment]:
+            client.part(deployment)
 
 
 class Model:

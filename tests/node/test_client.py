@@ -46,6 +46,7 @@ class Owner(Client):
         self.grants = cast("Any", SimpleNamespace(revoked=lambda *_: (bytes(16),)))
         self._owner = cast("Any", None)
         self._deploying = defaultdict(trio.Lock)
+        self._parted = set()
         self.workers = workers
 
     async def place(self, _: object, options: PlaceOptions) -> tuple[Placement, SwarmView]:

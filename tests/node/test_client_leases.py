@@ -58,6 +58,7 @@ class Deploying(Client):
         self.grants = cast("Any", SimpleNamespace(revoked=lambda *_: ()))
         self._owner = CLIENT
         self._deploying = defaultdict(trio.Lock)
+        self._parted = set()
         view = SwarmView()
         for depot in self.depots:
             peer = depot.endpoint.peer
@@ -261,30 +262,47 @@ def test_two_deployments_at_a_time_do_not_undo_each_other() -> None:
     deploying(body, FIRST, FIRST)
 
 
-@pytest.mark.parametrize("in_use", [False, True])
-def test_who_closes_a_model_parts_with_its_leases_after_a_deployment_that_is_under_way(
-    in_use: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("wrong_key", [True, False])
+def test_what_is_closed_while_it_is_deployed_anew_is_given_up_if_that_fails(
+    wrong_key: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def body(client: Deploying, model: Model) -> None:
-        heard, parted, discover = trio.Event(), trio.Event(), client.discover
+        heard, discover = trio.Event(), client.discover
 
         async def late(*_: object) -> SwarmView:
             await heard.wait()
             return await discover()
 
-        async def close() -> None:
-            await client.part(DEPLOYMENT, lambda: in_use)
-            parted.set()
+        async def anew() -> None:
+            with pytest.raises(InputError) if wrong_key else nullcontext():
+                await client.deploy(model.sealed, DeployOptions())
 
+        await client.deploy(model.sealed, DeployOptions())
+        model.wrong_key = wrong_key
         monkeypatch.setattr(client, "discover", late)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(client.deploy, model.sealed, DeployOptions())
+            nursery.start_soon(anew)
             await trio.sleep(5)
-            nursery.start_soon(close)
+            client.part(DEPLOYMENT)
             await trio.sleep(5)
-            assert not parted.is_set()
+            assert client.leased == [(0, 2), (2, 4), None], "the other may have a use for them"
             heard.set()
         await trio.sleep(10 * LEASE_S)
-        assert client.leased == ([(0, 2), (2, 4), None] if in_use else [None, None, None])
+        assert client.leased == ([None, None, None] if wrong_key else [(0, 2), (2, 4), None])
 
-    deploying(body, FIRST)
+    deploying(body, FIRST, FIRST)
+
+
+def test_requests_that_move_after_their_model_is_closed_leave_no_lease() -> None:
+    async def body(client: Deploying, model: Model) -> None:
+        left = (await client.deploy(model.sealed, DeployOptions())).route
+        again = partial(client.deploy, model.sealed, DeployOptions())
+        client.part(DEPLOYMENT)
+        await client._again(left, again, LOADED, frozenset([client.peer(1)]))
+        await trio.sleep(10 * LEASE_S)
+        assert (client.leased, client.asked(LeaseSpan, 2)) == ([None, None, None], 1)
+        await client.deploy(model.sealed, DeployOptions())
+        await trio.sleep(10 * LEASE_S)
+        assert client.leased == [(0, 2), (2, 4), None], "it has been deployed anew"
+
+    deploying(body, FIRST, ((0, 0, 2), (2, 2, 4)), FIRST)

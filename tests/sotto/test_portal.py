@@ -68,7 +68,7 @@ def in_time(work: Callable[[], Any]) -> BaseException | None:
 )
 def test_a_model_is_of_no_use_after_its_swarm_and_says_so(call: Callable[[Model, Chat], Any]) -> None:
     portal = cast("Portal[AsyncSwarm]", closed_portal())
-    model = Model(portal, AsyncModel(cast("Any", Idle()), Idle().aclose))
+    model = Model(portal, AsyncModel(cast("Any", Idle()), lambda: None))
     chat = Chat(portal, AsyncChat(cast("Any", Idle())))
     error = in_time(lambda: call(model, chat))
     assert isinstance(error, InputError)
