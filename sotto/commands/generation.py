@@ -104,41 +104,42 @@ def submit(
     "error", and may be given to another job.
     """
     with errors(as_json):
-        from sotto.commands.job import Answers, Listener, check_output, read_prompts, run_job
+        from sotto.commands.job import Answers, Listener, read_prompts, run_job, taken
         from sotto.commands.models import open_model
 
         ask, where = asked.understood(quiet=as_json)
         lines = read_prompts(prompts)
-        answers = Answers(check_output(output, prompts, overwrite=overwrite), lines, overwrite=overwrite)
-        checkpoint = open_model(where.model)
-        dear = 0  # lines that no strategy was expected to answer within the budget: the first says so
+        with taken(output, prompts, overwrite=overwrite) as file:
+            answers = Answers(file, lines)
+            checkpoint = open_model(where.model)
+            dear = 0  # lines that no strategy was expected to answer within the budget: the first says so
 
-        def heard(decided: Decided) -> None:
-            nonlocal dear
-            dear += is_over_budget(decided) if dear or as_json else tell_over_budget(decided)
+            def heard(decided: Decided) -> None:
+                nonlocal dear
+                dear += is_over_budget(decided) if dear or as_json else tell_over_budget(decided)
 
-        told = set[str]()
+            told = set[str]()
 
-        def once(text: str) -> None:
-            """Lines that wait for the same worker say the same."""
-            if text not in told:
-                told.add(text)
-                tell(text)
+            def once(text: str) -> None:
+                """Lines that wait for the same worker say the same."""
+                if text not in told:
+                    told.add(text)
+                    tell(text)
 
-        if not as_json:
-            ask = replace(ask, notice=once)
-        ended: dict[str, Any] = {}
+            if not as_json:
+                ask = replace(ask, notice=once)
+            ended: dict[str, Any] = {}
 
-        async def work() -> None:
-            async with deployed(where, checkpoint) as ready:
-                with progress_bar("prompts", bytes_=False, quiet=as_json) as update, keeping(ended), answers:
-                    await run_job(ready, lines, ask, concurrency, Listener(update, heard, answers.put))
+            async def work() -> None:
+                async with deployed(where, checkpoint) as ready:
+                    with progress_bar("prompts", bytes_=False, quiet=as_json) as update, keeping(ended), answers:
+                        await run_job(ready, lines, ask, concurrency, Listener(update, heard, answers.put))
 
-        run_async(work)
-        why = "interrupted" if "interrupted" in ended else ended.get("error")
-        if why is not None and answers.whole:
-            why += ' (lines without an answer say "error": give those to another job)'
-        _end_of_job({**answers.counts(), "over_budget": dear, "output": str(output)}, why, as_json)
+            run_async(work)
+            why = "interrupted" if "interrupted" in ended else ended.get("error")
+            if why is not None and answers.whole:
+                why += ' (lines without an answer say "error": give those to another job)'
+            _end_of_job({**answers.counts(), "over_budget": dear, "output": str(output)}, why, as_json)
 
 
 def _end_of_job(report: dict[str, Any], why: str | None, as_json: bool) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -45,9 +45,11 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def check_output(output: Path, prompts: Path, *, overwrite: bool) -> Path:
-    """`output`, if answers can be written there: asked before anything is started. Its folder is made if need be.
-    Raises InputError, also where something would be lost that `overwrite` does not give up; OSError."""
+@contextlib.contextmanager
+def taken(output: Path, prompts: Path, *, overwrite: bool) -> Iterator[FileIO]:
+    """`output`, open within the block for this job alone, with what it holds: before anything is started. It and its
+    folder are made if need be. Raises InputError when answers cannot be written there, another job writes there, or
+    something would be lost that `overwrite` does not give up; OSError."""
     from protocol.errors import InputError
 
     there = output.exists()
@@ -55,77 +57,61 @@ def check_output(output: Path, prompts: Path, *, overwrite: bool) -> Path:
         raise InputError(f"{output} is not a file: give --output the name of one")
     if there and output.samefile(prompts):
         raise InputError(f"{output} holds the prompts: give --output another name")
-    if there and not overwrite:
-        _require_empty(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output if there else output.parent, os.W_OK):
         raise InputError(f"{output} may not be written: give --output another name")
-    return output
-
-
-def _require_empty(output: Path) -> None:
-    from protocol.errors import InputError
-
-    if output.stat().st_size:
-        raise InputError(f"{output} is not empty: give --output another name, or --overwrite to lose what it holds")
+    if not there:
+        output.touch()
+    with output.open("r+b", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another job writes into {output}: give --output another name") from None
+        except OSError:  # a file system that knows no locks
+            pass
+        if not overwrite and os.fstat(file.fileno()).st_size:
+            raise InputError(f"{output} is not empty: give --output another name, or --overwrite to lose what it holds")
+        yield file
 
 
 class Answers:
-    """The output of a job. Within the block each answer is written as soon as those before it are; at its end come, in
-    order, the rest, and an "error" for each line that has none. An interrupt may come at any moment. To enter raises
-    InputError when another job is writing there, or has, and `overwrite` is not asked for."""
+    """The output of a job, `file`, which is `taken`. Within the block, which begins by emptying it, each answer is
+    written as soon as those before it are; at its end come, in order, the rest, and an "error" for each line that has
+    none. An interrupt may come at any moment. To enter raises InputError when another job has written there, where the
+    file system knows no locks."""
 
-    def __init__(self, output: Path, lines: list[dict[str, Any]], *, overwrite: bool) -> None:
-        self._output = output
+    def __init__(self, file: FileIO, lines: list[dict[str, Any]]) -> None:
+        self._file = file
         self._lines = lines
-        self._overwrite = overwrite
-        self._file: FileIO | None = None
+        self._found_bytes = os.fstat(file.fileno()).st_size
         self._answers: dict[int, dict[str, Any]] = {}
         self._written = (0, 0)  # lines, bytes: in one, so that a line is never there twice
 
     def __enter__(self) -> Answers:
-        self._output.touch()
-        with contextlib.ExitStack() as opened:
-            file = opened.enter_context(self._output.open("r+b", buffering=0))
-            self._take(file)
-            opened.pop_all()
-        self._file = file
-        return self
-
-    def _take(self, file: FileIO) -> None:
-        """Have it empty, and for this job alone until it is closed."""
         from protocol.errors import InputError
 
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another job writes into {self._output}: give --output another name") from None
-        except OSError:  # a file system that knows no locks
-            pass
-        if not self._overwrite:
-            _require_empty(self._output)
-        file.truncate(0)
+        if os.fstat(self._file.fileno()).st_size != self._found_bytes:
+            raise InputError(f"another job has written into {self._file.name}: give --output another name")
+        self._file.truncate(0)
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
-        with self._file as file:
-            for index in range(self._written[0], len(self._lines)):
-                self._write(file, self._answers.get(index) or answer_of(self._lines[index], error=NOT_REACHED))
+        for index in range(self._written[0], len(self._lines)):
+            self._write(self._answers.get(index) or answer_of(self._lines[index], error=NOT_REACHED))
 
     def put(self, index: int, answer: dict[str, Any]) -> None:
         """The answer of line `index` has come."""
-        assert self._file is not None
         self._answers[index] = answer
         while self._written[0] in self._answers:
-            self._write(self._file, self._answers[self._written[0]])
+            self._write(self._answers[self._written[0]])
 
-    def _write(self, file: FileIO, answer: dict[str, Any]) -> None:
+    def _write(self, answer: dict[str, Any]) -> None:
         """Raises InputError when the disk does not take all of it; then there is nothing of it."""
         from protocol.errors import InputError
 
-        count, end = self._written
+        file, (count, end) = self._file, self._written
         data = json.dumps(answer).encode() + b"\n"
         try:
             file.seek(end)
@@ -135,7 +121,7 @@ class Answers:
         except OSError as error:
             file.truncate(end)
             raise InputError(
-                f"{self._output} cannot be written ({error.strerror}): it holds the first {count} lines; give the "
+                f"{file.name} cannot be written ({error.strerror}): it holds the first {count} lines; give the "
                 "others to another job"
             ) from None
         self._written = (count + 1, end + len(data))

@@ -25,7 +25,7 @@ from node.model import Ask, DeployedModel
 from protocol.errors import InputError
 from protocol.ids import PeerId
 from sotto.__main__ import app
-from sotto.commands.job import NOT_REACHED, Answers, Listener, check_output, run_job
+from sotto.commands.job import NOT_REACHED, Answers, Listener, run_job, taken
 from tests.helpers.tiny_models import make_checkpoint, tokenizer_json
 
 TOKENIZER = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer_json()))
@@ -135,25 +135,21 @@ def test_what_no_prompt_can_be_answered_without_ends_the_job() -> None:
     assert not answers
 
 
-def test_a_disk_that_fills_up_leaves_whole_lines_and_says_how_many(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_leaves_whole_lines_and_says_how_many(tmp_path: Path) -> None:
     class Full(FileIO):
         def write(self, data: Any) -> int:
             if self.tell() > 20:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data[:11])
 
-    monkeypatch.setattr(Path, "open", lambda path, mode, buffering: Full(path, mode))
-    file = tmp_path / "out"
-    answers = Answers(file, [{"prompt": str(index)} for index in range(3)], overwrite=False)
+    out = tmp_path / "out"
+    answers = Answers(Full(out, "w"), [{"prompt": str(index)} for index in range(3)])
     answers.__enter__()
     answers.put(0, {"text": "0123456"})
     for attempt in (lambda: answers.put(1, {"text": "0123456"}), lambda: answers.__exit__(None, None, None)):
-        with pytest.raises(InputError, match=r"No space left.*holds the first 1 lines"):
+        with pytest.raises(InputError, match=r"out cannot be written \(No space left.*holds the first 1 lines"):
             attempt()
-    monkeypatch.undo()
-    assert file.read_bytes() == b'{"text": "0123456"}\n'
+    assert out.read_bytes() == b'{"text": "0123456"}\n'
     assert answers.counts() == {"answered": 1, "failed": 0, "not_reached": 2}
     assert not answers.whole
 
@@ -161,7 +157,8 @@ def test_a_disk_that_fills_up_leaves_whole_lines_and_says_how_many(
 def test_an_answer_is_written_as_soon_as_those_before_it_are(tmp_path: Path) -> None:
     file = tmp_path / "out"
     file.write_text("of an earlier job\n" * 100)
-    answers = Answers(file, [{"prompt": str(index)} for index in range(4)], overwrite=True)
+    answers = Answers(FileIO(file, "r+"), [{"prompt": str(index)} for index in range(4)])
+    assert file.stat().st_size, "until there are answers"
     with answers:
         answers.put(1, {"text": "one"})
         assert read(file) == []
@@ -205,9 +202,10 @@ def test_where_answers_cannot_be_written_is_known_before_anything_starts(submit:
         refused = submit([{"prompt": "lost"}], output)
         assert says in refused.stderr
         assert refused.stdout == ""
-        with pytest.raises(InputError, match=says):
-            check_output(output, prompts, overwrite=True)
-    assert check_output(tmp_path / "new" / "out", prompts, overwrite=False).parent.is_dir()
+        with pytest.raises(InputError, match=says), taken(output, prompts, overwrite=True):
+            pass
+    with taken(tmp_path / "new" / "out", prompts, overwrite=False):
+        assert (tmp_path / "new" / "out").is_file()
 
 
 def test_answers_that_are_there_are_replaced_only_if_that_is_asked_for(submit: Any, tmp_path: Path) -> None:
@@ -224,19 +222,37 @@ def test_answers_that_are_there_are_replaced_only_if_that_is_asked_for(submit: A
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_two_jobs_do_not_write_into_one_file(overwrite: bool, tmp_path: Path) -> None:
-    """Both may have found it empty before they were deployed."""
-    out = tmp_path / "out"
-    lines = [{"prompt": "a"}]
-    first, second = (Answers(out, lines, overwrite=overwrite) for _ in range(2))
-    with first:
-        with pytest.raises(InputError, match="another job writes"):
-            second.__enter__()
-        first.put(0, {"text": "a"})
-    if not overwrite:
-        with pytest.raises(InputError, match="is not empty"):
-            second.__enter__()
+def test_a_file_that_another_job_has_taken_is_refused_before_anything_starts(
+    overwrite: bool, submit: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, words = tmp_path / "out", ["--overwrite"] * overwrite
+    with taken(out, tmp_path / "prompts.jsonl", overwrite=overwrite) as file:
+        with monkeypatch.context() as patched:
+            patched.setattr("sotto.commands.models.open_model", lambda _: pytest.fail("it was started"))
+            refused = submit([{"prompt": "b"}], out, *words)
+        assert (refused.exit_code, refused.stdout) == (1, "")
+        assert "another job writes" in refused.stderr
+        with Answers(file, [{"prompt": "a"}]) as answers:
+            answers.put(0, {"text": "a"})
     assert read(out) == [{"text": "a"}]
+    assert submit([{"prompt": "b"}], out, *words).exit_code == (0 if overwrite else 1)
+
+
+def test_a_job_that_does_not_begin_leaves_what_was_there(submit: Any, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("of an earlier job\n")
+    assert submit([{"prompt": "a"}], out, "--overwrite", "-m", str(tmp_path / "none")).exit_code == 1
+    assert out.read_text() == "of an earlier job\n"
+
+
+def test_where_there_are_no_locks_answers_that_came_meanwhile_are_not_lost(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with taken(out, tmp_path, overwrite=False) as file:
+        answers = Answers(file, [{"prompt": "b"}])
+        out.write_text("of another job\n")
+        with pytest.raises(InputError, match="another job has written"):
+            answers.__enter__()
+    assert out.read_text() == "of another job\n"
 
 
 def test_prompts_that_are_not_utf_8_are_named_by_their_line(tmp_path: Path) -> None:
