@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -117,7 +118,7 @@ class Bringing:
         not hear of what was revoked, and is to be left out.
 
         Anybody may state to hold it, so of those that do only workers that it was brought to count, as far as these are
-        known."""
+        known. Where none is, those that are used now are the first."""
         client, deployment = self.client, self.folder.deployment
         view = await client.discover()
         stated, known = [member for member, _ in view.holders(deployment)], self.folder.brought()
@@ -131,6 +132,8 @@ class Bringing:
             async with client.leases.transaction(deployment):
                 await deploy(client.ports, route, self.manifest, self._supply(view), self._leasing)
                 brought = True
+                if not known:
+                    await self._note_brought(route)
                 await self._remind_of_revoked(route)
         except (HopRefused, HopLost, HopViolation) as failure:
             return None, client.watch.view, failure if brought else None  # others may have room
@@ -186,10 +189,14 @@ class Bringing:
         async with client.leases.transaction(self.folder.deployment):
             hops = await deploy(client.ports, route, self.manifest, self._supply(view), self._leasing, noted)
             client.note_brought(inflow, started)
-            with suppress(OSError):  # a disk that is full fails what matters, not this
-                self.folder.note_brought(hop.peer for hop in route.hops)
+            await self._note_brought(route)
             await self._remind_of_revoked(route)
         return hops
+
+    async def _note_brought(self, route: Route) -> None:
+        note = partial(self.folder.note_brought, [hop.peer for hop in route.hops])
+        with suppress(OSError):  # a disk that is full fails what matters, not this
+            await trio.to_thread.run_sync(note, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; it is atomic
 
     @property
     def _leasing(self) -> Leasing:

@@ -160,7 +160,7 @@ class SealedFolder:
         return data, manifest
 
     def brought(self) -> tuple[PeerId, ...]:
-        """The workers that it was brought to from here, the newest last; () when that is not known."""
+        """The workers that it was brought to from here, or first used at, the newest last; () when not known."""
         try:
             peers = json.loads((self.path / "brought.json").read_text())
         except (OSError, ValueError):
@@ -169,11 +169,15 @@ class SealedFolder:
         return tuple(PeerId(peer) for peer in peers) if fine else ()
 
     def note_brought(self, peers: Iterable[PeerId]) -> None:
-        """It was brought to `peers` now. Raises OSError."""
-        before, now = self.brought(), sorted(peers)
-        after = (*(peer for peer in before if peer not in now), *now)
-        if after != before and (self.path / "deployment.json").exists():  # else somebody has deleted it
-            write_atomic(self.path / "brought.json", json.dumps(after[-BROUGHT_MAX:]).encode())
+        """It was brought to `peers` now. Waits, blocking the thread, for another process that notes something or seals
+        there. Raises OSError."""
+        if not (self.path / "deployment.json").exists():
+            return  # somebody has deleted it
+        with one_at_a_time(self.path):
+            before, now = self.brought(), sorted(peers)
+            after = (*(peer for peer in before if peer not in now), *now)
+            if after != before:
+                write_atomic(self.path / "brought.json", json.dumps(after[-BROUGHT_MAX:]).encode())
 
     def write_block(self, sealer: Sealer, index: int) -> None:
         """Seal one block and make it durable: shard first, journal second. A manifest of before no longer holds. Raises

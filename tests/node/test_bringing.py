@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import trio
 
 from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
@@ -34,6 +35,7 @@ class _Folder:
         return self.peers
 
     def note_brought(self, peers: Any) -> None:
+        assert not trio.lowlevel.in_trio_run(), "it waits for other processes"
         self.peers += tuple(peers)
 
 
@@ -72,7 +74,7 @@ class _Transaction:
 @pytest.mark.parametrize(
     ("before", "measured", "used", "after"),
     [
-        ((), [STRANGER, OURS], STRANGER, ()),
+        ((), [STRANGER, OURS], STRANGER, (STRANGER,)),
         ((OURS,), [OURS], OURS, (OURS,)),
         ((peer(9),), [], NEWCOMER, (peer(9), NEWCOMER)),
     ],

@@ -131,7 +131,7 @@ class Model:
 def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """In virtual time they take for ever."""
 
-    async def inline(function: Callable[..., Any], *args: object) -> Any:
+    async def inline(function: Callable[..., Any], *args: object, **_: object) -> Any:
         return function(*args)
 
     monkeypatch.setattr("node.client.trio.to_thread.run_sync", inline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import gc
 import os
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from node.sealing import FolderSource, SealedFolder, seal_into, sealed_place
 from node.store import list_file, piece_list_of
 from protocol import limits
 from protocol.errors import InputError
+from protocol.ids import PeerId
 from protocol.manifest import open_manifest
 from protocol.pieces import PieceList
 from protocol.signed import Identity
@@ -295,6 +298,32 @@ def test_whom_a_model_was_brought_to_is_remembered_as_far_as_it_matters(checkpoi
     shutil.rmtree(folder.path)
     folder.note_brought([peer(1)])
     assert not folder.path.exists(), "nothing is left in the way of the next seal"
+
+
+def test_processes_note_whom_they_brought_it_to_one_after_the_other(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Else one takes the other's workers off the list."""
+    folder = seal_into(tmp_path / "sealed", checkpoint, "float32", None, OWNER.peer)
+
+    def peers() -> Iterator[PeerId]:
+        """Asked for between reading and writing."""
+        assert not is_free(folder.path)
+        yield peer(1)
+
+    folder.note_brought(peers())
+    assert is_free(folder.path)
+    assert folder.brought() == (peer(1),)
+
+
+def is_free(folder: Path) -> bool:
+    """Whether another process would get on now with what is done by one at a time."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def test_a_folder_with_other_things_is_left_alone(checkpoint: Checkpoint, tmp_path: Path) -> None:
