@@ -29,6 +29,7 @@ from protocol.errors import InputError
 from protocol.ids import ID_BYTES
 from protocol.strategy import Auto, Strategy
 
+ENDING_S = 1.0  # for a turn whose iterator was dropped: it is closed a little later
 OVER_BUDGET = "no strategy is expected to stay within the budget: the cheapest is used"
 
 
@@ -80,26 +81,30 @@ class Chat:
         self._id = model.ports.entropy(ID_BYTES)  # to workers all turns are one request
         self._guessing = model.guessing()
         self._chosen: Decided | None = None  # by the newest turn that had it chosen
-        self._saying = False  # a turn is under way: it has the session, and the transcript's end
+        self._saying: trio.Event | None = None  # a turn is under way: it has the session, and the transcript's end
         self.transcript = Transcript(partial(_ids, template, model.tokenizer), self._context_tokens, options.system)
 
     @asynccontextmanager
     async def say(self, text: str, ask: Ask | None = None) -> AsyncGenerator[Reply, None]:
         """One turn. `ask.max_new_tokens` is cut to what the context has room for.
 
-        Raises InputError before anything is sent when the message cannot fit or a turn is under way, and what a
-        generation raises.
+        Raises InputError before anything is sent when the message cannot fit or a turn is under way and stays so for
+        ENDING_S, and what a generation raises.
         """
-        if self._saying:
+        if self._saying is not None:
+            with trio.move_on_after(ENDING_S):
+                await self._saying.wait()
+        if self._saying is not None:
             raise InputError(
                 "the turn before has not ended: read its answer to the end, or close what gives it, and say this then"
             )
-        self._saying = True
+        self._saying = ended = trio.Event()
         try:
             async with self._turn(text, ask or Ask()) as reply:
                 yield reply
         finally:
-            self._saying = False
+            self._saying = None
+            ended.set()
 
     @asynccontextmanager
     async def _turn(self, text: str, ask: Ask) -> AsyncGenerator[Reply, None]:

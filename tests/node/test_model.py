@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from itertools import count
 from types import MethodType, SimpleNamespace
 from typing import cast
@@ -23,7 +23,7 @@ from client.speculation import Costs
 from models.chat_template import ChatTemplate
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
-from node.chat import Chat, ChatOptions
+from node.chat import ENDING_S, Chat, ChatOptions, Reply, Turn
 from node.draft import Draft, Guessing
 from node.model import ENCODED_INLINE_MAX, Ask, DeployedModel, _Way, head_batches_of, wire_of
 from node.moves import Moves
@@ -32,6 +32,7 @@ from protocol.errors import InputError, Refused, RouteUnavailable, SottoError
 from protocol.ids import PeerId
 from protocol.strategy import Strategy, parse
 from simnet.runtime import VirtualClock, run
+from sotto.chat import AsyncChat
 from tests.helpers.notes import Notes
 from tests.helpers.records import RECORD
 
@@ -255,6 +256,33 @@ def test_who_is_interrupted_does_not_wait_for_a_draft_model() -> None:
     run(main, seed=0)
     assert waited == []
     left.set()
+
+
+@pytest.mark.filterwarnings("ignore:Async generator:ResourceWarning")
+def test_a_chat_whose_answer_was_dropped_takes_the_next_turn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop closes what was dropped in a later turn of its own."""
+
+    async def pieces() -> AsyncGenerator[str, None]:
+        yield "a"
+        yield "b"
+
+    @asynccontextmanager
+    async def reply(*_: object) -> AsyncIterator[Reply]:
+        async with aclosing(pieces()) as answer:
+            yield Reply(answer, lambda: cast("Turn", None))
+
+    async def main() -> None:
+        fake = model(recorder=SimpleNamespace(journal=Journal(None)))
+        inner = Chat(fake, cast("ChatTemplate", SimpleNamespace(tokens={})), ChatOptions())
+        inner.transcript = cast("Transcript", SimpleNamespace(prompt=lambda *_: ChatPrompt((1,), 9, 0)))
+        chat, began = AsyncChat(inner), trio.current_time()
+        async for _ in chat.stream("one"):
+            break
+        assert [piece async for piece in chat.stream("two")] == ["a", "b"]
+        assert trio.current_time() - began < ENDING_S
+
+    monkeypatch.setattr(Chat, "_reply", reply)
+    run(main, seed=0)
 
 
 def kept(_opener: object, terms: KeptTerms, _violations: object) -> None:
