@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import trio
 
+from client.dialling import open_stream
 from client.errors import HopLost, HopRefused, HopViolation, blame
 from client.ports import ClientPorts
 from client.routing import Hop
@@ -28,7 +29,7 @@ async def channel_to(ports: ClientPorts, hop: Hop, protocol: str) -> AsyncIterat
     """A stream to `hop`, closed on the way out. Errors of the network and of the peer come out naming it."""
     try:
         with within(hop.peer, ANSWER_S):
-            stream = await ports.transport.open(hop.peer, ports.dialable(hop.addrs), protocol)
+            stream = await open_stream(ports, hop.peer, hop.addrs, protocol)
     except TransportError as error:
         raise blame(hop.peer, error, "cannot be reached") from error
     channel = Channel(stream, protocol)

@@ -17,6 +17,7 @@ from functools import partial
 
 import trio
 
+from client.dialling import open_stream
 from client.errors import HopLost, blame
 from client.ports import ClientPorts
 from client.routing import Hop, Route
@@ -242,7 +243,7 @@ class Driver:
         """A new stream to `hop`. Raises HopLost."""
         with trio.move_on_after(DIAL_S):
             try:
-                return await self._ports.transport.open(hop.peer, self._ports.dialable(hop.addrs), SESSION)
+                return await open_stream(self._ports, hop.peer, hop.addrs, SESSION)
             except TransportError as error:
                 raise blame(hop.peer, error, "cannot be reached") from error
         raise HopLost(hop.peer, f"could not be reached within {DIAL_S:g} s")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from client.observer import ClientObserver
 from protocol.ids import DeploymentId, PeerId
 from protocol.ports import Clock, Entropy, Gossip, Transport
-from protocol.scopes import dialable_beside
 from protocol.signed import Identity
 
 Credentials = Callable[[DeploymentId], bytes]
@@ -31,7 +30,8 @@ class ClientPorts:
     """`identity` is the one that the transport proves to others: tickets are signed with it. `credentials` gives the
     capability to show for a deployment, b"" for one that `identity` owns. `introduce` gives a worker's capability to
     fetch a deployment's shards from other workers, signed by the owner; b"" when that cannot be had. `violations`: how
-    many requests each worker ended by breaking the protocol, which others go past."""
+    many requests each worker ended by breaking the protocol, which others go past. `trusted`: scopes inside networks in
+    which workers are dialled, whoever the neighbours are (protocol/scopes.py)."""
 
     identity: Identity
     transport: Transport
@@ -42,7 +42,4 @@ class ClientPorts:
     credentials: Credentials = none_needed
     introduce: Introduce = to_nobody
     violations: Counter[PeerId] = field(default_factory=Counter)
-
-    def dialable(self, stated: Iterable[str]) -> tuple[str, ...]:
-        """Those of the addresses that a peer `stated` which this client dials (protocol/scopes.py)."""
-        return dialable_beside(self.transport.own_addrs, stated)
+    trusted: frozenset[str] = frozenset()

@@ -13,6 +13,7 @@ from math import inf
 
 import trio
 
+from client.dialling import open_stream
 from client.driver import run_all
 from client.ports import ClientPorts
 from client.session import CLOSE_S
@@ -71,7 +72,7 @@ async def _measure(ports: ClientPorts, member: Member, found: dict[PeerId, float
     """Note the shortest of PINGS round trips, as soon as there is one."""
     shortest = inf
     try:
-        stream = await ports.transport.open(member.peer, ports.dialable(member.advert.addrs), CONTROL)
+        stream = await open_stream(ports, member.peer, member.advert.addrs, CONTROL)
         channel = Channel(stream, CONTROL)
         try:
             for _ in range(PINGS):

@@ -36,6 +36,7 @@ from node.metrics import serve_metrics
 from node.p2p.mesh import MeshConfig, open_mesh
 from protocol.errors import InputError
 from protocol.ids import DeploymentId
+from protocol.scopes import trusted_scopes
 from protocol.signed import Identity
 
 
@@ -101,6 +102,7 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                     observer=metrics,
                     credentials=who.credentials,
                     introduce=who.introduce,
+                    trusted=trusted_scopes(entry.addrs, entry.key is not None),
                 )
                 driver = Driver(ports)
                 await nursery.start(driver.run)  # type: ignore[arg-type]  # trio-typing's stubs are older than trio

@@ -3,7 +3,7 @@
 An address inside a network (loopback, link-local, private) is dialled only by a node that is reached no further away
 than there: a node on the internet never knocks at doors of its owner's own network, whoever asks for it. What others
 say about where the node is reached can only make it stricter. A client is reached nowhere, and knows its networks by
-the neighbours that it has found there.
+the neighbours that it has found there, and by what its user gave.
 """
 
 from __future__ import annotations
@@ -24,14 +24,24 @@ def dialable_from(own: Iterable[str], addrs: Iterable[str], told: Iterable[str])
     return tuple(addr for addr in addrs if scope_of(addr) in ("global", inner))
 
 
-def dialable_beside(neighbours: Iterable[str], addrs: Iterable[str]) -> tuple[str, ...]:
+def dialable_beside(
+    neighbours: Iterable[str], addrs: Iterable[str], trusted: frozenset[str] = frozenset()
+) -> tuple[str, ...]:
     """Those of `addrs` that a node dials which is reached nowhere and has had `neighbours` at these addresses: those on
-    the internet, and those that reach as far as a neighbour's. Beside a neighbour on its own machine all: that one may
-    speak for a network that the node has not met."""
-    scopes = {"global", *(scope_of(addr) for addr in neighbours)}
+    the internet, those that reach as far as a neighbour's, and those of the scopes that are `trusted`. Beside a
+    neighbour on its own machine all: that one may speak for a network that the node has not met."""
+    scopes = {"global", *trusted, *(scope_of(addr) for addr in neighbours)}
     if "loopback" in scopes:
         scopes.update(SCOPES)
     return tuple(addr for addr in addrs if scope_of(addr) in scopes - {""})
+
+
+def trusted_scopes(given: Iterable[str], private: bool) -> frozenset[str]:
+    """Where a node that is reached nowhere dials from the start: in networks of which its user has `given` an address,
+    and where it is in a private swarm, in which only members advertise, in all. Never on its own machine: there it
+    takes a neighbour."""
+    scopes = set(SCOPES) if private else {scope_of(addr) for addr in given}
+    return frozenset(scopes - {"", "loopback", "global"})
 
 
 def scope_of(addr: str) -> str:

@@ -1,4 +1,5 @@
-"""Which of the addresses that workers state a client connects to: whoever advertises could name any."""
+"""Which of the addresses that workers state a client connects to, for whoever advertises could name any; what it says
+where there are none."""
 
 from __future__ import annotations
 
@@ -61,16 +62,44 @@ async def opened(ports: ClientPorts) -> None:
         await Driver(ports).open_session(route, SessionTerms(kv_tokens=64))
 
 
+def ports_on(transport: _Dials, trusted: frozenset[str] = frozenset()) -> ClientPorts:
+    nobody = cast(Gossip, SimpleNamespace())
+    return ClientPorts(CLIENT, cast(Transport, transport), nobody, VirtualClock(), bytes, trusted=trusted)
+
+
+@pytest.mark.parametrize("trusted", [(), ("private",)])
 @pytest.mark.parametrize("work", [measured, asked, opened])
-def test_adverts_send_no_client_into_its_users_network(work: Callable[[ClientPorts], Awaitable[None]]) -> None:
+def test_adverts_send_no_client_into_networks_that_its_user_has_not_named(
+    work: Callable[[ClientPorts], Awaitable[None]], trusted: tuple[str, ...]
+) -> None:
     transport = _Dials()
-    ports = ClientPorts(
-        CLIENT, cast(Transport, transport), cast(Gossip, SimpleNamespace()), VirtualClock(), lambda size: bytes(size)
-    )
 
     async def main() -> None:
+        ports = ports_on(transport, frozenset(trusted))
         with trio.fail_after(60):
             await work(ports)
 
     run(main, seed=1)
-    assert transport.dialled == [(PUBLIC,)]
+    assert transport.dialled == [(*STATED[: len(trusted)], PUBLIC)]
+
+
+@pytest.mark.parametrize(
+    ("stated", "trusted", "said"),
+    [
+        (STATED[:2], (), True),
+        (STATED[:2], ("private",), False),
+        (STATED, (), False),
+        ((), (), False),
+    ],
+    ids=["at home", "at home, named", "on the internet, too", "nowhere"],
+)
+def test_who_is_found_only_inside_networks_that_were_not_named_is_said_to_be(
+    stated: tuple[str, ...], trusted: tuple[str, ...], said: bool
+) -> None:
+    async def main() -> str:
+        with pytest.raises(HopLost, match=r"cannot be reached \(nobody answers") as caught:
+            async with channel_to(ports_on(_Dials(), frozenset(trusted)), replace(HOP, addrs=stated), CONTROL):
+                pass
+        return str(caught.value)
+
+    assert ("only addresses inside a network; join through an address there" in run(main, seed=1)) is said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.scopes import dialable_beside, scope_of
+from protocol.scopes import dialable_beside, scope_of, trusted_scopes
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,20 @@ STATED = (LOOPBACK, LINK_LOCAL, PRIVATE, "/dns4/looked.up.example/tcp/1", PUBLIC
 )
 def test_who_only_dials_goes_where_it_has_neighbours(neighbours: tuple[str, ...], dialled: tuple[str, ...]) -> None:
     assert dialable_beside(neighbours, STATED) == dialled
+
+
+@pytest.mark.parametrize(
+    ("given", "private", "dialled"),
+    [
+        ((), False, (PUBLIC,)),
+        (("/ip4/9.9.9.9/tcp/1", "/dns4/looked.up.example/tcp/1"), False, (PUBLIC,)),
+        (("/ip4/9.9.9.9/tcp/1", "/ip4/10.0.0.7/tcp/1"), False, (PRIVATE, PUBLIC)),
+        (("/ip4/127.0.0.1/tcp/1",), False, (PUBLIC,)),
+        (("/ip4/9.9.9.9/tcp/1",), True, (LINK_LOCAL, PRIVATE, PUBLIC)),
+    ],
+    ids=["nothing", "the internet", "at home, too", "one machine", "members"],
+)
+def test_who_joins_over_the_internet_goes_into_networks_that_were_named(
+    given: tuple[str, ...], private: bool, dialled: tuple[str, ...]
+) -> None:
+    assert dialable_beside(("/ip4/9.9.9.9",), STATED, trusted_scopes(given, private)) == dialled
