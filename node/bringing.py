@@ -103,7 +103,7 @@ class Bringing:
         are left."""
         broke = self.client.ports.violations.keys() - where.exclude
         if broke:
-            with suppress(RouteUnavailable, Refused):
+            with suppress(RouteUnavailable, Refused, HopViolation):
                 return await self._run(replace(where, exclude=where.exclude | broke))
         return await self._run(where)
 
@@ -144,6 +144,7 @@ class Bringing:
     ) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
         """Place the model and bring it there, again without whoever declines, as long as there are others. `before`:
         why it was not used where it is."""
+        left_out = len(where.exclude) - (before is not None)  # before this deployment: these do not count
         placement, view = await self._placed(where, before)
         patience = trio.current_time() + RIVALS_S
         while True:
@@ -163,7 +164,7 @@ class Bringing:
                     placement, view = await self._placed(where, again or failure)
                     continue
                 where = _past(where, failure)
-                if len(where.exclude) > LEFT_OUT_MAX:
+                if len(where.exclude) - left_out > LEFT_OUT_MAX:
                     raise
                 placement, view = await self._placed(where, failure)
 

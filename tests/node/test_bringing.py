@@ -1,4 +1,4 @@
-"""Whom a client believes that they hold its deployment."""
+"""Whom a client believes that they hold its deployment, and whom it brings it to past those that broke the protocol."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from typing import Any, cast
 import pytest
 import trio
 
+from client.errors import HopRefused, HopViolation
 from client.placement import Placement, PlaceOptions
 from client.placement.plan import PlannedHop
-from node.bringing import Bringing, BringingHost, DeployOptions
+from client.routing import Route
+from node.bringing import LEFT_OUT_MAX, Bringing, BringingHost, DeployOptions
 from node.sealing import SealedFolder
 from protocol.adverts import HeldSpan
+from protocol.errors import RouteUnavailable
 from protocol.ids import DeploymentId, PeerId
 from simnet.runtime import VirtualClock, run
 from tests.helpers.adverts import advert, peer, view
@@ -106,3 +109,70 @@ def test_who_states_to_hold_a_deployment_is_believed_if_it_was_brought_there(
 
     assert run(main, seed=1) == [used]
     assert (host.measured, folder.peers) == (measured, after)
+
+
+CROWD = view(*[advert()] * (2 * LEFT_OUT_MAX + 3))
+WORKERS = sorted(CROWD.members)
+
+
+class _Crowd(_Host):
+    """A client that sees many workers, holds nothing, and places on the first that is not left out."""
+
+    def __init__(self, broke: int) -> None:
+        super().__init__()
+        self.ports.violations = dict.fromkeys(WORKERS[:broke], 1)
+        self.watch.view = CROWD
+
+    async def discover(self) -> Any:
+        return CROWD
+
+    async def place(self, needs: object, where: PlaceOptions) -> Any:
+        return await self.planned(CROWD, needs, where), CROWD
+
+    async def planned(self, _: object, __: object, where: PlaceOptions) -> Placement:
+        left = [each for each in WORKERS if each not in where.exclude]
+        if not left:
+            raise RouteUnavailable("none left")
+        return Placement((PlannedHop(left[0], 0, 4, 1, 1, 1, 1, 1, 1),), 0)
+
+
+def brought(host: _Crowd, monkeypatch: pytest.MonkeyPatch, *failures: HopRefused | HopViolation) -> list[PeerId]:
+    """Whom the model was to be brought to, in turn: these fail, and all others take it."""
+    asked, failing = list[PeerId](), {failure.peer: failure for failure in failures}
+
+    async def deploy(_: object, route: Route, *__: object) -> tuple[()]:
+        asked.append(route.hops[0].peer)
+        if asked[-1] in failing:
+            raise failing[asked[-1]]
+        return ()
+
+    monkeypatch.setattr("node.bringing.deploy", deploy)
+    bringing = Bringing(
+        cast(BringingHost, host),
+        cast(SealedFolder, _Folder(())),
+        cast(Any, (b"", None)),
+        cast(Any, None),
+        DeployOptions(),
+    )
+    run(lambda: bringing.run(PlaceOptions()), seed=1)
+    return asked
+
+
+@pytest.mark.parametrize("broke", [0, 2, LEFT_OUT_MAX + 2])
+def test_those_that_broke_the_protocol_before_take_none_of_the_trials_of_a_deployment(
+    broke: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declining = WORKERS[broke : broke + LEFT_OUT_MAX]
+    asked = brought(_Crowd(broke), monkeypatch, *(HopRefused(each, "memory") for each in declining))
+    assert asked == WORKERS[broke : broke + LEFT_OUT_MAX + 1]
+    declining = WORKERS[: LEFT_OUT_MAX + 1]
+    with pytest.raises(HopRefused):
+        brought(_Crowd(0), monkeypatch, *(HopRefused(each, "memory") for each in declining))
+
+
+def test_where_all_others_break_the_protocol_too_those_that_did_before_are_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broke = len(WORKERS) - 2
+    asked = brought(_Crowd(broke), monkeypatch, *(HopViolation(each, "Pong came") for each in WORKERS[broke:]))
+    assert asked == [*WORKERS[broke:], WORKERS[0]]
