@@ -24,7 +24,7 @@ from client.page_keys import plain_secret
 from client.placement import ModelNeeds, Placement, PlaceOptions, could_fit, mended, plan, priced
 from client.ports import ClientPorts
 from client.revoking import revoke_everywhere
-from client.routing import Route, choose_route, spans_meet
+from client.routing import Route, choose_route, held_route, spans_meet
 from client.rtts import measure_rtts_ms, worth_asking
 from client.sealing import Sealer
 from client.speculation import Costs
@@ -326,12 +326,14 @@ class Client:
         loaded: Loaded,
         without: frozenset[PeerId],
     ) -> DeployedModel:
-        """The model over a route that is found now, past the workers `without` where there are others. What was leased
-        for the route that is left and the new one has no use for is given up; where there is no new one, it is not."""
+        """The model over a route that is found now, past the workers `without` where there are others: else over those
+        of them that did no worse than break the protocol, and only then over any. What was leased for the route that is
+        left and the new one has no use for is given up; where there is no new one, it is not."""
+        lost = without.difference(self.ports.violations)  # it goes past these others by itself, as far as it can
         try:
-            ready = await deployed(without, loaded)
+            ready = await deployed(lost, loaded)
         except (RouteUnavailable, Refused):
-            if not without:
+            if not lost:
                 raise
             ready = await deployed(frozenset(), loaded)
         self.leases.part(left.deployment, [hop.peer for hop in ready.route.hops])
@@ -344,8 +346,9 @@ class Client:
         without: frozenset[PeerId] = frozenset(),
         loaded: Loaded | None = None,
     ) -> DeployedModel:
-        """The deployment that the options' capability is for, as its owner brought it to workers. Nothing is sealed,
-        sent or leased. Raises InputError (wrong key or model, no capability), CheckpointError, RouteUnavailable."""
+        """The deployment that the options' capability is for, as its owner brought it to workers: past those of
+        `without`, and past those that broke the protocol here where there are others. Nothing is sealed, sent or
+        leased. Raises InputError (wrong key or model, no capability), CheckpointError, RouteUnavailable."""
         token = self.options.capability
         if token is None or Right.USE not in token.capability.rights:
             raise InputError(
@@ -364,7 +367,9 @@ class Client:
         config = checkpoint.config
         view = await self.discover(lambda view: spans_meet(view, deployment, config.num_blocks, without))
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        route = choose_route(view, deployment, config.num_blocks, without, rtts_ms)
+        broke = without.union(self.ports.violations)
+        route = held_route(view, deployment, config.num_blocks, broke, rtts_ms)
+        route = route or choose_route(view, deployment, config.num_blocks, without, rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS)
         source: Sealer | Loaded | None = loaded
         if source is None:

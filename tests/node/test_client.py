@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,6 +30,7 @@ from protocol.swarm import SwarmView
 from simnet.runtime import VirtualClock, run
 from tests.helpers.adverts import advert, peer, view
 from tests.helpers.placing import needs
+from tests.helpers.records import BLOCK
 
 DEPLOYMENT = DeploymentId(b"d" * 16)
 SWARM = view(advert(), advert())
@@ -176,6 +178,55 @@ def test_a_route_is_found_anew_past_the_lost_and_else_among_all_and_leases_stay_
         assert len(parted) == 1
 
     run(main, seed=0)
+
+
+def test_who_only_broke_the_protocol_is_gone_back_to_before_who_was_lost() -> None:
+    asked, left = list[frozenset[PeerId]](), Route(DEPLOYMENT, (Hop(HONEST, (), 0, 4),))
+
+    async def deployed(without: frozenset[PeerId], _: Loaded) -> Any:
+        asked.append(without)
+        if without == {HONEST} and lost_too:
+            raise RouteUnavailable("none left")
+        return SimpleNamespace(route=left)
+
+    owner = Owner()
+    owner.leases = cast("Any", SimpleNamespace(part=lambda *_: None))
+    owner.ports.violations.update([LIAR])
+    again = partial(owner._again, left, deployed, LOADED, frozenset({LIAR, HONEST}))
+    lost_too = False
+    run(again, seed=0)
+    assert asked == [{HONEST}]
+    lost_too = True
+    run(again, seed=0)
+    assert asked[1:] == [{HONEST}, set()]
+
+
+@pytest.mark.parametrize(
+    ("broke", "without", "chosen"),
+    [((), (), LIAR), ((LIAR,), (), HONEST), ((LIAR,), (HONEST,), LIAR), ((LIAR, HONEST), (), LIAR)],
+    ids=["nobody did", "another serves", "the other is lost", "all did"],
+)
+def test_a_guest_goes_past_those_that_broke_the_protocol_where_there_are_others(
+    broke: tuple[PeerId, ...], without: tuple[PeerId, ...], chosen: PeerId
+) -> None:
+    held = (HeldSpan(DEPLOYMENT, 0, 4, 0),)
+    swarm = view(advert(spans=held), advert(spans=held))
+    guest = Owner()
+    guest.discover = cast("Any", lambda enough: _at_once(swarm) if enough(swarm) else _at_once(None))
+    guest.ports.violations.update(broke)
+    capability = SimpleNamespace(rights=(Right.USE,), deployment=DEPLOYMENT)
+    guest.options = cast("Any", SimpleNamespace(capability=SimpleNamespace(capability=capability, key_check="")))
+    guest.options.capability.dtype = "float32"
+    config = SimpleNamespace(num_blocks=4, blocks=(BLOCK,) * 4)
+
+    async def main() -> Any:
+        return await guest.attach(cast("Any", SimpleNamespace(config=config)), None, frozenset(without), LOADED)
+
+    assert [hop.peer for hop in run(main, seed=0).hops] == [chosen]
+
+
+async def _at_once(swarm: SwarmView | None) -> SwarmView | None:
+    return swarm
 
 
 @pytest.mark.parametrize("named", ["f00d", ""])
