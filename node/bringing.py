@@ -99,19 +99,19 @@ class Bringing:
 
     async def run(self, where: PlaceOptions) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
         """A route over workers that lease the model to us, the view that it is from, and what was loaded for it now:
-        past those that broke the protocol here, where there are others. Raises what the last worker said when no others
-        are left."""
+        past those that broke the protocol here, where others are known now. Raises what the last worker said when no
+        others are left."""
         broke = self.client.ports.violations.keys() - where.exclude
         if broke:
             with suppress(RouteUnavailable, Refused, HopViolation):
-                return await self._run(replace(where, exclude=where.exclude | broke))
-        return await self._run(where)
+                return await self._run(replace(where, exclude=where.exclude | broke), waits=False)
+        return await self._run(where, waits=True)
 
-    async def _run(self, where: PlaceOptions) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
+    async def _run(self, where: PlaceOptions, waits: bool) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
         route, view, failure = await self.leased(where)
         if route is not None:
             return route, view, ()
-        return await self._brought(_past(where, failure), failure)
+        return await self._brought(_past(where, failure), failure, waits)
 
     async def leased(self, where: PlaceOptions) -> tuple[Route | None, SwarmView, _Failure | None]:
         """A route over workers that hold the model and lease it to us, None when there is none; the view; and who would
@@ -140,12 +140,15 @@ class Bringing:
         return route, view, None
 
     async def _brought(
-        self, where: PlaceOptions, before: _Failure | None
+        self, where: PlaceOptions, before: _Failure | None, waits: bool
     ) -> tuple[Route, SwarmView, tuple[DeployedHop, ...]]:
         """Place the model and bring it there, again without whoever declines, as long as there are others. `before`:
-        why it was not used where it is."""
+        why it was not used where it is. `waits`: until there are workers enough, if there was nothing before."""
         left_out = len(where.exclude) - (before is not None)  # before this deployment: these do not count
-        placement, view = await self._placed(where, before)
+        if before is None and waits:
+            placement, view = await self.client.place(self.needs, where)
+        else:
+            placement, view = await self._placed(where, before)
         patience = trio.current_time() + RIVALS_S
         while True:
             self.options.on_placement(placement, view)
@@ -169,14 +172,12 @@ class Bringing:
                 placement, view = await self._placed(where, failure)
 
     async def _placed(self, where: PlaceOptions, failure: _Failure | None) -> tuple[Placement, SwarmView]:
-        """As the client does; after a `failure` over workers that it knows, and raised when these are too few."""
-        if failure is None:
-            return await self.client.place(self.needs, where)
+        """Over the workers that the client knows. The `failure` of before is raised when these are too few."""
         view = self.client.watch.view
         try:
             return await self.client.planned(view, self.needs, where), view
-        except RouteUnavailable:
-            raise failure from None
+        except RouteUnavailable as error:
+            raise failure or error from None
 
     async def _sent(self, route: Route, view: SwarmView) -> tuple[DeployedHop, ...]:
         """What the workers of `route` loaded. Raises HopRefused, HopLost, HopViolation."""

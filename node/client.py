@@ -5,7 +5,7 @@ Starts no task: app_client.py does. Sealing runs in a thread; the event loop sta
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -99,13 +99,15 @@ DEPLOY_DEFAULT = DeployOptions()
 
 @dataclass(frozen=True, slots=True)
 class _Priced:
-    """By what a route's prediction goes, and how another route is found. `dtype`: of the blocks."""
+    """By what a route's prediction goes, and how another route is found. `dtype`: of the blocks. `passed`: see
+    Moves."""
 
     view: SwarmView
     needs: ModelNeeds
     where: PlaceOptions
     dtype: str
     again: Callable[[Loaded, frozenset[PeerId]], Awaitable[DeployedModel]]
+    passed: Counter[PeerId]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,10 +282,11 @@ class Client:
         needs, where = ModelNeeds.of_manifest(manifest, options.kv_room), options.where(without)
         bringing = Bringing(self, model.folder, (signed, manifest), needs, options)
         async with self._deployed_alone(manifest.deployment):
+            violations = self.ports.violations.copy()
             route, view, hops = await bringing.run(where)
             source = await trio.to_thread.run_sync(_source_of_ends, model, loaded)
             again = partial(self._again, route, partial(self.deploy, model, options))
-            priced_as = _Priced(view, needs, where, manifest.dtype, again)
+            priced_as = _Priced(view, needs, where, manifest.dtype, again, violations)
             ready = await self._ready(route, hops, model.checkpoint, priced_as, source)
             if loaded is None:  # else it is for requests of before
                 self._parted.discard(manifest.deployment)
@@ -367,15 +370,15 @@ class Client:
         config = checkpoint.config
         view = await self.discover(lambda view: spans_meet(view, deployment, config.num_blocks, without))
         rtts_ms = await self.rtts_ms(member for member, _ in view.holders(deployment))
-        broke = without.union(self.ports.violations)
-        route = held_route(view, deployment, config.num_blocks, broke, rtts_ms)
+        violations = self.ports.violations.copy()
+        route = held_route(view, deployment, config.num_blocks, without.union(violations), rtts_ms)
         route = route or choose_route(view, deployment, config.num_blocks, without, rtts_ms)
         needs = ModelNeeds.of_configs(config.blocks, token.dtype, KV_TOKENS)
         source: Sealer | Loaded | None = loaded
         if source is None:
             source = await trio.to_thread.run_sync(Sealer.open, checkpoint, token.dtype, key, deployment)
         again = partial(self._again, route, partial(self.attach, checkpoint, key))
-        priced_as = _Priced(view, needs, PlaceOptions(), token.dtype, again)
+        priced_as = _Priced(view, needs, PlaceOptions(), token.dtype, again, violations)
         return await self._ready(route, (), checkpoint, priced_as, source)
 
     async def revoke(self, token: Token) -> tuple[list[PeerId], dict[PeerId, str]]:
@@ -439,7 +442,7 @@ class Client:
             guess_costs=Costs(),
             batches=Batches(),
             choosing=self.choosing,
-            moves=Moves(),
+            moves=Moves(priced_as.passed),
         )
 
 

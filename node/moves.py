@@ -32,14 +32,15 @@ Find = Callable[[M], Awaitable[M]]
 
 
 class Moves(Generic[M]):
-    """`newest`: what requests begin with; None before the first move."""
+    """`newest`: what requests begin with; None before the first move. `passed`: violations past which the first route
+    was looked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, passed: Counter[PeerId]) -> None:
         self.newest: M | None = None
         self._moving = trio.Lock()
         self._tries = 0  # at moving, that have ended
         self._failure: SottoError | None = None  # of the newest
-        self._passed = Counter[PeerId]()  # violations by the time when a route without their workers was last found
+        self._passed = passed.copy()  # violations by the time when a route without their workers was last found
 
     def broken(self, route: Route, violations: Counter[PeerId]) -> bool:
         """Has a worker of `route` broken the protocol since a route was last looked for past it?"""

@@ -116,17 +116,20 @@ WORKERS = sorted(CROWD.members)
 
 
 class _Crowd(_Host):
-    """A client that sees many workers, holds nothing, and places on the first that is not left out."""
+    """A client that sees many workers, holds nothing, and places on the first that is not left out. `awaited`:
+    who was left out each time when it would have waited until there are workers enough."""
 
     def __init__(self, broke: int) -> None:
         super().__init__()
         self.ports.violations = dict.fromkeys(WORKERS[:broke], 1)
         self.watch.view = CROWD
+        self.awaited = list[frozenset[PeerId]]()
 
     async def discover(self) -> Any:
         return CROWD
 
     async def place(self, needs: object, where: PlaceOptions) -> Any:
+        self.awaited.append(where.exclude)
         return await self.planned(CROWD, needs, where), CROWD
 
     async def planned(self, _: object, __: object, where: PlaceOptions) -> Placement:
@@ -176,3 +179,12 @@ def test_where_all_others_break_the_protocol_too_those_that_did_before_are_tried
     broke = len(WORKERS) - 2
     asked = brought(_Crowd(broke), monkeypatch, *(HopViolation(each, "Pong came") for each in WORKERS[broke:]))
     assert asked == [*WORKERS[broke:], WORKERS[0]]
+
+
+@pytest.mark.parametrize(("broke", "awaited"), [(0, [set()]), (1, []), (len(WORKERS), [set()])])
+def test_nobody_waits_for_workers_to_come_beside_those_that_broke_the_protocol(
+    broke: int, awaited: list[set[PeerId]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = _Crowd(broke)
+    assert brought(host, monkeypatch) == [WORKERS[broke % len(WORKERS)]]
+    assert host.awaited == awaited

@@ -42,7 +42,9 @@ class Owner(Client):
     """Of a capability that was revoked. The liar is placed on as long as it is not left out."""
 
     def __init__(self, *workers: PeerId) -> None:
-        self.ports = cast("ClientPorts", SimpleNamespace(clock=VirtualClock(), violations=Counter[PeerId]()))
+        self.ports = cast(
+            "ClientPorts", SimpleNamespace(clock=VirtualClock(), entropy=bytes, violations=Counter[PeerId]())
+        )
         self.leases = LeaseKeeper(self.ports)
         self.watch = cast("Any", SimpleNamespace(view=SWARM))
         self.grants = cast("Any", SimpleNamespace(revoked=lambda *_: (bytes(16),)))
@@ -106,14 +108,14 @@ def deploying(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     folder.brought, folder.note_brought = lambda: (), lambda _: None
     model = cast("SealedModel", SimpleNamespace(folder=folder, checkpoint=None, key=None))
 
-    def deployed(*workers: PeerId, broke: tuple[PeerId, ...] = ()) -> list[PeerId]:
+    def deployed(*workers: PeerId, broke: tuple[PeerId, ...] = (), owner: Owner | None = None) -> Any:
         async def main() -> Any:
-            owner = Owner(*workers)
-            owner.ports.violations.update(broke)
-            return await owner.deploy(model, DeployOptions())
+            client = owner or Owner(*workers)
+            client.ports.violations.update(broke)
+            return await client.deploy(model, DeployOptions())
 
-        route = run(main, seed=1)
-        return [*told, *(hop.peer for hop in route.hops)]
+        ready = run(main, seed=1)
+        return ready if owner is not None else [*told, *(hop.peer for hop in ready.hops)]
 
     return deployed
 
@@ -223,6 +225,46 @@ def test_a_guest_goes_past_those_that_broke_the_protocol_where_there_are_others(
         return await guest.attach(cast("Any", SimpleNamespace(config=config)), None, frozenset(without), LOADED)
 
     assert [hop.peer for hop in run(main, seed=0).hops] == [chosen]
+
+
+class Ready(Owner):
+    """Gives the model itself. Whom it deploys on breaks the protocol towards somebody meanwhile, if `meanwhile`."""
+
+    def __init__(self, data_dir: Path, meanwhile: bool) -> None:
+        super().__init__(LIAR)
+        self.options = cast("Any", SimpleNamespace(data_dir=data_dir, draft=None, origin="request"))
+        self.journal = self.choosing = self._driver = cast("Any", None)
+        self._rtts_ms = {}
+        self.meanwhile = meanwhile
+
+    async def discover(self, *_: object) -> SwarmView:
+        self.ports.violations.update([LIAR] * self.meanwhile)
+        self.meanwhile = False
+        return SWARM
+
+    async def _ready(self, *args: Any) -> Any:
+        route, hops, _, priced_as, _ = args
+        priced_as = replace(priced_as, needs=needs(1, 1, 1, 1))
+        checkpoint = cast("Any", SimpleNamespace(name="model", config=None))
+        loaded = Loaded(
+            cast("Any", SimpleNamespace(head=SimpleNamespace(weight_bytes=1))),
+            cast("Any", None),
+            0.0,
+            "plain",
+            b"secret",
+        )
+        return await Client._ready(self, route, hops, checkpoint, priced_as, loaded)
+
+
+@pytest.mark.parametrize("deploying", [False], indirect=True)
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_no_request_looks_again_past_what_its_deployment_was_looked_for_past(
+    meanwhile: bool, deploying: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.bringing.remind", lambda *_: _at_once(None))
+    owner = Ready(tmp_path, meanwhile)
+    model = deploying(owner=owner, broke=(LIAR,))
+    assert model.moves.broken(model.route, owner.ports.violations) is meanwhile
 
 
 async def _at_once(swarm: SwarmView | None) -> SwarmView | None:

@@ -128,7 +128,7 @@ def model(**attributes: object) -> DeployedModel:
         guessing=lambda: guessing,
         recorder=None,
         predicted=predicted(1),
-        moves=Moves[DeployedModel](),
+        moves=Moves[DeployedModel](Counter()),
         tokenizer=SimpleNamespace(vocabulary=dict, stream=lambda: None),
     )
     fake = SimpleNamespace(**known | attributes)

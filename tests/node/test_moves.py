@@ -43,7 +43,7 @@ class Finder:
 
 def test_requests_that_lose_a_worker_together_move_once() -> None:
     async def main() -> None:
-        moves, find, left, went = Moves[OnPeer](), Finder(), OnPeer(A), list[OnPeer]()
+        moves, find, left, went = Moves[OnPeer](Counter()), Finder(), OnPeer(A), list[OnPeer]()
 
         async def move() -> None:
             went.append(await moves.instead_of(left, frozenset({A}), find))
@@ -60,7 +60,7 @@ def test_requests_that_lose_a_worker_together_move_once() -> None:
 
 def test_who_has_lost_the_new_route_too_moves_again() -> None:
     async def main() -> None:
-        moves, find = Moves[OnPeer](), Finder()
+        moves, find = Moves[OnPeer](Counter()), Finder()
         first = await moves.instead_of(OnPeer(A), frozenset({A}), find)
         assert (await moves.instead_of(first, frozenset(), find)).peer == B, "that it failed is enough"
         third = await moves.instead_of(OnPeer(A), frozenset({A, B}), find)
@@ -71,7 +71,7 @@ def test_who_has_lost_the_new_route_too_moves_again() -> None:
 
 def test_requests_that_lose_a_worker_together_hear_together_that_there_is_no_other() -> None:
     async def main() -> None:
-        moves, find, left = Moves[OnPeer](), Finder(failures=1), OnPeer(A)
+        moves, find, left = Moves[OnPeer](Counter()), Finder(failures=1), OnPeer(A)
 
         async def move() -> None:
             with pytest.raises(RouteUnavailable, match="nobody has room"):
@@ -93,7 +93,7 @@ def test_who_waited_goes_where_the_others_went_though_the_lost_worker_is_there_a
         return OnPeer(left.peer)
 
     async def main() -> None:
-        moves, left = Moves[OnPeer](), OnPeer(A)
+        moves, left = Moves[OnPeer](Counter()), OnPeer(A)
 
         async def move() -> None:
             assert (await moves.instead_of(left, frozenset({A}), back)) is moves.newest
@@ -108,7 +108,7 @@ def test_who_waited_goes_where_the_others_went_though_the_lost_worker_is_there_a
 
 def test_who_is_cancelled_while_it_moves_leaves_that_to_the_next() -> None:
     async def main() -> None:
-        moves, find, left = Moves[OnPeer](), Finder(), OnPeer(A)
+        moves, find, left = Moves[OnPeer](Counter()), Finder(), OnPeer(A)
         with trio.move_on_after(0.5):
             await moves.instead_of(left, frozenset({A}), find)
         assert (await moves.instead_of(left, frozenset({A}), find)) is moves.newest
@@ -117,7 +117,7 @@ def test_who_is_cancelled_while_it_moves_leaves_that_to_the_next() -> None:
 
 
 def test_a_route_is_left_once_for_each_violation() -> None:
-    moves, violations = Moves[OnPeer](), Counter({A: 1, B: 2})
+    moves, violations = Moves[OnPeer](Counter()), Counter({A: 1, B: 2})
     assert moves.broken(OnPeer(A).route, violations)
     assert not moves.broken(OnPeer(C).route, violations)
     moves.passed(violations.copy())
@@ -125,3 +125,11 @@ def test_a_route_is_left_once_for_each_violation() -> None:
     violations[A] += 1
     assert moves.broken(OnPeer(A).route, violations)
     assert not moves.broken(OnPeer(B).route, violations)
+
+
+def test_a_violation_before_the_first_route_was_found_moves_nobody() -> None:
+    violations = Counter({A: 1})
+    moves = Moves[OnPeer](violations)
+    assert not moves.broken(OnPeer(A).route, violations)
+    violations[A] += 1
+    assert moves.broken(OnPeer(A).route, violations)
