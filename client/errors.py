@@ -31,10 +31,11 @@ def harmless(text: str) -> str:
 
 
 class HopLost(RouteUnavailable):
-    """A worker that the route needs is gone, or silent for too long."""
+    """A worker that the route needs is gone, or silent for too long. `unless`: when to do something else about it than
+    to use others, and what."""
 
-    def __init__(self, peer: PeerId, what: str) -> None:
-        super().__init__(f"worker {short(peer)} {what}; run again to use those that are left")
+    def __init__(self, peer: PeerId, what: str, unless: str = "") -> None:
+        super().__init__(f"worker {short(peer)} {what}; run again to use those that are left{unless}")
         self.peer = peer
 
 

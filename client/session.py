@@ -406,7 +406,7 @@ class RouteSession:
         late = self._steps.oldest
         if late is not None and (len(self._links) == 1 or self.terms.ticket_returns != "none"):
             peer = self.route.hops[min(late.waiting)].peer
-            return HopLost(peer, f"gave no answer for {seconds:g} s (if {long}, run again {smaller})")
+            return HopLost(peer, f"gave no answer for {seconds:g} s", f", or, if {long}, {smaller}")
         who = ", ".join(short(hop.peer) for hop in self.route.hops)
         return RouteUnavailable(
             f"no answer from the route over workers {who} for {seconds:g} s; run again, and if {long}, {smaller}"
