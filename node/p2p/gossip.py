@@ -155,6 +155,12 @@ class GuardedPubsub(Pubsub):
             log.warning("a gossip message from %s failed: %r", msg_forwarder, error)
         self.router.recent_message_deliveries.clear()  # times of all messages, which only adaptive gossip forgets
 
+    async def validate_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        """What is refused has been seen too, as soon as its signature was found right: the copies of other neighbours
+        are dropped before they cost anything, and are not asked for."""
+        self._mark_msg_seen(msg)
+        await super().validate_msg(msg_forwarder, msg)
+
     async def _handle_new_peer_with_retry(self, peer_id: ID, timeout: float | None = None) -> None:
         """The library gives up for good when a stream was not negotiated in time: a neighbour that was busy then would
         stay deaf and mute for as long as it is connected. The tries are few, for it may not speak gossipsub."""

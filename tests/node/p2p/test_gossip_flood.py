@@ -14,6 +14,7 @@ from node.p2p.allowance import Shared
 from node.p2p.gossip import FORWARDED_PER_S, RECEIVED_BURST, RECEIVED_PER_S, GuardedPubsub
 from simnet import runtime
 from tests.helpers.adverts import peer
+from tests.node.p2p.meshes import TOPIC, two_meshes
 
 SECONDS = 60
 
@@ -83,6 +84,34 @@ def test_who_is_alone_has_all_that_a_neighbour_may_forward():
 def test_what_was_seen_before_is_not_rationed():
     at = {number: f"192.0.2.{number}" for number in range(1, 13)}
     assert sum(taken(at, dict.fromkeys(at, 17.0), seen=True).values()) == pytest.approx(12 * 17.0, rel=0.02)
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_one_message_of_several_neighbours_is_rationed_once(valid, monkeypatch):
+    async def body(a, b):
+        calls, sent = [], []
+
+        def validate(message):
+            calls.append(message.data)
+            return valid
+
+        async def keep(_, message):
+            sent.append(message)
+
+        await a.subscribe(TOPIC, validate)
+        monkeypatch.setattr(b._pubsub, "push_msg", keep)
+        await b.publish(TOPIC, b"new")
+        forged = rpc_pb2.Message()
+        forged.CopyFrom(sent[0])
+        forged.data = b"of its number, to be taken for it"
+        for number, message in enumerate([forged, *5 * sent], start=1):
+            neighbour = ID.from_base58(peer(number))
+            if a._pubsub._admit(neighbour, message):
+                await a._pubsub.push_msg(neighbour, message)
+        assert calls == [b"new"]
+        assert a._pubsub._received._had.total() == 2, "the forged one, and the right one once"
+
+    two_meshes(body)
 
 
 def test_a_newcomer_may_catch_up_at_once():

@@ -51,6 +51,8 @@ def test_the_version_is_the_one_that_was_measured():
         (NetStream, "remove"),
         (Pubsub, "push_msg"),
         (Pubsub, "_is_msg_seen"),
+        (Pubsub, "_mark_msg_seen"),
+        (Pubsub, "validate_msg"),
         (Pubsub, "_handle_dead_peer"),
         (Pubsub, "_handle_new_peer"),
         (Pubsub, "_peer_is_connected"),
