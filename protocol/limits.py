@@ -41,8 +41,9 @@ TICKET_BYTES_MAX = 2 * KIB
 # Gossip. One node saturates at 60-100 messages a second; it should receive at most 6, reports included. Workers keep to
 # that up to 300 of them. In a larger swarm they advertise every ADVERT_INTERVAL_MAX_S all the same, for how many there
 # are is hearsay: who invents thousands must not silence the others. So a node receives 17 a second in an honest swarm
-# of 1,000 (a fifth of a core), and above 1,200 its neighbours' allowance for what they forward begins to cost adverts,
-# of which a worker needs one in three to come through.
+# of 1,000 (a fifth of a core), and more when many leases change. Above 1,200 each neighbour's allowance for what it
+# forwards begins to cost adverts, and above 3,000 that of all together (60 new ones a second), of which a worker needs
+# one in three to come through.
 GOSSIP_BYTES_MAX = 4 * KIB  # any topic; larger RPCs risk the silent loss above 1 MiB and cost every node
 ADVERT_BYTES_MAX = KIB
 ADVERT_RTTS_MAX = 16

@@ -48,7 +48,9 @@ FORWARDED_PER_S = (
     20.0  # three times what a node should receive in all, adverts and reports; a burst of ten seconds' worth passes
 )
 FORWARDED_BURST = 200.0
-RECEIVED_PER_S = 40.0  # new messages of all neighbours: half of a core, and twice what an honest swarm of 1,000 sends
+# New messages of all neighbours, no more than a node can take (protocol/limits.py): a flood costs it most of a core. An
+# honest swarm of 3,000 sends 50 a second, and one each time that a span, a lease or its readiness changes.
+RECEIVED_PER_S = 60.0
 RECEIVED_BURST = 400.0  # who catches up asks a neighbour for 200 at once; half is kept for the others
 TOPICS_PER_NEIGHBOUR = 64  # that it says it follows; foreign nodes may follow topics of their own
 STREAMS_PER_NEIGHBOUR = 4  # it needs one, and one more for a moment when it connects anew

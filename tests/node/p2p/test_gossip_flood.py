@@ -12,6 +12,7 @@ from libp2p.pubsub.pb import rpc_pb2
 
 from node.p2p.allowance import Shared
 from node.p2p.gossip import FORWARDED_PER_S, RECEIVED_BURST, RECEIVED_PER_S, GuardedPubsub
+from protocol.limits import ADVERT_INTERVAL_MAX_S
 from simnet import runtime
 from tests.helpers.adverts import peer
 from tests.node.p2p.meshes import TOPIC, two_meshes
@@ -79,6 +80,12 @@ def test_a_flood_from_many_addresses_leaves_each_other_an_equal_part():
 
 def test_who_is_alone_has_all_that_a_neighbour_may_forward():
     assert taken({1: "192.0.2.1"}, {1: 100.0})[1] == pytest.approx(FORWARDED_PER_S, rel=0.02)
+
+
+def test_an_honest_swarm_of_3000_is_heard_whole():
+    per_s = 1.1 * 3000 / ADVERT_INTERVAL_MAX_S  # and what changes meanwhile
+    at = {number: f"192.0.2.{number}" for number in range(1, 7)}
+    assert sum(taken(at, dict.fromkeys(at, per_s / 6)).values()) == pytest.approx(per_s, rel=0.02)
 
 
 def test_what_was_seen_before_is_not_rationed():
