@@ -14,13 +14,14 @@ import psutil
 SAMPLE_S = 2.0
 BEGIN_S, END_S = 10.0, 60.0
 BUSY_ABOVE, BUSY_BELOW = 0.60, 0.35  # share of all cores that other processes use
-FREE_BELOW, FREE_ABOVE = 0.08, 0.15  # share of memory that other processes leave
+FREE_BELOW, FREE_ABOVE = 0.08, 0.15  # share that is available of the memory beside this process's own
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`others_busy`: cores that other processes use, as a share of all. `memory_free`: share of the memory that they
-    leave, which is what is available and what this process has taken."""
+    """`others_busy`: cores that other processes use, as a share of all. `memory_free`: what they leave of the memory
+    that this process has not taken, as a share of that: large beside a model that fills the machine but for what they
+    need, and small where they need more, for then the machine swaps."""
 
     others_busy: float
     memory_free: float
@@ -60,5 +61,6 @@ class Probe:
         own = self._process.cpu_percent() / 100 / self._cores
         memory, taken = psutil.virtual_memory(), self._process.memory_info()
         # Pages of files, which Linux counts as shared, are available though they are mapped here.
-        left = memory.available + max(0, taken.rss - getattr(taken, "shared", 0))
-        return Sample(max(0.0, total - own), min(1.0, left / memory.total))
+        kept = max(0, taken.rss - getattr(taken, "shared", 0))
+        beside = max(memory.available, memory.total - kept, 1)
+        return Sample(max(0.0, total - own), memory.available / beside)

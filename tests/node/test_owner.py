@@ -200,20 +200,38 @@ def test_the_probe_measures_something() -> None:
 @pytest.mark.parametrize(
     ("taken", "free"),
     [
-        (SimpleNamespace(rss=90, shared=30), 0.65),
-        (SimpleNamespace(rss=90), 0.95),
-        (SimpleNamespace(rss=20, shared=30), 0.05),
+        (SimpleNamespace(rss=90, shared=30), 5 / 40),
+        (SimpleNamespace(rss=90), 5 / 10),
+        (SimpleNamespace(rss=20, shared=30), 5 / 100),
         (SimpleNamespace(rss=120), 1.0),
     ],
     ids=["Linux", "elsewhere", "hardly any", "more than there is"],
 )
-def test_what_a_worker_has_taken_itself_is_not_missing(
+def test_memory_is_measured_beside_what_a_worker_has_taken_itself(
     taken: SimpleNamespace, free: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     probe = Probe()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5, total=100))
     monkeypatch.setattr(psutil.Process, "memory_info", lambda _: taken)
     assert probe.sample().memory_free == free
+
+
+@pytest.mark.parametrize(
+    ("total", "own", "others", "yielding"),
+    [(32, 28, 2, False), (16, 7, 9, True), (16, 5, 10.5, True), (16, 7, 2, False), (16, 0, 15, True)],
+    ids=["a model fills the machine", "others need the rest", "and it swaps", "room for all", "nothing is loaded"],
+)
+def test_a_worker_stands_down_for_the_memory_of_others_and_not_for_its_own(
+    total: float, own: float, others: float, yielding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, pressure = Probe(), Pressure()
+    memory = SimpleNamespace(available=total - own - others, total=total)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil.Process, "memory_info", lambda _: SimpleNamespace(rss=own))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda: 0.0)
+    for now in (0.0, BEGIN_S):
+        pressure.feed(probe.sample(), now)
+    assert pressure.yielding is yielding
 
 
 def test_quotas_as_written() -> None:
