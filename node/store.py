@@ -158,10 +158,12 @@ class DiskStore:
         await _thread(work)
 
     async def forget_span(self, deployment: DeploymentId) -> None:
-        await _thread(lambda: self._spans.forget(deployment))
+        with _refusing():
+            await _thread(lambda: self._spans.forget(deployment))
 
     async def saved_spans(self) -> tuple[tuple[DeploymentId, bytes], ...]:
-        return await _thread(self._spans.saved)
+        with _refusing():
+            return await _thread(self._spans.saved)
 
     def _make_room(self, pieces: PieceList, keep: Collection[ShardDigest]) -> _Part:
         """Reserve the shard's whole size by a file of that size, evicting others for it. Raises OSError, Refused."""

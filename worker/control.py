@@ -206,7 +206,10 @@ class Control:
 
         What is restored is leased by nobody: a cache, which the next client with the right finds in the advert.
         """
-        self._saved.update(await self.ports.store.saved_spans())
+        try:
+            self._saved.update(await self.ports.store.saved_spans())
+        except Refused as refused:  # they may be read when it starts again
+            log.warning("the spans of an earlier run are not loaded", extra={"error": str(refused)})
         for deployment in list(self._saved):
             async with self._alone(deployment):
                 if deployment not in self._saved:
@@ -220,7 +223,7 @@ class Control:
                         log.warning("a span of an earlier run is not loaded", extra={"error": str(error)})
                         continue
                     log.warning("a span of an earlier run is forgotten", extra={"error": str(error)})
-                    await self._forget_saved(deployment)
+                    await self._try_to_forget(deployment)
 
     async def _restore(self, request: SpanRequest) -> None:
         if request.deployment in self.house.spans.leases or not self.house.spans.fits(request):
@@ -247,8 +250,15 @@ class Control:
         return self._saved_owners[deployment]
 
     async def _forget_saved(self, deployment: DeploymentId) -> None:
-        self._saved.pop(deployment, None)
+        """Raises Refused(DISK), and then the span may still come back when the worker starts again."""
         await self.ports.store.forget_span(deployment)
+        self._saved.pop(deployment, None)
+
+    async def _try_to_forget(self, deployment: DeploymentId) -> None:
+        try:
+            await self._forget_saved(deployment)
+        except Refused as refused:
+            log.warning("a span cannot be forgotten", extra={"error": str(refused)})
 
     async def _release_saved(self, message: ReleaseSpan, peer: PeerId) -> None:
         """Forget a span of an earlier run before it is loaded again, if it is the peer's to forget. Raises Refused."""
@@ -324,7 +334,7 @@ class Control:
 
     async def _unload(self, deployment: DeploymentId) -> None:
         await self.ports.compute.unload(deployment)
-        await self._forget_saved(deployment)
+        await self._try_to_forget(deployment)  # its memory is free all the same
 
     @asynccontextmanager
     async def _alone(self, name: DeploymentId | PeerId) -> AsyncIterator[None]:

@@ -148,6 +148,24 @@ def test_a_full_or_failing_disk_is_a_refusal(
     on_disk(tmp_path, body)
 
 
+def test_a_disk_that_forgets_or_tells_no_spans_is_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    async def body(store: DiskStore) -> None:
+        await store.save_span(DEPLOYMENTS[0], b"span")
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", fails)
+            patch.setattr(Path, "iterdir", fails)
+            for call in (store.forget_span(DEPLOYMENTS[0]), store.saved_spans()):
+                with pytest.raises(Refused, match="Read-only") as refused:
+                    await call
+                assert refused.value.reason == RefusalReason.DISK
+        assert await store.saved_spans() == ((DEPLOYMENTS[0], b"span"),)
+
+    on_disk(tmp_path, body)
+
+
 def test_a_disk_that_fills_up_in_the_middle_of_a_piece(tmp_path: Path) -> None:
     """A real ENOSPC: a file size limit of the process would be another error."""
     if not Path("/dev/full").exists():

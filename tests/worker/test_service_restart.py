@@ -22,6 +22,7 @@ from protocol.messages import (
 )
 from protocol.ports import LoadedSpan, SpanSpec
 from simnet.compute import CostModel, ToyCompute
+from simnet.store import MemoryStore
 from tests.helpers.rights import SERIAL, capability, reason
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, Swarm, in_swarm, lease_of, make_manifest
 from worker.admission import SpanLease, SpanLedger
@@ -220,6 +221,50 @@ def test_what_finds_no_room_again_is_its_owners_to_forget() -> None:
             assert set(store.spans) == {deployments[0], evicting}
 
     in_swarm(1, test, memory_bytes=4 * BLOCK_BYTES + 1, kv_memory_bytes=1)
+
+
+async def disk_fails(*_: object) -> None:
+    raise Refused(RefusalReason.DISK, "read-only")
+
+
+def test_a_disk_that_forgets_no_span_keeps_none_from_being_loaded_again_or_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def test(swarm: Swarm) -> None:
+        good = await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        bad = await swarm.client.deploy(swarm.workers[0], 2, 0, 2, b"X" * 16)
+        store = swarm.workers[0].store
+        store.spans[bad] = store.spans[bad][:-1]
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryStore, "forget_span", disk_fails)
+            worker = await swarm.restart(0)
+            await trio.sleep(5)
+            assert [held.deployment for held in worker.service.herald._held()] == [good]
+            for _ in range(2):
+                assert reason(await swarm.client.ask(worker, ReleaseSpan(bad, True, b""))) == RefusalReason.DISK
+            assert await swarm.client.ask(worker, ReleaseSpan(good, True, b"")) == SpanReleased()
+            assert not worker.service.house.spans.leases
+            assert not worker.compute.spans
+        assert await swarm.client.ask(worker, ReleaseSpan(bad, True, b"")) == SpanReleased()
+        assert list(store.spans) == [good], "the disk kept it"
+
+    in_swarm(1, test)
+
+
+def test_a_disk_that_does_not_tell_what_was_loaded_keeps_nothing_from_being_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(swarm: Swarm) -> None:
+        await swarm.client.deploy(swarm.workers[0], 2, 0, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryStore, "saved_spans", disk_fails)
+            worker = await swarm.restart(0)
+            await trio.sleep(5)
+        assert not worker.service.herald._held()
+        assert "the spans of an earlier run are not loaded" in caplog.text
+        await swarm.client.deploy(worker, 2, 0, 2)
+
+    in_swarm(1, test)
 
 
 @pytest.mark.parametrize("damage", ["record", "wrong name", "shard garbled", "shard gone", "engine refuses"])
