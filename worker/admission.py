@@ -85,7 +85,11 @@ class SpanLedger:
     @property
     def owner_bytes(self) -> int:
         """How much the deployments of one owner that are in use may take."""
-        return int(self.owner_share * self.memory_bytes)
+        return self.owner_part(self.memory_bytes)
+
+    def owner_part(self, nbytes: int) -> int:
+        """How much of `nbytes` of any memory is for one owner."""
+        return int(self.owner_share * nbytes)
 
     @property
     def used_bytes(self) -> int:

@@ -119,7 +119,7 @@ class Herald:
         life_s = limits.ADVERT_LIFE_INTERVALS * interval_s
         pinged = self.config.identity.ranked(self._rtts)[: limits.ADVERT_RTTS_MAX]
         rtts = [Rtt(peer_tag(peer), self._rtts[peer][0]) for peer in pinged]
-        spans = self._held()
+        spans, pool = self._held(), self.house.pool
         while True:
             advert = Advert(
                 sequence=self._sequence,
@@ -128,7 +128,7 @@ class Herald:
                 addrs=self.ports.transport.addrs[: limits.ADDRS_MAX],
                 memory_bytes=self.config.memory_bytes,
                 memory_free_bytes=self.house.spans.available_bytes,
-                kv_free_bytes=self.house.pool.free_bytes,
+                kv_free_bytes=min(pool.free_bytes, self.house.spans.owner_part(pool.capacity_bytes)),
                 disk_free_bytes=self.house.spans.available_disk_bytes,
                 speeds=self.config.speeds,
                 spans=tuple(spans),

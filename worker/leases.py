@@ -58,7 +58,7 @@ class LeaseBook:
     def require(self, request: SpanRequest, holder: PeerId, kv_bytes: int) -> None:
         """Raises Refused(KV_MEMORY) unless a lease of `holder` on the deployment could set `kv_bytes` aside: of what is
         free, and of what all leases on its owner's deployments may."""
-        share, key = int(self.spans.owner_share * self.pool.capacity_bytes), (request.deployment, holder)
+        share, key = self.spans.owner_part(self.pool.capacity_bytes), (request.deployment, holder)
         own = [span for span in self.spans.leases.values() if span.request.owner == request.owner]
         keys = {(span.request.deployment, each) for span in own for each in span.holders} - {key}
         excess = sum(map(self.pool.set_aside_bytes, keys)) + kv_bytes - share

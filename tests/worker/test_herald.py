@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 
+import pytest
 import trio
 
 from protocol import limits
@@ -17,6 +18,7 @@ from protocol.messages import ReleaseSpan
 from simnet.runtime import VirtualClock, run
 from tests.helpers.adverts import advert, peer
 from tests.helpers.workers import BLOCK_BYTES, DEPLOYMENT, QUEUE_BYTES, Swarm, identity, in_swarm
+from worker.config import Quotas
 from worker.herald import GAP_S, PING_S, RTT_ROUND_S, Herald
 
 
@@ -46,6 +48,18 @@ async def connect(swarm: Swarm) -> None:
     await swarm.client.endpoint.connect(f"{first.endpoint.addrs[0]}/p2p/{first.peer}")
     for worker in swarm.workers[1:]:
         await worker.endpoint.connect(f"{first.endpoint.addrs[0]}/p2p/{first.peer}")
+
+
+@pytest.mark.parametrize(("taken", "offered"), [(0, 1 << 17), (3 << 16, 1 << 16)])
+def test_no_more_kv_memory_is_offered_than_one_owner_may_have(taken: int, offered: int) -> None:
+    async def test(swarm: Swarm) -> None:
+        (worker,) = swarm.workers
+        await connect(swarm)
+        worker.service.house.pool.set_aside((DEPLOYMENT, peer(1)), taken)
+        (*_, last) = await listen(swarm, 5)
+        assert last.advert.kv_free_bytes == offered
+
+    in_swarm(1, test, quotas=Quotas(owner_memory_share=0.5))
 
 
 def test_adverts_reach_all_at_the_swarms_interval_and_rise() -> None:
