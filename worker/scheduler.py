@@ -1,15 +1,15 @@
 """Which rows run in the next forward: continuous batching with chunked prefill, as plain bookkeeping.
 
-One forward serves one deployment, or one job that runs alone. Deployments take turns by the time that they were
-charged (time_shares.py); within one, the jobs that run together and each client whose jobs run alone take turns.
-Steps of a few rows (decoding, speculation) always go first, all that fit, and where they do not, those of the client
-whose last one was taken first; what room is left goes to long steps (prefill), a chunk each, and clients take turns at
-having the first of it. So a long prompt slows nobody down by more than one chunk, and one client's steps do not keep
-another's waiting. Short steps of a client that wants micro-batches go a part at a time: a pipeline whose requests all
-wait at one hop leaves the others idle, and they never part by themselves. Of steps that share no reading of weights
-with others each forward has one, and they take turns as long ones do: a forward is not to be interrupted, and many of
-them would take as long as many forwards. What a job of several forwards has computed is kept until its last rows are:
-so few of them are under way, and the others wait until they end.
+One forward serves one deployment, or one job that runs alone. Deployments take turns by the time that they were charged
+(time_shares.py); within one, the jobs that run together and each client whose jobs run alone take turns. Steps of a few
+rows (decoding, speculation) always go first, all that fit, and where they do not, one of each client before anybody's
+second, first of the client whose last one was taken first; what room is left goes to long steps (prefill), a chunk
+each, and clients take turns at having the first of it. So a long prompt slows nobody down by more than one chunk, and
+one client's steps do not keep another's waiting. Short steps of a client that wants micro-batches go a part at a time:
+a pipeline whose requests all wait at one hop leaves the others idle, and they never part by themselves. Of steps that
+share no reading of weights with others each forward has one, and they take turns as long ones do: a forward is not to
+be interrupted, and many of them would take as long as many forwards. What a job of several forwards has computed is
+kept until its last rows are: so few of them are under way, and the others wait until they end.
 
 Invariant: every job that was added is taken in the end, its rows in order and each once. The parts of a forward that
 its jobs fill come to no more than one forward. What is kept is bounded for each deployment. No torch, no clock.
@@ -234,17 +234,18 @@ class Scheduler(Generic[J]):
                 unused.use(job.rows_left, full)
         crowd = unused.rows < self.rows_per_forward // PROMPT_SHARE or unused.space < 1 / PROMPT_SHARE
         if crowd:
-            short.sort(key=self._short_turn_of)
+            short = self._in_turns(short)
         long.sort(key=self._turn_of)  # stable, so first come, first served
         if long and deployment in self._passed_over:
             self._passed_over.discard(deployment)
             if first := self._long(long, room, begun):
                 return first
         taken, crowded = self._short(short, room, bool(long))
-        if crowd:
-            self._note_short(taken)
         # Short steps that found no room come last: the share is for prompts.
         others = self._long([*long, *sorted(crowded, key=self._turn_of)], room, begun)
+        if crowd:
+            late = {id(job) for job, _ in crowded}
+            self._note_short([*taken, *(each for each in others if id(each[0]) in late)])
         if long and not others:
             self._passed_over.add(deployment)
         return taken + others
@@ -297,8 +298,13 @@ class Scheduler(Generic[J]):
     def _turn_of(self, each: tuple[J, int]) -> int:
         return self._turns.get(_client_of(each[0]), 0)
 
-    def _short_turn_of(self, each: tuple[J, int]) -> int:
-        return self._short_turns.get(_client_of(each[0]), 0)
+    def _in_turns(self, short: list[tuple[J, int]]) -> list[tuple[J, int]]:
+        """The first step of each client, then the second of each, and so on."""
+        before, places = Counter[str](), list[tuple[int, int, int]]()
+        for at, (job, _) in enumerate(short):
+            places.append((before[job.client], self._short_turns.get(_client_of(job), 0), at))
+            before[job.client] += 1
+        return [short[at] for _, _, at in sorted(places)]
 
 
 def _queue_of(job: Job) -> Queue:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,16 +109,44 @@ def test_one_clients_guesses_do_not_keep_anothers_decodes_waiting() -> None:
                 scheduler.add(FakeJob(b"a", "greedy", 16))
         served.append(sum(job.client == "modest" for job, _ in taken))
         assert sum(rows for _, rows in taken) > 240, "the rest is not wasted"
-    assert served == [0, 2] + [1] * 18
+    assert served == [1] * 20
 
 
-def test_of_two_clients_with_more_short_steps_than_fit_each_has_every_other_forward() -> None:
+def test_many_clients_guesses_do_not_keep_anothers_decodes_waiting() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    for client in "abcd":
+        for _ in range(16):
+            scheduler.add(FakeJob(b"a", client, 16))
+    for _ in range(20):
+        scheduler.add(FakeJob(b"a", "modest", 1))
+        taken = run(scheduler)
+        clients = Counter(job.client for job, _ in taken if not job.rows_left)
+        assert clients.pop("modest") == 1
+        assert set(clients) == set("abcd"), "each has its part"
+        assert max(clients.values()) - min(clients.values()) <= 1
+        for client, count in clients.items():
+            for _ in range(count):
+                scheduler.add(FakeJob(b"a", client, 16))
+
+
+def test_of_more_clients_than_fit_each_has_as_many_turns() -> None:
     scheduler: Scheduler[FakeJob] = Scheduler(64)
-    waiting = [FakeJob(b"a", client, 16) for client in ("x", "y") for _ in range(40)]
-    for job in waiting:
-        scheduler.add(job)
-    order = [{job.client for job, _ in run(scheduler)} for _ in range(6)]
-    assert order == [{"x"}, {"y"}] * 3
+    names = [f"client {number}" for number in range(6)]
+    for client in names:
+        for _ in range(40):
+            scheduler.add(FakeJob(b"a", client, 16))
+    had = Counter(job.client for _ in range(30) for job, _ in run(scheduler))
+    assert had == dict.fromkeys(names, 20)
+
+
+def test_who_gets_what_prompts_leave_has_had_a_turn() -> None:
+    scheduler: Scheduler[FakeJob] = Scheduler(64)
+    for client in "abcd":
+        for _ in range(10):
+            scheduler.add(FakeJob(b"a", client, 15))
+    scheduler.add(FakeJob(b"a", "prompt", 4, own_product=True))
+    had = [[job.client for job, _ in run(scheduler)] for _ in range(2)]
+    assert had == [["a", "b", "c", "prompt", "d"], ["a", "b", "c", "d", "a"]]
 
 
 def test_clients_take_turns_at_going_first() -> None:
