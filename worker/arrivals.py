@@ -2,8 +2,9 @@
 
 A frame has up to 33 MiB, and a peer up to 64 streams. Invariant: unfinished frames take at most PEER_BYTES_MAX of one
 peer and ARRIVING_BYTES_MAX of all, and none stays unfinished for longer than FRAME_S. Those of which at most
-SMALL_BYTES are here are counted apart, and take at most SMALL_BYTES_MAX: none of them is refused, but the one that has
-been unfinished for longest is cut. So a crowd of strangers does not keep anybody's decoding waiting. No clock, no task.
+SMALL_BYTES are here are counted apart, and take at most SMALL_BYTES_MAX: none of them is refused, but of the peer that
+has most the one that has been unfinished for longest is cut. So a crowd of strangers does not keep anybody's decoding
+waiting. No clock, no task.
 """
 
 from __future__ import annotations
@@ -79,8 +80,19 @@ class Arrivals:
         ):
             raise Refused(RefusalReason.MEMORY, "more large messages at a time than this worker takes in")
         self._change(arrival, size)
+        if self.small > SMALL_BYTES_MAX:
+            self._cut_small()
+
+    def _cut_small(self) -> None:
+        """What is unfinished for longest may be an honest one that is slow, where others begin theirs anew: so whoever
+        has most pays. Of those that have as much it is who has the oldest."""
+        held = Counter[PeerId]()
+        for each in self._small:
+            held[each.peer] += each.size
         while self.small > SMALL_BYTES_MAX:
-            oldest = next(iter(self._small))
+            most = max(held, key=held.__getitem__)
+            oldest = next(each for each in self._small if each.peer == most)
+            held[most] -= oldest.size
             self._open[oldest]()
             self._change(oldest, 0)  # it goes with its stream's task, which may take a moment
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 import trio
 
@@ -64,6 +66,30 @@ def test_of_too_many_small_frames_the_one_that_is_unfinished_for_longest_is_cut(
     for each in crowd:
         each.__exit__(None, None, None)
     assert (arrivals.small, arrivals.total) == (0, 0)
+
+
+def test_whoever_has_most_small_frames_pays_for_too_many_and_not_who_is_slow():
+    arrivals, cut, per_peer = Arrivals(lambda: 0.0), [], 64
+    with ExitStack() as crowd:
+
+        def begun(peer: str):
+            weigh = crowd.enter_context(arrivals.of(PeerId(peer), lambda: cut.append(peer)))
+            weigh(SMALL_BYTES)
+            return weigh
+
+        begun("a slow hop")
+        crowds = [begun(f"stranger {i % 9}") for i in range(SMALL_BYTES_MAX // SMALL_BYTES - 1)]
+        for weigh in crowds:
+            weigh(0)  # it ends, and another begins
+            weigh(SMALL_BYTES)
+        assert cut == []
+        begun("an honest client")
+        assert len(cut) == 1
+        for i in range(9 * per_peer - len(crowds)):
+            begun(f"stranger {i % 9}")
+        assert arrivals.small == SMALL_BYTES_MAX
+        assert len(cut) == 9 * per_peer - len(crowds) + 1
+        assert {peer.partition(" ")[0] for peer in cut} == {"stranger"}
 
 
 @pytest.mark.parametrize("size", [1, SMALL_BYTES])
