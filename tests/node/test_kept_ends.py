@@ -62,6 +62,8 @@ def test_they_are_folded_once(tmp_path: Path, model: Path, folds: list[Sealer], 
     assert torch.equal(first.embedding, again.embedding)
     assert torch.equal(first.head, again.head)
     fresh = sealer_of(model, dtype)
+    fresh.ends(again)
+    assert len(folds) == 1, "what was kept is used"
     hidden = torch.randn(3, fresh.checkpoint.config.hidden_size)
     assert torch.equal(fresh.ends(again).logits(hidden), fresh.ends().logits(hidden))
     assert torch.equal(fresh.ends(again).embed([1, 2]), fresh.ends().embed([1, 2]))

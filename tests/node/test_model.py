@@ -285,6 +285,13 @@ def test_a_chat_whose_answer_was_dropped_takes_the_next_turn_at_once(monkeypatch
     run(main, seed=0)
 
 
+@pytest.mark.parametrize(("running", "beside"), [(0, 1), (1, 1), (5, 5)])
+def test_guesses_are_weighed_by_all_requests_under_way(running: int, beside: int) -> None:
+    recorder = SimpleNamespace(journal=SimpleNamespace(running=running))
+    guessing = DeployedModel.guessing(model(recorder=recorder, draft=None, guess_costs=Costs()))
+    assert guessing.beside() == beside
+
+
 def kept(_opener: object, terms: KeptTerms, _violations: object) -> None:
     raise Asked(terms.notice)
 
