@@ -243,31 +243,43 @@ class Generation:
             begin()
 
     async def _outcome(self, answer: Payload, drafts: tuple[int, ...], position: int) -> _Outcome:
-        chosen, following = list[int](), tuple[int, ...]()
+        speculation, chosen, following = self._host.speculation, list[int](), tuple[int, ...]()
+        # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
+        apart = speculation is not None and speculation.draft is not None
 
         def choose(logits: Iterable[Tensor]) -> tuple[int, ...]:
             nonlocal following
             chosen.extend(self._choose(logits, drafts, position))
-            following = self._following(chosen)
+            if speculation is not None and not apart:
+                speculation.came(chosen)
+            if not apart:
+                following = self._next(chosen)
             return following
 
         hidden = to_tensor(answer)[-1 - len(drafts) :]
         embedded = await self._head_batches.join(hidden, choose)
+        if speculation is not None and apart:
+            speculation.came(chosen)
+            asks = speculation.asks(self._room(chosen))
+            following = await self._host.run_sync(partial(self._next, chosen)) if asks else self._next(chosen)
+            embedded = self._head_batches.embed(following) if following else None
         if embedded is None:
             return _Outcome(chosen, (), None)
         return _Outcome(chosen, following[1:], self._payload(embedded))
 
-    def _following(self, chosen: list[int]) -> tuple[int, ...]:
+    def _next(self, chosen: list[int]) -> tuple[int, ...]:
         """The next step after the tokens that were chosen now: the last one and guesses; () at the end."""
         speculation = self._host.speculation
-        if speculation is not None:
-            speculation.came(chosen)
-        if chosen[-1] in self._params.stop_ids or len(self.ids) + len(chosen) == self._params.max_new_tokens:
+        if chosen[-1] in self._params.stop_ids or self._room(chosen) < 0:
             return ()
         if speculation is None:
             return (chosen[-1],)
-        # The last token is never computed: a guess at it would be in vain, and might not fit into the KV.
-        return (chosen[-1], *speculation.next(self._params.max_new_tokens - len(self.ids) - len(chosen) - 1))
+        return (chosen[-1], *speculation.next(self._room(chosen)))
+
+    def _room(self, chosen: list[int]) -> int:
+        """For guesses, after these tokens. The last token is never computed: a guess at it would be in vain, and might
+        not fit into the KV."""
+        return self._params.max_new_tokens - len(self.ids) - len(chosen) - 1
 
     def _choose(self, rows: Iterable[Tensor], drafts: tuple[int, ...], position: int) -> list[int]:
         """The tokens for `position` and what follows, from logits, as far as `drafts` hold: one at least."""

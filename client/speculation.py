@@ -35,6 +35,7 @@ STEPS_REMEMBERED = 7  # whose median counts: one that waited for a stranger's wo
 SLOWER_MAX = 0.05  # of the time that a request takes without guesses, for those that fail
 PROBE_SHARE = 0.01  # of the time, for trying guesses that do not pay; a request's first may take SLOWER_MAX
 ROW_SHARE_CHEAP = 0.1  # of a step's time: what a row might cost when it is tried again
+AGREEMENT_MEMORY = 0.98  # weight of the past for each guess of a draft model: about the last fifty count
 READ_TOKENS = 32  # a draft model reads so many at once, and looks up whether the answer has come
 
 
@@ -117,6 +118,25 @@ class _Kind:
     def note(self, held: int, failed: bool) -> None:
         self.held = MEMORY * self.held + held
         self.seen = MEMORY * self.seen + held + failed
+
+
+@dataclass(slots=True)
+class Agreement:
+    """How often guesses of a draft model hold, over the requests of a model: what is known before the next one."""
+
+    _held: float = 0.0
+    _seen: float = 0.0
+
+    @property
+    def rate(self) -> float | None:
+        """Of single guesses, 0 to 1; None before there was one."""
+        return self._held / self._seen if self._seen else None
+
+    def note(self, held: int, failed: bool) -> None:
+        """So many guesses in a row held, and the next one did not, or there was none."""
+        past = AGREEMENT_MEMORY ** (held + failed)
+        self._held = past * self._held + held
+        self._seen = past * self._seen + held + failed
 
 
 @dataclass(slots=True)
@@ -204,11 +224,8 @@ class Pace:
 
     def came(self, guess: Guess, ids: Sequence[int]) -> None:
         """`ids` came where `guess` was made, whether or not it was sent."""
-        if not guess.ids or not ids:
-            return
-        pairs = list(zip(guess.ids, ids, strict=False))
-        held = next((index for index, (guessed, came) in enumerate(pairs) if guessed != came), len(pairs))
-        self._kind(guess.kind).note(held, failed=held < len(pairs))
+        if guess.ids and ids:
+            self._kind(guess.kind).note(*_held(guess, ids))
 
     def prefilled(self, rows: int, seconds: float) -> None:
         """A prompt of `rows` rows took so long: what a row costs is believed from that until guesses say it."""
@@ -243,6 +260,13 @@ class Pace:
         return self._kinds.setdefault(kind, _Kind())
 
 
+def _held(guess: Guess, ids: Sequence[int]) -> tuple[int, bool]:
+    """How many guesses held of those where `ids` came, and whether the one after them failed."""
+    pairs = list(zip(guess.ids, ids, strict=False))
+    held = next((index for index, (guessed, came) in enumerate(pairs) if guessed != came), len(pairs))
+    return held, held < len(pairs)
+
+
 def _latest(seen: tuple[float, ...], now: float) -> tuple[float, ...]:
     return (*seen, now)[-STEPS_REMEMBERED:]
 
@@ -269,8 +293,8 @@ class Speculation:
     """One request's guesses: `begin` with the prompt, then `came` and `next` for each answer.
 
     Of a lookup and a draft model the one with the higher predicted gain is sent. `now` gives monotonic seconds, by
-    which the draft model's cost is measured, `beside` how many requests are under way. `drafted` counts the guesses
-    that were sent, `accepted` those that held.
+    which the draft model's cost is measured, `beside` how many requests are under way. `agreement` is told how the
+    draft model's guesses did. `drafted` counts the guesses that were sent, `accepted` those that held.
     """
 
     lookup: Proposer | None = None
@@ -278,6 +302,7 @@ class Speculation:
     pace: Pace = field(default_factory=Pace)
     now: Callable[[], float] = _no_time
     beside: Callable[[], int] = _alone
+    agreement: Agreement = field(default_factory=Agreement)
     drafted: int = 0
     accepted: int = 0
     _made: tuple[Guess, ...] = ()
@@ -310,6 +335,8 @@ class Speculation:
         """These tokens came: the guesses that held, and one more."""
         for guess in self._made:
             self.pace.came(guess, ids)
+            if guess.kind == DRAFT and guess.ids and ids:
+                self.agreement.note(*_held(guess, ids))
         self.accepted += len(ids) - 1
         self._lost_s -= (len(ids) - 1) * (self.pace.step_s or 0.0)
         for proposer in self._proposers:
@@ -330,17 +357,19 @@ class Speculation:
 
     def next(self, room: int) -> tuple[int, ...]:
         """The guesses to send after what came last, at most `room`; none before a step without any was measured."""
-        room, self._probing = max(0, min(room, self.pace.drafts_max)), False
-        looked = self.lookup.guess(room) if self.lookup else NO_GUESS
-        affordable = min(len(looked.ids), self._affordable(self._row_s))
-        count, gain = self.pace.best(looked.kind, affordable, beside=self.beside())
-        drafted = self._draft(room, gain)
+        looked, count, gain = self._looked(room)
+        asked, self._probing = self._asked(room, gain)
+        drafted = self._drafted(asked)
         self._made = (looked, drafted)
         sent = drafted.ids or looked.ids[:count] or self._probe(looked)
         if sent:
             self.drafted += len(sent)
             self._sent_at_s = self._time_s
         return sent
+
+    def asks(self, room: int) -> bool:
+        """Whether `next` would have the draft model guess, which takes a while."""
+        return self._asked(room, self._looked(room)[2])[0] > 0
 
     def readable(self, wait_s: float) -> int:
         """How many tokens the draft model can read in `wait_s` seconds of waiting; 0 when it keeps up anyway."""
@@ -355,17 +384,33 @@ class Speculation:
             self.draft.read(tokens)
             self._read_s = _mean(self._read_s, (self.now() - started) / tokens)
 
-    def _draft(self, room: int, gain_else: float) -> Guess:
-        """The draft model's guesses, when they promise more than `gain_else`."""
+    def _looked(self, room: int) -> tuple[Guess, int, float]:
+        """What lookup finds, how many of that to send, and the predicted gain."""
+        looked = self.lookup.guess(self._within(room)) if self.lookup else NO_GUESS
+        affordable = min(len(looked.ids), self._affordable(self._row_s))
+        return looked, *self.pace.best(looked.kind, affordable, beside=self.beside())
+
+    def _asked(self, room: int, gain_else: float) -> tuple[int, bool]:
+        """How many guesses to ask the draft model for, which must promise more than `gain_else`, and whether that is to
+        see how it does."""
+        room = self._within(room)
         if self.draft is None or not room or self._lags:
-            return NO_GUESS
+            return 0, False
         guess_s = self.draft.guess_s if self._guess_s is None else self._guess_s
         cost_s = guess_s + self._row_s
         count, gain = self.pace.best(DRAFT, min(room, self._affordable(cost_s)), guess_s, self.beside())
-        if gain <= gain_else:
-            if gain_else > 1.0 or not self._may_probe(cost_s, self._drafted_at_s):
-                return NO_GUESS
-            count, self._probing = 1, True
+        if gain > gain_else:
+            return count, False
+        probes = gain_else <= 1.0 and self._may_probe(cost_s, self._drafted_at_s)
+        return int(probes), probes
+
+    def _within(self, room: int) -> int:
+        return max(0, min(room, self.pace.drafts_max))
+
+    def _drafted(self, count: int) -> Guess:
+        """So many of the draft model's guesses."""
+        if self.draft is None or not count:
+            return NO_GUESS
         started = self.now()
         guess = self.draft.guess(count)
         took_s = self.now() - started

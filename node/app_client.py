@@ -117,6 +117,7 @@ async def _joined(options: ClientOptions, who: _Who) -> AsyncIterator[Client]:
                     nursery.start_soon(client.journal.run)
                     if options.advised:
                         nursery.start_soon(client.choosing.prepare, partial(client.journal.newest, REPLAYED_MAX))
+                        nursery.start_soon(client.drafts.run)
                     if client.sharing is not None:
                         nursery.start_soon(client.sharing.tell_on)
                         nursery.start_soon(client.sharing.keep)

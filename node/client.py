@@ -36,7 +36,7 @@ from models.tokenizer import Tokenizer
 from node.bringing import Bringing, DeployOptions
 from node.choosing import Choosing, shipped_ranking
 from node.defaults import KV_TOKENS
-from node.draft import Draft
+from node.draft import Draft, Opening
 from node.grants import Grants, Token
 from node.kept_ends import folded_ends
 from node.links import Inflow, note_links, read_links
@@ -142,6 +142,7 @@ class Client:
         self.journal = Journal(history_file(options.data_dir) if wanted() else None)
         ranking = shipped_ranking() if options.advised else RANKING
         self.choosing = Choosing(ports.entropy, ports.clock, Chooser(ranking=ranking))
+        self.drafts = Opening()
         self._owner = owner
         self.sharing = self._sharing() if options.share_records else None
         self._driver = driver
@@ -197,12 +198,17 @@ class Client:
         the owner chose otherwise."""
         token = self.options.capability
         if token is None:
-            return await self.deploy(await self.seal(checkpoint, dtype or DEFAULT.weights, key, progress), options)
-        if dtype not in (None, token.dtype):
+            sealed = await self.seal(checkpoint, dtype or DEFAULT.weights, key, progress)
+            model = await self.deploy(sealed, options)
+        elif dtype not in (None, token.dtype):
             raise InputError(f"the owner of a deployment chooses its weights, here {token.dtype}: leave the dtype out")
-        if options.hops_min > 1:
+        elif options.hops_min > 1:
             raise InputError("the owner of a deployment chooses how many workers hold it: leave workers out")
-        return await self.attach(checkpoint, key)
+        else:
+            model = await self.attach(checkpoint, key)
+        if self.options.advised:
+            self.drafts.soon(model.draft)
+        return model
 
     async def seal(
         self, model: Checkpoint, dtype: str, key: RootKey | None, progress: Progress = lambda *_: None

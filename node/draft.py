@@ -6,6 +6,8 @@ process and is never sealed or sent. A model with another tokenizer is refused: 
 
 from __future__ import annotations
 
+import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -16,14 +18,17 @@ import torch
 import trio
 
 from client.draft import DraftModel
-from client.speculation import Costs, Pace, PromptLookup, Speculation
+from client.speculation import Agreement, Costs, Pace, PromptLookup, Speculation
 from models.checkpoint import Checkpoint
+from models.errors import ModelError
 from models.local import LocalModel
 from models.sampling import SamplingParams
 from models.tokenizer import Tokenizer
 from protocol.errors import InputError
 from protocol.ports import Clock
 from protocol.strategy import Strategy
+
+log = logging.getLogger("sotto.client")
 
 FOLDER = "draft"
 _MEASURED_STEPS = 3
@@ -41,10 +46,11 @@ class OpenDraft:
 @dataclass(slots=True)
 class Draft:
     """`given`: a folder or a hub id, None to look beside the checkpoint. Made on the event loop, whose number of
-    threads no draft model changes."""
+    threads no draft model changes. `agreement`: how often its guesses held, in all requests of the model."""
 
     checkpoint: Checkpoint
     given: str | None = None
+    agreement: Agreement = field(default_factory=Agreement)
     _opened: OpenDraft | None = None
     _usual_threads: int = field(default_factory=torch.get_num_threads)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -63,6 +69,16 @@ class Draft:
     def found(self) -> bool:
         """Whether there is one, by its place alone: `open` may still refuse it."""
         return self.given is not None or self._beside() is not None
+
+    @property
+    def ready(self) -> OpenDraft | None:
+        """The draft model, when it was opened."""
+        return self._opened
+
+    @property
+    def guess_us(self) -> float | None:
+        """What a guess takes here; None before it was opened."""
+        return None if self._opened is None else round(1e6 * self._opened.guess_s, 1)
 
     def place(self) -> str | Path:
         """What the user named, or the folder beside. Raises InputError when there is neither."""
@@ -91,6 +107,27 @@ class Draft:
             )
 
 
+class Opening:
+    """Opens the draft models of a client's deployments before requests choose them: the first one to use it would else
+    wait for that, and teach that guesses are slow."""
+
+    def __init__(self) -> None:
+        self._send, self._receive = trio.open_memory_channel[Draft](math.inf)
+
+    def soon(self, draft: Draft) -> None:
+        """While `run` runs; where there is one, and it was not opened yet."""
+        if draft.found and draft.ready is None:
+            self._send.send_nowait(draft)
+
+    async def run(self) -> None:
+        """Until it is cancelled. What cannot be opened is never chosen."""
+        async for draft in self._receive:
+            try:
+                await trio.to_thread.run_sync(draft.open, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
+            except (InputError, ModelError) as error:
+                log.warning("requests for %s go without a draft model: %s", draft.checkpoint.name, error)
+
+
 @dataclass(slots=True)
 class Guessing:
     """What guesses at a request's tokens, put together as the user wants it; how many pay is client/speculation.py's.
@@ -116,13 +153,17 @@ class Guessing:
         drafter = await self._draft_model() if strategy.speculation == "draft" else None
         if drafter is not None:
             drafter.sampling = sampling
-        return Speculation(PromptLookup(), drafter, self._pace, self.clock.monotonic, self.beside)
+        return Speculation(PromptLookup(), drafter, self._pace, self.clock.monotonic, self.beside, self.draft.agreement)
 
     async def _draft_model(self) -> DraftModel:
         if self._drafter is None:
-            opened = await trio.to_thread.run_sync(self.draft.open, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; whoever comes next waits for it
+            opened = self.draft.ready or await self._opened()
             self._drafter = DraftModel(opened.model, self.vocab_size, opened.guess_s, opened.usual_threads)
         return self._drafter
+
+    async def _opened(self) -> OpenDraft:
+        """Whoever comes next waits for it."""
+        return await trio.to_thread.run_sync(self.draft.open, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
 
 
 def _guess_s(model: LocalModel, usual_threads: int) -> float:

@@ -70,6 +70,10 @@ MIGRATIONS = (
     "ALTER TABLE records ADD COLUMN measured_losses INTEGER;",
     "CREATE INDEX by_time ON records (at_ms, id);",
     "ALTER TABLE records ADD COLUMN measured_kv_bytes INTEGER;",
+    """
+    ALTER TABLE records ADD COLUMN task_guess_us REAL;
+    ALTER TABLE records ADD COLUMN task_agreement REAL;
+    """,
 )
 
 

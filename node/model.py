@@ -252,15 +252,20 @@ class DeployedModel:
         wish = (ask.max_new_tokens, ask.sampling.temperature, ask.objective, ask.exact)
         recorder = self.recorder
         task = recorder.task(ids, *wish)
-        task = replace(task, concurrency=max(task.concurrency, ask.concurrency))
+        task = replace(
+            task,
+            concurrency=max(task.concurrency, ask.concurrency),
+            guess_us=self.draft.guess_us,
+            agreement=self.draft.agreement.rate,
+        )
+        named = None if isinstance(ask.strategy, Auto) else ask.strategy
         facts = Facts(
             hops=len(self.route.hops),
             exact=ask.exact,
             deployed=self.dtype,
-            draft_model=self.draft.found,
+            draft_model=self.draft.found if named is not None else self.draft.ready is not None,
             missing=MISSING,
         )
-        named = None if isinstance(ask.strategy, Auto) else ask.strategy
         if named is not None and facts.hops == 1 and self.has_moved:  # there were more when it was named
             named = replace(named, micro_batches=0)
         reason = infeasible(named or self.default_strategy, facts)
@@ -314,8 +319,7 @@ class DeployedModel:
     async def host(self, ask: Ask, strategy: Strategy, guessing: Guessing) -> GenerationHost:
         """What one generation needs. Raises InputError, ModelError when there is no draft model that fits."""
         speculation = await guessing.of(strategy, ask.sampling)
-        # A draft model is slow, and kept for the next request: other requests neither wait for it nor run it.
-        batches = None if strategy.speculation == "draft" else self.head_batches
+        batches = self.head_batches
         if strategy.deterministic:
             batches = HeadBatches(self.ends, in_thread, apart=True)
         return GenerationHost(self.ports.clock, in_thread, self.ports.observer, speculation, ask.choose, batches)

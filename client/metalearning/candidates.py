@@ -21,6 +21,8 @@ CANDIDATES: tuple[str, ...] = (
     "speculation=lookup",
     "wire=int8",
     "speculation=lookup,wire=int8",
+    "speculation=draft",  # beside lookup, where there is a draft model
+    "speculation=draft,wire=int8",
 )
 RANKING = (DEFAULT, "speculation=lookup")  # before there are records: what loses nothing and seldom costs
 

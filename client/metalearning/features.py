@@ -87,6 +87,12 @@ class TaskFeatures:
     temperature: Annotated[float, About("", "of sampling; 0 is greedy")]
     objective: Annotated[str, About("", "what the user wants of it: latency, throughput or cost")]
     exact: Annotated[bool, About("", "a strategy that loses precision was ruled out")]
+    guess_us: Annotated[
+        float | None, About("us", "one guess of the draft model, by a measurement here; empty while none was opened")
+    ] = None
+    agreement: Annotated[
+        float | None, About("", "share of the draft model's guesses that held in earlier requests, 0 to 1")
+    ] = None
 
 
 def model_features(config: ModelConfig, dtype: str | None) -> ModelFeatures:

@@ -117,8 +117,8 @@ class RequestOptions:
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Let a smaller model with the same tokenizer guess at tokens, instead of choosing; the answer is the "
-            "same."
+            help="Let a smaller model with the same tokenizer guess at tokens; with --strategy auto, where that is "
+            "expected to pay. The answer is the same."
         ),
     ] = None
     kv_tokens: Annotated[
@@ -150,8 +150,8 @@ class RequestOptions:
             raise InputError(str(error)) from None
         if self.budget is not None and not isinstance(strategy, Auto):
             raise InputError(
-                "a budget is kept by choosing among strategies: leave it out, or use --strategy auto, without --draft "
-                "and --deterministic"
+                "a budget is kept by choosing among strategies: leave it out, or use --strategy auto, without "
+                "--deterministic"
             )
         stops = tuple(self.stop or ())
         StopStrings(stops)  # refuses what no text can be searched for
@@ -199,15 +199,15 @@ class RequestOptions:
             expect_tokens=self.expect_tokens,
             chooses=isinstance(ask.strategy, Auto),
         )
-        if not isinstance(ask.strategy, Auto) and ask.strategy.speculation == "draft":
+        if self.draft or (not isinstance(ask.strategy, Auto) and ask.strategy.speculation == "draft"):
             Checkpoint.open(Draft(open_model(self.model), self.draft).place())  # before a model is brought to workers
         return where
 
     def strategy_and_weights(self) -> tuple[Strategy | Auto, str | None]:
         """The strategy, or how to choose one, and the weights to seal: None to have them chosen. --dtype says these
         unless the strategy does, or the owner of the deployment that the capability is for. Without --strategy it is
-        chosen, but who names a draft model wants it to guess, and who wants it deterministic the default so: no records
-        say when these pay. Raises InputError."""
+        chosen, but who names a draft model wants it to guess, and who wants it deterministic the default so. Raises
+        InputError."""
         from node.model import MISSING
         from protocol import limits
         from protocol.errors import InputError
@@ -228,8 +228,11 @@ class RequestOptions:
         chosen = parse_choice(text, base)
         weights: str | None
         if isinstance(chosen, Auto):
-            if draft or deterministic:
-                raise InputError(_no_choice(text, "--draft" if draft else "--deterministic"))
+            if deterministic:
+                raise InputError(
+                    f"--deterministic is not among what {text} chooses from: leave out --strategy, and it is used, or "
+                    "leave out --deterministic"
+                )
             weights = named if chosen.lossy and not exact else base.weights
         else:
             weights = chosen.weights
@@ -251,13 +254,6 @@ class RequestOptions:
             if reason is not None:
                 raise InputError(reason)
         return chosen, weights
-
-
-def _no_choice(text: str, flag: str) -> str:
-    return (
-        f"{flag} is not among what {text} chooses from, for there are no records of it: leave out --strategy, and it "
-        f"is used, or leave out {flag}"
-    )
 
 
 def _owners_dtype(capability: str, dtype: str | None) -> str:

@@ -239,7 +239,7 @@ def test_a_second_user_in_one_process_keeps_the_locks_of_the_first(path: Path) -
 def test_a_file_of_the_first_schema_keeps_its_rows(path: Path) -> None:
     """What it had no column for is nothing."""
     later = {"why", "price_per_hour", "budget", "predicted_answer_token_s", "predicted_spread"}
-    later |= {"measured_preemptions", "measured_losses", "measured_kv_bytes"}
+    later |= {"measured_preemptions", "measured_losses", "measured_kv_bytes", "task_guess_us", "task_agreement"}
     row = {name: value for name, value in to_row(numbered(1)).items() if name not in later}
     path.parent.mkdir()
     with sqlite3.connect(path) as db:

@@ -19,7 +19,7 @@ from client.errors import HopLost
 from client.generate import GenerationHost
 from client.kept import KeptTerms, Opened, OpenedSession, Opening
 from client.session import SessionTerms
-from client.speculation import Costs
+from client.speculation import Agreement, Costs
 from models.chat_template import ChatTemplate
 from models.checkpoint import Checkpoint
 from models.sampling import SamplingParams
@@ -246,7 +246,7 @@ def test_a_chat_whose_turn_has_not_ended_takes_no_other(monkeypatch: pytest.Monk
 
 def test_who_is_interrupted_does_not_wait_for_a_draft_model() -> None:
     left, waited = threading.Event(), list[bool]()
-    draft = SimpleNamespace(open=lambda: waited.append(left.wait(10)))
+    draft = SimpleNamespace(ready=None, open=lambda: waited.append(left.wait(10)))
 
     async def main() -> None:
         with trio.move_on_after(1):
@@ -473,7 +473,7 @@ def alone(has_moved: bool = False) -> DeployedModel:
     return model(
         route=SimpleNamespace(hops=(None,)),
         recorder=SimpleNamespace(task=lambda *_: RECORD.task),
-        draft=SimpleNamespace(found=False),
+        draft=SimpleNamespace(found=False, ready=None, guess_us=None, agreement=Agreement()),
         default_strategy=Strategy(),
         has_moved=has_moved,
     )

@@ -81,7 +81,7 @@ def test_requests_that_take_too_long_are_an_error_of_the_tree(monkeypatch: pytes
 
     monkeypatch.setattr(cell, "measure", never)
     config, recorder = SimpleNamespace(vocab_size=8_000, max_position=2048), SimpleNamespace(journal=Journal(None))
-    model: Any = SimpleNamespace(config=config, recorder=recorder)
+    model: Any = SimpleNamespace(config=config, recorder=recorder, draft=SimpleNamespace(ready=None))
     given = Live(tmp_path, tmp_path)
     with pytest.raises(SottoError, match="wire=int8 took more than 240 s"):
         trio.run(

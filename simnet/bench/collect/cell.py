@@ -110,7 +110,7 @@ def features(model: DeployedModel, cell: Cell, drawn: Drawn) -> dict[str, Any]:
     return {
         "model": asdict(model_features(model.config, model.dtype)),
         "route": asdict(model.recorder.route()),
-        "task": asdict(known_before(drawn, cell.context.task)),
+        "task": asdict(replace(known_before(drawn, cell.context.task), guess_us=model.draft.guess_us)),
     }
 
 

@@ -4,8 +4,8 @@ A context is a model, a route and a task. Models and routes are few and named, s
 are drawn anew for each context. The design:
 
   * every (model, route) pair has contexts, more of them where a run is short;
-  * the numbers of a task (concurrency, prompt length, shared share, repetition, objective) are a Latin hypercube over
-    all contexts: each has its full range, and none goes with another by accident;
+  * the numbers of a task (concurrency, prompt length, shared share, repetition, objective, what a draft model would
+    say) are a Latin hypercube over all contexts: each has its full range, and none goes with another by accident;
   * prompt lengths are those of a chat service (the quantiles in workloads.py), made shorter by the same factor for all;
   * what would take a small machine minutes is made smaller, first in prompt length, then in concurrency.
 
@@ -34,6 +34,7 @@ CONTEXTS, RUNS = 240, 2
 NOISE_CONTEXTS, NOISE_RUNS = 30, 6
 
 Objective = Literal["latency", "throughput"]
+DraftName = Literal["draft", "target"]  # of the demo's two models
 
 # Sizes from a phone's to what two cores decode at reading speed; every family; heads, widths and depths that differ.
 # None: the trained model of the demo.
@@ -44,6 +45,15 @@ MODELS: dict[str, RandomModel | None] = {
     "qwen3-31m": RandomModel(512, 1376, 8, 8, 4, vocab_size=8_000, family="qwen3"),
     "mistral-54m": RandomModel(640, 1728, 10, 10, 2, vocab_size=8_000, family="mistral"),
     "llama-105m": RandomModel(768, 2048, 12, 12, 4, vocab_size=32_000),
+}
+# What drafts for each: the trained models of the demo, whose tokenizer all have. A tenth of the model's size or less.
+DRAFTS: dict[str, DraftName] = {
+    "demo-5m": "draft",
+    "qwen2-10m": "draft",
+    "llama-19m": "draft",
+    "qwen3-31m": "draft",
+    "mistral-54m": "target",
+    "llama-105m": "target",
 }
 
 
@@ -68,18 +78,22 @@ ROUTES: dict[str, RoutePoint] = {
     "far-1": RoutePoint(1, 300, 10, 1),
 }
 
-STRATEGIES = CANDIDATES  # None of it; each acceleration alone; all that lose nothing; guesses; 8-bit activations
+# None of it; each acceleration alone; all that lose nothing; guesses by lookup and by a draft model; 8-bit activations
+STRATEGIES = CANDIDATES
 
 CONCURRENCIES = (1, 1, 2, 4, 8, 16, 32)
 SHARED = (0.0, 0.0, 0.5, 0.9)
 REPETITION = (0.0, 0.5, 0.9)  # of the answer's tokens: the share that copies the prompt in order
+AGREEMENT = (0.0, 0.3, 0.6, 0.8, 0.9)  # of its other tokens: the share that the draft model would say
+AGREEMENT_KNOWN = 0.75  # of the contexts, in which the client has seen earlier answers
 PROMPT_SCALE, PROMPT_MIN, PROMPT_MAX = 0.2, 16, 768
 FLOP_MAX = 2e11  # of one cell: a few seconds on two cores
 
 
 @dataclass(frozen=True, slots=True)
 class TaskPoint:
-    """`requests` all there at once, `concurrency` of them under way. Lengths in tokens, the mean of a cell's."""
+    """`requests` all there at once, `concurrency` of them under way. Lengths in tokens, the mean of a cell's.
+    `agreement_known`: the client has seen how often the draft model's guesses hold."""
 
     concurrency: int
     requests: int
@@ -88,6 +102,8 @@ class TaskPoint:
     repetition: float
     objective: Objective
     exact: bool
+    agreement: float = 0.0
+    agreement_known: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +162,7 @@ def cells(made: list[Context]) -> Iterator[Cell]:
 
 def digest(made: list[Context]) -> str:
     """Of the contexts and strategies: a table of results names the grid that it was made from."""
-    text = repr(([asdict(context) for context in made], STRATEGIES, NEW_TOKENS))
+    text = repr(([asdict(context) for context in made], STRATEGIES, DRAFTS, NEW_TOKENS))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -170,11 +186,12 @@ def _tasks(count: int, rng: random.Random) -> list[TaskPoint]:
         rng.shuffle(levels)
         return levels
 
-    columns = [column() for _ in range(6)]
+    columns = [column() for _ in range(8)]
     return [_task(*row) for row in zip(*columns, strict=True)]
 
 
-def _task(busy: float, long: float, shared: float, copied: float, aim: float, exact: float) -> TaskPoint:
+def _task(*levels: float) -> TaskPoint:
+    busy, long, shared, copied, aim, exact, agreed, known = levels
     concurrency = CONCURRENCIES[int(busy * len(CONCURRENCIES))]
     prompt = round(PROMPT_SCALE * between(PROMPT_QUANTILES, long))
     return TaskPoint(
@@ -185,6 +202,8 @@ def _task(busy: float, long: float, shared: float, copied: float, aim: float, ex
         repetition=REPETITION[int(copied * len(REPETITION))],
         objective="latency" if aim < 0.5 else "throughput",
         exact=exact < 0.5,
+        agreement=AGREEMENT[int(agreed * len(AGREEMENT))],
+        agreement_known=known < AGREEMENT_KNOWN,
     )
 
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import trio
 
+from client.draft import DraftModel
 from client.placement.needs import whole_pages
 from models.checkpoint import Checkpoint
 from models.config import ModelConfig
@@ -29,16 +30,16 @@ from node.bringing import DeployOptions
 from node.client import ClientOptions
 from node.groups import ungrouped
 from node.keys import default_key
-from node.model import DeployedModel
+from node.model import DeployedModel, in_thread
 from protocol.errors import InputError, RouteUnavailable, SottoError
 from simnet import cluster
 from simnet.bench.collect import cell as cells
 from simnet.bench.collect import store
-from simnet.bench.collect.design import Design, checkpoint, shape
+from simnet.bench.collect.design import Design, checkpoint, draft, shape
 from simnet.bench.collect.estimate import hours_left, per_minute
 from simnet.bench.collect.grid import Cell
 from simnet.bench.collect.store import Origin, Store
-from simnet.bench.collect.tasks import Room, draw
+from simnet.bench.collect.tasks import Drawn, Room, draw
 from simnet.bench.hear import Hear
 from simnet.shape import Shape, Wiring
 
@@ -172,7 +173,7 @@ class _Collection:
         left = "" if hours is None else f"; {hours:.1f} h left"
         self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}{left}")
         pids = tuple(process.pid for process in net.processes)
-        found = await cells.run(model, each, draw(each, room(model.config, self.options.design)), pids)
+        found = await cells.run(model, each, drawn(model, each, self.options.design), pids)
         ended = time.monotonic()
         times = {"at_ms": at_ms, "seconds": round(ended - began, 3), "setup_s": round(began - self._mark, 3)}
         block, number, strategy = each.key
@@ -194,10 +195,14 @@ async def deployed(options: Options, net: cluster.Cluster, here: list[Cell]) -> 
     path = checkpoint(options.folder / "models", name, options.design.models[name], options.tokenizer_from)
     await cluster.reshaped(net, shape(point, limited=False))
     with ungrouped():
-        async with open_client(ClientOptions(folder, (net.bootstrap,), origin="bench")) as client:
+        drafts = draft(options.design.drafts.get(name), options.tokenizer_from)
+        asked = ClientOptions(folder, (net.bootstrap,), origin="bench", draft=str(drafts) if drafts else None)
+        async with open_client(asked) as client:
             opened = Checkpoint.open(path)
             wanted = _wanted(here, point.hops, room(opened.config, options.design))
             model = await client.bring(opened, "float32", default_key(folder), wanted)
+            if drafts is not None:
+                await in_thread(model.draft.open)
             if len(model.route.hops) != point.hops:
                 raise RouteUnavailable(f"the route has {len(model.route.hops)} hops instead of {point.hops}")
             await cluster.reshaped(net, shape(point))
@@ -221,6 +226,15 @@ def workers(options: Options, route: str) -> AbstractContextManager[cluster.Clus
 def room(config: ModelConfig, design: Design) -> Room:
     """What a request of `design` has room for in a model."""
     return Room(config.vocab_size, config.max_position, design.new_tokens)
+
+
+def drawn(model: DeployedModel, cell: Cell, design: Design) -> Drawn:
+    """The requests of `cell`, in tokens that both the model and its draft model, if it was opened, have."""
+    space, opened = room(model.config, design), model.draft.ready
+    if opened is None:
+        return draw(cell, space)
+    known = min(space.vocabulary, opened.model.config.vocab_size)
+    return draw(cell, replace(space, vocabulary=known), DraftModel(opened.model, known, opened.guess_s))
 
 
 def _wanted(here: list[Cell], hops: int, space: Room) -> DeployOptions:

@@ -158,14 +158,15 @@ def workload(task: TaskPoint) -> str:
 
 
 def allowed(strategy: str, *, exact: bool) -> bool:
-    """Whether a request of the collection, over float32 blocks, may be given `strategy`."""
-    return infeasible(parse(strategy), Facts(exact=exact, deployed="float32")) is None
+    """Whether a request of the collection, over float32 blocks and with a draft model, may be given `strategy`."""
+    return infeasible(parse(strategy), Facts(exact=exact, deployed="float32", draft_model=True)) is None
 
 
 def _design(context: Context, design: Design) -> dict[str, Any]:
     route, task = design.routes[context.route], asdict(context.task)
     points = {"rtt_ms": route.rtt_ms, "mbit_s": route.mbit_s}
-    points |= {name: task[name] for name in ("requests", "prompt_tokens", "shared_share", "repetition")}
+    named = ("requests", "prompt_tokens", "shared_share", "repetition", "agreement")
+    points |= {name: task[name] for name in named}
     return {f"design_{name}": value for name, value in points.items()}
 
 

@@ -9,30 +9,37 @@ A text copies itself as it goes on: a stretch of it is new, or one that stood ea
 order for the share of its tokens that the context says; the prompt copies itself for half of that to all of it, so
 that what a client can see of a prompt says something of the answer, and not everything.
 
-Pure: the same cell gives the same requests everywhere.
+Of what an answer does not copy, the context's share is what the draft model says there, and all else is new. So its
+guesses hold as often as those of a draft model that agrees with its large one so often, and cost what they cost.
+Whether the client knows how often that is, the context says: then it is what held in an earlier answer of this kind.
+
+The same cell, and the same draft model, give the same requests everywhere.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from client.metalearning.features import PrefixMemory, TaskFeatures, repetition
-from simnet.bench.collect.grid import NEW_TOKENS, SEED, Cell, TaskPoint
+from client.speculation import NO_GUESS, Guess, Proposer
+from simnet.bench.collect.grid import NEW_TOKENS, SEED, Cell, Context, TaskPoint
 from simnet.bench.workloads import FIRST_ID, Request, Workload
 
-METHOD = 2  # how runs are made and what the strategies mean: a change here makes them another table's
+METHOD = 3  # how runs are made and what the strategies mean: a change here makes them another table's
 STRETCH_TOKENS = (4, 24)  # of a prompt, new or copied
 TURN_TOKENS = 16  # of an answer: some of them new, then the rest copied
 LENGTHS = (0.75, 1.25)  # of a prompt's own part, beside their mean
 LEADER_TOKENS = 16  # of the first request's own part
+EARLIER_TOKENS = 32  # of the answer by which a client knows how often guesses hold
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """What a model has room for: ids below `vocabulary`, and a request's tokens, `new_tokens` of them its answer's."""
+    """What a model has room for: ids below `vocabulary`, its tokenizer's, and a request's tokens, `new_tokens` of them
+    its answer's."""
 
     vocabulary: int
     context_tokens: int
@@ -41,10 +48,11 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """`leader` is served before the clock starts."""
+    """`leader` is served before the clock starts. `agreement`: what the client knows of its draft model's guesses."""
 
     leader: Request
     work: Workload
+    agreement: float | None = None
 
     @property
     def longest_tokens(self) -> int:
@@ -52,8 +60,8 @@ class Drawn:
         return max(len(each.prompt) + each.new_tokens for each in (self.leader, *self.work.requests))
 
 
-def draw(cell: Cell, room: Room) -> Drawn:
-    """The requests of `cell`; prompts that would not fit are cut."""
+def draw(cell: Cell, room: Room, draft: Proposer | None = None) -> Drawn:
+    """The requests of `cell`; prompts that would not fit are cut. Without `draft` all is new that is not copied."""
     task = cell.context.task
     rng = random.Random(f"{SEED} {cell.context.number} {cell.block}")
     new = _new_ids(room.vocabulary, f"{SEED} {cell.key}")
@@ -64,9 +72,9 @@ def draw(cell: Cell, room: Room) -> Drawn:
     for own in _lengths(rng, task, task.prompt_tokens - prefix_tokens):
         copied = task.repetition * rng.uniform(0.5, 1.0)
         prompt = (*prefix, *_text(rng, new, own, copied, prefix))[: room.context_tokens - room.new_tokens]
-        answer = _answer(rng, new, prompt, task.repetition, room.new_tokens)
+        answer = _answer(rng, new, prompt, task, room.new_tokens, draft)
         requests.append(Request(0.0, prompt, room.new_tokens, answer))
-    return Drawn(leader, Workload(cell.context.name, "built-in", tuple(requests)))
+    return Drawn(leader, Workload(cell.context.name, "built-in", tuple(requests)), _agreement(cell.context))
 
 
 def known_before(drawn: Drawn, task: TaskPoint) -> TaskFeatures:
@@ -83,7 +91,16 @@ def known_before(drawn: Drawn, task: TaskPoint) -> TaskFeatures:
         temperature=0.0,
         objective=task.objective,
         exact=task.exact,
+        agreement=drawn.agreement,
     )
+
+
+def _agreement(context: Context) -> float | None:
+    """The share of an earlier answer's tokens that were what the draft model would say; None for a client that has seen
+    none."""
+    task, rng = context.task, random.Random(f"{SEED} {context.number} agreement")
+    held = sum(rng.random() < task.agreement for _ in range(EARLIER_TOKENS))
+    return held / EARLIER_TOKENS if task.agreement_known else None
 
 
 def _new_ids(vocabulary: int, key: str) -> Iterator[int]:
@@ -116,10 +133,36 @@ def _text(
 
 
 def _answer(
-    rng: random.Random, new: Iterator[int], prompt: tuple[int, ...], copied: float, tokens: int
+    rng: random.Random,
+    new: Iterator[int],
+    prompt: tuple[int, ...],
+    task: TaskPoint,
+    tokens: int,
+    draft: Proposer | None,
 ) -> tuple[int, ...]:
-    """The prompt from somewhere on, with the share 1 - `copied` of it replaced, a few tokens in each turn."""
-    start, replaced = rng.randrange(len(prompt)), round(TURN_TOKENS * (1 - copied))
-    return tuple(
-        next(new) if at % TURN_TOKENS < replaced else prompt[(start + at) % len(prompt)] for at in range(tokens)
-    )
+    """The prompt from somewhere on, with some of it replaced, a few tokens in each turn, as the task says."""
+    start, replaced = rng.randrange(len(prompt)), round(TURN_TOKENS * (1 - task.repetition))
+    draft = draft or _Silent()
+    draft.begin(prompt)
+    ids = list[int]()
+    for at in range(tokens):
+        if at % TURN_TOKENS >= replaced:
+            ids.append(prompt[(start + at) % len(prompt)])
+        else:
+            said = draft.guess(1).ids if rng.random() < task.agreement else ()
+            ids.append(said[0] if said else next(new))
+        draft.extend(ids[-1:])
+    return tuple(ids)
+
+
+class _Silent:
+    """A draft model that says nothing."""
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        pass
+
+    def extend(self, ids: Sequence[int]) -> None:
+        pass
+
+    def guess(self, count: int) -> Guess:
+        return NO_GUESS

@@ -35,10 +35,9 @@ from protocol.strategy import Auto, parse
 from simnet import cluster
 from simnet.bench.collect import cell as cells
 from simnet.bench.collect.design import Design
-from simnet.bench.collect.grid import NEW_TOKENS, Cell, Context, RoutePoint, TaskPoint
-from simnet.bench.collect.run import WORKER, Options, deployed, room, workers
+from simnet.bench.collect.grid import NEW_TOKENS, Cell, Context, DraftName, RoutePoint, TaskPoint
+from simnet.bench.collect.run import WORKER, Options, deployed, drawn, workers
 from simnet.bench.collect.table import allowed, cost
-from simnet.bench.collect.tasks import draw
 from simnet.bench.hear import Hear
 from simnet.bench.paired import Ratio, Rounds, student_95
 from simnet.random_model import RandomModel
@@ -62,12 +61,13 @@ ROUTES: Mapping[str, RoutePoint] = {
     "homes-3": RoutePoint(3, 40, 12, 1),
 }
 WORKLOADS: Mapping[str, tuple[str, str, TaskPoint]] = {
-    "chat": ("qwen2-24m", "region-3", TaskPoint(2, 3, 180, 0.5, 0.2, "latency", exact=True)),
-    "agents": ("llama-15m", "office-2", TaskPoint(6, 6, 320, 0.8, 0.3, "throughput", exact=False)),
-    "editing": ("qwen2-24m", "overseas-2", TaskPoint(1, 2, 260, 0.0, 0.8, "latency", exact=True)),
-    "batch": ("llama-15m", "desk-1", TaskPoint(12, 12, 70, 0.0, 0.0, "throughput", exact=False)),
-    "narrow": ("mistral-40m", "homes-3", TaskPoint(1, 2, 350, 0.3, 0.4, "latency", exact=False)),
+    "chat": ("qwen2-24m", "region-3", TaskPoint(2, 3, 180, 0.5, 0.2, "latency", exact=True, agreement=0.7)),
+    "agents": ("llama-15m", "office-2", TaskPoint(6, 6, 320, 0.8, 0.3, "throughput", exact=False, agreement=0.5)),
+    "editing": ("qwen2-24m", "overseas-2", TaskPoint(1, 2, 260, 0.0, 0.8, "latency", exact=True, agreement=0.4)),
+    "batch": ("llama-15m", "desk-1", TaskPoint(12, 12, 70, 0.0, 0.0, "throughput", exact=False, agreement=0.6)),
+    "narrow": ("mistral-40m", "homes-3", TaskPoint(1, 2, 350, 0.3, 0.4, "latency", exact=False, agreement=0.6)),
 }
+DRAFTS: Mapping[str, DraftName] = {"llama-15m": "draft", "qwen2-24m": "draft", "mistral-40m": "target"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Live:
     @property
     def design(self) -> Design:
         made = tuple(Cell(0, Context(at, *WORKLOADS[name]), AUTO) for at, name in enumerate(WORKLOADS))
-        return Design(MODELS, ROUTES, made, NEW_TOKENS, "live")
+        return Design(MODELS, ROUTES, made, NEW_TOKENS, "live", DRAFTS)
 
 
 @dataclass(slots=True)
@@ -191,11 +191,11 @@ async def _turn(model: DeployedModel, live: Live, cell: Cell, turn: tuple[int, s
     task = cell.context.task
     strategy = Auto(lossy=not task.exact) if name == AUTO else parse(name)
     ask = Ask(ignore_eos=True, strategy=strategy, objective=task.objective, exact=task.exact)
-    drawn = draw(Cell(number, cell.context, name), room(model.config, live.design))
+    requests = drawn(model, Cell(number, cell.context, name), live.design)
     kept = cells.Kept(model.recorder.journal)
     try:
         with trio.fail_after(cells.CELL_S_MAX):
-            measured = await cells.measure(model, ask, task, drawn, kept)
+            measured = await cells.measure(model, ask, task, requests, kept)
     except trio.TooSlowError:
         raise SottoError(f"requests with {name} took more than {cells.CELL_S_MAX:g} s together") from None
     records = kept.records()  # the client's folder is gone when it ends

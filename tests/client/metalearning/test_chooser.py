@@ -155,10 +155,15 @@ def test_a_trial_loses_no_more_than_a_fifth_of_the_speed_of_what_is_taken_else()
 
 
 def test_lossy_candidates_need_leave() -> None:
-    facts = Facts(hops=2, deployed="float32")
+    facts = Facts(hops=2, deployed="float32", draft_model=True)
     lossless, lossy = possible(facts, "float32", lossless=True), possible(facts, "float32", lossless=False)
     assert set(lossy) - set(lossless) == {name for name in CANDIDATES if "wire=int8" in name}
     assert all(strategy.weights == "int8" for strategy in possible(Facts(deployed="int8"), "int8", True).values())
+
+
+def test_drafting_candidates_need_a_draft_model() -> None:
+    without, having = (possible(Facts(draft_model=there), "float32", lossless=False) for there in (False, True))
+    assert set(having) - set(without) == {name for name in CANDIDATES if "draft" in name} != set()
 
 
 def test_records_name_their_candidates() -> None:
