@@ -5,6 +5,8 @@ A fitted selector, for the chooser. What a feature did to a choice is found by g
 
 from __future__ import annotations
 
+import math
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Literal
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from client.metalearning.encoding import NUMBER_MAX
 from client.metalearning.selectors.base import Prediction, Selector, ranking
 from client.metalearning.selectors.hedged import Calibration, Hedged
 from client.metalearning.table import Mask, Table, Task
@@ -20,8 +23,20 @@ from protocol.strategy import lossy, parse
 
 COMPARED_MAX = 32  # recorded tasks that lend their values to say what a feature did
 FRACTION_MIN = 0.01  # a strategy that is expected to be worse than a hundredth is shown as that
+REMEMBERED_MAX = 1024  # kinds of tasks
+EXACTLY = "model_"  # features with names that begin so are few numbers, each of which names a model
+STEPS, STEP_MIN = 8, 1 / 32  # of an octave; and no finer than that: a share to 3 %, a round trip to 30 us
 
 By = Literal["ranking", "features", "own requests"]
+
+
+def about(number: float) -> float:
+    """`number`, or one near it, the same for all that are about alike."""
+    if abs(number) > NUMBER_MAX:
+        return number
+    _, exponent = math.frexp(number)
+    step = max(math.ldexp(1 / (2 * STEPS), exponent), STEP_MIN)
+    return round(number / step) * step
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +64,25 @@ def product(known: Calibration | None = None) -> Hedged:
     return Hedged(sets=sets, known=known)
 
 
+@dataclass(frozen=True, slots=True)
+class _Advice:
+    """What `Advisor.consider` says."""
+
+    expected: dict[str, tuple[float, float]]
+    chosen: str | None
+
+
 class Advisor:
-    """A fitted selector; for scales by ratio."""
+    """A fitted selector; for scales by ratio.
+
+    `consider` says the same of tasks that are about alike, and works it out once: requests that come together, or one
+    after the other, mostly differ by a few tokens, and predicting takes milliseconds of the event loop.
+    """
 
     def __init__(self, selector: Selector, table: Table) -> None:
         self._selector, self._table = selector, table
+        self._alike = [not name.startswith(EXACTLY) for name in table.features]
+        self._considered = OrderedDict[tuple[Task, frozenset[str]], _Advice]()
         self._threads = ThreadpoolController()  # looked for once: that takes milliseconds, a limit microseconds
         with self._one_thread():
             selector.fit(table)
@@ -80,12 +109,27 @@ class Advisor:
 
     def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
         """`expect`, and the one to take of `allowed`; None where the records name none of these."""
+        asked = self._about(task), frozenset(allowed)
+        if asked not in self._considered:
+            self._considered[asked] = self._consider(*asked)
+        self._considered.move_to_end(asked)
+        while len(self._considered) > REMEMBERED_MAX:
+            self._considered.popitem(last=False)
+        advice = self._considered[asked]
+        return dict(advice.expected), advice.chosen
+
+    def _consider(self, task: Task, allowed: frozenset[str]) -> _Advice:
         mask = np.array([[name in allowed for name in self._table.strategies]])
         if not mask.any():
-            return self.expect((task,))[0], None
+            return _Advice(self.expect((task,))[0], None)
         with self._one_thread():
             expected, chosen = self._selector.consider((task,), mask)
-        return self._each(expected), self._table.strategies[int(chosen[0])]
+        return _Advice(self._each(expected), self._table.strategies[int(chosen[0])])
+
+    def _about(self, task: Task) -> Task:
+        """The task with numbers to about 6 %, but for those that tell models apart."""
+        cells = zip(task.cells, self._alike, strict=True)
+        return Task(cells=tuple(about(cell) if alike and isinstance(cell, float) else cell for cell, alike in cells))
 
     def _one_thread(self) -> AbstractContextManager[object]:
         """Models are small: threads that wait for each other cost more than they bring."""
