@@ -15,7 +15,8 @@ from torch import Tensor
 
 from client.draft import DraftModel
 from client.generate import Generation, GenerationHost, GenerationParams, GenerationResult
-from client.speculation import DRAFT, Guess, PromptLookup, Speculation
+from client.head_batches import HeadBatches
+from client.speculation import DRAFT, Agreement, Guess, PromptLookup, Speculation
 from client.tensors import to_payload, to_tensor
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
@@ -263,3 +264,59 @@ def test_lookup_is_preferred_where_it_promises_as_much() -> None:
         speculation.next(4)
         speculation.came(came)
     assert speculation.next(4) == (5, 6, 7, 8)
+
+
+@dataclass
+class CountedEnds(LocalEnds):
+    products: list[int] = field(default_factory=list)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self.products.append(len(hidden))
+        return super().logits(hidden)
+
+
+def test_requests_that_a_draft_model_guesses_for_share_products_of_the_head() -> None:
+    """Each asks its draft model apart, which is kept for its next request: others neither wait for it nor run it."""
+    target, _, tokenizer = demo()
+    prompts = [tokenizer.encode(text) for text in ("This module provides", "If the file is closed,")]
+    alone, threads = [target.generate(prompt, 30) for prompt in prompts], list[bool]()
+
+    async def main() -> tuple[list[list[int]], CountedEnds]:
+        ends, found = CountedEnds(target), dict[int, list[int]]()
+        batches = HeadBatches(ends, rows_inline=64)
+
+        async def in_thread(work: Callable[[], object], /) -> object:
+            threads.append(True)
+            return work()
+
+        async def request(number: int) -> None:
+            drafting = Speculation(PromptLookup(), drafter(SamplingParams()))
+            host = GenerationHost(VirtualClock(), in_thread, speculation=drafting, head_batches=batches)  # type: ignore[arg-type]
+            generation = Generation(LocalRoute(target), ends, prompts[number], GenerationParams(30), host)
+            found[number] = [token async for token in generation.tokens()]
+            assert drafting.agreement.rate is not None
+
+        async with trio.open_nursery() as nursery:
+            for number in range(2):
+                nursery.start_soon(request, number)
+        return [found[0], found[1]], ends
+
+    answers, ends = run(main, 0)
+    assert answers == alone
+    assert threads
+    requests = sum(1 for rows in ends.products if rows > 1)
+    assert requests > 0.5 * len(ends.products), "guesses, or both requests, in one product"
+
+
+def test_what_is_known_of_a_draft_models_guesses_follows_what_they_do_now() -> None:
+    agreement = Agreement()
+    assert agreement.rate is None
+    agreement.note(3, failed=True)
+    assert agreement.rate == 0.75
+    for _ in range(100):
+        agreement.note(0, failed=True)
+    assert agreement.rate is not None
+    assert agreement.rate < 0.1
+    for _ in range(50):
+        agreement.note(9, failed=True)
+    assert agreement.rate == pytest.approx(0.9, abs=0.01)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from trio.testing import MockClock
 
 from client.metalearning.table import Columns, Scale
 from client.metalearning.table import read as read_table
+from client.speculation import DRAFT, Guess
 from node.history import History, parse_condition
 from node.model import Ask
 from node.paths import history_file
@@ -64,6 +66,46 @@ def test_a_prompt_that_would_not_fit_is_cut() -> None:
     short = draw(design().cells[0], Room(4000, 64, new_tokens=6))
     assert short.longest_tokens <= 96 + 16
     assert all(len(request.prompt) <= 58 for request in short.work.requests)
+
+
+class Counting:
+    """A draft model that says the number after the last token's."""
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.last = prompt[-1]
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.last = ids[-1]
+
+    def guess(self, count: int) -> Guess:
+        return Guess(tuple(self.last + 1 + at for at in range(count)), DRAFT)
+
+
+@pytest.mark.parametrize(("agreement", "repetition"), [(0.0, 0.5), (0.6, 0.0), (0.6, 0.5), (0.9, 0.9)])
+def test_what_an_answer_does_not_copy_is_what_the_draft_model_says_so_often(
+    agreement: float, repetition: float
+) -> None:
+    task = replace(TASK, requests=200, agreement=agreement, repetition=repetition, agreement_known=True)
+    context = Context(7, "small", "here", task)
+    one, other = (draw(Cell(0, context, strategy), ROOM, Counting()) for strategy in STRATEGIES)
+    said = [
+        [after == before + 1 for before, after in pairwise((request.prompt[-1], *request.output))]
+        for run in (one, other)
+        for request in run.work.requests
+    ]
+    new = round(16 * (1 - repetition))
+    at_new = [held for each in said for at, held in enumerate(each) if at % 16 < new]
+    assert sum(at_new) / len(at_new) == pytest.approx(agreement, abs=0.05)
+    both = [
+        mine == theirs for pair in zip(said[:200], said[200:], strict=True) for mine, theirs in zip(*pair, strict=True)
+    ]
+    assert sum(both) > 0.995 * len(both), "strategies have it in the same places, but for what is new and looks so"
+    assert one.agreement == other.agreement == pytest.approx(agreement, abs=0.25)
+
+
+def test_a_client_that_has_seen_no_guesses_knows_nothing_of_them() -> None:
+    assert drawn(agreement=0.6).agreement is None
+    assert known_before(drawn(agreement=0.6, agreement_known=True), TASK).agreement is not None
 
 
 def test_all_requests_of_a_run_share_its_prefix_and_nothing_more() -> None:
