@@ -31,6 +31,7 @@ DRAFT = 1  # the kind of a draft model's guesses; those of lookup are the length
 GAIN_MIN = 1.02  # below this predicted gain the noise of the measurements decides
 MEMORY = 0.85  # weight of the past in a running mean
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # what a kind of guess is believed to hold before it was seen, as so many guesses
+KNOWN_WEIGHT = 4.0  # the same of a draft model that was seen in earlier requests
 STEPS_REMEMBERED = 7  # whose median counts: one that waited for a stranger's work says nothing of the next
 SLOWER_MAX = 0.05  # of the time that a request takes without guesses, for those that fail
 PROBE_SHARE = 0.01  # of the time, for trying guesses that do not pay; a request's first may take SLOWER_MAX
@@ -127,6 +128,11 @@ class Agreement:
     _held: float = 0.0
     _seen: float = 0.0
 
+    def believe(self, rate: float | None, guesses: int) -> None:
+        """Nothing is known but that `rate` of so many guesses held; None: nothing at all."""
+        self._seen = 0.0 if rate is None else float(guesses)
+        self._held = self._seen * (rate or 0.0)
+
     @property
     def rate(self) -> float | None:
         """Of single guesses, 0 to 1; None before there was one."""
@@ -186,12 +192,14 @@ class Costs:
 class Pace:
     """How many guesses to send: the number with the highest predicted rate of tokens, 0 when none pays.
 
-    A step of 1 + k rows is taken to cost `step_s` + k (`row_s` + what a guess costs), by `costs`.
+    A step of 1 + k rows is taken to cost `step_s` + k (`row_s` + what a guess costs), by `costs`. A draft model is
+    believed to hold as often as it did before, by `agreement`, until this text shows otherwise.
     It may serve several requests over the same route, one after the other.
     """
 
     drafts_max: int = limits.DRAFTS_MAX
     costs: Costs = field(default_factory=Costs)
+    agreement: Agreement = field(default_factory=Agreement)
     _kinds: dict[int, _Kind] = field(default_factory=dict)
     _prompt: tuple[int, float] | None = None  # rows and seconds, until a step of one row says what they mean
     _prompt_row_s: float = inf  # of the last prompt
@@ -224,8 +232,13 @@ class Pace:
 
     def came(self, guess: Guess, ids: Sequence[int]) -> None:
         """`ids` came where `guess` was made, whether or not it was sent."""
-        if guess.ids and ids:
-            self._kind(guess.kind).note(*_held(guess, ids))
+        if not guess.ids or not ids:
+            return
+        pairs = list(zip(guess.ids, ids, strict=False))
+        held = next((index for index, (guessed, came) in enumerate(pairs) if guessed != came), len(pairs))
+        self._kind(guess.kind).note(held, failed=held < len(pairs))
+        if guess.kind == DRAFT:
+            self.agreement.note(held, failed=held < len(pairs))
 
     def prefilled(self, rows: int, seconds: float) -> None:
         """A prompt of `rows` rows took so long: what a row costs is believed from that until guesses say it."""
@@ -257,14 +270,10 @@ class Pace:
         return best, best_gain if best else 1.0
 
     def _kind(self, kind: int) -> _Kind:
-        return self._kinds.setdefault(kind, _Kind())
-
-
-def _held(guess: Guess, ids: Sequence[int]) -> tuple[int, bool]:
-    """How many guesses held of those where `ids` came, and whether the one after them failed."""
-    pairs = list(zip(guess.ids, ids, strict=False))
-    held = next((index for index, (guessed, came) in enumerate(pairs) if guessed != came), len(pairs))
-    return held, held < len(pairs)
+        if kind not in self._kinds:
+            known = self.agreement.rate if kind == DRAFT else None
+            self._kinds[kind] = _Kind() if known is None else _Kind(known * KNOWN_WEIGHT, KNOWN_WEIGHT)
+        return self._kinds[kind]
 
 
 def _latest(seen: tuple[float, ...], now: float) -> tuple[float, ...]:
@@ -293,8 +302,8 @@ class Speculation:
     """One request's guesses: `begin` with the prompt, then `came` and `next` for each answer.
 
     Of a lookup and a draft model the one with the higher predicted gain is sent. `now` gives monotonic seconds, by
-    which the draft model's cost is measured, `beside` how many requests are under way. `agreement` is told how the
-    draft model's guesses did. `drafted` counts the guesses that were sent, `accepted` those that held.
+    which the draft model's cost is measured, `beside` how many requests are under way. `drafted` counts the guesses
+    that were sent, `accepted` those that held.
     """
 
     lookup: Proposer | None = None
@@ -302,7 +311,6 @@ class Speculation:
     pace: Pace = field(default_factory=Pace)
     now: Callable[[], float] = _no_time
     beside: Callable[[], int] = _alone
-    agreement: Agreement = field(default_factory=Agreement)
     drafted: int = 0
     accepted: int = 0
     _made: tuple[Guess, ...] = ()
@@ -335,8 +343,6 @@ class Speculation:
         """These tokens came: the guesses that held, and one more."""
         for guess in self._made:
             self.pace.came(guess, ids)
-            if guess.kind == DRAFT and guess.ids and ids:
-                self.agreement.note(*_held(guess, ids))
         self.accepted += len(ids) - 1
         self._lost_s -= (len(ids) - 1) * (self.pace.step_s or 0.0)
         for proposer in self._proposers:

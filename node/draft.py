@@ -143,7 +143,7 @@ class Guessing:
     _drafter: DraftModel | None = None
 
     def __post_init__(self) -> None:
-        self._pace = Pace(costs=self.costs)
+        self._pace = Pace(costs=self.costs, agreement=self.draft.agreement)
 
     async def of(self, strategy: Strategy, sampling: SamplingParams) -> Speculation | None:
         """The next request's. "draft" is a draft model beside lookup. Raises InputError, ModelError."""
@@ -153,7 +153,7 @@ class Guessing:
         drafter = await self._draft_model() if strategy.speculation == "draft" else None
         if drafter is not None:
             drafter.sampling = sampling
-        return Speculation(PromptLookup(), drafter, self._pace, self.clock.monotonic, self.beside, self.draft.agreement)
+        return Speculation(PromptLookup(), drafter, self._pace, self.clock.monotonic, self.beside)
 
     async def _draft_model(self) -> DraftModel:
         if self._drafter is None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from client.draft import DraftModel
 from client.generate import Generation, GenerationHost, GenerationParams, GenerationResult
 from client.head_batches import HeadBatches
-from client.speculation import DRAFT, Agreement, Guess, PromptLookup, Speculation
+from client.speculation import DRAFT, Agreement, Guess, Pace, PromptLookup, Speculation
 from client.tensors import to_payload, to_tensor
 from models.checkpoint import Checkpoint
 from models.local import LocalModel
@@ -294,7 +294,7 @@ def test_requests_that_a_draft_model_guesses_for_share_products_of_the_head() ->
             host = GenerationHost(VirtualClock(), in_thread, speculation=drafting, head_batches=batches)  # type: ignore[arg-type]
             generation = Generation(LocalRoute(target), ends, prompts[number], GenerationParams(30), host)
             found[number] = [token async for token in generation.tokens()]
-            assert drafting.agreement.rate is not None
+            assert drafting.pace.agreement.rate is not None
 
         async with trio.open_nursery() as nursery:
             for number in range(2):
@@ -320,3 +320,17 @@ def test_what_is_known_of_a_draft_models_guesses_follows_what_they_do_now() -> N
     for _ in range(50):
         agreement.note(9, failed=True)
     assert agreement.rate == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_request_begins_with_what_earlier_ones_showed_of_the_draft_model() -> None:
+    counts = dict[float | None, int]()
+    for rate in (None, 0.02, 0.5, 0.95):
+        pace = Pace()
+        pace.agreement.believe(rate, 32)
+        assert pace.agreement.rate == rate
+        pace.took(1, 0.1)
+        pace.took(2, 0.102)
+        counts[rate] = pace.best(DRAFT, 16, guess_s=0.005)[0]
+    assert counts[0.02] == 0 < counts[0.5] <= counts[None] < counts[0.95]
+    pace.came(Guess((1, 2, 3), DRAFT), (1, 9))
+    assert pace.agreement.rate < 0.95, "and tells what it shows itself"

@@ -246,7 +246,7 @@ def test_a_chat_whose_turn_has_not_ended_takes_no_other(monkeypatch: pytest.Monk
 
 def test_who_is_interrupted_does_not_wait_for_a_draft_model() -> None:
     left, waited = threading.Event(), list[bool]()
-    draft = SimpleNamespace(ready=None, open=lambda: waited.append(left.wait(10)))
+    draft = SimpleNamespace(ready=None, agreement=Agreement(), open=lambda: waited.append(left.wait(10)))
 
     async def main() -> None:
         with trio.move_on_after(1):
@@ -288,7 +288,8 @@ def test_a_chat_whose_answer_was_dropped_takes_the_next_turn_at_once(monkeypatch
 @pytest.mark.parametrize(("running", "beside"), [(0, 1), (1, 1), (5, 5)])
 def test_guesses_are_weighed_by_all_requests_under_way(running: int, beside: int) -> None:
     recorder = SimpleNamespace(journal=SimpleNamespace(running=running))
-    guessing = DeployedModel.guessing(model(recorder=recorder, draft=None, guess_costs=Costs()))
+    draft = SimpleNamespace(agreement=Agreement())
+    guessing = DeployedModel.guessing(model(recorder=recorder, draft=draft, guess_costs=Costs()))
     assert guessing.beside() == beside
 
 

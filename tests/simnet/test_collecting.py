@@ -18,7 +18,7 @@ from trio.testing import MockClock
 
 from client.metalearning.table import Columns, Scale
 from client.metalearning.table import read as read_table
-from client.speculation import DRAFT, Guess
+from client.speculation import DRAFT, Agreement, Guess
 from node.history import History, parse_condition
 from node.model import Ask
 from node.paths import history_file
@@ -253,7 +253,10 @@ def test_a_run_that_failed_is_in_the_history_and_has_no_figures(
     lost = replace(RECORD.measured, error="RouteUnavailable")
     ended = [numbered(1, origin="bench"), numbered(2, origin="bench", measured=lost)]
 
+    agreement = Agreement()
+
     async def fails(*given: Any) -> None:
+        assert agreement.rate == 0.75
         kept = next(each for each in given if isinstance(each, cell.Kept))
         for record in ended:
             kept.add(partial(replace, record))
@@ -262,8 +265,10 @@ def test_a_run_that_failed_is_in_the_history_and_has_no_figures(
     monkeypatch.setattr(cell, "measure", fails)
     monkeypatch.setattr(cell, "features", lambda *_: {})
     recorder = SimpleNamespace(journal=Journal(history_file(tmp_path)))
-    model: Any = SimpleNamespace(recorder=recorder, decide=lambda *_: None)
-    found = trio.run(cell.run, model, design().cells[0], draw(design().cells[0], ROOM))
+    draft = SimpleNamespace(agreement=agreement)
+    model: Any = SimpleNamespace(recorder=recorder, decide=lambda *_: None, draft=draft)
+    requests = replace(draw(design().cells[0], ROOM), agreement=0.75)
+    found = trio.run(cell.run, model, design().cells[0], requests)
     assert found == {"features": {}, "error": "RouteUnavailable: a worker is gone"}
     with History(history_file(tmp_path)) as history:
         assert history.records() == ended
