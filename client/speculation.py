@@ -31,7 +31,7 @@ DRAFT = 1  # the kind of a draft model's guesses; those of lookup are the length
 GAIN_MIN = 1.02  # below this predicted gain the noise of the measurements decides
 MEMORY = 0.85  # weight of the past in a running mean
 PRIOR_RATE, PRIOR_WEIGHT = 0.6, 2.0  # what a kind of guess is believed to hold before it was seen, as so many guesses
-KNOWN_WEIGHT = 4.0  # the same of a draft model that was seen in earlier requests
+KNOWN_MAX = 8.0  # guesses, by which a draft model is known from earlier requests: this text may be another
 STEPS_REMEMBERED = 7  # whose median counts: one that waited for a stranger's work says nothing of the next
 SLOWER_MAX = 0.05  # of the time that a request takes without guesses, for those that fail
 PROBE_SHARE = 0.01  # of the time, for trying guesses that do not pay; a request's first may take SLOWER_MAX
@@ -120,6 +120,10 @@ class _Kind:
         self.held = MEMORY * self.held + held
         self.seen = MEMORY * self.seen + held + failed
 
+    def add(self, held: float, seen: float) -> None:
+        self.held += held
+        self.seen += seen
+
 
 @dataclass(slots=True)
 class Agreement:
@@ -127,6 +131,12 @@ class Agreement:
 
     _held: float = 0.0
     _seen: float = 0.0
+
+    @property
+    def known(self) -> tuple[float, float]:
+        """So many guesses held of so many, KNOWN_MAX at most: what is believed of the next request."""
+        share = min(1.0, KNOWN_MAX / self._seen) if self._seen else 0.0
+        return share * self._held, share * self._seen
 
     def believe(self, rate: float | None, guesses: int) -> None:
         """Nothing is known but that `rate` of so many guesses held; None: nothing at all."""
@@ -271,8 +281,9 @@ class Pace:
 
     def _kind(self, kind: int) -> _Kind:
         if kind not in self._kinds:
-            known = self.agreement.rate if kind == DRAFT else None
-            self._kinds[kind] = _Kind() if known is None else _Kind(known * KNOWN_WEIGHT, KNOWN_WEIGHT)
+            self._kinds[kind] = _Kind()
+            if kind == DRAFT:
+                self._kinds[kind].add(*self.agreement.known)
         return self._kinds[kind]
 
 

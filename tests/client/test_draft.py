@@ -323,14 +323,15 @@ def test_what_is_known_of_a_draft_models_guesses_follows_what_they_do_now() -> N
 
 
 def test_a_request_begins_with_what_earlier_ones_showed_of_the_draft_model() -> None:
-    counts = dict[float | None, int]()
-    for rate in (None, 0.02, 0.5, 0.95):
+    counts = dict[tuple[float | None, int], int]()
+    for rate, seen in ((None, 0), (0.0, 1), (0.02, 32), (0.5, 32), (0.95, 32)):
         pace = Pace()
-        pace.agreement.believe(rate, 32)
+        pace.agreement.believe(rate, seen)
         assert pace.agreement.rate == rate
         pace.took(1, 0.1)
         pace.took(2, 0.102)
-        counts[rate] = pace.best(DRAFT, 16, guess_s=0.005)[0]
-    assert counts[0.02] == 0 < counts[0.5] <= counts[None] < counts[0.95]
+        counts[rate, seen] = pace.best(DRAFT, 16, guess_s=0.005)[0]
+    assert counts[0.02, 32] < counts[0.0, 1] < counts[None, 0] < counts[0.95, 32], "one guess says little"
+    assert counts[0.02, 32] < counts[0.5, 32] < counts[0.95, 32]
     pace.came(Guess((1, 2, 3), DRAFT), (1, 9))
     assert pace.agreement.rate < 0.95, "and tells what it shows itself"

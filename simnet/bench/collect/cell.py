@@ -26,7 +26,7 @@ from node.recording import Build, Journal
 from protocol.errors import InputError, SottoError
 from protocol.strategy import parse
 from simnet.bench.collect.grid import Cell, TaskPoint
-from simnet.bench.collect.tasks import EARLIER_TOKENS, Drawn, known_before
+from simnet.bench.collect.tasks import EARLIER_GUESSES, Drawn, known_before
 from simnet.bench.dictated import Dictated
 from simnet.bench.machine import cpu_seconds
 from simnet.bench.serving import Served, Timed, serve
@@ -94,7 +94,7 @@ async def run(model: DeployedModel, cell: Cell, drawn: Drawn, pids: Sequence[int
         model.decide(drawn.leader.prompt, Ask(strategy=parse(cell.strategy)))
     except InputError as reason:
         return row | {"infeasible": str(reason)}
-    model.draft.agreement.believe(drawn.agreement, EARLIER_TOKENS)  # not what other contexts' answers showed
+    model.draft.agreement.believe(drawn.agreement, EARLIER_GUESSES)  # not what other contexts' answers showed
     measured, error, kept = None, "it took too long", Kept(model.recorder.journal)
     with trio.move_on_after(CELL_S_MAX):
         try:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,8 @@ class _Collection:
         left = "" if hours is None else f"; {hours:.1f} h left"
         self.hear.say(f"block {each.block}, {each.context.name}, {each.strategy}{left}")
         pids = tuple(process.pid for process in net.processes)
-        found = await cells.run(model, each, drawn(model, each, self.options.design), pids)
+        requests = await in_thread(partial(drawn, model, each, self.options.design))
+        found = await cells.run(model, each, requests, pids)
         ended = time.monotonic()
         times = {"at_ms": at_ms, "seconds": round(ended - began, 3), "setup_s": round(began - self._mark, 3)}
         block, number, strategy = each.key

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from client.metalearning.features import PrefixMemory, TaskFeatures, repetition
-from client.speculation import NO_GUESS, Guess, Proposer
+from client.speculation import NGRAMS, NO_GUESS, Guess, Proposer
 from simnet.bench.collect.grid import NEW_TOKENS, SEED, Cell, Context, TaskPoint
 from simnet.bench.workloads import FIRST_ID, Request, Workload
 
@@ -33,7 +33,8 @@ STRETCH_TOKENS = (4, 24)  # of a prompt, new or copied
 TURN_TOKENS = 16  # of an answer: some of them new, then the rest copied
 LENGTHS = (0.75, 1.25)  # of a prompt's own part, beside their mean
 LEADER_TOKENS = 16  # of the first request's own part
-EARLIER_TOKENS = 32  # of the answer by which a client knows how often guesses hold
+EARLIER_GUESSES = 32  # by which a client knows how often a draft model's hold
+LOOKED_UP_FROM = min(NGRAMS)  # copied tokens after which lookup knows how a copy goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +97,18 @@ def known_before(drawn: Drawn, task: TaskPoint) -> TaskFeatures:
 
 
 def _agreement(context: Context) -> float | None:
-    """The share of an earlier answer's tokens that were what the draft model would say; None for a client that has seen
-    none."""
+    """The share of a draft model's guesses that held in an earlier answer; None for a client that has seen none. It is
+    asked where nothing is copied, and where a copy begins, until lookup finds the rest: there it is wrong."""
     task, rng = context.task, random.Random(f"{SEED} {context.number} agreement")
-    held = sum(rng.random() < task.agreement for _ in range(EARLIER_TOKENS))
-    return held / EARLIER_TOKENS if task.agreement_known else None
+    replaced = _replaced(task)
+    asked = replaced + min(LOOKED_UP_FROM, TURN_TOKENS - replaced)
+    held = sum(rng.random() < task.agreement * replaced / asked for _ in range(EARLIER_GUESSES))
+    return held / EARLIER_GUESSES if task.agreement_known else None
+
+
+def _replaced(task: TaskPoint) -> int:
+    """Of a turn's tokens, those that do not copy the prompt."""
+    return round(TURN_TOKENS * (1 - task.repetition))
 
 
 def _new_ids(vocabulary: int, key: str) -> Iterator[int]:
@@ -141,7 +149,7 @@ def _answer(
     draft: Proposer | None,
 ) -> tuple[int, ...]:
     """The prompt from somewhere on, with some of it replaced, a few tokens in each turn, as the task says."""
-    start, replaced = rng.randrange(len(prompt)), round(TURN_TOKENS * (1 - task.repetition))
+    start, replaced = rng.randrange(len(prompt)), _replaced(task)
     draft = draft or _Silent()
     draft.begin(prompt)
     ids = list[int]()

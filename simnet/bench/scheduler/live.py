@@ -29,7 +29,7 @@ import trio
 from client.metalearning.advice import Advisor
 from client.metalearning.candidates import CANDIDATES, name_of
 from node.groups import ungrouped
-from node.model import Ask, DeployedModel
+from node.model import Ask, DeployedModel, in_thread
 from protocol.errors import InputError, SottoError
 from protocol.strategy import Auto, parse
 from simnet import cluster
@@ -191,7 +191,7 @@ async def _turn(model: DeployedModel, live: Live, cell: Cell, turn: tuple[int, s
     task = cell.context.task
     strategy = Auto(lossy=not task.exact) if name == AUTO else parse(name)
     ask = Ask(ignore_eos=True, strategy=strategy, objective=task.objective, exact=task.exact)
-    requests = drawn(model, Cell(number, cell.context, name), live.design)
+    requests = await in_thread(partial(drawn, model, Cell(number, cell.context, name), live.design))
     kept = cells.Kept(model.recorder.journal)
     try:
         with trio.fail_after(cells.CELL_S_MAX):
