@@ -43,9 +43,12 @@ class DraftModel:
         self._foreign = False  # a token came that the draft does not have: it cannot go on
 
     @property
+    def silent(self) -> bool:
+        return self._foreign or len(self._ids) >= self._sequence.model.config.max_position
+
+    @property
     def behind(self) -> int:
-        known = min(len(self._ids), self._sequence.model.config.max_position)
-        return 0 if self._foreign else known - len(self._sequence.held)
+        return 0 if self.silent else len(self._ids) - len(self._sequence.held)
 
     def begin(self, prompt: Sequence[int]) -> None:
         self._ids, self._foreign = [], False
@@ -60,14 +63,15 @@ class DraftModel:
 
     def read(self, count: int) -> None:
         start = len(self._sequence.held)
-        ids = self._ids[start : min(start + count, self._sequence.model.config.max_position)]
-        if ids and not self._foreign:
+        ids = self._ids[start : start + count]
+        if ids and not self.silent:
             with _threads(self._threads, self._usual_threads):
                 self._sequence.append(ids)
 
     def guess(self, count: int) -> Guess:
-        if self._foreign or len(self._ids) + count > self._sequence.model.config.max_position:
+        if self.silent:
             return NO_GUESS
+        count = min(count, self._sequence.model.config.max_position - len(self._ids))
         # what follows the last token is asked of it anew when a guess that held has put it into the KV already
         self._sequence.truncate(len(self._ids) - 1)
         new, guesses = self._ids[len(self._sequence.held) :], list[int]()

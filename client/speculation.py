@@ -72,8 +72,12 @@ class Drafter(Proposer, Protocol):
         """Seconds that a guess took when that was measured last."""
 
     @property
+    def silent(self) -> bool:
+        """It makes no more guesses at this text: it does not know one of its tokens, or has no room for them."""
+
+    @property
     def behind(self) -> int:
-        """Known tokens that it has not read."""
+        """Known tokens that it has not read; 0 where it is silent."""
 
     def read(self, count: int) -> None:
         """Read the next `count` of them."""
@@ -411,7 +415,7 @@ class Speculation:
         """How many guesses to ask the draft model for, which must promise more than `gain_else`, and whether that is to
         see how it does."""
         room = self._within(room)
-        if self.draft is None or not room or self._lags:
+        if self.draft is None or self.draft.silent or not room or self._lags:
             return 0, False
         guess_s = self.draft.guess_s if self._guess_s is None else self._guess_s
         cost_s = guess_s + self._row_s

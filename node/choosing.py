@@ -148,7 +148,7 @@ def replayed(chooser: Chooser, records: Sequence[Record], now_s: float = math.in
     seen = list[_Seen]()
     for record in sorted(records[-REPLAYED_MAX:], key=lambda record: record.at_ms):
         name, token_s = name_of(record.strategy), record.measured.answer_token_s
-        if name is not None and record.measured.is_whole and record.is_own and token_s:
+        if name is not None and record.measured.is_whole and record.is_own and record.is_usual and token_s:
             seen.append(_Seen(asked_of(record, (name,), now_s), name, situation(record.task), token_s))
     if chooser.advisor is not None:
         known = chooser.advisor.expect([each.asked.task for each in seen])

@@ -198,17 +198,12 @@ class Client:
         the owner chose otherwise."""
         token = self.options.capability
         if token is None:
-            sealed = await self.seal(checkpoint, dtype or DEFAULT.weights, key, progress)
-            model = await self.deploy(sealed, options)
-        elif dtype not in (None, token.dtype):
+            return await self.deploy(await self.seal(checkpoint, dtype or DEFAULT.weights, key, progress), options)
+        if dtype not in (None, token.dtype):
             raise InputError(f"the owner of a deployment chooses its weights, here {token.dtype}: leave the dtype out")
-        elif options.hops_min > 1:
+        if options.hops_min > 1:
             raise InputError("the owner of a deployment chooses how many workers hold it: leave workers out")
-        else:
-            model = await self.attach(checkpoint, key)
-        if self.options.advised:
-            self.drafts.soon(model.draft)
-        return model
+        return await self.attach(checkpoint, key)
 
     async def seal(
         self, model: Checkpoint, dtype: str, key: RootKey | None, progress: Progress = lambda *_: None

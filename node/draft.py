@@ -31,6 +31,7 @@ from protocol.strategy import Strategy
 log = logging.getLogger("sotto.client")
 
 FOLDER = "draft"
+SMALLER = 8  # times, than its model, must be a draft model that is opened unasked
 _MEASURED_STEPS = 3
 
 
@@ -64,6 +65,15 @@ class Draft:
                 model = LocalModel(draft)
                 self._opened = OpenDraft(model, _guess_s(model, self._usual_threads), self._usual_threads)
             return self._opened
+
+    def open_small(self) -> None:
+        """`open`, unless it is more than 1 / SMALLER of the model."""
+        draft, model = (
+            sum(block.num_parameters for block in each.config.blocks)
+            for each in (Checkpoint.open(self.place()), self.checkpoint)
+        )
+        if draft * SMALLER <= model:
+            self.open()
 
     @property
     def found(self) -> bool:
@@ -107,9 +117,15 @@ class Draft:
             )
 
 
+async def opened_apart(draft: Draft) -> OpenDraft:
+    """`draft`, opened in a thread; who comes meanwhile waits for it. Raises InputError, ModelError."""
+    return await trio.to_thread.run_sync(draft.open, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
+
+
 class Opening:
-    """Opens the draft models of a client's deployments before requests choose them: the first one to use it would else
-    wait for that, and teach that guesses are slow."""
+    """Opens draft models that nobody named, and that were found beside their models, before requests choose them: the
+    first one would else wait for that, and teach that guesses are slow. One that is no small part of its model is left
+    alone: who did not ask for it should not pay for it with memory."""
 
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[Draft](math.inf)
@@ -123,9 +139,16 @@ class Opening:
         """Until it is cancelled. What cannot be opened is never chosen."""
         async for draft in self._receive:
             try:
-                await trio.to_thread.run_sync(draft.open, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
-            except (InputError, ModelError) as error:
-                log.warning("requests for %s go without a draft model: %s", draft.checkpoint.name, error)
+                await trio.to_thread.run_sync(draft.open_small, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
+            except (
+                InputError,
+                ModelError,
+                OSError,
+                RuntimeError,
+                MemoryError,
+            ) as error:  # no memory is torch's RuntimeError
+                reason = error if isinstance(error, InputError | ModelError) else repr(error)
+                log.info("requests for %s go without a draft model: %s", draft.checkpoint.name, reason)
 
 
 @dataclass(slots=True)
@@ -157,13 +180,9 @@ class Guessing:
 
     async def _draft_model(self) -> DraftModel:
         if self._drafter is None:
-            opened = self.draft.ready or await self._opened()
+            opened = self.draft.ready or await opened_apart(self.draft)
             self._drafter = DraftModel(opened.model, self.vocab_size, opened.guess_s, opened.usual_threads)
         return self._drafter
-
-    async def _opened(self) -> OpenDraft:
-        """Whoever comes next waits for it."""
-        return await trio.to_thread.run_sync(self.draft.open, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs
 
 
 def _guess_s(model: LocalModel, usual_threads: int) -> float:

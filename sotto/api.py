@@ -170,6 +170,7 @@ class AsyncSwarm:
         checkpoint = await trio.to_thread.run_sync(opening, abandon_on_cancel=True)  # type: ignore[call-arg]  # old stubs; a download resumes
         ready = await self._client.bring(checkpoint, dtype, root, DeployOptions(hops_min=workers))
         self._in_use[ready.route.deployment] += 1
+        self._client.drafts.soon(ready.draft)
         return AsyncModel(ready, partial(self._closed, self._client, ready.route.deployment))
 
     def _closed(self, client: Client, deployment: DeploymentId) -> None:

@@ -45,6 +45,12 @@ def possible(facts: Facts, weights: str, lossless: bool) -> dict[str, Strategy]:
     }
 
 
+def like(name: str) -> str:
+    """The candidate whose predictions stand for those of `name` where there are none of it: a draft model guesses
+    beside lookup, and stops where it does not pay."""
+    return name.replace("speculation=draft", "speculation=lookup")
+
+
 def name_of(strategy: Strategy) -> str | None:
     """The candidate that a recorded strategy is, whatever its weights; None when it is none of them."""
     texts = {parse(name, parse(f"weights={strategy.weights}")): name for name in CANDIDATES}

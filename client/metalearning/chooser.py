@@ -25,7 +25,7 @@ from typing import Protocol
 
 import numpy as np
 
-from client.metalearning.candidates import CANDIDATES, DEFAULT, RANKING, Why
+from client.metalearning.candidates import CANDIDATES, DEFAULT, RANKING, Why, like
 from client.metalearning.hearsay import Hearsay
 from client.metalearning.online import ERROR_DEVIATION, Corrections, Situation, corrected
 from client.metalearning.table import Array, Task
@@ -182,7 +182,8 @@ class Chooser:
         recorded = asked.recorded
         if recorded is None and self.advisor:
             recorded = {name: fraction for name, (fraction, _) in self.advisor.expect((asked.task,))[0].items()}
-        fraction = (recorded or {}).get(strategy, 1.0)
+        recorded = recorded or {}
+        fraction = recorded.get(strategy, recorded.get(like(strategy), 1.0))
         self._of(asked).note(at, CANDIDATES.index(strategy), cost_s, max(fraction, FRACTION_MIN))
 
     def take_over(self, other: Chooser) -> None:
@@ -277,9 +278,10 @@ def _doubts(covariance: Array, other: int) -> Array:
 _erf = np.vectorize(math.erf)
 
 
-def _of_all(known: dict[str, tuple[float, float]]) -> tuple[Array, Array]:
+def _of_all(known: Mapping[str, tuple[float, float]]) -> tuple[Array, Array]:
     """Fractions and spreads of all CANDIDATES by what is known of some."""
-    each = [known.get(name, (1.0, SPREAD_UNKNOWN)) for name in CANDIDATES]
+    nothing = (1.0, SPREAD_UNKNOWN)
+    each = [known.get(name, (known.get(like(name), nothing)[0], SPREAD_UNKNOWN)) for name in CANDIDATES]
     return np.array([fraction for fraction, _ in each]), np.array([spread for _, spread in each])
 
 

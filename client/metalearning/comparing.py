@@ -22,7 +22,9 @@ from protocol import limits
 from protocol.reports import KIND_BYTES, PERCENT, Comparison, Report, strategy_tag
 
 RUNS_MIN = 4  # of each strategy: fewer say little, and too much of single requests
-TAGS: Mapping[bytes, str] = {strategy_tag(name): name for name in CANDIDATES}
+# Without those that depend on a draft model: everybody has another, and a kind says nothing of it.
+TAGS: Mapping[bytes, str] = {strategy_tag(name): name for name in CANDIDATES if "draft" not in name}
+TOLD = frozenset(TAGS.values())
 EDGES: tuple[tuple[float, ...], ...] = (
     (1e8, 1e9, 1e10, 1e11),  # bytes of the blocks
     (2, 3, 5),  # hops
@@ -73,7 +75,7 @@ def compared(records: Iterable[Record]) -> dict[Place, Compared]:
     costs: defaultdict[tuple[bytes, str], defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         name, cost = name_of(record.strategy), cost_s(record)
-        if name is not None and cost is not None and record.is_own:
+        if name is not None and name in TOLD and cost is not None and record.is_own:
             where = place(record.model, record.model_features, record.route, record.task)
             kind = kind_of(record.model_features, record.route, record.task)
             costs[kind, where][name].append(math.log(cost))

@@ -103,6 +103,11 @@ class Record:
     measured: Outcome
 
     @property
+    def is_usual(self) -> bool:
+        """Its times hold nothing that only a first request pays: that its draft model was opened."""
+        return self.strategy.speculation != "draft" or self.task.guess_us is not None
+
+    @property
     def is_own(self) -> bool:
         """Whether it says what requests take here: neither made up nor a cell of a bench."""
         return self.origin == "request" and not self.simulated

@@ -61,7 +61,7 @@ def chat(
 
         require_text(system or "")
         ask, where = asked.understood(quiet=as_json)
-        portal = Portal(partial(deployed, replace(where, one_session=True), open_model(where.model)))
+        portal = Portal(partial(deployed, replace(where, one_session=True, several=True), open_model(where.model)))
         ready = portal.open()
         try:
             options = ChatOptions(system, asked.kv_tokens, tell)

@@ -79,7 +79,12 @@ def _report(uid: str | None, lossy: bool, shared: bool, given: Path | None) -> d
             raise InputError("there is no such request: see 'sotto history'")
         records = history.records(last=COMPARED_MAX)
     (record,) = found
-    facts = Facts(hops=record.route.hops, exact=record.task.exact, deployed=record.strategy.weights)
+    facts = Facts(
+        hops=record.route.hops,
+        exact=record.task.exact,
+        deployed=record.strategy.weights,
+        draft_model=record.task.guess_us is not None,
+    )
     able = possible(facts, record.strategy.weights, lossless=facts.exact or not lossy)
     if not able:
         raise InputError("nothing is possible for this request: it asked for an exact answer of weights that are none")

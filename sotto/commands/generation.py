@@ -131,7 +131,7 @@ def submit(
             ended: dict[str, Any] = {}
 
             async def work() -> None:
-                async with deployed(where, checkpoint) as ready:
+                async with deployed(replace(where, several=True), checkpoint) as ready:
                     with progress_bar("prompts", bytes_=False, quiet=as_json) as update, keeping(ended), answers:
                         await run_job(ready, lines, ask, concurrency, Listener(update, heard, answers.put))
 
@@ -163,6 +163,7 @@ async def deployed(where: Where, checkpoint: Checkpoint) -> AsyncIterator[Deploy
     from node.bringing import DeployOptions
     from node.client import ClientOptions
     from node.defaults import KV_TOKENS
+    from node.draft import opened_apart
     from node.grants import read_token
     from node.keys import key_of
     from protocol.errors import InputError
@@ -194,7 +195,12 @@ async def deployed(where: Where, checkpoint: Checkpoint) -> AsyncIterator[Deploy
         if weights is None and token is None:
             weights = await _weights(client, checkpoint, key, where)
         options = DeployOptions(hops_min=where.workers, kv_tokens=where.kv_tokens, on_placement=show)
-        yield await brought(client, checkpoint, weights, key, options, where.quiet)
+        model = await brought(client, checkpoint, weights, key, options, where.quiet)
+        if where.chooses and where.draft is not None:  # before the first request is chosen for
+            await opened_apart(model.draft)
+        elif where.chooses and where.several:
+            client.drafts.soon(model.draft)
+        yield model
 
 
 async def _weights(client: Client, checkpoint: Checkpoint, key: RootKey | None, where: Where) -> str:

@@ -55,6 +55,7 @@ class Where:
     expect_tokens: int | None
     chooses: bool
     one_session: bool = False  # which can use no more than the model's context
+    several: bool = False  # requests, of which the later ones may find more made ready
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,12 +170,27 @@ def test_guessing_leaves_the_process_as_many_threads_as_it_had() -> None:
         torch.set_num_threads(usual)
 
 
-def test_a_draft_ends_with_its_context() -> None:
+def test_a_draft_ends_with_its_context_and_reads_nothing_in_vain() -> None:
     draft = drafter(SamplingParams())
     draft.begin([7] * 1030)
+    assert (draft.silent, draft.behind, draft.guess(1).ids) == (True, 0, ())
+    draft.begin([7] * 1021)
     while draft.behind:
         draft.read(200)
-    assert draft.guess(1).ids == ()
+    assert len(draft.guess(8).ids) == 3
+    draft.extend([7, 7, 7])
+    assert (draft.silent, draft.guess(1).ids) == (True, ())
+
+
+def test_a_draft_that_is_silent_is_not_asked() -> None:
+    speculation = Speculation(draft=drafter(SamplingParams()))
+    speculation.begin([1, 2])
+    for rows in (1, 2):
+        speculation.took(rows, 0.1)
+    assert speculation.asks(8)
+    speculation.came([5000])
+    assert not speculation.asks(8)
+    assert speculation.next(8) == ()
 
 
 @dataclass
@@ -188,6 +203,7 @@ class Priced:
     right: float
     generator: random.Random = field(default_factory=lambda: random.Random(0))
     known: int = 0
+    silent: bool = False
     behind: int = 0
     guesses: int = 0
 

@@ -162,6 +162,7 @@ class Drafting(Text):
     """A draft model that takes `guess_s` for a guess, and has one wherever it is asked."""
 
     guess_s: float = 0.0
+    silent: bool = False
     behind: int = 0
     clock_s: float = 0.0
 
@@ -353,6 +354,7 @@ class Reader:
     """A draft model that guesses nothing and has all of the prompt to read, which takes `piece_s` at a time."""
 
     piece_s: float
+    silent: bool = False
     guess_s: float = 0.0
     behind: int = 0
     under_way_s: float = 0.0

@@ -31,7 +31,7 @@ from simnet import cluster
 from simnet.cluster import Cluster
 from sotto import Swarm
 from sotto.__main__ import app
-from sotto.demo import demo_checkpoint
+from sotto.demo import demo_checkpoint, demo_draft
 from tests.helpers.swarm import deploy, with_client
 from tests.helpers.tiny_models import make_checkpoint
 
@@ -280,11 +280,21 @@ def test_a_turn_that_cannot_be_answered_does_not_end_the_chat(swarm: Cluster, tm
     assert len(second["ids"]) == 8
 
 
-def test_draft_models_that_do_not_fit_are_refused(swarm: Cluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("--strategy", "auto")])
+def test_draft_models_that_do_not_fit_are_refused(more: tuple[str, ...], swarm: Cluster, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other")
-    code, out, _ = command(swarm, tmp_path, "--json", "--draft", str(other), said="Hello\n")
+    code, out, _ = command(swarm, tmp_path, "--json", *more, "--draft", str(other), said="Hello\n")
     assert code == 1
     assert "cannot draft for target" in json.loads(out)["error"]
+
+
+def test_a_draft_model_that_is_named_is_there_for_the_first_choice(swarm: Cluster, tmp_path: Path) -> None:
+    words = ("--json", "--strategy", "auto", "--draft", str(demo_draft()))
+    code, _, _ = command(swarm, tmp_path, *words, said="Hello\n")
+    history = CliRunner().invoke(app, ["history", "--json", "--data-dir", str(tmp_path)])
+    (record,) = json.loads(history.stdout)["records"]
+    assert (code, record["chosen_by"]) == (0, "auto")
+    assert record["task_guess_us"] > 0
 
 
 @pytest.mark.parametrize("terminal", [True, False])

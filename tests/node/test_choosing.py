@@ -82,6 +82,14 @@ def test_cells_of_a_bench_and_what_was_made_up_teach_nothing() -> None:
     assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)) == 1
 
 
+def test_a_request_that_opened_its_draft_model_teaches_nothing() -> None:
+    choosing = choosing_at(NOW_S)
+    drafted, kept = (ran(number, "speculation=draft", 0.05) for number in range(2))
+    kept = replace(kept, task=replace(kept.task, guess_us=210.0))
+    replayed(choosing.chooser, [drafted, kept], NOW_S)
+    assert choosing.chooser.seen(place(RECORD.model, RECORD.model_features, RECORD.route, RECORD.task)) == 1
+
+
 def test_what_is_old_counts_less() -> None:
     def errors(days: float) -> float:
         choosing = choosing_at(NOW_S + days * DAY_S)

@@ -13,7 +13,7 @@ import trio
 from client.speculation import Agreement
 from models.checkpoint import Checkpoint
 from node.choosing import Wanted
-from node.draft import Draft, Opening
+from node.draft import Draft, OpenDraft, Opening, opened_apart
 from node.model import Ask, DeployedModel
 from protocol.strategy import Auto, Strategy, parse
 from sotto.demo import demo_checkpoint, demo_draft
@@ -34,20 +34,38 @@ async def opened(*drafts: Draft) -> None:
         nursery.cancel_scope.cancel()
 
 
-def test_one_that_does_not_fit_is_said_to_be_left_out_and_holds_up_no_other(
+def test_one_that_does_not_fit_is_left_out_and_holds_up_no_other(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO")
     model = Path(shutil.copytree(demo_checkpoint(), tmp_path / "model"))
     make_checkpoint(model / "draft", seed=1)
     foreign = Draft(Checkpoint.open(model))
     gone = Draft(Checkpoint.open(demo_checkpoint()), str(tmp_path / "nowhere"))
     without = Draft(Checkpoint.open(make_checkpoint(tmp_path / "alone", seed=2)))
-    trio.run(opened, foreign, gone, without)
-    assert [draft.found for draft in (foreign, gone, without)] == [True, True, False]
-    assert foreign.ready is gone.ready is without.ready is None
+    huge = Huge(Checkpoint.open(demo_checkpoint()))
+    trio.run(opened, foreign, gone, without, huge)
+    assert [draft.found for draft in (foreign, gone, without, huge)] == [True, True, False, True]
+    assert foreign.ready is gone.ready is without.ready is huge.ready is None
     assert "cannot draft for model" in caplog.text
     assert "nowhere: no such folder" in caplog.text
-    assert len(caplog.records) == 2
+    assert "MemoryError" in caplog.text
+    assert len(caplog.records) == 3
+
+
+class Huge(Draft):
+    def open(self) -> OpenDraft:
+        raise MemoryError
+
+
+def test_one_that_nobody_named_is_opened_only_if_it_is_small_beside_its_model(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(demo_checkpoint(), tmp_path / "model"))
+    shutil.copytree(demo_checkpoint(), model / "draft")
+    large = Draft(Checkpoint.open(model))
+    trio.run(opened, large)
+    assert (large.found, large.ready) == (True, None)
+    trio.run(opened_apart, large)
+    assert large.ready is not None, "who asks for it gets it"
 
 
 def test_one_that_is_open_says_what_a_guess_takes() -> None:

@@ -217,7 +217,11 @@ def test_explain_says_what_would_be_chosen_and_why(folder: Path) -> None:
     assert not any("int8" in each["strategy"] for each in report["strategies"]), "nothing lossy unasked"
     with History(history_file(folder)) as history:
         history.add([numbered(9, task=replace(RECORD.task, exact=False))])
-    lossy = json.loads(sotto(folder, "explain", "--lossy", "--json").stdout)
+        history.add([numbered(10, task=replace(RECORD.task, guess_us=210.0))])
+    drafting = json.loads(sotto(folder, "explain", numbered(10).uid, "--json").stdout)
+    having, without = ({each["strategy"] for each in one["strategies"]} for one in (drafting, report))
+    assert having - without == {"speculation=draft"}
+    lossy = json.loads(sotto(folder, "explain", numbered(9).uid, "--lossy", "--json").stdout)
     assert any("int8" in each["strategy"] for each in lossy["strategies"])
     assert lossy["features"]["route_hops"] == numbered(2).route.hops
     shown = sotto(folder, "explain")

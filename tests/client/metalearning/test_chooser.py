@@ -30,6 +30,24 @@ def test_without_records_it_is_the_default() -> None:
     assert (choice.strategy, choice.why) == ("default", "ranking")
 
 
+def test_of_drafts_without_records_no_more_is_believed_than_of_lookup() -> None:
+    known = dict.fromkeys(CANDIDATES, 0.5) | {"speculation=lookup": 0.7, "wire=int8": 1.0}
+    named = {name: fraction for name, fraction in known.items() if "draft" not in name}
+    chooser = Chooser(Known(named), explore=0.0)
+    lossless = frozenset(name for name in CANDIDATES if "int8" not in name)
+    slow = replace(asked(lossless), at=AT, token_s_max=1e-6)
+    for _ in range(9):
+        choice = chooser.choose(asked(lossless))
+        assert choice.strategy == "speculation=lookup"
+        assert choice.fractions["speculation=draft"] == pytest.approx(choice.fractions["speculation=lookup"], rel=0.1)
+        chooser.note(asked(lossless), choice.strategy, AT, 0.1)
+    over = chooser.choose(slow)
+    assert (over.strategy, over.over_budget) == ("speculation=lookup", True)
+    chooser.note(asked(lossless), "speculation=draft", AT, 0.1)
+    errors = chooser.choose(asked(lossless)).fractions
+    assert errors["speculation=draft"] == pytest.approx(errors["speculation=lookup"], rel=0.05), "the same cost"
+
+
 def test_records_say_what_is_best() -> None:
     chooser = Chooser(Known(dict.fromkeys(CANDIDATES, 0.5) | {"default": 0.6, "speculation=lookup": 1.0}))
     choice = chooser.choose(asked())

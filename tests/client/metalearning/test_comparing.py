@@ -84,7 +84,14 @@ def test_a_report_holds_the_best_known() -> None:
 def test_strategies_that_are_not_known_here_are_left_out() -> None:
     assert heard(Comparison(KIND, bytes(TAG_BYTES), 1, 1, 2)) is None
     assert heard(Comparison(KIND, strategy_tag("default"), 1, 1, 2)) is None
-    assert len(TAGS) == len(CANDIDATES)
+    assert set(CANDIDATES) - set(TAGS.values()) == {"speculation=draft", "speculation=draft,wire=int8"}
+
+
+def test_what_a_draft_model_brought_is_told_to_nobody() -> None:
+    """Theirs is another one."""
+    drafted = runs("speculation=draft", 0.01, task=replace(RECORD.task, guess_us=210.0))
+    known = compared([*runs("default", 0.05), *drafted, *runs("speculation=lookup", 0.02)])
+    assert {name for _, name in known} == {"speculation=lookup"}
 
 
 def test_kinds_are_coarse() -> None:
