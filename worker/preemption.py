@@ -53,11 +53,13 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What an arrival needs of the contested memory, and how much of that is neither free nor about to be."""
+    """What an arrival needs of the contested memory, and how much of that is neither free nor about to be. `claimed`:
+    it counts as held already."""
 
     tenant: Tenant
     pool_bytes: int
     missing_bytes: int
+    claimed: bool = False
 
 
 def shares(contested_bytes: int, tenants: Collection[Tenant]) -> dict[Tenant, float]:
@@ -87,11 +89,16 @@ class Contest:
             sessions.sort(key=lambda each: each.seated_at)
         return cls(share, holds, over, soon_bytes)
 
+    def is_due(self, wanted: Wanted) -> bool:
+        """Whether its tenant stays within its share with it."""
+        others = self.holds[wanted.tenant] - (wanted.pool_bytes if wanted.claimed else 0)
+        return others + wanted.pool_bytes <= self.share[wanted.tenant]
+
     def victims(self, wanted: Wanted) -> list[SessionId]:
         """The sessions that give way to `wanted`: one after the other, the youngest of the tenant that exceeds its
         share by the largest factor. None when `wanted` would exceed its own, or when all who may be preempted hold too
         little."""
-        if self.holds[wanted.tenant] + wanted.pool_bytes > self.share[wanted.tenant]:
+        if not self.is_due(wanted):
             return []
         left = {tenant: self.holds[tenant] for tenant in self.able}
         gone: Counter[Tenant] = Counter()
@@ -154,16 +161,21 @@ class Preemptor:
                 held.append(Held(other.session.id, tenant, self._wants(other) or 0, now, inf))
         return Contest.of(shares(contested, tenants), held, now, soon_bytes)
 
-    def choose(self, arrival: Arrival, contest: Contest) -> list[SessionId]:
-        """The sessions that give way to `arrival`, one of those that wait in `contest`. Room is claimed for it then."""
+    def choose(self, arrival: Arrival, contest: Contest) -> tuple[list[SessionId], bool]:
+        """The sessions that give way to `arrival`, one of those that wait in `contest`; and whether room was claimed
+        for it now. What its client is due is claimed also where nobody may be preempted yet, for smaller sessions of
+        others would else take what becomes free, piece by piece, for as long as they come."""
         wanted_bytes = self._wants(arrival)
-        if wanted_bytes is None or self.pool.claims(arrival.session.id):
-            return []
+        if wanted_bytes is None:
+            return [], False
+        claimed = self.pool.claims(arrival.session.id)
         there = self.pool.unclaimed_bytes(arrival.session.id) + contest.soon_bytes
-        chosen = contest.victims(Wanted(self._tenant(arrival), wanted_bytes, wanted_bytes - there))
-        if chosen:
+        wanted = Wanted(self._tenant(arrival), wanted_bytes, wanted_bytes - there, claimed)
+        if not contest.is_due(wanted):
+            return [], False
+        if not claimed:
             self.pool.claim(arrival.session.id, wanted_bytes)
-        return chosen
+        return contest.victims(wanted), not claimed
 
     def _held(self, session: Session) -> Held | None:
         seat = session.seat

@@ -289,15 +289,15 @@ class SessionTable:
 
     def _make_room(self, arrival: Arrival, contest: Contest) -> bool:
         """Preempt what has to give way to `arrival`, if that is fair. Their clients open them again, and wait then.
-        True when some did: `contest` is out of date."""
-        chosen = self.preemptor.choose(arrival, contest)
+        True when some did, or room was claimed: `contest` is out of date."""
+        chosen, claimed = self.preemptor.choose(arrival, contest)
         for each in chosen:
             session = self.live[each]
             assert session.seat is not None
             self.preemptor.preempted(session.client, session.seat.request)
             session.preempted = True
             self.fail(session, RefusalReason.PREEMPTED, "a client that holds less needs the room")
-        return bool(chosen)
+        return claimed or bool(chosen)
 
     def _try(self, arrival: Arrival) -> bool:
         """Open a waiting session, or fail it. False when there is still no room."""

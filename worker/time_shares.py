@@ -1,8 +1,10 @@
 """Which deployment's turn it is: all that have work get the same time of the engine. Pure: times are told, in seconds.
 
 Start-time fair queueing: each deployment is charged what its forwards took, and who was charged least goes next. One
-that comes, or comes back, starts no lower than the one that was served last. So nobody saves time up while they have
-no work, and nobody is rid of a debt by having none for a moment, as a client has between an answer and its next step.
+that comes, or comes back after long, starts no lower than the one that was served last; one that had a forward lately
+starts lower by CREDIT_S at most, as far as it was charged less. So nobody saves time up while they have no work, and
+nobody is rid of a debt, or loses a turn, by having none for a moment, as a client has between an answer and its next
+step.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import inf
 
+from worker.row_times import FORWARD_S
+
+CREDIT_S = FORWARD_S  # so that a token waits for one forward of others, however many they are
 COMPANY_S = 10.0  # of the engine's time: longer than clients take between two steps while others have their forwards
 
 
@@ -22,7 +27,7 @@ class _Account:
 @dataclass(slots=True)
 class TimeShares:
     _accounts: dict[bytes, _Account] = field(default_factory=dict)
-    _level_s: float = 0.0  # what the one that was served last had been charged before
+    _level_s: float = 0.0  # the most that one which was served had been charged before
     _busy_s: float = 0.0  # the sum of all forwards
 
     def enter(self, deployment: bytes) -> None:
@@ -30,8 +35,9 @@ class TimeShares:
         account = self._accounts.get(deployment)
         if account is None:
             self._accounts[deployment] = _Account(self._level_s)
-        elif account.charged_s < self._level_s:
-            account.charged_s = self._level_s
+        else:
+            lately = account.ended_s >= self._busy_s - COMPANY_S
+            account.charged_s = max(account.charged_s, self._level_s - (CREDIT_S if lately else 0.0))
 
     def charged_s(self, deployment: bytes) -> float:
         """Of one that has entered."""
@@ -39,7 +45,7 @@ class TimeShares:
 
     def serve(self, deployment: bytes) -> None:
         """Its turn has come; no other that has work was charged less."""
-        self._level_s = self._accounts[deployment].charged_s
+        self._level_s = max(self._level_s, self._accounts[deployment].charged_s)
 
     def charge(self, deployment: bytes, took_s: float) -> None:
         """A forward of it has ended."""

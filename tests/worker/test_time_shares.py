@@ -52,6 +52,24 @@ def test_who_had_no_work_has_saved_no_time() -> None:
     assert sorted(served(scheduler, took_s | {b"new": 1.0}, 30)) == [b"new"] * 10 + [QUICK] * 10 + [SLOW] * 10
 
 
+@pytest.mark.parametrize("others", [1, 7])
+def test_whose_next_token_is_on_its_way_keeps_its_turn(others: int) -> None:
+    """However many they are who always have work: a token waits for the forward that began before it came."""
+    scheduler = one_row_at_a_time(*(FakeJob(f"{n}".encode(), f"{n}", 1000) for n in range(others)))
+    took_s = {f"{n}".encode(): FORWARD_S for n in range(others)} | {QUICK: FORWARD_S / 30}
+    order = served(scheduler, took_s, 3 * others)
+    for _ in range(20):
+        scheduler.add(FakeJob(QUICK, "y", 1))
+        order += served(scheduler, took_s, 1)
+        while order[-1] != QUICK:
+            order += served(scheduler, took_s, 1)
+        order += served(scheduler, took_s, 1)  # while its client chooses
+    first = order.index(QUICK)
+    assert order[first + 2 :: 2][:18] == [QUICK] * 18
+    rest = [each for each in order if each != QUICK]
+    assert max(map(rest.count, rest)) - min(map(rest.count, rest)) <= 1, "and nobody pays for that but by turns"
+
+
 def test_a_moment_without_work_pays_no_debt() -> None:
     scheduler = one_row_at_a_time(FakeJob(SLOW, "x", 1), FakeJob(QUICK, "y", 1000))
     took_s = {SLOW: 30.0, QUICK: 1.0}
