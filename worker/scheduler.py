@@ -1,15 +1,17 @@
 """Which rows run in the next forward: continuous batching with chunked prefill, as plain bookkeeping.
 
 One forward serves one deployment, or one job that runs alone. Deployments take turns by the time that they were charged
-(time_shares.py); within one, the jobs that run together and each client whose jobs run alone take turns. Steps of a few
-rows (decoding, speculation) always go first, all that fit, and where they do not, one of each client before anybody's
-second, first of the client whose last one was taken first; what room is left goes to long steps (prefill), a chunk
-each, and clients take turns at having the first of it. So a long prompt slows nobody down by more than one chunk, and
-one client's steps do not keep another's waiting. Short steps of a client that wants micro-batches go a part at a time:
-a pipeline whose requests all wait at one hop leaves the others idle, and they never part by themselves. Of steps that
-share no reading of weights with others each forward has one, and they take turns as long ones do: a forward is not to
-be interrupted, and many of them would take as long as many forwards. What a job of several forwards has computed is
-kept until its last rows are: so few of them are under way, and the others wait until they end.
+(time_shares.py); within one, the jobs that run together and each client whose jobs run alone do, and what runs together
+is charged to as many as its clients: so each client has the same time, and to run alone wins nobody more.
+
+Steps of a few rows (decoding, speculation) always go first, all that fit, and where they do not, one of each client
+before anybody's second, first of the client whose last one was taken first; what room is left goes to long steps
+(prefill), a chunk each, and clients take turns at having the first of it. So a long prompt slows nobody down by more
+than one chunk, and one client's steps do not keep another's waiting. Short steps of a client that wants micro-batches
+go a part at a time: a pipeline whose requests all wait at one hop leaves the others idle, and they never part by
+themselves. Of steps that share no reading of weights with others each forward has one, and they take turns as long ones
+do: a forward is not to be interrupted, and many of them would take as long as many forwards. What a job of several
+forwards has computed is kept until its last rows are: so few of them are under way, and the others wait until they end.
 
 Invariant: every job that was added is taken in the end, its rows in order and each once. The parts of a forward that
 its jobs fill come to no more than one forward. What is kept is bounded for each deployment. No torch, no clock.
@@ -18,6 +20,7 @@ its jobs fill come to no more than one forward. What is kept is bounded for each
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -124,8 +127,10 @@ class _Begun(Generic[J]):
 class Scheduler(Generic[J]):
     rows_per_forward: int = ROWS_PER_FORWARD
     kept_bytes_max: int = KEPT_BYTES_MAX
-    _queues: dict[Queue, deque[J]] = field(default_factory=dict)  # in the order in which they take turns
-    _shares: TimeShares = field(default_factory=TimeShares)
+    _queues: dict[Queue, deque[J]] = field(default_factory=dict)  # who has waited for longest comes first
+    _shares: TimeShares = field(default_factory=TimeShares)  # of deployments
+    _within: dict[bytes, TimeShares] = field(default_factory=dict)  # by deployment: of its queues, by their clients
+    _served: tuple[Queue, int] = (b"", ""), 1  # of the last forward, and how many clients it stood for
     # By deployment and client: when its long steps were last the first of a forward, the later the higher.
     _turns: dict[tuple[bytes, str], int] = field(default_factory=dict)
     _short_turns: dict[tuple[bytes, str], int] = field(default_factory=dict)  # of those that were taken from a crowd
@@ -139,6 +144,10 @@ class Scheduler(Generic[J]):
         if queue is None:
             queue = self._queues[name] = deque()
             self._shares.enter(name[0])
+            within = self._within.setdefault(name[0], TimeShares())
+            within.enter(name[1])
+            if len(within) > TURNS_REMEMBERED:
+                within.keep([client for deployment, client in self._queues if deployment == name[0]])
             if name[0] not in self._begun:
                 self._begun[name[0]] = _Begun(self.kept_bytes_max)
         queue.append(job)
@@ -155,12 +164,16 @@ class Scheduler(Generic[J]):
     def charge(self, deployment: bytes, took_s: float) -> None:
         """What was taken of it last has been computed, in so many seconds."""
         self._shares.charge(deployment, took_s)
+        (served, client), among = self._served
+        if served == deployment and deployment in self._within:
+            self._within[deployment].charge(client, took_s, among)
 
     def forget(self, deployment: bytes) -> None:
         """It has no jobs, and will have none. Idempotent."""
         self._shares.forget(deployment)
         self._passed_over.discard(deployment)
         self._begun.pop(deployment, None)
+        self._within.pop(deployment, None)
 
     @property
     def idle(self) -> bool:
@@ -173,14 +186,18 @@ class Scheduler(Generic[J]):
         """
         if not self._queues:
             return []
-        name = self._next()
-        queue, begun = self._queues[name], self._begun[name[0]]
-        self._shares.serve(name[0])
-        if len(queue) == 1 and not queue[0].alone and 1 == queue[0].rows_left <= queue[0].rows_at_once:
-            del self._queues[name]
+        deployment = self._next()
+        names, begun = self._in_turn(deployment), self._begun[deployment]
+        self._shares.serve(deployment)
+        self._within[deployment].serve(names[0][1])
+        queue = self._queues[names[0]]
+        if len(names) == len(queue) == 1 and not queue[0].alone and 1 == queue[0].rows_left <= queue[0].rows_at_once:
+            self._served = names[0], 1
+            del self._queues[names[0]]
             begun.ended(queue[0])
             return [(queue[0], 1)]  # a lone decode: there is nothing to choose
-        name, taken = self._taken(name[0], begun)
+        name, taken = self._taken(names, begun)
+        self._served = name, self._clients(names) if not name[1] else 1
         finished = {id(job) for job, rows in taken if rows == job.rows_left}
         for job, _ in taken:
             if id(job) in finished:
@@ -190,21 +207,35 @@ class Scheduler(Generic[J]):
             self._queues[name] = left  # behind the others
         return taken
 
-    def _next(self) -> Queue:
-        """Of the deployment that was charged least, the queue that has waited for longest."""
+    def _next(self) -> bytes:
+        """The deployment that was charged least."""
         if len(self._queues) == 1:
-            return next(iter(self._queues))
-        return min(self._queues, key=lambda name: self._shares.charged_s(name[0]))
+            return next(iter(self._queues))[0]
+        return min(self._queues, key=lambda name: self._shares.charged_s(name[0]))[0]
 
-    def _taken(self, deployment: bytes, begun: _Begun[J]) -> tuple[Queue, list[tuple[J, int]]]:
-        """Jobs of the first queue of the deployment of which some may be taken. One has those that have begun; where
-        none has, the first one may."""
-        hurried = self._is_hurried(deployment)
-        for name, queue in self._queues.items():
-            if name[0] == deployment:
-                choose = self._alone if queue[0].alone else self._together
-                if taken := choose(queue, hurried, begun):
-                    return name, taken
+    def _in_turn(self, deployment: bytes) -> list[Queue]:
+        """Its queues: the one that was charged least, and of these the one that has waited for longest, comes first."""
+        names = [name for name in self._queues if name[0] == deployment]
+        if len(names) > 1:
+            within = self._within[deployment]
+            names.sort(key=lambda name: within.charged_s(name[1]))
+        return names
+
+    def _clients(self, names: Sequence[Queue]) -> int:
+        """How many have jobs that run together in the deployment of `names`, and no queue of their own. All who wait
+        count, not who was taken: prompts go a client at a time."""
+        own = {client for _, client in names}
+        return max(1, len({job.client for job in self._queues[names[0][0], ""]} - own))
+
+    def _taken(self, names: Sequence[Queue], begun: _Begun[J]) -> tuple[Queue, list[tuple[J, int]]]:
+        """Jobs of the first queue of which some may be taken. One has those that have begun; where none has, the first
+        one may."""
+        hurried = self._is_hurried(names[0][0])
+        for name in names:
+            queue = self._queues[name]
+            choose = self._alone if queue[0].alone else self._together
+            if taken := choose(queue, hurried, begun):
+                return name, taken
         raise AssertionError("a job that has begun may go on")
 
     def _is_hurried(self, deployment: bytes) -> bool:

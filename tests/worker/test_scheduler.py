@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -223,6 +224,40 @@ def test_each_client_who_runs_alone_costs_the_others_one_forward_in_a_round() ->
                 scheduler.add(FakeJob(b"a", job.client, 1))
     assert [len(clients) for clients in served] == [8, 1, 1] * 4
     assert [clients[0] for clients in served if len(clients) == 1] == ["x", "y"] * 4, "however many sessions one has"
+
+
+@pytest.mark.parametrize("alone_s", [1.0, 4.0])
+def test_who_runs_alone_has_the_time_of_one_client(alone_s: float) -> None:
+    """Of eight who share forwards and two who run alone, each has a tenth, whatever a forward of theirs takes."""
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    for number in range(8):
+        scheduler.add(FakeJob(b"a", f"shared {number}", 1))
+    for client in ("x", "y"):
+        scheduler.add(FakeJob(b"a", client, 100_000, rows_at_once=1, alone=True))
+    spent = Counter[str]()
+    for _ in range(400):
+        taken = run(scheduler)
+        who = taken[0][0].client if taken[0][0].alone else "shared"
+        took_s = 1.0 if who == "shared" else alone_s
+        spent[who] += round(took_s)
+        scheduler.charge(b"a", took_s)
+        for job, _ in taken:
+            if not job.alone:  # the next token
+                scheduler.add(FakeJob(b"a", job.client, 1))
+    assert spent["shared"] == pytest.approx(8 * spent["x"], rel=0.1)
+    assert spent["x"] == pytest.approx(spent["y"], rel=0.1)
+
+
+def test_clients_that_came_and_went_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.scheduler.TURNS_REMEMBERED", 8)
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    scheduler.add(FakeJob(b"a", "stays", 100_000))
+    for number in range(100):
+        scheduler.add(FakeJob(b"a", f"client {number}", 1, alone=True))
+        while not any(job.alone for job, _ in run(scheduler)):
+            scheduler.charge(b"a", 1.0)
+        scheduler.charge(b"a", 0.5)
+    assert len(scheduler._within[b"a"]) <= 9
 
 
 def test_the_parts_of_a_forward_that_jobs_fill_come_to_one() -> None:
