@@ -1,9 +1,10 @@
 """The Compute port over a synchronous engine in one thread of its own.
 
-One thread, because torch's OpenMP pool belongs to the thread that first uses it. Calls are taken in the order in which
-they were made, all that wait between two forwards; steps are only submitted then, so that those of several sessions
-meet in one forward. Calls that take longer than CALLS_S together let a forward go first: who opens and closes the
-largest sessions without end must not keep others' steps from being computed. torch releases the interpreter during
+One thread, because torch's OpenMP pool belongs to the thread that first uses it. Between two forwards all steps that
+wait are submitted, so that those of several sessions meet in one forward, and then calls are taken in the order in
+which they were made. Steps go before calls, and calls that take longer than CALLS_S together let a forward go first:
+who opens and closes the largest sessions without end must not keep others' steps from being computed. A session's steps
+come when it was opened, and its end when nobody waits for them. torch releases the interpreter during
 products, so the event loop stays awake. A running forward is never interrupted: cancelling the waiter abandons the
 result. What a forward raises, which is not one step's failure, ends the block that the thread was started for.
 """
@@ -15,6 +16,7 @@ import math
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Generator
 from types import TracebackType
 from typing import Any, Generic, Protocol, TypeVar, cast
@@ -51,6 +53,7 @@ class EngineThread:
     def __init__(self, engine: SyncEngine, on_start: Callable[[], None]) -> None:
         self._engine = engine
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._steps: deque[_Call] = deque()  # for each of them there is a NOTHING among the calls, or was
         self._settled: list[_Pending[Any]] = []  # the loop has not heard of them yet
         self._token: trio.lowlevel.TrioToken | None = None
         self._life: _Pending[None] = _Pending(self._settled)  # settled only with what the thread dies of
@@ -88,7 +91,8 @@ class EngineThread:
         """The thread has the step when this returns."""
         pending: _Pending[StepResult] = _Pending(self._settled)
         asked_s = time.perf_counter()
-        self._calls.put((pending, lambda: self._engine.submit(work, pending.settle, asked_s)))
+        self._steps.append((pending, lambda: self._engine.submit(work, pending.settle, asked_s)))
+        self._calls.put(_NOTHING)
         return pending
 
     async def close(self, session: SessionId, page_keys: tuple[bytes, ...] = ()) -> None:
@@ -108,13 +112,17 @@ class EngineThread:
         on_start()
         due = math.inf  # when a forward goes before calls
         while True:
+            while self._steps:
+                _attempt(*self._steps.popleft())
+            if self._settled:  # steps that were refused
+                self._tell()
             empty = self._calls.empty()
             if (empty or time.perf_counter() >= due) and not self._engine.idle:
                 self._engine.advance()
                 due = math.inf
             elif (call := self._calls.get()) is None:
                 return
-            else:
+            elif call is not _NOTHING:
                 due = min(math.inf if empty else due, time.perf_counter() + CALLS_S)
                 _attempt(*call)
             if self._settled:
@@ -158,6 +166,7 @@ class _Pending(Generic[T]):
 
 
 _Call = tuple[_Pending[Any], Callable[[], None]]
+_NOTHING: _Call = _Pending([]), lambda: None
 
 
 def _wake(settled: list[_Pending[Any]]) -> None:

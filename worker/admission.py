@@ -261,11 +261,15 @@ class SessionQuota:
     def taken(self) -> int:
         return self._taken.total()
 
+    @property
+    def full(self) -> bool:
+        return self.taken >= self.total_max
+
     def take(self, peer: PeerId) -> None:
         """Count one more. Raises Refused(SESSIONS)."""
         if self._taken[peer] >= self.per_peer_max:
             raise Refused(RefusalReason.SESSIONS, f"{self.per_peer_max} sessions of one client are open")
-        if self.taken >= self.total_max:
+        if self.full:
             raise Refused(RefusalReason.SESSIONS, f"{self.total_max} sessions are open")
         self._taken[peer] += 1
 

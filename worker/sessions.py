@@ -12,6 +12,7 @@ by way of honest hops fails the client's session; it never costs the hops their 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -97,6 +98,8 @@ class SessionTable:
             if self.stopping:
                 raise Refused(RefusalReason.STOPPING, "the worker is stopping")
             self.house.duty.require()
+            if self.house.quota.full:
+                self._make_place(client)
             self.house.quota.take(client)
         except Refused as refusal:
             outbox.force(SessionFailed(message.session, refusal.reason, refusal.detail))
@@ -298,6 +301,16 @@ class SessionTable:
             session.preempted = True
             self.fail(session, RefusalReason.PREEMPTED, "a client that holds less needs the room")
         return claimed or bool(chosen)
+
+    def _make_place(self, client: PeerId) -> None:
+        """When all are taken: the oldest of those that nobody has opened gives way, of the peer who has most of them,
+        if `client` has fewer. To attach takes no right, so a few who attach without end could else take all places."""
+        idle = [each for each in self.live.values() if each.seat is None and each not in self._waiting]
+        have = Counter(each.client for each in idle)
+        most = max(have, key=lambda peer: have[peer], default=client)
+        if have[most] > have[client] + 1:
+            oldest = next(each for each in idle if each.client == most)
+            self.fail(oldest, RefusalReason.SESSIONS, "attached, not opened, and another client needs the place")
 
     def _try(self, arrival: Arrival) -> bool:
         """Open a waiting session, or fail it. False when there is still no room."""

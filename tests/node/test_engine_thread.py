@@ -128,6 +128,24 @@ def test_long_calls_do_not_keep_a_forward_waiting() -> None:
     assert len(engine.calls) == 6
 
 
+def test_a_step_waits_for_none_of_the_calls_that_were_made_before_it() -> None:
+    engine, queued = Recorder(), threading.Event()
+
+    async def main() -> None:
+        with EngineThread(engine, queued.wait) as compute:
+            async with trio.open_nursery() as nursery:
+                for _ in range(20):
+                    nursery.start_soon(compute.close, SESSION)
+                await trio.testing.wait_all_tasks_blocked()
+                step = compute.step(_work(torch.zeros(1, 8)))
+                queued.set()
+            with pytest.raises(Refused, match="not here"):
+                await step
+
+    trio.run(main)
+    assert engine.calls == ["submit", *["close"] * 20]
+
+
 def test_an_engines_error_reaches_the_caller() -> None:
     async def main() -> None:
         with EngineThread(Recorder(), lambda: None) as compute:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
+from itertools import count
 from typing import Any
 
 import trio
 
-from protocol.ids import DeploymentId, SessionId
-from protocol.messages import LoadSpan, RefusalReason, ReleaseSpan, SessionFailed, SpanLeased, SpanLoaded
+from protocol.ids import DeploymentId, PeerId, SessionId
+from protocol.messages import Attach, LoadSpan, RefusalReason, ReleaseSpan, SessionFailed, SpanLeased, SpanLoaded
 from simnet.compute import ToyCompute
 from tests.helpers.workers import (
     BLOCK_BYTES,
@@ -24,6 +26,8 @@ from tests.helpers.workers import (
     some_rows,
 )
 from worker.admission import UPLOAD_SILENCE_S, SpanState
+from worker.outbox import Outbox
+from worker.quotas import QueueBook, Room
 from worker.service import SWEEP_S
 from worker.sessions import ATTACH_LIFE_S
 
@@ -141,6 +145,38 @@ def test_what_was_evicted_goes_although_nobody_waits_for_it_any_more() -> None:
         assert not worker.store.spans
 
     in_swarm(1, test, compute=lambda _: SlowToLeave(), **ROOM)
+
+
+def test_few_peers_that_attach_without_end_keep_nobody_from_a_place() -> None:
+    async def test(swarm: Swarm) -> None:
+        sessions, outbox = swarm.workers[0].service.sessions, Outbox(Room(QueueBook(1 << 30), PeerId("reader")))
+        quota = swarm.workers[0].service.house.quota
+        quota.total_max, quota.per_peer_max = 6, 3
+        numbers = count()
+
+        def attached(peer: str) -> bool:
+            session = SessionId(next(numbers).to_bytes(16, "big"))
+            sessions.attach(Attach(session), PeerId(peer), outbox)
+            return session in sessions.live
+
+        assert [attached(peer) for peer in ("one", "two") * 3] == [True] * 6
+        oldest = next(iter(sessions.live))
+        assert attached("honest")
+        assert oldest not in sessions.live
+        assert not attached("one"), "it has more already than any that gives way"
+        assert attached("another")
+        assert Counter(each.client for each in sessions.live.values()) == {
+            "one": 2,
+            "two": 2,
+            "honest": 1,
+            "another": 1,
+        }
+        assert [attached(peer) for peer in ("third", "fourth", "fifth")] == [True, True, False], (
+            "one each is nobody's most"
+        )
+        assert quota.taken == 6
+
+    in_swarm(1, test)
 
 
 def test_the_sweep_waits_for_no_engine() -> None:
