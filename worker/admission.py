@@ -265,9 +265,13 @@ class SessionQuota:
     def full(self) -> bool:
         return self.taken >= self.total_max
 
+    def may_have_more(self, peer: PeerId) -> bool:
+        """By the peer's own bound."""
+        return self._taken[peer] < self.per_peer_max
+
     def take(self, peer: PeerId) -> None:
         """Count one more. Raises Refused(SESSIONS)."""
-        if self._taken[peer] >= self.per_peer_max:
+        if not self.may_have_more(peer):
             raise Refused(RefusalReason.SESSIONS, f"{self.per_peer_max} sessions of one client are open")
         if self.full:
             raise Refused(RefusalReason.SESSIONS, f"{self.total_max} sessions are open")

@@ -26,7 +26,7 @@ from protocol.ids import PeerId, SessionId
 from worker.admission import SpanLedger
 from worker.kv_pool import KvPool
 from worker.session import Seat, Session
-from worker.waiting import Arrival, needed_bytes
+from worker.waiting import KV_WAIT_S, Arrival, needed_bytes
 
 RUN_S = 5.0  # half of what an arrival waits for room: who is over its share makes some in time
 DOUBLINGS_MAX = 6  # up to 320 s: longer, and who fills the memory once would keep it
@@ -73,21 +73,31 @@ class Contest:
     """Who holds what of the contested memory at one moment, and what share of it each tenant has."""
 
     share: Mapping[Tenant, float]
-    holds: Counter[Tenant]
-    able: dict[Tenant, list[Held]]  # what may be preempted of the tenants above their share; the youngest last
+    holds: Counter[Tenant]  # seated, or claimed
+    able: dict[Tenant, list[Held]]  # what may be preempted of the tenants seated above their share; the youngest last
+    over: list[Held]  # all that these have seated
     soon_bytes: int = 0  # of sessions that ended, and that the engine is not rid of yet
 
     @classmethod
     def of(cls, share: Mapping[Tenant, float], held: Iterable[Held], now: float, soon_bytes: int = 0) -> Contest:
-        holds, able = Counter[Tenant](), dict[Tenant, list[Held]]()
+        holds, seated = Counter[Tenant](), list[Held]()
         for each in held:
             holds[each.tenant] += each.pool_bytes
-            if each.safe_until <= now and each.pool_bytes:
+            if each.safe_until < inf and each.pool_bytes:  # else room is only claimed for it
+                seated.append(each)
+        have = Counter[Tenant]()
+        for each in seated:
+            have[each.tenant] += each.pool_bytes
+        over = [each for each in seated if have[each.tenant] > share[each.tenant]]
+        able = dict[Tenant, list[Held]]()
+        for each in sorted(over, key=lambda each: each.seated_at):
+            if each.safe_until <= now:
                 able.setdefault(each.tenant, []).append(each)
-        over = {tenant: sessions for tenant, sessions in able.items() if holds[tenant] > share[tenant]}
-        for sessions in over.values():
-            sessions.sort(key=lambda each: each.seated_at)
-        return cls(share, holds, over, soon_bytes)
+        return cls(share, holds, able, over, soon_bytes)
+
+    def comes_by(self, wanted: Wanted, time: float) -> bool:
+        """Whether something is missing, and all of it will be free by then, or may be preempted."""
+        return 0 < wanted.missing_bytes <= sum(each.pool_bytes for each in self.over if each.safe_until <= time)
 
     def is_due(self, wanted: Wanted) -> bool:
         """Whether its tenant stays within its share with it."""
@@ -100,11 +110,13 @@ class Contest:
         little."""
         if not self.is_due(wanted):
             return []
-        left = {tenant: self.holds[tenant] for tenant in self.able}
+        left = Counter[Tenant]()
+        for each in self.over:
+            left[each.tenant] += each.pool_bytes
         gone: Counter[Tenant] = Counter()
         chosen, missing = list[SessionId](), wanted.missing_bytes
         while missing > 0:
-            over = [each for each in left if left[each] > self.share[each] and gone[each] < len(self.able[each])]
+            over = [each for each in self.able if left[each] > self.share[each] and gone[each] < len(self.able[each])]
             if not over:
                 return []
             most = max(over, key=lambda each: (left[each] / self.share[each], self._next(each, gone).seated_at))
@@ -125,6 +137,7 @@ class Preemptor:
 
     pool: KvPool
     spans: SpanLedger
+    _in_advance: SessionId | None = None  # for which room was claimed before anybody gave way
     _times: OrderedDict[tuple[PeerId, bytes], int] = field(default_factory=OrderedDict)  # the newest last
 
     def safe_s(self, client: PeerId, request: bytes) -> float:
@@ -163,19 +176,27 @@ class Preemptor:
 
     def choose(self, arrival: Arrival, contest: Contest) -> tuple[list[SessionId], bool]:
         """The sessions that give way to `arrival`, one of those that wait in `contest`; and whether room was claimed
-        for it now. What its client is due is claimed also where nobody may be preempted yet, for smaller sessions of
-        others would else take what becomes free, piece by piece, for as long as they come."""
-        wanted_bytes = self._wants(arrival)
-        if wanted_bytes is None:
+        for it now. For one at a time that is done also where nobody may be preempted yet, but will be while it waits:
+        smaller sessions of others would else take what becomes free, piece by piece, for as long as they come."""
+        wanted_bytes, session = self._wants(arrival), arrival.session.id
+        claimed = self.pool.claims(session)
+        if wanted_bytes is None or (claimed and session != self._in_advance):
             return [], False
-        claimed = self.pool.claims(arrival.session.id)
-        there = self.pool.unclaimed_bytes(arrival.session.id) + contest.soon_bytes
+        there = self.pool.unclaimed_bytes(session) + contest.soon_bytes
         wanted = Wanted(self._tenant(arrival), wanted_bytes, wanted_bytes - there, claimed)
-        if not contest.is_due(wanted):
-            return [], False
-        if not claimed:
-            self.pool.claim(arrival.session.id, wanted_bytes)
-        return contest.victims(wanted), not claimed
+        chosen = contest.victims(wanted)
+        if claimed:
+            return chosen, False
+        if chosen:
+            self.pool.claim(session, wanted_bytes)
+        elif self._is_next() and contest.is_due(wanted) and contest.comes_by(wanted, arrival.since + KV_WAIT_S):
+            self._in_advance = session
+            self.pool.claim(session, wanted_bytes)
+        return chosen, self.pool.claims(session)
+
+    def _is_next(self) -> bool:
+        """Whether room may be claimed in advance for another."""
+        return self._in_advance is None or not self.pool.claims(self._in_advance)
 
     def _held(self, session: Session) -> Held | None:
         seat = session.seat

@@ -30,6 +30,7 @@ from worker.time_shares import TimeShares
 ROWS_PER_FORWARD = 256  # a prefill chunk on a CPU: long enough for the kernels' full speed, short enough to wait for
 SHORT_ROWS = 1 + limits.DRAFTS_MAX  # a step of at most so many rows is a decode or a speculation, not a prefill
 PROMPT_SHARE = 4  # one part in so many of a forward is for long steps, however many decodes there are
+WAIT_S = 4.0  # of forwards of one deployment: a prompt that runs alone has eight, and a client's patience is a minute
 TURNS_REMEMBERED = 4096
 KEPT_BYTES_MAX = 128 << 20  # of each deployment: four of the largest answers, each in several forwards
 
@@ -130,6 +131,7 @@ class Scheduler(Generic[J]):
     _queues: dict[Queue, deque[J]] = field(default_factory=dict)  # who has waited for longest comes first
     _shares: TimeShares = field(default_factory=TimeShares)  # of deployments
     _within: dict[bytes, TimeShares] = field(default_factory=dict)  # by deployment: of its queues, by their clients
+    _waits_since: dict[Queue, float] = field(default_factory=dict)  # by the time of its deployment's forwards
     _served: tuple[Queue, int] = (b"", ""), 1  # of the last forward, and how many clients it stood for
     # By deployment and client: when its long steps were last the first of a forward, the later the higher.
     _turns: dict[tuple[bytes, str], int] = field(default_factory=dict)
@@ -146,6 +148,7 @@ class Scheduler(Generic[J]):
             self._shares.enter(name[0])
             within = self._within.setdefault(name[0], TimeShares())
             within.enter(name[1])
+            self._waits_since[name] = within.busy_s
             if len(within) > TURNS_REMEMBERED:
                 within.keep([client for deployment, client in self._queues if deployment == name[0]])
             if name[0] not in self._begun:
@@ -159,7 +162,7 @@ class Scheduler(Generic[J]):
             queue.remove(job)
             self._begun[job.deployment].ended(job)
             if not queue:
-                del self._queues[_queue_of(job)]
+                self._drop(_queue_of(job))
 
     def charge(self, deployment: bytes, took_s: float) -> None:
         """What was taken of it last has been computed, in so many seconds."""
@@ -193,7 +196,7 @@ class Scheduler(Generic[J]):
         queue = self._queues[names[0]]
         if len(names) == len(queue) == 1 and not queue[0].alone and 1 == queue[0].rows_left <= queue[0].rows_at_once:
             self._served = names[0], 1
-            del self._queues[names[0]]
+            self._drop(names[0])
             begun.ended(queue[0])
             return [(queue[0], 1)]  # a lone decode: there is nothing to choose
         name, taken = self._taken(names, begun)
@@ -202,10 +205,15 @@ class Scheduler(Generic[J]):
         for job, _ in taken:
             if id(job) in finished:
                 begun.ended(job)
-        left = deque(job for job in self._queues.pop(name) if id(job) not in finished)
+        left = deque(job for job in self._queues[name] if id(job) not in finished)
+        self._drop(name)
         if left:
             self._queues[name] = left  # behind the others
+            self._waits_since[name] = self._within[deployment].busy_s
         return taken
+
+    def _drop(self, name: Queue) -> None:
+        del self._queues[name], self._waits_since[name]
 
     def _next(self) -> bytes:
         """The deployment that was charged least."""
@@ -214,11 +222,13 @@ class Scheduler(Generic[J]):
         return min(self._queues, key=lambda name: self._shares.charged_s(name[0]))[0]
 
     def _in_turn(self, deployment: bytes) -> list[Queue]:
-        """Its queues: the one that was charged least, and of these the one that has waited for longest, comes first."""
+        """Its queues: the one that was charged least, and of these the one that has waited for longest, comes first;
+        before it one that has waited for WAIT_S, since clients take workers that do not answer for lost."""
         names = [name for name in self._queues if name[0] == deployment]
         if len(names) > 1:
-            within = self._within[deployment]
-            names.sort(key=lambda name: within.charged_s(name[1]))
+            within, longest = self._within[deployment], names[0]
+            waited = within.busy_s - self._waits_since[longest] >= WAIT_S
+            names.sort(key=lambda name: (name != longest or not waited, within.charged_s(name[1])))
         return names
 
     def _clients(self, names: Sequence[Queue]) -> int:

@@ -98,7 +98,7 @@ class SessionTable:
             if self.stopping:
                 raise Refused(RefusalReason.STOPPING, "the worker is stopping")
             self.house.duty.require()
-            if self.house.quota.full:
+            if self.house.quota.full and self.house.quota.may_have_more(client):
                 self._make_place(client)
             self.house.quota.take(client)
         except Refused as refusal:
@@ -238,7 +238,7 @@ class SessionTable:
         self.seat_waiting()  # leases may have ended
         contest = self._contest()
         for arrival in self._waiting.in_turn(self.house.pool.held_bytes):
-            if self._make_room(arrival, contest):
+            if now - arrival.since < KV_WAIT_S and self._make_room(arrival, contest):  # else it fails below
                 contest = self._contest()
         for arrival in self._waiting.late(now):
             if arrival.session.seat is None:  # the room that was kept for one before it may be its own by now
@@ -278,7 +278,7 @@ class SessionTable:
     def seat_waiting(self) -> None:
         """Memory may have become free: open what fits of the sessions that wait for it, and fail those that cannot be
         opened any more."""
-        if self._seating:
+        if self._seating or self.stopping:
             return  # one that waited has failed below: the next turn finds its room
         self._seating = changed = True
         try:

@@ -64,6 +64,11 @@ class TimeShares:
         """It has no work, and will have none. Idempotent."""
         self._accounts.pop(who, None)
 
+    @property
+    def busy_s(self) -> float:
+        """The sum of all forwards."""
+        return self._busy_s
+
     def __len__(self) -> int:
         """How many are known."""
         return len(self._accounts)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protocol import limits
 from tests.helpers.jobs import FakeJob, run
-from worker.scheduler import SHORT_ROWS, Scheduler
+from worker.scheduler import SHORT_ROWS, WAIT_S, Scheduler
 
 JOBS = st.lists(
     st.builds(
@@ -226,8 +226,8 @@ def test_each_client_who_runs_alone_costs_the_others_one_forward_in_a_round() ->
     assert [clients[0] for clients in served if len(clients) == 1] == ["x", "y"] * 4, "however many sessions one has"
 
 
-@pytest.mark.parametrize("alone_s", [1.0, 4.0])
-def test_who_runs_alone_has_the_time_of_one_client(alone_s: float) -> None:
+@pytest.mark.parametrize("alone", [1, 4])
+def test_who_runs_alone_has_the_time_of_one_client(alone: int) -> None:
     """Of eight who share forwards and two who run alone, each has a tenth, whatever a forward of theirs takes."""
     scheduler: Scheduler[FakeJob] = Scheduler()
     for number in range(8):
@@ -235,17 +235,33 @@ def test_who_runs_alone_has_the_time_of_one_client(alone_s: float) -> None:
     for client in ("x", "y"):
         scheduler.add(FakeJob(b"a", client, 100_000, rows_at_once=1, alone=True))
     spent = Counter[str]()
-    for _ in range(400):
+    for _ in range(2000):
         taken = run(scheduler)
         who = taken[0][0].client if taken[0][0].alone else "shared"
-        took_s = 1.0 if who == "shared" else alone_s
-        spent[who] += round(took_s)
-        scheduler.charge(b"a", took_s)
+        took = 1 if who == "shared" else alone
+        spent[who] += took
+        scheduler.charge(b"a", 0.01 * took)
         for job, _ in taken:
             if not job.alone:  # the next token
                 scheduler.add(FakeJob(b"a", job.client, 1))
     assert spent["shared"] == pytest.approx(8 * spent["x"], rel=0.1)
     assert spent["x"] == pytest.approx(spent["y"], rel=0.1)
+
+
+def test_whoever_runs_alone_waits_no_longer_than_clients_are_patient() -> None:
+    """Sixteen who always have prompts, and one who runs alone in forwards as long as theirs."""
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    for number in range(16):
+        scheduler.add(FakeJob(b"a", f"shared {number}", 100_000))
+    scheduler.add(FakeJob(b"a", "x", 100_000, alone=True))
+    waited, longest_s = 0.0, 0.0
+    for _ in range(100):
+        if run(scheduler)[0][0].alone:
+            longest_s, waited = max(longest_s, waited), 0.0
+        else:
+            waited += 2.0
+        scheduler.charge(b"a", 2.0)
+    assert 0 < longest_s <= WAIT_S + 2.0
 
 
 def test_clients_that_came_and_went_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +274,7 @@ def test_clients_that_came_and_went_leave_nothing_behind(monkeypatch: pytest.Mon
             scheduler.charge(b"a", 1.0)
         scheduler.charge(b"a", 0.5)
     assert len(scheduler._within[b"a"]) <= 9
+    assert len(scheduler._waits_since) <= 2
 
 
 def test_the_parts_of_a_forward_that_jobs_fill_come_to_one() -> None:

@@ -161,6 +161,8 @@ def test_few_peers_that_attach_without_end_keep_nobody_from_a_place() -> None:
 
         assert [attached(peer) for peer in ("one", "two") * 3] == [True] * 6
         oldest = next(iter(sessions.live))
+        assert not attached("one"), "no more than a peer may have"
+        assert oldest in sessions.live, "and nobody gives way for it"
         assert attached("honest")
         assert oldest not in sessions.live
         assert not attached("one"), "it has more already than any that gives way"
