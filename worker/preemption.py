@@ -26,7 +26,7 @@ from protocol.ids import PeerId, SessionId
 from worker.admission import SpanLedger
 from worker.kv_pool import KvPool
 from worker.session import Seat, Session
-from worker.waiting import KV_WAIT_S, Arrival, needed_bytes
+from worker.waiting import Arrival, needed_bytes
 
 RUN_S = 5.0  # half of what an arrival waits for room: who is over its share makes some in time
 DOUBLINGS_MAX = 6  # up to 320 s: longer, and who fills the memory once would keep it
@@ -53,13 +53,11 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What an arrival needs of the contested memory, and how much of that is neither free nor about to be. `claimed`:
-    it counts as held already."""
+    """What an arrival needs of the contested memory, and how much of that is neither free nor about to be."""
 
     tenant: Tenant
     pool_bytes: int
     missing_bytes: int
-    claimed: bool = False
 
 
 def shares(contested_bytes: int, tenants: Collection[Tenant]) -> dict[Tenant, float]:
@@ -73,50 +71,33 @@ class Contest:
     """Who holds what of the contested memory at one moment, and what share of it each tenant has."""
 
     share: Mapping[Tenant, float]
-    holds: Counter[Tenant]  # seated, or claimed
-    able: dict[Tenant, list[Held]]  # what may be preempted of the tenants seated above their share; the youngest last
-    over: list[Held]  # all that these have seated
+    holds: Counter[Tenant]
+    able: dict[Tenant, list[Held]]  # what may be preempted of the tenants above their share; the youngest last
     soon_bytes: int = 0  # of sessions that ended, and that the engine is not rid of yet
 
     @classmethod
     def of(cls, share: Mapping[Tenant, float], held: Iterable[Held], now: float, soon_bytes: int = 0) -> Contest:
-        holds, seated = Counter[Tenant](), list[Held]()
+        holds, able = Counter[Tenant](), dict[Tenant, list[Held]]()
         for each in held:
             holds[each.tenant] += each.pool_bytes
-            if each.safe_until < inf and each.pool_bytes:  # else room is only claimed for it
-                seated.append(each)
-        have = Counter[Tenant]()
-        for each in seated:
-            have[each.tenant] += each.pool_bytes
-        over = [each for each in seated if have[each.tenant] > share[each.tenant]]
-        able = dict[Tenant, list[Held]]()
-        for each in sorted(over, key=lambda each: each.seated_at):
-            if each.safe_until <= now:
+            if each.safe_until <= now and each.pool_bytes:
                 able.setdefault(each.tenant, []).append(each)
-        return cls(share, holds, able, over, soon_bytes)
-
-    def comes_by(self, wanted: Wanted, time: float) -> bool:
-        """Whether something is missing, and all of it will be free by then, or may be preempted."""
-        return 0 < wanted.missing_bytes <= sum(each.pool_bytes for each in self.over if each.safe_until <= time)
-
-    def is_due(self, wanted: Wanted) -> bool:
-        """Whether its tenant stays within its share with it."""
-        others = self.holds[wanted.tenant] - (wanted.pool_bytes if wanted.claimed else 0)
-        return others + wanted.pool_bytes <= self.share[wanted.tenant]
+        over = {tenant: sessions for tenant, sessions in able.items() if holds[tenant] > share[tenant]}
+        for sessions in over.values():
+            sessions.sort(key=lambda each: each.seated_at)
+        return cls(share, holds, over, soon_bytes)
 
     def victims(self, wanted: Wanted) -> list[SessionId]:
         """The sessions that give way to `wanted`: one after the other, the youngest of the tenant that exceeds its
         share by the largest factor. None when `wanted` would exceed its own, or when all who may be preempted hold too
         little."""
-        if not self.is_due(wanted):
+        if self.holds[wanted.tenant] + wanted.pool_bytes > self.share[wanted.tenant]:
             return []
-        left = Counter[Tenant]()
-        for each in self.over:
-            left[each.tenant] += each.pool_bytes
+        left = {tenant: self.holds[tenant] for tenant in self.able}
         gone: Counter[Tenant] = Counter()
         chosen, missing = list[SessionId](), wanted.missing_bytes
         while missing > 0:
-            over = [each for each in self.able if left[each] > self.share[each] and gone[each] < len(self.able[each])]
+            over = [each for each in left if left[each] > self.share[each] and gone[each] < len(self.able[each])]
             if not over:
                 return []
             most = max(over, key=lambda each: (left[each] / self.share[each], self._next(each, gone).seated_at))
@@ -137,7 +118,6 @@ class Preemptor:
 
     pool: KvPool
     spans: SpanLedger
-    _in_advance: SessionId | None = None  # for which room was claimed before anybody gave way
     _times: OrderedDict[tuple[PeerId, bytes], int] = field(default_factory=OrderedDict)  # the newest last
 
     def safe_s(self, client: PeerId, request: bytes) -> float:
@@ -174,29 +154,16 @@ class Preemptor:
                 held.append(Held(other.session.id, tenant, self._wants(other) or 0, now, inf))
         return Contest.of(shares(contested, tenants), held, now, soon_bytes)
 
-    def choose(self, arrival: Arrival, contest: Contest) -> tuple[list[SessionId], bool]:
-        """The sessions that give way to `arrival`, one of those that wait in `contest`; and whether room was claimed
-        for it now. For one at a time that is done also where nobody may be preempted yet, but will be while it waits:
-        smaller sessions of others would else take what becomes free, piece by piece, for as long as they come."""
-        wanted_bytes, session = self._wants(arrival), arrival.session.id
-        claimed = self.pool.claims(session)
-        if wanted_bytes is None or (claimed and session != self._in_advance):
-            return [], False
-        there = self.pool.unclaimed_bytes(session) + contest.soon_bytes
-        wanted = Wanted(self._tenant(arrival), wanted_bytes, wanted_bytes - there, claimed)
-        chosen = contest.victims(wanted)
-        if claimed:
-            return chosen, False
+    def choose(self, arrival: Arrival, contest: Contest) -> list[SessionId]:
+        """The sessions that give way to `arrival`, one of those that wait in `contest`. Room is claimed for it then."""
+        wanted_bytes = self._wants(arrival)
+        if wanted_bytes is None or self.pool.claims(arrival.session.id):
+            return []
+        there = self.pool.unclaimed_bytes(arrival.session.id) + contest.soon_bytes
+        chosen = contest.victims(Wanted(self._tenant(arrival), wanted_bytes, wanted_bytes - there))
         if chosen:
-            self.pool.claim(session, wanted_bytes)
-        elif self._is_next() and contest.is_due(wanted) and contest.comes_by(wanted, arrival.since + KV_WAIT_S):
-            self._in_advance = session
-            self.pool.claim(session, wanted_bytes)
-        return chosen, self.pool.claims(session)
-
-    def _is_next(self) -> bool:
-        """Whether room may be claimed in advance for another."""
-        return self._in_advance is None or not self.pool.claims(self._in_advance)
+            self.pool.claim(arrival.session.id, wanted_bytes)
+        return chosen
 
     def _held(self, session: Session) -> Held | None:
         seat = session.seat

@@ -146,7 +146,9 @@ class Scheduler(Generic[J]):
         if queue is None:
             queue = self._queues[name] = deque()
             self._shares.enter(name[0])
-            within = self._within.setdefault(name[0], TimeShares())
+            within = self._within.get(name[0])
+            if within is None:
+                within = self._within[name[0]] = TimeShares()
             within.enter(name[1])
             self._waits_since[name] = within.busy_s
             if len(within) > TURNS_REMEMBERED:
@@ -192,7 +194,8 @@ class Scheduler(Generic[J]):
         deployment = self._next()
         names, begun = self._in_turn(deployment), self._begun[deployment]
         self._shares.serve(deployment)
-        self._within[deployment].serve(names[0][1])
+        within = self._within[deployment]
+        within.serve(names[0][1] if len(names) == 1 else min((who for _, who in names), key=within.charged_s))
         queue = self._queues[names[0]]
         if len(names) == len(queue) == 1 and not queue[0].alone and 1 == queue[0].rows_left <= queue[0].rows_at_once:
             self._served = names[0], 1
@@ -223,12 +226,13 @@ class Scheduler(Generic[J]):
 
     def _in_turn(self, deployment: bytes) -> list[Queue]:
         """Its queues: the one that was charged least, and of these the one that has waited for longest, comes first;
-        before it one that has waited for WAIT_S, since clients take workers that do not answer for lost."""
+        before it those that have waited for WAIT_S, since clients take workers that do not answer for lost."""
         names = [name for name in self._queues if name[0] == deployment]
         if len(names) > 1:
-            within, longest = self._within[deployment], names[0]
-            waited = within.busy_s - self._waits_since[longest] >= WAIT_S
-            names.sort(key=lambda name: (name != longest or not waited, within.charged_s(name[1])))
+            within = self._within[deployment]
+            late_s = within.busy_s - WAIT_S
+            # Those that are late stay in their order, which is that of their waiting.
+            names.sort(key=lambda name: 0.0 if self._waits_since[name] <= late_s else 1 + within.charged_s(name[1]))
         return names
 
     def _clients(self, names: Sequence[Queue]) -> int:

@@ -236,14 +236,14 @@ class SessionTable:
         drained for long enough, all."""
         now, now_ms = self.clock.monotonic(), self._now_ms()
         self.seat_waiting()  # leases may have ended
-        contest = self._contest()
-        for arrival in self._waiting.in_turn(self.house.pool.held_bytes):
-            if now - arrival.since < KV_WAIT_S and self._make_room(arrival, contest):  # else it fails below
-                contest = self._contest()
         for arrival in self._waiting.late(now):
             if arrival.session.seat is None:  # the room that was kept for one before it may be its own by now
                 detail = f"no room for the session's KV within {KV_WAIT_S:g} s"
                 self.fail(arrival.session, RefusalReason.KV_MEMORY, detail)
+        contest = self._contest()  # of those who wait on: nobody gives way to one that has just been refused
+        for arrival in self._waiting.in_turn(self.house.pool.held_bytes):
+            if self._make_room(arrival, contest):
+                contest = self._contest()
         drained = self.house.duty.state(now) is State.DRAINED
         for session in list(self.live.values()):
             if drained:
@@ -292,15 +292,15 @@ class SessionTable:
 
     def _make_room(self, arrival: Arrival, contest: Contest) -> bool:
         """Preempt what has to give way to `arrival`, if that is fair. Their clients open them again, and wait then.
-        True when some did, or room was claimed: `contest` is out of date."""
-        chosen, claimed = self.preemptor.choose(arrival, contest)
+        True when some did: `contest` is out of date."""
+        chosen = self.preemptor.choose(arrival, contest)
         for each in chosen:
             session = self.live[each]
             assert session.seat is not None
             self.preemptor.preempted(session.client, session.seat.request)
             session.preempted = True
             self.fail(session, RefusalReason.PREEMPTED, "a client that holds less needs the room")
-        return claimed or bool(chosen)
+        return bool(chosen)
 
     def _make_place(self, client: PeerId) -> None:
         """When all are taken: the oldest of those that nobody has opened gives way, of the peer who has most of them,

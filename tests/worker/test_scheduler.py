@@ -264,6 +264,26 @@ def test_whoever_runs_alone_waits_no_longer_than_clients_are_patient() -> None:
     assert 0 < longest_s <= WAIT_S + 2.0
 
 
+def test_who_is_served_for_having_waited_costs_the_others_no_turn() -> None:
+    """A client who decodes, one who runs alone in long forwards, and one who does in short ones without end."""
+    scheduler: Scheduler[FakeJob] = Scheduler()
+    scheduler.add(FakeJob(b"a", "long", 100_000, alone=True))
+    scheduler.add(FakeJob(b"a", "short", 100_000, rows_at_once=1, alone=True))
+    spent, took_s = Counter[str](), {"long": 2.0, "short": 0.1, "decode": 0.1}
+    for _ in range(1500):
+        scheduler.add(FakeJob(b"a", "decode", 1))
+        while True:
+            job, _ = run(scheduler)[0]
+            spent[job.client] += round(10 * took_s[job.client])
+            scheduler.charge(b"a", took_s[job.client])
+            if job.client == "decode":
+                break
+        job, _ = run(scheduler)[0]  # while its client chooses
+        spent[job.client] += round(10 * took_s[job.client])
+        scheduler.charge(b"a", took_s[job.client])
+    assert spent["decode"] > 0.6 * spent["short"]
+
+
 def test_clients_that_came_and_went_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("worker.scheduler.TURNS_REMEMBERED", 8)
     scheduler: Scheduler[FakeJob] = Scheduler()
