@@ -39,6 +39,16 @@ def about(number: float) -> float:
     return round(number / step) * step
 
 
+def like_others(task: Task, features: Sequence[str]) -> Task:
+    """The task with numbers to about 6 %, but for those that tell models apart."""
+    cells = zip(features, task.cells, strict=True)
+    return Task(
+        cells=tuple(
+            about(cell) if isinstance(cell, float) and not name.startswith(EXACTLY) else cell for name, cell in cells
+        )
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Reasons:
     """Why a strategy was taken. `by`: the features, where they put it before the ranking's; own requests, where these
@@ -81,7 +91,6 @@ class Advisor:
 
     def __init__(self, selector: Selector, table: Table) -> None:
         self._selector, self._table = selector, table
-        self._alike = [not name.startswith(EXACTLY) for name in table.features]
         self._considered = OrderedDict[tuple[Task, frozenset[str]], _Advice]()
         self._threads = ThreadpoolController()  # looked for once: that takes milliseconds, a limit microseconds
         with self._one_thread():
@@ -109,7 +118,7 @@ class Advisor:
 
     def consider(self, task: Task, allowed: Collection[str]) -> tuple[dict[str, tuple[float, float]], str | None]:
         """`expect`, and the one to take of `allowed`; None where the records name none of these."""
-        asked = self._about(task), frozenset(allowed)
+        asked = like_others(task, self._table.features), frozenset(allowed)
         if asked not in self._considered:
             self._considered[asked] = self._consider(*asked)
         self._considered.move_to_end(asked)
@@ -125,11 +134,6 @@ class Advisor:
         with self._one_thread():
             expected, chosen = self._selector.consider((task,), mask)
         return _Advice(self._each(expected), self._table.strategies[int(chosen[0])])
-
-    def _about(self, task: Task) -> Task:
-        """The task with numbers to about 6 %, but for those that tell models apart."""
-        cells = zip(task.cells, self._alike, strict=True)
-        return Task(cells=tuple(about(cell) if alike and isinstance(cell, float) else cell for cell, alike in cells))
 
     def _one_thread(self) -> AbstractContextManager[object]:
         """Models are small: threads that wait for each other cost more than they bring."""

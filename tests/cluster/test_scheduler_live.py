@@ -24,6 +24,7 @@ def test_auto_races_every_fixed_strategy(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(live, "MODELS", {"tiny": RandomModel(64, 96, 2, 4, 2)})
     monkeypatch.setattr(live, "ROUTES", {"two": RoutePoint(2, 2, 0, 1)})
     monkeypatch.setattr(live, "WORKLOADS", {"tiny": ("tiny", "two", TASK)})
+    monkeypatch.setattr(live, "DRAFTS", {"tiny": "draft"})
     monkeypatch.setattr(live, "NEW_TOKENS", 4)
     monkeypatch.setattr(live, "ROUNDS_MIN", 2)
     report: dict[str, Any] = {}

@@ -80,8 +80,10 @@ def test_a_model_that_is_closed_leaves_its_leases_once_no_other_is_of_the_same_d
     parted = list[bytes]()
 
     class Bringing:
+        drafts = SimpleNamespace(soon=lambda _: None)
+
         async def bring(self, checkpoint: Checkpoint, *_: object) -> Any:
-            return SimpleNamespace(route=SimpleNamespace(deployment=checkpoint.path.name.encode()))
+            return SimpleNamespace(route=SimpleNamespace(deployment=checkpoint.path.name.encode()), draft=None)
 
         def part(self, deployment: bytes) -> None:
             parted.append(deployment)

@@ -35,6 +35,9 @@ PEER = PeerId("12D3KooWLost")
 class Echo:
     """A model that answers a prompt with itself, and a client that has nothing to deploy."""
 
+    draft = None
+    drafts = SimpleNamespace(soon=lambda _: None)
+
     @asynccontextmanager
     async def ask(self, prompt: str, ask: Ask) -> AsyncGenerator[Any, None]:
         ask.notice("a worker is busy")
