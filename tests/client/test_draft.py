@@ -291,11 +291,12 @@ class CountedEnds(LocalEnds):
         return super().logits(hidden)
 
 
-def test_requests_that_a_draft_model_guesses_for_share_products_of_the_head() -> None:
+def test_requests_that_a_draft_model_guesses_for_share_products_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each asks its draft model apart, which is kept for its next request: others neither wait for it nor run it."""
     target, _, tokenizer = demo()
     prompts = [tokenizer.encode(text) for text in ("This module provides", "If the file is closed,")]
     alone, threads = [target.generate(prompt, 30) for prompt in prompts], list[bool]()
+    apart = list[bool]()
 
     async def main() -> tuple[list[list[int]], CountedEnds]:
         ends, found = CountedEnds(target), dict[int, list[int]]()
@@ -303,10 +304,16 @@ def test_requests_that_a_draft_model_guesses_for_share_products_of_the_head() ->
 
         async def in_thread(work: Callable[[], object], /) -> object:
             threads.append(True)
-            return work()
+            try:
+                return work()
+            finally:
+                threads.pop()
 
         async def request(number: int) -> None:
-            drafting = Speculation(PromptLookup(), drafter(SamplingParams()))
+            draft = drafter(SamplingParams())
+            guess = draft.guess
+            monkeypatch.setattr(draft, "guess", lambda count: apart.append(bool(threads)) or guess(count))
+            drafting = Speculation(PromptLookup(), draft)
             host = GenerationHost(VirtualClock(), in_thread, speculation=drafting, head_batches=batches)  # type: ignore[arg-type]
             generation = Generation(LocalRoute(target), ends, prompts[number], GenerationParams(30), host)
             found[number] = [token async for token in generation.tokens()]
@@ -319,7 +326,7 @@ def test_requests_that_a_draft_model_guesses_for_share_products_of_the_head() ->
 
     answers, ends = run(main, 0)
     assert answers == alone
-    assert threads
+    assert set(apart) == {True}, "never where others' rows are computed"
     requests = sum(1 for rows in ends.products if rows > 1)
     assert requests > 0.5 * len(ends.products), "guesses, or both requests, in one product"
 
